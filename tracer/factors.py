@@ -1,0 +1,222 @@
+"""Per-sample gradients of one parameter, kept as factors so that projectors need not build them.
+
+Layout, used in every docstring of this package:
+
+- ``B`` samples; ``T`` positions that add up within one sample (tokens, pixels, repeated calls);
+- a parameter is seen as a matrix ``[O, I]``: its first dimension by the product of the others; a vector of ``n``
+  numbers is ``[1, n]`` and a scalar ``[1, 1]`` (`matrix_shape`);
+- ``dense`` rows are the flattened parameter in its own (row-major) order, ``[b, O * I]``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return the ``(O, I)`` under which a parameter of this shape is seen as a matrix.
+
+    >>> matrix_shape((8, 3, 5, 5)), matrix_shape((7,)), matrix_shape(())
+    ((8, 75), (1, 7), (1, 1))
+    """
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
+
+
+class PerSampleGradient(ABC):
+    """Gradients of ``B`` scalar outputs with respect to one parameter, one row a sample.
+
+    Attributes:
+        shape: The parameter's shape.
+        batch_size: The number of samples ``B``.
+    """
+
+    shape: tuple[int, ...]
+    batch_size: int
+
+    @property
+    def numel(self) -> int:
+        """The number of entries of the parameter."""
+        return math.prod(self.shape)
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the factors lie."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype of the factors."""
+
+    @abstractmethod
+    def dense(self, start: int, stop: int) -> Tensor:
+        """Build the gradients of samples ``start`` to ``stop``: ``[stop - start, numel]``."""
+
+    def outer(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+        """Return factors ``left [b, T, O]`` and ``right [b, T, I]`` of samples ``start`` to ``stop``.
+
+        The gradient of a sample is ``sum_t left[t] (outer) right[t]``. None where the gradient has no such form.
+        """
+        return None
+
+
+class DenseGradient(PerSampleGradient):
+    """Gradients that are already built: ``values [B, *shape]``.
+
+    >>> gradient = DenseGradient(torch.arange(6.0).reshape(2, 3))
+    >>> gradient.dense(1, 2)
+    tensor([[3., 4., 5.]])
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.batch_size = values.shape[0]
+        self.shape = tuple(values.shape[1:])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the values lie."""
+        return self.values.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values."""
+        return self.values.dtype
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """Return the values of the samples, flattened: ``[b, numel]``."""
+        return self.values[start:stop].reshape(stop - start, self.numel)
+
+
+class OuterGradient(PerSampleGradient):
+    """Gradients ``sum_t left[b, t] (outer) right[b, t]`` with ``left [B, T, O]`` and ``right [B, T, I]``.
+
+    A Linear layer's weight: ``left`` is the output gradient, ``right`` the input; ``T`` is 1 for vector inputs.
+
+    >>> gradient = OuterGradient(torch.ones(1, 2, 1), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), (1, 2))
+    >>> gradient.dense(0, 1)
+    tensor([[4., 6.]])
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, shape: Sequence[int]) -> None:
+        self.left, self.right = left, right
+        self.shape = tuple(shape)
+        self.batch_size = left.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors lie."""
+        return self.left.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the factors."""
+        return self.left.dtype
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """Build the gradients by one batched matrix product: ``[b, O * I]``."""
+        left, right = self.outer(start, stop)
+        return torch.bmm(left.transpose(1, 2), right).reshape(stop - start, self.numel)
+
+    def outer(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return the factors of the samples: ``[b, T, O]`` and ``[b, T, I]``."""
+        return self.left[start:stop], self.right[start:stop]
+
+
+class RowsGradient(PerSampleGradient):
+    """Gradients that touch few rows of a matrix ``[V, I]``: an embedding's.
+
+    Sample ``b`` has ``values[b, t]`` added to row ``index[b, t]``; rows that occur twice add up.
+
+    Args:
+        index: ``[B, T]``, int64, row numbers below ``V``.
+        values: ``[B, T, I]``.
+        shape: The parameter's shape ``(V, I)``.
+
+    >>> RowsGradient(torch.tensor([[1, 1]]), torch.ones(1, 2, 1), (3, 1)).dense(0, 1)
+    tensor([[0., 2., 0.]])
+    """
+
+    def __init__(self, index: Tensor, values: Tensor, shape: Sequence[int]) -> None:
+        self.index, self.values = index, values
+        self.shape = tuple(shape)
+        self.batch_size = values.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the values lie."""
+        return self.values.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values."""
+        return self.values.dtype
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """Scatter the rows into zeros: ``[b, V * I]``."""
+        rows, cols = matrix_shape(self.shape)
+        built = self.values.new_zeros(stop - start, rows, cols)
+        index = self.index[start:stop].unsqueeze(-1).expand(-1, -1, cols)
+        return built.scatter_add_(1, index, self.values[start:stop]).reshape(stop - start, self.numel)
+
+
+class SumGradient(PerSampleGradient):
+    """The sum of several gradients of one parameter: tied weights, layers called more than once."""
+
+    def __init__(self, parts: Sequence[PerSampleGradient]) -> None:
+        self.parts = tuple(parts)
+        self.shape = self.parts[0].shape
+        self.batch_size = self.parts[0].batch_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts lie."""
+        return self.parts[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parts."""
+        return self.parts[0].dtype
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """Add up the parts: ``[b, numel]``."""
+        total = self.parts[0].dense(start, stop)
+        for part in self.parts[1:]:
+            total = total + part.dense(start, stop)
+        return total
+
+
+def add_gradients(parts: Sequence[PerSampleGradient]) -> PerSampleGradient:
+    """Return the sum of gradients of one parameter in the cheapest form.
+
+    Outer products are joined along ``T`` and embedding rows likewise, which keeps their factors; anything else
+    becomes a `SumGradient`.
+
+    Args:
+        parts: At least one gradient; all of one parameter, for the same samples.
+
+    Returns:
+        One gradient equal to their sum.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    outers = [part for part in parts if type(part) is OuterGradient]
+    rows = [part for part in parts if type(part) is RowsGradient]
+    others = [part for part in parts if type(part) not in (OuterGradient, RowsGradient)]
+    joined: list[PerSampleGradient] = list(others)
+    if outers:
+        left = torch.cat([part.left for part in outers], dim=1)
+        right = torch.cat([part.right for part in outers], dim=1)
+        joined.append(OuterGradient(left, right, outers[0].shape))
+    if rows:
+        index = torch.cat([part.index for part in rows], dim=1)
+        values = torch.cat([part.values for part in rows], dim=1)
+        joined.append(RowsGradient(index, values, rows[0].shape))
+    return joined[0] if len(joined) == 1 else SumGradient(joined)

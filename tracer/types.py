@@ -1,0 +1,59 @@
+"""The values that pass between the rooms of the library."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+Batch = Any
+"""What a data loader yields: a tensor, or tuples, lists, mappings and dataclasses of tensors."""
+
+Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str]
+"""A state dict, or the path of a ``.pt``, ``.pth`` or ``.safetensors`` file that holds one."""
+
+
+@dataclass(frozen=True)
+class SampleOutputs:
+    """What a task says of each sample of a batch; all of shape ``[B]``.
+
+    Attributes:
+        output: The scalar f of each sample, differentiable in the model's parameters.
+        loss: The sample's loss L, detached.
+        slope: Q = dL/df, detached, so that the gradient of the loss is ``slope * gradient of output``.
+        curvature: w = d²L/df², detached.
+    """
+
+    output: Tensor
+    loss: Tensor
+    slope: Tensor
+    curvature: Tensor
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Features of a batch of samples.
+
+    Attributes:
+        features: ``[B, dim]``, the projected gradients of f; float32, or float64 for float64 gradients.
+        squared_norm: ``[B]``, float64, the exact squared norm of the gradient of f over all selected parameters.
+    """
+
+    features: Tensor
+    squared_norm: Tensor
+
+
+class TopK(NamedTuple):
+    """The strongest train rows of each target.
+
+    Attributes:
+        indices: ``[num_targets, k]``, int64, train row indices, strongest first.
+        scores: ``[num_targets, k]``, float32, their scores.
+    """
+
+    indices: np.ndarray
+    scores: np.ndarray
