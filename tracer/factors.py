@@ -66,6 +66,45 @@ class PerSampleGradient(ABC):
         """
         return None
 
+    def fold(self, factor: int) -> PerSampleGradient:
+        """Add up groups of ``factor`` consecutive rows: rows of ``B * factor`` become rows of ``B`` samples."""
+        return self if factor == 1 else FoldedGradient(self, factor)
+
+
+class FoldedGradient(PerSampleGradient):
+    """A gradient whose rows are groups of ``factor`` consecutive rows of another, added up.
+
+    It stands for layers that see a sample as several rows: windows of an image, frames of a video, flattened tokens.
+    """
+
+    def __init__(self, inner: PerSampleGradient, factor: int) -> None:
+        self.inner, self.factor = inner, factor
+        self.shape = inner.shape
+        self.batch_size = inner.batch_size // factor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors lie."""
+        return self.inner.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the factors."""
+        return self.inner.dtype
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """Build the inner rows and add up the groups: ``[b, numel]``."""
+        inner = self.inner.dense(start * self.factor, stop * self.factor)
+        return inner.reshape(stop - start, self.factor, self.numel).sum(1)
+
+    def outer(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+        """Return the inner factors with the groups joined along ``T``."""
+        factors = self.inner.outer(start * self.factor, stop * self.factor)
+        if factors is None:
+            return None
+        left, right = factors
+        return left.reshape(stop - start, -1, left.shape[-1]), right.reshape(stop - start, -1, right.shape[-1])
+
 
 class DenseGradient(PerSampleGradient):
     """Gradients that are already built: ``values [B, *shape]``.
@@ -93,6 +132,10 @@ class DenseGradient(PerSampleGradient):
     def dense(self, start: int, stop: int) -> Tensor:
         """Return the values of the samples, flattened: ``[b, numel]``."""
         return self.values[start:stop].reshape(stop - start, self.numel)
+
+    def fold(self, factor: int) -> DenseGradient:
+        """Add up groups of ``factor`` consecutive rows."""
+        return self if factor == 1 else DenseGradient(self.values.unflatten(0, (-1, factor)).sum(1))
 
 
 class OuterGradient(PerSampleGradient):
@@ -122,12 +165,20 @@ class OuterGradient(PerSampleGradient):
 
     def dense(self, start: int, stop: int) -> Tensor:
         """Build the gradients by one batched matrix product: ``[b, O * I]``."""
-        left, right = self.outer(start, stop)
+        left, right = self.left[start:stop], self.right[start:stop]
         return torch.bmm(left.transpose(1, 2), right).reshape(stop - start, self.numel)
 
     def outer(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return the factors of the samples: ``[b, T, O]`` and ``[b, T, I]``."""
         return self.left[start:stop], self.right[start:stop]
+
+    def fold(self, factor: int) -> OuterGradient:
+        """Join groups of ``factor`` consecutive rows along ``T``."""
+        rows = self.batch_size // factor
+        left, right = self.left, self.right
+        return OuterGradient(
+            left.reshape(rows, -1, left.shape[-1]), right.reshape(rows, -1, right.shape[-1]), self.shape
+        )
 
 
 class RowsGradient(PerSampleGradient):
@@ -165,6 +216,12 @@ class RowsGradient(PerSampleGradient):
         built = self.values.new_zeros(stop - start, rows, cols)
         index = self.index[start:stop].unsqueeze(-1).expand(-1, -1, cols)
         return built.scatter_add_(1, index, self.values[start:stop]).reshape(stop - start, self.numel)
+
+    def fold(self, factor: int) -> RowsGradient:
+        """Join groups of ``factor`` consecutive rows along ``T``."""
+        rows = self.batch_size // factor
+        values = self.values.reshape(rows, -1, self.values.shape[-1])
+        return RowsGradient(self.index.reshape(rows, -1), values, self.shape)
 
 
 class SumGradient(PerSampleGradient):

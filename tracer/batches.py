@@ -1,0 +1,186 @@
+"""Batches as loaders yield them: tensors inside tuples, lists, mappings and dataclasses.
+
+A leaf is *per row* when its first dimension is the number of samples; a tensor without dimensions or with a first
+dimension of one is *shared* by all rows. Anything else is refused, since it could only be assigned to rows by a guess.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tracer.errors import BatchError
+from tracer.types import Batch
+
+_PLAIN = (str, bytes, int, float, bool, type(None))
+
+
+def map_leaves(batch: Batch, function: Callable[[Any], Any]) -> Batch:
+    """Rebuild a batch with ``function`` applied to each leaf; containers keep their type.
+
+    Args:
+        batch: Any nesting of tuples, named tuples, lists, mappings and dataclasses.
+        function: Called with each leaf; arrays come as tensors, and a list of plain values comes whole.
+
+    Returns:
+        The rebuilt batch; the given one is not changed.
+    """
+    if isinstance(batch, np.ndarray) and batch.dtype.kind in "biuf":
+        return function(torch.as_tensor(batch))
+    if isinstance(batch, Mapping):
+        return _rebuild_mapping(batch, {key: map_leaves(value, function) for key, value in batch.items()})
+    if isinstance(batch, (list, tuple)):
+        if batch and all(isinstance(item, _PLAIN) for item in batch):
+            return function(batch)
+        items = [map_leaves(item, function) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        values = {f.name: map_leaves(getattr(batch, f.name), function) for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(batch, **values)
+    return function(batch)
+
+
+def _rebuild_mapping(batch: Mapping, values: dict) -> Mapping:
+    if type(batch) is dict or not isinstance(batch, MutableMapping):
+        return values
+    rebuilt = copy.copy(batch)  # keeps attributes of e.g. transformers' BatchEncoding
+    for key, value in values.items():
+        rebuilt[key] = value
+    return rebuilt
+
+
+def leaves(batch: Batch, path: str = "batch") -> Iterator[tuple[str, Any]]:
+    """Yield ``(path, leaf)`` for every leaf, in the order of the containers.
+
+    >>> [path for path, _ in leaves({"x": torch.zeros(2), "y": (torch.zeros(2), 1)})]
+    ["batch['x']", "batch['y'][0]", "batch['y'][1]"]
+    """
+    if isinstance(batch, Mapping):
+        for key, value in batch.items():
+            yield from leaves(value, f"{path}[{key!r}]")
+    elif isinstance(batch, (list, tuple)) and not (batch and all(isinstance(item, _PLAIN) for item in batch)):
+        for position, value in enumerate(batch):
+            yield from leaves(value, f"{path}[{position}]")
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        for field in (field for field in dataclasses.fields(batch) if field.init):
+            yield from leaves(getattr(batch, field.name), f"{path}.{field.name}")
+    elif isinstance(batch, np.ndarray) and batch.dtype.kind in "biuf":
+        yield path, torch.as_tensor(batch)
+    else:
+        yield path, batch
+
+
+def is_per_row(leaf: Any, num_rows: int) -> bool:
+    """Return whether a leaf holds one entry for each of ``num_rows`` samples."""
+    if isinstance(leaf, Tensor):
+        return leaf.ndim > 0 and leaf.shape[0] == num_rows
+    return isinstance(leaf, (list, tuple)) and len(leaf) == num_rows
+
+
+def check_batch_size(batch: Batch, num_rows: int) -> None:
+    """Check that every tensor of a batch has one entry a row, or is shared by all rows.
+
+    Args:
+        batch: The batch.
+        num_rows: How many rows it was said to hold.
+
+    Raises:
+        BatchError: A tensor has another number of rows, or none has any.
+    """
+    found = False
+    for path, leaf in leaves(batch):
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+            continue
+        if leaf.shape[0] == num_rows:
+            found = True
+        elif leaf.shape[0] != 1:
+            raise BatchError(
+                f"{path} has {leaf.shape[0]} rows (shape {tuple(leaf.shape)}), but {num_rows} were announced by inds "
+                f"or num_samples. Every tensor of a batch needs one entry a row in its first dimension; pass the "
+                f"indices of exactly the rows in the batch."
+            )
+    if not found:
+        raise BatchError(
+            f"The batch of type {type(batch).__name__} holds no tensor with {num_rows} rows, as inds or num_samples "
+            f"announced. Pass tensors, or tuples, lists, dicts or dataclasses of tensors, with rows first."
+        )
+
+
+def select_rows(batch: Batch, rows: Tensor, num_rows: int) -> Batch:
+    """Return the batch with only the given rows; shared leaves stay whole.
+
+    Args:
+        batch: A batch of ``num_rows`` samples.
+        rows: Positions within the batch, int64.
+        num_rows: The number of samples in the batch.
+    """
+
+    def pick(leaf: Any) -> Any:
+        if not is_per_row(leaf, num_rows):
+            return leaf
+        if isinstance(leaf, Tensor):
+            return leaf[rows.to(leaf.device)]
+        return type(leaf)(leaf[row] for row in rows.tolist())
+
+    return map_leaves(batch, pick)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch with its tensors on ``device``, usable by autograd also when made in inference mode."""
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        moved = leaf.detach().to(device, non_blocking=True)
+        return moved.clone() if moved.is_inference() else moved
+
+    return map_leaves(batch, move)
+
+
+def row_fingerprints(batch: Batch, num_rows: int) -> np.ndarray:
+    """Return a 64-bit hash of each row's input values, to recognise a row that is featurized again.
+
+    With an ``attention_mask``, tensors of its shape are hashed at the attended positions only, so that a row keeps
+    its fingerprint when a collator pads it to another length.
+
+    Args:
+        batch: A batch of ``num_rows`` samples.
+        num_rows: The number of samples in the batch.
+
+    Returns:
+        ``[num_rows]``, uint64.
+    """
+    hashes = [hashlib.blake2b(digest_size=8) for _ in range(num_rows)]
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    attended = None if not isinstance(mask, Tensor) or mask.ndim != 2 else mask.bool().cpu().numpy()
+    for path, leaf in leaves(batch):
+        if not is_per_row(leaf, num_rows):
+            continue
+        if not isinstance(leaf, Tensor):
+            for digest, item in zip(hashes, leaf, strict=True):
+                digest.update(f"{path}={item!r};".encode())
+            continue
+        masked = attended is not None and tuple(leaf.shape[:2]) == attended.shape
+        _update_hashes(hashes, leaf, attended if masked else None)
+    return np.array([int.from_bytes(digest.digest(), "little") for digest in hashes], dtype=np.uint64)
+
+
+def _update_hashes(hashes: list, leaf: Tensor, attended: np.ndarray | None) -> None:
+    values = leaf.detach().cpu().contiguous()
+    if values.dtype == torch.bfloat16:
+        values = values.view(torch.int16)
+    array = values.numpy()
+    if attended is not None:
+        for digest, row, keep in zip(hashes, array, attended, strict=True):
+            digest.update(row[keep].tobytes())
+        return
+    flat = array.reshape(len(hashes), -1).view(np.uint8) if array.size else np.zeros((len(hashes), 0), np.uint8)
+    for digest, row in zip(hashes, flat, strict=True):
+        digest.update(row)

@@ -1,0 +1,7 @@
+"""Per-sample gradients of any PyTorch model."""
+
+from tracer.gradients.engine import METHODS, BatchGradients, GradientEngine
+from tracer.gradients.isolation import isolated
+from tracer.gradients.layers import LayerCall, register_layer_rule
+
+__all__ = ["METHODS", "BatchGradients", "GradientEngine", "LayerCall", "isolated", "register_layer_rule"]

@@ -1,0 +1,236 @@
+"""Capture: one forward and one backward give every layer's input and output gradient, for all samples at once.
+
+Forward hooks keep each layer's input and the autograd edge of its output (an edge, not the tensor: an activation that
+works in place replaces the tensor's history). One ``torch.autograd.grad`` of the outputs' sum with respect to these
+edges then gives all output gradients; batch gradients of weights are never computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from tracer.errors import BatchError
+from tracer.factors import DenseGradient, PerSampleGradient, add_gradients
+from tracer.gradients.layers import LayerCall, RegisteredRule
+from tracer.tasks import Task
+from tracer.types import Batch, SampleOutputs
+
+
+@dataclass(frozen=True)
+class CapturedLayer:
+    """A layer whose parameters are captured.
+
+    Attributes:
+        name: Its name in the model.
+        module: The layer.
+        rule: The rule of its type.
+        parameters: From the layer's own parameter names to the model's names, of the wanted parameters.
+    """
+
+    name: str
+    module: nn.Module
+    rule: RegisteredRule
+    parameters: Mapping[str, str]
+
+
+class CaptureFailed(Exception):
+    """A layer cannot be captured; internal: the engine takes the general way for its parameters."""
+
+    def __init__(self, layer: str, reason: str) -> None:
+        super().__init__(f"{layer}: {reason}")
+        self.layer, self.reason = layer, reason
+
+
+@dataclass
+class _Call:
+    layer: CapturedLayer
+    inputs: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    edge: GradientEdge
+    shared: bool
+    rows: int
+
+
+@dataclass
+class Captured:
+    """What one captured pass gave.
+
+    Attributes:
+        outputs: f, L, Q, w of each sample, detached.
+        gradients: The per-sample gradient of each captured parameter that f depends on.
+        signature: How the layers were called; a pass with a signature not seen before is checked again.
+        layers: For each parameter, the names of the layers that contributed.
+    """
+
+    outputs: SampleOutputs
+    gradients: dict[str, PerSampleGradient]
+    signature: frozenset
+    layers: dict[str, list[str]] = field(default_factory=dict)
+
+
+class _Recorder:
+    """The forward hooks of one pass."""
+
+    def __init__(self, batch_size: int, shared_layers: set[str]) -> None:
+        self.batch_size = batch_size
+        self.shared_layers = shared_layers
+        self.calls: list[_Call] = []
+        self.recording = True
+        self.expanded = False
+
+    def hook(self, layer: CapturedLayer):  # noqa: ANN201
+        """Return the forward hook of a layer."""
+
+        def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
+            if not self.recording or not torch.is_grad_enabled():
+                return None
+            if not isinstance(output, Tensor) or torch.func.debug_unwrap(output, recurse=False) is not output:
+                raise CaptureFailed(layer.name, "its output is not a plain tensor")
+            if not output.requires_grad:
+                return None
+            inputs = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            if not inputs:
+                raise CaptureFailed(layer.name, "it was called without tensors")
+            return self._record(layer, inputs, output)
+
+        return record
+
+    def _record(self, layer: CapturedLayer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        rows = output.shape[0] if output.ndim else 0
+        per_row = rows > 0 and rows % self.batch_size == 0 and layer.name not in self.shared_layers
+        versions = tuple(value._version for value in inputs)
+        if per_row:
+            self.calls.append(_Call(layer, inputs, versions, get_gradient_edge(output), False, rows))
+            return None
+        # One result for all samples (positions, prototypes): give each sample its own copy, so that the gradient
+        # of the copy is the sample's.
+        lead = () if rows == 1 else (1,)
+        expanded = output.reshape(*lead, *output.shape).expand(self.batch_size, *output.shape[1 if rows == 1 else 0 :])
+        inputs = tuple(_expand_input(value, rows == 1, self.batch_size) for value in inputs)
+        versions = tuple(value._version for value in inputs)
+        self.calls.append(_Call(layer, inputs, versions, get_gradient_edge(expanded), True, self.batch_size))
+        self.expanded = True
+        return expanded
+
+
+def _expand_input(value: Tensor, leading_one: bool, batch_size: int) -> Tensor:
+    if leading_one and value.ndim and value.shape[0] == 1:
+        return value.expand(batch_size, *value.shape[1:])
+    return value.unsqueeze(0).expand(batch_size, *value.shape)
+
+
+def capture(
+    model: nn.Module,
+    task: Task,
+    batch: Batch,
+    batch_size: int,
+    layers: list[CapturedLayer],
+    shared_layers: set[str],
+) -> Captured:
+    """Run the model once forward and once backward and return the per-sample gradients of the layers' parameters.
+
+    Args:
+        model: The model, inside `isolated`.
+        task: The task.
+        batch: A batch of ``B`` samples on the model's device.
+        batch_size: ``B``.
+        layers: The layers to capture.
+        shared_layers: Names of layers whose output is one for all samples although its rows could be samples.
+
+    Returns:
+        Outputs and gradients.
+
+    Raises:
+        CaptureFailed: A layer was used in a way that its rule cannot describe.
+    """
+    recorder = _Recorder(batch_size, shared_layers)
+    hooks = [
+        layer.module.register_forward_hook(recorder.hook(layer), prepend=True, with_kwargs=True) for layer in layers
+    ]
+    try:
+        outputs = _checked_forward(task, model, batch, batch_size, recorder)
+        recorder.recording = False
+        edges = [call.edge for call in recorder.calls]
+        depends = bool(edges) and outputs.output.requires_grad
+        grads = torch.autograd.grad(outputs.output.sum(), edges, allow_unused=True) if depends else ()
+    finally:
+        recorder.recording = False
+        for hook in hooks:
+            hook.remove()
+    return _collect(outputs, recorder, grads, batch_size)
+
+
+def _checked_forward(
+    task: Task, model: nn.Module, batch: Batch, batch_size: int, recorder: _Recorder
+) -> SampleOutputs:
+    """Run the task; blame the expanded layers for an error that only their expansion can have caused."""
+    try:
+        outputs = task.outputs(model, batch)
+        if recorder.expanded and outputs.output.shape != (batch_size,):
+            raise RuntimeError(f"the output has shape {tuple(outputs.output.shape)}")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        shared = next((call.layer.name for call in recorder.calls if call.shared), None)
+        if shared is None or isinstance(error, CaptureFailed):
+            raise
+        raise CaptureFailed(shared, f"its output without rows cannot be expanded ({error})") from error
+    if not isinstance(outputs, SampleOutputs):
+        raise BatchError(f"{type(task).__name__}.outputs must return SampleOutputs; it gave {type(outputs).__name__}.")
+    return outputs
+
+
+def _collect(outputs: SampleOutputs, recorder: _Recorder, grads: tuple, batch_size: int) -> Captured:
+    parts: dict[str, list[PerSampleGradient]] = {}
+    sources: dict[str, list[str]] = {}
+    counts: dict[tuple, int] = {}
+    for call, grad in zip(recorder.calls, grads, strict=False):
+        key = (call.layer.name, call.shared, call.rows // batch_size, call.inputs[0].ndim)
+        counts[key] = counts.get(key, 0) + 1
+        if grad is None:
+            continue
+        for name, gradient in _apply_rule(call, grad).items():
+            parts.setdefault(name, []).append(gradient.fold(call.rows // batch_size))
+            sources.setdefault(name, []).append(call.layer.name)
+    signature = frozenset((*key, min(count, 2)) for key, count in counts.items()) | {("one row", batch_size == 1)}
+    gradients = {name: add_gradients(found) for name, found in parts.items()}
+    detached = SampleOutputs(outputs.output.detach(), outputs.loss, outputs.slope, outputs.curvature)
+    return Captured(detached, gradients, signature, sources)
+
+
+def _apply_rule(call: _Call, grad: Tensor) -> dict[str, PerSampleGradient]:
+    """Run a layer's rule and check the shapes of what it gives."""
+    layer = call.layer
+    if any(value._version != version for value, version in zip(call.inputs, call.versions, strict=True)):
+        raise CaptureFailed(layer.name, "its input was changed in place after the call")
+    wanted = frozenset(layer.parameters)
+    with torch.no_grad():
+        try:
+            inputs = tuple(value.detach() for value in call.inputs)
+            given = layer.rule.rule(LayerCall(layer.module, inputs, grad.detach(), wanted))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise CaptureFailed(layer.name, f"its rule failed: {error}") from error
+    return _checked_gradients(call, given)
+
+
+def _checked_gradients(call: _Call, given: Mapping[str, PerSampleGradient | Tensor]) -> dict[str, PerSampleGradient]:
+    found: dict[str, PerSampleGradient] = {}
+    for local, name in call.layer.parameters.items():
+        if local not in given:
+            raise CaptureFailed(call.layer.name, f"its rule gave no gradient for {local!r}")
+        value = given[local]
+        gradient = DenseGradient(value) if isinstance(value, Tensor) else value
+        expected = (call.rows, *getattr(call.layer.module, local).shape)
+        if (gradient.batch_size, *gradient.shape) != expected:
+            came = (gradient.batch_size, *gradient.shape)
+            raise CaptureFailed(call.layer.name, f"its rule gave {came} for {local!r}, expected {expected}")
+        found[name] = gradient
+    return found

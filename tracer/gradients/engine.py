@@ -1,0 +1,281 @@
+"""Per-sample gradients of any model: captured where a layer rule applies, the general way elsewhere, checked always.
+
+The first batch, and every later batch on which layers are called in a new way, is checked: with random weights c the
+sum of ``c_b * gradient_b`` must equal autograd's gradient of ``sum_b c_b f_b`` for every parameter. Random weights find
+rows that were assigned to the wrong sample, which a plain sum would not. What differs falls back to the general
+way, is logged with its reason, and is checked again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tracer.batches import select_rows
+from tracer.errors import BatchError, GradientError, InputError, nearest_name
+from tracer.factors import DenseGradient, PerSampleGradient
+from tracer.gradients.capture import Captured, CapturedLayer, CaptureFailed, capture
+from tracer.gradients.functional import can_vmap, loop_gradients, vmap_gradients
+from tracer.gradients.isolation import seed_generators
+from tracer.gradients.layers import rule_for
+from tracer.gradients.selfcheck import Reference, disagreeing, reference_pass
+from tracer.tasks import Task
+from tracer.types import Batch, SampleOutputs
+
+logger = logging.getLogger("tracer.gradients")
+
+METHODS = ("auto", "capture", "functional")
+"""What ``gradients=`` takes."""
+
+FUNCTIONAL_BYTES = 256 << 20
+"""How many bytes of per-sample gradients the general way builds at once."""
+
+
+@dataclass(frozen=True)
+class BatchGradients:
+    """Outputs and per-sample gradients of a batch.
+
+    Attributes:
+        outputs: f, L, Q, w of each sample, ``[B]`` each, detached.
+        parts: Yields ``(start, stop, gradients by parameter name)``; the gradients of a sample are the union of the
+            parts that hold it, and a parameter in no part has gradient zero.
+    """
+
+    outputs: SampleOutputs
+    parts: Iterator[tuple[int, int, dict[str, PerSampleGradient]]]
+
+
+class GradientEngine:
+    """Computes per-sample gradients of f with respect to selected parameters.
+
+    Args:
+        model: The model. `compute` must run inside `tracer.gradients.isolation.isolated`.
+        task: The task.
+        names: Names of the selected parameters, as ``model.named_parameters()`` has them.
+        method: ``"auto"``: capture, falling back where needed; ``"capture"``: an error instead of a fallback;
+            ``"functional"``: the general way for all.
+        device: Where the model runs; by default where its first parameter is.
+
+    Raises:
+        InputError: The method is not known.
+        GradientError: ``"capture"`` was asked for and a parameter belongs to no layer rule.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        names: Sequence[str],
+        method: str = "auto",
+        device: torch.device | None = None,
+    ) -> None:
+        if method not in METHODS:
+            raise InputError(f"gradients={method!r} is not known; {nearest_name(method, METHODS)}.")
+        self.model, self.task, self.method = model, task, method
+        self.names = tuple(names)
+        self.device = next(iter(model.parameters())).device if device is None else device
+        self.general: dict[str, str] = {}
+        self.looped = False
+        self._shared_layers: set[str] = set()
+        self._verified: set[frozenset] = set()
+        self._layers: list[CapturedLayer] = []
+        self._assign()
+
+    def compute(self, batch: Batch, batch_size: int) -> BatchGradients:
+        """Compute the per-sample gradients of a batch.
+
+        Args:
+            batch: The batch, on the model's device.
+            batch_size: Its number of samples ``B``, one at least.
+
+        Returns:
+            Outputs and gradients. The parts are computed as they are taken; take them inside the same context.
+
+        Raises:
+            GradientError: No method gives gradients that agree with autograd.
+        """
+        captured = self._captured(batch, batch_size)
+        general = self._general_parts(batch, batch_size, captured.outputs.output)
+
+        def parts() -> Iterator[tuple[int, int, dict[str, PerSampleGradient]]]:
+            if captured.gradients:
+                yield 0, batch_size, captured.gradients
+            yield from general
+
+        return BatchGradients(captured.outputs, parts())
+
+    def _assign(self) -> None:
+        """Divide the parameters between layer rules and the general way."""
+        canonical = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        owned: set[str] = set()
+        self._layers = []
+        for layer_name, module in self.model.named_modules():
+            registered = None if self.method == "functional" else rule_for(module)
+            if registered is None or not module._parameters or registered.refuses(module):
+                continue
+            mine = {
+                local: canonical[id(parameter)]
+                for local, parameter in module._parameters.items()
+                if parameter is not None and local in registered.parameters
+            }
+            wanted = {k: v for k, v in mine.items() if v in self.names and v not in self.general}
+            if wanted:
+                self._layers.append(CapturedLayer(layer_name or type(module).__name__, module, registered, wanted))
+                owned.update(wanted.values())
+        for name in self.names:
+            if name not in owned and name not in self.general:
+                self._give_up(name, self._why_general(name))
+
+    def _why_general(self, name: str) -> str:
+        if self.method == "functional":
+            return "gradients='functional'"
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        registered = rule_for(module)
+        reason = registered.refuses(module) if registered is not None else None
+        return reason or f"no layer rule covers it in {type(module).__name__}"
+
+    def _give_up(self, name: str, reason: str) -> None:
+        """Send a parameter the general way, with the reason said once."""
+        if self.method == "capture":
+            raise GradientError(
+                f"gradients='capture' cannot compute the gradient of {name!r}: {reason}. Use gradients='auto', which "
+                f"takes torch.func for such parameters, leave it out with params=, or register_layer_rule."
+            )
+        self.general[name] = reason
+        if self.method == "auto":
+            logger.info("per-sample gradients of %r are computed by torch.func: %s", name, reason)
+
+    def _captured(self, batch: Batch, batch_size: int) -> Captured:
+        """Run a captured pass, checked where its signature is new, until everything agrees."""
+        while True:
+            seed_generators(self.device)
+            try:
+                captured = capture(self.model, self.task, batch, batch_size, self._layers, self._shared_layers)
+            except CaptureFailed as failure:
+                self._drop_layer(failure.layer, failure.reason)
+                continue
+            self._check_outputs(captured.outputs, batch_size)
+            if captured.signature in self._verified or self._verify(captured, batch, batch_size):
+                self._verified.add(captured.signature)
+                return captured
+
+    def _check_outputs(self, outputs: SampleOutputs, batch_size: int) -> None:
+        for field in ("output", "loss", "slope", "curvature"):
+            value = getattr(outputs, field)
+            if value.shape != (batch_size,):
+                raise BatchError(
+                    f"The task gave {field} of shape {tuple(value.shape)} for a batch of {batch_size} rows; expected "
+                    f"({batch_size},). A task returns one number a sample (losses of torch take reduction='none')."
+                )
+
+    def _verify(self, captured: Captured, batch: Batch, batch_size: int) -> bool:
+        """Check a captured pass and the general way against autograd; False when something was changed."""
+        seed_generators(self.device)
+        reference = reference_pass(self.model, self.task, batch, batch_size, self.names)
+        if not reference.same_outputs(captured.outputs.output):
+            expanded = {call[0] for call in captured.signature if len(call) == 5 and call[1]}
+            if not expanded:
+                raise GradientError(
+                    "Two forwards of one batch give different outputs, with the same random numbers: the model keeps "
+                    "state between calls. Gradients of such a model are not defined; make its eval mode a function."
+                )
+            for name in sorted(expanded):
+                self._drop_layer(name, "giving each sample its own copy of its output changes the model's outputs")
+            return False
+        wrong = disagreeing(reference, captured.gradients, [n for n in self.names if n not in self.general])
+        if wrong:
+            for name, difference in wrong.items():
+                self._blame(name, difference, captured, batch_size)
+            return False
+        return self._verify_general(reference, batch, batch_size)
+
+    def _blame(self, name: str, difference: str, captured: Captured, batch_size: int) -> None:
+        """Try another layout for the layers that gave a wrong gradient, then give the parameter up."""
+        layers = sorted(set(captured.layers.get(name, ())))
+        by_rows = {call[0] for call in captured.signature if len(call) == 5 and not call[1]}
+        retry = by_rows.intersection(layers).difference(self._shared_layers)
+        if retry and batch_size > 1:
+            self._shared_layers.update(retry)
+            return
+        where = ", ".join(layers) or "no captured layer"
+        self._drop_parameter(name, f"captured from {where}, its gradient differs from autograd's ({difference})")
+
+    def _verify_general(self, reference: Reference, batch: Batch, batch_size: int) -> bool:
+        """Check the general way against autograd; vmap may give way to the loop, the loop to an error."""
+        if not self.general:
+            return True
+        rest = Reference(reference.weights, reference.outputs, {n: reference.gradients[n] for n in self.general})
+        totals: dict[str, Tensor] = {}
+        for start, stop, gradients in self._general_parts(batch, batch_size, reference.outputs):
+            part = rest.weighted(gradients, start, stop)
+            totals = {name: totals[name] + value if name in totals else value for name, value in part.items()}
+        differs = rest.compare(totals)
+        if not differs:
+            return True
+        if not self.looped:
+            logger.info("torch.func gives other gradients than autograd (%s); running sample by sample", differs)
+            self.looped = True
+            return self._verify_general(reference, batch, batch_size)
+        name, difference = next(iter(differs.items()))
+        raise GradientError(
+            f"The gradient of {name!r} depends on which samples share a batch ({difference}): a sample run alone gives "
+            f"another result. Tracer needs samples that do not influence each other; look for batch statistics "
+            f"(normalization over the batch), losses over pairs, or sampling in the forward."
+        )
+
+    def _drop_layer(self, layer_name: str, reason: str) -> None:
+        layer = next((layer for layer in self._layers if layer.name == layer_name), None)
+        if layer is None:
+            raise GradientError(f"Layer {layer_name!r} cannot be captured: {reason}.")
+        for name in layer.parameters.values():
+            self._drop_parameter(name, f"captured from {layer_name}: {reason}")
+
+    def _drop_parameter(self, name: str, reason: str) -> None:
+        if name not in self.general:
+            self._give_up(name, reason)
+        self._assign()
+
+    def _general_parts(
+        self, batch: Batch, batch_size: int, outputs: Tensor
+    ) -> Iterator[tuple[int, int, dict[str, PerSampleGradient]]]:
+        """Compute the parameters without a rule, a few samples at a time."""
+        names = [name for name in self.names if name in self.general]
+        if not names:
+            return
+        shapes: Mapping[str, Tensor] = dict(self.model.named_parameters())
+        row_bytes = sum(shapes[name].numel() * shapes[name].element_size() for name in names)
+        step = max(1, min(batch_size, FUNCTIONAL_BYTES // row_bytes))
+        for start in range(0, batch_size, step):
+            stop = min(start + step, batch_size)
+            part = batch
+            if stop - start < batch_size:
+                part = select_rows(batch, torch.arange(start, stop), batch_size)
+            alone, gradients = self._general(part, stop - start, names)
+            self._check_alone(outputs[start:stop], alone)
+            yield start, stop, {name: DenseGradient(value) for name, value in gradients.items()}
+
+    def _general(self, batch: Batch, batch_size: int, names: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.looped and can_vmap(batch, batch_size):
+            try:
+                return vmap_gradients(self.model, self.task, batch, batch_size, names)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                logger.info("torch.func.vmap cannot run the model (%s); running sample by sample", reason)
+        self.looped = True
+        return loop_gradients(self.model, self.task, batch, batch_size, names)
+
+    def _check_alone(self, together: Tensor, alone: Tensor) -> None:
+        together, alone = together.double(), alone.double().to(together.device)
+        scale = together.abs().max().clamp(min=1.0)
+        tolerance = 1e-2 if together.dtype != torch.float64 else 1e-6
+        if not bool(((together - alone).abs() <= tolerance * scale).all() | ~torch.isfinite(together).all()):
+            raise GradientError(
+                "A sample run alone gives another output than within its batch: the samples of a batch influence each "
+                "other (batch statistics, padding without a mask, losses over pairs). Tracer needs samples that do not."
+            )

@@ -1,0 +1,70 @@
+"""Run a user's model without leaving a trace: modes, flags, random state and grad mode are put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def isolated(model: nn.Module, selected: Collection[str], device: torch.device) -> Iterator[None]:
+    """Evaluate a model with gradients for the selected parameters only; everything is restored, also after an error.
+
+    Inside, every module is in eval mode, exactly the selected parameters require a gradient and autograd is on, also
+    when called under ``no_grad`` or ``inference_mode``. The random generators of the CPU and of ``device`` may be used
+    freely (`seed_generators`).
+
+    Args:
+        model: The model.
+        selected: Names of the parameters whose gradients are wanted.
+        device: Where the model runs.
+
+    Yields:
+        Nothing.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    requires = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.callback(_restore_flags, training, requires)
+        stack.callback(_restore_generators(device))
+        for module, _ in training:
+            module.training = False  # not module.eval(): users override train()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in selected)
+        yield
+
+
+def _restore_flags(training: list, requires: list) -> None:
+    for module, mode in training:
+        module.training = mode
+    for parameter, flag in requires:
+        parameter.requires_grad_(flag)
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        torch.cuda.init()
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    return generators
+
+
+def seed_generators(device: torch.device) -> None:
+    """Put the random generators in a fixed state, so that a model that draws numbers in eval mode repeats them."""
+    for generator in _generators(device):
+        generator.manual_seed(0)
+
+
+def _restore_generators(device: torch.device) -> Callable[[], None]:
+    states = [(generator, generator.get_state()) for generator in _generators(device)]
+
+    def restore() -> None:
+        for generator, state in states:
+            generator.set_state(state)
+
+    return restore

@@ -1,0 +1,146 @@
+"""The check of per-sample gradients against autograd.
+
+For random weights c the sum over samples of ``c_b * gradient_b`` must equal autograd's gradient of ``sum_b c_b f_b``.
+The difference is measured against ``sum_b |c_b| * |gradient_b|``, which rounding errors scale with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tracer.errors import GradientError
+from tracer.factors import PerSampleGradient
+from tracer.tasks import Task
+from tracer.types import Batch
+
+BLOCK_BYTES = 32 << 20
+
+
+def tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the relative difference that rounding in this dtype can explain (TF32 counts on CUDA)."""
+    if dtype == torch.float64:
+        return 1e-8
+    if dtype == torch.float32:
+        return 2e-2 if device.type == "cuda" else 1e-3
+    return 1e-1
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What autograd says.
+
+    Attributes:
+        weights: The random weights c, ``[B]``.
+        outputs: f of each sample, ``[B]``.
+        gradients: The gradient of ``sum_b c_b f_b`` by parameter name.
+    """
+
+    weights: Tensor
+    outputs: Tensor
+    gradients: dict[str, Tensor]
+
+    def same_outputs(self, outputs: Tensor) -> bool:
+        """Tell whether another forward gave the same f, up to rounding; NaN equals NaN."""
+        scale = self.outputs.abs().nan_to_num().max().clamp(min=1.0)
+        bound = 10 * tolerance(outputs.dtype, outputs.device)
+        return torch.allclose(outputs / scale, self.outputs / scale, rtol=0, atol=bound, equal_nan=True)
+
+    def weighted(
+        self, gradients: Mapping[str, PerSampleGradient], start: int = 0, stop: int | None = None
+    ) -> dict[str, Tensor]:
+        """Return for each parameter the weighted sum and, appended, the sum of weighted norms: ``[numel + 1]``."""
+        return {name: _weighted_sum(gradient, self.weights[start:stop]) for name, gradient in gradients.items()}
+
+    def compare(self, totals: Mapping[str, Tensor]) -> dict[str, str]:
+        """Return what differs, by parameter, with a measure for the message.
+
+        Args:
+            totals: What `weighted` gave, summed over all samples; a parameter that is missing has gradient zero.
+
+        Returns:
+            Parameters whose gradient differs from autograd's.
+        """
+        wrong = {}
+        for name, expected in self.gradients.items():
+            flat = expected.reshape(-1).double()
+            total = totals.get(name)
+            found = torch.zeros_like(flat) if total is None else total[:-1].to(flat.device)
+            scale = max(float(flat.norm()), float(total[-1]) if total is not None else 0.0)
+            difference = float((found - flat).norm())
+            bound = tolerance(expected.dtype, expected.device)
+            if difference > bound * scale:
+                wrong[name] = f"relative difference {difference / scale:.2g}, tolerance {bound:.0e}"
+        return wrong
+
+
+def _weighted_sum(gradient: PerSampleGradient, weights: Tensor) -> Tensor:
+    total = torch.zeros(gradient.numel + 1, dtype=torch.float64, device=gradient.device)
+    weights = weights.to(gradient.device)
+    step = max(1, BLOCK_BYTES // max(1, 8 * gradient.numel))
+    for start in range(0, gradient.batch_size, step):
+        stop = min(start + step, gradient.batch_size)
+        block = gradient.dense(start, stop).double()
+        part = weights[start:stop].double()
+        total[:-1] += part @ block
+        total[-1] += (part.abs() * block.norm(dim=1)).sum()
+    return total
+
+
+def reference_pass(model: nn.Module, task: Task, batch: Batch, batch_size: int, names: Sequence[str]) -> Reference:
+    """Run the model plainly and take autograd's gradient of the randomly weighted sum of outputs.
+
+    Args:
+        model: The model, inside `isolated`.
+        task: The task.
+        batch: A batch of ``B`` samples.
+        batch_size: ``B``.
+        names: The parameters' names.
+
+    Returns:
+        The reference; a parameter that f does not depend on has gradient zero.
+
+    Raises:
+        GradientError: A parameter is complex, or f depends on none of the parameters.
+    """
+    parameters = dict(model.named_parameters())
+    wanted = [parameters[name] for name in names]
+    for name, parameter in zip(names, wanted, strict=True):
+        if parameter.is_complex():
+            raise GradientError(f"Parameter {name!r} is complex; select real parameters with params=.")
+    output = task.outputs(model, batch).output
+    if not output.requires_grad:
+        raise GradientError(
+            f"The task's output depends on none of the {len(names)} selected parameters ({', '.join(names[:4])}...): "
+            f"nothing can be attributed to them. Check params= and that the task does not detach the model's output."
+        )
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(batch_size, generator=generator) + 0.5
+    weights = weights * (torch.randint(0, 2, (batch_size,), generator=generator) * 2 - 1)
+    weights = weights.to(output.device, output.dtype)
+    grads = torch.autograd.grad((weights * output).sum(), wanted, allow_unused=True)
+    gradients = {}
+    for name, parameter, grad in zip(names, wanted, grads, strict=True):
+        dense = torch.zeros_like(parameter) if grad is None else grad.to_dense() if grad.is_sparse else grad
+        gradients[name] = dense.detach()
+    return Reference(weights, output.detach(), gradients)
+
+
+def disagreeing(
+    reference: Reference, gradients: Mapping[str, PerSampleGradient], names: Sequence[str]
+) -> dict[str, str]:
+    """Return which of the named parameters' gradients differ from the reference, with a measure.
+
+    Args:
+        reference: What autograd says.
+        gradients: Per-sample gradients of all ``B`` samples.
+        names: The parameters to compare.
+
+    Returns:
+        What differs, by parameter name.
+    """
+    part = Reference(reference.weights, reference.outputs, {name: reference.gradients[name] for name in names})
+    return part.compare(part.weighted({name: gradients[name] for name in names if name in gradients}))
