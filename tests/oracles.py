@@ -38,8 +38,10 @@ def oracle_gradients(model: nn.Module, task, batch, num_rows: int, names=None) -
 def engine_gradients(engine: GradientEngine, batch, num_rows: int) -> dict[str, torch.Tensor]:
     """Per-sample gradients by the engine, built and put together."""
     parameters = dict(engine.model.named_parameters())
-    found = {name: parameters[name].new_zeros((num_rows, *parameters[name].shape)) for name in engine.names}
     with isolated(engine.model, engine.names, engine.device):
+        found = {
+            name: torch.zeros(num_rows, *parameters[name].shape, dtype=parameters[name].dtype) for name in engine.names
+        }
         for start, stop, gradients in engine.compute(batch, num_rows).parts:
             for name, gradient in gradients.items():
                 found[name][start:stop] += gradient.dense(0, stop - start).reshape(stop - start, *gradient.shape)

@@ -1,3 +1,54 @@
-"""Tracer: which training examples made a PyTorch model do what it did."""
+"""Tracer: which training examples made a PyTorch model do what it did.
+
+`attribute` is the one call for the usual case; `Tracer` is the scorer it is built on.
+"""
+
+from tracer.attribute import Attribution, attribute
+from tracer.errors import (
+    BatchError,
+    CallOrderError,
+    CheckpointError,
+    GradientError,
+    IncompleteError,
+    InputError,
+    InputTypeError,
+    MismatchError,
+    MissingDependencyError,
+    NonFiniteError,
+    StoreError,
+    TracerError,
+)
+from tracer.gradients import LayerCall, register_layer_rule
+from tracer.projection import Projector, register_projector
+from tracer.tasks import LanguageModeling, Task, loss_outputs
+from tracer.tracer import Tracer
+from tracer.types import SampleOutputs, TopK
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Attribution",
+    "BatchError",
+    "CallOrderError",
+    "CheckpointError",
+    "GradientError",
+    "IncompleteError",
+    "InputError",
+    "InputTypeError",
+    "LanguageModeling",
+    "LayerCall",
+    "MismatchError",
+    "MissingDependencyError",
+    "NonFiniteError",
+    "Projector",
+    "SampleOutputs",
+    "StoreError",
+    "Task",
+    "TopK",
+    "Tracer",
+    "TracerError",
+    "attribute",
+    "loss_outputs",
+    "register_layer_rule",
+    "register_projector",
+]

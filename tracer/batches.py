@@ -84,6 +84,27 @@ def is_per_row(leaf: Any, num_rows: int) -> bool:
     return isinstance(leaf, (list, tuple)) and len(leaf) == num_rows
 
 
+def count_rows(batch: Batch) -> int:
+    """Return the number of samples of a batch: the first dimension of its first tensor that has one.
+
+    Args:
+        batch: The batch.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        BatchError: It holds no such tensor.
+
+    >>> count_rows({"x": torch.zeros(3, 2), "y": torch.zeros(3)})
+    3
+    """
+    for _, leaf in leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return leaf.shape[0]
+    raise BatchError(f"The batch of type {type(batch).__name__} holds no tensor, so its rows cannot be counted.")
+
+
 def check_batch_size(batch: Batch, num_rows: int) -> None:
     """Check that every tensor of a batch has one entry a row, or is shared by all rows.
 

@@ -3,5 +3,15 @@
 from tracer.gradients.engine import METHODS, BatchGradients, GradientEngine
 from tracer.gradients.isolation import isolated
 from tracer.gradients.layers import LayerCall, register_layer_rule
+from tracer.gradients.selection import ParamSelection, select_parameters
 
-__all__ = ["METHODS", "BatchGradients", "GradientEngine", "LayerCall", "isolated", "register_layer_rule"]
+__all__ = [
+    "METHODS",
+    "BatchGradients",
+    "GradientEngine",
+    "LayerCall",
+    "ParamSelection",
+    "isolated",
+    "register_layer_rule",
+    "select_parameters",
+]

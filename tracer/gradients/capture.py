@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,24 @@ class _Call:
     rows: int
 
 
+class CallPattern(NamedTuple):
+    """How a layer was called, as far as it decides which rows are which samples.
+
+    Attributes:
+        layer: The layer's name.
+        shared: Whether its output was one for all samples, and expanded.
+        fold: How many of its rows make a sample.
+        ndim: The dimensions of its input.
+        repeated: Whether it was called so more than once.
+    """
+
+    layer: str
+    shared: bool
+    fold: int
+    ndim: int
+    repeated: bool
+
+
 @dataclass
 class Captured:
     """What one captured pass gave.
@@ -64,13 +82,13 @@ class Captured:
     Attributes:
         outputs: f, L, Q, w of each sample, detached.
         gradients: The per-sample gradient of each captured parameter that f depends on.
-        signature: How the layers were called; a pass with a signature not seen before is checked again.
+        patterns: How the layers were called; a pass with patterns not seen before is checked again.
         layers: For each parameter, the names of the layers that contributed.
     """
 
     outputs: SampleOutputs
     gradients: dict[str, PerSampleGradient]
-    signature: frozenset
+    patterns: frozenset[CallPattern]
     layers: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -166,9 +184,7 @@ def capture(
     return _collect(outputs, recorder, grads, batch_size)
 
 
-def _checked_forward(
-    task: Task, model: nn.Module, batch: Batch, batch_size: int, recorder: _Recorder
-) -> SampleOutputs:
+def _checked_forward(task: Task, model: nn.Module, batch: Batch, batch_size: int, recorder: _Recorder) -> SampleOutputs:
     """Run the task; blame the expanded layers for an error that only their expansion can have caused."""
     try:
         outputs = task.outputs(model, batch)
@@ -189,7 +205,7 @@ def _checked_forward(
 def _collect(outputs: SampleOutputs, recorder: _Recorder, grads: tuple, batch_size: int) -> Captured:
     parts: dict[str, list[PerSampleGradient]] = {}
     sources: dict[str, list[str]] = {}
-    counts: dict[tuple, int] = {}
+    counts: dict[tuple[str, bool, int, int], int] = {}
     for call, grad in zip(recorder.calls, grads, strict=False):
         key = (call.layer.name, call.shared, call.rows // batch_size, call.inputs[0].ndim)
         counts[key] = counts.get(key, 0) + 1
@@ -198,10 +214,10 @@ def _collect(outputs: SampleOutputs, recorder: _Recorder, grads: tuple, batch_si
         for name, gradient in _apply_rule(call, grad).items():
             parts.setdefault(name, []).append(gradient.fold(call.rows // batch_size))
             sources.setdefault(name, []).append(call.layer.name)
-    signature = frozenset((*key, min(count, 2)) for key, count in counts.items()) | {("one row", batch_size == 1)}
+    patterns = frozenset(CallPattern(*key, repeated=count > 1) for key, count in counts.items())
     gradients = {name: add_gradients(found) for name, found in parts.items()}
     detached = SampleOutputs(outputs.output.detach(), outputs.loss, outputs.slope, outputs.curvature)
-    return Captured(detached, gradients, signature, sources)
+    return Captured(detached, gradients, patterns, sources)
 
 
 def _apply_rule(call: _Call, grad: Tensor) -> dict[str, PerSampleGradient]:

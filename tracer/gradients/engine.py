@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tracer.batches import select_rows
-from tracer.errors import BatchError, GradientError, InputError, nearest_name
+from tracer.errors import BatchError, GradientError, InputError, TracerError, nearest_name
 from tracer.factors import DenseGradient, PerSampleGradient
-from tracer.gradients.capture import Captured, CapturedLayer, CaptureFailed, capture
+from tracer.gradients.capture import CallPattern, Captured, CapturedLayer, CaptureFailed, capture
 from tracer.gradients.functional import can_vmap, loop_gradients, vmap_gradients
 from tracer.gradients.isolation import seed_generators
 from tracer.gradients.layers import rule_for
@@ -81,7 +81,9 @@ class GradientEngine:
         self.general: dict[str, str] = {}
         self.looped = False
         self._shared_layers: set[str] = set()
-        self._verified: set[frozenset] = set()
+        self._tried_shared: set[str] = set()
+        self._suspects: dict[str, dict[str, str]] = {}
+        self._verified: set[tuple[frozenset[CallPattern], bool]] = set()
         self._layers: list[CapturedLayer] = []
         self._assign()
 
@@ -159,8 +161,11 @@ class GradientEngine:
                 self._drop_layer(failure.layer, failure.reason)
                 continue
             self._check_outputs(captured.outputs, batch_size)
-            if captured.signature in self._verified or self._verify(captured, batch, batch_size):
-                self._verified.add(captured.signature)
+            # One row tells nothing of which rows are which samples: it is verified apart.
+            signature = (captured.patterns, batch_size == 1)
+            if signature in self._verified or self._verify(captured, batch, batch_size):
+                self._verified.add(signature)
+                self._suspects.clear()
                 return captured
 
     def _check_outputs(self, outputs: SampleOutputs, batch_size: int) -> None:
@@ -177,7 +182,7 @@ class GradientEngine:
         seed_generators(self.device)
         reference = reference_pass(self.model, self.task, batch, batch_size, self.names)
         if not reference.same_outputs(captured.outputs.output):
-            expanded = {call[0] for call in captured.signature if len(call) == 5 and call[1]}
+            expanded = {pattern.layer for pattern in captured.patterns if pattern.shared}
             if not expanded:
                 raise GradientError(
                     "Two forwards of one batch give different outputs, with the same random numbers: the model keeps "
@@ -188,21 +193,24 @@ class GradientEngine:
             return False
         wrong = disagreeing(reference, captured.gradients, [n for n in self.names if n not in self.general])
         if wrong:
-            for name, difference in wrong.items():
-                self._blame(name, difference, captured, batch_size)
+            self._blame(wrong, captured, batch_size)
             return False
         return self._verify_general(reference, batch, batch_size)
 
-    def _blame(self, name: str, difference: str, captured: Captured, batch_size: int) -> None:
-        """Try another layout for the layers that gave a wrong gradient, then give the parameter up."""
-        layers = sorted(set(captured.layers.get(name, ())))
-        by_rows = {call[0] for call in captured.signature if len(call) == 5 and not call[1]}
-        retry = by_rows.intersection(layers).difference(self._shared_layers)
-        if retry and batch_size > 1:
-            self._shared_layers.update(retry)
-            return
-        where = ", ".join(layers) or "no captured layer"
-        self._drop_parameter(name, f"captured from {where}, its gradient differs from autograd's ({difference})")
+    def _blame(self, wrong: Mapping[str, str], captured: Captured, batch_size: int) -> None:
+        """Give up parameters with a wrong gradient, once their layer's output was tried as one for all samples."""
+        by_rows = {pattern.layer for pattern in captured.patterns if not pattern.shared}
+        for name, difference in wrong.items():
+            layers = sorted(set(captured.layers.get(name, ())))
+            where = ", ".join(layers) or "no layer"
+            reason = f"captured from {where}, its gradient differs from autograd's ({difference})"
+            untried = by_rows.intersection(layers) - self._tried_shared if batch_size > 1 else set()
+            for layer in untried:
+                self._suspects.setdefault(layer, {})[name] = reason
+            if not untried:
+                self._drop_parameter(name, reason)
+        self._tried_shared.update(self._suspects)
+        self._shared_layers.update(self._suspects)
 
     def _verify_general(self, reference: Reference, batch: Batch, batch_size: int) -> bool:
         """Check the general way against autograd; vmap may give way to the loop, the loop to an error."""
@@ -228,11 +236,14 @@ class GradientEngine:
         )
 
     def _drop_layer(self, layer_name: str, reason: str) -> None:
+        """Give up what a layer was suspected of, or all of its parameters."""
         layer = next((layer for layer in self._layers if layer.name == layer_name), None)
         if layer is None:
             raise GradientError(f"Layer {layer_name!r} cannot be captured: {reason}.")
-        for name in layer.parameters.values():
-            self._drop_parameter(name, f"captured from {layer_name}: {reason}")
+        suspected = self._suspects.pop(layer_name, {})
+        self._shared_layers.discard(layer_name)
+        for name in suspected or layer.parameters.values():
+            self._drop_parameter(name, suspected.get(name, f"captured from {layer_name}: {reason}"))
 
     def _drop_parameter(self, name: str, reason: str) -> None:
         if name not in self.general:
@@ -268,7 +279,14 @@ class GradientEngine:
                 reason = str(error).strip().partition("\n")[0]
                 logger.info("torch.func.vmap cannot run the model (%s); running sample by sample", reason)
         self.looped = True
-        return loop_gradients(self.model, self.task, batch, batch_size, names)
+        try:
+            return loop_gradients(self.model, self.task, batch, batch_size, names)
+        except (torch.OutOfMemoryError, TracerError):
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise GradientError(
+                f"The gradients of {', '.join(names[:4])} need each sample to be run alone, and that fails: {error}"
+            ) from error
 
     def _check_alone(self, together: Tensor, alone: Tensor) -> None:
         together, alone = together.double(), alone.double().to(together.device)

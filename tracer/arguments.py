@@ -1,0 +1,140 @@
+"""Checks of single arguments: each says what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from tracer.errors import InputError, InputTypeError
+
+
+def check_model(model: nn.Module) -> nn.Module:
+    """Return the module whose parameters count; refuse what is no Python module.
+
+    Args:
+        model: What the user passed.
+
+    Returns:
+        The module, without the wrapper of ``torch.compile``.
+
+    Raises:
+        InputTypeError: It is no module, or a TorchScript module.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputTypeError("model is a TorchScript module, whose layers cannot be seen; pass the Python module.")
+    return getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+
+
+def check_count(value: int, name: str) -> int:
+    """Return a positive int.
+
+    Args:
+        value: What the user passed.
+        name: The argument's name.
+
+    Returns:
+        The value as int.
+
+    Raises:
+        InputTypeError: It is no int.
+        InputError: It is below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise InputTypeError(f"{name} is {value!r}; expected a positive int.")
+    if value < 1:
+        raise InputError(f"{name} is {value}; expected 1 or more.")
+    return int(value)
+
+
+def check_model_id(model_id: int) -> int:
+    """Return a checkpoint number.
+
+    Args:
+        model_id: What the user passed.
+
+    Returns:
+        The number as int.
+
+    Raises:
+        InputTypeError: It is no int.
+        InputError: It is negative.
+    """
+    if isinstance(model_id, bool) or not isinstance(model_id, (int, np.integer)):
+        raise InputTypeError(f"model_id is {model_id!r}; expected an int, 0 for the first checkpoint.")
+    if model_id < 0:
+        raise InputError(f"model_id is {model_id}; expected 0 or more.")
+    return int(model_id)
+
+
+def check_seed(seed: int) -> int:
+    """Return a seed.
+
+    Args:
+        seed: What the user passed.
+
+    Returns:
+        The seed as int.
+
+    Raises:
+        InputError: It is no int, or negative.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise InputError(f"seed is {seed!r}; expected an int, 0 or more.")
+    return int(seed)
+
+
+def check_rate(learning_rate: float | None) -> float | None:
+    """Return a learning rate, or None for none.
+
+    Args:
+        learning_rate: What the user passed.
+
+    Returns:
+        The rate as float.
+
+    Raises:
+        InputTypeError: It is no number.
+        InputError: It is negative or not finite.
+    """
+    if learning_rate is None:
+        return None
+    try:
+        rate = float(learning_rate)
+    except (TypeError, ValueError):
+        raise InputTypeError(f"learning_rate is {learning_rate!r}; expected a number.") from None
+    if not math.isfinite(rate) or rate < 0:
+        raise InputError(f"learning_rate is {rate}; expected a finite number, 0 or more.")
+    return rate
+
+
+def check_device(device: str | torch.device | None, model: nn.Module) -> torch.device:
+    """Return the device to compute on; None stands for where the model is.
+
+    Args:
+        device: What the user passed.
+        model: The model.
+
+    Returns:
+        The device, with its index.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    if device is None:
+        first = next(model.parameters(), None)
+        return first.device if first is not None else torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device={device!r} is no torch device ({error}); use 'cpu', 'cuda' or 'cuda:1'.") from error
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (chosen.index or 0) >= count:
+            raise InputError(f"device={device!r} is not there: torch sees {count} CUDA devices.")
+        return torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
+    return chosen

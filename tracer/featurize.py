@@ -1,0 +1,147 @@
+"""Featurize: the gradients of a batch's rows, projected, checked and written to a table of the store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tracer.batches import check_batch_size, row_fingerprints, select_rows, to_device
+from tracer.checkpoints import LoadedWeights, weights_in
+from tracer.errors import NonFiniteError
+from tracer.gradients import GradientEngine, isolated
+from tracer.projection.base import Projector
+from tracer.store import RowTable
+from tracer.types import Batch, SampleOutputs
+
+
+@dataclass(frozen=True)
+class RowValues:
+    """What is stored of each of ``n`` rows; float32 arrays.
+
+    Attributes:
+        features: ``[n, dim]``, the projected gradient of f.
+        loss: ``[n]``, L.
+        slope: ``[n]``, Q.
+        curvature: ``[n]``, w.
+        gradient_norm: ``[n]``, the exact norm of the gradient of f.
+    """
+
+    features: np.ndarray
+    loss: np.ndarray
+    slope: np.ndarray
+    curvature: np.ndarray
+    gradient_norm: np.ndarray
+
+
+class Featurizer:
+    """Turns batches into rows of a table, at one checkpoint.
+
+    Args:
+        model: The model.
+        weights: The checkpoint's weights, put into the model for each batch only.
+        engine: Computes per-sample gradients.
+        projector: Projects them.
+        device: Where batches go.
+        check_rows: Whether rows are recognised by a fingerprint of their inputs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: LoadedWeights,
+        engine: GradientEngine,
+        projector: Projector,
+        device: torch.device,
+        check_rows: bool = True,
+    ) -> None:
+        self.model, self.weights = model, weights
+        self.engine, self.projector = engine, projector
+        self.device, self.check_rows = device, check_rows
+
+    def write(self, table: RowTable, batch: Batch, rows: np.ndarray) -> int:
+        """Compute and write those rows of a batch that the table does not hold yet.
+
+        Args:
+            table: Where the rows go.
+            batch: A batch of ``len(rows)`` samples.
+            rows: ``[n]``, int64, the index of each sample in the table.
+
+        Returns:
+            The number of rows computed.
+
+        Raises:
+            BatchError: The batch does not hold ``len(rows)`` samples.
+            MismatchError: A row's inputs differ from those that the table holds for its index.
+            NonFiniteError: A row's gradient, loss or slope is NaN or infinite; nothing of the batch is written.
+        """
+        check_batch_size(batch, len(rows))
+        fingerprint = row_fingerprints(batch, len(rows)) if self.check_rows else np.zeros(len(rows), dtype=np.uint64)
+        new = np.flatnonzero(~table.check_rows(rows, fingerprint))
+        if len(new) == 0:
+            return 0
+        if len(new) < len(rows):
+            batch = select_rows(batch, torch.from_numpy(new), len(rows))
+        values = self.compute(batch, len(new))
+        _check_finite(values, rows[new])
+        table.write(
+            rows[new],
+            values.features,
+            loss=values.loss,
+            slope=values.slope,
+            curvature=values.curvature,
+            gradient_norm=values.gradient_norm,
+            fingerprint=fingerprint[new],
+        )
+        return len(new)
+
+    def compute(self, batch: Batch, num_rows: int) -> RowValues:
+        """Compute what is stored of each row of a batch.
+
+        Args:
+            batch: A batch of ``num_rows`` samples.
+            num_rows: Its number of samples.
+
+        Returns:
+            The values, on the CPU.
+        """
+        with weights_in(self.model, self.weights), isolated(self.model, self.engine.names, self.device):
+            found = self.engine.compute(to_device(batch, self.device), num_rows)
+            features = torch.zeros(num_rows, self.projector.dim, device=self.device)
+            squared_norm = torch.zeros(num_rows, dtype=torch.float64, device=self.device)
+            with torch.no_grad():
+                for start, stop, gradients in found.parts:
+                    projection = self.projector.project(gradients)
+                    features[start:stop] += projection.features.to(self.device)
+                    squared_norm[start:stop] += projection.squared_norm.to(self.device)
+            return _row_values(features, squared_norm, found.outputs)
+
+
+def _row_values(features: Tensor, squared_norm: Tensor, outputs: SampleOutputs) -> RowValues:
+    def array(values: Tensor) -> np.ndarray:
+        return values.detach().to("cpu", torch.float32).numpy()
+
+    return RowValues(
+        features=array(features),
+        loss=array(outputs.loss),
+        slope=array(outputs.slope),
+        curvature=array(outputs.curvature),
+        gradient_norm=array(squared_norm.sqrt()),
+    )
+
+
+def _check_finite(values: RowValues, rows: np.ndarray) -> None:
+    for name in ("loss", "slope", "curvature", "gradient_norm", "features"):
+        value = getattr(values, name)
+        finite = np.isfinite(value) if value.ndim == 1 else np.isfinite(value).all(1)
+        if not finite.all():
+            bad = rows[~finite]
+            what = "gradient" if name in ("gradient_norm", "features") else name
+            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+            raise NonFiniteError(
+                f"The {what} of rows {bad[:5].tolist()}{more} is NaN or infinite (in float32). Nothing of this batch "
+                f"was written. Look at these rows' inputs and labels, or leave them out; if all rows are concerned, "
+                f"at the checkpoint's weights."
+            )

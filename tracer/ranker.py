@@ -1,0 +1,171 @@
+"""What can be asked of a store once its rows are there: completeness, scores, top rows, self-influence. No model."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from tracer import rank
+from tracer.arguments import check_count
+from tracer.errors import CallOrderError, IncompleteError, InputError, nearest_name
+from tracer.scoring import check_estimator
+from tracer.store import RowTable, Store
+from tracer.types import TopK
+
+KINDS = ("opponents", "proponents")
+"""What ``kind=`` takes."""
+
+
+class Ranker:
+    """Answers questions from a store.
+
+    Args:
+        store: The store.
+        device: Where to multiply.
+        progress: Show progress bars; None: on a terminal only.
+    """
+
+    def __init__(self, store: Store, device: torch.device, progress: bool | None = None) -> None:
+        self.store, self.device, self.progress = store, device, progress
+
+    @property
+    def num_rows(self) -> int:
+        """The number of train rows."""
+        return self.store.manifest.train_set_size
+
+    def finalize_features(self, model_ids: list[int] | None) -> None:
+        """Check that all rows are there and mark the checkpoints; see `tracer.Tracer.finalize_features`."""
+        disable = None if self.progress is None else not self.progress
+        for model_id in tqdm(self._known_ids(model_ids), desc="finalize", unit="checkpoint", disable=disable):
+            table = self.store.checkpoint(model_id)
+            missing = table.remaining()
+            if len(missing):
+                raise IncompleteError(
+                    f"Checkpoint {model_id} lacks {len(missing)} of {self.num_rows} train rows, first "
+                    f"{missing[:5].tolist()}. Featurize them (tracer.remaining({model_id}) lists them all) and "
+                    f"finalize again."
+                )
+            if not table.attributes.get("finalized"):
+                table.set_attributes(finalized=True)
+
+    def check_finalized(self, model_id: int) -> None:
+        """Check that a checkpoint is ready for scoring.
+
+        Args:
+            model_id: The checkpoint.
+
+        Raises:
+            CallOrderError: It is not in the store, or not finalized.
+        """
+        known = self.store.checkpoint_ids()
+        if model_id not in known:
+            raise CallOrderError(
+                f"Checkpoint {model_id} is not in the store, which has {known}. Featurize all train rows at it and "
+                f"call tracer.finalize_features() before scoring."
+            )
+        table = self.store.checkpoint(model_id)
+        if not table.attributes.get("finalized"):
+            raise CallOrderError(
+                f"Checkpoint {model_id} is not finalized; call tracer.finalize_features() once all train rows are "
+                f"featurized ({len(table.remaining())} are missing), or choose other checkpoints by model_ids=."
+            )
+
+    def scores(self, exp_name: str, estimator: str, model_ids: list[int] | None) -> np.ndarray:
+        """Compute all scores; see `tracer.Tracer.finalize_scores`."""
+        check_estimator(estimator)
+        pairs, chosen = self._pairs(exp_name, model_ids)
+        num_targets = pairs[0].targets.num_rows
+        inputs = {
+            "model_ids": chosen,
+            "learning_rates": [pair.learning_rate for pair in pairs],
+            "weights": [pair.train.attributes["weights_fingerprint"] for pair in pairs],
+        }
+        tile_rows = rank.tile_rows(pairs[0].train.dim, num_targets)
+        shape = (self.num_rows, num_targets)
+        scores = self.store.scores(exp_name, estimator, shape, inputs, tile_rows=tile_rows)
+        return rank.write_scores(pairs, estimator, scores, self.device, self.progress)
+
+    def top(self, exp_name: str, k: int, kind: str, estimator: str, model_ids: list[int] | None) -> TopK:
+        """Find the strongest rows; see `tracer.Tracer.top`."""
+        if kind not in KINDS:
+            raise InputError(f"kind={kind!r} is not known; {nearest_name(kind, KINDS)}.")
+        check_estimator(estimator)
+        if check_count(k, "k") > self.num_rows:
+            raise InputError(f"k={k} is more than train_set_size={self.num_rows}.")
+        pairs, _ = self._pairs(exp_name, model_ids)
+        return rank.top_rows(
+            pairs, estimator, k, largest=kind == "proponents", device=self.device, progress=self.progress
+        )
+
+    def self_influence(self, model_ids: list[int] | None) -> np.ndarray:
+        """Sum up self-influence; see `tracer.Tracer.self_influence`."""
+        chosen = self._finalized_ids(model_ids)
+        tables = [self.store.checkpoint(model_id) for model_id in chosen]
+        return rank.summed_self_influence(list(zip(self._rates(chosen), tables, strict=True)))
+
+    def targets(self, exp_name: str, model_id: int) -> RowTable:
+        """Return the table of targets at a checkpoint.
+
+        Args:
+            exp_name: The name of the targets.
+            model_id: The checkpoint.
+
+        Returns:
+            The table.
+
+        Raises:
+            InputError: The name is not known.
+            IncompleteError: These targets were not scored at this checkpoint.
+        """
+        known = self.store.exp_names()
+        if exp_name not in known:
+            raise InputError(f"exp_name={exp_name!r} was never scored; {nearest_name(exp_name, known)}.")
+        if not self.store.has_targets(exp_name, model_id):
+            scored = [i for i in self.store.checkpoint_ids() if self.store.has_targets(exp_name, i)]
+            raise IncompleteError(
+                f"Targets {exp_name!r} were not scored at checkpoint {model_id}. Call start_scoring_checkpoint and "
+                f"score for it, or choose the checkpoints {scored} by model_ids=."
+            )
+        return self.store.targets(exp_name, model_id)
+
+    def _pairs(self, exp_name: str, model_ids: list[int] | None) -> tuple[list[rank.CheckpointPair], list[int]]:
+        chosen = self._finalized_ids(model_ids)
+        pairs = []
+        for model_id, rate in zip(chosen, self._rates(chosen), strict=True):
+            targets = self.targets(exp_name, model_id)
+            missing = targets.remaining()
+            if len(missing):
+                raise IncompleteError(
+                    f"{len(missing)} of {targets.num_rows} targets {exp_name!r} are missing at checkpoint {model_id}, "
+                    f"first {missing[:5].tolist()}. Score them and finalize again."
+                )
+            pairs.append(rank.CheckpointPair(rate, self.store.checkpoint(model_id), targets))
+        return pairs, chosen
+
+    def _known_ids(self, model_ids: list[int] | None) -> list[int]:
+        known = self.store.checkpoint_ids()
+        if not known:
+            raise CallOrderError("The store has no checkpoint; call load_checkpoint and featurize first.")
+        if model_ids is None:
+            return known
+        unknown = [model_id for model_id in model_ids if model_id not in known]
+        if unknown or not model_ids:
+            raise InputError(f"model_ids={model_ids!r}: {unknown or 'nothing'} is not in the store, which has {known}.")
+        return list(dict.fromkeys(model_ids))
+
+    def _finalized_ids(self, model_ids: list[int] | None) -> list[int]:
+        chosen = self._known_ids(model_ids)
+        for model_id in chosen:
+            self.check_finalized(model_id)
+        return chosen
+
+    def _rates(self, model_ids: list[int]) -> list[float]:
+        rates = [self.store.checkpoint(model_id).attributes.get("learning_rate") for model_id in model_ids]
+        unknown = [model_id for model_id, rate in zip(model_ids, rates, strict=True) if rate is None]
+        if unknown and len(unknown) < len(model_ids):
+            raise InputError(
+                f"Checkpoints {unknown} have no learning rate and the others have: they cannot be weighed against each "
+                f"other. Give it: tracer.load_checkpoint(checkpoint, model_id={unknown[0]}, learning_rate=...)."
+            )
+        return [1.0 if rate is None else float(rate) for rate in rates]

@@ -1,0 +1,87 @@
+"""Which rows a batch is: explicit indices or a running cursor, checked before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tracer.errors import BatchError, InputError, InputTypeError
+
+RowIndices = Sequence[int] | np.ndarray | Tensor
+"""What ``inds=`` takes."""
+
+
+class RowCursor:
+    """Gives each batch its row indices and remembers how far ``num_samples`` has come.
+
+    Args:
+        num_rows: The number of rows that there are.
+        size_name: What the number is called in messages, such as ``"train_set_size"``.
+    """
+
+    def __init__(self, num_rows: int, size_name: str) -> None:
+        self.num_rows, self.size_name = num_rows, size_name
+        self.position = 0
+
+    def rows(self, inds: RowIndices | None, num_samples: int | None) -> np.ndarray:
+        """Return the row indices of a batch.
+
+        Args:
+            inds: The indices, or None.
+            num_samples: The number of rows, taken from where the last such batch ended, or None.
+
+        Returns:
+            ``[n]``, int64. `advance` moves the cursor once the batch is done.
+
+        Raises:
+            InputError: Both or neither are given.
+            BatchError: Indices are repeated or out of range, or there are more rows than there should be.
+        """
+        if (inds is None) == (num_samples is None):
+            came = "neither" if inds is None else "both"
+            raise InputError(
+                f"Pass exactly one of inds and num_samples; {came} came. inds= are the batch's row indices; "
+                f"num_samples=len(batch) counts on from the batch before, for loaders that keep the order."
+            )
+        return self._following(num_samples) if inds is None else self._explicit(inds)
+
+    def advance(self, num_samples: int | None) -> None:
+        """Move the cursor behind a batch that was given by ``num_samples``."""
+        self.position += num_samples or 0
+
+    def _following(self, num_samples: int | None) -> np.ndarray:
+        if isinstance(num_samples, bool) or not isinstance(num_samples, (int, np.integer)):
+            raise InputTypeError(f"num_samples is {num_samples!r}; expected the number of rows in the batch, an int.")
+        if num_samples < 1:
+            raise BatchError(f"num_samples is {num_samples}; a batch has one row at least.")
+        stop = self.position + int(num_samples)
+        if stop > self.num_rows:
+            raise BatchError(
+                f"{num_samples} rows after the first {self.position} make {stop}, more than "
+                f"{self.size_name}={self.num_rows}. Loading a checkpoint puts the count back to 0; pass inds= for rows "
+                f"out of order."
+            )
+        return np.arange(self.position, stop, dtype=np.int64)
+
+    def _explicit(self, inds: RowIndices | None) -> np.ndarray:
+        values = inds.detach().cpu().numpy() if isinstance(inds, torch.Tensor) else np.asarray(inds)
+        if values.ndim != 1 or values.dtype.kind not in "iu":
+            raise InputTypeError(
+                f"inds must be a one-dimensional list, array or tensor of integers; got "
+                f"{type(inds).__name__} with dtype {values.dtype} and shape {values.shape}."
+            )
+        if len(values) == 0:
+            raise BatchError("inds is empty; a batch has one row at least.")
+        rows = values.astype(np.int64)
+        outside = rows[(rows < 0) | (rows >= self.num_rows)]
+        if len(outside):
+            raise BatchError(
+                f"inds has {outside[:5].tolist()} outside 0...{self.num_rows - 1} ({self.size_name}={self.num_rows})."
+            )
+        unique, counts = np.unique(rows, return_counts=True)
+        if len(unique) < len(rows):
+            raise BatchError(f"inds has rows {unique[counts > 1][:5].tolist()} more than once; give each row once.")
+        return rows

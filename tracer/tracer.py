@@ -1,0 +1,382 @@
+"""The facade: a stateful scorer that composes gradients, projection, store and scoring, and computes nothing itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tracer.arguments import check_count, check_device, check_model, check_model_id, check_rate, check_seed
+from tracer.checkpoints import LoadedWeights, fit_state, read_checkpoint, weights_fingerprint
+from tracer.errors import CallOrderError, MismatchError
+from tracer.featurize import Featurizer
+from tracer.gradients import GradientEngine, ParamSelection, select_parameters
+from tracer.manifest import Manifest
+from tracer.projection import Projector, make_projector
+from tracer.ranker import Ranker
+from tracer.rows import RowCursor, RowIndices
+from tracer.store import RowTable, Store
+from tracer.tasks import make_task
+from tracer.types import Batch, Checkpoint, TopK
+
+logger = logging.getLogger("tracer")
+
+
+class Tracer:
+    """Traces a model's behaviour to its training rows, from checkpoints of its training (TracIn, Pruthi et al. 2020).
+
+    First every train row is featurized at every checkpoint, then every target row is scored at the same checkpoints;
+    scores are then sums over checkpoints of learning-rate-weighted dot products of loss gradients. Everything lies in
+    ``save_dir`` and is resumed from there. The model is left as found: weights, modes, flags, hooks and random state.
+
+    Args:
+        model: The model. Its own weights do not matter; each checkpoint's are put in for each batch only.
+        task: A name (``image_classification``, ``text_classification``, ``binary_classification``, ``regression``,
+            ``language_modeling``), a function ``(model, batch) -> loss [B]``, or a `Task`.
+        train_set_size: The number of train rows ``N``.
+        save_dir: Where the store lies or is to be made.
+        proj_dim: The number of values ``k`` kept of a row's gradient; inner products have a relative RMS error of
+            about ``1/sqrt(k)``. Ignored by ``projector="none"``.
+        projector: ``sketch`` (default), ``none`` (exact gradients), ``rademacher``, ``gaussian``, ``factored`` or
+            ``fast_jl``.
+        gradients: ``auto`` (layer rules, ``torch.func`` where there is none), ``capture`` (layer rules only) or
+            ``functional`` (``torch.func`` only).
+        params: Name patterns of the parameters that count, a function ``(name, parameter) -> bool``, or None for all
+            trainable ones.
+        storage: ``float16`` (relative to a float32 scale a row) or ``float32``.
+        device: Where to compute; by default where the model is.
+        seed: The projection's seed.
+        resume: Open the store that lies in ``save_dir``; with False it must not exist.
+        check_rows: Recognise rows by a fingerprint of their inputs, so that a shuffled loader is an error.
+        progress: Show progress bars; None: on a terminal only.
+
+    Raises:
+        InputError: A setting is not known or out of range.
+        MismatchError: The store in ``save_dir`` was made with other settings.
+        StoreError: ``save_dir`` holds something else, or a store of a newer version.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Any,
+        train_set_size: int,
+        save_dir: str | os.PathLike[str],
+        proj_dim: int = 4096,
+        projector: str = "sketch",
+        gradients: str = "auto",
+        params: ParamSelection = None,
+        storage: str = "float16",
+        device: str | torch.device | None = None,
+        seed: int = 0,
+        resume: bool = True,
+        *,
+        check_rows: bool = True,
+        progress: bool | None = None,
+    ) -> None:
+        self.model = check_model(model)
+        self.task = make_task(task)
+        self.train_set_size = check_count(train_set_size, "train_set_size")
+        self.device = check_device(device, self.model)
+        self._seed = check_seed(seed)
+        names = select_parameters(self.model, params)
+        parameters = dict(self.model.named_parameters())
+        self._shapes = {name: tuple(parameters[name].shape) for name in names}
+        self._projection = (projector, proj_dim)
+        self._engine = GradientEngine(self.model, self.task, names, gradients, self.device)
+        self._check_rows = bool(check_rows)
+        self.store = Store.open(save_dir, self._manifest(storage), resume=resume)
+        self._ranker = Ranker(self.store, self.device, progress)
+        self._featurizer: Featurizer | None = None
+        self._projectors: tuple[int, Projector] | None = None
+        self._table: RowTable | None = None
+        self._role = ""
+        self._cursor = RowCursor(self.train_set_size, "train_set_size")
+
+    def load_checkpoint(self, checkpoint: Checkpoint, model_id: int, learning_rate: float | None = None) -> None:
+        """Choose the checkpoint at which `featurize` computes, and put the row count back to 0.
+
+        Args:
+            checkpoint: A state dict, or the path of a ``.pt``/``.pth`` (read with ``weights_only=True``) or
+                ``.safetensors`` file.
+            model_id: The checkpoint's number in the store, 0 or more.
+            learning_rate: The learning rate at the checkpoint, which weighs its scores. Another value for a known
+                checkpoint replaces the stored one; None keeps it, or gives all checkpoints the weight 1.
+
+        Raises:
+            CheckpointError: It cannot be read safely, or does not fit the model.
+            MismatchError: The store holds other weights under this ``model_id``.
+        """
+        model_id = check_model_id(model_id)
+        rate = check_rate(learning_rate)
+        weights, fingerprint = self._read(checkpoint)
+        self.flush()
+        if self.store.has_checkpoint(model_id):
+            table = self.store.checkpoint(model_id)
+            self._check_weights(table, fingerprint, model_id)
+            stored = table.attributes.get("learning_rate")
+            if rate is not None and rate != stored:
+                logger.info("checkpoint %d: learning rate %s replaces %s", model_id, rate, stored)
+                table.set_attributes(learning_rate=rate)
+        else:
+            table = self.store.create_checkpoint(model_id, fingerprint, rate)
+        self._start(table, weights, model_id, RowCursor(self.train_set_size, "train_set_size"), "featurize")
+
+    def featurize(self, batch: Batch, inds: RowIndices | None = None, num_samples: int | None = None) -> None:
+        """Compute and store the features of a batch of train rows at the loaded checkpoint.
+
+        Rows that are stored already are recognised and not computed again.
+
+        Args:
+            batch: The batch, as the task takes it, on any device.
+            inds: The rows' indices in the train set, ``[B]``; or
+            num_samples: the number of rows ``B``, counted on from the batch before.
+
+        Raises:
+            CallOrderError: No checkpoint is loaded.
+            InputError: Both or neither of ``inds`` and ``num_samples`` are given.
+            BatchError: The batch does not fit the indices, the model or the task.
+            MismatchError: A row's inputs differ from those stored for its index.
+            NonFiniteError: A row's gradient is NaN or infinite; nothing of the batch is stored.
+        """
+        if self._role != "featurize":
+            raise CallOrderError(
+                "featurize needs a checkpoint; call tracer.load_checkpoint(checkpoint, model_id=0, learning_rate=...) "
+                "first (and again after scoring)."
+            )
+        self._write(batch, inds, num_samples)
+
+    def remaining(self, model_id: int, exp_name: str | None = None) -> np.ndarray:
+        """Return the indices of the rows that are not durably stored yet at a checkpoint.
+
+        Args:
+            model_id: The checkpoint.
+            exp_name: Targets of this name, instead of train rows.
+
+        Returns:
+            Ascending row indices, int64; what is not among them survives a crash of the process.
+
+        Raises:
+            InputError: There are no targets of this name.
+            IncompleteError: These targets were not scored at this checkpoint.
+        """
+        self.flush()
+        if exp_name is not None:
+            return self._ranker.targets(exp_name, model_id).remaining()
+        if not self.store.has_checkpoint(check_model_id(model_id)):
+            return np.arange(self.train_set_size, dtype=np.int64)
+        return self.store.checkpoint(model_id).remaining()
+
+    def flush(self) -> None:
+        """Make everything that was computed durable."""
+        if self._table is not None:
+            self._table.flush()
+
+    def close(self) -> None:
+        """Flush and release the store's files; the Tracer cannot be used afterwards."""
+        if self._table is not None:
+            self._table.close()
+        self._table, self._featurizer, self._role = None, None, ""
+
+    def __enter__(self) -> Tracer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def finalize_features(self, model_ids: list[int] | None = None) -> None:
+        """Check that every train row is stored at each checkpoint, and open the checkpoints for scoring.
+
+        Args:
+            model_ids: The checkpoints; None: all in the store.
+
+        Raises:
+            CallOrderError: There is no checkpoint.
+            IncompleteError: Rows are missing; the message says how many and which come first.
+        """
+        self.flush()
+        self._ranker.finalize_features(model_ids)
+
+    def start_scoring_checkpoint(self, checkpoint: Checkpoint, model_id: int, num_targets: int, exp_name: str) -> None:
+        """Choose the checkpoint and the targets for `score`, and put the row count back to 0.
+
+        Args:
+            checkpoint: The checkpoint that was featurized under ``model_id``.
+            model_id: Its number in the store.
+            num_targets: The number of target rows ``M``.
+            exp_name: The name of this set of targets.
+
+        Raises:
+            CallOrderError: The checkpoint was not featurized and finalized.
+            MismatchError: The weights are others, or ``exp_name`` has another number of targets.
+            CheckpointError: The checkpoint cannot be read safely, or does not fit the model.
+        """
+        model_id = check_model_id(model_id)
+        num_targets = check_count(num_targets, "num_targets")
+        self.flush()
+        self._ranker.check_finalized(model_id)
+        weights, fingerprint = self._read(checkpoint)
+        self._check_weights(self.store.checkpoint(model_id), fingerprint, model_id)
+        table = self._target_table(exp_name, model_id, num_targets)
+        self._start(table, weights, model_id, RowCursor(num_targets, "num_targets"), "score")
+
+    def score(self, batch: Batch, inds: RowIndices | None = None, num_samples: int | None = None) -> None:
+        """Compute and store the features of a batch of target rows; as `featurize`, for targets.
+
+        Args:
+            batch: The batch, as the task takes it, on any device.
+            inds: The rows' indices among the targets, ``[B]``; or
+            num_samples: the number of rows ``B``, counted on from the batch before.
+
+        Raises:
+            CallOrderError: No checkpoint was chosen for scoring.
+            InputError: Both or neither of ``inds`` and ``num_samples`` are given.
+            BatchError: The batch does not fit the indices, the model or the task.
+            MismatchError: A row's inputs differ from those stored for its index.
+            NonFiniteError: A row's gradient is NaN or infinite; nothing of the batch is stored.
+        """
+        if self._role != "score":
+            raise CallOrderError(
+                "score needs a checkpoint and targets; call tracer.start_scoring_checkpoint(checkpoint, model_id=0, "
+                "num_targets=..., exp_name=...) first."
+            )
+        self._write(batch, inds, num_samples)
+
+    def finalize_scores(
+        self, exp_name: str, estimator: str = "tracin", model_ids: list[int] | None = None
+    ) -> np.ndarray:
+        """Compute the scores of all train rows for all targets of an experiment, tile by tile.
+
+        Args:
+            exp_name: The name of the targets.
+            estimator: ``tracin``: the sum over checkpoints of learning rate times the dot product of loss gradients;
+                ``cosine``: the same of normalized gradients.
+            model_ids: The checkpoints; None: all in the store.
+
+        Returns:
+            ``[train_set_size, num_targets]``, float32, read-only and mapped from the store: what is not looked at
+            takes no memory. Positive scores are proponents.
+
+        Raises:
+            InputError: The name, the estimator or a checkpoint is not known.
+            IncompleteError: Targets are missing at a checkpoint.
+            CallOrderError: A checkpoint is not finalized.
+        """
+        self.flush()
+        return self._ranker.scores(exp_name, estimator, model_ids)
+
+    def top(
+        self,
+        exp_name: str,
+        k: int,
+        kind: str = "proponents",
+        estimator: str = "tracin",
+        model_ids: list[int] | None = None,
+    ) -> TopK:
+        """Return the strongest train rows of each target, without computing a score matrix.
+
+        Args:
+            exp_name: The name of the targets.
+            k: How many rows for each target.
+            kind: ``proponents`` (largest scores) or ``opponents`` (smallest, most negative first).
+            estimator: As in `finalize_scores`.
+            model_ids: The checkpoints; None: all in the store.
+
+        Returns:
+            Indices and scores, ``[num_targets, k]`` each, strongest first.
+
+        Raises:
+            InputError: A name is not known, or ``k`` is out of range.
+            IncompleteError: Targets are missing at a checkpoint.
+            CallOrderError: A checkpoint is not finalized.
+        """
+        self.flush()
+        return self._ranker.top(exp_name, k, kind, estimator, model_ids)
+
+    def self_influence(self, model_ids: list[int] | None = None) -> np.ndarray:
+        """Return each train row's influence on itself: the sum over checkpoints of ``lr ‖gradient of the loss‖²``.
+
+        It is computed from exact gradient norms, so it has no projection error. Mislabelled and unusual rows have
+        large values (Pruthi et al. 2020, section 4.1).
+
+        Args:
+            model_ids: The checkpoints; None: all in the store.
+
+        Returns:
+            ``[train_set_size]``, float64.
+
+        Raises:
+            CallOrderError: A checkpoint is not finalized.
+        """
+        self.flush()
+        return self._ranker.self_influence(model_ids)
+
+    def _manifest(self, storage: str) -> Manifest:
+        projector = self._projector(None)
+        settings = {
+            "train_set_size": self.train_set_size,
+            "task": self.task.settings(),
+            "params": {name: list(shape) for name, shape in self._shapes.items()},
+            "projector": projector.settings(),
+            "feature_dim": projector.dim,
+            "storage": storage,
+            "check_rows": self._check_rows,
+        }
+        return Manifest(settings, info={"model": type(self.model).__name__})
+
+    def _projector(self, model_id: int | None) -> Projector:
+        """Return a checkpoint's projector; each has a matrix of its own, so that errors average over checkpoints."""
+        kind, proj_dim = self._projection
+        seed = self._seed
+        if model_id is not None:
+            seed = int(np.random.SeedSequence([self._seed, model_id]).generate_state(1, np.uint64)[0] >> 1)
+        return make_projector(kind, self._shapes, proj_dim, seed, self.device)
+
+    def _read(self, checkpoint: Checkpoint) -> tuple[LoadedWeights, str]:
+        state = fit_state(self.model, read_checkpoint(checkpoint))
+        return LoadedWeights(self.model, state, self.device), weights_fingerprint(state)
+
+    def _check_weights(self, table: RowTable, fingerprint: str, model_id: int) -> None:
+        stored = table.attributes["weights_fingerprint"]
+        if stored != fingerprint:
+            raise MismatchError(
+                f"The store holds other weights under model_id={model_id} (fingerprint {stored}, now {fingerprint}). "
+                f"Pass the checkpoint that was featurized, or use a new model_id for this one."
+            )
+
+    def _target_table(self, exp_name: str, model_id: int, num_targets: int) -> RowTable:
+        for other in self.store.checkpoint_ids():
+            if not self.store.has_targets(exp_name, other):
+                continue
+            stored = self.store.targets(exp_name, other).num_rows
+            if stored != num_targets:
+                raise MismatchError(
+                    f"exp_name={exp_name!r} has {stored} targets at checkpoint {other}; num_targets={num_targets} "
+                    f"came. Pass num_targets={stored}, or choose another exp_name."
+                )
+        if self.store.has_targets(exp_name, model_id):
+            return self.store.targets(exp_name, model_id)
+        return self.store.create_targets(exp_name, model_id, num_targets)
+
+    def _start(self, table: RowTable, weights: LoadedWeights, model_id: int, cursor: RowCursor, role: str) -> None:
+        if self._projectors is None or self._projectors[0] != model_id:
+            self._projectors = (model_id, self._projector(model_id))
+        self._featurizer = Featurizer(
+            self.model, weights, self._engine, self._projectors[1], self.device, self._check_rows
+        )
+        if self._table is not None:
+            self._table.close()
+        self._table, self._cursor, self._role = table, cursor, role
+
+    def _write(self, batch: Batch, inds: RowIndices | None, num_samples: int | None) -> None:
+        rows = self._cursor.rows(inds, num_samples)
+        assert self._featurizer is not None and self._table is not None  # both are set with the role
+        self._featurizer.write(self._table, batch, rows)
+        self._cursor.advance(num_samples)
