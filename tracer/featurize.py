@@ -61,24 +61,29 @@ class Featurizer:
         self.engine, self.projector = engine, projector
         self.device, self.check_rows = device, check_rows
 
-    def write(self, table: RowTable, batch: Batch, rows: np.ndarray) -> int:
+    def write(self, table: RowTable, batch: Batch, rows: np.ndarray, same_rows: RowTable | None = None) -> int:
         """Compute and write those rows of a batch that the table does not hold yet.
 
         Args:
             table: Where the rows go.
             batch: A batch of ``len(rows)`` samples.
             rows: ``[n]``, int64, the index of each sample in the table.
+            same_rows: A table of the same rows at another checkpoint, with which fingerprints are compared.
 
         Returns:
             The number of rows computed.
 
         Raises:
             BatchError: The batch does not hold ``len(rows)`` samples.
-            MismatchError: A row's inputs differ from those that the table holds for its index.
+            MismatchError: A row's inputs differ from those that either table holds for its index.
             NonFiniteError: A row's gradient, loss or slope is NaN or infinite; nothing of the batch is written.
         """
         check_batch_size(batch, len(rows))
-        fingerprint = row_fingerprints(batch, len(rows)) if self.check_rows else np.zeros(len(rows), dtype=np.uint64)
+        fingerprint = np.zeros(len(rows), dtype=np.uint64)
+        if self.check_rows:
+            fingerprint = row_fingerprints(batch, len(rows))
+            if same_rows is not None:
+                same_rows.check_rows(rows, fingerprint)
         new = np.flatnonzero(~table.check_rows(rows, fingerprint))
         if len(new) == 0:
             return 0

@@ -68,13 +68,13 @@ class RowCursor:
 
     def _explicit(self, inds: RowIndices | None) -> np.ndarray:
         values = inds.detach().cpu().numpy() if isinstance(inds, torch.Tensor) else np.asarray(inds)
+        if values.shape == (0,):
+            raise BatchError("inds is empty; a batch has one row at least.")
         if values.ndim != 1 or values.dtype.kind not in "iu":
             raise InputTypeError(
                 f"inds must be a one-dimensional list, array or tensor of integers; got "
                 f"{type(inds).__name__} with dtype {values.dtype} and shape {values.shape}."
             )
-        if len(values) == 0:
-            raise BatchError("inds is empty; a batch has one row at least.")
         rows = values.astype(np.int64)
         outside = rows[(rows < 0) | (rows >= self.num_rows)]
         if len(outside):

@@ -95,6 +95,7 @@ class Tracer:
         self._featurizer: Featurizer | None = None
         self._projectors: tuple[int, Projector] | None = None
         self._table: RowTable | None = None
+        self._same_rows: RowTable | None = None
         self._role = ""
         self._cursor = RowCursor(self.train_set_size, "train_set_size")
 
@@ -126,6 +127,8 @@ class Tracer:
         else:
             table = self.store.create_checkpoint(model_id, fingerprint, rate)
         self._start(table, weights, model_id, RowCursor(self.train_set_size, "train_set_size"), "featurize")
+        others = [other for other in self.store.checkpoint_ids() if other != model_id]
+        self._same_rows = self.store.checkpoint(others[0]) if others else None
 
     def featurize(self, batch: Batch, inds: RowIndices | None = None, num_samples: int | None = None) -> None:
         """Compute and store the features of a batch of train rows at the loaded checkpoint.
@@ -226,6 +229,8 @@ class Tracer:
         self._check_weights(self.store.checkpoint(model_id), fingerprint, model_id)
         table = self._target_table(exp_name, model_id, num_targets)
         self._start(table, weights, model_id, RowCursor(num_targets, "num_targets"), "score")
+        others = [other for other in self.store.target_ids(exp_name) if other != model_id]
+        self._same_rows = self.store.targets(exp_name, others[0]) if others else None
 
     def score(self, batch: Batch, inds: RowIndices | None = None, num_samples: int | None = None) -> None:
         """Compute and store the features of a batch of target rows; as `featurize`, for targets.
@@ -352,9 +357,7 @@ class Tracer:
             )
 
     def _target_table(self, exp_name: str, model_id: int, num_targets: int) -> RowTable:
-        for other in self.store.checkpoint_ids():
-            if not self.store.has_targets(exp_name, other):
-                continue
+        for other in self.store.target_ids(exp_name):
             stored = self.store.targets(exp_name, other).num_rows
             if stored != num_targets:
                 raise MismatchError(
@@ -378,5 +381,5 @@ class Tracer:
     def _write(self, batch: Batch, inds: RowIndices | None, num_samples: int | None) -> None:
         rows = self._cursor.rows(inds, num_samples)
         assert self._featurizer is not None and self._table is not None  # both are set with the role
-        self._featurizer.write(self._table, batch, rows)
+        self._featurizer.write(self._table, batch, rows, self._same_rows)
         self._cursor.advance(num_samples)

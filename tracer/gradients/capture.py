@@ -7,7 +7,7 @@ edges then gives all output gradients; batch gradients of weights are never comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -102,7 +102,7 @@ class _Recorder:
         self.recording = True
         self.expanded = False
 
-    def hook(self, layer: CapturedLayer):  # noqa: ANN201
+    def hook(self, layer: CapturedLayer) -> Callable[..., Tensor | None]:
         """Return the forward hook of a layer."""
 
         def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:

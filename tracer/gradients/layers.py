@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +28,13 @@ class LayerCall:
     """One call of a layer.
 
     Attributes:
-        module: The layer.
+        module: The layer, a ``torch.nn.Module`` (typed Any: a rule knows its attributes, a type checker does not).
         inputs: Its tensor arguments, ``[N, ...]`` each.
         grad_output: The gradient of the outputs' sum with respect to its output, ``[N, ...]``.
         wanted: The layer's own names of the parameters whose gradient is wanted.
     """
 
-    module: nn.Module
+    module: Any
     inputs: tuple[Tensor, ...]
     grad_output: Tensor
     wanted: frozenset[str]
@@ -210,13 +211,13 @@ def _batch_norm(call: LayerCall) -> Gradients:
     return _affine(call, normalized, True)
 
 
-def _refuses_batch_norm(module: nn.Module) -> str | None:
+def _refuses_batch_norm(module: Any) -> str | None:
     if module.running_mean is None:  # with running statistics, eval mode uses those
         return "it normalizes with the statistics of the batch"
     return None
 
 
-def _refuses_embedding(module: nn.Module) -> str | None:
+def _refuses_embedding(module: Any) -> str | None:
     if module.scale_grad_by_freq:
         return "scale_grad_by_freq scales gradients by counts over the batch"
     if module.max_norm is not None:
@@ -235,8 +236,8 @@ def _register_defaults() -> None:
     register_layer_rule(nn.GroupNorm, _group_norm)
     for norm in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d):
         register_layer_rule(norm, _instance_norm)
-    for norm in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
-        register_layer_rule(norm, _batch_norm, ("weight", "bias"), _refuses_batch_norm)
+    for batch_norm in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+        register_layer_rule(batch_norm, _batch_norm, ("weight", "bias"), _refuses_batch_norm)
 
 
 _register_defaults()

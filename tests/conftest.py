@@ -1,0 +1,58 @@
+"""Fixtures that several test modules use."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+
+def small_net() -> nn.Module:
+    """A conv net with the usual layers, small enough for exact gradients."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, 3, stride=2),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(4 * 2 * 2, 3),
+    )
+
+
+class Run:
+    """A model, data and three checkpoints with learning rates, as a training run leaves them."""
+
+    def __init__(self, num_train: int = 23, num_targets: int = 5) -> None:
+        self.model = small_net()
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(num_train, 2, 6, 6, generator=generator)
+        self.y = torch.randint(0, 3, (num_train,), generator=generator)
+        self.target_x = torch.randn(num_targets, 2, 6, 6, generator=generator)
+        self.target_y = torch.randint(0, 3, (num_targets,), generator=generator)
+        self.checkpoints = []
+        trained = copy.deepcopy(self.model)
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+        for learning_rate in (0.3, 0.2, 0.1):
+            optimizer.param_groups[0]["lr"] = learning_rate
+            for _ in range(3):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(trained(self.x), self.y).backward()
+                optimizer.step()
+            self.checkpoints.append((copy.deepcopy(trained.state_dict()), learning_rate))
+
+    @property
+    def train(self):
+        return self.x, self.y
+
+    @property
+    def targets(self):
+        return self.target_x, self.target_y
+
+
+@pytest.fixture
+def run() -> Run:
+    return Run()
