@@ -216,7 +216,7 @@ class GradientEngine:
         """Check the general way against autograd; vmap may give way to the loop, the loop to an error."""
         if not self.general:
             return True
-        rest = Reference(reference.weights, reference.outputs, {n: reference.gradients[n] for n in self.general})
+        rest = reference.of(self.general)
         totals: dict[str, Tensor] = {}
         for start, stop, gradients in self._general_parts(batch, batch_size, reference.outputs):
             part = rest.weighted(gradients, start, stop)

@@ -1,13 +1,15 @@
 """The check of per-sample gradients against autograd.
 
 For random weights c the sum over samples of ``c_b * gradient_b`` must equal autograd's gradient of ``sum_b c_b f_b``.
-The difference is measured against ``sum_b |c_b| * |gradient_b|``, which rounding errors scale with.
+The difference is measured against ``sum_b |c_b| * |gradient_b|``, which rounding errors scale with, and counts only
+above the rounding noise of the whole gradient: some gradients are zero but for noise, such as that of an attention
+key's bias, which softmax cancels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +20,17 @@ from tracer.tasks import Task
 from tracer.types import Batch
 
 BLOCK_BYTES = 32 << 20
+_NOISE = 64.0
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the relative difference that rounding in this dtype can explain (TF32 counts on CUDA)."""
+    """Return the relative difference that rounding can explain, from how models compute in this dtype.
+
+    Many models compute parts in float32 whatever their dtype (norms, rotary positions), so float64 is not held to its
+    own rounding; on CUDA float32 may be TF32.
+    """
     if dtype == torch.float64:
-        return 1e-8
+        return 1e-5
     if dtype == torch.float32:
         return 2e-2 if device.type == "cuda" else 1e-3
     return 1e-1
@@ -37,11 +44,17 @@ class Reference:
         weights: The random weights c, ``[B]``.
         outputs: f of each sample, ``[B]``.
         gradients: The gradient of ``sum_b c_b f_b`` by parameter name.
+        scale: The largest norm of a parameter's gradient.
     """
 
     weights: Tensor
     outputs: Tensor
     gradients: dict[str, Tensor]
+    scale: float
+
+    def of(self, names: Iterable[str]) -> Reference:
+        """Return the reference for some of the parameters."""
+        return replace(self, gradients={name: self.gradients[name] for name in names})
 
     def same_outputs(self, outputs: Tensor) -> bool:
         """Tell whether another forward gave the same f, up to rounding; NaN equals NaN."""
@@ -72,7 +85,8 @@ class Reference:
             scale = max(float(flat.norm()), float(total[-1]) if total is not None else 0.0)
             difference = float((found - flat).norm())
             bound = tolerance(expected.dtype, expected.device)
-            if difference > bound * scale:
+            noise = _NOISE * torch.finfo(expected.dtype).eps * self.scale
+            if difference > max(bound * scale, noise):
                 wrong[name] = f"relative difference {difference / scale:.2g}, tolerance {bound:.0e}"
         return wrong
 
@@ -126,7 +140,8 @@ def reference_pass(model: nn.Module, task: Task, batch: Batch, batch_size: int, 
     for name, parameter, grad in zip(names, wanted, grads, strict=True):
         dense = torch.zeros_like(parameter) if grad is None else grad.to_dense() if grad.is_sparse else grad
         gradients[name] = dense.detach()
-    return Reference(weights, output.detach(), gradients)
+    scale = max(float(gradient.double().norm()) for gradient in gradients.values())
+    return Reference(weights, output.detach(), gradients, scale)
 
 
 def disagreeing(
@@ -142,5 +157,5 @@ def disagreeing(
     Returns:
         What differs, by parameter name.
     """
-    part = Reference(reference.weights, reference.outputs, {name: reference.gradients[name] for name in names})
+    part = reference.of(names)
     return part.compare(part.weighted({name: gradients[name] for name in names if name in gradients}))

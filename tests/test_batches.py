@@ -1,0 +1,118 @@
+"""Batches: containers keep their type, rows are counted, picked and recognised."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict, UserDict, namedtuple
+
+import numpy as np
+import pytest
+import torch
+
+import tracer
+from tracer.batches import check_batch_size, count_rows, leaves, map_leaves, row_fingerprints, select_rows, to_device
+
+Pair = namedtuple("Pair", "x y")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    x: torch.Tensor
+    words: list
+
+
+X, Y = torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 2])
+BATCHES = [
+    (X, Y),
+    [X, Y],
+    {"x": X, "y": Y},
+    OrderedDict(x=X, y=Y),
+    UserDict(x=X, y=Y),
+    Pair(X, Y),
+    Sample(X, ["a", "b", "c"]),
+    ({"x": X, "deep": [X, (Y,)]}, Y),
+    (X.numpy(), Y.numpy()),
+]
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=lambda batch: type(batch).__name__)
+def test_select_rows_keeps_containers(batch):
+    picked = select_rows(batch, torch.tensor([2, 0]), 3)
+    assert type(picked) is type(batch)
+    before, after = list(leaves(batch)), list(leaves(picked))
+    assert [path for path, _ in before] == [path for path, _ in after]
+    for (_, old), (_, new) in zip(before, after, strict=True):
+        if isinstance(old, torch.Tensor):
+            assert torch.equal(new, old[[2, 0]])
+        else:
+            assert new == [old[2], old[0]]
+
+
+def test_shared_leaves_stay_whole():
+    batch = {"x": X, "scale": torch.tensor(2.0), "positions": torch.arange(7)[None], "name": "all"}
+    check_batch_size(batch, 3)
+    picked = select_rows(batch, torch.tensor([1]), 3)
+    assert picked["scale"] == 2.0
+    assert picked["positions"].shape == (1, 7)
+    assert picked["name"] == "all"
+
+
+def test_attributes_of_mappings_survive():
+    class Encoding(UserDict):
+        note = None
+
+    batch = Encoding(x=X)
+    batch.note = "mine"
+    assert to_device(batch, torch.device("cpu")).note == "mine"
+
+
+def test_wrong_sizes_name_the_leaf():
+    with pytest.raises(tracer.BatchError, match=r"batch\['y'\]\[0\] has 3 rows"):
+        check_batch_size({"x": X[:2], "y": (Y,)}, 2)
+    with pytest.raises(tracer.BatchError, match="holds no tensor with 4 rows"):
+        check_batch_size({"scale": torch.tensor(1.0), "one": X[:1]}, 4)
+
+
+def test_rows_are_counted():
+    assert count_rows(({"x": X}, Y)) == 3
+    with pytest.raises(tracer.BatchError, match="holds no tensor"):
+        count_rows({"words": ["a", "b"]})
+
+
+def test_arrays_of_strings_are_left_alone():
+    words = np.array(["a", "b", "c"])
+    assert map_leaves(words, lambda leaf: leaf) is words
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.bool, torch.int64])
+def test_fingerprints_tell_rows_apart_and_ignore_the_batch(dtype):
+    values = torch.arange(8).reshape(4, 2).remainder(3).to(dtype)
+    values[:, 0] = torch.tensor([0, 1, 0, 1]).to(dtype)
+    values[:, 1] = torch.tensor([0, 0, 1, 1]).to(dtype)
+    whole = row_fingerprints((values, torch.arange(4)), 4)
+    assert len(set(whole.tolist())) == 4
+    parts = [row_fingerprints((values[[i]], torch.tensor([i])), 1)[0] for i in range(4)]
+    np.testing.assert_array_equal(whole, parts)
+    again = row_fingerprints((values.clone().T.contiguous().T, torch.arange(4)), 4)
+    np.testing.assert_array_equal(whole, again)
+
+
+def test_fingerprints_are_pinned():
+    found = row_fingerprints((X, Y, ["a", "b", "c"]), 3)
+    assert found.tolist() == [1416496681966251572, 147111275779366350, 10791118037725513409]
+
+
+def test_fingerprints_do_not_depend_on_padding():
+    tokens = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]])
+    mask = (tokens > 0).long()
+    labels = tokens.masked_fill(mask == 0, -100)
+    long = row_fingerprints({"input_ids": tokens, "attention_mask": mask, "labels": labels}, 2)
+    short = row_fingerprints({"input_ids": tokens[1:, :2], "attention_mask": mask[1:, :2], "labels": labels[1:, :2]}, 1)
+    left = row_fingerprints(
+        {"input_ids": tokens.flip(1)[:1], "attention_mask": mask.flip(1)[:1], "labels": labels.flip(1)[:1]}, 1
+    )
+    assert long[1] == short[0]
+    assert long[0] != left[0]  # its tokens are in another order
+    class_labels = {"input_ids": tokens, "attention_mask": mask, "labels": torch.tensor([0, 1])}
+    changed = {**class_labels, "labels": torch.tensor([1, 1])}
+    assert row_fingerprints(class_labels, 2)[0] != row_fingerprints(changed, 2)[0]
