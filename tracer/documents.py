@@ -1,0 +1,176 @@
+"""Files that are all there or not at all: JSON metadata of zarr nodes, files of zeros, staging directories.
+
+Whatever has its final name is complete: it is made under a name that starts with `PARTIAL` and renamed when it is on
+the disk. A process killed at any instant leaves the old file or the new one, and perhaps a partial one that nobody
+reads; `sweep` removes those later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tracer.errors import StoreError
+
+NODE = "zarr.json"
+PARTIAL = ".partial-"
+_STALE_SECONDS = 600
+_CANNOT_RESERVE = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, errno.ENODEV}
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the system's errors on files into one of ours that says what to do.
+
+    Args:
+        path: What was written or read.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        StoreError: In place of any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"writing or reading {path} failed: {error}. Free space or mend the disk and open the store again: "
+            "what was done by then is kept, the rest is written again"
+        ) from error
+
+
+def partial_path(directory: Path) -> Path:
+    """Return an unused name in a directory for something unfinished."""
+    return directory / f"{PARTIAL}{uuid.uuid4().hex}"
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Read the JSON document of a zarr node.
+
+    Args:
+        path: The ``zarr.json``.
+
+    Returns:
+        The document, with a dict under ``attributes``.
+
+    Raises:
+        FileNotFoundError: There is none.
+        StoreError: It cannot be read or is no zarr version 3 node.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read ({error}): restore it, or remove what it describes") from error
+    if not isinstance(document, dict) or document.get("zarr_format") != 3:
+        raise StoreError(f"{path} is no zarr version 3 metadata: expected zarr_format 3; choose another save_dir")
+    if not isinstance(document.setdefault("attributes", {}), dict):
+        raise StoreError(f"{path} is damaged: expected a JSON object under 'attributes'; restore it")
+    return document
+
+
+def write_document(path: Path, document: Mapping[str, Any], *, replace: bool = True) -> None:
+    """Write a JSON document so that readers and crashes see all of it or none.
+
+    Args:
+        path: Where; its directory exists.
+        document: JSON values.
+        replace: Whether a document that is already there is replaced; otherwise it stays, and nothing is written.
+    """
+    sweep(path.parent)
+    partial = partial_path(path.parent)
+    try:
+        with partial.open("x", encoding="utf-8") as file:
+            json.dump(document, file, indent=2, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            partial.replace(path)
+        else:
+            publish(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_group(path: Path, attributes: Mapping[str, Any], *, replace: bool = True) -> None:
+    """Make a directory a zarr group with these attributes."""
+    document = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+    write_document(path / NODE, document, replace=replace)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Give a finished file its name; a file that already has the name stays, also when two processes race."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without hard links: only the race is not covered
+        if not path.exists():
+            partial.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a directory, durable.
+
+    Does nothing for a directory where the system cannot sync one.
+    """
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(path: Path) -> None:
+    """Remove unfinished files and directories that a crash left here more than ten minutes ago."""
+    for partial in path.glob(f"{PARTIAL}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def create_file(path: Path, data_bytes: int, tail: bytes = b"") -> None:
+    """Create a file of zeros with a tail, of full size from the first instant that it has its name.
+
+    Its blocks are reserved where the file system can, so that a full disk is an error here and not a signal that ends
+    the process when a page of the map is first written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path.parent)
+    try:
+        with partial.open("xb") as file:
+            _reserve(file.fileno(), data_bytes + len(tail))
+            file.seek(data_bytes)
+            file.write(tail)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    for directory in path.parents[:3]:  # c/0/0 of an array: the directories may be new as well
+        sync(directory)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give a new file its size and reserve its blocks; only the size where they cannot be reserved."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except AttributeError:  # macOS, Windows
+        os.truncate(descriptor, size)
+    except OSError as error:
+        if error.errno not in _CANNOT_RESERVE:
+            raise
+        os.truncate(descriptor, size)

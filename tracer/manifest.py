@@ -1,0 +1,256 @@
+"""The settings that decide every number of a store: written once, compared whenever the store is opened again.
+
+A manifest lies in the attributes of the store's root group.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tracer.errors import InputError, InputTypeError, MismatchError, StoreError
+
+FORMAT = "tracer"
+FORMAT_VERSION = 1
+STORAGES = ("float32", "float16")
+_REQUIRED = ("train_set_size", "feature_dim", "storage")
+_MAX_NAMED = 6
+
+logger = logging.getLogger("tracer")
+
+
+def current_versions() -> dict[str, str]:
+    """Return the versions of the packages that numbers come from; ``"unknown"`` where one is not installed."""
+    versions = {}
+    for name, distribution in (("tracer", "tracin"), ("torch", "torch"), ("numpy", "numpy"), ("zarr", "zarr")):
+        try:
+            versions[name] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "unknown"
+    return versions
+
+
+def json_value(value: Any, where: str) -> Any:
+    """Return a copy of a value made of plain JSON: dict, list, str, bool, int, float or None.
+
+    Args:
+        value: What came; tuples become lists, numpy scalars become Python numbers.
+        where: What to call it in errors.
+
+    Returns:
+        The copy, equal to what reading it back from JSON gives.
+
+    Raises:
+        InputTypeError: A part of it is of another type.
+        InputError: A number is NaN or infinite.
+
+    >>> json_value({"shape": (2, 3)}, "settings")
+    {'shape': [2, 3]}
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where} is {value}: expected a finite number")
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [json_value(item, f"{where}[{position}]") for position, item in enumerate(value)]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: json_value(item, f"{where}.{key}") for key, item in value.items()}
+    raise InputTypeError(
+        f"{where} is of type {type(value).__name__}: expected JSON values "
+        "(dicts with str keys, lists, str, bool, int, float, None); convert it first"
+    )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store was made with.
+
+    Attributes:
+        settings: Every setting that changes numbers, as JSON values, compared when a store is opened again. Three
+            are read by the store itself: ``train_set_size`` (int), ``feature_dim`` (int) and ``storage``
+            (``"float32"`` or ``"float16"``). ``params`` maps names to shapes and its order counts.
+        info: What is good to know and never compared: the model's class, the command.
+        versions: The packages that made the store; another version is only logged.
+        format_version: Of the files; a newer one than this package knows is refused.
+
+    >>> manifest = Manifest({"train_set_size": 5, "feature_dim": 2, "storage": "float16"})
+    >>> manifest.train_set_size, manifest.storage
+    (5, 'float16')
+    """
+
+    settings: Mapping[str, Any]
+    info: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=current_versions)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Normalise to plain JSON and check the settings that the store reads.
+
+        Raises:
+            InputError: One of them is missing or has a value that cannot be used.
+        """
+        for name in ("settings", "info", "versions"):
+            object.__setattr__(self, name, json_value(getattr(self, name), name))
+        missing = [name for name in _REQUIRED if name not in self.settings]
+        if missing:
+            raise InputError(f"settings lack {missing}: expected at least {list(_REQUIRED)}")
+        for name in ("train_set_size", "feature_dim"):
+            value = self.settings[name]
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name} is {value!r}: expected an integer of at least 1")
+        if self.settings["storage"] not in STORAGES:
+            raise InputError(f"storage is {self.settings['storage']!r}: expected one of {list(STORAGES)}")
+
+    @property
+    def train_set_size(self) -> int:
+        """The number of train rows N."""
+        return int(self.settings["train_set_size"])
+
+    @property
+    def feature_dim(self) -> int:
+        """The number of values stored for a row."""
+        return int(self.settings["feature_dim"])
+
+    @property
+    def storage(self) -> str:
+        """The dtype of stored features: ``"float32"`` or ``"float16"``."""
+        return str(self.settings["storage"])
+
+    def attributes(self) -> dict[str, Any]:
+        """Return the manifest as attributes of the store's root group."""
+        return {
+            "format": FORMAT,
+            "format_version": self.format_version,
+            "settings": dict(self.settings),
+            "info": dict(self.info),
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any], where: Path) -> Manifest:
+        """Read a manifest back from the attributes of a store's root group.
+
+        Args:
+            attributes: Of the root group.
+            where: The store's directory, for errors.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            StoreError: They are another program's, damaged, or of a newer format.
+        """
+        if attributes.get("format") != FORMAT:
+            raise StoreError(
+                f"{where} holds a zarr group that this library did not write: expected the attribute "
+                f"format={FORMAT!r}, got {attributes.get('format')!r}; choose another save_dir"
+            )
+        version = attributes.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise StoreError(
+                f"{where} has format version {version}, this package knows up to {FORMAT_VERSION}: upgrade the package"
+            )
+        try:
+            return cls(
+                attributes["settings"], attributes["info"], attributes["versions"], int(attributes["format_version"])
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"the manifest in {where / 'zarr.json'} is damaged ({error!r}): restore it or choose another save_dir"
+            ) from error
+
+
+def differences(stored: Manifest, asked: Manifest) -> list[str]:
+    """Return what differs between the settings of two manifests, one readable line each.
+
+    Args:
+        stored: What the store was made with.
+        asked: What it is opened with.
+
+    Returns:
+        Lines such as ``projector.seed: stored 0, asked 1``; empty when the settings are the same.
+    """
+    return list(_differences("", stored.settings, asked.settings))
+
+
+def check_same(stored: Manifest, asked: Manifest, where: Path) -> None:
+    """Check that a store may be continued with these settings; other package versions are only logged.
+
+    Args:
+        stored: What the store was made with.
+        asked: What it is opened with.
+        where: The store's directory.
+
+    Raises:
+        MismatchError: Settings differ; the message lists them all.
+    """
+    lines = differences(stored, asked)
+    if lines:
+        raise MismatchError(
+            f"{where} was written with other settings:\n  - "
+            + "\n  - ".join(lines)
+            + "\nPass another save_dir to start anew, or the stored values to continue with what is there."
+        )
+    for line in _differences("", stored.versions, asked.versions):
+        logger.info("%s was written with another version of %s", where, line)
+
+
+def _differences(path: str, stored: Any, asked: Any) -> Iterator[str]:
+    """Yield the lines of `differences` for one pair of values, at a dotted path."""
+    if isinstance(stored, Mapping) and isinstance(asked, Mapping):
+        if path == "params":
+            yield from _param_differences(stored, asked)
+            return
+        for key in [*stored, *(key for key in asked if key not in stored)]:
+            inner = f"{path}.{key}" if path else key
+            if key not in asked:
+                yield f"{inner}: stored {_short(stored[key])}, asked nothing"
+            elif key not in stored:
+                yield f"{inner}: stored nothing, asked {_short(asked[key])}"
+            else:
+                yield from _differences(inner, stored[key], asked[key])
+    elif stored != asked or isinstance(stored, bool) != isinstance(asked, bool):
+        yield f"{path}: stored {_short(stored)}, asked {_short(asked)}"
+
+
+def _param_differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
+    """Yield which parameters were added, removed, reshaped or put in another order."""
+    removed = [repr(name) for name in stored if name not in asked]
+    added = [repr(name) for name in asked if name not in stored]
+    reshaped = [
+        f"{name!r} stored {stored[name]}, asked {asked[name]}"
+        for name in stored
+        if name in asked and stored[name] != asked[name]
+    ]
+    for names, what in ((removed, "only stored"), (added, "only asked"), (reshaped, "of another shape")):
+        if names:
+            yield f"params: {len(names)} {what}: {listing(names)}"
+    if not removed and not added:
+        for position, (before, now) in enumerate(zip(stored, asked, strict=True)):
+            if before != now:
+                yield f"params: in another order, first at position {position}: stored {before!r}, asked {now!r}"
+                return
+
+
+def listing(items: Sequence[Any] | np.ndarray, most: int = _MAX_NAMED) -> str:
+    """Return the first items, joined by commas, and how many more there are.
+
+    >>> listing(["a", "b", "c"], most=2)
+    'a, b, … (1 more)'
+    """
+    more = len(items) - most
+    return ", ".join(str(item) for item in items[:most]) + (f", … ({more} more)" if more > 0 else "")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
