@@ -1,0 +1,25 @@
+"""A small store and rows whose content depends on their index only, for the tests of the store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tracer.manifest import Manifest
+from tracer.tables import COLUMNS
+
+N, DIM = 23, 5
+
+
+def manifest(**changes: Any) -> Manifest:
+    return Manifest({"train_set_size": N, "feature_dim": DIM, "storage": "float32", "seed": 0, **changes})
+
+
+def batch(rows: np.ndarray, seed: int = 0, dim: int = DIM) -> dict[str, np.ndarray]:
+    """Rows whose content depends on their index only, not on how they are batched."""
+    rng = np.random.default_rng(seed)
+    table = {name: rng.standard_normal(1000).astype(np.float32)[rows] for name in COLUMNS if COLUMNS[name] == "float32"}
+    table.pop("scale")
+    features = rng.standard_normal((1000, dim)).astype(np.float32)[rows]
+    return {"rows": rows, "features": features, "fingerprint": rows.astype(np.uint64) + np.uint64(2**63), **table}

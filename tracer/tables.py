@@ -1,0 +1,381 @@
+"""Rows of features and what belongs to them, for one checkpoint: written in any order, done only once on the disk.
+
+Layout: ``N`` rows of ``dim`` values. A float16 row is stored divided by its largest absolute value, which is its
+``scale``: gradients of norm 1e-12 and 1e12 keep the same relative precision. A float32 row has scale 1.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from tracer.documents import NODE, disk_errors, partial_path, read_document, sync, write_group
+from tracer.errors import CallOrderError, InputError, InputTypeError, MismatchError, NonFiniteError, StoreError
+from tracer.manifest import json_value, listing
+from tracer.mapped import CHUNK_BYTES, FLUSH_SECONDS, Completion, Layout, MappedArray, create_array
+
+VALUES = ("loss", "slope", "curvature", "gradient_norm")
+"""The float32 columns that come with a row, all ``[N]``."""
+COLUMNS = {"scale": "float32", **dict.fromkeys(VALUES, "float32"), "fingerprint": "uint64", "done": "bool"}
+_MAX_NAMED = 5
+
+
+def create_table(
+    path: Path, staging: Path, *, num_rows: int, dim: int, storage: str, attributes: Mapping[str, Any]
+) -> None:
+    """Create an empty table; it has its name only when it is complete.
+
+    Args:
+        path: Where; nothing is there, its parent is a zarr group.
+        staging: A directory on the same file system where it is put together.
+        num_rows: N.
+        dim: The values of a row.
+        storage: ``"float32"`` or ``"float16"``.
+        attributes: Of the group, JSON values.
+
+    Raises:
+        InputError: There are no rows.
+        StoreError: Something of that name is there already, or the disk fails.
+    """
+    if num_rows < 1:
+        raise InputError(f"a table of {num_rows} rows was asked for: expected at least 1")
+    partial = partial_path(staging)
+    with disk_errors(path):
+        partial.mkdir()
+        try:
+            layouts = {name: Layout((num_rows,), dtype, num_rows) for name, dtype in COLUMNS.items()}
+            layouts["features"] = Layout.rows((num_rows, dim), storage, CHUNK_BYTES)
+            for name, layout in layouts.items():
+                create_array(partial / name, layout)
+            write_group(partial, {**attributes, "num_rows": num_rows})
+            if path.exists():
+                raise StoreError(f"{path} exists already: open it instead of creating it, or remove it")
+            partial.rename(path)
+            sync(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+class RowTable:
+    """The rows of one checkpoint: train rows, or target rows.
+
+    One process writes a table, or several of which no two write the same row; any number may read it meanwhile. Rows
+    that were written count as done only after `flush`, which also runs by itself every ``flush_seconds`` of writing,
+    and when the table is closed. A process that is killed loses the rows since then and no others. Views and copies
+    stay valid after `close`.
+
+    Args:
+        path: The table's directory.
+        flush_seconds: How long written rows may wait for a flush; 0 flushes with every write.
+
+    Attributes:
+        num_rows: N.
+        dim: The values of a row.
+        storage: The dtype they are stored in, ``"float32"`` or ``"float16"``.
+
+    Raises:
+        StoreError: The table is damaged.
+    """
+
+    def __init__(self, path: Path, *, flush_seconds: float = FLUSH_SECONDS) -> None:
+        self.path = path
+        self._features = MappedArray(path / "features")
+        self._columns = {name: MappedArray(path / name) for name in COLUMNS}
+        self._closed = False
+        layout = self._features.layout
+        if len(layout.shape) != 2 or any(array.layout.shape != layout.shape[:1] for array in self._columns.values()):
+            raise StoreError(f"{path} is damaged: its arrays have different lengths; remove it to compute it again")
+        for name, array in self._columns.items():
+            if array.layout.dtype != COLUMNS[name]:
+                raise StoreError(f"{array.path} is damaged: expected {COLUMNS[name]}, found {array.layout.dtype}")
+        self.num_rows, self.dim = layout.shape
+        self.storage = layout.dtype
+        data = [array for name, array in self._columns.items() if name != "done"]
+        self._completion = Completion(self._columns["done"], [self._features, *data], flush_seconds)
+        self._check_files()
+
+    def _check_files(self) -> None:
+        """Check that every file that holds a done row is there.
+
+        Raises:
+            StoreError: One is missing.
+        """
+        done = np.flatnonzero(self.done)
+        for array in (self._features, *self._columns.values()):
+            for chunk in np.unique(done // array.layout.chunk_rows).tolist():
+                if not array.chunk_path(chunk).exists():
+                    raise StoreError(
+                        f"{array.chunk_path(chunk)} is missing although rows in it are done: restore it, "
+                        f"or remove {self.path} to compute it again"
+                    )
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What is recorded of the table, as it stands on the disk: a copy; change it with `set_attributes`."""
+        try:
+            return dict(read_document(self.path / NODE)["attributes"])
+        except FileNotFoundError as error:
+            raise StoreError(f"{self.path} has been removed: open the store again") from error
+
+    def set_attributes(self, **changes: Any) -> None:
+        """Flush, then change attributes on the disk, all of them or none.
+
+        Args:
+            **changes: JSON values by name, for example ``learning_rate=0.1`` or ``finalized=True``.
+        """
+        self.flush()
+        with disk_errors(self.path):
+            write_group(self.path, {**self.attributes, **json_value(changes, "attributes")})
+
+    @property
+    def done(self) -> np.ndarray:
+        """``[N]``, bool, a copy: which rows are durably done; pending ones are not."""
+        return self._completion.done
+
+    @property
+    def num_done(self) -> int:
+        """How many rows are durably done."""
+        return int(np.count_nonzero(self.done))
+
+    @property
+    def pending(self) -> int:
+        """How many rows were written since the last flush."""
+        return int(np.count_nonzero(self._completion.pending))
+
+    def remaining(self) -> np.ndarray:
+        """Flush and return the indices of the rows that are not done: ``[n]``, int64, ascending."""
+        self.flush()
+        return np.flatnonzero(~self.done)
+
+    def check_rows(self, rows: np.ndarray, fingerprint: np.ndarray) -> np.ndarray:
+        """Tell which rows are there already, and check that they are the same rows.
+
+        Args:
+            rows: ``[n]``, int64, row indices.
+            fingerprint: ``[n]``, uint64, a hash of each row's inputs.
+
+        Returns:
+            ``[n]``, bool: done or pending.
+
+        Raises:
+            MismatchError: A row that is there has another fingerprint.
+        """
+        rows = self._checked_rows(rows)
+        fingerprint = self._checked_fingerprint(fingerprint, len(rows))
+        there = (self.done | self._completion.pending)[rows]
+        other = there & (self.column("fingerprint")[rows] != fingerprint)
+        if other.any():
+            wrong = rows[other]
+            raise MismatchError(
+                f"{len(wrong)} rows hold other data than what came under their index in {self.path}: "
+                f"{_named(wrong)}. Expected the same data set in the same order (no shuffling that changes indices, no "
+                "random augmentation); pass the same rows, or choose another save_dir"
+            )
+        return np.asarray(there)
+
+    def write(
+        self,
+        rows: np.ndarray,
+        features: np.ndarray,
+        *,
+        loss: np.ndarray,
+        slope: np.ndarray,
+        curvature: np.ndarray,
+        gradient_norm: np.ndarray,
+        fingerprint: np.ndarray,
+    ) -> None:
+        """Write rows, each at most once in a call; they are pending until the next flush.
+
+        A row that is done loses its mark, durably, before it is written again.
+
+        Args:
+            rows: ``[n]``, int64, row indices in any order; consecutive ones are fastest.
+            features: ``[n, dim]``, float32.
+            loss: ``[n]``, float32, L.
+            slope: ``[n]``, float32, Q = dL/df.
+            curvature: ``[n]``, float32, w = d²L/df².
+            gradient_norm: ``[n]``, float32, the exact norm of the gradient of f.
+            fingerprint: ``[n]``, uint64, a hash of each row's inputs.
+
+        Raises:
+            CallOrderError: The table is closed or finalized.
+        """
+        self._check_open()
+        rows = self._checked_rows(rows, unique=True)
+        columns = {"loss": loss, "slope": slope, "curvature": curvature, "gradient_norm": gradient_norm}
+        checked = {name: self._checked_floats(name, values, rows, (len(rows),)) for name, values in columns.items()}
+        checked["fingerprint"] = self._checked_fingerprint(fingerprint, len(rows))
+        features = self._checked_floats("features", features, rows, (len(rows), self.dim))
+        if not len(rows):
+            return
+        if self.attributes.get("finalized"):
+            raise CallOrderError(
+                f"{self.path} is finalized and rows {_named(rows)} came to be written: write them before finalizing, "
+                "call set_attributes(finalized=False) first, or choose another save_dir"
+            )
+        stored, checked["scale"] = _stored(features, self.storage)
+        with self._completion.writing(rows):
+            self._features.assign(rows, stored)
+            for name, values in checked.items():
+                self._columns[name].assign(rows, values)
+
+    def flush(self) -> None:
+        """Make pending rows durable, then mark them done.
+
+        When that fails nothing is marked done and the pending rows have to be written again.
+        """
+        if self._completion.pending.any():
+            self._check_open()
+            self._completion.flush()
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a column without copying it: ``[N]``, a memory map that cannot be written.
+
+        Args:
+            name: ``loss``, ``slope``, ``curvature``, ``gradient_norm`` or ``scale`` (float32), ``fingerprint``
+                (uint64) or ``done`` (bool, where pending rows may already show).
+
+        Returns:
+            The column; zeros while no row has ever been written.
+
+        Raises:
+            InputError: There is no such column.
+        """
+        if name not in self._columns:
+            raise InputError(f"column is {name!r}: expected one of {sorted(self._columns)}")
+        return self._columns[name].chunk(0)[: self.num_rows]
+
+    def raw_features(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
+        """Return rows as they are stored, without copying: one view for each file they lie in.
+
+        Args:
+            start: The first row.
+            stop: One past the last row.
+
+        Returns:
+            Pairs of the first row's index and ``[n, dim]`` in the storage dtype; times ``scale`` they are features.
+        """
+        self._check_range(start, stop)
+        return list(self._features.rows(start, stop))
+
+    def tiles(
+        self, max_rows: int, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+        """Yield rows in order, tile by tile, without copying.
+
+        Args:
+            max_rows: The most rows of a tile; a tile also ends where a file ends.
+            start: The first row.
+            stop: One past the last row; None is N.
+
+        Yields:
+            ``(first row, one past the last, raw [n, dim] in the storage dtype, scale [n] float32)``.
+
+        Raises:
+            InputError: ``max_rows`` is below 1, or the range is not within the table.
+        """
+        stop = self.num_rows if stop is None else stop
+        self._check_range(start, stop)
+        if max_rows < 1:
+            raise InputError(f"max_rows is {max_rows}: expected at least 1")
+        scale = self.column("scale")
+        for first, view in self._features.rows(start, stop):
+            for offset in range(0, len(view), max_rows):
+                tile = view[offset : offset + max_rows]
+                begin = first + offset
+                yield begin, begin + len(tile), tile, scale[begin : begin + len(tile)]
+
+    def features(self, start: int, stop: int) -> np.ndarray:
+        """Return features in true units: ``[stop - start, dim]``, float32, a copy."""
+        self._check_range(start, stop)
+        tile = np.empty((stop - start, self.dim), dtype=np.float32)
+        for begin, end, raw, scale in self.tiles(max(1, stop - start), start, stop):
+            part = tile[begin - start : end - start]
+            # torch converts float16 fifty times faster than numpy; it wants memory of its own
+            part[:] = raw if self.storage == "float32" else torch.from_numpy(np.array(raw)).float().numpy()
+            part *= scale[:, None]
+        return tile
+
+    def close(self) -> None:
+        """Flush and let go of the files; a second call does nothing."""
+        if self._closed:
+            return
+        try:
+            self.flush()
+        finally:
+            self._closed = True
+            for array in (self._features, *self._columns.values()):
+                array.close()
+
+    def __enter__(self) -> RowTable:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CallOrderError(f"{self.path} is closed: open the table again through the store")
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.num_rows:
+            raise InputError(f"rows {start} to {stop} were asked for: expected 0 <= start <= stop <= {self.num_rows}")
+
+    def _checked_rows(self, rows: np.ndarray, unique: bool = False) -> np.ndarray:
+        """Return row indices as int64 after checking them."""
+        rows = np.asarray(rows)
+        if rows.ndim != 1 or (rows.dtype.kind not in "iu" and rows.size):
+            raise InputTypeError(f"rows are {rows.dtype} of shape {rows.shape}: expected [n] integers")
+        outside = rows[(rows < 0) | (rows >= self.num_rows)]
+        if len(outside):
+            raise InputError(f"rows {_named(outside)} are outside 0 to {self.num_rows - 1} of {self.path}")
+        rows = rows.astype(np.int64)
+        if unique and len(np.unique(rows)) != len(rows):
+            values, counts = np.unique(rows, return_counts=True)
+            raise InputError(f"rows {_named(values[counts > 1])} come more than once in a batch: pass each row once")
+        return rows
+
+    def _checked_fingerprint(self, fingerprint: np.ndarray, num_rows: int) -> np.ndarray:
+        """Return fingerprints after checking them."""
+        fingerprint = np.asarray(fingerprint)
+        if fingerprint.dtype != np.uint64 or fingerprint.shape != (num_rows,):
+            raise InputTypeError(
+                f"fingerprint is {fingerprint.dtype} of shape {fingerprint.shape}: expected uint64 ({num_rows},)"
+            )
+        return fingerprint
+
+    def _checked_floats(self, name: str, values: np.ndarray, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Return values as float32 after checking their shape and that they are finite."""
+        values = np.asarray(values)
+        if values.shape != shape or values.dtype.kind != "f":
+            raise InputTypeError(f"{name} is {values.dtype} of shape {values.shape}: expected float32 {shape}")
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float32, copy=False)
+        finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+        if not finite.all():
+            raise NonFiniteError(
+                f"{name} of rows {_named(rows[~finite])} is NaN or infinite in float32: nothing of the batch was "
+                "written; check these rows' inputs and the checkpoint, or drop them from the data set"
+            )
+        return values
+
+
+def _stored(features: np.ndarray, storage: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return float32 features ``[n, dim]`` as they are stored, and their scale ``[n]`` float32."""
+    if storage == "float32":
+        return features, np.ones(len(features), dtype=np.float32)
+    scale = np.maximum(features.max(axis=1), -features.min(axis=1))
+    scale[scale == 0] = 1
+    return torch.from_numpy(features / scale[:, None]).half().numpy(), scale
+
+
+def _named(rows: np.ndarray) -> str:
+    return listing(rows, _MAX_NAMED)
