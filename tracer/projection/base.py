@@ -13,7 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tracer.errors import InputError, nearest_name
 from tracer.factors import PerSampleGradient
+from tracer.projection.seeds import check_seed, whole_number
 from tracer.types import Projection
 
 BLOCK_BYTES = 8 << 20
@@ -24,23 +26,44 @@ class Projector(ABC):
     """A linear map P of a sample's gradient with ``E[PᵀP] = I`` over seeds: inner products keep their value.
 
     Subclass it to add a projection of your own: set `kind` and `version`, set `dim` in ``__init__`` and implement
-    `add`; then `tracer.projection.register_projector`.
+    `add`; then `tracer.projection.register_projector`. It is built as ``cls(shapes, proj_dim, seed, device)``.
+
+    Args:
+        shapes: The shape of each parameter by name, in the model's order; at least one.
+        proj_dim: The number of values wanted for a row; positive.
+        seed: Decides all random numbers, from 0 to 2**64 - 1.
+        device: Where gradients will come from, for projectors that run on some devices only; the numbers do not
+            depend on it.
 
     Attributes:
         kind: The name users pass as ``projector=``.
         version: Raised whenever the numbers change for the same seed; recorded in the store.
         dim: The number of values stored for a row.
         shapes: The shape of each parameter by name, in the model's order.
+
+    Raises:
+        InputError: If ``shapes`` is empty, ``proj_dim`` is not a positive integer or the seed cannot be used.
     """
 
     kind: ClassVar[str]
     version: ClassVar[int] = 1
     dim: int
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], proj_dim: int, seed: int) -> None:
-        self.shapes = dict(shapes)
-        self.proj_dim = proj_dim
-        self.seed = seed
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        proj_dim: int,
+        seed: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not shapes:
+            raise InputError("shapes is empty: a projector needs at least one parameter; check `params=`")
+        number = whole_number(proj_dim)
+        if number is None or number < 1:
+            raise InputError(f"proj_dim must be a positive integer, got {proj_dim!r}; pass for example proj_dim=4096")
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.proj_dim = number
+        self.seed = check_seed(seed)
 
     @abstractmethod
     def add(self, name: str, gradient: PerSampleGradient, features: Tensor, squared_norm: Tensor) -> None:
@@ -62,17 +85,53 @@ class Projector(ABC):
         Returns:
             The features ``[B, dim]`` and the exact squared norms ``[B]``.
         """
-        first = next(iter(gradients.values()))
-        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        features = torch.zeros(first.batch_size, self.dim, dtype=dtype, device=first.device)
-        squared_norm = torch.zeros(first.batch_size, dtype=torch.float64, device=first.device)
+        result = self.zeros(gradients)
+        # Under autocast the matrix products here would silently run in half precision.
+        with torch.no_grad(), torch.autocast(result.features.device.type, enabled=False):
+            self._add_all(gradients, result)
+        return result
+
+    def zeros(self, gradients: Mapping[str, PerSampleGradient]) -> Projection:
+        """Check the gradients and return zeros of the right sizes to add them to.
+
+        Args:
+            gradients: The per-sample gradient of each parameter; at least one.
+
+        Returns:
+            Features ``[B, dim]``, float64 if any gradient is float64 and else float32, and squared norms ``[B]``.
+
+        Raises:
+            InputError: If there are none, a name is unknown, or shapes, batch sizes or devices do not fit.
+        """
+        if not gradients:
+            raise InputError("no gradients to project: pass the per-sample gradient of at least one parameter")
+        first_name, first = next(iter(gradients.items()))
         for name, gradient in gradients.items():
-            self.add(name, gradient, features, squared_norm)
-        return Projection(features, squared_norm)
+            if name not in self.shapes:
+                raise InputError(f"this projector has no parameter {name!r}: {nearest_name(name, self.shapes)}")
+            if tuple(gradient.shape) != self.shapes[name]:
+                raise InputError(
+                    f"parameter {name!r} has shape {self.shapes[name]}, its gradients are of shape "
+                    f"{tuple(gradient.shape)}; build the projector from this model's shapes"
+                )
+            if gradient.batch_size != first.batch_size or gradient.device != first.device:
+                raise InputError(
+                    f"gradients must be of the same samples on one device: {first_name!r} has {first.batch_size} on "
+                    f"{first.device}, {name!r} has {gradient.batch_size} on {gradient.device}"
+                )
+        double = any(gradient.dtype == torch.float64 for gradient in gradients.values())
+        dtype = torch.float64 if double else torch.float32
+        features = torch.zeros(first.batch_size, self.dim, dtype=dtype, device=first.device)
+        return Projection(features, torch.zeros(first.batch_size, dtype=torch.float64, device=first.device))
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the numbers, as plain JSON values: the store records it and compares it."""
         return {"kind": self.kind, "version": self.version, "proj_dim": self.proj_dim, "seed": self.seed}
+
+    def _add_all(self, gradients: Mapping[str, PerSampleGradient], result: Projection) -> None:
+        """Add every parameter to the result in place; a projector that joins parameters overrides it."""
+        for name, gradient in gradients.items():
+            self.add(name, gradient, result.features, result.squared_norm)
 
 
 def row_blocks(batch_size: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
@@ -84,3 +143,8 @@ def row_blocks(batch_size: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) 
     step = max(1, block_bytes // max(1, row_bytes))
     for start in range(0, batch_size, step):
         yield start, min(start + step, batch_size)
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """Return the values in the dtype of features: float32, or float64 for float64 values."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()

@@ -1,0 +1,267 @@
+"""The count sketch: every way through it is one linear map, unbiased, and as accurate as a dense projection."""
+
+import pytest
+import torch
+from projection_cases import (
+    all_forms,
+    assert_is_linear_map,
+    assert_unbiased,
+    dense,
+    embedding,
+    matrix_of,
+    normal,
+    oracle_rows,
+    outer,
+    relative_errors,
+)
+from torch import nn
+from torch.nn import functional as F
+
+from tracer.factors import DenseGradient, OuterGradient, RowsGradient
+from tracer.projection import row_blocks, sketch
+from tracer.projection.sketch import SketchProjector, fold, spectral_pays
+
+# Shapes of one tile, of several row or column tiles, larger than k both ways, wider than k, and with k odd or prime.
+SHAPES = [((6, 5), 64), ((13, 7), 16), ((40, 6), 16), ((6, 40), 16), ((35, 37), 16), ((12, 10), 7), ((16, 16), 16)]
+
+
+def projector(shape, k, seed=0):
+    return SketchProjector({"weight": shape}, k, seed)
+
+
+@pytest.mark.parametrize("form", all_forms((3, 2)))
+@pytest.mark.parametrize(("shape", "k"), SHAPES)
+def test_every_form_is_the_same_linear_map(form, shape, k):
+    assert_is_linear_map(projector(shape, k), "weight", all_forms(shape)[form])
+
+
+@pytest.mark.parametrize("spectral", [True, False])
+@pytest.mark.parametrize("form", ["vector input", "sequence", "long sequence", "unfolded"])
+@pytest.mark.parametrize(("shape", "k"), SHAPES)
+def test_the_built_and_the_spectral_way_agree(spectral, form, shape, k, monkeypatch):
+    monkeypatch.setattr(sketch, "spectral_pays", lambda *sizes: spectral)
+    assert_is_linear_map(projector(shape, k), "weight", all_forms(shape)[form])
+
+
+@pytest.mark.parametrize("shape", [(30,), (), (1, 30), (30, 1), (2, 3, 2, 2)])
+@pytest.mark.parametrize("k", [1, 2, 8, 64])
+def test_vectors_scalars_and_kernels_are_linear_too(shape, k):
+    assert_is_linear_map(projector(shape, k), "weight", dense(shape))
+    assert_is_linear_map(projector(shape, k), "weight", outer(shape))
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_blocks_of_samples_and_positions_change_nothing(step, monkeypatch):
+    monkeypatch.setattr(sketch, "row_blocks", lambda batch_size, _: row_blocks(batch_size, 1, step))
+    monkeypatch.setattr(sketch, "BLOCK_BYTES", 2 * 5 * 16 * 8)
+    for spectral in (True, False):
+        monkeypatch.setattr(sketch, "spectral_pays", lambda *sizes, way=spectral: way)
+        for gradient in all_forms((13, 7)).values():
+            assert_is_linear_map(projector((13, 7), 16), "weight", gradient)
+
+
+@pytest.mark.parametrize("form", all_forms((3, 2)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_lower_precisions_give_float32_features(form, dtype):
+    gradient = all_forms((13, 7), dtype=dtype)[form]
+    assert projector((13, 7), 16).project({"weight": gradient}).features.dtype == torch.float32
+    assert_is_linear_map(projector((13, 7), 16), "weight", gradient, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", all_forms((3, 2)))
+def test_an_empty_batch_has_empty_features(form):
+    result = projector((13, 7), 16).project({"weight": all_forms((13, 7), batch_size=0)[form]})
+    assert result.features.shape == (0, 16)
+    assert result.squared_norm.shape == (0,)
+
+
+def test_a_sample_projects_the_same_in_any_batch():
+    one = projector((20, 30), 64)
+    for gradient in all_forms((20, 30), batch_size=7).values():
+        whole = one.project({"weight": gradient})
+        if isinstance(gradient, OuterGradient):
+            alone = OuterGradient(gradient.left[4:5], gradient.right[4:5], gradient.shape)
+        elif isinstance(gradient, RowsGradient):
+            alone = RowsGradient(gradient.index[4:5], gradient.values[4:5], gradient.shape)
+        else:
+            alone = DenseGradient(oracle_rows(gradient)[4:5].reshape(1, 20, 30))
+        torch.testing.assert_close(one.project({"weight": alone}).features, whole.features[4:5])
+
+
+def test_parameters_add_up_and_are_keyed_by_name():
+    shapes = {"a": (9, 8), "b": (5,), "c": (9, 8)}
+    gradients = {"a": outer((9, 8)), "b": dense((5,)), "c": embedding((9, 8))}
+    together = SketchProjector(shapes, 16, 3).project(gradients)
+    reordered = SketchProjector(dict(reversed(shapes.items())), 16, 3)
+    parts = [reordered.project({name: gradient}) for name, gradient in gradients.items()]
+    torch.testing.assert_close(together.features, sum(part.features for part in parts))
+    torch.testing.assert_close(together.squared_norm, sum(part.squared_norm for part in parts))
+    assert not torch.equal(matrix_of(reordered, "a"), matrix_of(reordered, "c"))
+
+
+def test_add_alone_gives_what_project_gives():
+    one, gradient = projector((300, 400), 256), outer((300, 400), positions=1)
+    assert spectral_pays(1, (300, 400), 256)
+    features, squared_norm = torch.ones(5, 256, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    one.add("weight", gradient, features, squared_norm)
+    result = one.project({"weight": gradient})
+    torch.testing.assert_close(features, result.features + 1)
+    torch.testing.assert_close(squared_norm, result.squared_norm + 1)
+
+
+def test_each_entry_has_one_bucket_and_one_sign():
+    matrix = matrix_of(projector((13, 7), 16), "weight")
+    assert ((matrix != 0).sum(1) == 1).all()
+    assert (matrix.abs().sum(1) == 1).all()
+
+
+def test_projected_values_are_pinned():
+    ramp = torch.arange(20, dtype=torch.float32).reshape(1, 4, 5)
+    features = projector((4, 5), 8, seed=11).project({"weight": DenseGradient(ramp)}).features
+    expected = torch.tensor([[-5.0, 26.0, 12.0, 18.0, 15.0, 9.0, 28.0, 27.0]])
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
+    vector = projector((6,), 4, seed=11).project({"weight": DenseGradient(torch.arange(6.0)[None])}).features
+    torch.testing.assert_close(vector, torch.tensor([[0.0, 5.0, 7.0, -3.0]]), rtol=0, atol=1e-5)
+
+
+def test_folding_wraps_around():
+    for size in (1, 4, 7, 8, 23):
+        for offset in range(7):
+            flat, expected = normal(2, size), torch.zeros(2, 7, dtype=torch.float64)
+            expected.index_add_(1, (torch.arange(size) + offset) % 7, flat)
+            features = torch.zeros_like(expected)
+            fold(flat, offset, features)
+            torch.testing.assert_close(features, expected)
+
+
+def test_the_way_taken_follows_the_sizes():
+    assert not spectral_pays(1, (32, 32), 4096)  # a small layer is cheaper to build
+    assert spectral_pays(1, (512, 784), 4096)
+    assert spectral_pays(16, (512, 4608), 4096)
+    assert not spectral_pays(1024, (64, 576), 4096)
+
+
+def test_gradients_that_require_grad_and_autocast_do_no_harm():
+    gradient = outer((13, 7), dtype=torch.float32)
+    expected = projector((13, 7), 16).project({"weight": gradient}).features
+    gradient.left.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = projector((13, 7), 16).project({"weight": gradient}).features
+    assert not features.requires_grad
+    assert torch.equal(features, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("form", all_forms((3, 2)))
+def test_devices_agree(form):
+    one, gradient = projector((35, 37), 16), all_forms((35, 37))[form]
+    expected = one.project({"weight": gradient})
+    for holder in getattr(gradient, "parts", [gradient]):
+        for part in getattr(holder, "parts", [holder]):
+            for key in ("left", "right", "index", "values"):
+                if hasattr(part, key):
+                    setattr(part, key, getattr(part, key).cuda())
+    found = one.project({"weight": gradient})
+    torch.testing.assert_close(found.features.cpu(), expected.features)
+    torch.testing.assert_close(found.squared_norm.cpu(), expected.squared_norm)
+
+
+# Accuracy
+
+
+def test_inner_products_are_unbiased_over_seeds():
+    gradient = outer((12, 15), batch_size=4)
+    rows = oracle_rows(gradient)
+    assert_unbiased(lambda seed: projector((12, 15), 16, seed).project({"weight": gradient}).features, rows)
+
+
+def per_sample_gradients(model, losses):
+    """Return each sample's gradient by parameter: ``[B, *shape]``, by a loop of autograd."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    return {name: torch.stack(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+class Block(nn.Module):
+    """A small causal language model of one attention layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(50, 48), nn.LayerNorm(48)
+        self.qkv, self.out = nn.Linear(48, 144), nn.Linear(48, 48)
+        self.up, self.down, self.head = nn.Linear(48, 192), nn.Linear(192, 48), nn.Linear(48, 50)
+
+    def forward(self, tokens):
+        hidden = self.embed(tokens)
+        queries, keys, values = self.qkv(self.norm(hidden)).chunk(3, -1)
+        hidden = hidden + self.out(F.scaled_dot_product_attention(queries, keys, values, is_causal=True))
+        return self.head(self.down(F.gelu(self.up(hidden))) + hidden)
+
+
+def conv_gradients():
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
+        nn.MaxPool2d(4), nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+    labels = torch.arange(24) % 10
+    images = torch.randn(24, 3, 16, 16) + torch.randn(10, 3, 16, 16)[labels]
+    return per_sample_gradients(model, F.cross_entropy(model(images), labels, reduction="none"))
+
+
+def mlp_gradients():
+    model = nn.Sequential(nn.Linear(96, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    labels = torch.arange(24) % 10
+    inputs = torch.randn(24, 96) + torch.randn(10, 96)[labels]
+    inputs[:, ::7] *= 20  # hot input features
+    return per_sample_gradients(model, F.cross_entropy(model(inputs), labels, reduction="none"))
+
+
+def transformer_gradients():
+    model, tokens = Block(), torch.randint(50, (24, 12))
+    logits = model(tokens[:, :-1]).transpose(1, 2)
+    return per_sample_gradients(model, F.cross_entropy(logits, tokens[:, 1:], reduction="none").sum(1))
+
+
+@pytest.mark.parametrize("make", [conv_gradients, mlp_gradients, transformer_gradients])
+@pytest.mark.parametrize("k", [256, 2048])
+def test_models_have_errors_of_a_dense_projection(make, k):
+    # A dense projection has root mean square error sqrt((1 + cosine²) / k).
+    torch.manual_seed(0)
+    gradients = make()
+    rows = torch.cat([values.flatten(1) for values in gradients.values()], 1)
+    shapes = {name: tuple(values.shape[1:]) for name, values in gradients.items()}
+    forms = {name: DenseGradient(values) for name, values in gradients.items()}
+    errors = [
+        relative_errors(SketchProjector(shapes, k, seed).project(forms).features, rows).square().mean()
+        for seed in range(5)
+    ]
+    assert torch.stack(errors).mean().sqrt() <= 1.15 * k**-0.5
+
+
+def adversarial(kind, positions):
+    """Factors of layers [96, 128] whose gradients have most of their energy in few, badly placed entries."""
+    left, right = normal(24, positions, 96), normal(24, positions, 128, seed=1)
+    row_scale, col_scale = torch.full((96,), 0.02), torch.full((128,), 0.02)
+    if "rows" in kind:
+        row_scale[:: 8 if "periodic" in kind else 40] = 1.0  # 8 rows of 128 fill k = 1024
+    else:
+        row_scale[:] = 1.0
+    if "columns" in kind:
+        col_scale[:: 9 if "periodic" in kind else 60] = 1.0
+    else:
+        col_scale[:] = 1.0
+    return OuterGradient(left * row_scale, right * col_scale, (96, 128))
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "rows and columns", "periodic rows", "periodic columns", "flat"])
+@pytest.mark.parametrize("k", [64, 250, 1024])
+@pytest.mark.parametrize("positions", [1, 6])
+def test_adversarial_energy_has_errors_of_a_dense_projection(kind, k, positions):
+    gradient = adversarial(kind, positions)
+    rows = oracle_rows(gradient)
+    errors = [
+        relative_errors(projector((96, 128), k, seed).project({"weight": gradient}).features, rows).square().mean()
+        for seed in range(24)
+    ]
+    assert torch.stack(errors).mean().sqrt() <= 1.15 * k**-0.5

@@ -1,0 +1,58 @@
+"""No projection: the exact gradients, for small models and as the measure of the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tracer.factors import PerSampleGradient
+from tracer.projection import norms
+from tracer.projection.base import Projector, row_blocks
+
+
+class ExactProjector(Projector):
+    """The flattened gradients of all parameters, one after the other in the order of ``shapes``.
+
+    ``proj_dim`` and ``seed`` are ignored; `dim` is the number of all entries, and a parameter that has no gradient is
+    zeros.
+
+    >>> from tracer.factors import DenseGradient
+    >>> projector = ExactProjector({"weight": (2, 1), "bias": (2,)})
+    >>> projector.project({"bias": DenseGradient(torch.tensor([[3.0, 4.0]]))}).features
+    tensor([[0., 0., 3., 4.]])
+    """
+
+    kind = "none"
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        proj_dim: object = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        ends = dict.fromkeys(shapes, 0)
+        total = 0
+        for name, shape in shapes.items():
+            total += math.prod(shape)
+            ends[name] = total
+        super().__init__(shapes, max(1, total), seed, device)
+        self.dim = self.proj_dim = total
+        self._ends = ends
+
+    def add(self, name: str, gradient: PerSampleGradient, features: Tensor, squared_norm: Tensor) -> None:
+        """Add a parameter's entries to its columns of ``features [B, dim]`` and its squared norm, in place."""
+        end = self._ends[name]
+        columns = slice(end - gradient.numel, end)
+        for start, stop in row_blocks(gradient.batch_size, gradient.numel * features.element_size()):
+            entries = norms.built(gradient, start, stop)
+            features[start:stop, columns] += entries
+            squared_norm[start:stop] += norms.row_squares(entries)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the numbers: neither ``proj_dim`` nor the seed does."""
+        return {"kind": self.kind, "version": self.version}
