@@ -8,7 +8,8 @@ What the kernel does, and what this module does about it:
   largest. Features are linear up to this rounding;
 - its signs depend on how entries are cut into feature tiles, the argument that TRAK sets to the number of
   multiprocessors: it is fixed here, so that all devices give the same numbers;
-- it launches on the default stream of the current device without waiting for other streams: this module waits;
+- it launches on the default stream of the current device, while its own sums run on torch's current stream: the call
+  is made with the default stream current;
 - it has variants for 8, 16 and 32 rows at once, whose signs are the same: one is used, the self-test compares two.
 """
 
@@ -97,6 +98,8 @@ class FastJLProjector(Projector):
         function = getattr(self._module, f"project_rademacher_{variant}")
         with _on_default_stream(rows.device):
             signed = function(scaled, self.dim, seed, NUM_FEATURE_TILES)
+        if signed.is_cuda:
+            signed.record_stream(torch.cuda.current_stream(signed.device))
         return torch.ldexp(signed.to(rows.dtype), exponent - 12) * self.dim**-0.5
 
     def _test(self, device: torch.device) -> None:
@@ -162,12 +165,13 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 
 @contextlib.contextmanager
 def _on_default_stream(device: torch.device) -> Iterator[None]:
-    """Order a launch on the default stream of ``device`` after and before work on the current stream."""
+    """Run on the default stream of ``device``, after what is queued on the current one and before what follows."""
     if device.type != "cuda":
         yield
         return
     with torch.cuda.device(device):
         current, default = torch.cuda.current_stream(), torch.cuda.default_stream()
         default.wait_stream(current)
-        yield
+        with torch.cuda.stream(default):
+            yield
         current.wait_stream(default)
