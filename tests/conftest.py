@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+torch.set_num_threads(1)  # tests run beside each other, and a child process must train the same weights as its parent
+
 
 def small_net() -> nn.Module:
     """A conv net with the usual layers, small enough for exact gradients."""
