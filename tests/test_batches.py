@@ -97,6 +97,15 @@ def test_fingerprints_tell_rows_apart_and_ignore_the_batch(dtype):
     np.testing.assert_array_equal(whole, again)
 
 
+def test_shared_leaves_count_the_same_in_a_batch_of_one_row():
+    batch = {"x": X, "positions": torch.arange(7)[None], "names": ["all"]}
+    whole = row_fingerprints(batch, 3)
+    alone = [row_fingerprints({**batch, "x": X[[row]]}, 1)[0] for row in range(3)]
+    np.testing.assert_array_equal(whole, alone)
+    changed = row_fingerprints({**batch, "positions": 1 + torch.arange(7)[None]}, 3)
+    assert not set(changed.tolist()) & set(whole.tolist())
+
+
 def test_fingerprints_are_pinned():
     found = row_fingerprints((X, Y, ["a", "b", "c"]), 3)
     assert found.tolist() == [1416496681966251572, 147111275779366350, 10791118037725513409]

@@ -326,6 +326,39 @@ def test_half_precision_models(dtype):
     assert not engine.general
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_between_batch_sizes_is_no_coupling(dtype):
+    def forward(m, x):
+        for layer in m.layers:
+            x = layer(x)
+        return m.head(x) * m.raw
+
+    blocks = [nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.LayerNorm(64)) for _ in range(8)]
+    model = Module(forward, layers=nn.ModuleList(blocks), head=nn.Linear(64, 3)).to(dtype)
+    model.raw = nn.Parameter(torch.full((3,), 50.0, dtype=dtype))
+    names = [name for name, _ in model.named_parameters()]
+    engine = GradientEngine(model, make_task("image_classification"), names)
+    batch = (data(16, 64).to(dtype), torch.arange(16) % 3)
+    found = engine_gradients(engine, batch, 16)
+    assert set(engine.general) == {"raw"}
+    assert all(torch.isfinite(value).all() for value in found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_rule_that_is_wrong_by_a_third_is_found_in_every_precision(dtype):
+    class Stretched(nn.Linear):
+        pass
+
+    def rule(call):
+        return {"weight": 1.3 * call.grad_output.unsqueeze(2) * call.x.unsqueeze(1), "bias": call.grad_output}
+
+    tracer.register_layer_rule(Stretched, rule)
+    model = nn.Sequential(Stretched(16, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    engine = GradientEngine(model, make_task("image_classification"), [name for name, _ in model.named_parameters()])
+    engine_gradients(engine, (data(6, 16).to(dtype), torch.arange(6) % 3), 6)
+    assert set(engine.general) == {"0.weight"}
+
+
 def test_model_is_left_as_found():
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Sequential(nn.Linear(4, 2)).eval())
     model[2][0].bias.requires_grad_(False)

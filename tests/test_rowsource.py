@@ -79,7 +79,7 @@ def test_a_loader_that_drops_its_last_rows_still_gives_them_all():
     assert rows.tolist() == list(range(10))
 
 
-@pytest.mark.parametrize("data", [3, Stream(), (x for x in X), torch.ones(3)])
+@pytest.mark.parametrize("data", [3, Stream(), (x for x in X), torch.ones(3), {"x": X}])
 def test_other_types_are_refused(data):
     with pytest.raises(tracer.InputTypeError, match="train is a"):
         row_source(data, "train", 4)

@@ -117,6 +117,8 @@ def test_language_modeling_forms_of_batches():
     masked = task.outputs(model, {"input_ids": tokens, "attention_mask": mask}).loss
     torch.testing.assert_close(masked[1:], expected[1:])
     torch.testing.assert_close(masked[:1], task.outputs(model, tokens[:1, :3]).loss)
+    left = task.outputs(model, {"input_ids": tokens.roll(3, 1), "attention_mask": mask.roll(3, 1)}).loss
+    torch.testing.assert_close(left[:1], masked[:1])
 
 
 def test_language_modeling_row_without_a_token_to_predict():

@@ -380,6 +380,17 @@ def test_finished_scores_are_not_computed_again(exact, monkeypatch):
     np.testing.assert_array_equal(exact.finalize_scores("test"), expected)
 
 
+def test_scores_of_removed_targets_are_not_kept(run, exact):
+    import shutil
+
+    first = np.array(exact.finalize_scores("test"))
+    shutil.rmtree(exact.store.path / "targets" / "test")
+    run.target_x = run.target_x.flip(0)
+    run.target_y = run.target_y.flip(0)
+    score(exact, run)
+    np.testing.assert_allclose(exact.finalize_scores("test"), first[:, ::-1], rtol=1e-3, atol=1e-5)
+
+
 def test_several_sets_of_targets(run, exact):
     first = np.array(exact.finalize_scores("test"))
     for model_id, (state, _) in enumerate(run.checkpoints):

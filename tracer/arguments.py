@@ -127,7 +127,7 @@ def check_device(device: str | torch.device | None, model: nn.Module) -> torch.d
     """
     if device is None:
         first = next(model.parameters(), None)
-        return first.device if first is not None else torch.device("cpu")
+        return _check_supported(first.device) if first is not None else torch.device("cpu")
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -137,4 +137,10 @@ def check_device(device: str | torch.device | None, model: nn.Module) -> torch.d
         if (chosen.index or 0) >= count:
             raise InputError(f"device={device!r} is not there: torch sees {count} CUDA devices.")
         return torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
-    return chosen
+    return _check_supported(chosen)
+
+
+def _check_supported(device: torch.device) -> torch.device:
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {str(device)!r} is not supported: norms need float64; use 'cpu' or a CUDA device.")
+    return device

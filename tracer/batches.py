@@ -182,6 +182,8 @@ def row_fingerprints(batch: Batch, num_rows: int) -> np.ndarray:
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     attended = None if not isinstance(mask, Tensor) or mask.ndim != 2 else mask.bool().cpu().numpy()
     for path, leaf in leaves(batch):
+        if _is_one_for_all(leaf):  # counted in every row's hash, since in a batch of one row it is that row's
+            leaf = leaf.expand(num_rows, *leaf.shape[1:]) if isinstance(leaf, Tensor) else list(leaf) * num_rows
         if not is_per_row(leaf, num_rows):
             continue
         if not isinstance(leaf, Tensor):
@@ -191,6 +193,12 @@ def row_fingerprints(batch: Batch, num_rows: int) -> np.ndarray:
         masked = attended is not None and tuple(leaf.shape[:2]) == attended.shape
         _update_hashes(hashes, leaf, attended if masked else None)
     return np.array([int.from_bytes(digest.digest(), "little") for digest in hashes], dtype=np.uint64)
+
+
+def _is_one_for_all(leaf: Any) -> bool:
+    if isinstance(leaf, Tensor):
+        return leaf.ndim > 0 and leaf.shape[0] == 1
+    return isinstance(leaf, (list, tuple)) and len(leaf) == 1
 
 
 def _update_hashes(hashes: list, leaf: Tensor, attended: np.ndarray | None) -> None:

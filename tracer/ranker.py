@@ -79,7 +79,7 @@ class Ranker:
         inputs = {
             "model_ids": chosen,
             "learning_rates": [pair.learning_rate for pair in pairs],
-            "weights": [pair.train.attributes["weights_fingerprint"] for pair in pairs],
+            "tables": [[pair.train.attributes["table_id"], pair.targets.attributes["table_id"]] for pair in pairs],
         }
         tile_rows = rank.tile_rows(pairs[0].train.dim, num_targets)
         shape = (self.num_rows, num_targets)

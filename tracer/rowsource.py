@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ def row_source(data: Any, name: str, batch_size: int, collate_fn: Callable[[list
         The rows.
 
     Raises:
-        InputError: There are no rows, or a loader shuffles or leaves rows out.
+        InputError: There are no rows, or a loader shuffles. (All rows count, also with ``drop_last``.)
         InputTypeError: It is none of these.
     """
     source = _row_source(data, name, batch_size, collate_fn)
@@ -96,7 +96,8 @@ def _row_source(data: Any, name: str, batch_size: int, collate_fn: Callable[[lis
         return _DatasetSource(TensorDataset(*data), batch_size=batch_size)
     if isinstance(data, (list, tuple)):
         return _BatchesSource(data, [count_rows(batch) for batch in data])
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (IterableDataset, Tensor)):
+    is_map_style = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if is_map_style and not isinstance(data, (IterableDataset, Tensor, Mapping)):
         return _DatasetSource(data, batch_size=batch_size, collate_fn=collate_fn)
     raise InputTypeError(
         f"{name} is a {type(data).__name__}; expected a data set with __len__ and __getitem__, a tuple of tensors, a "

@@ -16,6 +16,7 @@ from __future__ import annotations
 import operator
 import os
 import re
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -355,6 +356,7 @@ def _table_attributes(weights_fingerprint: str | None, learning_rate: float | No
         "learning_rate": learning_rate,
         "weights_fingerprint": weights_fingerprint,
         "finalized": False,
+        "table_id": uuid.uuid4().hex,  # scores remember it: a table that was removed and made anew is another one
     }
     return dict(json_value(attributes, "attributes"))
 

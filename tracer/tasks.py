@@ -182,7 +182,7 @@ class LanguageModeling(Task):
                 mask = batch.get("attention_mask")
                 if labels is None:
                     raise BatchError(f"language_modeling needs 'input_ids' or 'labels'; the batch has {sorted(batch)}.")
-                labels = labels if mask is None else labels.masked_fill(mask == 0, -100)
+                labels = labels if mask is None else _attended_labels(labels, mask)
             args, kwargs = _bind(model, kwargs)
             return args, kwargs, labels, True
         items = batch if isinstance(batch, (tuple, list)) else (batch,)
@@ -361,6 +361,13 @@ def _as_labels(labels: Any, name: str) -> Tensor:
 def _is_transformed(values: Tensor) -> bool:
     """Tell whether values cannot be inspected, being inside a torch.func transform."""
     return torch.func.debug_unwrap(values, recurse=False) is not values
+
+
+def _attended_labels(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Return tokens as labels, without padding and without tokens that only padding could predict (left padding)."""
+    attended = mask != 0
+    before = torch.cat([attended[:, :1], attended[:, :-1]], dim=1)
+    return tokens.masked_fill(~(attended & before), -100)
 
 
 def _shapes(name: str, output: Tensor, labels: Tensor) -> str:

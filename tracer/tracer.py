@@ -127,8 +127,8 @@ class Tracer:
         else:
             table = self.store.create_checkpoint(model_id, fingerprint, rate)
         self._start(table, weights, model_id, RowCursor(self.train_set_size, "train_set_size"), "featurize")
-        others = [other for other in self.store.checkpoint_ids() if other != model_id]
-        self._same_rows = self.store.checkpoint(others[0]) if others else None
+        others = [self.store.checkpoint(other) for other in self.store.checkpoint_ids() if other != model_id]
+        self._same_rows = max(others, key=lambda other: other.num_done, default=None)
 
     def featurize(self, batch: Batch, inds: RowIndices | None = None, num_samples: int | None = None) -> None:
         """Compute and store the features of a batch of train rows at the loaded checkpoint.
@@ -181,7 +181,7 @@ class Tracer:
             self._table.flush()
 
     def close(self) -> None:
-        """Flush and release the store's files; the Tracer cannot be used afterwards."""
+        """Flush and release the store's files; `load_checkpoint` opens them again."""
         if self._table is not None:
             self._table.close()
         self._table, self._featurizer, self._role = None, None, ""
@@ -229,8 +229,8 @@ class Tracer:
         self._check_weights(self.store.checkpoint(model_id), fingerprint, model_id)
         table = self._target_table(exp_name, model_id, num_targets)
         self._start(table, weights, model_id, RowCursor(num_targets, "num_targets"), "score")
-        others = [other for other in self.store.target_ids(exp_name) if other != model_id]
-        self._same_rows = self.store.targets(exp_name, others[0]) if others else None
+        others = [self.store.targets(exp_name, other) for other in self.store.target_ids(exp_name) if other != model_id]
+        self._same_rows = max(others, key=lambda other: other.num_done, default=None)
 
     def score(self, batch: Batch, inds: RowIndices | None = None, num_samples: int | None = None) -> None:
         """Compute and store the features of a batch of target rows; as `featurize`, for targets.

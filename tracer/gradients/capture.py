@@ -42,9 +42,10 @@ class CapturedLayer:
 class CaptureFailed(Exception):
     """A layer cannot be captured; internal: the engine takes the general way for its parameters."""
 
-    def __init__(self, layer: str, reason: str) -> None:
+    def __init__(self, layer: str, reason: str, expanded: bool = False) -> None:
         super().__init__(f"{layer}: {reason}")
         self.layer, self.reason = layer, reason
+        self.expanded = expanded  # the layer is only the first of those whose expanded outputs may be to blame
 
 
 @dataclass
@@ -196,7 +197,7 @@ def _checked_forward(task: Task, model: nn.Module, batch: Batch, batch_size: int
         shared = next((call.layer.name for call in recorder.calls if call.shared), None)
         if shared is None or isinstance(error, CaptureFailed):
             raise
-        raise CaptureFailed(shared, f"its output without rows cannot be expanded ({error})") from error
+        raise CaptureFailed(shared, f"its output without rows cannot be expanded ({error})", True) from error
     if not isinstance(outputs, SampleOutputs):
         raise BatchError(f"{type(task).__name__}.outputs must return SampleOutputs; it gave {type(outputs).__name__}.")
     return outputs

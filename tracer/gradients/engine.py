@@ -22,7 +22,7 @@ from tracer.gradients.capture import CallPattern, Captured, CapturedLayer, Captu
 from tracer.gradients.functional import can_vmap, loop_gradients, vmap_gradients
 from tracer.gradients.isolation import seed_generators
 from tracer.gradients.layers import rule_for
-from tracer.gradients.selfcheck import Reference, disagreeing, reference_pass
+from tracer.gradients.selfcheck import Reference, disagreeing, reference_pass, tolerance
 from tracer.tasks import Task
 from tracer.types import Batch, SampleOutputs
 
@@ -77,7 +77,9 @@ class GradientEngine:
             raise InputError(f"gradients={method!r} is not known; {nearest_name(method, METHODS)}.")
         self.model, self.task, self.method = model, task, method
         self.names = tuple(names)
-        self.device = next(iter(model.parameters())).device if device is None else device
+        first = dict(model.named_parameters())[self.names[0]]
+        self.device = first.device if device is None else device
+        self._dtype = first.dtype
         self.general: dict[str, str] = {}
         self.looped = False
         self._shared_layers: set[str] = set()
@@ -158,7 +160,9 @@ class GradientEngine:
             try:
                 captured = capture(self.model, self.task, batch, batch_size, self._layers, self._shared_layers)
             except CaptureFailed as failure:
-                self._drop_layer(failure.layer, failure.reason)
+                suspects = list(self._suspects) if failure.expanded else []
+                for layer in suspects or [failure.layer]:
+                    self._drop_layer(layer, failure.reason)
                 continue
             self._check_outputs(captured.outputs, batch_size)
             # One row tells nothing of which rows are which samples: it is verified apart.
@@ -182,7 +186,8 @@ class GradientEngine:
         seed_generators(self.device)
         reference = reference_pass(self.model, self.task, batch, batch_size, self.names)
         if not reference.same_outputs(captured.outputs.output):
-            expanded = {pattern.layer for pattern in captured.patterns if pattern.shared}
+            shared = {pattern.layer for pattern in captured.patterns if pattern.shared}
+            expanded = shared.intersection(self._suspects) or shared
             if not expanded:
                 raise GradientError(
                     "Two forwards of one batch give different outputs, with the same random numbers: the model keeps "
@@ -290,9 +295,8 @@ class GradientEngine:
 
     def _check_alone(self, together: Tensor, alone: Tensor) -> None:
         together, alone = together.double(), alone.double().to(together.device)
-        scale = together.abs().max().clamp(min=1.0)
-        tolerance = 1e-2 if together.dtype != torch.float64 else 1e-6
-        if not bool(((together - alone).abs() <= tolerance * scale).all() | ~torch.isfinite(together).all()):
+        bound = 10 * tolerance(self._dtype, self.device) * together.abs().max().clamp(min=1.0)
+        if not bool(((together - alone).abs() <= bound).all() | ~torch.isfinite(together).all()):
             raise GradientError(
                 "A sample run alone gives another output than within its batch: the samples of a batch influence each "
                 "other (batch statistics, padding without a mask, losses over pairs). Tracer needs samples that do not."

@@ -1,8 +1,8 @@
 """Layer rules: from a layer's input and output gradient to the per-sample gradients of its parameters.
 
 Layout: a rule sees a layer's first input ``x [N, ...]`` and the gradient ``g [N, ...]`` with respect to its output,
-rows first; ``N`` is the number of samples, or a multiple of it when the model folds positions into rows. It returns, for
-each parameter that is wanted, a gradient with ``N`` rows. The engine folds the rows into samples and checks the
+rows first; ``N`` is the number of samples, or a multiple of it when the model folds positions into rows. It returns,
+for each parameter that is wanted, a gradient with ``N`` rows. The engine folds the rows into samples and checks the
 result against autograd, so a rule need not care how the model arranges its batch.
 """
 

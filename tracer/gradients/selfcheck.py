@@ -20,7 +20,7 @@ from tracer.tasks import Task
 from tracer.types import Batch
 
 BLOCK_BYTES = 32 << 20
-_NOISE = 64.0
+_NOISE, _MOST_NOISE = 64.0, 0.03
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
@@ -85,7 +85,7 @@ class Reference:
             scale = max(float(flat.norm()), float(total[-1]) if total is not None else 0.0)
             difference = float((found - flat).norm())
             bound = tolerance(expected.dtype, expected.device)
-            noise = _NOISE * torch.finfo(expected.dtype).eps * self.scale
+            noise = min(_NOISE * torch.finfo(expected.dtype).eps, _MOST_NOISE) * self.scale
             if difference > max(bound * scale, noise):
                 wrong[name] = f"relative difference {difference / scale:.2g}, tolerance {bound:.0e}"
         return wrong
