@@ -5,42 +5,55 @@ import math
 import pytest
 import torch
 
-from tracer.projection.hashing import arrange, coprime_stride, make_tile, tile_ranges
+from tracer.projection.hashing import RUN, column_ranges, make_tile, padded_stride, tile_ranges
 from tracer.projection.seeds import Stream
 
 CPU = torch.device("cpu")
 
 
-def tile(rows, cols, k, seed=0):
-    return make_tile(Stream(seed, 1, "sketch", "weight", 0, 0), slice(0, rows), slice(0, cols), k, CPU)
+def tile(rows, cols, k, seed=0, num_taps=1):
+    stream = Stream(seed, 1, "sketch", "weight", 0, 0)
+    return make_tile(stream, slice(0, rows), slice(0, cols // num_taps), slice(0, num_taps), num_taps, k, CPU)
 
 
 def buckets(one, k):
     """Bucket of every entry of the tile in the matrix's own order: ``[o, i]``."""
-    rows, cols = one.shape
-    memory = (one.row_bucket(k)[:, None] + torch.arange(cols)) % k
-    if one.row_order is None:
-        return memory
+    memory = (one.row_bucket(k)[:, None] + torch.arange(one.num_cols)) % k
     natural = torch.empty_like(memory)
-    natural[one.row_order[:, None], one.col_order[:cols]] = memory
+    natural[one.matrix_rows[:, None], one.columns] = memory
     return natural
 
 
 def test_tables_are_pinned():
     one = tile(5, 4, 8, seed=4)
-    assert (one.offset, one.stride) == (7, 5)
-    assert one.row_order.tolist() == [3, 4, 2, 0, 1]
-    assert one.col_order.tolist() == [2, 0, 1, 3, 0]  # and one number of padding
+    assert (one.offset, one.stride, one.group) == (7, 4, 2)
+    assert one.row_order.indices.tolist() == [3, 4, 2, 0, 1]
+    assert one.channel_order.indices.tolist() == [2, 0, 1, 3]
     assert one.row_sign.tolist() == [-1.0, 1.0, -1.0, 1.0, 1.0]
-    assert one.col_sign.tolist() == [1.0, -1.0, 1.0, 1.0, 0.0]
+    assert one.col_sign.tolist() == [1.0, -1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("k", [1, 2, 30, 210, 30030, 4096, 999983])
-def test_a_coprime_stride_is_found_for_every_k(k):
-    for least in (1, 2, 7, k - 1, k):
-        stride = coprime_stride(max(1, least), k)
-        assert math.gcd(stride, k) == 1
-        assert max(1, least) <= stride <= least + k
+def test_tables_of_a_convolution_are_pinned():
+    one = tile(3, 6, 8, seed=4, num_taps=3)
+    assert (one.offset, one.stride, one.group) == (7, 7, 8)
+    assert one.columns.tolist() == [0, 3, 1, 4, 2, 5]  # tap by tap, channels permuted
+
+
+@pytest.mark.parametrize("k", [1, 2, 30, 210, 512, 1000, 4096, 999983])
+def test_a_stride_holds_a_row_and_wastes_an_eighth_at_most(k):
+    for cols in (1, 2, 3, 7, 27, 64, 256, 576, 768, k - 1, k):
+        if 1 <= cols <= k:
+            stride = padded_stride(cols, k)
+            assert cols <= stride <= cols + max(1, cols // 8)
+            assert math.gcd(stride, k) * (k // math.gcd(stride, k)) == k
+
+
+def test_large_matrices_have_aligned_rows_that_move_in_runs():
+    one = tile(512, 768, 4096)
+    assert one.stride % 16 == 0
+    assert one.row_order.run == RUN
+    assert one.channel_order.run == 1
+    assert one.group == 256
 
 
 @pytest.mark.parametrize(("rows", "cols", "k"), [(8, 8, 8), (5, 7, 9), (30, 17, 30), (64, 3, 64), (2, 64, 64)])
@@ -53,6 +66,7 @@ def test_entries_of_one_row_or_column_never_collide(rows, cols, k):
 def test_a_tile_that_fits_has_no_collisions_and_no_permutation():
     one = tile(8, 8, 64)
     assert one.row_order is None
+    assert one.channel_order is None
     assert len(set(buckets(one, 64).flatten().tolist())) == 64
 
 
@@ -91,7 +105,15 @@ def structures(rows, cols, k):
 
 @pytest.mark.parametrize(
     ("rows", "cols", "k"),
-    [(256, 64, 4096), (64, 576, 4096), (64, 64, 1000), (128, 512, 1024), (256, 256, 256), (512, 48, 512)],
+    [
+        (256, 64, 4096),
+        (64, 576, 4096),
+        (64, 64, 1000),
+        (128, 512, 1024),
+        (256, 256, 256),
+        (512, 48, 512),
+        (512, 96, 1024),
+    ],
 )
 def test_no_structure_collides_more_than_a_random_hash_does(rows, cols, k):
     energies = structures(rows, cols, k)
@@ -109,18 +131,16 @@ def test_a_pair_of_entries_collides_with_probability_at_most_about_one_in_k(rows
 
 
 def test_every_tile_is_its_own_hash():
-    one, other = (make_tile(Stream(0, 1, "sketch", "w", 0, c), slice(0, 9), slice(0, 9), 16, CPU) for c in (0, 1))
-    assert one.row_order.tolist() != other.row_order.tolist()
+    ranges = slice(0, 9), slice(0, 9), slice(0, 1), 1
+    one, other = (make_tile(Stream(0, 1, "sketch", "w", 0, c), *ranges, 16, CPU) for c in (0, 1))
+    assert one.row_order.indices.tolist() != other.row_order.indices.tolist()
 
 
 def test_ranges_cover_everything_once():
     assert [(r.start, r.stop) for r in tile_ranges(10, 4)] == [(0, 4), (4, 8), (8, 10)]
-
-
-def test_both_layouts_are_arranged_alike():
-    values = torch.randn(2, 3, 5)
-    order, sign = torch.tensor([4, 1, 0, 2, 3, 0]), torch.tensor([1.0, -1, 1, 1, -1, 0])
-    positions_last = values.transpose(1, 2).contiguous().transpose(1, 2)
-    expected = values[:, :, order] * sign
-    assert torch.equal(arrange(values, order, sign), expected)
-    assert torch.equal(arrange(positions_last, order, sign), expected)
+    for channels, taps, k in [(512, 9, 4096), (3, 9, 8), (40, 4, 16), (1, 1, 1), (5, 3, 1)]:
+        seen = torch.zeros(channels, taps, dtype=torch.int64)
+        for channel, tap in column_ranges(channels, taps, k):
+            seen[channel, tap] += 1
+            assert 1 <= seen[channel, tap].numel() <= k
+        assert bool((seen == 1).all())

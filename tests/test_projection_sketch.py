@@ -17,8 +17,9 @@ from projection_cases import (
 from torch import nn
 from torch.nn import functional as F
 
-from tracer.factors import DenseGradient, OuterGradient, RowsGradient
+from tracer.factors import DenseGradient, OuterGradient, RowsGradient, WindowGradient
 from tracer.projection import row_blocks, sketch
+from tracer.projection import spectral as spectral_way
 from tracer.projection.sketch import SketchProjector, fold, spectral_pays
 
 # Shapes of one tile, of several row or column tiles, larger than k both ways, wider than k, and with k odd or prime.
@@ -43,6 +44,41 @@ def test_the_built_and_the_spectral_way_agree(spectral, form, shape, k, monkeypa
     assert_is_linear_map(projector(shape, k), "weight", all_forms(shape)[form])
 
 
+CONVS = [
+    ((4, 3, 3), {"stride": (1,), "dilation": (1,)}, (11,)),
+    ((6, 5, 3, 2), {"stride": (2, 1), "dilation": (1, 2)}, (8, 7)),
+    ((20, 18, 3, 3), {"stride": (1, 1), "dilation": (1, 1)}, (4, 4)),
+    ((3, 2, 2, 1, 2), {"stride": (1, 1, 2), "dilation": (1, 1, 1)}, (3, 2, 5)),
+]
+
+
+def convolution(shape, options, places, dtype=torch.float64, batch_size=4):
+    """A convolution's gradient with random factors; its input is as large as the windows need."""
+    settings = zip(places, options["stride"], options["dilation"], shape[2:], strict=True)
+    sizes = [(n - 1) * step + (taps - 1) * rate + 1 for n, step, rate, taps in settings]
+    padded = normal(batch_size, shape[1], *sizes, dtype=dtype)
+    return WindowGradient(padded, normal(batch_size, shape[0], *places, seed=1, dtype=dtype), shape, **options)
+
+
+@pytest.mark.parametrize("spectral", [True, False])
+@pytest.mark.parametrize("k", [7, 16, 64, 1000])
+@pytest.mark.parametrize("conv", CONVS, ids=lambda conv: str(conv[0]))
+def test_convolutions_go_through_the_same_linear_map(spectral, k, conv, monkeypatch):
+    monkeypatch.setattr(sketch, "spectral_pays", lambda *sizes: spectral)
+    gradient = convolution(*conv)
+    rows = torch.einsum("bto,bti->boi", *gradient.outer(0, 4)).flatten(1)
+    torch.testing.assert_close(gradient.dense(0, 4), rows)
+    assert_is_linear_map(projector(conv[0], k), "weight", gradient)
+
+
+def test_grouped_convolutions_are_built():
+    options = {"stride": (1,), "dilation": (1,), "groups": 2}
+    gradient = WindowGradient(normal(3, 4, 9), normal(3, 6, 7, seed=1), (6, 2, 3), **options)
+    assert gradient.outer(0, 3) is None
+    assert_is_linear_map(projector((6, 2, 3), 16), "weight", DenseGradient(gradient.dense(0, 3).reshape(3, 6, 2, 3)))
+    assert_is_linear_map(projector((6, 2, 3), 16), "weight", gradient)
+
+
 @pytest.mark.parametrize("shape", [(30,), (), (1, 30), (30, 1), (2, 3, 2, 2)])
 @pytest.mark.parametrize("k", [1, 2, 8, 64])
 def test_vectors_scalars_and_kernels_are_linear_too(shape, k):
@@ -52,8 +88,8 @@ def test_vectors_scalars_and_kernels_are_linear_too(shape, k):
 
 @pytest.mark.parametrize("step", [1, 3])
 def test_blocks_of_samples_and_positions_change_nothing(step, monkeypatch):
-    monkeypatch.setattr(sketch, "row_blocks", lambda batch_size, _: row_blocks(batch_size, 1, step))
-    monkeypatch.setattr(sketch, "BLOCK_BYTES", 2 * 5 * 16 * 8)
+    monkeypatch.setattr(sketch, "row_blocks", lambda batch_size, *_: row_blocks(batch_size, 1, step))
+    monkeypatch.setattr(spectral_way, "SPECTRAL_BYTES", 2 * 16 * 8)
     for spectral in (True, False):
         monkeypatch.setattr(sketch, "spectral_pays", lambda *sizes, way=spectral: way)
         for gradient in all_forms((13, 7)).values():

@@ -224,6 +224,78 @@ class RowsGradient(PerSampleGradient):
         return RowsGradient(self.index.reshape(rows, -1), values, self.shape)
 
 
+class WindowGradient(PerSampleGradient):
+    """Gradients of a convolution's weight: output gradients times the windows of the input they were computed from.
+
+    With ``L`` output positions, ``K`` kernel taps and patches ``[B, C * K, L]`` the gradient is ``left @ patchesᵀ``,
+    one such product for each group of channels. Patches are views here; whoever needs them unfolded copies them.
+
+    Args:
+        padded: The input with its padding, ``[B, C, *S]``.
+        left: The gradient with respect to the output, ``[B, O, *L]``.
+        shape: The weight's shape ``[O, C / groups, *K]``.
+        stride: One a spatial dimension.
+        dilation: One a spatial dimension.
+        groups: The number of groups.
+    """
+
+    def __init__(
+        self,
+        padded: Tensor,
+        left: Tensor,
+        shape: Sequence[int],
+        *,
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        groups: int = 1,
+    ) -> None:
+        self.padded, self.left = padded, left
+        self.shape = tuple(shape)
+        self.batch_size = padded.shape[0]
+        self.stride, self.dilation, self.groups = tuple(stride), tuple(dilation), groups
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors lie."""
+        return self.padded.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the factors."""
+        return self.left.dtype
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """Build the gradients by one product a sample and group: ``[b, numel]``."""
+        rows = stop - start
+        patches = self.windows(self.padded[start:stop])
+        patches = patches.reshape(rows * self.groups, -1, math.prod(self.left.shape[2:]))
+        left = self.left[start:stop].reshape(rows * self.groups, -1, patches.shape[-1])
+        return torch.bmm(left, patches.transpose(1, 2)).reshape(rows, self.numel)
+
+    def outer(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
+        """Return output gradients ``[b, L, O]`` and patches ``[b, L, C * K]``; None with groups."""
+        if self.groups > 1:
+            return None
+        positions = math.prod(self.left.shape[2:])
+        patches = self.windows(self.padded[start:stop]).reshape(stop - start, -1, positions)
+        return self.left[start:stop].flatten(2).transpose(1, 2), patches.transpose(1, 2)
+
+    def windows(self, padded: Tensor) -> Tensor:
+        """Return a view of the windows of padded inputs ``[b, C, *S]``: ``[b, C, *K, *L]``.
+
+        Args:
+            padded: Inputs of this layer's spatial size; any samples, channels and memory layout.
+
+        Returns:
+            The view, which copies nothing.
+        """
+        spatial = padded.stride()[2:]
+        taps = tuple(step * rate for step, rate in zip(spatial, self.dilation, strict=True))
+        moves = tuple(step * rate for step, rate in zip(spatial, self.stride, strict=True))
+        sizes = (*padded.shape[:2], *self.shape[2:], *self.left.shape[2:])
+        return padded.as_strided(sizes, (*padded.stride()[:2], *taps, *moves), padded.storage_offset())
+
+
 class SumGradient(PerSampleGradient):
     """The sum of several gradients of one parameter: tied weights, layers called more than once."""
 

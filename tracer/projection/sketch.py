@@ -6,9 +6,7 @@ same linear map; which of these ways a gradient takes depends only on its form a
 
 - built: outer products ``sum_t left[t] (outer) right[t]`` are built a tile and a few samples at a time, while hot in
   cache, from factors that already carry signs and memory order, and folded at once;
-- spectral: the hash adds, so a sketched outer product is the circular convolution of the sketched factors; their
-  Fourier transforms are multiplied, summed over positions, layers and tiles, and one inverse transform ends it (Pham &
-  Pagh 2013). It never has ``O * I`` numbers, which vector inputs (``T`` = 1) and wide layers gain from;
+- spectral (`tracer.projection.spectral`): factors are sketched and multiplied as spectra, nothing is built;
 - rows: an embedding's touched rows are scattered, ``T * I`` numbers a sample;
 - dense: anything else is built in blocks, signed and folded.
 """
@@ -24,41 +22,26 @@ from torch import Tensor
 
 from tracer.factors import PerSampleGradient, RowsGradient, SumGradient, matrix_shape
 from tracer.projection import norms
-from tracer.projection.base import BLOCK_BYTES, Projector, full_precision, row_blocks
-from tracer.projection.hashing import Tile, arrange, make_tile, tile_ranges
+from tracer.projection.arrangement import factors
+from tracer.projection.base import Projector, full_precision, row_blocks
+from tracer.projection.hashing import Tile, column_ranges, make_tile, tile_ranges
+from tracer.projection.scratch import Scratch
 from tracer.projection.seeds import Stream
+from tracer.projection.spectral import Spectrum, add_spectral, spectral_pays
 from tracer.types import Projection
+
+BUILT_BYTES = 16 << 20
+"""How many bytes of built gradient are held at once; a few samples, while they are hot in cache."""
 
 
 class _Lookup(NamedTuple):
     """The hash of one column tile in the matrix's own order, for gradients that touch single rows."""
 
-    cols: slice
+    cols: Tensor  # [i], int64
     row_bucket: Tensor  # [O], int64
     row_sign: Tensor  # [O], float32
     col_bucket: Tensor  # [num_row_tiles, i], int64
     col_sign: Tensor  # [num_row_tiles, i], float32
-
-
-class _Sums:
-    """What a call adds up: features ``[B, k]`` and, if needed, their half spectrum ``[B, k // 2 + 1]``."""
-
-    def __init__(self, features: Tensor) -> None:
-        self.features = features
-        self.spectrum: Tensor | None = None
-
-    def add_spectrum(self, start: int, stop: int, values: Tensor) -> None:
-        """Add ``[b, k // 2 + 1]`` to the spectrum of samples ``start`` to ``stop``."""
-        if self.spectrum is None:
-            complex_dtype = torch.complex128 if self.features.dtype == torch.float64 else torch.complex64
-            shape = self.features.shape[0], self.features.shape[1] // 2 + 1
-            self.spectrum = torch.zeros(shape, dtype=complex_dtype, device=self.features.device)
-        self.spectrum[start:stop] += values
-
-    def finish(self) -> None:
-        """Add the inverse transform of the spectrum to the features."""
-        if self.spectrum is not None:
-            self.features += torch.fft.irfft(self.spectrum, n=self.features.shape[1])
 
 
 class SketchProjector(Projector):
@@ -86,97 +69,71 @@ class SketchProjector(Projector):
         self.dim = self.proj_dim
         self._tiles: dict[tuple[str, torch.device], list[Tile]] = {}
         self._lookups: dict[tuple[str, torch.device], list[_Lookup]] = {}
+        self._scratch = Scratch()
 
     def add(self, name: str, gradient: PerSampleGradient, features: Tensor, squared_norm: Tensor) -> None:
         """Add one parameter's sketch to ``features [B, k]`` and its exact squared norm, in place."""
-        sums = _Sums(features)
-        squared_norm += self._add(name, gradient, sums)
-        sums.finish()
+        spectrum = Spectrum(features)
+        squared_norm += self._add(name, gradient, features, spectrum)
+        spectrum.finish()
 
     def _add_all(self, gradients: Mapping[str, PerSampleGradient], result: Projection) -> None:
         """Add all parameters with one inverse transform for all of them."""
-        sums = _Sums(result.features)
+        spectrum = Spectrum(result.features)
         for name, gradient in gradients.items():
-            result.squared_norm.add_(self._add(name, gradient, sums))
-        sums.finish()
+            result.squared_norm.add_(self._add(name, gradient, result.features, spectrum))
+        spectrum.finish()
 
-    def _add(self, name: str, gradient: PerSampleGradient, sums: _Sums) -> Tensor:
-        """Add one parameter's sketch to the sums and return its squared norms: ``[B]``, float64."""
+    def _add(self, name: str, gradient: PerSampleGradient, features: Tensor, spectrum: Spectrum) -> Tensor:
+        """Add one parameter's sketch to features or spectrum and return its squared norms: ``[B]``, float64."""
         if gradient.numel == 0:
             return norms.squared_norm(gradient)
         if isinstance(gradient, SumGradient):
             parts = norms.flatten_sum(gradient)
             total = norms.cross_terms(parts)
             for part in parts:
-                total += self._add(name, part, sums)
+                total += self._add(name, part, features, spectrum)
             return total
         if isinstance(gradient, RowsGradient):
-            self._add_rows(name, gradient, sums.features)
+            self._add_rows(name, gradient, features)
             return norms.squared_norm(gradient)
         positions = norms.num_positions(gradient)
         if positions is None:
-            return self._add_dense(name, gradient, sums.features)
+            return self._add_dense(name, gradient, features)
         if spectral_pays(positions, matrix_shape(gradient.shape), self.dim):
-            self._add_spectral(name, gradient, sums)
+            for tile in self.tiles(name, gradient.device):
+                add_spectral(gradient, tile, spectrum, self._scratch)
             return norms.squared_norm(gradient)
-        return self._add_built(name, gradient, positions, sums.features)
+        return self._add_built(name, gradient, positions, features)
 
     def tiles(self, name: str, device: torch.device) -> list[Tile]:
         """Return the tiles of a parameter, row tiles first, with tables on ``device``."""
         key = name, device
         if key not in self._tiles:
             k, key_words = self.dim, (self.seed, self.version, self.kind, name)
-            row_ranges, col_ranges = (tile_ranges(size, k) for size in matrix_shape(self.shapes[name]))
+            num_rows, num_cols = matrix_shape(self.shapes[name])
+            num_taps = math.prod(self.shapes[name][2:])
+            columns = column_ranges(num_cols // max(1, num_taps), num_taps, k)
             self._tiles[key] = [
-                make_tile(Stream(*key_words, a, c), row_range, col_range, k, device)
-                for a, row_range in enumerate(row_ranges)
-                for c, col_range in enumerate(col_ranges)
+                make_tile(Stream(*key_words, a, c), rows, *columns[c], num_taps, k, device)
+                for a, rows in enumerate(tile_ranges(num_rows, k))
+                for c in range(len(columns))
             ]
         return self._tiles[key]
 
     def _add_built(self, name: str, gradient: PerSampleGradient, positions: int, features: Tensor) -> Tensor:
-        """Build ``[b, o, i]`` from factors, tile by tile, fold it, and return squared norms ``[B]``."""
+        """Build ``[b, o, stride]`` from factors, tile by tile, fold it, and return squared norms ``[B]``."""
         total = torch.zeros(gradient.batch_size, dtype=torch.float64, device=gradient.device)
-        item = features.element_size()
         for tile in self.tiles(name, gradient.device):
-            num_rows, num_cols = tile.shape
-            row_bytes = item * (num_rows * tile.stride + 2 * positions * (num_rows + num_cols))
-            for start, stop in row_blocks(gradient.batch_size, row_bytes):
-                factors = gradient.outer(start, stop)
-                assert factors is not None
-                left = full_precision(factors[0][:, :, tile.rows])
-                right = full_precision(factors[1][:, :, tile.cols])
-                if positions <= num_rows:
-                    left = arrange(left, tile.row_order, tile.row_sign)
-                    right = arrange(right, tile.col_order, tile.col_sign)
-                    built = torch.bmm(left.transpose(1, 2), right)
-                else:
-                    # The built tile is smaller than its factors: order and sign it instead.
-                    built = arrange_tile(torch.bmm(left.transpose(1, 2), right), tile)
-                flat = built.flatten(1)
-                total[start:stop] += norms.row_squares(flat)
-                fold(flat, tile.offset, features[start:stop])
+            numbers = max(tile.num_rows * tile.stride, positions * (tile.num_rows + tile.stride))
+            for start, stop in row_blocks(gradient.batch_size, numbers * features.element_size(), BUILT_BYTES):
+                left, right = factors(gradient, start, stop, tile, self._scratch)
+                shape = stop - start, tile.num_rows, tile.stride
+                built = self._scratch.take("built", shape, features.dtype, features.device)
+                torch.bmm(left, right, out=built)
+                total[start:stop] += torch.linalg.vector_norm(built, dim=2).double().square_().sum(1)
+                fold_tile(built, tile, features[start:stop])
         return total
-
-    def _add_spectral(self, name: str, gradient: PerSampleGradient, sums: _Sums) -> None:
-        """Add the products of the factors' spectra, in blocks of samples and positions."""
-        k, positions = self.dim, norms.num_positions(gradient) or 0
-        row_bytes = 5 * k * sums.features.element_size()
-        step = max(1, BLOCK_BYTES // row_bytes)
-        for tile in self.tiles(name, gradient.device):
-            bucket = tile.row_bucket(k)
-            for start, stop in row_blocks(gradient.batch_size, row_bytes * positions):
-                factors = gradient.outer(start, stop)
-                assert factors is not None
-                for low in range(0, positions, step):
-                    left = full_precision(factors[0][:, low : low + step, tile.rows])
-                    right = full_precision(factors[1][:, low : low + step, tile.cols])
-                    placed = left.new_zeros(*left.shape[:2], k)
-                    placed.index_copy_(2, bucket, arrange(left, tile.row_order, tile.row_sign))
-                    # n=k pads, and cuts the zeros that a stride above k has at its end.
-                    right = torch.fft.rfft(arrange(right, tile.col_order, tile.col_sign), n=k)
-                    product = torch.fft.rfft(placed).mul_(right)  # [b, t, k // 2 + 1]
-                    sums.add_spectrum(start, stop, product.sum(1))
 
     def _add_dense(self, name: str, gradient: PerSampleGradient, features: Tensor) -> Tensor:
         """Sign, order and fold built gradients ``[b, O, I]`` and return squared norms ``[B]``."""
@@ -187,8 +144,7 @@ class SketchProjector(Projector):
             total[start:stop] = norms.row_squares(built)
             matrix = built.reshape(stop - start, rows, cols)
             for tile in self.tiles(name, gradient.device):
-                values = arrange_tile(matrix[:, tile.rows, tile.cols], tile)
-                fold(values.flatten(1), tile.offset, features[start:stop])
+                fold_tile(arrange_tile(matrix, tile), tile, features[start:stop])
         return total
 
     def _add_rows(self, name: str, gradient: RowsGradient, features: Tensor) -> None:
@@ -208,50 +164,38 @@ class SketchProjector(Projector):
         key = name, device
         if key not in self._lookups:
             tiles = self.tiles(name, device)
-            num_cols = len(tile_ranges(matrix_shape(self.shapes[name])[1], self.dim))
+            num_row_tiles = len(tile_ranges(matrix_shape(self.shapes[name])[0], self.dim))
+            num_cols = len(tiles) // num_row_tiles
             self._lookups[key] = [self._lookup_column(tiles[c::num_cols]) for c in range(num_cols)]
         return self._lookups[key]
 
     def _lookup_column(self, tiles: list[Tile]) -> _Lookup:
-        """Join the row tiles of one column tile into tables in the matrix's own order."""
-        num_cols = tiles[0].shape[1]
+        """Join the row tiles of one column tile into tables, rows in the matrix's own order."""
         row_bucket, row_sign, col_bucket, col_sign = [], [], [], []
+        columns = tiles[0].columns.sort().values
         for tile in tiles:
-            memory = tile.row_bucket(self.dim)
-            columns = torch.arange(num_cols, device=memory.device)
-            row_bucket.append(restore(memory, tile.row_order))
-            row_sign.append(restore(tile.row_sign, tile.row_order))
-            order = None if tile.col_order is None else tile.col_order[:num_cols]
-            col_bucket.append(restore(columns, order))
-            col_sign.append(restore(tile.col_sign[:num_cols], order))
-        rows = torch.cat(row_bucket), torch.cat(row_sign)
-        return _Lookup(tiles[0].cols, *rows, torch.stack(col_bucket), torch.stack(col_sign))
-
-
-def spectral_pays(positions: int, shape: tuple[int, int], k: int) -> bool:
-    """Say whether sketching factors by Fourier transforms costs less than building their outer products.
-
-    A fixed estimate in float32 multiply-adds, fitted on CPU, so that the way depends on nothing but sizes.
-
-    Args:
-        positions: ``T``.
-        shape: ``(O, I)``.
-        k: The number of buckets.
-
-    Returns:
-        True for the spectral way.
-    """
-    rows, cols = shape
-    num_tiles = math.ceil(rows / k) * math.ceil(cols / k)
-    transforms = num_tiles * positions * k * (8.0 * math.log2(k + 1) + 40.0)
-    return transforms + norms.gram_cost(positions, rows, cols) < norms.build_cost(positions, rows, cols)
+            rows = tile.matrix_rows.argsort()
+            row_bucket.append(tile.row_bucket(self.dim)[rows])
+            row_sign.append(tile.row_sign[rows])
+            memory = tile.columns.argsort()
+            col_bucket.append(memory)
+            col_sign.append(tile.col_sign[memory])
+        joined = torch.cat(row_bucket), torch.cat(row_sign)
+        return _Lookup(columns, *joined, torch.stack(col_bucket), torch.stack(col_sign))
 
 
 def arrange_tile(matrix: Tensor, tile: Tile) -> Tensor:
-    """Bring built tiles ``[b, o, i]`` into memory order and sign them: ``[b, o, stride]``."""
-    if tile.row_order is not None:
-        matrix = matrix.index_select(1, tile.row_order)
-    return arrange(matrix, tile.col_order, tile.col_sign).mul_(tile.row_sign.unsqueeze(1))
+    """Bring a tile of ``[b, O, I]`` into memory order and sign it: ``[b, o, stride]``."""
+    columns = torch.nn.functional.pad(tile.columns, (0, tile.stride - tile.num_cols))
+    values = matrix.index_select(1, tile.matrix_rows).index_select(2, columns)
+    return values.mul_(tile.col_sign).mul_(tile.row_sign.unsqueeze(1))
+
+
+def fold_tile(built: Tensor, tile: Tile, features: Tensor) -> None:
+    """Add a tile in memory order ``[b, o, stride]`` to the features ``[b, k]``, group by group of its rows."""
+    for number, start in enumerate(range(0, tile.num_rows, tile.group)):
+        flat = built[:, start : start + tile.group].flatten(1)
+        fold(flat, (tile.offset + start * tile.stride + number) % features.shape[1], features)
 
 
 def fold(flat: Tensor, offset: int, features: Tensor) -> None:
@@ -262,18 +206,16 @@ def fold(flat: Tensor, offset: int, features: Tensor) -> None:
     >>> features
     tensor([[ 3., 41.,  2.]])
     """
-    k = features.shape[1]
-    whole = flat.shape[1] // k * k
-    tail = flat[:, whole:]
-    if whole:
-        folded = flat[:, :whole].unflatten(1, (-1, k)).sum(1)
-        folded[:, : tail.shape[1]] += tail
+    rows, k = features.shape
+    lines, rest = divmod(flat.shape[1], k)
+    tail = flat[:, lines * k :]
+    if lines:
+        ones = flat.new_ones(rows, 1, lines)  # a product adds up lines several times faster than a sum
+        folded = torch.bmm(ones, flat[:, : lines * k].unflatten(1, (lines, k))).squeeze(1)
+        if rest:
+            folded[:, :rest] += tail
         tail = folded
     before = min(k - offset, tail.shape[1])
     features[:, offset : offset + before] += tail[:, :before]
-    features[:, : tail.shape[1] - before] += tail[:, before:]
-
-
-def restore(memory: Tensor, order: Tensor | None) -> Tensor:
-    """Return a table in the matrix's order from one in memory order: ``[n]``."""
-    return memory if order is None else torch.empty_like(memory).scatter_(0, order, memory)
+    if before < tail.shape[1]:
+        features[:, : tail.shape[1] - before] += tail[:, before:]
