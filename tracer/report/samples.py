@@ -1,0 +1,172 @@
+"""How a row of the data is shown: as an image, a text or the first numbers of a vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from tracer.errors import InputError
+
+Kind = Literal["images", "texts", "vectors", "absent"]
+
+TEXT_LENGTH = 240
+"""Longer texts are cut after so many characters."""
+
+VECTOR_LENGTH = 8
+"""Longer vectors are cut after so many numbers."""
+
+
+class Samples:
+    """Inputs, labels and predictions of ``size`` rows, ready to be shown one by one.
+
+    Args:
+        role: What the rows are, ``"train"`` or ``"target"``; used in messages and captions.
+        size: The number of rows.
+        inputs: Images ``[size, H, W]``, ``[size, C, H, W]`` or ``[size, H, W, C]`` with C of 1, 3 or 4 (channels first
+            where both readings are possible), vectors ``[size, D]`` or ``[size]``, texts, or None.
+        labels: ``[size]``, class indices, names or numbers, or None.
+        predictions: ``[size]``, likewise.
+        class_names: The name of each class index.
+
+    Raises:
+        InputError: If a length differs from ``size``, or a label is no index of ``class_names``.
+
+    >>> samples = Samples("train", 2, inputs=["one", "two"], labels=[0, 1], class_names=["odd", "even"])
+    >>> samples.kind, samples.label(1), samples.describe(1)
+    ('texts', 'even', 'two')
+    """
+
+    def __init__(
+        self,
+        role: str,
+        size: int,
+        *,
+        inputs: Any = None,
+        labels: Any = None,
+        predictions: Any = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        self.role = role
+        self.size = size
+        self.inputs = None if inputs is None else as_array(inputs, f"{role}_inputs")
+        self.labels = None if labels is None else _names(labels, f"{role}_labels", class_names)
+        self.predictions = None if predictions is None else _names(predictions, f"{role}_predictions", class_names)
+        for name, values in (("inputs", self.inputs), ("labels", self.labels), ("predictions", self.predictions)):
+            if values is not None and len(values) != size:
+                raise InputError(f"{role}_{name} has {len(values)} rows; expected {size}, one for each {role} row.")
+        self.kind: Kind = _kind(self.inputs, f"{role}_inputs")
+        self._low, self._high = (
+            _limits(self.inputs) if self.inputs is not None and self.kind == "images" else (0.0, 1.0)
+        )
+
+    def label(self, row: int) -> str:
+        """Return the name of the row's label; empty where labels are absent."""
+        return "" if self.labels is None else self.labels[row]
+
+    def prediction(self, row: int) -> str:
+        """Return the name of what the model predicts; empty where predictions are absent."""
+        return "" if self.predictions is None else self.predictions[row]
+
+    def image(self, row: int) -> np.ndarray:
+        """Return the row as an image between 0 and 1: ``[H, W]`` or ``[H, W, C]`` with C of 3 or 4.
+
+        Values are scaled by the least and greatest of all images, unless these lie in [0, 1] (floats) or are bytes.
+
+        Args:
+            row: The row's index.
+
+        Returns:
+            The image, float64.
+        """
+        assert self.inputs is not None
+        pixels = np.asarray(self.inputs[row], dtype=np.float64)
+        if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4):
+            pixels = np.moveaxis(pixels, 0, -1)  # [C, H, W] -> [H, W, C]
+        if pixels.ndim == 3 and pixels.shape[-1] == 1:
+            pixels = pixels[..., 0]
+        return np.clip((pixels - self._low) / (self._high - self._low), 0.0, 1.0)
+
+    def describe(self, row: int) -> str:
+        """Return a text or the first numbers of a vector; empty for images and absent inputs."""
+        if self.inputs is None or self.kind == "images":
+            return ""
+        if self.kind == "texts":
+            text = " ".join(str(self.inputs[row]).split())
+            return text if len(text) <= TEXT_LENGTH else text[: TEXT_LENGTH - 1].rstrip() + "…"
+        numbers = np.atleast_1d(self.inputs[row])
+        shown = ", ".join(f"{number:.4g}" for number in numbers[:VECTOR_LENGTH])
+        return shown if len(numbers) <= VECTOR_LENGTH else f"{shown}, … ({len(numbers)} numbers)"
+
+
+def as_array(values: Any, name: str) -> np.ndarray:
+    """Return a tensor, a sequence of tensors, numbers or texts as an array without copying where possible.
+
+    Args:
+        values: What came.
+        name: The argument's name, for the message.
+
+    Returns:
+        The array; its first dimension counts rows.
+
+    Raises:
+        InputError: If the rows do not form one array.
+    """
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        return np.asarray(values.numpy() if values.dtype.is_floating_point is False else values.float().numpy())
+    if not isinstance(values, np.ndarray) and len(values) and isinstance(values[0], Tensor):
+        values = [as_array(value, name) for value in values]
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        array = np.empty(0, dtype=object)
+    if array.ndim == 0 or (array.dtype == object and not all(isinstance(value, str) for value in array.flat)):
+        raise InputError(f"{name} must be an array, a tensor or a list of rows of one shape, or of texts.")
+    if array.dtype == object and array.size == 0 and len(values):
+        raise InputError(f"{name} has rows of different shapes; give images or vectors of one shape, or texts.")
+    return array
+
+
+def _kind(inputs: np.ndarray | None, name: str) -> Kind:
+    """Return how the inputs are shown, from their dtype and number of dimensions."""
+    if inputs is None:
+        return "absent"
+    if inputs.dtype.kind in "UO":
+        return "texts"
+    if inputs.ndim <= 2:
+        return "vectors"
+    if inputs.ndim == 3 or (inputs.ndim == 4 and (inputs.shape[1] in (1, 3, 4) or inputs.shape[3] in (1, 3, 4))):
+        return "images"
+    raise InputError(
+        f"{name} has shape {list(inputs.shape)}; expected images [N, H, W], [N, C, H, W] or [N, H, W, C] with C of 1, "
+        "3 or 4, vectors [N, D] or texts. Pass what should be shown, for example one channel: inputs[:, 0]."
+    )
+
+
+def _limits(images: np.ndarray) -> tuple[float, float]:
+    """Return which values are drawn as black and as white."""
+    if images.dtype == np.uint8:
+        return 0.0, 255.0
+    low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 1.0)
+    if low >= 0.0 and high <= 1.0 and high > 0.0:
+        return 0.0, 1.0
+    return (low, high) if high > low else (low, low + 1.0)
+
+
+def _names(values: Any, name: str, class_names: Sequence[str] | None) -> list[str]:
+    """Return each label as text: the class's name, the index, or a number to four digits."""
+    array = as_array(values, name)
+    if array.ndim != 1:
+        raise InputError(f"{name} has shape {list(array.shape)}; expected one value a row.")
+    if class_names is None or array.dtype.kind not in "iu":
+        return [f"{value:.4g}" if array.dtype.kind == "f" else str(value) for value in array]
+    outside = np.flatnonzero((array < 0) | (array >= len(class_names)))
+    if outside.size:
+        raise InputError(
+            f"{name} holds {array[outside[0]]} at row {outside[0]}, but class_names has {len(class_names)} names "
+            f"(0 to {len(class_names) - 1})."
+        )
+    return [str(class_names[int(value)]) for value in array]
