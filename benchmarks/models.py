@@ -67,7 +67,9 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A causal language model with a tied head."""
 
-    def __init__(self, vocabulary: int = 65, dim: int = 256, layers: int = 4, heads: int = 4, length: int = 512) -> None:
+    def __init__(
+        self, vocabulary: int = 65, dim: int = 256, layers: int = 4, heads: int = 4, length: int = 512
+    ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, dim), nn.Embedding(length, dim)
         self.blocks = nn.Sequential(*(Block(dim, heads, True) for _ in range(layers)))
