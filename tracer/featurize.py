@@ -14,7 +14,7 @@ from tracer.errors import NonFiniteError
 from tracer.gradients import GradientEngine, isolated
 from tracer.projection.base import Projector
 from tracer.store import RowTable
-from tracer.types import Batch, SampleOutputs
+from tracer.types import Batch, Projection, SampleOutputs
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Featurizer:
         self.model, self.weights = model, weights
         self.engine, self.projector = engine, projector
         self.device, self.check_rows = device, check_rows
+        self._memory: Tensor | None = None
 
     def write(self, table: RowTable, batch: Batch, rows: np.ndarray, same_rows: RowTable | None = None) -> int:
         """Compute and write those rows of a batch that the table does not hold yet.
@@ -114,14 +115,17 @@ class Featurizer:
         """
         with weights_in(self.model, self.weights), isolated(self.model, self.engine.names, self.device):
             found = self.engine.compute(to_device(batch, self.device), num_rows)
-            features = torch.zeros(num_rows, self.projector.dim, device=self.device)
+            features = self._features(num_rows)
             squared_norm = torch.zeros(num_rows, dtype=torch.float64, device=self.device)
-            with torch.no_grad():
-                for start, stop, gradients in found.parts:
-                    projection = self.projector.project(gradients)
-                    features[start:stop] += projection.features.to(self.device)
-                    squared_norm[start:stop] += projection.squared_norm.to(self.device)
+            for start, stop, gradients in found.parts:
+                self.projector.project(gradients, Projection(features[start:stop], squared_norm[start:stop]))
             return _row_values(features, squared_norm, found.outputs)
+
+    def _features(self, num_rows: int) -> Tensor:
+        """Return zeros ``[num_rows, dim]`` in memory that is used again for the next batch."""
+        if self._memory is None or len(self._memory) < num_rows:
+            self._memory = torch.empty(num_rows, self.projector.dim, device=self.device)
+        return self._memory[:num_rows].zero_()
 
 
 def _row_values(features: Tensor, squared_norm: Tensor, outputs: SampleOutputs) -> RowValues:
@@ -138,15 +142,19 @@ def _row_values(features: Tensor, squared_norm: Tensor, outputs: SampleOutputs) 
 
 
 def _check_finite(values: RowValues, rows: np.ndarray) -> None:
-    for name in ("loss", "slope", "curvature", "gradient_norm", "features"):
-        value = getattr(values, name)
-        finite = np.isfinite(value) if value.ndim == 1 else np.isfinite(value).all(1)
+    for name in ("loss", "slope", "curvature", "gradient_norm"):
+        finite = np.isfinite(getattr(values, name))
         if not finite.all():
-            bad = rows[~finite]
-            what = "gradient" if name in ("gradient_norm", "features") else name
-            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-            raise NonFiniteError(
-                f"The {what} of rows {bad[:5].tolist()}{more} is NaN or infinite (in float32). Nothing of this batch "
-                f"was written. Look at these rows' inputs and labels, or leave them out; if all rows are concerned, "
-                f"at the checkpoint's weights."
-            )
+            _refuse("gradient" if name == "gradient_norm" else name, rows[~finite])
+    finite = torch.isfinite(torch.from_numpy(values.features).abs().amax(1)).numpy()
+    if not finite.all():
+        _refuse("gradient", rows[~finite])
+
+
+def _refuse(what: str, bad: np.ndarray) -> None:
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    raise NonFiniteError(
+        f"The {what} of rows {bad[:5].tolist()}{more} is NaN or infinite (in float32). Nothing of this batch was "
+        f"written. Look at these rows' inputs and labels, or leave them out; if all rows are concerned, at the "
+        f"checkpoint's weights."
+    )

@@ -359,7 +359,7 @@ class RowTable:
             raise InputTypeError(f"{name} is {values.dtype} of shape {values.shape}: expected float32 {shape}")
         with np.errstate(over="ignore"):
             values = values.astype(np.float32, copy=False)
-        finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+        finite = np.isfinite(_largest(values))
         if not finite.all():
             raise NonFiniteError(
                 f"{name} of rows {_named(rows[~finite])} is NaN or infinite in float32: nothing of the batch was "
@@ -372,9 +372,16 @@ def _stored(features: np.ndarray, storage: str) -> tuple[np.ndarray, np.ndarray]
     """Return float32 features ``[n, dim]`` as they are stored, and their scale ``[n]`` float32."""
     if storage == "float32":
         return features, np.ones(len(features), dtype=np.float32)
-    scale = np.maximum(features.max(axis=1), -features.min(axis=1))
+    scale = _largest(features)
     scale[scale == 0] = 1
-    return torch.from_numpy(features / scale[:, None]).half().numpy(), scale
+    return (torch.from_numpy(features) / torch.from_numpy(scale)[:, None]).half().numpy(), scale
+
+
+def _largest(values: np.ndarray) -> np.ndarray:
+    """Return the largest absolute value of each row of float32 values, NaN where there is one: ``[n]``."""
+    if values.ndim == 1:
+        return np.abs(values)
+    return torch.from_numpy(values).abs().amax(1).numpy()  # torch does it on all cores, several times faster
 
 
 def _named(rows: np.ndarray) -> str:

@@ -76,29 +76,38 @@ class Projector(ABC):
             squared_norm: ``[B]``, float64, where the squared norm of this parameter's gradient is added.
         """
 
-    def project(self, gradients: Mapping[str, PerSampleGradient]) -> Projection:
+    def project(self, gradients: Mapping[str, PerSampleGradient], into: Projection | None = None) -> Projection:
         """Project the gradients of ``B`` samples; a parameter that is not there has gradient zero.
 
         Args:
             gradients: The per-sample gradient of each parameter; at least one.
+            into: Features ``[B, dim]`` and squared norms ``[B]``, float64, to which is added; None starts from zeros.
 
         Returns:
             The features ``[B, dim]`` and the exact squared norms ``[B]``.
         """
-        result = self.zeros(gradients)
+        dtype, num_rows, device = self._check(gradients)
+        result = into
+        if result is None or result.features.dtype != dtype or result.features.device != device:
+            features = torch.zeros(num_rows, self.dim, dtype=dtype, device=device)
+            result = Projection(features, torch.zeros(num_rows, dtype=torch.float64, device=device))
         # Under autocast the matrix products here would silently run in half precision.
         with torch.no_grad(), torch.autocast(result.features.device.type, enabled=False):
             self._add_all(gradients, result)
-        return result
+        if into is None or into is result:
+            return result
+        into.features.add_(result.features.to(into.features.device))
+        into.squared_norm.add_(result.squared_norm.to(into.squared_norm.device))
+        return into
 
-    def zeros(self, gradients: Mapping[str, PerSampleGradient]) -> Projection:
-        """Check the gradients and return zeros of the right sizes to add them to.
+    def _check(self, gradients: Mapping[str, PerSampleGradient]) -> tuple[torch.dtype, int, torch.device]:
+        """Check the gradients against the shapes and each other.
 
         Args:
             gradients: The per-sample gradient of each parameter; at least one.
 
         Returns:
-            Features ``[B, dim]``, float64 if any gradient is float64 and else float32, and squared norms ``[B]``.
+            The dtype of features, float64 if any gradient is float64 and else float32; ``B``; and the device.
 
         Raises:
             InputError: If there are none, a name is unknown, or shapes, batch sizes or devices do not fit.
@@ -120,9 +129,7 @@ class Projector(ABC):
                     f"{first.device}, {name!r} has {gradient.batch_size} on {gradient.device}"
                 )
         double = any(gradient.dtype == torch.float64 for gradient in gradients.values())
-        dtype = torch.float64 if double else torch.float32
-        features = torch.zeros(first.batch_size, self.dim, dtype=dtype, device=first.device)
-        return Projection(features, torch.zeros(first.batch_size, dtype=torch.float64, device=first.device))
+        return torch.float64 if double else torch.float32, first.batch_size, first.device
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the numbers, as plain JSON values: the store records it and compares it."""
