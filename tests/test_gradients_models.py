@@ -83,26 +83,39 @@ def test_positions_with_leading_one():
     assert_gradients_match(model, mean_square, (data(5, 5, 4),), 5)
 
 
-def test_sequence_first_layers_are_not_given_to_wrong_rows(caplog):
-    model = Module(lambda m, x: m.f(x.transpose(0, 1)).tanh().transpose(0, 1), f=nn.Linear(4, 3))
+@pytest.mark.parametrize("positions", [2, 3, 5, 6])
+def test_sequence_first_layers(positions):
+    model = Module(
+        lambda m, x: m.g(m.n(m.f(x.transpose(0, 1)).tanh())).transpose(0, 1),
+        f=nn.Linear(4, 3),
+        n=nn.LayerNorm(3),
+        g=nn.Linear(3, 2),
+    )
+    assert_gradients_match(model, mean_square, (data(3, positions, 4),), 3)
+
+
+def test_layers_that_mix_up_rows_are_not_given_to_wrong_rows(caplog):
+    model = Module(lambda m, x: m.f(x.transpose(0, 1).flatten(0, 1)).tanh().unflatten(0, (6, 3)), f=nn.Linear(4, 3))
+
+    def loss(model, batch):
+        return model(*batch).square().mean((0, 2)) if len(batch[0]) == 3 else one(model, batch)
+
+    def one(model, batch):
+        return model.f(batch[0].flatten(0, 1)).tanh().unflatten(0, (len(batch[0]), 6)).square().mean((1, 2))
+
     with caplog.at_level(logging.INFO, logger="tracer"):
-        assert_gradients_match(model, mean_square, (data(3, 6, 4),), 3, general=["f.weight", "f.bias"])
+        assert_gradients_match(model, loss, (data(3, 6, 4),), 3, general=["f.weight", "f.bias"])
     assert "'f.weight' are computed by torch.func" in caplog.text
     assert "captured from f" in caplog.text
-
-
-def test_sequence_first_with_as_many_positions_as_rows():
-    model = Module(lambda m, x: m.f(x.transpose(0, 1)).tanh().transpose(0, 1), f=nn.Linear(4, 3))
-    assert_gradients_match(model, mean_square, (data(3, 3, 4),), 3, general=["f.weight", "f.bias"])
 
 
 def test_sequence_first_after_a_first_batch_of_one_row():
     model = Module(lambda m, x: m.f(x.transpose(0, 1)).tanh().transpose(0, 1), f=nn.Linear(4, 3)).double()
     engine = GradientEngine(model, make_task(mean_square), ["f.weight", "f.bias"])
     engine_gradients(engine, (data(1, 6, 4),), 1)
-    assert not engine.general
     found = engine_gradients(engine, (data(3, 6, 4),), 3)
     torch.testing.assert_close(found, oracle_gradients(model, mean_square, (data(3, 6, 4),), 3))
+    assert not engine.general
 
 
 def test_positions_folded_into_rows():
@@ -182,7 +195,55 @@ def test_transformer_encoder(batch_first):
         return m.head(m.encoder(x) if batch_first else m.encoder(x.transpose(0, 1)).transpose(0, 1))
 
     model = Module(forward, encoder=nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), head=nn.Linear(8, 2))
-    assert_gradients_match(model, mean_square, (data(3, 5, 8),), 3, general=None, rtol=1e-8)
+    assert_gradients_match(model, mean_square, (data(3, 5, 8),), 3, rtol=1e-8)
+
+
+def masks(name):
+    causal = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    return {
+        "none": {},
+        "no weights": {"need_weights": False},
+        "causal hint": {"attn_mask": causal, "is_causal": True, "need_weights": False},
+        "causal": {"attn_mask": causal},
+        "boolean": {"attn_mask": causal != 0, "need_weights": False},
+        "padding": {"key_padding_mask": padding, "need_weights": False},
+        "both": {"attn_mask": causal != 0, "key_padding_mask": padding},
+        "one a head": {"attn_mask": torch.randn(6, 5, 5, dtype=torch.float64, generator=torch.Generator())},
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "mask", ["none", "no weights", "causal hint", "causal", "boolean", "padding", "both", "one a head"]
+)
+def test_attention_with_masks(mask):
+    def loss(model, batch):
+        options = dict(masks(mask))
+        rows = torch.arange(3) if len(batch[0]) == 3 else batch[1]
+        if "key_padding_mask" in options:
+            options["key_padding_mask"] = options["key_padding_mask"][rows]
+        if mask == "one a head":
+            options["attn_mask"] = options["attn_mask"].view(3, 2, 5, 5)[rows].flatten(0, 1)
+        mixed, weights = model(batch[0], batch[0], batch[0], **options)
+        extra = 0 if weights is None else weights.square().flatten(1).sum(1)
+        return mixed.square().flatten(1).sum(1) + extra
+
+    model = nn.MultiheadAttention(8, 2, batch_first=True)
+    assert_gradients_match(model, loss, (data(3, 5, 8), torch.arange(3)), 3, rtol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("kind", ["cross", "own keys", "own sizes"])
+def test_attention_without_a_rule_goes_the_general_way(kind):
+    options = {"own keys": {"add_bias_kv": True}, "own sizes": {"kdim": 6, "vdim": 6}}.get(kind, {})
+    model = Module(
+        lambda m, x, y: m.attention(x, y, y)[0], attention=nn.MultiheadAttention(8, 2, batch_first=True, **options)
+    )
+    context = data(3, 4, 6 if kind == "own sizes" else 8)
+    engine = assert_gradients_match(model, mean_square, (data(3, 5, 8), context), 3, general=None, rtol=1e-8)
+    assert "attention.in_proj_bias" in engine.general
+    assert "forward" not in model.attention.__dict__
 
 
 def test_lstm_by_the_per_sample_loop_where_vmap_cannot():

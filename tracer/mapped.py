@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import zarr
 
 from tracer.documents import NODE, create_file, disk_errors, read_document, sync
@@ -30,6 +31,7 @@ CHUNK_BYTES = 64 << 20
 """How many bytes of rows one file holds at most."""
 FLUSH_SECONDS = 5.0
 _MAX_MAPS = 128
+_PARALLEL_BYTES = 1 << 20
 _DTYPES = {"float16": "<f2", "float32": "<f4", "uint64": "<u8", "bool": "|b1"}
 
 
@@ -229,7 +231,7 @@ class MappedArray:
                 self.flush()
             target = self._dirty[chunk] = self.chunk(chunk, writable=True)
             if (np.diff(inside) == 1).all():
-                target[inside[0] : inside[-1] + 1] = values if whole else values[pick]
+                _copy(values if whole else values[pick], target[inside[0] : inside[-1] + 1])
             else:
                 target[inside] = values if whole else values[pick]
 
@@ -244,6 +246,14 @@ class MappedArray:
         """Drop the maps; views that are held stay valid."""
         self._maps.clear()
         self._dirty.clear()
+
+
+def _copy(values: np.ndarray, target: np.ndarray) -> None:
+    """Copy into a map; much of the time goes into its page faults, which torch spreads over the cores."""
+    if values.nbytes < _PARALLEL_BYTES or values.dtype != target.dtype or values.dtype.kind != "f":
+        target[...] = values
+    else:
+        torch.from_numpy(target).copy_(torch.from_numpy(values))
 
 
 class Completion:

@@ -7,8 +7,9 @@ edges then gives all output gradients; batch gradients of weights are never comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,25 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tracer.errors import BatchError
 from tracer.factors import DenseGradient, PerSampleGradient, add_gradients
+from tracer.gradients.attention import CapturedAttention, attending
+from tracer.gradients.failure import CaptureFailed
 from tracer.gradients.layers import LayerCall, RegisteredRule
 from tracer.tasks import Task
 from tracer.types import Batch, SampleOutputs
+
+
+class Layout(Enum):
+    """Where a layer's inputs and output have the samples.
+
+    Attributes:
+        ROWS: In the first dimension, maybe several rows a sample.
+        SECOND: In the second dimension: sequence first.
+        SHARED: Nowhere: one output for all samples (positions, prototypes).
+    """
+
+    ROWS = "rows"
+    SECOND = "second"
+    SHARED = "shared"
 
 
 @dataclass(frozen=True)
@@ -39,22 +56,13 @@ class CapturedLayer:
     parameters: Mapping[str, str]
 
 
-class CaptureFailed(Exception):
-    """A layer cannot be captured; internal: the engine takes the general way for its parameters."""
-
-    def __init__(self, layer: str, reason: str, expanded: bool = False) -> None:
-        super().__init__(f"{layer}: {reason}")
-        self.layer, self.reason = layer, reason
-        self.expanded = expanded  # the layer is only the first of those whose expanded outputs may be to blame
-
-
 @dataclass
 class _Call:
     layer: CapturedLayer
     inputs: tuple[Tensor, ...]
     versions: tuple[int, ...]
     edge: GradientEdge
-    shared: bool
+    layout: Layout
     rows: int
 
 
@@ -63,14 +71,14 @@ class CallPattern(NamedTuple):
 
     Attributes:
         layer: The layer's name.
-        shared: Whether its output was one for all samples, and expanded.
+        layout: Where it had its samples.
         fold: How many of its rows make a sample.
         ndim: The dimensions of its input.
         repeated: Whether it was called so more than once.
     """
 
     layer: str
-    shared: bool
+    layout: Layout
     fold: int
     ndim: int
     repeated: bool
@@ -96,9 +104,9 @@ class Captured:
 class _Recorder:
     """The forward hooks of one pass."""
 
-    def __init__(self, batch_size: int, shared_layers: set[str]) -> None:
+    def __init__(self, batch_size: int, layouts: Mapping[str, Layout]) -> None:
         self.batch_size = batch_size
-        self.shared_layers = shared_layers
+        self.layouts = layouts
         self.calls: list[_Call] = []
         self.recording = True
         self.expanded = False
@@ -121,21 +129,29 @@ class _Recorder:
         return record
 
     def _record(self, layer: CapturedLayer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        rows = output.shape[0] if output.ndim else 0
-        per_row = rows > 0 and rows % self.batch_size == 0 and layer.name not in self.shared_layers
+        layout = self._layout(layer.name, output)
         versions = tuple(value._version for value in inputs)
-        if per_row:
-            self.calls.append(_Call(layer, inputs, versions, get_gradient_edge(output), False, rows))
+        if layout is not Layout.SHARED:
+            rows = output.shape[0] if layout is Layout.ROWS else self.batch_size
+            self.calls.append(_Call(layer, inputs, versions, get_gradient_edge(output), layout, rows))
             return None
-        # One result for all samples (positions, prototypes): give each sample its own copy, so that the gradient
-        # of the copy is the sample's.
-        lead = () if rows == 1 else (1,)
-        expanded = output.reshape(*lead, *output.shape).expand(self.batch_size, *output.shape[1 if rows == 1 else 0 :])
-        inputs = tuple(_expand_input(value, rows == 1, self.batch_size) for value in inputs)
-        versions = tuple(value._version for value in inputs)
-        self.calls.append(_Call(layer, inputs, versions, get_gradient_edge(expanded), True, self.batch_size))
+        # Give each sample its own copy, so that the gradient of the copy is the sample's.
+        leading_one = output.ndim > 0 and output.shape[0] == 1
+        expanded = _expand_input(output, leading_one, self.batch_size)
+        inputs = tuple(_expand_input(value, leading_one, self.batch_size) for value in inputs)
+        self.calls.append(_Call(layer, inputs, versions, get_gradient_edge(expanded), layout, self.batch_size))
         self.expanded = True
         return expanded
+
+    def _layout(self, name: str, output: Tensor) -> Layout:
+        """Return the layout that was found for a layer, or the likeliest for its output's shape."""
+        sequence_first = output.ndim > 2 and output.shape[1] == self.batch_size
+        chosen = self.layouts.get(name)
+        if chosen is Layout.SHARED or (chosen is Layout.SECOND and sequence_first):
+            return chosen
+        if output.ndim > 0 and output.shape[0] > 0 and output.shape[0] % self.batch_size == 0:
+            return Layout.ROWS
+        return Layout.SECOND if sequence_first else Layout.SHARED
 
 
 def _expand_input(value: Tensor, leading_one: bool, batch_size: int) -> Tensor:
@@ -149,8 +165,9 @@ def capture(
     task: Task,
     batch: Batch,
     batch_size: int,
-    layers: list[CapturedLayer],
-    shared_layers: set[str],
+    layers: Sequence[CapturedLayer],
+    attentions: Sequence[CapturedAttention],
+    layouts: Mapping[str, Layout],
 ) -> Captured:
     """Run the model once forward and once backward and return the per-sample gradients of the layers' parameters.
 
@@ -160,7 +177,8 @@ def capture(
         batch: A batch of ``B`` samples on the model's device.
         batch_size: ``B``.
         layers: The layers to capture.
-        shared_layers: Names of layers whose output is one for all samples although its rows could be samples.
+        attentions: The attention modules whose projections are among them.
+        layouts: Where layers have their samples, by name, if not where their output's shape suggests.
 
     Returns:
         Outputs and gradients.
@@ -168,12 +186,13 @@ def capture(
     Raises:
         CaptureFailed: A layer was used in a way that its rule cannot describe.
     """
-    recorder = _Recorder(batch_size, shared_layers)
+    recorder = _Recorder(batch_size, layouts)
     hooks = [
         layer.module.register_forward_hook(recorder.hook(layer), prepend=True, with_kwargs=True) for layer in layers
     ]
     try:
-        outputs = _checked_forward(task, model, batch, batch_size, recorder)
+        with attending(attentions):
+            outputs = _checked_forward(task, model, batch, batch_size, recorder)
         recorder.recording = False
         edges = [call.edge for call in recorder.calls]
         depends = bool(edges) and outputs.output.requires_grad
@@ -194,7 +213,7 @@ def _checked_forward(task: Task, model: nn.Module, batch: Batch, batch_size: int
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        shared = next((call.layer.name for call in recorder.calls if call.shared), None)
+        shared = next((call.layer.name for call in recorder.calls if call.layout is Layout.SHARED), None)
         if shared is None or isinstance(error, CaptureFailed):
             raise
         raise CaptureFailed(shared, f"its output without rows cannot be expanded ({error})", True) from error
@@ -206,9 +225,9 @@ def _checked_forward(task: Task, model: nn.Module, batch: Batch, batch_size: int
 def _collect(outputs: SampleOutputs, recorder: _Recorder, grads: tuple, batch_size: int) -> Captured:
     parts: dict[str, list[PerSampleGradient]] = {}
     sources: dict[str, list[str]] = {}
-    counts: dict[tuple[str, bool, int, int], int] = {}
+    counts: dict[tuple[str, Layout, int, int], int] = {}
     for call, grad in zip(recorder.calls, grads, strict=False):
-        key = (call.layer.name, call.shared, call.rows // batch_size, call.inputs[0].ndim)
+        key = (call.layer.name, call.layout, call.rows // batch_size, call.inputs[0].ndim)
         counts[key] = counts.get(key, 0) + 1
         if grad is None:
             continue
@@ -229,8 +248,11 @@ def _apply_rule(call: _Call, grad: Tensor) -> dict[str, PerSampleGradient]:
     wanted = frozenset(layer.parameters)
     with torch.no_grad():
         try:
-            inputs = tuple(value.detach() for value in call.inputs)
-            given = layer.rule.rule(LayerCall(layer.module, inputs, grad.detach(), wanted))
+            inputs, grad = tuple(value.detach() for value in call.inputs), grad.detach()
+            if call.layout is Layout.SECOND:
+                grad = grad.transpose(0, 1)
+                inputs = tuple(value.transpose(0, 1) if value.ndim > 1 else value for value in inputs)
+            given = layer.rule.rule(LayerCall(layer.module, inputs, grad, wanted))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from tracer.batches import select_rows
 from tracer.errors import BatchError, GradientError, InputError, TracerError, nearest_name
 from tracer.factors import DenseGradient, PerSampleGradient
-from tracer.gradients.capture import CallPattern, Captured, CapturedLayer, CaptureFailed, capture
+from tracer.gradients.attention import CapturedAttention, refuses_attention
+from tracer.gradients.capture import CallPattern, Captured, CapturedLayer, Layout, capture
+from tracer.gradients.failure import CaptureFailed
 from tracer.gradients.functional import can_vmap, loop_gradients, vmap_gradients
 from tracer.gradients.isolation import seed_generators
 from tracer.gradients.layers import rule_for
@@ -82,11 +84,12 @@ class GradientEngine:
         self._dtype = first.dtype
         self.general: dict[str, str] = {}
         self.looped = False
-        self._shared_layers: set[str] = set()
-        self._tried_shared: set[str] = set()
+        self._layouts: dict[str, Layout] = {}
+        self._tried: dict[str, set[Layout]] = {}
         self._suspects: dict[str, dict[str, str]] = {}
         self._verified: set[tuple[frozenset[CallPattern], bool]] = set()
         self._layers: list[CapturedLayer] = []
+        self._attentions: list[CapturedAttention] = []
         self._assign()
 
     def compute(self, batch: Batch, batch_size: int) -> BatchGradients:
@@ -114,30 +117,42 @@ class GradientEngine:
 
     def _assign(self) -> None:
         """Divide the parameters between layer rules and the general way."""
-        canonical = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        owned: set[str] = set()
-        self._layers = []
-        for layer_name, module in self.model.named_modules():
-            registered = None if self.method == "functional" else rule_for(module)
-            if registered is None or not module._parameters or registered.refuses(module):
-                continue
-            mine = {
-                local: canonical[id(parameter)]
-                for local, parameter in module._parameters.items()
-                if parameter is not None and local in registered.parameters
-            }
-            wanted = {k: v for k, v in mine.items() if v in self.names and v not in self.general}
-            if wanted:
-                self._layers.append(CapturedLayer(layer_name or type(module).__name__, module, registered, wanted))
-                owned.update(wanted.values())
+        self._layers, self._attentions = [], []
+        if self.method != "functional":
+            canonical = {id(parameter): name for name, parameter in self.model.named_parameters()}
+            for layer_name, module in self.model.named_modules():
+                if type(module) is nn.MultiheadAttention and not refuses_attention(module):
+                    attention = CapturedAttention(layer_name, module)
+                    if self._take(attention.projection_name, attention.projection, canonical):
+                        self._attentions.append(attention)
+                else:
+                    self._take(layer_name or type(module).__name__, module, canonical)
+        owned = {name for layer in self._layers for name in layer.parameters.values()}
         for name in self.names:
             if name not in owned and name not in self.general:
                 self._give_up(name, self._why_general(name))
+
+    def _take(self, layer_name: str, module: nn.Module, canonical: Mapping[int, str]) -> bool:
+        """Capture a layer if a rule covers wanted parameters of it, and return whether."""
+        registered = rule_for(module)
+        if registered is None or not module._parameters or registered.refuses(module):
+            return False
+        mine = {
+            local: canonical[id(parameter)]
+            for local, parameter in module._parameters.items()
+            if parameter is not None and local in registered.parameters
+        }
+        wanted = {k: v for k, v in mine.items() if v in self.names and v not in self.general}
+        if wanted:
+            self._layers.append(CapturedLayer(layer_name, module, registered, wanted))
+        return bool(wanted)
 
     def _why_general(self, name: str) -> str:
         if self.method == "functional":
             return "gradients='functional'"
         module = self.model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nn.MultiheadAttention) and (reason := refuses_attention(module)):
+            return reason
         registered = rule_for(module)
         reason = registered.refuses(module) if registered is not None else None
         return reason or f"no layer rule covers it in {type(module).__name__}"
@@ -158,7 +173,9 @@ class GradientEngine:
         while True:
             seed_generators(self.device)
             try:
-                captured = capture(self.model, self.task, batch, batch_size, self._layers, self._shared_layers)
+                captured = capture(
+                    self.model, self.task, batch, batch_size, self._layers, self._attentions, self._layouts
+                )
             except CaptureFailed as failure:
                 suspects = list(self._suspects) if failure.expanded else []
                 for layer in suspects or [failure.layer]:
@@ -186,7 +203,7 @@ class GradientEngine:
         seed_generators(self.device)
         reference = reference_pass(self.model, self.task, batch, batch_size, self.names)
         if not reference.same_outputs(captured.outputs.output):
-            shared = {pattern.layer for pattern in captured.patterns if pattern.shared}
+            shared = {pattern.layer for pattern in captured.patterns if pattern.layout is Layout.SHARED}
             expanded = shared.intersection(self._suspects) or shared
             if not expanded:
                 raise GradientError(
@@ -203,19 +220,27 @@ class GradientEngine:
         return self._verify_general(reference, batch, batch_size)
 
     def _blame(self, wrong: Mapping[str, str], captured: Captured, batch_size: int) -> None:
-        """Give up parameters with a wrong gradient, once their layer's output was tried as one for all samples."""
-        by_rows = {pattern.layer for pattern in captured.patterns if not pattern.shared}
+        """Try another layout for the layers of a wrong gradient; give the parameter up when all were tried."""
+        for pattern in captured.patterns:
+            self._tried.setdefault(pattern.layer, set()).add(pattern.layout)
+        found: dict[str, Layout] = {}
         for name, difference in wrong.items():
             layers = sorted(set(captured.layers.get(name, ())))
             where = ", ".join(layers) or "no layer"
             reason = f"captured from {where}, its gradient differs from autograd's ({difference})"
-            untried = by_rows.intersection(layers) - self._tried_shared if batch_size > 1 else set()
-            for layer in untried:
-                self._suspects.setdefault(layer, {})[name] = reason
-            if not untried:
+            if batch_size > 1:
+                found |= {layer: layout for layer in layers if (layout := self._untried(layer)) is not None}
+            if found.keys().isdisjoint(layers):
                 self._drop_parameter(name, reason)
-        self._tried_shared.update(self._suspects)
-        self._shared_layers.update(self._suspects)
+            for layer in found.keys() & set(layers):
+                self._suspects.setdefault(layer, {})[name] = reason
+        for layer, layout in found.items():
+            self._layouts[layer] = layout
+            self._tried[layer].add(layout)
+
+    def _untried(self, layer: str) -> Layout | None:
+        """Return a layout that was not tried for a layer, cheapest first; `Layout.ROWS` is tried where it can be."""
+        return next((one for one in (Layout.SECOND, Layout.SHARED) if one not in self._tried[layer]), None)
 
     def _verify_general(self, reference: Reference, batch: Batch, batch_size: int) -> bool:
         """Check the general way against autograd; vmap may give way to the loop, the loop to an error."""
@@ -246,7 +271,7 @@ class GradientEngine:
         if layer is None:
             raise GradientError(f"Layer {layer_name!r} cannot be captured: {reason}.")
         suspected = self._suspects.pop(layer_name, {})
-        self._shared_layers.discard(layer_name)
+        self._layouts.pop(layer_name, None)
         for name in suspected or layer.parameters.values():
             self._drop_parameter(name, suspected.get(name, f"captured from {layer_name}: {reason}"))
 

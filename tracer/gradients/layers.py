@@ -227,6 +227,8 @@ def _refuses_embedding(module: Any) -> str | None:
 
 def _register_defaults() -> None:
     register_layer_rule(nn.Linear, _linear)
+    register_layer_rule("tracer.gradients.attention.PackedProjection", _linear)
+    register_layer_rule("torch.nn.modules.linear.NonDynamicallyQuantizableLinear", _linear)  # of attention modules
     register_layer_rule("transformers.pytorch_utils.Conv1D", _conv1d_of_transformers)
     for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         register_layer_rule(conv, _conv)

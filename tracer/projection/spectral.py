@@ -63,7 +63,7 @@ def spectral_pays(positions: int, shape: tuple[int, int], k: int) -> bool:
     """
     rows, cols = shape
     num_tiles = math.ceil(rows / k) * math.ceil(cols / k)
-    transforms = num_tiles * positions * k * (4.0 * math.log2(k + 1) + 40.0)
+    transforms = num_tiles * positions * k * (8.0 * math.log2(k + 1) + 40.0)
     return transforms + norms.gram_cost(positions, rows, cols) < norms.build_cost(positions, rows, cols)
 
 
@@ -100,7 +100,7 @@ def add_spectral(gradient: PerSampleGradient, tile: Tile, spectrum: Spectrum, sc
 
 def _product(left: Tensor, right: Tensor, k: int) -> Tensor:
     """Return the spectra's products summed over positions: ``[b, k // 2 + 1]``."""
-    product = torch.fft.rfft(left, n=k).mul_(torch.fft.rfft(right, n=k))
+    product = torch.fft.rfft(left).mul_(torch.fft.rfft(right, n=k))
     return product.sum(1) if product.shape[1] > 1 else product.squeeze(1)
 
 

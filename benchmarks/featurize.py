@@ -1,0 +1,184 @@
+"""What featurizing costs, as a multiple of one plain forward and backward of the same batches.
+
+Both alternate in one process: the plain pass computes the gradient of the batch's mean loss in train mode, as a
+training step does before the optimizer; featurizing includes fingerprints, projection and writing to a store on disk.
+
+Run it: python benchmarks/featurize.py              the table of works
+        python benchmarks/featurize.py --scaling    how the cost changes with batch size, proj_dim, width and tokens
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from models import Decoder, EncoderStack, ResNet9, mlp
+from timing import alternate, machine, ratio, table, write_results
+from torch import Tensor, nn
+
+from tracer import Tracer
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model with a batch, and what it is featurized with.
+
+    Attributes:
+        name: What it is called in tables.
+        model: The model.
+        batch: Inputs and labels.
+        task: The task's name.
+        options: More options of the Tracer.
+    """
+
+    name: str
+    model: nn.Module
+    batch: tuple[Tensor, Tensor]
+    task: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def plain_pass(self) -> None:
+        """Compute the gradient of the mean loss with respect to all parameters."""
+        self.model.train()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        output = self.model(self.batch[0])
+        F.cross_entropy(output.flatten(0, -2), self.batch[1].flatten()).backward()
+
+
+def resnet9(batch_size: int = 64) -> Work:
+    """ResNet-9 on images of CIFAR-10's size."""
+    batch = torch.randn(batch_size, 3, 32, 32), torch.randint(0, 10, (batch_size,))
+    return Work(f"ResNet-9, 32 x 32 images, batch {batch_size}", ResNet9(), batch, "image_classification")
+
+
+def decoder(batch_size: int = 32, tokens: int = 64, dim: int = 256) -> Work:
+    """A character decoder of four layers."""
+    sequence = torch.randint(0, 65, (batch_size, tokens + 1))
+    batch = sequence[:, :-1].contiguous(), sequence[:, 1:].contiguous()
+    name = f"decoder, 4 layers x {dim}, {tokens} tokens, batch {batch_size}"
+    return Work(name, Decoder(dim=dim), batch, "language_modeling")
+
+
+def encoder(batch_size: int = 16) -> Work:
+    """Two encoder blocks of BERT's size."""
+    batch = torch.randn(batch_size, 128, 768), torch.randint(0, 2, (batch_size,))
+    return Work(
+        f"encoder, 2 layers x 768, 128 tokens, batch {batch_size}", EncoderStack(), batch, "text_classification"
+    )
+
+
+def perceptron(batch_size: int = 512, **options: Any) -> Work:
+    """An MLP on vectors of MNIST's size."""
+    batch = torch.randn(batch_size, 784), torch.randint(0, 10, (batch_size,))
+    name = f"MLP 784-256-256-10, batch {batch_size}" + ("".join(f", {k}={v}" for k, v in options.items()))
+    return Work(name, mlp(784, 256, 256, 10), batch, "image_classification", options)
+
+
+def measure(work: Work, rounds: int, proj_dim: int = 4096) -> dict[str, Any]:
+    """Alternate plain passes and featurizing of one batch, new rows each time, and return the row of a table."""
+    folder = Path(tempfile.mkdtemp(prefix="tracer-benchmark-"))
+    rows, repeats = len(work.batch[0]), rounds + 4
+    try:
+        tracer = Tracer(work.model, work.task, rows * repeats, folder, proj_dim=proj_dim, **work.options)
+        tracer.load_checkpoint(work.model.state_dict(), model_id=0)
+        tracer.featurize(work.batch, num_samples=rows)  # with its self-check
+        seconds = alternate(
+            {"plain": work.plain_pass, "featurize": lambda: tracer.featurize(work.batch, num_samples=rows)},
+            rounds,
+            warmup=2,
+        )
+        tracer.close()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return {
+        "work": work.name,
+        "parameters": sum(parameter.numel() for parameter in work.model.parameters()),
+        "proj_dim": proj_dim,
+        "plain_ms": 1e3 * statistics.median(seconds["plain"]),
+        "featurize_ms": 1e3 * statistics.median(seconds["featurize"]),
+        "ratio": ratio(seconds, "featurize", "plain"),
+        "rounds": rounds,
+    }
+
+
+def works() -> Iterator[tuple[Work, int]]:
+    """Yield each work of the table with how many times its rounds are repeated, being short."""
+    yield resnet9(), 1
+    yield decoder(), 2
+    yield encoder(), 1
+    yield perceptron(), 6
+    yield perceptron(params="4"), 6
+
+
+def scaling() -> Iterator[tuple[str, Any, Work, int]]:
+    """Yield what is varied, its value, the work and ``proj_dim``."""
+    for batch_size in (16, 64, 256):
+        yield "batch size, MLP", batch_size, perceptron(batch_size), 4096
+    for batch_size in (8, 32):
+        yield "batch size, decoder", batch_size, decoder(batch_size), 4096
+    for proj_dim in (512, 1024, 4096, 16384):
+        yield "proj_dim, decoder", proj_dim, decoder(), proj_dim
+    for dim in (128, 256, 512):
+        yield "width, decoder", dim, decoder(16, dim=dim), 4096
+    for tokens in (16, 64, 256):
+        yield "tokens, decoder", tokens, decoder(8, tokens), 4096
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the ratios as bars, with the plain pass as a line."""
+    from matplotlib.figure import Figure
+
+    labels = [row.get("varied", row["work"]) + (f" = {row['value']}" if "value" in row else "") for row in rows]
+    figure = Figure(figsize=(9, 0.42 * len(rows) + 1.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(labels[::-1], [row["ratio"] for row in rows][::-1], color="#1f5fbf")
+    axes.axvline(1.0, color="#333333", linewidth=1, linestyle="--")
+    axes.set_xlabel("time over one plain forward and backward (dashed: 1)")
+    for spine in ("top", "right"):
+        axes.spines[spine].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Measure, print a table and write JSON and PNG."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--only", help="works whose name has this in it")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    wanted: Callable[[str], bool] = lambda name: not options.only or options.only in name  # noqa: E731
+    if options.scaling:
+        for varied, value, work, proj_dim in scaling():
+            if wanted(work.name):
+                rows.append({"varied": varied, "value": value, **measure(work, options.rounds, proj_dim)})
+                print(f"{varied} = {value}: {rows[-1]['ratio']:.2f}", flush=True)
+        columns = {"varied": "varied", "value": "value"}
+    else:
+        for work, repeat in works():
+            if wanted(work.name):
+                rows.append(measure(work, repeat * options.rounds))
+                print(f"{work.name}: {rows[-1]['ratio']:.2f}", flush=True)
+        columns = {"work": "work"}
+    more = {"parameters": "parameters", "plain_ms": "plain ms", "featurize_ms": "featurize ms", "ratio": "ratio"}
+    print(f"\n{table(rows, {**columns, **more})}\n\n{machine()}")
+    name = "featurize_scaling" if options.scaling else "featurize"
+    print(write_results(options.output_dir, name, rows))
+    plot(rows, options.output_dir / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Self-attention of `torch.nn.MultiheadAttention` as layers that can be captured.
+
+The module computes with its parameters directly, so no hook sees its projections. While a batch is captured its
+forward is replaced by an equal one that calls a projection layer (which shares the parameters) and the output layer as
+modules. The self-check compares outputs and gradients with the module's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tracer.gradients.failure import CaptureFailed
+
+
+class PackedProjection(nn.Module):
+    """Queries, keys and values of one input in one product; shares the parameters of an attention module."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.weight, self.bias = attention.in_proj_weight, attention.in_proj_bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, E]`` to ``[B, T, 3 * E]``."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class CapturedAttention:
+    """An attention module whose projections are captured.
+
+    Args:
+        name: The module's name in the model.
+        module: The module.
+
+    Attributes:
+        projection: The layer that stands for its input projection.
+        projection_name: That layer's name in messages.
+    """
+
+    def __init__(self, name: str, module: nn.MultiheadAttention) -> None:
+        self.module = module
+        self.projection = PackedProjection(module)
+        self.projection_name = f"{name}.in_proj" if name else "in_proj"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend as the module does, in eval mode; arguments and results are the module's."""
+        if query is not key or key is not value or query.ndim != 3 or query.is_nested:
+            raise CaptureFailed(self.projection_name, "only attention of a batch of sequences to itself has a rule")
+        module = self.module
+        x = query if module.batch_first else query.transpose(0, 1)
+        rows, positions, dim = x.shape
+        split = self.projection(x).view(rows, positions, 3, module.num_heads, dim // module.num_heads)
+        q, k, v = split.permute(2, 0, 3, 1, 4)  # [B, heads, T, D] each
+        hinted = is_causal and attn_mask is not None and key_padding_mask is None and not need_weights
+        mask = None if hinted else _joined_mask(attn_mask, key_padding_mask, q)
+        weights = None
+        if need_weights:
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+            weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+            mixed = weights @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=hinted)
+        output = module.out_proj(mixed.transpose(1, 2).reshape(rows, positions, dim))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        return output if module.batch_first else output.transpose(0, 1), weights
+
+
+def refuses_attention(module: nn.MultiheadAttention) -> str | None:
+    """Return why an attention module has no rule, or None.
+
+    Args:
+        module: The module.
+
+    Returns:
+        The reason, or None where `CapturedAttention` can stand for it.
+    """
+    if not module._qkv_same_embed_dim:
+        return "its keys or values have sizes of their own"
+    if module.bias_k is not None or module.add_zero_attn:
+        return "it adds keys and values of its own"
+    if "forward" in module.__dict__:
+        return "its forward is replaced"
+    return None
+
+
+@contextmanager
+def attending(attentions: Sequence[CapturedAttention]) -> Iterator[None]:
+    """Replace the forward of attention modules, and put theirs back, also after an error.
+
+    Args:
+        attentions: The modules.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        for attention in attentions:
+            attention.module.__dict__["forward"] = attention.forward
+        yield
+    finally:
+        for attention in attentions:
+            attention.module.__dict__.pop("forward", None)
+
+
+def _joined_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """Return both masks as one that is added to scores ``[B, heads, T, T]``, or None."""
+    joined: Any = None
+    if attn_mask is not None:
+        joined = _additive(attn_mask, q.dtype)
+        if joined.ndim == 3:  # [B * heads, T, T], or one for all
+            joined = joined.unsqueeze(0) if len(joined) == 1 else joined.view(*q.shape[:2], *joined.shape[1:])
+    if key_padding_mask is not None:
+        padding = _additive(key_padding_mask, q.dtype)[:, None, None, :]
+        joined = padding if joined is None else joined + padding
+    return joined
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask as numbers to add: a boolean one forbids where it is True."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -torch.inf)
