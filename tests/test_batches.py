@@ -79,6 +79,41 @@ def test_rows_are_counted():
         count_rows({"words": ["a", "b"]})
 
 
+@pytest.mark.parametrize(
+    "values",
+    [["a", "b", "c"], [{"id": 1}, {"id": 2}, {"id": 3}], [[1], [2, 3], []], np.array(["a", "b", "c"]), (None, 1, "x")],
+)
+def test_lists_without_tensors_have_one_entry_a_row(values):
+    batch = {"x": X, "extra": values}
+    check_batch_size(batch, 3)
+    picked = select_rows(batch, torch.tensor([2, 0]), 3)["extra"]
+    assert list(picked) == [values[2], values[0]]
+    whole = row_fingerprints(batch, 3)
+    assert row_fingerprints({"x": X[[2]], "extra": values[2:]}, 1)[0] == whole[2]
+
+
+def test_values_whose_rows_are_not_known_are_refused():
+    class Record:
+        pass
+
+    with pytest.raises(tracer.BatchError, match=r"batch\['r'\] is of type Record, whose rows are not known"):
+        check_batch_size({"x": X, "r": Record()}, 3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_arrays_that_torch_cannot_share_are_copied():
+    fixed = np.arange(6.0)
+    fixed.setflags(write=False)
+    for array in (fixed, np.arange(6.0)[::-1], np.arange(6.0).astype(">f8")):
+        found = next(leaf for _, leaf in leaves((array,)))
+        np.testing.assert_array_equal(found.numpy(), array)
+
+
+def test_shared_numbers_are_part_of_a_row():
+    one, other = (row_fingerprints({"x": X, "temperature": torch.tensor(t)}, 3) for t in (1.0, 2.0))
+    assert not set(one.tolist()) & set(other.tolist())
+
+
 def test_arrays_of_strings_are_left_alone():
     words = np.array(["a", "b", "c"])
     assert map_leaves(words, lambda leaf: leaf) is words

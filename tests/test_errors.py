@@ -288,6 +288,11 @@ def test_unknown_checkpoints(run, tracing, model_ids):
     featurize(tracing, run)
     with pytest.raises(tracer.InputError, match=r"not in the store, which has \[0, 1, 2\]"):
         tracing.self_influence(model_ids)
+    with pytest.raises(tracer.InputError, match="more than once"):
+        tracing.self_influence([0, 0])
+    with pytest.raises(tracer.InputTypeError, match="model_ids is 0; expected a list"):
+        tracing.self_influence(0)
+    np.testing.assert_array_equal(tracing.self_influence(np.array([0, 2])), tracing.self_influence(i for i in (0, 2)))
 
 
 def test_k_out_of_range(run, tracing):
@@ -335,8 +340,9 @@ def test_checkpoint_files_that_are_missing_truncated_or_hold_code(run, tracing, 
         ("short.safetensors", "short.safetensors"),
         ("bomb.pt", "bomb.pt"),
     ]:
-        with pytest.raises(tracer.CheckpointError, match=message):
+        with pytest.raises(tracer.CheckpointError, match=message) as raised:
             tracing.load_checkpoint(tmp_path / name, 0, 0.1)
+        assert "weights_only=False" not in str(raised.value)
     assert not (tmp_path / "boom").exists()
     tracing.load_checkpoint(good, 0, 0.1)
 
@@ -352,7 +358,13 @@ def test_a_module_instead_of_a_state_dict(run, tracing):
 
 
 @pytest.mark.parametrize(
-    ("rate", "error"), [(float("nan"), tracer.InputError), (-1, tracer.InputError), ("x", tracer.InputTypeError)]
+    ("rate", "error"),
+    [
+        (float("nan"), tracer.InputError),
+        (-1, tracer.InputError),
+        (1e300, tracer.InputError),
+        ("x", tracer.InputTypeError),
+    ],
 )
 def test_learning_rates(run, tracing, rate, error):
     with pytest.raises(error, match="learning_rate"):
@@ -455,6 +467,8 @@ def test_one_call_with_bad_arguments(run, tmp_path):
         call(checkpoints=[])
     with pytest.raises(tracer.InputTypeError, match="checkpoints is a OrderedDict"):
         call(checkpoints=run.checkpoints[0][0])
+    with pytest.raises(tracer.InputError, match="whose numbers of rows must agree"):
+        call(train=(run.x, run.y[:-1]))
     with pytest.raises(tracer.InputError, match="did you mean 'cosine'"):
         call(estimator="cosin")
     assert not (tmp_path / "store").exists()

@@ -16,7 +16,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "errors": (0, ("errors",)),
     "types": (0, ("types",)),
     "factors": (0, ("factors",)),
-    "tasks": (1, ("tasks",)),
+    "tasks": (1, ("tasks", "labels")),
     "batches": (1, ("batches",)),
     "arguments": (1, ("arguments", "rows")),
     "projection": (1, ("projection",)),

@@ -454,12 +454,55 @@ def test_works_under_no_grad_and_inference_mode():
         torch.testing.assert_close({k: v.clone() for k, v in found.items()}, expected)
 
 
-def test_stochastic_model_in_eval_mode_repeats_its_numbers():
-    model = Module(lambda m, x: m.f(x) + torch.rand(1), f=nn.Linear(4, 2))
+def test_model_that_draws_random_numbers_in_eval_mode_is_refused():
+    model = Module(lambda m, x: F.dropout(m.f(x), 0.5, training=True), f=nn.Linear(4, 2))
     engine = GradientEngine(model, make_task(mean_square), ["f.weight", "f.bias"])
-    first = engine_gradients(engine, (data(3, 4).float(),), 3)
-    second = engine_gradients(engine, (data(3, 4).float(),), 3)
-    assert torch.equal(first["f.weight"], second["f.weight"])
+    with pytest.raises(tracer.GradientError, match="draws random numbers in eval mode"):
+        engine_gradients(engine, (data(3, 4).float(),), 3)
+
+
+def test_contribution_that_vanishes_at_the_first_checkpoint(tmp_path):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc, self.gate, self.head = nn.Linear(4, 4), nn.Parameter(torch.zeros(1)), nn.Linear(4, 2)
+
+        def forward(self, x):
+            z = torch.tanh(self.enc(x))
+            return self.head(z + self.gate * F.linear(z, self.enc.weight.t()))
+
+    model, x, y = Gated(), data(6, 4).float(), torch.arange(6) % 2
+    first = {name: value.clone() for name, value in model.state_dict().items()}
+    second = {**first, "gate": torch.ones(1)}
+    options = {"projector": "none", "storage": "float32"}
+    both = tracer.Tracer(model, "image_classification", 6, tmp_path / "both", **options)
+    alone = tracer.Tracer(model, "image_classification", 6, tmp_path / "alone", **options)
+    for tracing, states in ((both, [first, second]), (alone, [second])):
+        for model_id, state in enumerate(states):
+            tracing.load_checkpoint(state, model_id, 1.0)
+            tracing.featurize((x, y), num_samples=6)
+        tracing.finalize_features()
+    torch.testing.assert_close(
+        torch.from_numpy(both.self_influence([1])), torch.from_numpy(alone.self_influence()), rtol=1e-5, atol=0
+    )
+
+
+def test_agreeing_on_zero_is_not_enough():
+    """A hinge loss that the first batch satisfies has no gradient; what capture misses shows only later."""
+
+    def hinge(model, batch):
+        z = torch.tanh(model.enc(batch[0]))
+        return torch.relu(1 - batch[1] * F.linear(z, model.enc.weight.t()).sum(1))
+
+    model = Module(None, enc=nn.Linear(4, 4)).double()
+    engine = GradientEngine(model, make_task(hinge), ["enc.weight", "enc.bias"])
+    x = data(5, 4)
+    with torch.no_grad():
+        sign = F.linear(torch.tanh(model.enc(x)), model.enc.weight.t()).sum(1).sign()
+    satisfied = (x, 1e3 * sign)
+    assert not any(float(value.abs().max()) for value in engine_gradients(engine, satisfied, 5).values())
+    found = engine_gradients(engine, (x, -sign), 5)
+    torch.testing.assert_close(found, oracle_gradients(model, hinge, (x, -sign), 5))
 
 
 def test_model_that_keeps_state_between_calls_is_refused():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import tracer
-from tracer.tasks import LABEL_KEYS, LanguageModeling, make_task
+from tracer.labels import LABEL_KEYS
+from tracer.tasks import LanguageModeling, make_task
 
 
 class Model(nn.Module):
@@ -191,6 +195,34 @@ def test_function_as_task():
     assert found.loss.tolist() == [2.0, 3.0]
     assert found.slope.tolist() == [1.0, 1.0]
     assert make_task(mine).settings()["function"].endswith("mine")
+
+
+def test_bound_arguments_tell_functions_apart():
+    def scaled(model, batch, factor):
+        return factor * model(batch)
+
+    one, two = (make_task(functools.partial(scaled, factor=factor)).settings() for factor in (1, 2))
+    assert one["function"] == two["function"]
+    assert one != two
+
+
+def test_dataclasses_are_read_by_their_fields():
+    @dataclasses.dataclass
+    class Sample:
+        pixels: torch.Tensor
+        label: torch.Tensor
+
+    logits, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    found = make_task("image_classification").outputs(Model(), Sample(logits, labels))
+    torch.testing.assert_close(found.loss, F.cross_entropy(logits, labels, reduction="none"))
+
+
+def test_task_without_a_name():
+    class Mine(tracer.Task):
+        def outputs(self, model, batch):
+            return tracer.loss_outputs(model(batch))
+
+    assert Mine().settings()["class"].endswith("Mine")
 
 
 @pytest.mark.parametrize("value", [torch.tensor(1.0), torch.ones(2, 2), 3.0])

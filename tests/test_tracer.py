@@ -317,6 +317,9 @@ def test_model_is_left_as_found(run, tmp_path):
     assert run.model[0].weight.requires_grad
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
     assert [value.data_ptr() for value in run.model.parameters()] == pointers
+    attribute(
+        run.model, "image_classification", run.train, run.targets, run.checkpoints, save_dir=tmp_path / "x", proj_dim=8
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in run.model.parameters())
 
@@ -372,6 +375,14 @@ def test_scores_are_the_same_for_any_tile_size(exact, monkeypatch):
     monkeypatch.setattr("tracer.rank.MEMORY_BYTES", 1 << 16)
     np.testing.assert_allclose(exact.finalize_scores("test"), expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(exact.top("test", 3).indices, top.indices)
+
+
+def test_memory_of_scores_does_not_grow_with_targets():
+    from tracer import rank
+
+    for num_targets in (10, 10_000, 10_000_000):
+        held = 4 * rank.tile_rows(4096, num_targets) * (4096 + num_targets)
+        assert held <= max(rank.MEMORY_BYTES, 4 * (4096 + num_targets))
 
 
 def test_finished_scores_are_not_computed_again(exact, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -49,6 +49,24 @@ def check_count(value: int, name: str) -> int:
     if value < 1:
         raise InputError(f"{name} is {value}; expected 1 or more.")
     return int(value)
+
+
+def as_list(values: object, name: str) -> list:
+    """Return the items of a list, tuple, array, range or generator.
+
+    Args:
+        values: What the user passed.
+        name: The argument's name.
+
+    Returns:
+        The items.
+
+    Raises:
+        InputTypeError: It has no items, or is a string.
+    """
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise InputTypeError(f"{name} is {values!r}; expected a list.")
+    return list(values)
 
 
 def check_model_id(model_id: int) -> int:
@@ -107,8 +125,8 @@ def check_rate(learning_rate: float | None) -> float | None:
         rate = float(learning_rate)
     except (TypeError, ValueError):
         raise InputTypeError(f"learning_rate is {learning_rate!r}; expected a number.") from None
-    if not math.isfinite(rate) or rate < 0:
-        raise InputError(f"learning_rate is {rate}; expected a finite number, 0 or more.")
+    if not 0 <= rate <= 1e30:
+        raise InputError(f"learning_rate is {rate}; expected a number from 0 to 1e30, which float32 scores can hold.")
     return rate
 
 

@@ -1,7 +1,8 @@
 """Batches as loaders yield them: tensors inside tuples, lists, mappings and dataclasses.
 
-A leaf is *per row* when its first dimension is the number of samples; a tensor without dimensions or with a first
-dimension of one is *shared* by all rows. Anything else is refused, since it could only be assigned to rows by a guess.
+A leaf is *per row* when its first dimension, or its length, is the number of samples; tensors without dimensions or
+with a first dimension of one are *shared* by all rows, and so are single values. Lists without tensors in them (names,
+ids, records) are leaves. Anything else is refused, since it could only be assigned to rows by a guess.
 """
 
 from __future__ import annotations
@@ -19,7 +20,33 @@ from torch import Tensor
 from tracer.errors import BatchError
 from tracer.types import Batch
 
-_PLAIN = (str, bytes, int, float, bool, type(None))
+_PLAIN = (str, bytes, int, float, bool, complex, type(None))
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """Return a numeric array as a tensor; what torch cannot share (read-only, reversed, foreign byte order) is copied.
+
+    Args:
+        array: The array.
+
+    Returns:
+        A tensor of its values.
+    """
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    strange = not native.flags.writeable or any(stride < 0 for stride in native.strides)
+    return torch.from_numpy(native.copy() if strange else native)
+
+
+def _is_numeric(array: Any) -> bool:
+    return isinstance(array, np.ndarray) and array.dtype.kind in "biuf"
+
+
+def _is_container(value: Any) -> bool:
+    """Tell whether a list or tuple holds tensors, so that its items are leaves of their own."""
+    if isinstance(value, Tensor) or _is_numeric(value):
+        return True
+    items = value.values() if isinstance(value, Mapping) else value
+    return isinstance(value, (Mapping, list, tuple)) and any(_is_container(item) for item in items)
 
 
 def map_leaves(batch: Batch, function: Callable[[Any], Any]) -> Batch:
@@ -32,12 +59,12 @@ def map_leaves(batch: Batch, function: Callable[[Any], Any]) -> Batch:
     Returns:
         The rebuilt batch; the given one is not changed.
     """
-    if isinstance(batch, np.ndarray) and batch.dtype.kind in "biuf":
-        return function(torch.as_tensor(batch))
+    if _is_numeric(batch):
+        return function(as_tensor(batch))
     if isinstance(batch, Mapping):
         return _rebuild_mapping(batch, {key: map_leaves(value, function) for key, value in batch.items()})
     if isinstance(batch, (list, tuple)):
-        if batch and all(isinstance(item, _PLAIN) for item in batch):
+        if not _is_container(batch):
             return function(batch)
         items = [map_leaves(item, function) for item in batch]
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
@@ -65,21 +92,21 @@ def leaves(batch: Batch, path: str = "batch") -> Iterator[tuple[str, Any]]:
     if isinstance(batch, Mapping):
         for key, value in batch.items():
             yield from leaves(value, f"{path}[{key!r}]")
-    elif isinstance(batch, (list, tuple)) and not (batch and all(isinstance(item, _PLAIN) for item in batch)):
+    elif isinstance(batch, (list, tuple)) and _is_container(batch):
         for position, value in enumerate(batch):
             yield from leaves(value, f"{path}[{position}]")
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         for field in (field for field in dataclasses.fields(batch) if field.init):
             yield from leaves(getattr(batch, field.name), f"{path}.{field.name}")
-    elif isinstance(batch, np.ndarray) and batch.dtype.kind in "biuf":
-        yield path, torch.as_tensor(batch)
+    elif _is_numeric(batch):
+        yield path, as_tensor(batch)
     else:
         yield path, batch
 
 
 def is_per_row(leaf: Any, num_rows: int) -> bool:
     """Return whether a leaf holds one entry for each of ``num_rows`` samples."""
-    if isinstance(leaf, Tensor):
+    if isinstance(leaf, (Tensor, np.ndarray)):
         return leaf.ndim > 0 and leaf.shape[0] == num_rows
     return isinstance(leaf, (list, tuple)) and len(leaf) == num_rows
 
@@ -117,6 +144,11 @@ def check_batch_size(batch: Batch, num_rows: int) -> None:
     """
     found = False
     for path, leaf in leaves(batch):
+        if not isinstance(leaf, (Tensor, list, tuple, np.ndarray, *_PLAIN)):
+            raise BatchError(
+                f"{path} is of type {type(leaf).__name__}, whose rows are not known. A batch is made of tensors, "
+                f"arrays, single values and lists with one entry a row, in tuples, lists, dicts or dataclasses."
+            )
         if not isinstance(leaf, Tensor) or leaf.ndim == 0:
             continue
         if leaf.shape[0] == num_rows:
@@ -148,6 +180,8 @@ def select_rows(batch: Batch, rows: Tensor, num_rows: int) -> Batch:
             return leaf
         if isinstance(leaf, Tensor):
             return leaf[rows.to(leaf.device)]
+        if isinstance(leaf, np.ndarray):
+            return leaf[rows.numpy()]
         return type(leaf)(leaf[row] for row in rows.tolist())
 
     return map_leaves(batch, pick)
@@ -182,7 +216,9 @@ def row_fingerprints(batch: Batch, num_rows: int) -> np.ndarray:
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     attended = None if not isinstance(mask, Tensor) or mask.ndim != 2 else mask.bool().cpu().numpy()
     for path, leaf in leaves(batch):
-        if _is_one_for_all(leaf):  # counted in every row's hash, since in a batch of one row it is that row's
+        if isinstance(leaf, Tensor) and leaf.ndim == 0:
+            leaf = leaf.expand(num_rows)
+        elif _is_one_for_all(leaf):  # counted in every row's hash, since in a batch of one row it is that row's
             leaf = leaf.expand(num_rows, *leaf.shape[1:]) if isinstance(leaf, Tensor) else list(leaf) * num_rows
         if not is_per_row(leaf, num_rows):
             continue

@@ -11,6 +11,8 @@ import contextlib
 import hashlib
 import logging
 import os
+import pickle
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,11 +77,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything out of the unpickler
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = type(error).__name__
+        if not isinstance(error, pickle.UnpicklingError):  # torch's text on those proposes to execute the file
+            reason += f": {str(error).strip().partition(chr(10))[0]}"
         raise CheckpointError(
-            f"{path} cannot be read as tensors only ({type(error).__name__}: {reason}): it is damaged, of another "
+            f"{path} cannot be read as tensors only ({reason}): it is damaged, of another "
             "format, or holds Python objects, which are never executed here. Save `model.state_dict()` alone, or, if "
             "you trust the file, load it yourself and pass the state dict instead of the path"
         ) from error

@@ -198,7 +198,8 @@ def check_same(stored: Manifest, asked: Manifest, where: Path) -> None:
         raise MismatchError(
             f"{where} was written with other settings:\n  - "
             + "\n  - ".join(lines)
-            + "\nPass another save_dir to start anew, or the stored values to continue with what is there."
+            + "\nPass another save_dir to start anew, or the stored values to continue with what is there; if nothing "
+            "there is worth keeping, remove the directory."
         )
     for line in _differences("", stored.versions, asked.versions):
         logger.info("%s was written with another version of %s", where, line)

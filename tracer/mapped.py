@@ -283,6 +283,10 @@ class Completion:
         """``[R]``, bool, a copy: what was written and not synced yet."""
         return self._pending.copy()
 
+    def written(self, items: np.ndarray) -> np.ndarray:
+        """Return which of these rows are there, durably or pending: ``[n]``, bool, without copying the whole mask."""
+        return np.asarray(self._mask.chunk(0)[items] | self._pending[items])
+
     @contextlib.contextmanager
     def writing(self, items: np.ndarray) -> Iterator[None]:
         """Wrap the writing of rows: those done lose their mark before they change, then all wait for a flush.

@@ -44,9 +44,9 @@ class _Side:
     weight: np.ndarray
 
 
-def tile_rows(dim: int, num_targets: int) -> int:
-    """Return how many train rows are scored at once."""
-    per_row = 4 * (min(dim, _columns(dim)) + min(num_targets, _TARGET_ROWS))
+def tile_rows(dim: int, num_columns: int) -> int:
+    """Return how many train rows are scored at once, with this many of their scores held."""
+    per_row = 4 * (_columns(dim) + num_columns)
     return int(max(1, min(_TRAIN_ROWS, MEMORY_BYTES // 4 // per_row)))
 
 
@@ -56,7 +56,7 @@ def _columns(dim: int) -> int:
 
 
 def score_tiles(
-    pairs: Sequence[CheckpointPair], estimator: str, device: torch.device, skip: np.ndarray | None = None
+    pairs: Sequence[CheckpointPair], estimator: str, device: torch.device, step: int, skip: np.ndarray | None = None
 ) -> Iterator[tuple[int, int, int, Tensor]]:
     """Compute scores tile by tile.
 
@@ -64,14 +64,14 @@ def score_tiles(
         pairs: The tables of each checkpoint; the same numbers of rows in all.
         estimator: ``"tracin"`` or ``"cosine"``.
         device: Where to multiply.
+        step: How many train rows a tile has.
         skip: ``[number of row tiles]``, bool: row tiles that need not be computed.
 
     Yields:
         First train row, first target, number of row tiles finished with this one, and a tile of scores ``[n, m]``,
         float32 on ``device``.
     """
-    num_targets, dim = pairs[0].targets.num_rows, pairs[0].train.dim
-    step = tile_rows(dim, num_targets)
+    num_targets = pairs[0].targets.num_rows
     for number, start in enumerate(range(0, pairs[0].train.num_rows, step)):
         if skip is not None and skip[number]:
             continue
@@ -132,10 +132,10 @@ def write_scores(
         ``[N, M]``, float32, read-only and mapped from the store.
     """
     num_rows, num_targets = pairs[0].train.num_rows, pairs[0].targets.num_rows
-    step = tile_rows(pairs[0].train.dim, num_targets)
+    step = scores.tile_rows
     with tqdm(total=num_rows, unit="row", desc="scores", disable=_disable(progress)) as bar:
         band = np.zeros((0, num_targets), np.float32)
-        for start, first, last, tile in score_tiles(pairs, estimator, device, scores.tile_done):
+        for start, first, last, tile in score_tiles(pairs, estimator, device, step, scores.tile_done):
             if first == 0:
                 band = np.zeros((len(tile), num_targets), np.float32)
                 bar.update(start - bar.n)
@@ -175,7 +175,8 @@ def top_rows(
         RunningTopK(min(_TARGET_ROWS, num_targets - first), k, largest) for first in range(0, num_targets, _TARGET_ROWS)
     ]
     with tqdm(total=num_rows, unit="row", desc="top", disable=_disable(progress)) as bar:
-        for start, first, last, tile in score_tiles(pairs, estimator, device):
+        step = tile_rows(pairs[0].train.dim, min(num_targets, _TARGET_ROWS))
+        for start, first, last, tile in score_tiles(pairs, estimator, device, step):
             running[first // _TARGET_ROWS].update(start, tile)
             if last:
                 bar.update(len(tile))

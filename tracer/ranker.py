@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from tracer import rank
-from tracer.arguments import check_count
+from tracer.arguments import as_list, check_count, check_model_id
 from tracer.errors import CallOrderError, IncompleteError, InputError, nearest_name
 from tracer.scoring import check_estimator
 from tracer.store import RowTable, Store
@@ -68,7 +68,8 @@ class Ranker:
         if not table.attributes.get("finalized"):
             raise CallOrderError(
                 f"Checkpoint {model_id} is not finalized; call tracer.finalize_features() once all train rows are "
-                f"featurized ({len(table.remaining())} are missing), or choose other checkpoints by model_ids=."
+                f"featurized ({len(table.remaining())} are missing), or choose other checkpoints by model_ids=. A "
+                f"checkpoint that was loaded by mistake is removed with its directory {table.path}."
             )
 
     def scores(self, exp_name: str, estimator: str, model_ids: list[int] | None) -> np.ndarray:
@@ -149,10 +150,13 @@ class Ranker:
             raise CallOrderError("The store has no checkpoint; call load_checkpoint and featurize first.")
         if model_ids is None:
             return known
-        unknown = [model_id for model_id in model_ids if model_id not in known]
-        if unknown or not model_ids:
-            raise InputError(f"model_ids={model_ids!r}: {unknown or 'nothing'} is not in the store, which has {known}.")
-        return list(dict.fromkeys(model_ids))
+        chosen = [check_model_id(model_id) for model_id in as_list(model_ids, "model_ids")]
+        unknown = [model_id for model_id in chosen if model_id not in known]
+        if unknown or not chosen:
+            raise InputError(f"model_ids={chosen}: {unknown or 'nothing'} is not in the store, which has {known}.")
+        if len(set(chosen)) < len(chosen):
+            raise InputError(f"model_ids={chosen} has a checkpoint more than once; each counts once.")
+        return chosen
 
     def _finalized_ids(self, model_ids: list[int] | None) -> list[int]:
         chosen = self._known_ids(model_ids)

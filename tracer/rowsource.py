@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset, TensorDataset
 
-from tracer.batches import count_rows
+from tracer.batches import as_tensor, count_rows
 from tracer.errors import InputError, InputTypeError
 from tracer.types import Batch
 
@@ -44,7 +45,11 @@ class _DatasetSource(RowSource):
         self.num_rows = len(dataset)
 
     def batches(self, rows: np.ndarray) -> Iterator[tuple[Batch, np.ndarray]]:
-        loader: DataLoader = DataLoader(Subset(self.dataset, rows.tolist()), shuffle=False, **self.loader_options)
+        subset: Any = Subset(self.dataset, rows.tolist())
+        # A loader draws a seed for its workers; from a generator of its own, not from the global one.
+        loader: DataLoader = DataLoader(
+            subset, shuffle=False, **{"generator": torch.Generator(), **self.loader_options}
+        )
         size = self.loader_options["batch_size"]
         for number, batch in enumerate(loader):
             yield batch, rows[number * size : (number + 1) * size]
@@ -70,8 +75,8 @@ def row_source(data: Any, name: str, batch_size: int, collate_fn: Callable[[list
     """Return the rows of what a user passed as data.
 
     Args:
-        data: A map-style data set; a tuple of tensors with rows first; a `DataLoader` that keeps the order; or a list
-            of batches.
+        data: A map-style data set; a tuple of tensors or arrays with rows first; a `DataLoader` that keeps the
+            order; or a list of batches.
         name: The argument's name, for messages.
         batch_size: The batch size for data sets and tensors.
         collate_fn: How rows become a batch, for data sets.
@@ -92,8 +97,12 @@ def row_source(data: Any, name: str, batch_size: int, collate_fn: Callable[[list
 def _row_source(data: Any, name: str, batch_size: int, collate_fn: Callable[[list], Batch] | None) -> RowSource:
     if isinstance(data, DataLoader):
         return _loader_source(data, name)
-    if isinstance(data, tuple) and data and all(isinstance(column, Tensor) for column in data):
-        return _DatasetSource(TensorDataset(*data), batch_size=batch_size)
+    if isinstance(data, tuple) and data and all(isinstance(column, (Tensor, np.ndarray)) for column in data):
+        columns = [as_tensor(column) if isinstance(column, np.ndarray) else column for column in data]
+        if len({len(column) if column.ndim else None for column in columns}) != 1 or not columns[0].ndim:
+            shapes = [tuple(column.shape) for column in columns]
+            raise InputError(f"{name} is a tuple of columns, whose numbers of rows must agree; got shapes {shapes}.")
+        return _DatasetSource(TensorDataset(*columns), batch_size=batch_size)
     if isinstance(data, (list, tuple)):
         return _BatchesSource(data, [count_rows(batch) for batch in data])
     is_map_style = hasattr(data, "__getitem__") and hasattr(data, "__len__")
@@ -121,4 +130,5 @@ def _loader_source(loader: DataLoader, name: str) -> RowSource:
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
         timeout=loader.timeout,
+        **({} if loader.generator is None else {"generator": loader.generator}),
     )

@@ -168,7 +168,7 @@ class RowTable:
         """
         rows = self._checked_rows(rows)
         fingerprint = self._checked_fingerprint(fingerprint, len(rows))
-        there = (self.done | self._completion.pending)[rows]
+        there = self._completion.written(rows)
         other = there & (self.column("fingerprint")[rows] != fingerprint)
         if other.any():
             wrong = rows[other]

@@ -7,7 +7,7 @@ scaled where the gradient of the loss vanishes. A task that has only a loss uses
 
 from __future__ import annotations
 
-import inspect
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,10 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tracer.errors import BatchError, InputError, InputTypeError, nearest_name
+from tracer.labels import (
+    LABEL_KEYS,
+    as_mapping,
+    attended_labels,
+    bind_inputs,
+    check_classes,
+    check_label_range,
+    check_probabilities,
+    is_transformed,
+    logits_of,
+    one_number_a_row,
+    promote,
+    shapes_message,
+    split_labels,
+)
 from tracer.types import Batch, SampleOutputs
-
-LABEL_KEYS = ("labels", "label", "targets", "target", "y")
-"""Where a mapping holds its labels; the first one that is there counts."""
 
 
 class Task(ABC):
@@ -36,7 +48,7 @@ class Task(ABC):
     ...         return loss_outputs(torch.relu(1 - sign * model(x).squeeze(-1)))
     """
 
-    name: str
+    name: str = "custom"
 
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
@@ -52,7 +64,9 @@ class Task(ABC):
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the numbers, as plain JSON values: the store records it and compares it."""
-        return {"name": self.name}
+        if type(self).__module__ == __name__:
+            return {"name": self.name}
+        return {"name": self.name, "class": f"{type(self).__module__}.{type(self).__qualname__}"}
 
 
 def loss_outputs(loss: Tensor) -> SampleOutputs:
@@ -82,7 +96,7 @@ class Classification(Task):
         """Return margins and cross-entropies; see `Task.outputs`."""
         args, kwargs, labels = split_labels(model, batch, self.name)
         logits = promote(logits_of(model(*args, **kwargs)))
-        _check_classes(logits, labels, self.name)
+        check_classes(logits, labels, self.name)
         is_label = labels.unsqueeze(1) == torch.arange(logits.shape[1], device=logits.device)
         chosen = torch.where(is_label, logits, 0.0).sum(1)
         others = logits.masked_fill(is_label, -torch.inf).logsumexp(1)
@@ -104,8 +118,8 @@ class BinaryClassification(Task):
         """Return logits and logistic losses; see `Task.outputs`."""
         args, kwargs, labels = split_labels(model, batch, self.name)
         logit = promote(logits_of(model(*args, **kwargs)))
-        logit, labels = _one_number_a_row(logit, labels, self.name)
-        _check_range(labels)
+        logit, labels = one_number_a_row(logit, labels, self.name)
+        check_probabilities(labels)
         detached = logit.detach()
         labels = labels.to(detached.dtype)
         loss = F.binary_cross_entropy_with_logits(detached, labels, reduction="none")
@@ -128,9 +142,9 @@ class Regression(Task):
         predicted = promote(logits_of(model(*args, **kwargs)))
         if predicted.numel() != predicted.shape[0]:
             if predicted.shape != targets.shape:
-                raise BatchError(_shapes(self.name, predicted, targets))
+                raise BatchError(shapes_message(self.name, predicted, targets))
             return loss_outputs((predicted - targets.to(predicted.dtype)).square().flatten(1).mean(1))
-        predicted, targets = _one_number_a_row(predicted, targets, self.name)
+        predicted, targets = one_number_a_row(predicted, targets, self.name)
         residual = predicted.detach() - targets.to(predicted.dtype)
         return SampleOutputs(predicted, residual.square(), 2 * residual, torch.full_like(residual, 2.0))
 
@@ -174,6 +188,7 @@ class LanguageModeling(Task):
         return {"name": self.name, "reduction": self.reduction}
 
     def _split(self, model: nn.Module, batch: Batch) -> tuple[tuple, dict, Tensor, bool]:
+        batch = as_mapping(batch)
         if isinstance(batch, Mapping):
             kwargs = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
             labels = next((batch[key] for key in LABEL_KEYS if key in batch), None)
@@ -182,8 +197,8 @@ class LanguageModeling(Task):
                 mask = batch.get("attention_mask")
                 if labels is None:
                     raise BatchError(f"language_modeling needs 'input_ids' or 'labels'; the batch has {sorted(batch)}.")
-                labels = labels if mask is None else _attended_labels(labels, mask)
-            args, kwargs = _bind(model, kwargs)
+                labels = labels if mask is None else attended_labels(labels, mask)
+            args, kwargs = bind_inputs(model, kwargs)
             return args, kwargs, labels, True
         items = batch if isinstance(batch, (tuple, list)) else (batch,)
         if len(items) not in (1, 2) or not all(isinstance(item, Tensor) for item in items):
@@ -194,7 +209,7 @@ class LanguageModeling(Task):
         return (items[0],), {}, items[-1], len(items) == 1
 
     def _check(self, logits: Tensor, labels: Tensor) -> None:
-        if _is_transformed(labels):
+        if is_transformed(labels):
             return
         empty = (labels == -100).all(1).nonzero().flatten()
         if len(empty):
@@ -202,7 +217,7 @@ class LanguageModeling(Task):
                 f"Rows {empty[:5].tolist()} of the batch have no token to predict (one token, or all labels -100): "
                 f"their loss is undefined. Leave such rows out."
             )
-        _check_label_range(labels[labels != -100], logits.shape[-1], self.name)
+        check_label_range(labels[labels != -100], logits.shape[-1], self.name)
 
 
 class LossTask(Task):
@@ -231,11 +246,16 @@ class LossTask(Task):
         return loss_outputs(loss)
 
     def settings(self) -> dict[str, Any]:
-        """Return the function's qualified name."""
-        return {"name": self.name, "function": self._label()}
+        """Return the function's qualified name, and the arguments that `functools.partial` has bound to it."""
+        settings: dict[str, Any] = {"name": self.name, "function": self._label()}
+        if isinstance(self.function, functools.partial):
+            settings["args"] = [repr(value) for value in self.function.args]
+            settings["keywords"] = {key: repr(value) for key, value in sorted(self.function.keywords.items())}
+        return settings
 
     def _label(self) -> str:
-        owner = self.function if hasattr(self.function, "__qualname__") else type(self.function)
+        function = self.function.func if isinstance(self.function, functools.partial) else self.function
+        owner = function if hasattr(function, "__qualname__") else type(function)
         return f"{owner.__module__}.{owner.__qualname__}"
 
 
@@ -279,135 +299,3 @@ def make_task(task: str | Task | Callable[[nn.Module, Batch], Tensor]) -> Task:
             f"instance of tracer.Task."
         )
     return LossTask(task)
-
-
-def split_labels(model: nn.Module, batch: Batch, name: str) -> tuple[tuple, dict[str, Any], Tensor]:
-    """Split a batch into the model's arguments and the labels.
-
-    Args:
-        model: The model, whose forward tells whether a mapping's keys are its arguments.
-        batch: ``(*inputs, labels)``, ``(mapping, labels)``, or a mapping with a key of `LABEL_KEYS`.
-        name: The task's name, for messages.
-
-    Returns:
-        Positional arguments, keyword arguments, labels.
-
-    Raises:
-        BatchError: There are no labels.
-    """
-    if isinstance(batch, Mapping):
-        key = next((key for key in LABEL_KEYS if key in batch), None)
-        if key is None:
-            raise BatchError(f"{name} needs labels under one of {LABEL_KEYS}; the batch has {sorted(map(str, batch))}.")
-        args, kwargs = _bind(model, {k: value for k, value in batch.items() if k != key})
-        return args, kwargs, _as_labels(batch[key], name)
-    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
-        *inputs, labels = batch
-        if len(inputs) == 1 and isinstance(inputs[0], Mapping):
-            return (), dict(inputs[0]), _as_labels(labels, name)
-        return tuple(inputs), {}, _as_labels(labels, name)
-    raise BatchError(
-        f"{name} expects a batch (inputs, labels) or a mapping with labels; got {type(batch).__name__}. For other "
-        f"batches pass task=a function (model, batch) -> loss [B]."
-    )
-
-
-def _bind(model: nn.Module, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Pass a mapping's only input by position when the model's forward has another name for it."""
-    if len(kwargs) != 1:
-        return (), kwargs
-    parameters = inspect.signature(model.forward).parameters
-    key, value = next(iter(kwargs.items()))
-    takes = key in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return ((), kwargs) if takes else ((value,), {})
-
-
-def logits_of(output: Any) -> Tensor:
-    """Return the tensor that a model's output stands for: itself, its ``logits``, or the first of a tuple.
-
-    Args:
-        output: What the model returned.
-
-    Returns:
-        The tensor.
-
-    Raises:
-        BatchError: There is no tensor to be found.
-    """
-    if isinstance(output, Tensor):
-        return output
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if found is None and isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    if not isinstance(found, Tensor):
-        raise BatchError(
-            f"The model returned {type(output).__name__} without a tensor 'logits'; expected a tensor, an object with "
-            f"logits, or a tuple that begins with them. For other outputs pass task=a function (model, batch) -> loss."
-        )
-    return found
-
-
-def promote(values: Tensor) -> Tensor:
-    """Return half-precision values as float32, so that losses are taken in float32."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
-def _as_labels(labels: Any, name: str) -> Tensor:
-    if not isinstance(labels, Tensor):
-        raise BatchError(f"{name} expects labels as a tensor [B]; got {type(labels).__name__}.")
-    return labels
-
-
-def _is_transformed(values: Tensor) -> bool:
-    """Tell whether values cannot be inspected, being inside a torch.func transform."""
-    return torch.func.debug_unwrap(values, recurse=False) is not values
-
-
-def _attended_labels(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Return tokens as labels, without padding and without tokens that only padding could predict (left padding)."""
-    attended = mask != 0
-    before = torch.cat([attended[:, :1], attended[:, :-1]], dim=1)
-    return tokens.masked_fill(~(attended & before), -100)
-
-
-def _shapes(name: str, output: Tensor, labels: Tensor) -> str:
-    return f"{name}: the model's output has shape {tuple(output.shape)} and the labels {tuple(labels.shape)}."
-
-
-def _check_classes(logits: Tensor, labels: Tensor, name: str) -> None:
-    if logits.ndim != 2 or labels.ndim != 1 or logits.shape[0] != labels.shape[0]:
-        raise BatchError(
-            _shapes(name, logits, labels) + " Expected logits [B, num_classes] and labels [B]. For one output a pixel "
-            "or token pass task=a function (model, batch) -> loss [B]."
-        )
-    if logits.shape[1] < 2:
-        raise BatchError(f"{name} needs two logits a sample at least; for one use task='binary_classification'.")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise BatchError(
-            f"{name} expects class indices as integers; the labels are {labels.dtype}. For float labels of two "
-            f"classes use task='binary_classification'; for soft labels a function (model, batch) -> loss [B]."
-        )
-    if not _is_transformed(labels):
-        _check_label_range(labels, logits.shape[1], name)
-
-
-def _check_label_range(labels: Tensor, num_classes: int, name: str) -> None:
-    bad = ((labels < 0) | (labels >= num_classes)).nonzero().flatten()
-    if len(bad):
-        raise BatchError(
-            f"{name}: label {int(labels[bad[0]])} at position {int(bad[0])} of the batch is outside 0..."
-            f"{num_classes - 1} ({len(bad)} such labels); the model has {num_classes} classes."
-        )
-
-
-def _one_number_a_row(output: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    rows = output.shape[0] if output.ndim else 0
-    if rows == 0 or output.numel() != rows or labels.numel() != rows:
-        raise BatchError(_shapes(name, output, labels) + " Expected one number a sample: [B] or [B, 1].")
-    return output.reshape(rows), labels.reshape(rows)
-
-
-def _check_range(labels: Tensor) -> None:
-    if not _is_transformed(labels) and not bool(((labels >= 0) & (labels <= 1)).all()):
-        low, high = float(labels.min()), float(labels.max())
-        raise BatchError(f"binary_classification expects labels in [0, 1]; got {low} to {high}.")

@@ -369,6 +369,7 @@ class Tracer:
         return self.store.create_targets(exp_name, model_id, num_targets)
 
     def _start(self, table: RowTable, weights: LoadedWeights, model_id: int, cursor: RowCursor, role: str) -> None:
+        self._engine.use_weights(self.store.checkpoint(model_id).attributes["weights_fingerprint"])
         if self._projectors is None or self._projectors[0] != model_id:
             self._projectors = (model_id, self._projector(model_id))
         self._featurizer = Featurizer(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,42 @@ logger = logging.getLogger("tracer.gradients")
 METHODS = ("auto", "capture", "functional")
 """What ``gradients=`` takes."""
 
+_EAGER_CHECKS = 16
 FUNCTIONAL_BYTES = 256 << 20
 """How many bytes of per-sample gradients the general way builds at once."""
+
+
+@dataclass
+class _Verified:
+    """What was checked at one checkpoint.
+
+    Attributes:
+        signatures: Call patterns, of one row or of several, that agreed with autograd.
+        seen: Parameters whose gradient was more than noise when they agreed.
+        num_batches: How many batches were computed.
+    """
+
+    signatures: set[tuple[frozenset[CallPattern], bool]] = field(default_factory=set)
+    seen: set[str] = field(default_factory=set)
+    num_batches: int = 0
+
+    def is_due(self, signature: tuple[frozenset[CallPattern], bool], names: Sequence[str]) -> bool:
+        """Say whether a pass is to be checked.
+
+        New patterns are. Known ones are checked again while the gradient of some parameter was never more than noise,
+        since agreeing on zero says nothing: for the first batches, then ever more rarely, as it may be unused.
+
+        Args:
+            signature: How the pass called its layers.
+            names: All parameters.
+
+        Returns:
+            Whether to check.
+        """
+        if signature not in self.signatures:
+            return True
+        unseen = not self.seen.issuperset(names)
+        return unseen and (self.num_batches < _EAGER_CHECKS or self.num_batches & (self.num_batches - 1) == 0)
 
 
 @dataclass(frozen=True)
@@ -87,10 +121,21 @@ class GradientEngine:
         self._layouts: dict[str, Layout] = {}
         self._tried: dict[str, set[Layout]] = {}
         self._suspects: dict[str, dict[str, str]] = {}
-        self._verified: set[tuple[frozenset[CallPattern], bool]] = set()
+        self._verified = _Verified()
+        self._by_weights: dict[str, _Verified] = {}
         self._layers: list[CapturedLayer] = []
         self._attentions: list[CapturedAttention] = []
         self._assign()
+
+    def use_weights(self, fingerprint: str) -> None:
+        """Say which weights are in the model: what was verified with others counts no more.
+
+        A contribution may vanish at one checkpoint and not at the next (a gate or a head that starts at zero).
+
+        Args:
+            fingerprint: Tells weights apart.
+        """
+        self._verified = self._by_weights.setdefault(fingerprint, _Verified())
 
     def compute(self, batch: Batch, batch_size: int) -> BatchGradients:
         """Compute the per-sample gradients of a batch.
@@ -184,31 +229,33 @@ class GradientEngine:
             self._check_outputs(captured.outputs, batch_size)
             # One row tells nothing of which rows are which samples: it is verified apart.
             signature = (captured.patterns, batch_size == 1)
-            if signature in self._verified or self._verify(captured, batch, batch_size):
-                self._verified.add(signature)
+            if not self._verified.is_due(signature, self.names) or self._verify(captured, batch, batch_size):
+                self._verified.signatures.add(signature)
+                self._verified.num_batches += 1
                 self._suspects.clear()
                 return captured
 
     def _check_outputs(self, outputs: SampleOutputs, batch_size: int) -> None:
-        for field in ("output", "loss", "slope", "curvature"):
-            value = getattr(outputs, field)
+        for name in ("output", "loss", "slope", "curvature"):
+            value = getattr(outputs, name)
             if value.shape != (batch_size,):
                 raise BatchError(
-                    f"The task gave {field} of shape {tuple(value.shape)} for a batch of {batch_size} rows; expected "
+                    f"The task gave {name} of shape {tuple(value.shape)} for a batch of {batch_size} rows; expected "
                     f"({batch_size},). A task returns one number a sample (losses of torch take reduction='none')."
                 )
 
     def _verify(self, captured: Captured, batch: Batch, batch_size: int) -> bool:
         """Check a captured pass and the general way against autograd; False when something was changed."""
-        seed_generators(self.device)
+        seed_generators(self.device, 1)  # another seed: a model that draws random numbers must not pass
         reference = reference_pass(self.model, self.task, batch, batch_size, self.names)
         if not reference.same_outputs(captured.outputs.output):
             shared = {pattern.layer for pattern in captured.patterns if pattern.layout is Layout.SHARED}
             expanded = shared.intersection(self._suspects) or shared
             if not expanded:
                 raise GradientError(
-                    "Two forwards of one batch give different outputs, with the same random numbers: the model keeps "
-                    "state between calls. Gradients of such a model are not defined; make its eval mode a function."
+                    "Two forwards of one batch give different outputs: the model draws random numbers in eval mode or "
+                    "keeps state between calls. Its gradients would depend on batch sizes and order; make its eval "
+                    "mode a function of the batch."
                 )
             for name in sorted(expanded):
                 self._drop_layer(name, "giving each sample its own copy of its output changes the model's outputs")
@@ -217,7 +264,10 @@ class GradientEngine:
         if wrong:
             self._blame(wrong, captured, batch_size)
             return False
-        return self._verify_general(reference, batch, batch_size)
+        if not self._verify_general(reference, batch, batch_size):
+            return False
+        self._verified.seen.update(reference.above_noise())
+        return True
 
     def _blame(self, wrong: Mapping[str, str], captured: Captured, batch_size: int) -> None:
         """Try another layout for the layers of a wrong gradient; give the parameter up when all were tried."""

@@ -6,6 +6,7 @@ cannot follow a model (data-dependent control flow, operations without a batchin
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,7 +68,9 @@ def vmap_gradients(
     per_sample = torch.func.vmap(
         torch.func.grad(f_of_one, has_aux=True), in_dims=(None, *(0 for _ in rows)), randomness="error"
     )
-    with torch.no_grad():  # grad() ignores it; without it the other parameters would build a second graph
+    # grad() ignores no_grad; without it the other parameters would build a second graph.
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # the user can do nothing about it
         gradients, output = per_sample(subset, *rows)
     return output.detach(), {name: gradients[f"model.{name}"].detach() for name in names}
 

@@ -54,10 +54,15 @@ def _generators(device: torch.device) -> list[torch.Generator]:
     return generators
 
 
-def seed_generators(device: torch.device) -> None:
-    """Put the random generators in a fixed state, so that a model that draws numbers in eval mode repeats them."""
+def seed_generators(device: torch.device, seed: int = 0) -> None:
+    """Put the random generators in a fixed state; a model must not depend on it in eval mode.
+
+    Args:
+        device: Whose generator is seeded beside the CPU's.
+        seed: The state.
+    """
     for generator in _generators(device):
-        generator.manual_seed(0)
+        generator.manual_seed(seed)
 
 
 def _restore_generators(device: torch.device) -> Callable[[], None]:

@@ -21,6 +21,9 @@ from tracer.types import Batch
 
 BLOCK_BYTES = 32 << 20
 _NOISE, _MOST_NOISE = 64.0, 0.03
+_STRICTNESS, _HALF_STRICTNESS = 0.1, 0.5
+"""What differs by more than this share of the tolerance falls back, which costs time; only beyond the tolerance itself
+is an error due."""
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
@@ -68,11 +71,19 @@ class Reference:
         """Return for each parameter the weighted sum and, appended, the sum of weighted norms: ``[numel + 1]``."""
         return {name: _weighted_sum(gradient, self.weights[start:stop]) for name, gradient in gradients.items()}
 
-    def compare(self, totals: Mapping[str, Tensor]) -> dict[str, str]:
+    def above_noise(self) -> set[str]:
+        """Return the parameters whose gradient is more than rounding noise."""
+        return {name for name, value in self.gradients.items() if float(value.double().norm()) > self._noise(value)}
+
+    def _noise(self, gradient: Tensor) -> float:
+        return min(_NOISE * torch.finfo(gradient.dtype).eps, _MOST_NOISE) * self.scale
+
+    def compare(self, totals: Mapping[str, Tensor], strictness: float = 1.0) -> dict[str, str]:
         """Return what differs, by parameter, with a measure for the message.
 
         Args:
             totals: What `weighted` gave, summed over all samples; a parameter that is missing has gradient zero.
+            strictness: A factor on the tolerance.
 
         Returns:
             Parameters whose gradient differs from autograd's.
@@ -85,8 +96,7 @@ class Reference:
             scale = max(float(flat.norm()), float(total[-1]) if total is not None else 0.0)
             difference = float((found - flat).norm())
             bound = tolerance(expected.dtype, expected.device)
-            noise = min(_NOISE * torch.finfo(expected.dtype).eps, _MOST_NOISE) * self.scale
-            if difference > max(bound * scale, noise):
+            if difference > max(strictness * bound * scale, self._noise(expected)):
                 wrong[name] = f"relative difference {difference / scale:.2g}, tolerance {bound:.0e}"
         return wrong
 
@@ -158,4 +168,6 @@ def disagreeing(
         What differs, by parameter name.
     """
     part = reference.of(names)
-    return part.compare(part.weighted({name: gradients[name] for name in names if name in gradients}))
+    totals = part.weighted({name: gradients[name] for name in names if name in gradients})
+    half = any(part.gradients[name].dtype in (torch.float16, torch.bfloat16) for name in names)
+    return part.compare(totals, _HALF_STRICTNESS if half else _STRICTNESS)
