@@ -55,7 +55,7 @@ def gram_cost(positions: int, rows: int, cols: int) -> float:
 
 def build_cost(positions: int, rows: int, cols: int) -> float:
     """Estimate building a sample's ``[O, I]`` and reading it twice, in float32 multiply-adds."""
-    return float(rows * cols) * (positions + (5 if positions == 1 else 12))
+    return float(rows * cols) * (positions + 12)
 
 
 def gram_squares(left: Tensor, right: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ from tracer.projection.seeds import Stream
 from tracer.projection.spectral import Spectrum, add_spectral, spectral_pays
 from tracer.types import Projection
 
-BUILT_BYTES = 16 << 20
-"""How many bytes of built gradient are held at once; a few samples, while they are hot in cache."""
+FACTOR_BYTES, BUILT_BYTES = 16 << 20, 8 << 20
+"""How many bytes of factors are brought into memory order at once, and of gradients built while hot in cache."""
 
 
 class _Lookup(NamedTuple):
@@ -124,19 +124,20 @@ class SketchProjector(Projector):
     def _add_built(self, name: str, gradient: PerSampleGradient, positions: int, features: Tensor) -> Tensor:
         """Build ``[b, o, stride]`` from factors, tile by tile, fold it, and return squared norms ``[B]``."""
         total = torch.zeros(gradient.batch_size, dtype=torch.float64, device=gradient.device)
+        item = features.element_size()
         for tile in self.tiles(name, gradient.device):
-            numbers = max(tile.num_rows * tile.stride, positions * (tile.num_rows + tile.stride))
-            for start, stop in row_blocks(gradient.batch_size, numbers * features.element_size(), BUILT_BYTES):
+            row_norms = features.new_empty(gradient.batch_size, tile.num_rows)
+            row_bytes = item * positions * (tile.num_rows + tile.stride)
+            for start, stop in row_blocks(gradient.batch_size, row_bytes, FACTOR_BYTES):
                 left, right = factors(gradient, start, stop, tile, self._scratch)
-                shape = stop - start, tile.num_rows, tile.stride
-                built = self._scratch.take("built", shape, features.dtype, features.device)
-                if positions == 1:  # a plain product writes faster than a matrix product of inner size one
-                    torch.mul(left, right, out=built)
-                else:
-                    torch.bmm(left, right, out=built)
-                    total[start:stop] += torch.linalg.vector_norm(built, dim=2).double().square_().sum(1)
-                fold_tile(built, tile, features[start:stop])
-        return norms.squared_norm(gradient) if positions == 1 else total
+                for low, high in row_blocks(stop - start, item * tile.num_rows * tile.stride, BUILT_BYTES):
+                    shape = high - low, tile.num_rows, tile.stride
+                    built = self._scratch.take("built", shape, features.dtype, features.device)
+                    torch.bmm(left[low:high], right[low:high], out=built)
+                    torch.linalg.vector_norm(built, dim=2, out=row_norms[start + low : start + high])
+                    fold_tile(built, tile, features[start + low : start + high])
+            total += row_norms.double().square_().sum(1)
+        return total
 
     def _add_dense(self, name: str, gradient: PerSampleGradient, features: Tensor) -> Tensor:
         """Sign, order and fold built gradients ``[b, O, I]`` and return squared norms ``[B]``."""
@@ -196,9 +197,17 @@ def arrange_tile(matrix: Tensor, tile: Tile) -> Tensor:
 
 def fold_tile(built: Tensor, tile: Tile, features: Tensor) -> None:
     """Add a tile in memory order ``[b, o, stride]`` to the features ``[b, k]``, group by group of its rows."""
+    rows, k = features.shape
+    groups, rest = divmod(tile.num_rows, tile.group)
+    if rest == 0:  # a group is a whole number of lines, and all groups are added up at once
+        lines = tile.group * tile.stride // k
+        folded = torch.bmm(built.new_ones(rows * groups, 1, lines), built.view(rows * groups, lines, k))
+        for number, group in enumerate(folded.view(rows, groups, k).unbind(1)):
+            fold(group, (tile.offset + number) % k, features)
+        return
     for number, start in enumerate(range(0, tile.num_rows, tile.group)):
         flat = built[:, start : start + tile.group].flatten(1)
-        fold(flat, (tile.offset + start * tile.stride + number) % features.shape[1], features)
+        fold(flat, (tile.offset + start * tile.stride + number) % k, features)
 
 
 def fold(flat: Tensor, offset: int, features: Tensor) -> None:
@@ -211,8 +220,8 @@ def fold(flat: Tensor, offset: int, features: Tensor) -> None:
     """
     rows, k = features.shape
     lines, rest = divmod(flat.shape[1], k)
-    tail = flat[:, lines * k :]
-    if lines:
+    tail = flat if flat.shape[1] == k else flat[:, lines * k :]
+    if lines and flat.shape[1] > k:
         ones = flat.new_ones(rows, 1, lines)  # a product adds up lines several times faster than a sum
         folded = torch.bmm(ones, flat[:, : lines * k].unflatten(1, (lines, k))).squeeze(1)
         if rest:

@@ -19,7 +19,7 @@ from tracer.projection.base import full_precision
 from tracer.projection.hashing import Tile
 from tracer.projection.scratch import Scratch
 
-SPECTRAL_BYTES = 2 << 20
+SPECTRAL_BYTES = 4 << 20
 """How many bytes of sketched factors are transformed at once."""
 
 
