@@ -160,6 +160,19 @@ def test_projected_values_are_pinned():
     torch.testing.assert_close(vector, torch.tensor([[0.0, 5.0, 7.0, -3.0]]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((20, 6), [-431.0, -154.0, 128.0, -39.0, -262.0, 95.0, -43.0, -302.0]),  # permuted, several row tiles
+        ((5, 4, 3), [69.0, 206.0, 14.0, 29.0, 94.0, 22.0, 6.0, 120.0]),  # a convolution, tap by tap
+    ],
+)
+def test_projected_values_of_permuted_tiles_are_pinned(shape, expected):
+    ramp = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(1, *shape)
+    features = projector(shape, 8, seed=11).project({"weight": DenseGradient(ramp)}).features
+    torch.testing.assert_close(features, torch.tensor([expected]), rtol=0, atol=1e-3)
+
+
 def test_folding_wraps_around():
     for size in (1, 4, 7, 8, 23):
         for offset in range(7):
