@@ -332,6 +332,19 @@ def test_batch_coupled_model_is_refused():
         engine_gradients(engine, (data(3, 4).float(),), 3)
 
 
+def test_inputs_centred_over_the_batch_are_refused():
+    model = Module(lambda m, x: m.f(x - x.mean(0)), f=nn.Linear(4, 2))
+    engine = GradientEngine(model, make_task(mean_square), ["f.weight", "f.bias"])
+    with pytest.raises(tracer.GradientError, match="run alone gives another output"):
+        engine_gradients(engine, (data(3, 4).float(),), 3)
+
+
+def test_model_that_cannot_run_one_row_is_computed():
+    model = Module(lambda m, x: m.f(x[:, :, 0].squeeze().reshape(-1, 4) if len(x) > 1 else x[9]), f=nn.Linear(4, 2))
+    engine = GradientEngine(model, make_task(mean_square), ["f.weight", "f.bias"], "capture")
+    assert engine_gradients(engine, (data(3, 4, 2).float(),), 3)["f.weight"].shape == (3, 2, 4)
+
+
 def test_batch_norm_without_running_statistics_is_refused():
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False))
     engine = GradientEngine(model, make_task(mean_square), [name for name, _ in model.named_parameters()])

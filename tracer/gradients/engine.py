@@ -260,6 +260,7 @@ class GradientEngine:
             for name in sorted(expanded):
                 self._drop_layer(name, "giving each sample its own copy of its output changes the model's outputs")
             return False
+        self._check_first_row(reference, batch, batch_size)
         wrong = disagreeing(reference, captured.gradients, [n for n in self.names if n not in self.general])
         if wrong:
             self._blame(wrong, captured, batch_size)
@@ -367,6 +368,18 @@ class GradientEngine:
             raise GradientError(
                 f"The gradients of {', '.join(names[:4])} need each sample to be run alone, and that fails: {error}"
             ) from error
+
+    def _check_first_row(self, reference: Reference, batch: Batch, batch_size: int) -> None:
+        """Run one row alone: values that it takes from other rows (centring over the batch) show in its output."""
+        if batch_size == 1:
+            return
+        try:
+            with torch.no_grad():
+                alone = self.task.outputs(self.model, select_rows(batch, torch.tensor([0]), batch_size)).output
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            logger.debug("the first row cannot be run alone: %s", error)  # a model may need several rows and be sound
+            return
+        self._check_alone(reference.outputs[:1], alone.reshape(-1)[:1])
 
     def _check_alone(self, together: Tensor, alone: Tensor) -> None:
         together, alone = together.double(), alone.double().to(together.device)
