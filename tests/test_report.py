@@ -14,7 +14,9 @@ import torch
 import tracer
 from tracer import attribute
 from tracer.report import write_report
+from tracer.report.montage import row_heading
 from tracer.report.recovery import ranking, recovery_curve
+from tracer.report.samples import Samples
 from tracer.types import TopK
 
 pytest.importorskip("matplotlib")
@@ -130,9 +132,30 @@ def test_recovery_counts_found_rows():
     mislabelled = np.array([False, True, False, True])
     scores = np.array([0.1, 0.9, 0.5, 0.3])
     assert ranking(scores).tolist() == [1, 2, 3, 0]
-    curve = recovery_curve(scores, mislabelled)
-    assert curve[-1] == pytest.approx(max(curve))
-    assert (np.diff(curve) >= 0).all()
+    assert recovery_curve(scores, mislabelled).tolist() == [0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("mislabelled", [np.arange(N) == 3, np.ones(N, dtype=bool)], ids=["one row", "all rows"])
+def test_recovery_is_drawn_for_the_least_and_the_most_mislabelled_rows(tmp_path, mislabelled):
+    report(tmp_path, known_mislabelled=mislabelled)
+    assert (tmp_path / "recovery.png").exists()
+
+
+def test_a_montage_shows_five_of_many_proponents_and_the_tables_all(tmp_path):
+    images = INPUTS["gray images"]
+    widths = []
+    for k in (5, 20):
+        top = TopK(np.tile(np.arange(k), (M, 1)), np.ones((M, k), dtype=np.float32))
+        options = {"train_inputs": images, "target_inputs": images[:M], "shown_targets": [0]}
+        index = report(tmp_path / str(k), proponents=top, opponents=top, **options)
+        widths.append(int.from_bytes((index.parent / "influence.png").read_bytes()[16:20], "big"))
+    assert widths[0] == widths[1]
+    assert index.read_text().count('<td class="number">+1</td>') == 2 * 20
+
+
+def test_an_image_is_headed_by_its_prediction_only_where_it_differs():
+    samples = Samples("target", 2, labels=[0, 1], predictions=[0, 0], class_names=["ant", "bee"])
+    assert [row_heading(samples, row) for row in range(2)] == ["ant", "bee → ant"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -35,8 +35,8 @@ class Theme:
         muted: Axes, ticks and what is only for comparison.
         grid: Thin lines behind the data.
         main: Self-influence and clean rows; proponents.
-        alert: Mislabelled rows; opponents.
-        others: Further rankings, in order.
+        alert: Mislabelled rows.
+        others: Further rankings, in order; the first also opponents.
     """
 
     background: str
@@ -97,10 +97,10 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _plot_axes(figure: Figure, theme: Theme) -> Axes:
-    """Return the only axes of a figure, styled."""
+def _plot_axes(figure: Figure, theme: Theme, place: tuple[int, int, int] = (1, 1, 1)) -> Axes:
+    """Return styled axes at a place (rows, columns, number) of the figure."""
     figure.set_layout_engine("constrained")
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(*place)
     axes.set_facecolor(theme.background)
     axes.grid(True, color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -111,11 +111,6 @@ def _plot_axes(figure: Figure, theme: Theme) -> Axes:
     axes.xaxis.label.set(color=theme.text, size=11)
     axes.yaxis.label.set(color=theme.text, size=11)
     return axes
-
-
-def _legend(axes: Axes, theme: Theme, location: Literal["upper left", "lower right"]) -> None:
-    """Add a legend without a frame."""
-    axes.legend(loc=location, frameon=False, fontsize=10.5, labelcolor=theme.text)
 
 
 def self_influence_histogram(self_influence: np.ndarray, known_mislabelled: np.ndarray | None, theme: Theme) -> Figure:
@@ -147,11 +142,12 @@ def self_influence_histogram(self_influence: np.ndarray, known_mislabelled: np.n
         axes.axvline(float(np.median(values)), color=color, linewidth=1.2, linestyle=(0, (4, 3)))
     if logarithmic:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlim(bins[0], bins[-1])
     axes.set_xlabel("self-influence (dashed: median)")
     axes.set_ylabel("share of the group's rows, %")
     axes.margins(y=0.12)
-    _legend(axes, theme, "upper left")
+    axes.legend(loc="upper left", frameon=False, fontsize=10.5, labelcolor=theme.text)
     return figure
 
 
@@ -176,12 +172,41 @@ def recovery_figure(rankings: Mapping[str, np.ndarray], known_mislabelled: np.nd
         theme: The colours.
 
     Returns:
-        The figure.
+        The figure: all rows at the left, the top of the rankings enlarged at the right.
     """
-    figure = new_figure(theme, 8, 4.6)
-    axes = _plot_axes(figure, theme)
-    checked = np.linspace(0.0, 100.0, len(known_mislabelled) + 1)
+    figure = new_figure(theme, 8.6, 4.5)
+    whole, top = _plot_axes(figure, theme, (1, 2, 1)), _plot_axes(figure, theme, (1, 2, 2))
+    for axes in (whole, top):
+        _recovery_lines(axes, rankings, known_mislabelled, theme)
+        axes.set_xlabel("training rows checked, %")
+    share = 100.0 * float(known_mislabelled.mean())
+    counts = recovery_curve(next(iter(rankings.values())), known_mislabelled)
+    floor = 100.0 * counts[round(0.5 * share / 100 * (len(counts) - 1))] / counts[-1]
+    whole.set(xlim=(0, 100), ylim=(0, 103))
+    top.set(xlim=(0.5 * share, min(100.0, 2.5 * share)), ylim=(min(0.9 * floor, 90.0), 101))
+    whole.set_ylabel("mislabelled rows found, %")
+    top.set_title("enlarged", color=theme.muted, fontsize=10, loc="right")
+    whole.set_title("all rows", color=theme.muted, fontsize=10, loc="right")
+    handles, names = whole.get_legend_handles_labels()
+    order = [len(names) - 2 - place for place in range(len(names) - 1)] + [len(names) - 1]  # self-influence first
+    figure.legend(
+        [handles[place] for place in order],
+        [names[place] for place in order],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=10.5,
+        labelcolor=theme.text,
+    )
+    return figure
+
+
+def _recovery_lines(
+    axes: Axes, rankings: Mapping[str, np.ndarray], known_mislabelled: np.ndarray, theme: Theme
+) -> None:
+    """Draw the curve of each ranking, the best possible and chance."""
     total = int(known_mislabelled.sum())
+    checked = np.linspace(0.0, 100.0, len(known_mislabelled) + 1)
     best = 100.0 * np.minimum(np.arange(len(checked)) / total, 1.0)
     axes.plot(checked, best, color=theme.muted, linewidth=1.2, linestyle=(0, (1, 2)), label="best possible")
     styles = ("-", (0, (6, 2)), (0, (3, 1.5)), (0, (6, 2, 1, 2)))
@@ -191,9 +216,3 @@ def recovery_figure(rankings: Mapping[str, np.ndarray], known_mislabelled: np.nd
         width = 2.8 if number == 0 else 1.7
         axes.plot(checked, share, color=color, linewidth=width, linestyle=styles[min(number, 3)], label=name)
     axes.plot([0, 100], [0, 100], color=theme.muted, linewidth=1.4, linestyle="--", label="chance")
-    axes.set_xlim(0, 100)
-    axes.set_ylim(0, 103)
-    axes.set_xlabel("training rows checked, %")
-    axes.set_ylabel("mislabelled rows found, %")
-    _legend(axes, theme, "lower right")
-    return figure

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_CAPTION = 14
+MAX_TILES = 5
+"""More proponents or opponents of a target would be too small to see; the tables list all."""
+
 GAP = 0.35
 """The space between two groups of columns, in columns."""
 
@@ -29,7 +32,7 @@ def influence_montage(
     known_mislabelled: np.ndarray | None,
     theme: Theme,
 ) -> Figure:
-    """Draw each target beside its strongest proponents and opponents.
+    """Draw each target beside its five strongest proponents and opponents.
 
     Args:
         train: The training rows, images.
@@ -43,7 +46,7 @@ def influence_montage(
     Returns:
         The figure.
     """
-    groups = [proponents, opponents]
+    groups = [TopK(top.indices[:, :MAX_TILES], top.scores[:, :MAX_TILES]) for top in (proponents, opponents)]
     widths = [1.0]
     for group in groups:
         widths += [GAP] + [1.0] * group.indices.shape[1]
@@ -55,14 +58,14 @@ def influence_montage(
     )  # fmt: skip
     for line, number in enumerate(shown):
         axes = figure.add_subplot(grid[line, 0])
-        _tile(axes, target.image(number), target.label(number), f"target {number}", theme)
+        _tile(axes, target.image(number), row_heading(target, number), f"target {number}", theme)
         column = 1
         for group in groups:
             column += 1
             for row, score in zip(group.indices[number], group.scores[number], strict=True):
                 axes = figure.add_subplot(grid[line, column])
                 flagged = known_mislabelled is not None and bool(known_mislabelled[row])
-                _tile(axes, train.image(int(row)), train.label(int(row)), f"{score:+.2g}", theme, flagged=flagged)
+                _tile(axes, train.image(int(row)), train.label(int(row)), _signed(score), theme, flagged=flagged)
                 column += 1
     _headers(figure, theme, [group.indices.shape[1] for group in groups], widths)
     return figure
@@ -76,7 +79,7 @@ def _headers(figure: Figure, theme: Theme, counts: Sequence[int], widths: Sequen
     for name, color, count in (
         ("target", theme.text, 1),
         ("proponents", theme.main, counts[0]),
-        ("opponents", theme.alert, counts[1]),
+        ("opponents", theme.others[0], counts[1]),
     ):
         x = 0.01 + 0.98 * (start + count / 2) / total
         figure.text(x, y, name, ha="center", va="top", color=color, fontsize=11, fontweight="bold")
@@ -113,10 +116,8 @@ def ranking_montage(
     )  # fmt: skip
     for place, row in enumerate(rows):
         axes = figure.add_subplot(grid[place // num_columns, place % num_columns])
-        label, prediction = train.label(row), train.prediction(row)
-        title = f"{_cut(label)} → {_cut(prediction)}" if label and prediction else label
         flagged = known_mislabelled is not None and bool(known_mislabelled[row])
-        _tile(axes, train.image(row), title, f"{scores[row]:.3g}", theme, flagged=flagged)
+        _tile(axes, train.image(row), row_heading(train, row), f"{scores[row]:.3g}", theme, flagged=flagged)
     return figure
 
 
@@ -130,6 +131,19 @@ def _tile(axes: Axes, image: np.ndarray, title: str, caption: str, theme: Theme,
     for spine in axes.spines.values():
         spine.set_color(theme.alert if flagged else theme.grid)
         spine.set_linewidth(2.6 if flagged else 0.8)
+
+
+def row_heading(samples: Samples, row: int) -> str:
+    """Return a row's label, and where it differs what the model predicts."""
+    label, prediction = samples.label(row), samples.prediction(row)
+    if not prediction or prediction == label:
+        return label
+    return f"{label} → {prediction}"
+
+
+def _signed(score: float) -> str:
+    """Return a score to two digits, with its sign."""
+    return f"{score:+.2g}".replace("-", "−")
 
 
 def _cut(text: str) -> str:

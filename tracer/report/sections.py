@@ -142,9 +142,9 @@ def _top_rows(data: ReportContent, pictures: Pictures) -> Section:
         return Section("top-rows", "Rows of highest self-influence", listing)
     draw = partial(ranking_montage, data.train, rows, data.self_influence, data.known_mislabelled)
     pictures["top_self_influence"] = render(draw)
-    above = ""
-    if data.train.labels is not None:
-        above = "label → prediction" if data.train.predictions is not None else "label"
+    above = "" if data.train.labels is None else "label"
+    if data.train.predictions is not None:
+        above = "label (→ what the model predicts, where it differs)"
     caption = (f"Above each image its {above}, below it" if above else "Below each image") + " its self-influence."
     alt = f"The {len(rows)} training images of highest self-influence."
     if data.known_mislabelled is not None:
@@ -170,9 +170,11 @@ def _influence(data: ReportContent, pictures: Pictures) -> Section:
     alt = f"{len(data.shown_targets)} target images, each beside its strongest proponents and opponents."
     above = "Above each image its label, below it" if data.train.labels is not None else "Below each image"
     caption = f"{note} {above} its score."
+    if data.target.predictions is not None:
+        caption += " Above a target → what the model predicts, where it differs."
     if data.known_mislabelled is not None:
         caption += " Known mislabelled rows are framed."
-    body = figure(pictures["influence"], alt, caption) + folded("The same as tables", listing)
+    body = figure(pictures["influence"], alt, caption) + folded("All that were asked for, as tables", listing)
     return Section("influence", heading, body)
 
 
