@@ -35,17 +35,33 @@ def oracle_gradients(model: nn.Module, task, batch, num_rows: int, names=None) -
     return {name: torch.stack(found) for name, found in rows.items()}
 
 
+class BuildingSink:
+    """Builds all gradients, each parameter of a sample once."""
+
+    def __init__(self, engine: GradientEngine, num_rows: int) -> None:
+        self.shapes = {name: parameter.shape for name, parameter in engine.model.named_parameters()}
+        self.names, self.num_rows = engine.names, num_rows
+        self.dtype = next(engine.model.parameters()).dtype
+        self.begin()
+
+    def begin(self) -> None:
+        self.found = {name: torch.zeros(self.num_rows, *self.shapes[name], dtype=self.dtype) for name in self.names}
+        self.came: dict[str, set[int]] = {name: set() for name in self.names}
+
+    def take(self, start: int, stop: int, gradients) -> None:
+        for name, gradient in gradients.items():
+            rows = set(range(start, stop))
+            assert not rows & self.came[name], f"{name} came twice for a sample"
+            self.came[name] |= rows
+            self.found[name][start:stop] = gradient.dense(0, stop - start).reshape(stop - start, *gradient.shape)
+
+
 def engine_gradients(engine: GradientEngine, batch, num_rows: int) -> dict[str, torch.Tensor]:
     """Per-sample gradients by the engine, built and put together."""
-    parameters = dict(engine.model.named_parameters())
+    sink = BuildingSink(engine, num_rows)
     with isolated(engine.model, engine.names, engine.device):
-        found = {
-            name: torch.zeros(num_rows, *parameters[name].shape, dtype=parameters[name].dtype) for name in engine.names
-        }
-        for start, stop, gradients in engine.compute(batch, num_rows).parts:
-            for name, gradient in gradients.items():
-                found[name][start:stop] += gradient.dense(0, stop - start).reshape(stop - start, *gradient.shape)
-    return found
+        engine.compute(batch, num_rows, sink)
+    return sink.found
 
 
 def assert_gradients_match(

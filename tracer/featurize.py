@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tracer.batches import check_batch_size, row_fingerprints, select_rows, to_device
 from tracer.checkpoints import LoadedWeights, weights_in
 from tracer.errors import NonFiniteError
+from tracer.factors import PerSampleGradient
 from tracer.gradients import GradientEngine, isolated
 from tracer.projection.base import Projector
 from tracer.store import RowTable
@@ -113,31 +114,55 @@ class Featurizer:
         Returns:
             The values, on the CPU.
         """
+        sink = _ProjectingSink(self.projector, self._features(num_rows))
         with weights_in(self.model, self.weights), isolated(self.model, self.engine.names, self.device):
-            found = self.engine.compute(to_device(batch, self.device), num_rows)
-            features = self._features(num_rows)
-            squared_norm = torch.zeros(num_rows, dtype=torch.float64, device=self.device)
-            for start, stop, gradients in found.parts:
-                self.projector.project(gradients, Projection(features[start:stop], squared_norm[start:stop]))
-            return _row_values(features, squared_norm, found.outputs)
+            outputs = self.engine.compute(to_device(batch, self.device), num_rows, sink)
+            projection = sink.finish()
+        return _row_values(projection, outputs)
 
     def _features(self, num_rows: int) -> Tensor:
         """Return zeros ``[num_rows, dim]`` in memory that is used again for the next batch."""
         if self._memory is None or len(self._memory) < num_rows:
             self._memory = torch.empty(num_rows, self.projector.dim, device=self.device)
-        return self._memory[:num_rows].zero_()
+        return self._memory[:num_rows]
 
 
-def _row_values(features: Tensor, squared_norm: Tensor, outputs: SampleOutputs) -> RowValues:
+class _ProjectingSink:
+    """Projects gradients as they come.
+
+    Args:
+        projector: The projector.
+        features: ``[B, dim]``, memory for the features.
+    """
+
+    def __init__(self, projector: Projector, features: Tensor) -> None:
+        self._projector, self._features = projector, features
+        self.begin()
+
+    def begin(self) -> None:
+        """Start from zeros."""
+        squared_norm = torch.zeros(len(self._features), dtype=torch.float64, device=self._features.device)
+        self._running = self._projector.start(Projection(self._features.zero_(), squared_norm))
+
+    def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
+        """Add the gradients of samples ``start`` to ``stop``."""
+        self._running.add(gradients, start, stop)
+
+    def finish(self) -> Projection:
+        """Return the projection of all that came."""
+        return self._running.finish()
+
+
+def _row_values(projection: Projection, outputs: SampleOutputs) -> RowValues:
     def array(values: Tensor) -> np.ndarray:
         return values.detach().to("cpu", torch.float32).numpy()
 
     return RowValues(
-        features=array(features),
+        features=array(projection.features),
         loss=array(outputs.loss),
         slope=array(outputs.slope),
         curvature=array(outputs.curvature),
-        gradient_norm=array(squared_norm.sqrt()),
+        gradient_norm=array(projection.squared_norm.sqrt()),
     )
 
 

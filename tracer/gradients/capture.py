@@ -1,20 +1,22 @@
 """Capture: one forward and one backward give every layer's input and output gradient, for all samples at once.
 
 Forward hooks keep each layer's input and the autograd edge of its output (an edge, not the tensor: an activation that
-works in place replaces the tensor's history). One ``torch.autograd.grad`` of the outputs' sum with respect to these
-edges then gives all output gradients; batch gradients of weights are never computed.
+works in place replaces the tensor's history). One ``torch.autograd.grad`` of the outputs' sum with respect to the
+innermost of these edges then passes all others, whose gradients are taken as they come by: they are handed on and
+freed at once, so that the backward holds no more than a training step's. Batch gradients of weights are never computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from tracer.errors import BatchError
 from tracer.factors import DenseGradient, PerSampleGradient, add_gradients
@@ -84,21 +86,8 @@ class CallPattern(NamedTuple):
     repeated: bool
 
 
-@dataclass
-class Captured:
-    """What one captured pass gave.
-
-    Attributes:
-        outputs: f, L, Q, w of each sample, detached.
-        gradients: The per-sample gradient of each captured parameter that f depends on.
-        patterns: How the layers were called; a pass with patterns not seen before is checked again.
-        layers: For each parameter, the names of the layers that contributed.
-    """
-
-    outputs: SampleOutputs
-    gradients: dict[str, PerSampleGradient]
-    patterns: frozenset[CallPattern]
-    layers: dict[str, list[str]] = field(default_factory=dict)
+Receiver = Callable[[dict[str, PerSampleGradient]], None]
+"""Takes the gradients of some parameters, each parameter once and whole."""
 
 
 class _Recorder:
@@ -160,16 +149,8 @@ def _expand_input(value: Tensor, leading_one: bool, batch_size: int) -> Tensor:
     return value.unsqueeze(0).expand(batch_size, *value.shape)
 
 
-def capture(
-    model: nn.Module,
-    task: Task,
-    batch: Batch,
-    batch_size: int,
-    layers: Sequence[CapturedLayer],
-    attentions: Sequence[CapturedAttention],
-    layouts: Mapping[str, Layout],
-) -> Captured:
-    """Run the model once forward and once backward and return the per-sample gradients of the layers' parameters.
+class CapturedPass:
+    """A forward pass of the model with the calls of its layers; its backward can be run once.
 
     Args:
         model: The model, inside `isolated`.
@@ -180,28 +161,149 @@ def capture(
         attentions: The attention modules whose projections are among them.
         layouts: Where layers have their samples, by name, if not where their output's shape suggests.
 
-    Returns:
-        Outputs and gradients.
+    Attributes:
+        outputs: f, L, Q, w of each sample, detached.
+        patterns: How the layers were called; a pass with patterns not seen before is checked again.
+        layers: After the backward: for each parameter, the names of the layers that contributed.
 
     Raises:
         CaptureFailed: A layer was used in a way that its rule cannot describe.
     """
-    recorder = _Recorder(batch_size, layouts)
-    hooks = [
-        layer.module.register_forward_hook(recorder.hook(layer), prepend=True, with_kwargs=True) for layer in layers
-    ]
-    try:
-        with attending(attentions):
-            outputs = _checked_forward(task, model, batch, batch_size, recorder)
-        recorder.recording = False
-        edges = [call.edge for call in recorder.calls]
-        depends = bool(edges) and outputs.output.requires_grad
-        grads = torch.autograd.grad(outputs.output.sum(), edges, allow_unused=True) if depends else ()
-    finally:
-        recorder.recording = False
-        for hook in hooks:
-            hook.remove()
-    return _collect(outputs, recorder, grads, batch_size)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        batch: Batch,
+        batch_size: int,
+        layers: Sequence[CapturedLayer],
+        attentions: Sequence[CapturedAttention],
+        layouts: Mapping[str, Layout],
+    ) -> None:
+        recorder = _Recorder(batch_size, layouts)
+        hooks = [
+            layer.module.register_forward_hook(recorder.hook(layer), prepend=True, with_kwargs=True) for layer in layers
+        ]
+        try:
+            with attending(attentions):
+                outputs = _checked_forward(task, model, batch, batch_size, recorder)
+        finally:
+            recorder.recording = False
+            for hook in hooks:
+                hook.remove()
+        self._calls, self._batch_size = recorder.calls, batch_size
+        self._output: Tensor | None = outputs.output
+        self.outputs = SampleOutputs(outputs.output.detach(), outputs.loss, outputs.slope, outputs.curvature)
+        self.patterns = _patterns(recorder.calls, batch_size)
+        self.layers: dict[str, list[str]] = {}
+
+    def backward(self, receive: Receiver) -> None:
+        """Give the per-sample gradient of each captured parameter that f depends on, as soon as it is known.
+
+        Args:
+            receive: Called during the backward; what it does not keep is freed.
+
+        Raises:
+            CaptureFailed: A layer was used in a way that its rule cannot describe.
+        """
+        output, calls = self._output, self._calls
+        self._output, self._calls = None, []
+        assert output is not None, "a pass has one backward"
+        if not calls or not output.requires_grad:
+            return
+        total = output.sum()
+        del output
+        calls_of: dict[Node, list[_Call]] = {}
+        for call in calls:
+            calls_of.setdefault(call.edge.node, []).append(call)
+        reached, innermost = _innermost(total.grad_fn, calls_of)
+        calls = [call for node in reached for call in calls_of[node]]
+        arrivals = _Arrivals(calls, self._batch_size, receive, self.layers)
+        last = [call for call in calls if call.edge.node in innermost]
+        hooks = [node.register_prehook(arrivals.hook(calls_of[node])) for node in reached if node not in innermost]
+        edges = [call.edge for call in last]
+        calls_of.clear()
+        try:
+            grads = torch.autograd.grad(total, edges, allow_unused=True) if edges else ()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        del total, edges
+        arrivals.take(list(zip(last, grads, strict=True)))
+        arrivals.finish()
+
+
+def _innermost(root: Node | None, wanted: Collection[Node]) -> tuple[list[Node], set[Node]]:
+    """Find the wanted nodes of a graph, and those of them from which no other wanted one can be reached.
+
+    A backward to the innermost nodes passes all others.
+
+    Args:
+        root: Where the backward starts.
+        wanted: The nodes to look for.
+
+    Returns:
+        The wanted nodes below the root, and the innermost of them.
+    """
+    above: dict[Node, bool] = {}  # whether a wanted node lies below
+    reached: list[Node] = []
+    stack: list[tuple[Node, bool]] = [] if root is None else [(root, False)]
+    while stack:
+        node, finished = stack.pop()
+        if not finished and node in above:
+            continue
+        children = [child for child, _ in node.next_functions if child is not None]
+        if finished:
+            above[node] = any(child in wanted or above[child] for child in children)
+            continue
+        above[node] = False
+        if node in wanted:
+            reached.append(node)
+        stack.append((node, True))
+        stack += [(child, False) for child in children if child not in above]
+    return reached, {node for node in reached if not above[node]}
+
+
+class _Arrivals:
+    """Output gradients that come in any order, turned into gradients of parameters and given away when whole."""
+
+    def __init__(
+        self, calls: Sequence[_Call], batch_size: int, receive: Receiver, layers: dict[str, list[str]]
+    ) -> None:
+        self._batch_size, self._receive, self._layers = batch_size, receive, layers
+        self._awaited = Counter(name for call in calls for name in call.layer.parameters.values())
+        self._parts: dict[str, list[PerSampleGradient]] = {}
+
+    def hook(self, calls: Sequence[_Call]) -> Callable[[tuple[Tensor | None, ...]], None]:
+        """Return the hook of a node that these calls' outputs come from."""
+
+        def arrive(grads: tuple[Tensor | None, ...]) -> None:
+            self.take([(call, grads[call.edge.output_nr]) for call in calls])
+
+        return arrive
+
+    def take(self, arrived: Sequence[tuple[_Call, Tensor | None]]) -> None:
+        """Take the output gradients of some calls and give away the parameters that are whole by them."""
+        whole: dict[str, PerSampleGradient] = {}
+        for call, grad in arrived:
+            given = {} if grad is None else _apply_rule(call, grad)
+            call.inputs = ()  # frees the activation, once the graph has let go of it
+            for name in call.layer.parameters.values():
+                self._awaited[name] -= 1
+                if name in given:
+                    self._layers.setdefault(name, []).append(call.layer.name)
+                    self._parts.setdefault(name, []).append(given[name].fold(call.rows // self._batch_size))
+                if not self._awaited[name] and name in self._parts:
+                    whole[name] = add_gradients(self._parts.pop(name))
+        if whole:
+            self._receive(whole)
+
+    def finish(self) -> None:
+        """Give away what waited for calls that f turned out not to depend on."""
+        whole = {name: add_gradients(parts) for name, parts in self._parts.items()}
+        self._parts.clear()
+        if whole:
+            self._receive(whole)
 
 
 def _checked_forward(task: Task, model: nn.Module, batch: Batch, batch_size: int, recorder: _Recorder) -> SampleOutputs:
@@ -222,22 +324,9 @@ def _checked_forward(task: Task, model: nn.Module, batch: Batch, batch_size: int
     return outputs
 
 
-def _collect(outputs: SampleOutputs, recorder: _Recorder, grads: tuple, batch_size: int) -> Captured:
-    parts: dict[str, list[PerSampleGradient]] = {}
-    sources: dict[str, list[str]] = {}
-    counts: dict[tuple[str, Layout, int, int], int] = {}
-    for call, grad in zip(recorder.calls, grads, strict=False):
-        key = (call.layer.name, call.layout, call.rows // batch_size, call.inputs[0].ndim)
-        counts[key] = counts.get(key, 0) + 1
-        if grad is None:
-            continue
-        for name, gradient in _apply_rule(call, grad).items():
-            parts.setdefault(name, []).append(gradient.fold(call.rows // batch_size))
-            sources.setdefault(name, []).append(call.layer.name)
-    patterns = frozenset(CallPattern(*key, repeated=count > 1) for key, count in counts.items())
-    gradients = {name: add_gradients(found) for name, found in parts.items()}
-    detached = SampleOutputs(outputs.output.detach(), outputs.loss, outputs.slope, outputs.curvature)
-    return Captured(detached, gradients, patterns, sources)
+def _patterns(calls: Sequence[_Call], batch_size: int) -> frozenset[CallPattern]:
+    counts = Counter((call.layer.name, call.layout, call.rows // batch_size, call.inputs[0].ndim) for call in calls)
+    return frozenset(CallPattern(*key, repeated=count > 1) for key, count in counts.items())
 
 
 def _apply_rule(call: _Call, grad: Tensor) -> dict[str, PerSampleGradient]:

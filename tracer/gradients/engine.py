@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,12 @@ from tracer.batches import select_rows
 from tracer.errors import BatchError, GradientError, InputError, TracerError, nearest_name
 from tracer.factors import DenseGradient, PerSampleGradient
 from tracer.gradients.attention import CapturedAttention, refuses_attention
-from tracer.gradients.capture import CallPattern, Captured, CapturedLayer, Layout, capture
+from tracer.gradients.capture import CallPattern, CapturedLayer, CapturedPass, Layout
 from tracer.gradients.failure import CaptureFailed
 from tracer.gradients.functional import can_vmap, loop_gradients, vmap_gradients
 from tracer.gradients.isolation import seed_generators
 from tracer.gradients.layers import rule_for
-from tracer.gradients.selfcheck import Reference, disagreeing, reference_pass, tolerance
+from tracer.gradients.selfcheck import Reference, WeightedSums, disagreeing, reference_pass, tolerance
 from tracer.tasks import Task
 from tracer.types import Batch, SampleOutputs
 
@@ -71,18 +72,17 @@ class _Verified:
         return unseen and (self.num_batches < _EAGER_CHECKS or self.num_batches & (self.num_batches - 1) == 0)
 
 
-@dataclass(frozen=True)
-class BatchGradients:
-    """Outputs and per-sample gradients of a batch.
+class Sink(Protocol):
+    """What takes the gradients of a batch as they are computed."""
 
-    Attributes:
-        outputs: f, L, Q, w of each sample, ``[B]`` each, detached.
-        parts: Yields ``(start, stop, gradients by parameter name)``; the gradients of a sample are the union of the
-            parts that hold it, and a parameter in no part has gradient zero.
-    """
+    def begin(self) -> None:
+        """Forget what came: the gradients of all parameters will come (again)."""
 
-    outputs: SampleOutputs
-    parts: Iterator[tuple[int, int, dict[str, PerSampleGradient]]]
+    def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
+        """Take gradients of samples ``start`` to ``stop``, by parameter name.
+
+        Each parameter of a sample comes once; one that never comes has gradient zero. What is not kept is freed.
+        """
 
 
 class GradientEngine:
@@ -137,28 +137,24 @@ class GradientEngine:
         """
         self._verified = self._by_weights.setdefault(fingerprint, _Verified())
 
-    def compute(self, batch: Batch, batch_size: int) -> BatchGradients:
-        """Compute the per-sample gradients of a batch.
+    def compute(self, batch: Batch, batch_size: int, sink: Sink) -> SampleOutputs:
+        """Compute the per-sample gradients of a batch and give them to a sink, layer by layer.
 
         Args:
             batch: The batch, on the model's device.
             batch_size: Its number of samples ``B``, one at least.
+            sink: Takes the gradients.
 
         Returns:
-            Outputs and gradients. The parts are computed as they are taken; take them inside the same context.
+            f, L, Q, w of each sample, ``[B]`` each, detached.
 
         Raises:
             GradientError: No method gives gradients that agree with autograd.
         """
-        captured = self._captured(batch, batch_size)
-        general = self._general_parts(batch, batch_size, captured.outputs.output)
-
-        def parts() -> Iterator[tuple[int, int, dict[str, PerSampleGradient]]]:
-            if captured.gradients:
-                yield 0, batch_size, captured.gradients
-            yield from general
-
-        return BatchGradients(captured.outputs, parts())
+        outputs = self._captured(batch, batch_size, sink)
+        for start, stop, gradients in self._general_parts(batch, batch_size, outputs.output):
+            sink.take(start, stop, gradients)
+        return outputs
 
     def _assign(self) -> None:
         """Divide the parameters between layer rules and the general way."""
@@ -213,27 +209,41 @@ class GradientEngine:
         if self.method == "auto":
             logger.info("per-sample gradients of %r are computed by torch.func: %s", name, reason)
 
-    def _captured(self, batch: Batch, batch_size: int) -> Captured:
+    def _captured(self, batch: Batch, batch_size: int, sink: Sink) -> SampleOutputs:
         """Run a captured pass, checked where its signature is new, until everything agrees."""
         while True:
             seed_generators(self.device)
+            sink.begin()
             try:
-                captured = capture(
+                captured = CapturedPass(
                     self.model, self.task, batch, batch_size, self._layers, self._attentions, self._layouts
                 )
+                self._check_outputs(captured.outputs, batch_size)
+                # One row tells nothing of which rows are which samples: it is verified apart.
+                signature = (captured.patterns, batch_size == 1)
+                sums = WeightedSums(batch_size) if self._verified.is_due(signature, self.names) else None
+                self._backward(captured, batch_size, sink, sums)
+                if sums is not None and not self._verify(captured, sums, batch, batch_size):
+                    continue
             except CaptureFailed as failure:
                 suspects = list(self._suspects) if failure.expanded else []
                 for layer in suspects or [failure.layer]:
                     self._drop_layer(layer, failure.reason)
                 continue
-            self._check_outputs(captured.outputs, batch_size)
-            # One row tells nothing of which rows are which samples: it is verified apart.
-            signature = (captured.patterns, batch_size == 1)
-            if not self._verified.is_due(signature, self.names) or self._verify(captured, batch, batch_size):
-                self._verified.signatures.add(signature)
-                self._verified.num_batches += 1
-                self._suspects.clear()
-                return captured
+            self._verified.signatures.add(signature)
+            self._verified.num_batches += 1
+            self._suspects.clear()
+            return captured.outputs
+
+    def _backward(self, captured: CapturedPass, batch_size: int, sink: Sink, sums: WeightedSums | None) -> None:
+        """Give what is captured to the sink and, where it is to be checked, to the sums."""
+
+        def receive(gradients: dict[str, PerSampleGradient]) -> None:
+            if sums is not None:
+                sums.add(0, gradients)
+            sink.take(0, batch_size, gradients)
+
+        captured.backward(receive)
 
     def _check_outputs(self, outputs: SampleOutputs, batch_size: int) -> None:
         for name in ("output", "loss", "slope", "curvature"):
@@ -244,7 +254,7 @@ class GradientEngine:
                     f"({batch_size},). A task returns one number a sample (losses of torch take reduction='none')."
                 )
 
-    def _verify(self, captured: Captured, batch: Batch, batch_size: int) -> bool:
+    def _verify(self, captured: CapturedPass, sums: WeightedSums, batch: Batch, batch_size: int) -> bool:
         """Check a captured pass and the general way against autograd; False when something was changed."""
         seed_generators(self.device, 1)  # another seed: a model that draws random numbers must not pass
         reference = reference_pass(self.model, self.task, batch, batch_size, self.names)
@@ -261,7 +271,7 @@ class GradientEngine:
                 self._drop_layer(name, "giving each sample its own copy of its output changes the model's outputs")
             return False
         self._check_first_row(reference, batch, batch_size)
-        wrong = disagreeing(reference, captured.gradients, [n for n in self.names if n not in self.general])
+        wrong = disagreeing(reference, sums.totals, [n for n in self.names if n not in self.general])
         if wrong:
             self._blame(wrong, captured, batch_size)
             return False
@@ -270,7 +280,7 @@ class GradientEngine:
         self._verified.seen.update(reference.above_noise())
         return True
 
-    def _blame(self, wrong: Mapping[str, str], captured: Captured, batch_size: int) -> None:
+    def _blame(self, wrong: Mapping[str, str], captured: CapturedPass, batch_size: int) -> None:
         """Try another layout for the layers of a wrong gradient; give the parameter up when all were tried."""
         for pattern in captured.patterns:
             self._tried.setdefault(pattern.layer, set()).add(pattern.layout)
@@ -298,11 +308,10 @@ class GradientEngine:
         if not self.general:
             return True
         rest = reference.of(self.general)
-        totals: dict[str, Tensor] = {}
-        for start, stop, gradients in self._general_parts(batch, batch_size, reference.outputs):
-            part = rest.weighted(gradients, start, stop)
-            totals = {name: totals[name] + value if name in totals else value for name, value in part.items()}
-        differs = rest.compare(totals)
+        sums = WeightedSums(batch_size)
+        for start, _, gradients in self._general_parts(batch, batch_size, reference.outputs):
+            sums.add(start, gradients)
+        differs = rest.compare(sums.totals)
         if not differs:
             return True
         if not self.looped:

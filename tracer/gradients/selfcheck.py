@@ -1,6 +1,7 @@
 """The check of per-sample gradients against autograd.
 
 For random weights c the sum over samples of ``c_b * gradient_b`` must equal autograd's gradient of ``sum_b c_b f_b``.
+The left side is summed up while gradients come, so that they need not be held; the right side is one plain backward.
 The difference is measured against ``sum_b |c_b| * |gradient_b|``, which rounding errors scale with, and counts only
 above the rounding noise of the whole gradient: some gradients are zero but for noise, such as that of an attention
 key's bias, which softmax cancels.
@@ -44,13 +45,11 @@ class Reference:
     """What autograd says.
 
     Attributes:
-        weights: The random weights c, ``[B]``.
         outputs: f of each sample, ``[B]``.
         gradients: The gradient of ``sum_b c_b f_b`` by parameter name.
         scale: The largest norm of a parameter's gradient.
     """
 
-    weights: Tensor
     outputs: Tensor
     gradients: dict[str, Tensor]
     scale: float
@@ -65,12 +64,6 @@ class Reference:
         bound = 10 * tolerance(outputs.dtype, outputs.device)
         return torch.allclose(outputs / scale, self.outputs / scale, rtol=0, atol=bound, equal_nan=True)
 
-    def weighted(
-        self, gradients: Mapping[str, PerSampleGradient], start: int = 0, stop: int | None = None
-    ) -> dict[str, Tensor]:
-        """Return for each parameter the weighted sum and, appended, the sum of weighted norms: ``[numel + 1]``."""
-        return {name: _weighted_sum(gradient, self.weights[start:stop]) for name, gradient in gradients.items()}
-
     def above_noise(self) -> set[str]:
         """Return the parameters whose gradient is more than rounding noise."""
         return {name for name, value in self.gradients.items() if float(value.double().norm()) > self._noise(value)}
@@ -82,7 +75,7 @@ class Reference:
         """Return what differs, by parameter, with a measure for the message.
 
         Args:
-            totals: What `weighted` gave, summed over all samples; a parameter that is missing has gradient zero.
+            totals: What `WeightedSums` found; a parameter that is missing has gradient zero.
             strictness: A factor on the tolerance.
 
         Returns:
@@ -92,7 +85,7 @@ class Reference:
         for name, expected in self.gradients.items():
             flat = expected.reshape(-1).double()
             total = totals.get(name)
-            found = torch.zeros_like(flat) if total is None else total[:-1].to(flat.device)
+            found = torch.zeros_like(flat) if total is None else total[:-1].to(flat)
             scale = max(float(flat.norm()), float(total[-1]) if total is not None else 0.0)
             difference = float((found - flat).norm())
             bound = tolerance(expected.dtype, expected.device)
@@ -101,16 +94,46 @@ class Reference:
         return wrong
 
 
+def check_weights(batch_size: int) -> Tensor:
+    """Return the random weights c of a batch, the same each time: ``[B]``, float64, 0.5 to 1.5 of either sign."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(batch_size, generator=generator, dtype=torch.float64) + 0.5
+    return weights * (torch.randint(0, 2, (batch_size,), generator=generator) * 2 - 1)
+
+
+class WeightedSums:
+    """Sums up ``c_b * gradient_b`` over samples, parameter by parameter, as gradients come.
+
+    Args:
+        batch_size: ``B``.
+
+    Attributes:
+        totals: For each parameter the weighted sum and, appended, the sum of weighted norms: ``[numel + 1]``.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self._weights = check_weights(batch_size)
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, start: int, gradients: Mapping[str, PerSampleGradient]) -> None:
+        """Add the gradients of samples from ``start`` on."""
+        for name, gradient in gradients.items():
+            weights = self._weights[start : start + gradient.batch_size].to(gradient.device)
+            total = _weighted_sum(gradient, weights)
+            self.totals[name] = self.totals[name] + total if name in self.totals else total
+
+
 def _weighted_sum(gradient: PerSampleGradient, weights: Tensor) -> Tensor:
-    total = torch.zeros(gradient.numel + 1, dtype=torch.float64, device=gradient.device)
-    weights = weights.to(gradient.device)
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    total = torch.zeros(gradient.numel + 1, dtype=dtype, device=gradient.device)
+    weights = weights.to(dtype)
     step = max(1, BLOCK_BYTES // max(1, 8 * gradient.numel))
     for start in range(0, gradient.batch_size, step):
         stop = min(start + step, gradient.batch_size)
-        block = gradient.dense(start, stop).double()
-        part = weights[start:stop].double()
+        block = gradient.dense(start, stop).to(dtype)
+        part = weights[start:stop]
         total[:-1] += part @ block
-        total[-1] += (part.abs() * block.norm(dim=1)).sum()
+        total[-1] += (part.abs() * torch.linalg.vector_norm(block, dim=1)).sum()
     return total
 
 
@@ -141,33 +164,27 @@ def reference_pass(model: nn.Module, task: Task, batch: Batch, batch_size: int, 
             f"The task's output depends on none of the {len(names)} selected parameters ({', '.join(names[:4])}...): "
             f"nothing can be attributed to them. Check params= and that the task does not detach the model's output."
         )
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.rand(batch_size, generator=generator) + 0.5
-    weights = weights * (torch.randint(0, 2, (batch_size,), generator=generator) * 2 - 1)
-    weights = weights.to(output.device, output.dtype)
+    weights = check_weights(batch_size).to(output.device, output.dtype)
     grads = torch.autograd.grad((weights * output).sum(), wanted, allow_unused=True)
     gradients = {}
     for name, parameter, grad in zip(names, wanted, grads, strict=True):
         dense = torch.zeros_like(parameter) if grad is None else grad.to_dense() if grad.is_sparse else grad
         gradients[name] = dense.detach()
     scale = max(float(gradient.double().norm()) for gradient in gradients.values())
-    return Reference(weights, output.detach(), gradients, scale)
+    return Reference(output.detach(), gradients, scale)
 
 
-def disagreeing(
-    reference: Reference, gradients: Mapping[str, PerSampleGradient], names: Sequence[str]
-) -> dict[str, str]:
+def disagreeing(reference: Reference, totals: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, str]:
     """Return which of the named parameters' gradients differ from the reference, with a measure.
 
     Args:
         reference: What autograd says.
-        gradients: Per-sample gradients of all ``B`` samples.
+        totals: What `WeightedSums` found.
         names: The parameters to compare.
 
     Returns:
         What differs, by parameter name.
     """
     part = reference.of(names)
-    totals = part.weighted({name: gradients[name] for name in names if name in gradients})
     half = any(part.gradients[name].dtype in (torch.float16, torch.bfloat16) for name in names)
     return part.compare(totals, _HALF_STRICTNESS if half else _STRICTNESS)

@@ -76,29 +76,36 @@ class Projector(ABC):
             squared_norm: ``[B]``, float64, where the squared norm of this parameter's gradient is added.
         """
 
-    def project(self, gradients: Mapping[str, PerSampleGradient], into: Projection | None = None) -> Projection:
+    def project(self, gradients: Mapping[str, PerSampleGradient]) -> Projection:
         """Project the gradients of ``B`` samples; a parameter that is not there has gradient zero.
 
         Args:
             gradients: The per-sample gradient of each parameter; at least one.
-            into: Features ``[B, dim]`` and squared norms ``[B]``, float64, to which is added; None starts from zeros.
 
         Returns:
-            The features ``[B, dim]`` and the exact squared norms ``[B]``.
+            The features ``[B, dim]``, float64 if any gradient is float64 and else float32, and the exact squared norms
+            ``[B]``.
         """
         dtype, num_rows, device = self._check(gradients)
-        result = into
-        if result is None or result.features.dtype != dtype or result.features.device != device:
-            features = torch.zeros(num_rows, self.dim, dtype=dtype, device=device)
-            result = Projection(features, torch.zeros(num_rows, dtype=torch.float64, device=device))
-        # Under autocast the matrix products here would silently run in half precision.
-        with torch.no_grad(), torch.autocast(result.features.device.type, enabled=False):
-            self._add_all(gradients, result)
-        if into is None or into is result:
-            return result
-        into.features.add_(result.features.to(into.features.device))
-        into.squared_norm.add_(result.squared_norm.to(into.squared_norm.device))
-        return into
+        running = self.start(
+            Projection(
+                torch.zeros(num_rows, self.dim, dtype=dtype, device=device),
+                torch.zeros(num_rows, dtype=torch.float64, device=device),
+            )
+        )
+        running.add(gradients)
+        return running.finish()
+
+    def start(self, into: Projection) -> RunningProjection:
+        """Start projecting gradients that come piece by piece, as a backward gives them.
+
+        Args:
+            into: Features ``[B, dim]``, float32 or float64, and squared norms ``[B]``, float64, to which is added.
+
+        Returns:
+            What takes the pieces.
+        """
+        return RunningProjection(self, into)
 
     def _check(self, gradients: Mapping[str, PerSampleGradient]) -> tuple[torch.dtype, int, torch.device]:
         """Check the gradients against the shapes and each other.
@@ -135,10 +142,68 @@ class Projector(ABC):
         """Return what decides the numbers, as plain JSON values: the store records it and compares it."""
         return {"kind": self.kind, "version": self.version, "proj_dim": self.proj_dim, "seed": self.seed}
 
-    def _add_all(self, gradients: Mapping[str, PerSampleGradient], result: Projection) -> None:
-        """Add every parameter to the result in place; a projector that joins parameters overrides it."""
-        for name, gradient in gradients.items():
-            self.add(name, gradient, result.features, result.squared_norm)
+
+class RunningProjection:
+    """A projection to which the gradients of some parameters and samples are added at a time.
+
+    Args:
+        projector: The projector.
+        into: Features ``[B, dim]`` and squared norms ``[B]``, to which is added.
+    """
+
+    def __init__(self, projector: Projector, into: Projection) -> None:
+        self.projector, self.result = projector, into
+
+    def add(self, gradients: Mapping[str, PerSampleGradient], start: int = 0, stop: int | None = None) -> None:
+        """Add gradients of samples ``start`` to ``stop``, by default of all.
+
+        Args:
+            gradients: The per-sample gradient of each parameter; at least one, and each parameter of a sample once.
+            start: The first sample.
+            stop: One past the last sample.
+
+        Raises:
+            InputError: If there are none, a name is unknown, or shapes, numbers of samples or devices do not fit.
+        """
+        stop = len(self.result.features) if stop is None else stop
+        dtype, num_rows, device = self.projector._check(gradients)
+        features, squared_norm = self.result.features[start:stop], self.result.squared_norm[start:stop]
+        if num_rows != len(features):
+            raise InputError(f"gradients of {num_rows} samples came for samples {start} to {stop}")
+        # Under autocast the matrix products here would silently run in half precision.
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            if (dtype, device) == (features.dtype, features.device):
+                for name, gradient in gradients.items():
+                    self._add(name, gradient, start, stop, features, squared_norm)
+            else:  # float64 gradients, or a model that lies on several devices
+                apart = Projection(
+                    torch.zeros(features.shape, dtype=dtype, device=device),
+                    torch.zeros(num_rows, dtype=torch.float64, device=device),
+                )
+                running = self.projector.start(apart)
+                running.add(gradients)
+                running.finish()
+                features += apart.features.to(features)
+                squared_norm += apart.squared_norm.to(squared_norm)
+
+    def _add(
+        self, name: str, gradient: PerSampleGradient, start: int, stop: int, features: Tensor, squared_norm: Tensor
+    ) -> None:
+        """Add one parameter; a projector that joins parameters overrides it.
+
+        Args:
+            name: The parameter.
+            gradient: Its gradient of samples ``start`` to ``stop``.
+            start: The first sample.
+            stop: One past the last sample.
+            features: These samples' features, a view.
+            squared_norm: Their squared norms, a view.
+        """
+        self.projector.add(name, gradient, features, squared_norm)
+
+    def finish(self) -> Projection:
+        """Return the projection of all that was added; nothing may be added after it."""
+        return self.result
 
 
 def row_blocks(batch_size: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:

@@ -23,15 +23,33 @@ from torch import Tensor
 from tracer.factors import PerSampleGradient, RowsGradient, SumGradient, matrix_shape
 from tracer.projection import norms
 from tracer.projection.arrangement import factors
-from tracer.projection.base import Projector, full_precision, row_blocks
+from tracer.projection.base import Projector, RunningProjection, full_precision, row_blocks
 from tracer.projection.hashing import Tile, column_ranges, make_tile, tile_ranges
 from tracer.projection.scratch import Scratch
 from tracer.projection.seeds import Stream
-from tracer.projection.spectral import Spectrum, add_spectral, spectral_pays
+from tracer.projection.spectral import Spectrum, SpectrumRows, spectral_pays
 from tracer.types import Projection
 
 FACTOR_BYTES, BUILT_BYTES = 16 << 20, 8 << 20
 """How many bytes of factors are brought into memory order at once, and of gradients built while hot in cache."""
+
+
+class _RunningSketch(RunningProjection):
+    """A sketch whose spectral parts share one inverse transform."""
+
+    def __init__(self, projector: SketchProjector, into: Projection) -> None:
+        super().__init__(projector, into)
+        self._sketch, self._spectrum = projector, Spectrum(into.features)
+
+    def _add(
+        self, name: str, gradient: PerSampleGradient, start: int, stop: int, features: Tensor, squared_norm: Tensor
+    ) -> None:
+        squared_norm += self._sketch.add_to(name, gradient, features, self._spectrum.rows(start, stop))
+
+    def finish(self) -> Projection:
+        """Return the projection, with what is held as spectra transformed back."""
+        self._spectrum.finish()
+        return self.result
 
 
 class _Lookup(NamedTuple):
@@ -73,18 +91,15 @@ class SketchProjector(Projector):
 
     def add(self, name: str, gradient: PerSampleGradient, features: Tensor, squared_norm: Tensor) -> None:
         """Add one parameter's sketch to ``features [B, k]`` and its exact squared norm, in place."""
-        spectrum = Spectrum(features)
-        squared_norm += self._add(name, gradient, features, spectrum)
-        spectrum.finish()
+        running = self.start(Projection(features, squared_norm))
+        running.add({name: gradient})
+        running.finish()
 
-    def _add_all(self, gradients: Mapping[str, PerSampleGradient], result: Projection) -> None:
-        """Add all parameters with one inverse transform for all of them."""
-        spectrum = Spectrum(result.features)
-        for name, gradient in gradients.items():
-            result.squared_norm.add_(self._add(name, gradient, result.features, spectrum))
-        spectrum.finish()
+    def start(self, into: Projection) -> RunningProjection:
+        """Start a sketch of gradients that come piece by piece, with one inverse transform for all of them."""
+        return _RunningSketch(self, into)
 
-    def _add(self, name: str, gradient: PerSampleGradient, features: Tensor, spectrum: Spectrum) -> Tensor:
+    def add_to(self, name: str, gradient: PerSampleGradient, features: Tensor, spectrum: SpectrumRows) -> Tensor:
         """Add one parameter's sketch to features or spectrum and return its squared norms: ``[B]``, float64."""
         if gradient.numel == 0:
             return norms.squared_norm(gradient)
@@ -92,7 +107,7 @@ class SketchProjector(Projector):
             parts = norms.flatten_sum(gradient)
             total = norms.cross_terms(parts)
             for part in parts:
-                total += self._add(name, part, features, spectrum)
+                total += self.add_to(name, part, features, spectrum)
             return total
         if isinstance(gradient, RowsGradient):
             self._add_rows(name, gradient, features)
@@ -101,8 +116,7 @@ class SketchProjector(Projector):
         if positions is None:
             return self._add_dense(name, gradient, features)
         if spectral_pays(positions, matrix_shape(gradient.shape), self.dim):
-            for tile in self.tiles(name, gradient.device):
-                add_spectral(gradient, tile, spectrum, self._scratch)
+            spectrum.add(gradient, self.tiles(name, gradient.device), self._scratch)
             return norms.squared_norm(gradient)
         return self._add_built(name, gradient, positions, features)
 

@@ -8,23 +8,29 @@ inverse transform ends it. It never has ``O * I`` numbers, which vector inputs a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from tracer.factors import PerSampleGradient, WindowGradient
+from tracer.factors import PerSampleGradient, WindowGradient, matrix_shape
 from tracer.projection import norms
 from tracer.projection.arrangement import place, place_columns, window_rows
-from tracer.projection.base import full_precision
+from tracer.projection.base import full_precision, row_blocks
 from tracer.projection.hashing import Tile
 from tracer.projection.scratch import Scratch
 
 SPECTRAL_BYTES = 4 << 20
 """How many bytes of sketched factors are transformed at once."""
+HELD_BYTES = 16 << 20
+"""How many bytes of vector factors wait for others, so that the spectra of some samples stay in cache over layers."""
 
 
 class Spectrum:
-    """The half spectra of ``B`` sketches of ``k`` buckets, summed up; made when the first is added.
+    """The half spectra of ``B`` sketches of ``k`` buckets, summed up; made when the first is needed.
+
+    Factors of vector inputs (one position a sample) wait until `finish`, or until they are many: then all of them are
+    transformed for a few samples at a time, whose spectra are added up and transformed back while they are in cache.
 
     Args:
         features: ``[B, k]``, to which `finish` adds.
@@ -32,20 +38,85 @@ class Spectrum:
 
     def __init__(self, features: Tensor) -> None:
         self.features = features
-        self.values: Tensor | None = None
+        self._values: Tensor | None = None
+        self._vectors: list[tuple[PerSampleGradient, Sequence[Tile], Scratch]] = []
+        self._held = 0
 
-    def add(self, start: int, stop: int, values: Tensor) -> None:
-        """Add ``[b, k // 2 + 1]`` to the spectra of samples ``start`` to ``stop``."""
-        if self.values is None:
+    def rows(self, start: int, stop: int) -> SpectrumRows:
+        """Return the part of samples ``start`` to ``stop``."""
+        return SpectrumRows(self, start, stop)
+
+    def values(self) -> Tensor:
+        """Return the spectra: ``[B, k // 2 + 1]``, complex."""
+        if self._values is None:
             dtype = torch.complex128 if self.features.dtype == torch.float64 else torch.complex64
             shape = self.features.shape[0], self.features.shape[1] // 2 + 1
-            self.values = torch.zeros(shape, dtype=dtype, device=self.features.device)
-        self.values[start:stop] += values
+            self._values = torch.zeros(shape, dtype=dtype, device=self.features.device)
+        return self._values
+
+    def hold(self, gradient: PerSampleGradient, tiles: Sequence[Tile], scratch: Scratch) -> None:
+        """Keep the gradient of a vector-input layer, of all samples, until others have come."""
+        self._vectors.append((gradient, tiles, scratch))
+        self._held += gradient.batch_size * sum(matrix_shape(gradient.shape)) * self.features.element_size()
+        if self._held > HELD_BYTES:
+            self._transform_vectors(last=False)
 
     def finish(self) -> None:
         """Add the inverse transform to the features."""
-        if self.values is not None:
-            self.features += torch.fft.irfft(self.values, n=self.features.shape[1])
+        if self._vectors:
+            self._transform_vectors(last=True)
+        elif self._values is not None:
+            self.features += torch.fft.irfft(self._values, n=self.features.shape[1])
+        self._values = None
+
+    def _transform_vectors(self, last: bool) -> None:
+        """Transform what is held, block by block of samples; with the last of it, also back."""
+        num_rows, k = self.features.shape
+        step = max(1, SPECTRAL_BYTES // (k * self.features.element_size()))
+        for start in range(0, num_rows, step):
+            stop = min(start + step, num_rows)
+            total = None if last and self._values is None else self.values()[start:stop]
+            for gradient, tiles, scratch in self._vectors:
+                for tile in tiles:
+                    for product in _products(gradient, start, stop, tile, k, scratch):
+                        total = product if total is None else total.add_(product)
+            if last and total is not None:
+                self.features[start:stop] += torch.fft.irfft(total, n=k)
+        self._vectors.clear()
+        self._held = 0
+
+
+class SpectrumRows:
+    """The spectra of some samples.
+
+    Args:
+        spectrum: The spectra of all.
+        start: The first sample.
+        stop: One past the last sample.
+    """
+
+    def __init__(self, spectrum: Spectrum, start: int, stop: int) -> None:
+        self._spectrum, self._start, self._stop = spectrum, start, stop
+
+    def add(self, gradient: PerSampleGradient, tiles: Sequence[Tile], scratch: Scratch) -> None:
+        """Add a gradient that has an outer form.
+
+        Args:
+            gradient: The gradient of these samples.
+            tiles: The tiles of its parameter.
+            scratch: Memory.
+        """
+        num_rows, k = self._spectrum.features.shape
+        positions = norms.num_positions(gradient) or 0
+        if positions == 1 and gradient.batch_size == num_rows and not isinstance(gradient, WindowGradient):
+            self._spectrum.hold(gradient, tiles, scratch)
+            return
+        item = self._spectrum.features.element_size()
+        for tile in tiles:
+            for start, stop in row_blocks(gradient.batch_size, k * item * max(1, positions), SPECTRAL_BYTES):
+                total = self._spectrum.values()[self._start + start : self._start + stop]
+                for product in _products(gradient, start, stop, tile, k, scratch):
+                    total += product
 
 
 def spectral_pays(positions: int, shape: tuple[int, int], k: int) -> bool:
@@ -67,35 +138,26 @@ def spectral_pays(positions: int, shape: tuple[int, int], k: int) -> bool:
     return transforms + norms.gram_cost(positions, rows, cols) < norms.build_cost(positions, rows, cols)
 
 
-def add_spectral(gradient: PerSampleGradient, tile: Tile, spectrum: Spectrum, scratch: Scratch) -> None:
-    """Add the products of the factors' spectra, in blocks of samples or, for long ones, of positions.
-
-    Args:
-        gradient: A gradient that has an outer form.
-        tile: The tile.
-        spectrum: Where they are added.
-        scratch: Memory.
-    """
-    k, positions = spectrum.features.shape[1], norms.num_positions(gradient) or 0
-    row_bytes = k * spectrum.features.element_size()
-    samples = max(1, SPECTRAL_BYTES // (row_bytes * max(1, positions)))
-    step = max(1, SPECTRAL_BYTES // row_bytes)
+def _products(
+    gradient: PerSampleGradient, start: int, stop: int, tile: Tile, k: int, scratch: Scratch
+) -> Iterator[Tensor]:
+    """Yield products of the factors' spectra, ``[b, k // 2 + 1]``, whose sum is a tile's; long inputs in parts."""
     bucket = tile.row_bucket(k)
-    for start in range(0, gradient.batch_size, samples):
-        stop = min(start + samples, gradient.batch_size)
-        if isinstance(gradient, WindowGradient):
-            left, right = _placed_windows(gradient, start, stop, tile, bucket, k, scratch)
-            spectrum.add(start, stop, _product(left, right, k))
-            continue
-        outer = gradient.outer(start, stop)
-        assert outer is not None
-        for low in range(0, positions, step):
-            left = full_precision(outer[0][:, low : low + step, tile.rows])
-            size = (*left.shape[:2], max(k, tile.stride))
-            placed = scratch.take("right", size, left.dtype, left.device)
-            placed[..., tile.stride :] = 0
-            place_columns(outer[1][:, low : low + step], tile, placed[..., : tile.stride])
-            spectrum.add(start, stop, _product(_placed_rows(left, tile, bucket, k, scratch), placed[..., :k], k))
+    if isinstance(gradient, WindowGradient):
+        left, right = _placed_windows(gradient, start, stop, tile, bucket, k, scratch)
+        yield _product(left, right, k)
+        return
+    outer = gradient.outer(start, stop)
+    assert outer is not None
+    positions = outer[0].shape[1]
+    step = max(1, SPECTRAL_BYTES // (k * outer[0].element_size()))
+    for low in range(0, positions, step):
+        left = full_precision(outer[0][:, low : low + step, tile.rows])
+        size = (*left.shape[:2], max(k, tile.stride))
+        placed = scratch.take("right", size, left.dtype, left.device)
+        placed[..., tile.stride :] = 0
+        place_columns(outer[1][:, low : low + step], tile, placed[..., : tile.stride])
+        yield _product(_placed_rows(left, tile, bucket, k, scratch), placed[..., :k], k)
 
 
 def _product(left: Tensor, right: Tensor, k: int) -> Tensor:
