@@ -56,6 +56,7 @@ def test_any_zarr_reader_sees_the_layout(store, table):
         "weights_fingerprint": "abc",
         "finalized": False,
         "num_rows": N,
+        "storage": "float32",
     }
     for name in ("features", "loss", "slope", "curvature", "gradient_norm", "fingerprint"):
         np.testing.assert_array_equal(group[name][:], data[name])

@@ -32,6 +32,7 @@ def test_attributes_change_atomically_and_flush_first(store, table):
         "weights_fingerprint": "abc",
         "finalized": True,
         "num_rows": N,
+        "storage": "float32",
     }
     with pytest.raises(InputTypeError, match=r"attributes\.learning_rate is of type object"):
         table.set_attributes(learning_rate=object())

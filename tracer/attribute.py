@@ -131,6 +131,7 @@ def attribute(
         estimator: ``tracin`` or ``cosine``.
         progress: Show progress bars; None: on a terminal only.
         **tracer_options: As `Tracer` takes them: ``proj_dim``, ``projector``, ``params``, ``storage``, ``device``...
+            With ``projector="none"``, ``storage`` is ``"none"`` by default: exact scores, without storing gradients.
 
     Returns:
         The attribution.
@@ -153,14 +154,22 @@ def attribute(
     size = check_count(batch_size, "batch_size")
     train_rows = row_source(train, "train", size, collate_fn)
     target_rows = row_source(targets, "targets", size, collate_fn)
+    if tracer_options.get("projector") == "none":
+        tracer_options.setdefault("storage", "none")
     tracer = Tracer(model, task, train_rows.num_rows, save_dir, progress=progress, **tracer_options)
+    chosen = list(range(len(pairs)))
+    if tracer.store.manifest.storage == "none":
+        for model_id, (checkpoint, learning_rate) in enumerate(pairs):
+            tracer.load_checkpoint(checkpoint, model_id=model_id, learning_rate=learning_rate)
+            tracer.score_exactly(checkpoint, model_id, train_rows, target_rows, exp_name)
+        tracer.finalize_features(chosen)
+        return Attribution(tracer, exp_name, estimator, chosen)
     bar_options = {"unit": "row", "disable": None if progress is None else not progress}
     for model_id, (checkpoint, learning_rate) in enumerate(pairs):
         tracer.load_checkpoint(checkpoint, model_id=model_id, learning_rate=learning_rate)
         missing = tracer.remaining(model_id)
         label = f"featurize {model_id + 1}/{len(pairs)}"
         _feed(tracer.featurize, train_rows, missing, {"desc": label, **bar_options})
-    chosen = list(range(len(pairs)))
     tracer.finalize_features(chosen)
     for model_id, (checkpoint, _) in enumerate(pairs):
         tracer.start_scoring_checkpoint(checkpoint, model_id, target_rows.num_rows, exp_name)

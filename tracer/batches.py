@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -197,55 +196,3 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return moved.clone() if moved.is_inference() else moved
 
     return map_leaves(batch, move)
-
-
-def row_fingerprints(batch: Batch, num_rows: int) -> np.ndarray:
-    """Return a 64-bit hash of each row's input values, to recognise a row that is featurized again.
-
-    With an ``attention_mask``, tensors of its shape are hashed at the attended positions only, so that a row keeps
-    its fingerprint when a collator pads it to another length.
-
-    Args:
-        batch: A batch of ``num_rows`` samples.
-        num_rows: The number of samples in the batch.
-
-    Returns:
-        ``[num_rows]``, uint64.
-    """
-    hashes = [hashlib.blake2b(digest_size=8) for _ in range(num_rows)]
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    attended = None if not isinstance(mask, Tensor) or mask.ndim != 2 else mask.bool().cpu().numpy()
-    for path, leaf in leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.ndim == 0:
-            leaf = leaf.expand(num_rows)
-        elif _is_one_for_all(leaf):  # counted in every row's hash, since in a batch of one row it is that row's
-            leaf = leaf.expand(num_rows, *leaf.shape[1:]) if isinstance(leaf, Tensor) else list(leaf) * num_rows
-        if not is_per_row(leaf, num_rows):
-            continue
-        if not isinstance(leaf, Tensor):
-            for digest, item in zip(hashes, leaf, strict=True):
-                digest.update(f"{path}={item!r};".encode())
-            continue
-        masked = attended is not None and tuple(leaf.shape[:2]) == attended.shape
-        _update_hashes(hashes, leaf, attended if masked else None)
-    return np.array([int.from_bytes(digest.digest(), "little") for digest in hashes], dtype=np.uint64)
-
-
-def _is_one_for_all(leaf: Any) -> bool:
-    if isinstance(leaf, Tensor):
-        return leaf.ndim > 0 and leaf.shape[0] == 1
-    return isinstance(leaf, (list, tuple)) and len(leaf) == 1
-
-
-def _update_hashes(hashes: list, leaf: Tensor, attended: np.ndarray | None) -> None:
-    values = leaf.detach().cpu().contiguous()
-    if values.dtype == torch.bfloat16:
-        values = values.view(torch.int16)
-    array = values.numpy()
-    if attended is not None:
-        for digest, row, keep in zip(hashes, array, attended, strict=True):
-            digest.update(row[keep].tobytes())
-        return
-    flat = array.reshape(len(hashes), -1).view(np.uint8) if array.size else np.zeros((len(hashes), 0), np.uint8)
-    for digest, row in zip(hashes, flat, strict=True):
-        digest.update(row)

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tracer.batches import check_batch_size, row_fingerprints, select_rows, to_device
+from tracer.batches import check_batch_size, select_rows, to_device
 from tracer.checkpoints import LoadedWeights, weights_in
 from tracer.errors import NonFiniteError
 from tracer.factors import PerSampleGradient
-from tracer.gradients import GradientEngine, isolated
+from tracer.fingerprints import row_fingerprints
+from tracer.gradients import GradientEngine, Sink, isolated
 from tracer.projection.base import Projector
+from tracer.projection.norms import squared_norm
 from tracer.store import RowTable
 from tracer.types import Batch, Projection, SampleOutputs
 
@@ -23,18 +25,23 @@ class RowValues:
     """What is stored of each of ``n`` rows; float32 arrays.
 
     Attributes:
-        features: ``[n, dim]``, the projected gradient of f.
+        features: ``[n, dim]``, the projected gradient of f; None where features are not stored.
         loss: ``[n]``, L.
         slope: ``[n]``, Q.
         curvature: ``[n]``, w.
         gradient_norm: ``[n]``, the exact norm of the gradient of f.
     """
 
-    features: np.ndarray
+    features: np.ndarray | None
     loss: np.ndarray
     slope: np.ndarray
     curvature: np.ndarray
     gradient_norm: np.ndarray
+
+    def select(self, rows: np.ndarray) -> RowValues:
+        """Return the values of some rows, given by a mask ``[n]`` or by positions."""
+        features = None if self.features is None else self.features[rows]
+        return RowValues(features, self.loss[rows], self.slope[rows], self.curvature[rows], self.gradient_norm[rows])
 
 
 class Featurizer:
@@ -44,7 +51,7 @@ class Featurizer:
         model: The model.
         weights: The checkpoint's weights, put into the model for each batch only.
         engine: Computes per-sample gradients.
-        projector: Projects them.
+        projector: Projects them; None where features are not stored.
         device: Where batches go.
         check_rows: Whether rows are recognised by a fingerprint of their inputs.
     """
@@ -54,7 +61,7 @@ class Featurizer:
         model: nn.Module,
         weights: LoadedWeights,
         engine: GradientEngine,
-        projector: Projector,
+        projector: Projector | None,
         device: torch.device,
         check_rows: bool = True,
     ) -> None:
@@ -80,29 +87,40 @@ class Featurizer:
             MismatchError: A row's inputs differ from those that either table holds for its index.
             NonFiniteError: A row's gradient, loss or slope is NaN or infinite; nothing of the batch is written.
         """
+        fingerprint, known = self.check(table, batch, rows, same_rows)
+        new = np.flatnonzero(~known)
+        if len(new) == 0:
+            return 0
+        if len(new) < len(rows):
+            batch = select_rows(batch, torch.from_numpy(new), len(rows))
+        write_values(table, rows[new], self.compute(batch, len(new)), fingerprint[new])
+        return len(new)
+
+    def check(
+        self, table: RowTable, batch: Batch, rows: np.ndarray, same_rows: RowTable | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Check that a batch is what it is said to be.
+
+        Args:
+            table: Where the rows belong.
+            batch: A batch of ``len(rows)`` samples.
+            rows: ``[n]``, int64, the index of each sample in the table.
+            same_rows: A table of the same rows at another checkpoint.
+
+        Returns:
+            Fingerprints ``[n]``, uint64, and which rows the table holds already, ``[n]``, bool.
+
+        Raises:
+            BatchError: The batch does not hold ``len(rows)`` samples.
+            MismatchError: A row's inputs differ from those that either table holds for its index.
+        """
         check_batch_size(batch, len(rows))
         fingerprint = np.zeros(len(rows), dtype=np.uint64)
         if self.check_rows:
             fingerprint = row_fingerprints(batch, len(rows))
             if same_rows is not None:
                 same_rows.check_rows(rows, fingerprint)
-        new = np.flatnonzero(~table.check_rows(rows, fingerprint))
-        if len(new) == 0:
-            return 0
-        if len(new) < len(rows):
-            batch = select_rows(batch, torch.from_numpy(new), len(rows))
-        values = self.compute(batch, len(new))
-        _check_finite(values, rows[new])
-        table.write(
-            rows[new],
-            values.features,
-            loss=values.loss,
-            slope=values.slope,
-            curvature=values.curvature,
-            gradient_norm=values.gradient_norm,
-            fingerprint=fingerprint[new],
-        )
-        return len(new)
+        return fingerprint, table.check_rows(rows, fingerprint)
 
     def compute(self, batch: Batch, num_rows: int) -> RowValues:
         """Compute what is stored of each row of a batch.
@@ -114,17 +132,30 @@ class Featurizer:
         Returns:
             The values, on the CPU.
         """
-        sink = _ProjectingSink(self.projector, self._features(num_rows))
-        with weights_in(self.model, self.weights), isolated(self.model, self.engine.names, self.device):
-            outputs = self.engine.compute(to_device(batch, self.device), num_rows, sink)
-            projection = sink.finish()
-        return _row_values(projection, outputs)
-
-    def _features(self, num_rows: int) -> Tensor:
-        """Return zeros ``[num_rows, dim]`` in memory that is used again for the next batch."""
+        if self.projector is None:
+            norms_only = _NormSink(num_rows, self.device)
+            outputs = self.run(batch, num_rows, norms_only)
+            return row_values(outputs, norms_only.squared_norm)
         if self._memory is None or len(self._memory) < num_rows:
             self._memory = torch.empty(num_rows, self.projector.dim, device=self.device)
-        return self._memory[:num_rows]
+        sink = _ProjectingSink(self.projector, self._memory[:num_rows])
+        outputs = self.run(batch, num_rows, sink)
+        projection = sink.finish()
+        return row_values(outputs, projection.squared_norm, projection.features)
+
+    def run(self, batch: Batch, num_rows: int, sink: Sink) -> SampleOutputs:
+        """Give the gradients of a batch to a sink, with the checkpoint's weights.
+
+        Args:
+            batch: A batch of ``num_rows`` samples.
+            num_rows: Its number of samples.
+            sink: Takes the gradients.
+
+        Returns:
+            f, L, Q, w of each sample.
+        """
+        with weights_in(self.model, self.weights), isolated(self.model, self.engine.names, self.device):
+            return self.engine.compute(to_device(batch, self.device), num_rows, sink)
 
 
 class _ProjectingSink:
@@ -153,27 +184,68 @@ class _ProjectingSink:
         return self._running.finish()
 
 
-def _row_values(projection: Projection, outputs: SampleOutputs) -> RowValues:
+class _NormSink:
+    """Sums up squared norms, ``[B]``, float64."""
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self.squared_norm = torch.zeros(num_rows, dtype=torch.float64, device=device)
+
+    def begin(self) -> None:
+        """Start from zeros."""
+        self.squared_norm.zero_()
+
+    def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
+        """Add the gradients of samples ``start`` to ``stop``."""
+        for gradient in gradients.values():
+            self.squared_norm[start:stop] += squared_norm(gradient).to(self.squared_norm.device)
+
+
+def row_values(outputs: SampleOutputs, squares: Tensor, features: Tensor | None = None) -> RowValues:
+    """Return what is stored of each row, on the CPU.
+
+    Args:
+        outputs: f, L, Q, w of each of ``n`` samples.
+        squares: ``[n]``, float64, squared norms of the gradient of f.
+        features: ``[n, dim]``, or None.
+    """
+
     def array(values: Tensor) -> np.ndarray:
         return values.detach().to("cpu", torch.float32).numpy()
 
     return RowValues(
-        features=array(projection.features),
+        features=None if features is None else array(features),
         loss=array(outputs.loss),
         slope=array(outputs.slope),
         curvature=array(outputs.curvature),
-        gradient_norm=array(projection.squared_norm.sqrt()),
+        gradient_norm=array(squares.sqrt()),
     )
 
 
-def _check_finite(values: RowValues, rows: np.ndarray) -> None:
+def write_values(table: RowTable, rows: np.ndarray, values: RowValues, fingerprint: np.ndarray) -> None:
+    """Write rows that were computed.
+
+    Args:
+        table: Where they go.
+        rows: ``[n]``, int64, their indices.
+        values: Of each row.
+        fingerprint: ``[n]``, uint64.
+
+    Raises:
+        NonFiniteError: A row's gradient, loss or slope is NaN or infinite; nothing is written.
+    """
     for name in ("loss", "slope", "curvature", "gradient_norm"):
         finite = np.isfinite(getattr(values, name))
         if not finite.all():
             _refuse("gradient" if name == "gradient_norm" else name, rows[~finite])
-    finite = torch.isfinite(torch.from_numpy(values.features).abs().amax(1)).numpy()
-    if not finite.all():
-        _refuse("gradient", rows[~finite])
+    table.write(
+        rows,
+        values.features,
+        loss=values.loss,
+        slope=values.slope,
+        curvature=values.curvature,
+        gradient_norm=values.gradient_norm,
+        fingerprint=fingerprint,
+    )
 
 
 def _refuse(what: str, bad: np.ndarray) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 from tracer.errors import InputError, InputTypeError, MismatchError, StoreError
 
 FORMAT = "tracer"
-FORMAT_VERSION = 1
-STORAGES = ("float32", "float16")
+FORMAT_VERSION = 2
+STORAGES = ("float32", "float16", "none")
 _REQUIRED = ("train_set_size", "feature_dim", "storage")
 _MAX_NAMED = 6
 
@@ -77,10 +77,11 @@ class Manifest:
     Attributes:
         settings: Every setting that changes numbers, as JSON values, compared when a store is opened again. Three
             are read by the store itself: ``train_set_size`` (int), ``feature_dim`` (int) and ``storage``
-            (``"float32"`` or ``"float16"``). ``params`` maps names to shapes and its order counts.
+            (``"float32"``, ``"float16"``, or ``"none"``: features are not stored). ``params`` maps names to shapes and
+            its order counts.
         info: What is good to know and never compared: the model's class, the command.
         versions: The packages that made the store; another version is only logged.
-        format_version: Of the files; a newer one than this package knows is refused.
+        format_version: Of the files; another one than this package writes is refused.
 
     >>> manifest = Manifest({"train_set_size": 5, "feature_dim": 2, "storage": "float16"})
     >>> manifest.train_set_size, manifest.storage
@@ -122,7 +123,7 @@ class Manifest:
 
     @property
     def storage(self) -> str:
-        """The dtype of stored features: ``"float32"`` or ``"float16"``."""
+        """The dtype of stored features: ``"float32"`` or ``"float16"``; ``"none"`` where they are not stored."""
         return str(self.settings["storage"])
 
     def attributes(self) -> dict[str, Any]:
@@ -147,7 +148,7 @@ class Manifest:
             The manifest.
 
         Raises:
-            StoreError: They are another program's, damaged, or of a newer format.
+            StoreError: They are another program's, damaged, or of another format version.
         """
         if attributes.get("format") != FORMAT:
             raise StoreError(
@@ -158,6 +159,11 @@ class Manifest:
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise StoreError(
                 f"{where} has format version {version}, this package knows up to {FORMAT_VERSION}: upgrade the package"
+            )
+        if isinstance(version, int) and version < FORMAT_VERSION:
+            raise StoreError(
+                f"{where} has format version {version} of an earlier release, this package writes {FORMAT_VERSION}, "
+                "in which rows have other fingerprints: choose another save_dir and compute it anew"
             )
         try:
             return cls(

@@ -220,7 +220,7 @@ class MappedArray:
 
         Args:
             rows: ``[n]``, int64, in any order, within the array.
-            values: ``[n, ...]``, of a dtype that casts to the array's.
+            values: ``[n, ...]``, of a dtype that casts to the array's; float32 is rounded to float16.
         """
         chunks = rows // self.layout.chunk_rows
         for chunk in np.unique(chunks).tolist():
@@ -249,8 +249,8 @@ class MappedArray:
 
 
 def _copy(values: np.ndarray, target: np.ndarray) -> None:
-    """Copy into a map; much of the time goes into its page faults, which torch spreads over the cores."""
-    if values.nbytes < _PARALLEL_BYTES or values.dtype != target.dtype or values.dtype.kind != "f":
+    """Copy into a map; torch spreads conversion and page faults over the cores."""
+    if values.nbytes < _PARALLEL_BYTES or {values.dtype.kind, target.dtype.kind} != {"f"}:
         target[...] = values
     else:
         torch.from_numpy(target).copy_(torch.from_numpy(values))

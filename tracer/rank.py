@@ -29,11 +29,13 @@ class CheckpointPair:
         learning_rate: The weight of its dot products.
         train: The table of train rows.
         targets: The table of target rows.
+        cosines: In place of features: exact cosines of all train rows with blocks of targets, each with its first.
     """
 
     learning_rate: float
     train: RowTable
     targets: RowTable
+    cosines: Sequence[tuple[int, ScoreArray]] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,12 @@ def score_tiles(
             stop = min(start + step, pairs[0].train.num_rows)
             tile = torch.zeros(stop - start, last - first, device=device)
             for pair in pairs:
-                train = _side(pair.train, start, stop, estimator)
-                target = _side(pair.targets, first, last, estimator)
-                tile += pair.learning_rate * _dot_products(train, target, device)
+                if pair.cosines is None:
+                    train = _side(pair.train, start, stop, estimator)
+                    target = _side(pair.targets, first, last, estimator)
+                    tile += pair.learning_rate * _dot_products(train, target, device)
+                else:
+                    tile += pair.learning_rate * _of_cosines(pair, start, stop, first, last, estimator).to(device)
             yield start, first, int(last == num_targets), tile
 
 
@@ -104,6 +109,21 @@ def _dot_products(train: _Side, target: _Side, device: torch.device) -> Tensor:
         add_dot_products(products, left, right)
     products *= torch.from_numpy(train.weight).to(device, torch.float32).unsqueeze(1)
     return products.mul_(torch.from_numpy(target.weight).to(device, torch.float32))
+
+
+def _of_cosines(pair: CheckpointPair, start: int, stop: int, first: int, last: int, estimator: str) -> Tensor:
+    """Return weighted dot products ``[n, m]`` from cosines."""
+    blocks = []
+    for begin, block in pair.cosines or ():
+        low, high = max(first, begin), min(last, begin + block.shape[1])
+        if low < high:
+            blocks.append(torch.from_numpy(np.array(block.matrix()[start:stop, low - begin : high - begin])))
+    products = torch.cat(blocks, dim=1)
+    for dim, (table, rows) in enumerate(((pair.train, slice(start, stop)), (pair.targets, slice(first, last)))):
+        norm = table.column("gradient_norm")[rows]
+        weight = row_weights(estimator, table.column("slope")[rows], norm) * norm
+        products *= torch.from_numpy(weight).float().unsqueeze(1 - dim)
+    return products
 
 
 def _as_float32(raw: np.ndarray, device: torch.device) -> Tensor:

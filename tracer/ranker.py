@@ -10,7 +10,7 @@ from tracer import rank
 from tracer.arguments import as_list, check_count, check_model_id
 from tracer.errors import CallOrderError, IncompleteError, InputError, nearest_name
 from tracer.scoring import check_estimator
-from tracer.store import RowTable, Store
+from tracer.store import RowTable, ScoreArray, Store
 from tracer.types import TopK
 
 KINDS = ("opponents", "proponents")
@@ -141,8 +141,29 @@ class Ranker:
                     f"{len(missing)} of {targets.num_rows} targets {exp_name!r} are missing at checkpoint {model_id}, "
                     f"first {missing[:5].tolist()}. Score them and finalize again."
                 )
-            pairs.append(rank.CheckpointPair(rate, self.store.checkpoint(model_id), targets))
+            train, cosines = self.store.checkpoint(model_id), None
+            if self.store.manifest.storage == "none":
+                cosines = self._cosines(exp_name, model_id, train, targets)
+            pairs.append(rank.CheckpointPair(rate, train, targets, cosines))
         return pairs, chosen
+
+    def _cosines(
+        self, exp_name: str, model_id: int, train: RowTable, targets: RowTable
+    ) -> list[tuple[int, ScoreArray]]:
+        """Return the blocks of cosines of all targets, complete and made from these tables."""
+        tables = [table.attributes["table_id"] for table in (train, targets)]
+        blocks, end = [], 0
+        for first, block in self.store.cosines(exp_name, model_id):
+            if first == end and block.complete and block.inputs["tables"] == tables:
+                blocks.append((first, block))
+                end += block.shape[1]
+        if end < targets.num_rows:
+            raise IncompleteError(
+                f"Of {targets.num_rows} targets {exp_name!r} at checkpoint {model_id}, {end} were compared with all "
+                f"train rows. With storage='none' features are not stored, so tracer.score_exactly (or attribute) is "
+                f"to see train rows and targets together; call it again for this checkpoint."
+            )
+        return blocks
 
     def _known_ids(self, model_ids: list[int] | None) -> list[int]:
         known = self.store.checkpoint_ids()

@@ -88,7 +88,7 @@ def row_source(data: Any, name: str, batch_size: int, collate_fn: Callable[[list
         InputError: There are no rows, or a loader shuffles. (All rows count, also with ``drop_last``.)
         InputTypeError: It is none of these.
     """
-    source = _row_source(data, name, batch_size, collate_fn)
+    source = data if isinstance(data, RowSource) else _row_source(data, name, batch_size, collate_fn)
     if source.num_rows < 1:
         raise InputError(f"{name} holds no rows.")
     return source

@@ -4,6 +4,7 @@
       checkpoints/<model_id>/           a `RowTable` of train rows
       targets/<exp_name>/<model_id>/    a `RowTable` of target rows
       scores/<exp_name>/<estimator>     a `ScoreArray`, with ``<estimator>_done`` beside it
+      cosines/<exp_name>/<model_id>/<first target>      the same, of exact gradients, which are not stored themselves
 
 A store exists from the instant that its root ``zarr.json`` does, a table from the instant that its directory has its
 name; both are renamed into place when complete. Nothing is locked, so nothing stays locked after a crash: one
@@ -16,6 +17,7 @@ from __future__ import annotations
 import operator
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +27,7 @@ from tracer.documents import NODE, PARTIAL, disk_errors, read_document, sweep, s
 from tracer.errors import CallOrderError, InputError, InputTypeError, StoreError
 from tracer.manifest import Manifest, check_same, json_value, listing
 from tracer.mapped import FLUSH_SECONDS
-from tracer.score_array import DONE_SUFFIX, ScoreArray, open_scores
+from tracer.score_array import DONE_SUFFIX, ScoreArray, mask_path, open_scores
 from tracer.tables import RowTable, create_table
 
 __all__ = ["RowTable", "ScoreArray", "Store"]
@@ -296,6 +298,54 @@ class Store:
             )
         return ScoreArray(path)
 
+    def cosines(self, exp_name: str, model_id: int) -> list[tuple[int, ScoreArray]]:
+        """Open the cosines of all train rows with a target set at a checkpoint, as far as there are any.
+
+        Args:
+            exp_name: The target set's name.
+            model_id: The checkpoint's number.
+
+        Returns:
+            Blocks of consecutive targets: the first target and an array ``[N, targets]``, ascending.
+        """
+        path = self._cosines_path(exp_name, model_id)
+        return [(first, ScoreArray(path / str(first))) for first in _table_ids(path)]
+
+    def cosine_block(
+        self, exp_name: str, model_id: int, first: int, num_targets: int, inputs: Mapping[str, Any], *, tile_rows: int
+    ) -> ScoreArray:
+        """Open a block of cosines for writing: what is there if it comes from the same inputs, else a new one.
+
+        Blocks of later targets are removed with a block that is replaced.
+
+        Args:
+            exp_name: The target set's name.
+            model_id: The checkpoint's number.
+            first: The first target of the block.
+            num_targets: The number of its targets.
+            inputs: Everything that decides the cosines, as JSON values.
+            tile_rows: The train rows of a tile.
+
+        Returns:
+            The array; `ScoreArray.remaining` lists the tiles still to be written.
+        """
+        path = self._cosines_path(exp_name, model_id)
+        with disk_errors(path):
+            self._ensure_groups(path)
+        known = dict(self.cosines(exp_name, model_id))
+        if first not in known or known[first].inputs != json_value(dict(inputs), "inputs"):
+            for start, block in known.items():
+                if start >= first:
+                    block.close()
+                    with disk_errors(block.path):
+                        shutil.rmtree(mask_path(block.path))  # first: without it the array does not count
+                        shutil.rmtree(block.path)
+        shape = (self.manifest.train_set_size, num_targets)
+        return open_scores(path / str(_integer("first", first, 0)), self.path, shape, inputs, tile_rows)
+
+    def _cosines_path(self, exp_name: str, model_id: int) -> Path:
+        return self.path / "cosines" / _checked_name("exp_name", exp_name) / str(_integer("model_id", model_id, 0))
+
     def _checkpoint_path(self, model_id: int) -> Path:
         return self.path / "checkpoints" / str(_integer("model_id", model_id, 0))
 
@@ -333,7 +383,8 @@ class Store:
     def _table(self, path: Path, num_rows: int | None, flush_seconds: float) -> RowTable:
         """Open a table after checking that it fits the manifest."""
         table = RowTable(path, flush_seconds=flush_seconds)
-        expected = (num_rows or table.num_rows, self.manifest.feature_dim, self.manifest.storage)
+        dim = 0 if self.manifest.storage == "none" else self.manifest.feature_dim
+        expected = (num_rows or table.num_rows, dim, self.manifest.storage)
         found = (table.num_rows, table.dim, table.storage)
         if found != expected:
             raise StoreError(

@@ -36,7 +36,7 @@ def create_table(
         staging: A directory on the same file system where it is put together.
         num_rows: N.
         dim: The values of a row.
-        storage: ``"float32"`` or ``"float16"``.
+        storage: ``"float32"`` or ``"float16"``; ``"none"`` makes a table without features.
         attributes: Of the group, JSON values.
 
     Raises:
@@ -50,10 +50,11 @@ def create_table(
         partial.mkdir()
         try:
             layouts = {name: Layout((num_rows,), dtype, num_rows) for name, dtype in COLUMNS.items()}
-            layouts["features"] = Layout.rows((num_rows, dim), storage, CHUNK_BYTES)
+            if storage != "none":
+                layouts["features"] = Layout.rows((num_rows, dim), storage, CHUNK_BYTES)
             for name, layout in layouts.items():
                 create_array(partial / name, layout)
-            write_group(partial, {**attributes, "num_rows": num_rows})
+            write_group(partial, {**attributes, "num_rows": num_rows, "storage": storage})
             if path.exists():
                 raise StoreError(f"{path} exists already: open it instead of creating it, or remove it")
             partial.rename(path)
@@ -76,8 +77,8 @@ class RowTable:
 
     Attributes:
         num_rows: N.
-        dim: The values of a row.
-        storage: The dtype they are stored in, ``"float32"`` or ``"float16"``.
+        dim: The values of a row; 0 without features.
+        storage: The dtype they are stored in, ``"float32"`` or ``"float16"``; ``"none"`` without features.
 
     Raises:
         StoreError: The table is damaged.
@@ -85,20 +86,28 @@ class RowTable:
 
     def __init__(self, path: Path, *, flush_seconds: float = FLUSH_SECONDS) -> None:
         self.path = path
-        self._features = MappedArray(path / "features")
         self._columns = {name: MappedArray(path / name) for name in COLUMNS}
         self._closed = False
-        layout = self._features.layout
-        if len(layout.shape) != 2 or any(array.layout.shape != layout.shape[:1] for array in self._columns.values()):
+        self._scaled = np.empty((0, 0), np.float32)
+        self.num_rows, self.dim, self.storage = self._columns["done"].layout.shape[0], 0, "none"
+        self._features: MappedArray | None = None
+        if self.attributes.get("storage") != "none":
+            self._features = MappedArray(path / "features")
+            shape, self.storage = self._features.layout.shape, self._features.layout.dtype
+            if len(shape) != 2 or shape[0] != self.num_rows:
+                raise StoreError(f"{path} is damaged: its arrays have different lengths; remove it to compute it again")
+            self.dim = shape[1]
+        if any(array.layout.shape != (self.num_rows,) for array in self._columns.values()):
             raise StoreError(f"{path} is damaged: its arrays have different lengths; remove it to compute it again")
         for name, array in self._columns.items():
             if array.layout.dtype != COLUMNS[name]:
                 raise StoreError(f"{array.path} is damaged: expected {COLUMNS[name]}, found {array.layout.dtype}")
-        self.num_rows, self.dim = layout.shape
-        self.storage = layout.dtype
-        data = [array for name, array in self._columns.items() if name != "done"]
-        self._completion = Completion(self._columns["done"], [self._features, *data], flush_seconds)
+        data = [array for array in self._arrays() if array is not self._columns["done"]]
+        self._completion = Completion(self._columns["done"], data, flush_seconds)
         self._check_files()
+
+    def _arrays(self) -> list[MappedArray]:
+        return [*([] if self._features is None else [self._features]), *self._columns.values()]
 
     def _check_files(self) -> None:
         """Check that every file that holds a done row is there.
@@ -107,7 +116,7 @@ class RowTable:
             StoreError: One is missing.
         """
         done = np.flatnonzero(self.done)
-        for array in (self._features, *self._columns.values()):
+        for array in self._arrays():
             for chunk in np.unique(done // array.layout.chunk_rows).tolist():
                 if not array.chunk_path(chunk).exists():
                     raise StoreError(
@@ -182,7 +191,7 @@ class RowTable:
     def write(
         self,
         rows: np.ndarray,
-        features: np.ndarray,
+        features: np.ndarray | None,
         *,
         loss: np.ndarray,
         slope: np.ndarray,
@@ -196,7 +205,7 @@ class RowTable:
 
         Args:
             rows: ``[n]``, int64, row indices in any order; consecutive ones are fastest.
-            features: ``[n, dim]``, float32.
+            features: ``[n, dim]``, float32; None for a table without features.
             loss: ``[n]``, float32, L.
             slope: ``[n]``, float32, Q = dL/df.
             curvature: ``[n]``, float32, w = d²L/df².
@@ -205,13 +214,21 @@ class RowTable:
 
         Raises:
             CallOrderError: The table is closed or finalized.
+            InputTypeError: An array has another shape or type, or features came for a table without.
+            NonFiniteError: A value is NaN or infinite; nothing was written.
         """
         self._check_open()
         rows = self._checked_rows(rows, unique=True)
         columns = {"loss": loss, "slope": slope, "curvature": curvature, "gradient_norm": gradient_norm}
         checked = {name: self._checked_floats(name, values, rows, (len(rows),)) for name, values in columns.items()}
         checked["fingerprint"] = self._checked_fingerprint(fingerprint, len(rows))
-        features = self._checked_floats("features", features, rows, (len(rows), self.dim))
+        if (features is None) != (self._features is None):
+            raise InputTypeError(f"features came as {type(features).__name__} for a table of storage={self.storage!r}")
+        largest = np.ones(len(rows), np.float32)
+        if features is not None:
+            features = self._floats("features", features, (len(rows), self.dim))
+            largest = _largest(features)
+            self._check_finite("features", largest, rows)
         if not len(rows):
             return
         if self.attributes.get("finalized"):
@@ -219,9 +236,11 @@ class RowTable:
                 f"{self.path} is finalized and rows {_named(rows)} came to be written: write them before finalizing, "
                 "call set_attributes(finalized=False) first, or choose another save_dir"
             )
-        stored, checked["scale"] = _stored(features, self.storage)
+        checked["scale"] = largest if self.storage == "float16" else np.ones_like(largest)
+        checked["scale"][largest == 0] = 1
         with self._completion.writing(rows):
-            self._features.assign(rows, stored)
+            if self._features is not None and features is not None:
+                self._features.assign(rows, self._relative(features, checked["scale"]))
             for name, values in checked.items():
                 self._columns[name].assign(rows, values)
 
@@ -260,8 +279,13 @@ class RowTable:
 
         Returns:
             Pairs of the first row's index and ``[n, dim]`` in the storage dtype; times ``scale`` they are features.
+
+        Raises:
+            CallOrderError: The table has no features.
         """
         self._check_range(start, stop)
+        if self._features is None:
+            raise CallOrderError(f"{self.path} has no features: its store was made with storage='none'")
         return list(self._features.rows(start, stop))
 
     def tiles(
@@ -285,7 +309,7 @@ class RowTable:
         if max_rows < 1:
             raise InputError(f"max_rows is {max_rows}: expected at least 1")
         scale = self.column("scale")
-        for first, view in self._features.rows(start, stop):
+        for first, view in self.raw_features(start, stop):
             for offset in range(0, len(view), max_rows):
                 tile = view[offset : offset + max_rows]
                 begin = first + offset
@@ -310,7 +334,7 @@ class RowTable:
             self.flush()
         finally:
             self._closed = True
-            for array in (self._features, *self._columns.values()):
+            for array in self._arrays():
                 array.close()
 
     def __enter__(self) -> RowTable:
@@ -354,33 +378,38 @@ class RowTable:
 
     def _checked_floats(self, name: str, values: np.ndarray, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """Return values as float32 after checking their shape and that they are finite."""
+        values = self._floats(name, values, shape)
+        self._check_finite(name, values, rows)
+        return values
+
+    def _floats(self, name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         values = np.asarray(values)
         if values.shape != shape or values.dtype.kind != "f":
             raise InputTypeError(f"{name} is {values.dtype} of shape {values.shape}: expected float32 {shape}")
         with np.errstate(over="ignore"):
-            values = values.astype(np.float32, copy=False)
-        finite = np.isfinite(_largest(values))
+            return values.astype(np.float32, copy=False)
+
+    def _check_finite(self, name: str, values: np.ndarray, rows: np.ndarray) -> None:
+        finite = np.isfinite(values)
         if not finite.all():
             raise NonFiniteError(
                 f"{name} of rows {_named(rows[~finite])} is NaN or infinite in float32: nothing of the batch was "
                 "written; check these rows' inputs and the checkpoint, or drop them from the data set"
             )
-        return values
 
-
-def _stored(features: np.ndarray, storage: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return float32 features ``[n, dim]`` as they are stored, and their scale ``[n]`` float32."""
-    if storage == "float32":
-        return features, np.ones(len(features), dtype=np.float32)
-    scale = _largest(features)
-    scale[scale == 0] = 1
-    return (torch.from_numpy(features) / torch.from_numpy(scale)[:, None]).half().numpy(), scale
+    def _relative(self, features: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """Return float32 features ``[n, dim]`` relative to their scale, in memory that is used again."""
+        if self.storage == "float32":
+            return features
+        if self._scaled.shape[1] != self.dim or len(self._scaled) < len(features):
+            self._scaled = np.empty(features.shape, np.float32)
+        scaled = self._scaled[: len(features)]
+        torch.div(torch.from_numpy(features), torch.from_numpy(scale)[:, None], out=torch.from_numpy(scaled))
+        return scaled
 
 
 def _largest(values: np.ndarray) -> np.ndarray:
     """Return the largest absolute value of each row of float32 values, NaN where there is one: ``[n]``."""
-    if values.ndim == 1:
-        return np.abs(values)
     return torch.from_numpy(values).abs().amax(1).numpy()  # torch does it on all cores, several times faster
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -13,13 +14,15 @@ from torch import nn
 
 from tracer.arguments import check_count, check_device, check_model, check_model_id, check_rate, check_seed
 from tracer.checkpoints import LoadedWeights, fit_state, read_checkpoint, weights_fingerprint
-from tracer.errors import CallOrderError, MismatchError
+from tracer.cosines import CosineWriter
+from tracer.errors import CallOrderError, InputError, MismatchError
 from tracer.featurize import Featurizer
 from tracer.gradients import GradientEngine, ParamSelection, select_parameters
 from tracer.manifest import Manifest
 from tracer.projection import Projector, make_projector
 from tracer.ranker import Ranker
 from tracer.rows import RowCursor, RowIndices
+from tracer.rowsource import row_source
 from tracer.store import RowTable, Store
 from tracer.tasks import make_task
 from tracer.types import Batch, Checkpoint, TopK
@@ -48,11 +51,14 @@ class Tracer:
             ``functional`` (``torch.func`` only).
         params: Name patterns of the parameters that count, a function ``(name, parameter) -> bool``, or None for all
             trainable ones.
-        storage: ``float16`` (relative to a float32 scale a row) or ``float32``.
+        storage: ``float16`` (relative to a float32 scale a row), ``float32``, or, with ``projector="none"``, ``none``:
+            gradients are not stored, only losses, slopes and norms; scores come from `score_exactly`.
         device: Where to compute; by default where the model is.
         seed: The projection's seed.
         resume: Open the store that lies in ``save_dir``; with False it must not exist.
         check_rows: Recognise rows by a fingerprint of their inputs, so that a shuffled loader is an error.
+        memory_bytes: How much of targets' gradients `score_exactly` holds, about; more means fewer passes over the
+            train rows.
         progress: Show progress bars; None: on a terminal only.
 
     Raises:
@@ -77,6 +83,7 @@ class Tracer:
         resume: bool = True,
         *,
         check_rows: bool = True,
+        memory_bytes: int = 1 << 30,
         progress: bool | None = None,
     ) -> None:
         self.model = check_model(model)
@@ -88,6 +95,12 @@ class Tracer:
         parameters = dict(self.model.named_parameters())
         self._shapes = {name: tuple(parameters[name].shape) for name in names}
         self._projection = (projector, proj_dim)
+        self._memory_bytes, self._progress = check_count(memory_bytes, "memory_bytes"), progress
+        if storage == "none" and projector != "none":
+            raise InputError(
+                f"storage='none' came with projector={projector!r}: without stored features scores are computed from "
+                f"exact gradients; pass projector='none', or storage='float16'."
+            )
         self._engine = GradientEngine(self.model, self.task, names, gradients, self.device)
         self._check_rows = bool(check_rows)
         self.store = Store.open(save_dir, self._manifest(storage), resume=resume)
@@ -254,6 +267,57 @@ class Tracer:
             )
         self._write(batch, inds, num_samples)
 
+    def score_exactly(
+        self,
+        checkpoint: Checkpoint,
+        model_id: int,
+        train: Any,
+        targets: Any,
+        exp_name: str,
+        batch_size: int = 64,
+        collate_fn: Callable[[list], Batch] | None = None,
+    ) -> None:
+        """Compare exact gradients of all train rows and targets at a checkpoint, without storing gradients.
+
+        Only for ``storage="none"``. It takes the place of `featurize` and `score`: one pass over the targets and, for
+        every ``memory_bytes`` of their gradients, one over the train rows. Called again, it continues. Then
+        `finalize_features` and `finalize_scores` or `top` give the scores.
+
+        Args:
+            checkpoint: The checkpoint that was loaded under ``model_id`` by `load_checkpoint`.
+            model_id: Its number in the store.
+            train: All train rows: a map-style data set, a tuple of tensors, a `DataLoader` with ``shuffle=False``, or
+                a list of batches.
+            targets: All targets, likewise.
+            exp_name: The name of this set of targets.
+            batch_size: For data sets and tensors.
+            collate_fn: How rows of a data set become a batch.
+
+        Raises:
+            CallOrderError: The store's storage is another, or the checkpoint was never loaded.
+            InputError: ``train`` has another number of rows than ``train_set_size``.
+            MismatchError: The weights or a row's inputs are others than those stored.
+            NonFiniteError: A row's gradient is NaN or infinite.
+        """
+        if self.store.manifest.storage != "none":
+            raise CallOrderError(
+                f"score_exactly is for storage='none'; this store has storage={self.store.manifest.storage!r}, whose "
+                f"scores come from featurize, score and finalize_scores."
+            )
+        model_id = check_model_id(model_id)
+        train_rows = row_source(train, "train", batch_size, collate_fn)
+        target_rows = row_source(targets, "targets", batch_size, collate_fn)
+        if train_rows.num_rows != self.train_set_size:
+            raise InputError(f"train has {train_rows.num_rows} rows; expected train_set_size={self.train_set_size}.")
+        weights, fingerprint = self._read(checkpoint)
+        self._check_weights(self.store.checkpoint(model_id), fingerprint, model_id)
+        self.close()
+        self._target_table(exp_name, model_id, target_rows.num_rows)
+        self._engine.use_weights(fingerprint)
+        featurizer = Featurizer(self.model, weights, self._engine, None, self.device, self._check_rows)
+        writer = CosineWriter(featurizer, self.store, exp_name, model_id, self._memory_bytes, self._progress)
+        writer.run(train_rows, target_rows)
+
     def finalize_scores(
         self, exp_name: str, estimator: str = "tracin", model_ids: list[int] | None = None
     ) -> np.ndarray:
@@ -370,11 +434,12 @@ class Tracer:
 
     def _start(self, table: RowTable, weights: LoadedWeights, model_id: int, cursor: RowCursor, role: str) -> None:
         self._engine.use_weights(self.store.checkpoint(model_id).attributes["weights_fingerprint"])
-        if self._projectors is None or self._projectors[0] != model_id:
-            self._projectors = (model_id, self._projector(model_id))
-        self._featurizer = Featurizer(
-            self.model, weights, self._engine, self._projectors[1], self.device, self._check_rows
-        )
+        projector = None
+        if self.store.manifest.storage != "none":
+            if self._projectors is None or self._projectors[0] != model_id:
+                self._projectors = (model_id, self._projector(model_id))
+            projector = self._projectors[1]
+        self._featurizer = Featurizer(self.model, weights, self._engine, projector, self.device, self._check_rows)
         if self._table is not None:
             self._table.close()
         self._table, self._cursor, self._role = table, cursor, role

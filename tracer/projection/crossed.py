@@ -1,0 +1,252 @@
+"""Exact inner products of all rows of a batch with all target rows, from factors, without keeping a gradient.
+
+Layout as in `tracer.factors`; ``B`` rows of a batch, ``m`` targets. Two gradients of outer form meet in either of two
+ways, whichever has fewer operations:
+
+- gram: ``sum_{s,t} <left_s, left'_t> <right_s, right'_t>``, two matrix products over all pairs of positions, nothing
+  built; an embedding's touched rows are outer products whose left factors are unit vectors;
+- built: the batch's gradients are built some output channels at a time and multiplied with those of the targets, which
+  are built once and kept.
+
+Products of float32 gradients are float32 and summed in float64 over parameters and blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tracer.factors import (
+    DenseGradient,
+    FoldedGradient,
+    OuterGradient,
+    PerSampleGradient,
+    RowsGradient,
+    WindowGradient,
+    matrix_shape,
+)
+from tracer.projection import norms
+from tracer.projection.base import full_precision, row_blocks
+
+GRAM_BYTES, FACTOR_BYTES, BUILT_BYTES = 32 << 20, 64 << 20, 32 << 20
+"""How many bytes of products of positions, of factors and of built gradients are held at once."""
+
+
+class TargetGradients:
+    """The gradients of some target rows, held as factors, and built where that is cheaper to multiply with.
+
+    Attributes:
+        num_rows: The number of targets ``m``.
+    """
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self._parts: dict[str, list[tuple[int, PerSampleGradient]]] = {}
+        self._built: dict[tuple[str, int], Tensor] = {}
+
+    def append(self, num_rows: int, pieces: Sequence[tuple[int, dict[str, PerSampleGradient]]]) -> None:
+        """Add the rows of a batch.
+
+        Args:
+            num_rows: Its number of rows.
+            pieces: The gradients by parameter name, of the batch's rows from the given one on.
+        """
+        for start, gradients in pieces:
+            for name, gradient in gradients.items():
+                for part in norms.flatten_sum(gradient):
+                    self._parts.setdefault(name, []).append((self.num_rows + start, part))
+        self.num_rows += num_rows
+
+    def num_bytes(self) -> int:
+        """Return how many bytes are held, or will be once batches like these are multiplied with."""
+        storages: dict[int, int] = {}
+        built = 0
+        for parts in self._parts.values():
+            rows = sum(part.batch_size for _, part in parts)
+            for _, part in parts:
+                storages |= {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(part)}
+                if not isinstance(part, DenseGradient) and not _gram_pays(part, part, rows):
+                    built += 4 * part.batch_size * part.numel
+        return sum(storages.values()) + built
+
+    def join(self) -> None:
+        """Put the parts of several batches together where they have the same form: products are faster so."""
+        for name, parts in self._parts.items():
+            joined: list[tuple[int, PerSampleGradient]] = []
+            parts.sort(key=lambda part: part[0])
+            for first, part in parts:
+                place = next((i for i, (start, one) in enumerate(joined) if start + one.batch_size == first), None)
+                both = None if place is None else _concatenated(joined[place][1], part)
+                if place is None or both is None:
+                    joined.append((first, part))
+                else:
+                    joined[place] = (joined[place][0], both)
+            self._parts[name] = joined
+
+    def add_products(self, name: str, gradient: PerSampleGradient, products: Tensor) -> Tensor:
+        """Add one parameter's inner products with all targets, and return its squared norms.
+
+        Args:
+            name: The parameter's name.
+            gradient: Its gradient, of ``B`` rows.
+            products: ``[B, m]``, float64, where they are added.
+
+        Returns:
+            ``[B]``, float64, exact.
+        """
+        parts = self._parts.get(name, [])
+        num_targets = sum(part.batch_size for _, part in parts)
+        leaves = norms.flatten_sum(gradient) if gradient.numel else []
+        squares = None
+        for leaf in leaves:
+            to_build = []
+            for first, part in parts:
+                if _gram_pays(leaf, part, num_targets):
+                    _add_gram(leaf, part, products[:, first : first + part.batch_size])
+                else:
+                    to_build.append((first, self._built_part(name, part)))
+            if to_build:
+                squares = _add_built(leaf, to_build, products)
+        return norms.squared_norm(gradient) if squares is None or len(leaves) > 1 else squares
+
+    def _built_part(self, name: str, part: PerSampleGradient) -> Tensor:
+        """Return the built gradients of a part, ``[rows, numel]``, kept from their first use on."""
+        if isinstance(part, DenseGradient):
+            return full_precision(part.dense(0, part.batch_size))
+        key = name, id(part)
+        if key not in self._built:
+            dtype = torch.promote_types(part.dtype, torch.float32)
+            built = torch.empty(part.batch_size, part.numel, dtype=dtype, device=part.device)
+            for start, stop, entries, values in _built_blocks(part):
+                built[start:stop, entries] = values
+            self._built[key] = built
+        return self._built[key]
+
+
+def _tensors(gradient: PerSampleGradient) -> list[Tensor]:
+    """Return the tensors that a gradient holds."""
+    if isinstance(gradient, FoldedGradient):
+        return _tensors(gradient.inner)
+    return [value for value in vars(gradient).values() if isinstance(value, Tensor)]
+
+
+def _concatenated(one: PerSampleGradient, other: PerSampleGradient) -> PerSampleGradient | None:
+    """Return the rows of both, or None where they differ in form."""
+    if type(one) is not type(other):
+        return None
+    if isinstance(one, FoldedGradient) and isinstance(other, FoldedGradient):
+        inner = _concatenated(one.inner, other.inner) if one.factor == other.factor else None
+        return None if inner is None else FoldedGradient(inner, one.factor)
+    pairs = list(zip(_tensors(one), _tensors(other), strict=True))
+    if any(a.shape[1:] != b.shape[1:] or a.dtype != b.dtype or a.device != b.device for a, b in pairs):
+        return None
+    first, *rest = [torch.cat(pair) for pair in pairs]
+    if isinstance(one, DenseGradient):
+        return DenseGradient(first)
+    if isinstance(one, OuterGradient):
+        return OuterGradient(first, rest[0], one.shape)
+    if isinstance(one, RowsGradient):
+        return RowsGradient(first, rest[0], one.shape)
+    if isinstance(one, WindowGradient):
+        options: dict[str, Any] = {"stride": one.stride, "dilation": one.dilation, "groups": one.groups}
+        return WindowGradient(first, rest[0], one.shape, **options)
+    return None
+
+
+def _positions(gradient: PerSampleGradient) -> int | None:
+    """Return the number of positions of a gradient in outer form, touched rows included; None for others."""
+    return gradient.index.shape[1] if isinstance(gradient, RowsGradient) else norms.num_positions(gradient)
+
+
+def _gram_pays(one: PerSampleGradient, other: PerSampleGradient, num_targets: int) -> bool:
+    """Say whether multiplying positions costs less than building the rows, the targets being built already."""
+    first, second = _positions(one), _positions(other)
+    if first is None or second is None:
+        return False
+    rows, cols = matrix_shape(one.shape)
+    by_index = isinstance(one, RowsGradient) or isinstance(other, RowsGradient)
+    gram = num_targets * first * second * ((1 if by_index else rows) + cols + 4)
+    build = 12 if isinstance(one, RowsGradient) else first + 12
+    return gram <= rows * cols * (num_targets + build)
+
+
+def _add_gram(one: PerSampleGradient, other: PerSampleGradient, products: Tensor) -> None:
+    """Add ``sum_{s,t} <l_s, l'_t> <r_s, r'_t>`` of all pairs to ``products [B, m]``."""
+    first, second = _positions(one) or 0, _positions(other) or 0
+    rows, cols = matrix_shape(one.shape)
+    pair_bytes = 2 * 4 * max(1, first * second)
+    target_step = max(1, FACTOR_BYTES // (4 * max(1, second) * (rows + cols)))
+    for low in range(0, other.batch_size, target_step):
+        high = min(low + target_step, other.batch_size)
+        row_bytes = max(pair_bytes * (high - low), 4 * first * (rows + cols) // 2)
+        right = _pair(other, low, high)
+        for start, stop in row_blocks(one.batch_size, row_bytes, GRAM_BYTES):
+            left = _pair(one, start, stop)
+            gram = _left_gram(left, right)
+            gram *= _flat(left[1]) @ _flat(right[1]).T
+            summed = gram.view(stop - start, first, -1).sum(1).view(stop - start, high - low, second).sum(2)
+            products[start:stop, low:high] += summed
+
+
+def _pair(gradient: PerSampleGradient, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Return both factors of some rows: ``[b, T, O]`` (or the touched rows' numbers ``[b, T]``) and ``[b, T, I]``."""
+    if isinstance(gradient, RowsGradient):
+        return gradient.index[start:stop], full_precision(gradient.values[start:stop])
+    factors = gradient.outer(start, stop)
+    assert factors is not None
+    return full_precision(factors[0]), full_precision(factors[1])
+
+
+def _flat(values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1])
+
+
+def _left_gram(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the products of left factors of all pairs of positions: ``[b * T, m * T']``."""
+    left, right = one[0], other[0]
+    dtype = torch.promote_types(one[1].dtype, other[1].dtype)
+    if left.ndim == 2 and right.ndim == 2:
+        return (left.reshape(-1, 1) == right.reshape(1, -1)).to(dtype)
+    if left.ndim == 2:
+        return _flat(right).T.index_select(0, left.reshape(-1)).to(dtype, copy=True)
+    if right.ndim == 2:
+        return _flat(left).index_select(1, right.reshape(-1)).to(dtype, copy=True)
+    return _flat(left) @ _flat(right).T
+
+
+def _built_blocks(gradient: PerSampleGradient) -> Iterator[tuple[int, int, slice, Tensor]]:
+    """Build gradients, some rows and some output channels at a time.
+
+    Args:
+        gradient: Gradients of ``B`` rows.
+
+    Yields:
+        First row, one past the last, the entries, and their values ``[b, entries]``, float32 or float64.
+    """
+    rows, cols = matrix_shape(gradient.shape)
+    positions = norms.num_positions(gradient)
+    if positions is None:
+        for start, stop in row_blocks(gradient.batch_size, 4 * gradient.numel, BUILT_BYTES):
+            yield start, stop, slice(0, gradient.numel), norms.built(gradient, start, stop)
+        return
+    for start, stop in row_blocks(gradient.batch_size, 4 * positions * (rows + cols), FACTOR_BYTES):
+        left, right = _pair(gradient, start, stop)
+        left = left.transpose(1, 2)
+        step = max(1, BUILT_BYTES // (4 * (stop - start) * cols))
+        for low in range(0, rows, step):
+            high = min(low + step, rows)
+            yield start, stop, slice(low * cols, high * cols), torch.bmm(left[:, low:high], right).flatten(1)
+
+
+def _add_built(gradient: PerSampleGradient, targets: Sequence[tuple[int, Tensor]], products: Tensor) -> Tensor:
+    """Add the products of built gradients to ``products [B, m]`` and return the squared norms: ``[B]``, float64."""
+    total = torch.zeros(gradient.batch_size, dtype=torch.float64, device=gradient.device)
+    for start, stop, entries, values in _built_blocks(gradient):
+        total[start:stop] += norms.row_squares(values)
+        for first, target in targets:
+            found = values @ target[:, entries].to(values.dtype).T
+            products[start:stop, first : first + len(target)] += found
+    return total
