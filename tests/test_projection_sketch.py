@@ -1,5 +1,7 @@
 """The count sketch: every way through it is one linear map, unbiased, and as accurate as a dense projection."""
 
+import math
+
 import pytest
 import torch
 from projection_cases import (
@@ -314,3 +316,19 @@ def test_adversarial_energy_has_errors_of_a_dense_projection(kind, k, positions)
         for seed in range(24)
     ]
     assert torch.stack(errors).mean().sqrt() <= 1.15 * k**-0.5
+
+
+@pytest.mark.parametrize("k", [100, 117, 4096])
+def test_inner_products_are_exact_where_all_entries_have_buckets_of_their_own(k):
+    shapes = {"conv": (4, 3, 3), "matrix": (6, 8), "vector": (15,), "scalar": ()}
+    assert sum(math.prod(shape) for shape in shapes.values()) == 100
+    sketch = SketchProjector(shapes, k, seed=5)
+    for form in all_forms((6, 8)):
+        forms = [
+            {"conv": dense((4, 3, 3), seed=seed), "vector": dense((15,), seed=seed), "scalar": dense((), seed=seed)}
+            | {"matrix": all_forms((6, 8))[form]}
+            for seed in (1, 2)
+        ]
+        rows = [torch.cat([oracle_rows(gradients[name]) for name in shapes], 1) for gradients in forms]
+        one, other = (sketch.project(gradients).features for gradients in forms)
+        torch.testing.assert_close(one @ other.T, rows[0] @ rows[1].T, rtol=1e-9, atol=1e-9)

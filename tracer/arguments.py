@@ -30,6 +30,26 @@ def check_model(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)  # what torch.compile wrapped
 
 
+def check_autocast(autocast: str | torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype of ``autocast=``.
+
+    Args:
+        autocast: ``"bfloat16"``, ``"float16"``, the same as dtypes, or None.
+
+    Returns:
+        The dtype, or None.
+
+    Raises:
+        InputError: It is something else.
+    """
+    if autocast is None:
+        return None
+    found = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(autocast).removeprefix("torch."))
+    if found is None:
+        raise InputError(f"autocast={autocast!r} is not known; expected 'bfloat16', 'float16' or None.")
+    return found
+
+
 def check_count(value: int, name: str) -> int:
     """Return a positive int.
 

@@ -154,7 +154,11 @@ class Featurizer:
         Returns:
             f, L, Q, w of each sample.
         """
-        with weights_in(self.model, self.weights), isolated(self.model, self.engine.names, self.device):
+        with (
+            weights_in(self.model, self.weights),
+            isolated(self.model, self.engine.names, self.device),
+            torch.autocast(self.device.type, enabled=False),  # the task says what runs in lower precision
+        ):
             return self.engine.compute(to_device(batch, self.device), num_rows, sink)
 
 

@@ -271,6 +271,29 @@ TASK_NAMES = tuple(_TASKS)
 """The names that ``task=`` takes."""
 
 
+class LowerPrecision(Task):
+    """Another task, whose forwards run under ``torch.autocast``; sums over positions and projections stay float32.
+
+    Args:
+        task: The task.
+        dtype: ``torch.bfloat16`` or ``torch.float16``.
+        device: Where the model runs.
+    """
+
+    def __init__(self, task: Task, dtype: torch.dtype, device: torch.device) -> None:
+        self.task, self.dtype, self.device = task, dtype, device
+        self.name = task.name
+
+    def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
+        """Return the other task's outputs; see `Task.outputs`."""
+        with torch.autocast(self.device.type, self.dtype):
+            return self.task.outputs(model, batch)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the other task's settings and the dtype."""
+        return self.task.settings() | {"autocast": str(self.dtype).removeprefix("torch.")}
+
+
 def make_task(task: str | Task | Callable[[nn.Module, Batch], Tensor]) -> Task:
     """Return the task for a name, a function or a `Task`.
 

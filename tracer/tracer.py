@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from tracer.arguments import check_count, check_device, check_model, check_model_id, check_rate, check_seed
+from tracer.arguments import (
+    check_autocast,
+    check_count,
+    check_device,
+    check_model,
+    check_model_id,
+    check_rate,
+    check_seed,
+)
 from tracer.checkpoints import LoadedWeights, fit_state, read_checkpoint, weights_fingerprint
 from tracer.cosines import CosineWriter
 from tracer.errors import CallOrderError, InputError, MismatchError
@@ -24,7 +32,7 @@ from tracer.ranker import Ranker
 from tracer.rows import RowCursor, RowIndices
 from tracer.rowsource import row_source
 from tracer.store import RowTable, Store
-from tracer.tasks import make_task
+from tracer.tasks import LowerPrecision, make_task
 from tracer.types import Batch, Checkpoint, TopK
 
 logger = logging.getLogger("tracer")
@@ -54,6 +62,8 @@ class Tracer:
         storage: ``float16`` (relative to a float32 scale a row), ``float32``, or, with ``projector="none"``, ``none``:
             gradients are not stored, only losses, slopes and norms; scores come from `score_exactly`.
         device: Where to compute; by default where the model is.
+        autocast: ``bfloat16`` or ``float16``: forwards and backwards run under ``torch.autocast`` in this dtype, as
+            mixed-precision training does; None: in the model's own.
         seed: The projection's seed.
         resume: Open the store that lies in ``save_dir``; with False it must not exist.
         check_rows: Recognise rows by a fingerprint of their inputs, so that a shuffled loader is an error.
@@ -83,6 +93,7 @@ class Tracer:
         resume: bool = True,
         *,
         check_rows: bool = True,
+        autocast: str | torch.dtype | None = None,
         memory_bytes: int = 1 << 30,
         progress: bool | None = None,
     ) -> None:
@@ -90,6 +101,9 @@ class Tracer:
         self.task = make_task(task)
         self.train_set_size = check_count(train_set_size, "train_set_size")
         self.device = check_device(device, self.model)
+        dtype = check_autocast(autocast)
+        if dtype is not None:
+            self.task = LowerPrecision(self.task, dtype, self.device)
         self._seed = check_seed(seed)
         names = select_parameters(self.model, params)
         parameters = dict(self.model.named_parameters())

@@ -26,7 +26,7 @@ from tracer.gradients.functional import can_vmap, loop_gradients, vmap_gradients
 from tracer.gradients.isolation import seed_generators
 from tracer.gradients.layers import rule_for
 from tracer.gradients.selfcheck import Reference, WeightedSums, disagreeing, reference_pass, tolerance
-from tracer.tasks import Task
+from tracer.tasks import LowerPrecision, Task
 from tracer.types import Batch, SampleOutputs
 
 logger = logging.getLogger("tracer.gradients")
@@ -115,7 +115,8 @@ class GradientEngine:
         self.names = tuple(names)
         first = dict(model.named_parameters())[self.names[0]]
         self.device = first.device if device is None else device
-        self._dtype = first.dtype
+        self.precision = task.dtype if isinstance(task, LowerPrecision) else None
+        self._dtype = self.precision or first.dtype
         self.general: dict[str, str] = {}
         self.looped = False
         self._layouts: dict[str, Layout] = {}
@@ -257,7 +258,7 @@ class GradientEngine:
     def _verify(self, captured: CapturedPass, sums: WeightedSums, batch: Batch, batch_size: int) -> bool:
         """Check a captured pass and the general way against autograd; False when something was changed."""
         seed_generators(self.device, 1)  # another seed: a model that draws random numbers must not pass
-        reference = reference_pass(self.model, self.task, batch, batch_size, self.names)
+        reference = reference_pass(self.model, self.task, batch, batch_size, self.names, self.precision)
         if not reference.same_outputs(captured.outputs.output):
             shared = {pattern.layer for pattern in captured.patterns if pattern.layout is Layout.SHARED}
             expanded = shared.intersection(self._suspects) or shared

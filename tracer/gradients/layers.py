@@ -116,9 +116,14 @@ def _positions(values: Tensor) -> Tensor:
 
 
 def _same_dtype(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring input and gradient to one dtype; under autocast they can differ."""
-    dtype = torch.promote_types(x.dtype, g.dtype)
-    return x.to(dtype), g.to(dtype)
+    """Bring an input to the dtype of the output's gradient: under autocast the layer computed with it so."""
+    return x.to(g.dtype), g
+
+
+def _sum(values: Tensor, dim: int) -> Tensor:
+    """Add up over a dimension; half-precision values in float32."""
+    half = values.dtype in (torch.float16, torch.bfloat16)
+    return values.sum(dim, dtype=torch.float32 if half else None)
 
 
 def _linear(call: LayerCall) -> Gradients:
@@ -128,7 +133,7 @@ def _linear(call: LayerCall) -> Gradients:
     if "weight" in call.wanted:
         found["weight"] = OuterGradient(g, x, call.module.weight.shape)
     if "bias" in call.wanted:
-        found["bias"] = DenseGradient(g.sum(1))
+        found["bias"] = DenseGradient(_sum(g, 1))
     return found
 
 
@@ -139,7 +144,7 @@ def _conv1d_of_transformers(call: LayerCall) -> Gradients:
     if "weight" in call.wanted:  # stored [in, out]
         found["weight"] = OuterGradient(x, g, call.module.weight.shape)
     if "bias" in call.wanted:
-        found["bias"] = DenseGradient(g.sum(1))
+        found["bias"] = DenseGradient(_sum(g, 1))
     return found
 
 
@@ -149,7 +154,7 @@ def _conv(call: LayerCall) -> Gradients:
     if "weight" in call.wanted:
         found["weight"] = conv_weight_gradient(call.module, x, g)
     if "bias" in call.wanted:
-        found["bias"] = DenseGradient(g.flatten(2).sum(2))
+        found["bias"] = DenseGradient(_sum(g.flatten(2), 2))
     return found
 
 
@@ -170,10 +175,10 @@ def _affine(call: LayerCall, normalized: Tensor, channels_first: bool) -> Gradie
         if name not in call.wanted:
             continue
         if channels_first:  # [N, C, ...]
-            found[name] = DenseGradient(values().flatten(2).sum(2) if g.ndim > 2 else values())
+            found[name] = DenseGradient(_sum(values().flatten(2), 2) if g.ndim > 2 else values())
         else:  # [N, ..., *shape]
             shape = getattr(call.module, name).shape
-            found[name] = DenseGradient(values().reshape(g.shape[0], -1, *shape).sum(1))
+            found[name] = DenseGradient(_sum(values().reshape(g.shape[0], -1, *shape), 1))
     return found
 
 

@@ -48,11 +48,13 @@ class Reference:
         outputs: f of each sample, ``[B]``.
         gradients: The gradient of ``sum_b c_b f_b`` by parameter name.
         scale: The largest norm of a parameter's gradient.
+        precision: The dtype that layers compute in, where it is lower than that of gradients.
     """
 
     outputs: Tensor
     gradients: dict[str, Tensor]
     scale: float
+    precision: torch.dtype | None = None
 
     def of(self, names: Iterable[str]) -> Reference:
         """Return the reference for some of the parameters."""
@@ -61,7 +63,7 @@ class Reference:
     def same_outputs(self, outputs: Tensor) -> bool:
         """Tell whether another forward gave the same f, up to rounding; NaN equals NaN."""
         scale = self.outputs.abs().nan_to_num().max().clamp(min=1.0)
-        bound = 10 * tolerance(outputs.dtype, outputs.device)
+        bound = 10 * tolerance(self.precision or outputs.dtype, outputs.device)
         return torch.allclose(outputs / scale, self.outputs / scale, rtol=0, atol=bound, equal_nan=True)
 
     def above_noise(self) -> set[str]:
@@ -69,7 +71,7 @@ class Reference:
         return {name for name, value in self.gradients.items() if float(value.double().norm()) > self._noise(value)}
 
     def _noise(self, gradient: Tensor) -> float:
-        return min(_NOISE * torch.finfo(gradient.dtype).eps, _MOST_NOISE) * self.scale
+        return min(_NOISE * torch.finfo(self.precision or gradient.dtype).eps, _MOST_NOISE) * self.scale
 
     def compare(self, totals: Mapping[str, Tensor], strictness: float = 1.0) -> dict[str, str]:
         """Return what differs, by parameter, with a measure for the message.
@@ -88,7 +90,7 @@ class Reference:
             found = torch.zeros_like(flat) if total is None else total[:-1].to(flat)
             scale = max(float(flat.norm()), float(total[-1]) if total is not None else 0.0)
             difference = float((found - flat).norm())
-            bound = tolerance(expected.dtype, expected.device)
+            bound = tolerance(self.precision or expected.dtype, expected.device)
             if difference > max(strictness * bound * scale, self._noise(expected)):
                 wrong[name] = f"relative difference {difference / scale:.2g}, tolerance {bound:.0e}"
         return wrong
@@ -137,7 +139,14 @@ def _weighted_sum(gradient: PerSampleGradient, weights: Tensor) -> Tensor:
     return total
 
 
-def reference_pass(model: nn.Module, task: Task, batch: Batch, batch_size: int, names: Sequence[str]) -> Reference:
+def reference_pass(
+    model: nn.Module,
+    task: Task,
+    batch: Batch,
+    batch_size: int,
+    names: Sequence[str],
+    precision: torch.dtype | None = None,
+) -> Reference:
     """Run the model plainly and take autograd's gradient of the randomly weighted sum of outputs.
 
     Args:
@@ -146,6 +155,7 @@ def reference_pass(model: nn.Module, task: Task, batch: Batch, batch_size: int, 
         batch: A batch of ``B`` samples.
         batch_size: ``B``.
         names: The parameters' names.
+        precision: The dtype that layers compute in, where it is lower than that of parameters.
 
     Returns:
         The reference; a parameter that f does not depend on has gradient zero.
@@ -171,7 +181,7 @@ def reference_pass(model: nn.Module, task: Task, batch: Batch, batch_size: int, 
         dense = torch.zeros_like(parameter) if grad is None else grad.to_dense() if grad.is_sparse else grad
         gradients[name] = dense.detach()
     scale = max(float(gradient.double().norm()) for gradient in gradients.values())
-    return Reference(output.detach(), gradients, scale)
+    return Reference(output.detach(), gradients, scale, precision)
 
 
 def disagreeing(reference: Reference, totals: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, str]:
@@ -186,5 +196,6 @@ def disagreeing(reference: Reference, totals: Mapping[str, Tensor], names: Seque
         What differs, by parameter name.
     """
     part = reference.of(names)
-    half = any(part.gradients[name].dtype in (torch.float16, torch.bfloat16) for name in names)
+    dtypes = {reference.precision, *(part.gradients[name].dtype for name in names)}
+    half = not dtypes.isdisjoint((torch.float16, torch.bfloat16))
     return part.compare(totals, _HALF_STRICTNESS if half else _STRICTNESS)

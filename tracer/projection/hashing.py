@@ -197,7 +197,14 @@ def column_ranges(num_channels: int, num_taps: int, k: int) -> list[tuple[slice,
 
 
 def make_tile(
-    stream: Stream, rows: slice, channels: slice, taps: slice, num_taps: int, k: int, device: torch.device
+    stream: Stream,
+    rows: slice,
+    channels: slice,
+    taps: slice,
+    num_taps: int,
+    k: int,
+    device: torch.device,
+    place: int | None = None,
 ) -> Tile:
     """Draw the hash of one tile.
 
@@ -212,6 +219,7 @@ def make_tile(
         num_taps: How many taps the kernel has.
         k: The number of buckets.
         device: Where the tables go.
+        place: The first bucket, in place of a random one, of a parameter that shares buckets with no other.
 
     Returns:
         The tile.
@@ -219,6 +227,8 @@ def make_tile(
     num_rows, num_channels = rows.stop - rows.start, channels.stop - channels.start
     num_cols = num_channels * (taps.stop - taps.start)
     offset = stream.below(k)
+    if place is not None:
+        offset = place
     row_order = channel_order = None
     stride = num_cols
     if num_rows > 1 and num_rows * num_cols > k:

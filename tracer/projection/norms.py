@@ -63,9 +63,9 @@ def gram_squares(left: Tensor, right: Tensor) -> Tensor:
 
     ``sum_{s,t} <left_s, left_t> <right_s, right_t>``, of ``left [b, T, O]`` and ``right [b, T, I]``.
     """
-    left, right = left.double(), right.double()
     if left.shape[1] == 1:
-        return left.square().sum((1, 2)) * right.square().sum((1, 2))
+        return row_squares(left.squeeze(1)) * row_squares(right.squeeze(1))
+    left, right = left.double(), right.double()
     gram = torch.bmm(left, left.transpose(1, 2))
     gram *= torch.bmm(right, right.transpose(1, 2))
     return gram.sum((1, 2))

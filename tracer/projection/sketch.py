@@ -66,6 +66,8 @@ class SketchProjector(Projector):
     """Count sketch of all parameters into ``proj_dim`` buckets: ``E <Sx, Sy> = <x, y>``, no scale factor.
 
     The relative root mean square error of an inner product is about ``1 / sqrt(proj_dim)``, as for a dense projection.
+    Where all parameters together have no more entries than there are buckets, each entry has a bucket of its own and
+    inner products are exact.
 
     >>> import torch
     >>> from tracer.factors import DenseGradient
@@ -88,6 +90,11 @@ class SketchProjector(Projector):
         self._tiles: dict[tuple[str, torch.device], list[Tile]] = {}
         self._lookups: dict[tuple[str, torch.device], list[_Lookup]] = {}
         self._scratch = Scratch()
+        self._starts: dict[str, int] = {}
+        self._num_entries = 0
+        for name, shape in self.shapes.items():
+            self._starts[name] = self._num_entries
+            self._num_entries += math.prod(shape)
 
     def add(self, name: str, gradient: PerSampleGradient, features: Tensor, squared_norm: Tensor) -> None:
         """Add one parameter's sketch to ``features [B, k]`` and its exact squared norm, in place."""
@@ -129,15 +136,22 @@ class SketchProjector(Projector):
             num_taps = math.prod(self.shapes[name][2:])
             columns = column_ranges(num_cols // max(1, num_taps), num_taps, k)
             self._tiles[key] = [
-                make_tile(Stream(*key_words, a, c), rows, *columns[c], num_taps, k, device)
+                make_tile(Stream(*key_words, a, c), rows, *columns[c], num_taps, k, device, self._place(name))
                 for a, rows in enumerate(tile_ranges(num_rows, k))
                 for c in range(len(columns))
             ]
         return self._tiles[key]
 
+    def _place(self, name: str) -> int | None:
+        """Return a parameter's bucket of its own where all parameters fit into the buckets, else None."""
+        place = self._starts[name]
+        return place if self._num_entries <= self.dim else None
+
     def _add_built(self, name: str, gradient: PerSampleGradient, positions: int, features: Tensor) -> Tensor:
         """Build ``[b, o, stride]`` from factors, tile by tile, fold it, and return squared norms ``[B]``."""
         total = torch.zeros(gradient.batch_size, dtype=torch.float64, device=gradient.device)
+        if positions == 1:
+            total = norms.squared_norm(gradient)
         item = features.element_size()
         for tile in self.tiles(name, gradient.device):
             row_norms = features.new_empty(gradient.batch_size, tile.num_rows)
@@ -148,9 +162,11 @@ class SketchProjector(Projector):
                     shape = high - low, tile.num_rows, tile.stride
                     built = self._scratch.take("built", shape, features.dtype, features.device)
                     torch.bmm(left[low:high], right[low:high], out=built)
-                    torch.linalg.vector_norm(built, dim=2, out=row_norms[start + low : start + high])
+                    if positions > 1:
+                        torch.linalg.vector_norm(built, dim=2, out=row_norms[start + low : start + high])
                     fold_tile(built, tile, features[start + low : start + high])
-            total += row_norms.double().square_().sum(1)
+            if positions > 1:
+                total += row_norms.double().square_().sum(1)
         return total
 
     def _add_dense(self, name: str, gradient: PerSampleGradient, features: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def _placed_rows(left: Tensor, tile: Tile, bucket: Tensor, k: int, scratch: Scra
     """Put ``left [b, t, o]`` signed into its buckets: ``[b, t, k]``."""
     signed = place(left, tile.row_order, tile.row_sign, scratch.take("left", left.shape, left.dtype, left.device))
     placed = scratch.take("buckets", (*left.shape[:2], k), left.dtype, left.device).zero_()
-    return placed.index_copy_(2, bucket, signed)
+    return placed.scatter_(2, bucket.expand_as(signed), signed)
 
 
 def _placed_windows(
@@ -181,7 +181,7 @@ def _placed_windows(
     if tile.row_order is not None:
         left = left.index_select(2, tile.row_order.indices)
     placed = scratch.take("buckets", (*left.shape[:2], k), left.dtype, left.device).zero_()
-    placed.index_copy_(2, bucket, left * tile.row_sign)
+    placed.scatter_(2, bucket.expand_as(left), left * tile.row_sign)
     patches = scratch.take("right", (*left.shape[:2], k), left.dtype, left.device)
     window_rows(gradient, start, stop, tile, patches)
     return placed, patches
