@@ -20,16 +20,35 @@ from torch import nn
 from torch.nn import functional as F
 
 from tracer.factors import DenseGradient, OuterGradient, RowsGradient, WindowGradient
-from tracer.projection import row_blocks, sketch
+from tracer.projection import lattice, row_blocks, sketch
 from tracer.projection import spectral as spectral_way
-from tracer.projection.sketch import SketchProjector, fold, spectral_pays
+from tracer.projection.sketch import SketchProjector, fold
 
 # Shapes of one tile, of several row or column tiles, larger than k both ways, wider than k, and with k odd or prime.
 SHAPES = [((6, 5), 64), ((13, 7), 16), ((40, 6), 16), ((6, 40), 16), ((35, 37), 16), ((12, 10), 7), ((16, 16), 16)]
 
 
+WAYS = ["built", "spectral", "lattice"]
+
+
 def projector(shape, k, seed=0):
     return SketchProjector({"weight": shape}, k, seed)
+
+
+def force(monkeypatch, way):
+    """Make gradients in outer form go one way; a lattice is possible for most, and the others are built."""
+
+    def chosen(self, name, gradient, positions):
+        fits = all(lattice.fits for lattice in self._lattices(name, gradient.device))
+        return way if way != "lattice" or (fits and not isinstance(gradient, WindowGradient)) else "built"
+
+    monkeypatch.setattr(SketchProjector, "_way", chosen)
+
+
+def way_of(shape, k, positions, gradient=None):
+    """The way that is chosen by itself."""
+    gradient = outer(shape, 1, positions, dtype=torch.float32) if gradient is None else gradient
+    return projector(shape, k)._way("weight", gradient, positions)
 
 
 @pytest.mark.parametrize("form", all_forms((3, 2)))
@@ -38,11 +57,11 @@ def test_every_form_is_the_same_linear_map(form, shape, k):
     assert_is_linear_map(projector(shape, k), "weight", all_forms(shape)[form])
 
 
-@pytest.mark.parametrize("spectral", [True, False])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("form", ["vector input", "sequence", "long sequence", "unfolded"])
 @pytest.mark.parametrize(("shape", "k"), SHAPES)
-def test_the_built_and_the_spectral_way_agree(spectral, form, shape, k, monkeypatch):
-    monkeypatch.setattr(sketch, "spectral_pays", lambda *sizes: spectral)
+def test_all_ways_agree(way, form, shape, k, monkeypatch):
+    force(monkeypatch, way)
     assert_is_linear_map(projector(shape, k), "weight", all_forms(shape)[form])
 
 
@@ -62,11 +81,11 @@ def convolution(shape, options, places, dtype=torch.float64, batch_size=4):
     return WindowGradient(padded, normal(batch_size, shape[0], *places, seed=1, dtype=dtype), shape, **options)
 
 
-@pytest.mark.parametrize("spectral", [True, False])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("k", [7, 16, 64, 1000])
 @pytest.mark.parametrize("conv", CONVS, ids=lambda conv: str(conv[0]))
-def test_convolutions_go_through_the_same_linear_map(spectral, k, conv, monkeypatch):
-    monkeypatch.setattr(sketch, "spectral_pays", lambda *sizes: spectral)
+def test_convolutions_go_through_the_same_linear_map(way, k, conv, monkeypatch):
+    force(monkeypatch, way)
     gradient = convolution(*conv)
     rows = torch.einsum("bto,bti->boi", *gradient.outer(0, 4)).flatten(1)
     torch.testing.assert_close(gradient.dense(0, 4), rows)
@@ -92,8 +111,10 @@ def test_vectors_scalars_and_kernels_are_linear_too(shape, k):
 def test_blocks_of_samples_and_positions_change_nothing(step, monkeypatch):
     monkeypatch.setattr(sketch, "row_blocks", lambda batch_size, *_: row_blocks(batch_size, 1, step))
     monkeypatch.setattr(spectral_way, "SPECTRAL_BYTES", 2 * 16 * 8)
-    for spectral in (True, False):
-        monkeypatch.setattr(sketch, "spectral_pays", lambda *sizes, way=spectral: way)
+    monkeypatch.setattr(lattice, "VECTOR_BYTES", 600)
+    monkeypatch.setattr(lattice, "LATTICE_BYTES", 600)
+    for way in WAYS:
+        force(monkeypatch, way)
         for gradient in all_forms((13, 7)).values():
             assert_is_linear_map(projector((13, 7), 16), "weight", gradient)
 
@@ -139,7 +160,7 @@ def test_parameters_add_up_and_are_keyed_by_name():
 
 def test_add_alone_gives_what_project_gives():
     one, gradient = projector((300, 400), 256), outer((300, 400), positions=1)
-    assert spectral_pays(1, (300, 400), 256)
+    assert way_of((300, 400), 256, 1) == "spectral"
     features, squared_norm = torch.ones(5, 256, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
     one.add("weight", gradient, features, squared_norm)
     result = one.project({"weight": gradient})
@@ -186,10 +207,13 @@ def test_folding_wraps_around():
 
 
 def test_the_way_taken_follows_the_sizes():
-    assert not spectral_pays(1, (32, 32), 4096)  # a small layer is cheaper to build
-    assert spectral_pays(1, (512, 784), 4096)
-    assert spectral_pays(16, (512, 4608), 4096)
-    assert not spectral_pays(1024, (64, 576), 4096)
+    assert way_of((32, 32), 4096, 1) == "built"  # a small layer
+    assert way_of((256, 784), 4096, 1) == "lattice"
+    assert way_of((256, 256), 4096, 8) == "lattice"
+    assert way_of((1024, 1024), 4096, 1) == "spectral"
+    conv = convolution((512, 512, 3, 3), {"stride": (1, 1), "dilation": (1, 1)}, (4, 4), torch.float32, 1)
+    assert way_of((512, 512, 3, 3), 4096, 16, conv) == "spectral"
+    assert way_of((64, 576), 4096, 1024) == "built"
 
 
 def test_gradients_that_require_grad_and_autocast_do_no_harm():

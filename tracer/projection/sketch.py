@@ -6,6 +6,7 @@ same linear map; which of these ways a gradient takes depends only on its form a
 
 - built: outer products ``sum_t left[t] (outer) right[t]`` are built a tile and a few samples at a time, while hot in
   cache, from factors that already carry signs and memory order, and folded at once;
+- lattice (`tracer.projection.lattice`): few positions are folded within the matrix product that builds them;
 - spectral (`tracer.projection.spectral`): factors are sketched and multiplied as spectra, nothing is built;
 - rows: an embedding's touched rows are scattered, ``T * I`` numbers a sample;
 - dense: anything else is built in blocks, signed and folded.
@@ -20,14 +21,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tracer.factors import PerSampleGradient, RowsGradient, SumGradient, matrix_shape
+from tracer.factors import PerSampleGradient, RowsGradient, SumGradient, WindowGradient, matrix_shape
 from tracer.projection import norms
 from tracer.projection.arrangement import factors
 from tracer.projection.base import Projector, RunningProjection, full_precision, row_blocks
 from tracer.projection.hashing import Tile, column_ranges, make_tile, tile_ranges
+from tracer.projection.lattice import Lattice
 from tracer.projection.scratch import Scratch
 from tracer.projection.seeds import Stream
-from tracer.projection.spectral import Spectrum, SpectrumRows, spectral_pays
+from tracer.projection.spectral import Spectrum, SpectrumRows, spectral_cost
 from tracer.types import Projection
 
 FACTOR_BYTES, BUILT_BYTES = 16 << 20, 8 << 20
@@ -88,6 +90,7 @@ class SketchProjector(Projector):
         super().__init__(shapes, proj_dim, seed, device)
         self.dim = self.proj_dim
         self._tiles: dict[tuple[str, torch.device], list[Tile]] = {}
+        self._lattices_of: dict[tuple[str, torch.device], list[Lattice]] = {}
         self._lookups: dict[tuple[str, torch.device], list[_Lookup]] = {}
         self._scratch = Scratch()
         self._starts: dict[str, int] = {}
@@ -122,10 +125,36 @@ class SketchProjector(Projector):
         positions = norms.num_positions(gradient)
         if positions is None:
             return self._add_dense(name, gradient, features)
-        if spectral_pays(positions, matrix_shape(gradient.shape), self.dim):
+        way = self._way(name, gradient, positions)
+        if way == "built":
+            return self._add_built(name, gradient, positions, features)
+        if way == "spectral":
             spectrum.add(gradient, self.tiles(name, gradient.device), self._scratch)
-            return norms.squared_norm(gradient)
-        return self._add_built(name, gradient, positions, features)
+        else:
+            for lattice in self._lattices(name, gradient.device):
+                lattice.add(gradient, features, self._scratch)
+        return norms.squared_norm(gradient)
+
+    def _way(self, name: str, gradient: PerSampleGradient, positions: int) -> str:
+        """Choose the cheapest way by sizes alone: ``built``, ``spectral`` or ``lattice``."""
+        shape = matrix_shape(gradient.shape)
+        costs = {
+            "built": norms.build_cost(positions, *shape),
+            "spectral": spectral_cost(positions, shape, self.dim) + norms.gram_cost(positions, *shape),
+        }
+        if not isinstance(gradient, WindowGradient):
+            lattices = self._lattices(name, gradient.device)
+            if all(lattice.fits for lattice in lattices):
+                gram = norms.gram_cost(positions, *shape)
+                costs["lattice"] = sum(lattice.cost(positions) for lattice in lattices) + gram
+        return min(costs, key=costs.__getitem__)
+
+    def _lattices(self, name: str, device: torch.device) -> list[Lattice]:
+        """Return the buckets of each tile as a matrix."""
+        key = name, device
+        if key not in self._lattices_of:
+            self._lattices_of[key] = [Lattice(tile, self.dim) for tile in self.tiles(name, device)]
+        return self._lattices_of[key]
 
     def tiles(self, name: str, device: torch.device) -> list[Tile]:
         """Return the tiles of a parameter, row tiles first, with tables on ``device``."""

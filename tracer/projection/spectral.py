@@ -119,10 +119,10 @@ class SpectrumRows:
                     total += product
 
 
-def spectral_pays(positions: int, shape: tuple[int, int], k: int) -> bool:
-    """Say whether sketching factors by Fourier transforms costs less than building their outer products.
+def spectral_cost(positions: int, shape: tuple[int, int], k: int) -> float:
+    """Estimate sketching a sample's factors by Fourier transforms, in float32 multiply-adds.
 
-    A fixed estimate in float32 multiply-adds, fitted on CPU, so that the way depends on nothing but sizes.
+    A fixed estimate, fitted on CPU, so that the way depends on nothing but sizes.
 
     Args:
         positions: ``T``.
@@ -130,12 +130,11 @@ def spectral_pays(positions: int, shape: tuple[int, int], k: int) -> bool:
         k: The number of buckets.
 
     Returns:
-        True for the spectral way.
+        The cost without that of norms.
     """
     rows, cols = shape
     num_tiles = math.ceil(rows / k) * math.ceil(cols / k)
-    transforms = num_tiles * positions * k * (8.0 * math.log2(k + 1) + 40.0)
-    return transforms + norms.gram_cost(positions, rows, cols) < norms.build_cost(positions, rows, cols)
+    return num_tiles * positions * k * (8.0 * math.log2(k + 1) + 40.0)
 
 
 def _products(
