@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
+import re
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -38,6 +41,42 @@ def alternate(contenders: Mapping[str, Work], rounds: int, warmup: int = 1) -> d
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def peak_mb(work: Work) -> float:
+    """Run work and watch the process's own memory, files left out, every millisecond.
+
+    Args:
+        work: What to run.
+
+    Returns:
+        By how many megabytes (1e6 bytes) it rose at most; NaN where there is no ``/proc``.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return float("nan")
+
+    def own_memory() -> int:
+        found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
+        return 1024 * int(found.group(1)) if found else 0
+
+    gc.collect()
+    before = most = own_memory()
+    stop = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not stop.wait(0.001):
+            most = max(most, own_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        stop.set()
+        watcher.join()
+    return (most - before) / 1e6
 
 
 def synchronize() -> None:
