@@ -88,7 +88,8 @@ class RowTable:
         self.path = path
         self._columns = {name: MappedArray(path / name) for name in COLUMNS}
         self._closed = False
-        self._scaled = np.empty((0, 0), np.float32)
+        self._scaled = torch.empty(0, 0)
+        self._finalized_at: tuple[tuple[int, int], bool] = ((0, 0), False)
         self.num_rows, self.dim, self.storage = self._columns["done"].layout.shape[0], 0, "none"
         self._features: MappedArray | None = None
         if self.attributes.get("storage") != "none":
@@ -227,11 +228,11 @@ class RowTable:
         largest = np.ones(len(rows), np.float32)
         if features is not None:
             features = self._floats("features", features, (len(rows), self.dim))
-            largest = _largest(features)
+            largest = self._largest(features)
             self._check_finite("features", largest, rows)
         if not len(rows):
             return
-        if self.attributes.get("finalized"):
+        if self._finalized():
             raise CallOrderError(
                 f"{self.path} is finalized and rows {_named(rows)} came to be written: write them before finalizing, "
                 "call set_attributes(finalized=False) first, or choose another save_dir"
@@ -362,7 +363,8 @@ class RowTable:
         if len(outside):
             raise InputError(f"rows {_named(outside)} are outside 0 to {self.num_rows - 1} of {self.path}")
         rows = rows.astype(np.int64)
-        if unique and len(np.unique(rows)) != len(rows):
+        consecutive = bool((np.diff(rows) == 1).all())
+        if unique and not consecutive and len(np.unique(rows)) != len(rows):
             values, counts = np.unique(rows, return_counts=True)
             raise InputError(f"rows {_named(values[counts > 1])} come more than once in a batch: pass each row once")
         return rows
@@ -401,16 +403,29 @@ class RowTable:
         """Return float32 features ``[n, dim]`` relative to their scale, in memory that is used again."""
         if self.storage == "float32":
             return features
-        if self._scaled.shape[1] != self.dim or len(self._scaled) < len(features):
-            self._scaled = np.empty(features.shape, np.float32)
-        scaled = self._scaled[: len(features)]
-        torch.div(torch.from_numpy(features), torch.from_numpy(scale)[:, None], out=torch.from_numpy(scaled))
-        return scaled
+        scaled = self._memory(features.shape)
+        torch.div(torch.from_numpy(features), torch.from_numpy(scale)[:, None], out=scaled)
+        return scaled.numpy()
 
+    def _largest(self, features: np.ndarray) -> np.ndarray:
+        """Return the largest absolute value of each row of float32 values, NaN where there is one: ``[n]``."""
+        values = torch.from_numpy(features)
+        return torch.maximum(values.amax(1), values.amin(1).neg_()).numpy()
 
-def _largest(values: np.ndarray) -> np.ndarray:
-    """Return the largest absolute value of each row of float32 values, NaN where there is one: ``[n]``."""
-    return torch.from_numpy(values).abs().amax(1).numpy()  # torch does it on all cores, several times faster
+    def _memory(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return memory for a batch of features that is used again for the next; torch works on all cores."""
+        if len(self._scaled) < shape[0]:
+            self._scaled = torch.empty(shape)
+        return self._scaled[: shape[0]]
+
+    def _finalized(self) -> bool:
+        """Tell whether the table is finalized, by any process; its document is read only when it was replaced."""
+        with disk_errors(self.path):
+            found = (self.path / NODE).stat()
+        key = found.st_ino, found.st_mtime_ns
+        if key != self._finalized_at[0]:
+            self._finalized_at = key, bool(self.attributes.get("finalized"))
+        return self._finalized_at[1]
 
 
 def _named(rows: np.ndarray) -> str:

@@ -30,6 +30,7 @@ from tracer.factors import (
 )
 from tracer.projection import norms
 from tracer.projection.base import full_precision, row_blocks
+from tracer.projection.scratch import Scratch
 
 GRAM_BYTES, FACTOR_BYTES, BUILT_BYTES = 32 << 20, 64 << 20, 32 << 20
 """How many bytes of products of positions, of factors and of built gradients are held at once."""
@@ -46,6 +47,7 @@ class TargetGradients:
         self.num_rows = 0
         self._parts: dict[str, list[tuple[int, PerSampleGradient]]] = {}
         self._built: dict[tuple[str, int], Tensor] = {}
+        self._scratch = Scratch()
 
     def append(self, num_rows: int, pieces: Sequence[tuple[int, dict[str, PerSampleGradient]]]) -> None:
         """Add the rows of a batch.
@@ -105,11 +107,11 @@ class TargetGradients:
             to_build = []
             for first, part in parts:
                 if _gram_pays(leaf, part, num_targets):
-                    _add_gram(leaf, part, products[:, first : first + part.batch_size])
+                    _add_gram(leaf, part, products[:, first : first + part.batch_size], self._scratch)
                 else:
                     to_build.append((first, self._built_part(name, part)))
             if to_build:
-                squares = _add_built(leaf, to_build, products)
+                squares = _add_built(leaf, to_build, products, self._scratch)
         return norms.squared_norm(gradient) if squares is None or len(leaves) > 1 else squares
 
     def _built_part(self, name: str, part: PerSampleGradient) -> Tensor:
@@ -120,7 +122,7 @@ class TargetGradients:
         if key not in self._built:
             dtype = torch.promote_types(part.dtype, torch.float32)
             built = torch.empty(part.batch_size, part.numel, dtype=dtype, device=part.device)
-            for start, stop, entries, values in _built_blocks(part):
+            for start, stop, entries, values in _built_blocks(part, self._scratch):
                 built[start:stop, entries] = values
             self._built[key] = built
         return self._built[key]
@@ -173,7 +175,7 @@ def _gram_pays(one: PerSampleGradient, other: PerSampleGradient, num_targets: in
     return gram <= rows * cols * (num_targets + build)
 
 
-def _add_gram(one: PerSampleGradient, other: PerSampleGradient, products: Tensor) -> None:
+def _add_gram(one: PerSampleGradient, other: PerSampleGradient, products: Tensor, scratch: Scratch) -> None:
     """Add ``sum_{s,t} <l_s, l'_t> <r_s, r'_t>`` of all pairs to ``products [B, m]``."""
     first, second = _positions(one) or 0, _positions(other) or 0
     rows, cols = matrix_shape(one.shape)
@@ -182,49 +184,66 @@ def _add_gram(one: PerSampleGradient, other: PerSampleGradient, products: Tensor
     for low in range(0, other.batch_size, target_step):
         high = min(low + target_step, other.batch_size)
         row_bytes = max(pair_bytes * (high - low), 4 * first * (rows + cols) // 2)
-        right = _pair(other, low, high)
+        right = _position_rows(other, low, high, scratch, "targets")
         for start, stop in row_blocks(one.batch_size, row_bytes, GRAM_BYTES):
-            left = _pair(one, start, stop)
-            gram = _left_gram(left, right)
-            gram *= _flat(left[1]) @ _flat(right[1]).T
+            left = _position_rows(one, start, stop, scratch, "rows")
+            gram = _left_gram(left, right, scratch)
+            gram *= _matmul(left[1], right[1].T, scratch, "right gram")
             summed = gram.view(stop - start, first, -1).sum(1).view(stop - start, high - low, second).sum(2)
             products[start:stop, low:high] += summed
 
 
-def _pair(gradient: PerSampleGradient, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Return both factors of some rows: ``[b, T, O]`` (or the touched rows' numbers ``[b, T]``) and ``[b, T, I]``."""
+def _position_rows(
+    gradient: PerSampleGradient, start: int, stop: int, scratch: Scratch, use: str
+) -> tuple[Tensor, Tensor]:
+    """Return ``[b * T, O]``, or the numbers of touched rows ``[b * T]``, and ``[b * T, I]``."""
     if isinstance(gradient, RowsGradient):
-        return gradient.index[start:stop], full_precision(gradient.values[start:stop])
+        return gradient.index[start:stop].reshape(-1), _flat(full_precision(gradient.values[start:stop]))
+    if isinstance(gradient, WindowGradient) and gradient.groups == 1:
+        windows = gradient.windows(full_precision(gradient.padded[start:stop]))
+        windows = windows.movedim(tuple(range(-len(gradient.stride), 0)), tuple(range(1, len(gradient.stride) + 1)))
+        rows = scratch.take(use, windows.shape, windows.dtype, windows.device).copy_(windows)
+        left = full_precision(gradient.left[start:stop]).flatten(2).transpose(1, 2)
+        return _flat(left), rows.view(-1, matrix_shape(gradient.shape)[1])
     factors = gradient.outer(start, stop)
     assert factors is not None
-    return full_precision(factors[0]), full_precision(factors[1])
+    return _flat(full_precision(factors[0])), _flat(full_precision(factors[1]))
 
 
 def _flat(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1])
 
 
-def _left_gram(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+def _matmul(left: Tensor, right: Tensor, scratch: Scratch, use: str) -> Tensor:
+    """Multiply matrices into memory that is used again; fresh memory costs more than the product."""
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    out = scratch.take(use, (left.shape[0], right.shape[1]), dtype, left.device)
+    return torch.mm(left.to(dtype), right.to(dtype), out=out)
+
+
+def _left_gram(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], scratch: Scratch) -> Tensor:
     """Return the products of left factors of all pairs of positions: ``[b * T, m * T']``."""
     left, right = one[0], other[0]
     dtype = torch.promote_types(one[1].dtype, other[1].dtype)
-    if left.ndim == 2 and right.ndim == 2:
-        return (left.reshape(-1, 1) == right.reshape(1, -1)).to(dtype)
-    if left.ndim == 2:
-        return _flat(right).T.index_select(0, left.reshape(-1)).to(dtype, copy=True)
-    if right.ndim == 2:
-        return _flat(left).index_select(1, right.reshape(-1)).to(dtype, copy=True)
-    return _flat(left) @ _flat(right).T
+    if left.ndim == 1 and right.ndim == 1:
+        return (left.unsqueeze(1) == right).to(dtype)
+    if left.ndim == 1:
+        return right.T.index_select(0, left).to(dtype)
+    if right.ndim == 1:
+        return left.index_select(1, right).to(dtype)
+    return _matmul(left, right.T, scratch, "left gram")
 
 
-def _built_blocks(gradient: PerSampleGradient) -> Iterator[tuple[int, int, slice, Tensor]]:
+def _built_blocks(gradient: PerSampleGradient, scratch: Scratch) -> Iterator[tuple[int, int, slice, Tensor]]:
     """Build gradients, some rows and some output channels at a time.
 
     Args:
         gradient: Gradients of ``B`` rows.
+        scratch: Memory.
 
     Yields:
-        First row, one past the last, the entries, and their values ``[b, entries]``, float32 or float64.
+        First row, one past the last, the entries, and their values ``[b, entries]``, float32 or float64, valid until
+        the next.
     """
     rows, cols = matrix_shape(gradient.shape)
     positions = norms.num_positions(gradient)
@@ -233,18 +252,35 @@ def _built_blocks(gradient: PerSampleGradient) -> Iterator[tuple[int, int, slice
             yield start, stop, slice(0, gradient.numel), norms.built(gradient, start, stop)
         return
     for start, stop in row_blocks(gradient.batch_size, 4 * positions * (rows + cols), FACTOR_BYTES):
-        left, right = _pair(gradient, start, stop)
-        left = left.transpose(1, 2)
+        left, right = _factors(gradient, start, stop, scratch)
         step = max(1, BUILT_BYTES // (4 * (stop - start) * cols))
         for low in range(0, rows, step):
             high = min(low + step, rows)
-            yield start, stop, slice(low * cols, high * cols), torch.bmm(left[:, low:high], right).flatten(1)
+            built = scratch.take("built", (stop - start, high - low, cols), left.dtype, left.device)
+            torch.bmm(left[:, low:high], right, out=built)
+            yield start, stop, slice(low * cols, high * cols), built.flatten(1)
 
 
-def _add_built(gradient: PerSampleGradient, targets: Sequence[tuple[int, Tensor]], products: Tensor) -> Tensor:
+def _factors(gradient: PerSampleGradient, start: int, stop: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """Return ``left [b, O, T]`` and ``right [b, T, I]``."""
+    if isinstance(gradient, WindowGradient):
+        windows = gradient.windows(full_precision(gradient.padded[start:stop]))
+        patches = scratch.take("rows", windows.shape, windows.dtype, windows.device).copy_(windows)
+        left = full_precision(gradient.left[start:stop]).flatten(2)
+        return left, patches.view(stop - start, -1, left.shape[2]).transpose(1, 2)
+    factors = gradient.outer(start, stop)
+    assert factors is not None
+    left, right = full_precision(factors[0]), full_precision(factors[1])
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    return left.to(dtype).transpose(1, 2), right.to(dtype)
+
+
+def _add_built(
+    gradient: PerSampleGradient, targets: Sequence[tuple[int, Tensor]], products: Tensor, scratch: Scratch
+) -> Tensor:
     """Add the products of built gradients to ``products [B, m]`` and return the squared norms: ``[B]``, float64."""
     total = torch.zeros(gradient.batch_size, dtype=torch.float64, device=gradient.device)
-    for start, stop, entries, values in _built_blocks(gradient):
+    for start, stop, entries, values in _built_blocks(gradient, scratch):
         total[start:stop] += norms.row_squares(values)
         for first, target in targets:
             found = values @ target[:, entries].to(values.dtype).T

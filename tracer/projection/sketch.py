@@ -15,7 +15,7 @@ same linear map; which of these ways a gradient takes depends only on its form a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -178,25 +178,49 @@ class SketchProjector(Projector):
 
     def _add_built(self, name: str, gradient: PerSampleGradient, positions: int, features: Tensor) -> Tensor:
         """Build ``[b, o, stride]`` from factors, tile by tile, fold it, and return squared norms ``[B]``."""
-        total = torch.zeros(gradient.batch_size, dtype=torch.float64, device=gradient.device)
         if positions == 1:
-            total = norms.squared_norm(gradient)
-        item = features.element_size()
+            for tile in self.tiles(name, gradient.device):
+                self._add_products(gradient, tile, features)
+            return norms.squared_norm(gradient)
+        total = torch.zeros(gradient.batch_size, dtype=torch.float64, device=gradient.device)
         for tile in self.tiles(name, gradient.device):
             row_norms = features.new_empty(gradient.batch_size, tile.num_rows)
-            row_bytes = item * positions * (tile.num_rows + tile.stride)
-            for start, stop in row_blocks(gradient.batch_size, row_bytes, FACTOR_BYTES):
-                left, right = factors(gradient, start, stop, tile, self._scratch)
-                for low, high in row_blocks(stop - start, item * tile.num_rows * tile.stride, BUILT_BYTES):
-                    shape = high - low, tile.num_rows, tile.stride
-                    built = self._scratch.take("built", shape, features.dtype, features.device)
-                    torch.bmm(left[low:high], right[low:high], out=built)
-                    if positions > 1:
-                        torch.linalg.vector_norm(built, dim=2, out=row_norms[start + low : start + high])
-                    fold_tile(built, tile, features[start + low : start + high])
-            if positions > 1:
-                total += row_norms.double().square_().sum(1)
+            for start, stop, built in self._built(gradient, positions, tile, features.element_size()):
+                torch.linalg.vector_norm(built, dim=2, out=row_norms[start:stop])
+                fold_tile(built, tile, features[start:stop])
+            total += row_norms.double().square_().sum(1)
         return total
+
+    def _built(
+        self, gradient: PerSampleGradient, positions: int, tile: Tile, item: int
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield ranges of samples with their gradients in memory order, ``[b, o, stride]``, valid until the next."""
+        row_bytes = item * positions * (tile.num_rows + tile.stride)
+        for start, stop in row_blocks(gradient.batch_size, row_bytes, FACTOR_BYTES):
+            left, right = factors(gradient, start, stop, tile, self._scratch)
+            for low, high in row_blocks(stop - start, item * tile.num_rows * tile.stride, BUILT_BYTES):
+                shape = high - low, tile.num_rows, tile.stride
+                built = self._scratch.take("built", shape, left.dtype, left.device)
+                torch.bmm(left[low:high], right[low:high], out=built)
+                yield start + low, start + high, built
+
+    def _add_products(self, gradient: PerSampleGradient, tile: Tile, features: Tensor) -> None:
+        """Add outer products of one position; a tile whose rows go round once is not built."""
+        if tile.num_rows * tile.stride > self.dim:
+            for start, stop, built in self._built(gradient, 1, tile, features.element_size()):
+                fold_tile(built, tile, features[start:stop])
+            return
+        before = min(tile.num_rows, (self.dim - tile.offset) // tile.stride)  # rows before the last bucket
+        after = min(tile.num_rows, before + 1)  # rows that begin at or behind the first bucket; one is in between
+        for start, stop in row_blocks(gradient.batch_size, features.element_size() * self.dim, FACTOR_BYTES):
+            left, right = factors(gradient, start, stop, tile, self._scratch)  # [b, o, 1] and [b, 1, stride]
+            for low, high in ((0, before), (after, tile.num_rows)):
+                first = (tile.offset + low * tile.stride) % self.dim
+                place = features[start:stop, first : first + (high - low) * tile.stride]
+                place.unflatten(1, (high - low, tile.stride)).addcmul_(left[:, low:high], right)
+            if before < after:
+                row = left[:, before] * right[:, 0]
+                fold(row, (tile.offset + before * tile.stride) % self.dim, features[start:stop])
 
     def _add_dense(self, name: str, gradient: PerSampleGradient, features: Tensor) -> Tensor:
         """Sign, order and fold built gradients ``[b, O, I]`` and return squared norms ``[B]``."""
@@ -207,7 +231,11 @@ class SketchProjector(Projector):
             total[start:stop] = norms.row_squares(built)
             matrix = built.reshape(stop - start, rows, cols)
             for tile in self.tiles(name, gradient.device):
-                fold_tile(arrange_tile(matrix, tile), tile, features[start:stop])
+                if rows == 1:  # a vector is in order
+                    signed = matrix[:, 0, tile.channels] * (tile.col_sign * tile.row_sign)
+                    fold(signed, tile.offset, features[start:stop])
+                else:
+                    fold_tile(arrange_tile(matrix, tile), tile, features[start:stop])
         return total
 
     def _add_rows(self, name: str, gradient: RowsGradient, features: Tensor) -> None:
