@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -61,6 +63,8 @@ def peak_mb(work: Work) -> float:
         return 1024 * int(found.group(1)) if found else 0
 
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # what glibc keeps of earlier work would hide this one's
+        ctypes.CDLL(None).malloc_trim(0)
     before = most = own_memory()
     stop = threading.Event()
 

@@ -28,12 +28,6 @@ def gpt2():
     return transformers.GPT2LMHeadModel(config)
 
 
-def llama():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=40, num_key_value_heads=1, **SMALL)
-    return transformers.LlamaForCausalLM(config)
-
-
 def rows(count=9):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 9, (count,), generator=generator).tolist()
@@ -62,10 +56,22 @@ def test_gpt2_with_tied_head_is_captured_whole(num_rows):
     assert_gradients_match(gpt2(), "language_modeling", batch, num_rows, rtol=1e-7)
 
 
-def test_llama_norms_go_the_general_way():
-    tokens = torch.randint(0, 40, (3, 6), generator=torch.Generator().manual_seed(1))
-    engine = assert_gradients_match(llama(), "language_modeling", {"input_ids": tokens}, 3, general=None, rtol=1e-6)
-    assert all("norm" in name for name in engine.general)
+def causal(name, **options):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, **SMALL, **options}
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes))
+    with torch.no_grad():  # as trained: norms' weights that differ
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name:
+                parameter += 0.3 * torch.randn(parameter.shape)
+    return model
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi3", "Olmo2"])
+def test_decoders_are_captured_whole(name):
+    tokens = torch.randint(1, 40, (3, 8), generator=torch.Generator().manual_seed(1))
+    # Their norms and rotary positions compute in float32 whatever the model's dtype.
+    assert_gradients_match(causal(name), "language_modeling", {"input_ids": tokens}, 3, rtol=3e-6)
 
 
 def test_padding_to_another_length_resumes(tmp_path):

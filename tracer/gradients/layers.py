@@ -8,6 +8,8 @@ result against autograd, so a rule need not care how the model arranges its batc
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +81,8 @@ def register_layer_rule(
     compares what it gives with autograd.
 
     Args:
-        module_type: The layer's class, or its qualified name (``"package.module.Class"``) to avoid the import.
+        module_type: The layer's class, or its qualified name (``"package.module.Class"``) to avoid the import; a name
+            may have ``*`` in it for any characters.
         rule: ``rule(call) -> {parameter name: gradient}`` with gradients ``[N, *parameter.shape]`` or factors.
         parameters: The names of the layer's own parameters that the rule covers.
         refuses: Returns the reason why a given layer is to go the general way, or None.
@@ -105,9 +108,14 @@ def register_layer_rule(
 
 
 def rule_for(module: nn.Module) -> RegisteredRule | None:
-    """Return the rule registered for exactly this layer's type, or None."""
+    """Return the rule registered for exactly this layer's type, or None; a name without ``*`` goes first."""
     kind = type(module)
-    return _RULES.get(kind) or _RULES.get(f"{kind.__module__}.{kind.__qualname__}")
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    found = _RULES.get(kind) or _RULES.get(name)
+    if found is not None:
+        return found
+    patterns = (key for key in _RULES if isinstance(key, str) and "*" in key)
+    return next((_RULES[key] for key in patterns if fnmatch.fnmatchcase(name, key)), None)
 
 
 def _positions(values: Tensor) -> Tensor:
@@ -167,6 +175,11 @@ def _embedding(call: LayerCall) -> Gradients:
     return {"weight": RowsGradient(index, values, module.weight.shape)}
 
 
+def _scaled_embedding(call: LayerCall) -> Gradients:
+    scaled = call.grad_output * call.module.embed_scale
+    return _embedding(dataclasses.replace(call, grad_output=scaled))
+
+
 def _affine(call: LayerCall, normalized: Tensor, channels_first: bool) -> Gradients:
     """Gradients of ``y = normalized * weight + bias``, the weight over channels or over the last dimensions."""
     g = call.grad_output
@@ -190,6 +203,23 @@ def _layer_norm(call: LayerCall) -> Gradients:
 def _rms_norm(call: LayerCall) -> Gradients:
     module = call.module
     return _affine(call, F.rms_norm(call.x, module.normalized_shape, None, module.eps), False)
+
+
+def _rms_norm_of_transformers(call: LayerCall) -> Gradients:
+    module, x = call.module, call.x
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # as these layers do
+    return _affine(call, F.rms_norm(x, (x.shape[-1],), None, _rms_epsilon(module)), False)
+
+
+def _rms_epsilon(module: Any) -> float | None:
+    """Return the epsilon of an RMSNorm of transformers, which has one of several names."""
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _refuses_rms_norm_of_transformers(module: Any) -> str | None:
+    if _rms_epsilon(module) is None or getattr(module, "weight", None) is None or module.weight.ndim != 1:
+        return "it is another RMSNorm than the usual ones"
+    return None
 
 
 def _group_norm(call: LayerCall) -> Gradients:
@@ -230,6 +260,12 @@ def _refuses_embedding(module: Any) -> str | None:
     return None
 
 
+def _refuses_scaled_embedding(module: Any) -> str | None:
+    if not isinstance(module, nn.Embedding) or not hasattr(module, "embed_scale"):
+        return "it is another scaled embedding than the usual ones"
+    return _refuses_embedding(module)
+
+
 def _register_defaults() -> None:
     register_layer_rule(nn.Linear, _linear)
     register_layer_rule("tracer.gradients.attention.PackedProjection", _linear)
@@ -238,8 +274,12 @@ def _register_defaults() -> None:
     for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         register_layer_rule(conv, _conv)
     register_layer_rule(nn.Embedding, _embedding, ("weight",), _refuses_embedding)
+    scaled_embeddings = "transformers.models.*Scaled*Embedding"
+    register_layer_rule(scaled_embeddings, _scaled_embedding, ("weight",), _refuses_scaled_embedding)
     register_layer_rule(nn.LayerNorm, _layer_norm)
     register_layer_rule(nn.RMSNorm, _rms_norm, ("weight",))
+    for name in ("transformers.models.*RMSNorm", "transformers.models.*T5LayerNorm"):  # also Gemma's, 1 + weight
+        register_layer_rule(name, _rms_norm_of_transformers, ("weight",), _refuses_rms_norm_of_transformers)
     register_layer_rule(nn.GroupNorm, _group_norm)
     for norm in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d):
         register_layer_rule(norm, _instance_norm)
