@@ -55,6 +55,12 @@ class Work:
         output = self.model(self.batch[0])
         F.cross_entropy(output.flatten(0, -2), self.batch[1].flatten()).backward()
 
+    def forward(self) -> None:
+        """Compute the outputs alone, in eval mode."""
+        self.model.eval()
+        with torch.no_grad():
+            self.model(self.batch[0])
+
 
 def resnet9(batch_size: int = 64) -> Work:
     """ResNet-9 on images of CIFAR-10's size."""
@@ -93,11 +99,12 @@ def measure(work: Work, rounds: int, proj_dim: int = 4096) -> dict[str, Any]:
         tracer = Tracer(work.model, work.task, rows * repeats, folder, proj_dim=proj_dim, **work.options)
         tracer.load_checkpoint(work.model.state_dict(), model_id=0)
         tracer.featurize(work.batch, num_samples=rows)  # with its self-check
-        seconds = alternate(
-            {"plain": work.plain_pass, "featurize": lambda: tracer.featurize(work.batch, num_samples=rows)},
-            rounds,
-            warmup=2,
-        )
+        contenders = {
+            "plain": work.plain_pass,
+            "forward": work.forward,
+            "featurize": lambda: tracer.featurize(work.batch, num_samples=rows),
+        }
+        seconds = alternate(contenders, rounds, warmup=2)
         tracer.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -107,6 +114,7 @@ def measure(work: Work, rounds: int, proj_dim: int = 4096) -> dict[str, Any]:
         "proj_dim": proj_dim,
         "plain_ms": 1e3 * statistics.median(seconds["plain"]),
         "featurize_ms": 1e3 * statistics.median(seconds["featurize"]),
+        "forward_ratio": ratio(seconds, "forward", "plain"),
         "ratio": ratio(seconds, "featurize", "plain"),
         "rounds": rounds,
     }
@@ -173,7 +181,8 @@ def main() -> None:
                 rows.append(measure(work, repeat * options.rounds))
                 print(f"{work.name}: {rows[-1]['ratio']:.2f}", flush=True)
         columns = {"work": "work"}
-    more = {"parameters": "parameters", "plain_ms": "plain ms", "featurize_ms": "featurize ms", "ratio": "ratio"}
+    more = {"parameters": "parameters", "plain_ms": "plain ms", "featurize_ms": "featurize ms"}
+    more |= {"forward_ratio": "forward alone", "ratio": "ratio"}
     print(f"\n{table(rows, {**columns, **more})}\n\n{machine()}")
     name = "featurize_scaling" if options.scaling else "featurize"
     print(write_results(options.output_dir, name, rows))
