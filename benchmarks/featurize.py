@@ -2,6 +2,7 @@
 
 Both alternate in one process: the plain pass computes the gradient of the batch's mean loss in train mode, as a
 training step does before the optimizer; featurizing includes fingerprints, projection and writing to a store on disk.
+The forward alone is of the same batch, without gradients. Peaks are what a pass adds to the process's own memory.
 
 Run it: python benchmarks/featurize.py              the table of works
         python benchmarks/featurize.py --scaling    how the cost changes with batch size, proj_dim, width and tokens
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from models import Decoder, EncoderStack, ResNet9, mlp
-from timing import alternate, machine, ratio, table, write_results
+from timing import alternate, machine, peak_mb, ratio, table, write_results
 from torch import Tensor, nn
 
 from tracer import Tracer
@@ -94,7 +95,7 @@ def perceptron(batch_size: int = 512, **options: Any) -> Work:
 def measure(work: Work, rounds: int, proj_dim: int = 4096) -> dict[str, Any]:
     """Alternate plain passes and featurizing of one batch, new rows each time, and return the row of a table."""
     folder = Path(tempfile.mkdtemp(prefix="tracer-benchmark-"))
-    rows, repeats = len(work.batch[0]), rounds + 4
+    rows, repeats = len(work.batch[0]), rounds + 4  # the check, two to warm up, one for memory
     try:
         tracer = Tracer(work.model, work.task, rows * repeats, folder, proj_dim=proj_dim, **work.options)
         tracer.load_checkpoint(work.model.state_dict(), model_id=0)
@@ -105,6 +106,8 @@ def measure(work: Work, rounds: int, proj_dim: int = 4096) -> dict[str, Any]:
             "featurize": lambda: tracer.featurize(work.batch, num_samples=rows),
         }
         seconds = alternate(contenders, rounds, warmup=2)
+        work.model.zero_grad(set_to_none=True)
+        peaks = {name: peak_mb(contenders[name]) for name in ("featurize", "plain")}
         tracer.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -116,6 +119,8 @@ def measure(work: Work, rounds: int, proj_dim: int = 4096) -> dict[str, Any]:
         "featurize_ms": 1e3 * statistics.median(seconds["featurize"]),
         "forward_ratio": ratio(seconds, "forward", "plain"),
         "ratio": ratio(seconds, "featurize", "plain"),
+        "plain_mb": peaks["plain"],
+        "featurize_mb": peaks["featurize"],
         "rounds": rounds,
     }
 
@@ -182,7 +187,7 @@ def main() -> None:
                 print(f"{work.name}: {rows[-1]['ratio']:.2f}", flush=True)
         columns = {"work": "work"}
     more = {"parameters": "parameters", "plain_ms": "plain ms", "featurize_ms": "featurize ms"}
-    more |= {"forward_ratio": "forward alone", "ratio": "ratio"}
+    more |= {"forward_ratio": "forward alone", "ratio": "ratio", "plain_mb": "plain MB", "featurize_mb": "featurize MB"}
     print(f"\n{table(rows, {**columns, **more})}\n\n{machine()}")
     name = "featurize_scaling" if options.scaling else "featurize"
     print(write_results(options.output_dir, name, rows))

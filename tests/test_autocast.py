@@ -67,14 +67,21 @@ def test_gradients_are_those_of_autograd_under_autocast(run, tmp_path):
     assert float(error.max()) < 1e-2
 
 
-def test_surrounding_autocast_does_not_count(run, tmp_path):
-    found = []
-    for name, enabled in (("a", False), ("b", True)):
-        tracing = build(run, tmp_path / name)
+@pytest.mark.parametrize("autocast", [None, "bfloat16"])
+def test_surrounding_autocast_does_not_count(run, tmp_path, autocast):
+    """Nor do the casts of weights that it keeps, of the model's own or of another checkpoint's."""
+    tracing = build(run, tmp_path / "alone", autocast=autocast)
+    featurize(tracing, run)
+    expected = [tracing.store.checkpoint(number).features(0, len(run.x)) for number in range(3)]
+    run.model.eval()
+    for enabled in (False, True):
+        tracing = build(run, tmp_path / str(enabled), autocast=autocast)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            before = run.model(run.x)
             featurize(tracing, run)
-        found.append(tracing.store.checkpoint(0).features(0, len(run.x)))
-    np.testing.assert_array_equal(*found)
+            assert torch.equal(run.model(run.x), before)
+        for number in range(3):
+            np.testing.assert_array_equal(tracing.store.checkpoint(number).features(0, len(run.x)), expected[number])
 
 
 def test_precision_is_recorded_and_checked(run, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def test_odd_models(tmp_path, memory_bytes):
     np.testing.assert_allclose(found.scores.diagonal(), found.self_influence()[:3], rtol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [1e-14, 1e14])
+@pytest.mark.parametrize("scale", [1e-19, 1e-14, 1e14, 1e16])
 def test_tiny_and_huge_gradients(run, tmp_path, scale):
     model = nn.Linear(72, 1)
     found = attribute(
@@ -198,6 +199,33 @@ def test_wrong_use_is_refused(run, tmp_path):
     stored = Tracer(run.model, "image_classification", 23, tmp_path / "c")
     with pytest.raises(CallOrderError, match="score_exactly is for storage='none'"):
         stored.score_exactly(state, 0, run.train, run.targets, "test")
+
+
+def test_targets_of_another_order_at_another_checkpoint_are_refused(run, tmp_path):
+    tracing = Tracer(run.model, "image_classification", 23, tmp_path / "b", projector="none", storage="none")
+    for model_id, (state, rate) in enumerate(run.checkpoints[:2]):
+        tracing.load_checkpoint(state, model_id, rate)
+        targets = tuple(column.flip(0) for column in run.targets) if model_id else run.targets
+        if model_id:
+            with pytest.raises(MismatchError, match="hold other data"):
+                tracing.score_exactly(state, model_id, run.train, targets, "test")
+        else:
+            tracing.score_exactly(state, model_id, run.train, targets, "test")
+
+
+@pytest.mark.parametrize("left", ["no marks", "no array"])
+def test_a_block_that_a_crash_left_half_made_is_computed_again(run, tmp_path, left):
+    expected = np.array(direct(run, tmp_path / "store", memory_bytes=1).scores)
+    block = tmp_path / "store" / "cosines" / "targets" / "0" / "4"
+    shutil.rmtree(block.with_name("4_done") if left == "no marks" else block)
+    shutil.rmtree(tmp_path / "store" / "scores")
+    np.testing.assert_allclose(direct(run, tmp_path / "store").scores, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_inference_mode_does_not_matter(run, tmp_path):
+    expected = np.array(direct(run, tmp_path / "a").scores)
+    with torch.inference_mode():
+        np.testing.assert_array_equal(direct(run, tmp_path / "b").scores, expected)
 
 
 def test_rows_that_are_not_finite_are_named(run, tmp_path):

@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
-from projection_cases import all_forms, dense, embedding, oracle_rows, outer
+from projection_cases import all_forms, dense, embedding, normal, oracle_rows, outer
 
-from tracer.factors import FoldedGradient, OuterGradient, PerSampleGradient, WindowGradient
+from tracer.factors import FoldedGradient, OuterGradient, PerSampleGradient, SumGradient, WindowGradient
 from tracer.gradients.convolution import conv_weight_gradient
 from tracer.projection import crossed
 from tracer.projection.crossed import TargetGradients
@@ -20,7 +20,7 @@ FORMS = sorted(all_forms(SHAPE))
 def hold(*batches: PerSampleGradient) -> TargetGradients:
     held = TargetGradients()
     for gradient in batches:
-        held.append(gradient.batch_size, [(0, {"weight": gradient})])
+        held.append(torch.ones(gradient.batch_size), [(0, {"weight": gradient})])
     held.join()
     return held
 
@@ -87,7 +87,7 @@ def test_rows_of_a_batch_may_come_in_pieces():
     gradient, rows = dense(SHAPE, 5), oracle_rows(dense(SHAPE, 5))
     held = TargetGradients()
     pieces = [(0, {"weight": dense(SHAPE, 5)}), (0, {"bias": dense((6,), 2)}), (2, {"bias": dense((6,), 3, seed=1)})]
-    held.append(5, pieces)
+    held.append(torch.ones(5), pieces)
     held.join()
     products = torch.zeros(5, 5, dtype=torch.float64)
     held.add_products("weight", gradient, products)
@@ -108,7 +108,51 @@ def test_a_parameter_that_targets_do_not_use_adds_nothing():
 def test_memory_counts_each_storage_once_and_what_will_be_built():
     few = torch.zeros(2, 1, 64)
     held = hold(OuterGradient(few, few, (64, 64)))
-    assert held.num_bytes() == few.nbytes
+    assert held.num_bytes() == 2 * few.nbytes  # the left factors are copies over their lengths
     many = torch.zeros(2, 500, 64)
     held = hold(OuterGradient(many, many, (64, 64)))
-    assert held.num_bytes() == many.nbytes + 2 * 4 * 64 * 64
+    assert held.num_bytes() == 2 * many.nbytes + 2 * 4 * 64 * 64
+
+
+def test_targets_are_divided_by_their_lengths():
+    lengths = torch.tensor([1e-20, 1.0, 1e20], dtype=torch.float64)
+    for form in FORMS:
+        gradient, target = all_forms(SHAPE, 4, torch.float32)[form], all_forms(SHAPE, 3, torch.float32)[form]
+        held, products = TargetGradients(), torch.zeros(4, 3, dtype=torch.float64)
+        held.append(lengths, [(0, {"weight": target})])
+        held.join()
+        held.add_products("weight", gradient, products)
+        expected = oracle_rows(gradient) @ oracle_rows(target).T
+        torch.testing.assert_close(products * lengths, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("mean", [10.0, 300.0])
+def test_terms_that_cancel_lose_nothing(mean):
+    """Left factors that add up to zero over positions, as an attention key's do, and inputs with a common part."""
+    left, right = normal(4, 16, 256, dtype=torch.float32), normal(4, 16, 256, seed=1, dtype=torch.float32) + mean
+    left -= left.mean(1, keepdim=True)
+    gradient = OuterGradient(left, right, (256, 256))
+    rows = oracle_rows(gradient)
+    products = torch.zeros(4, 4, dtype=torch.float64)
+    hold(gradient).add_products("weight", gradient, products)
+    lengths = rows.norm(dim=1)
+    error = (products - rows @ rows.T).abs() / lengths / lengths[:, None]
+    assert float(error.max()) < 2e-5
+
+
+def test_folded_sums_and_other_forms_of_users():
+    inner = SumGradient([outer(SHAPE, 4), outer(SHAPE, 4, positions=1, seed=9)])
+    folded = [FoldedGradient(inner, 2), FoldedGradient(SumGradient([dense(SHAPE, 4), outer(SHAPE, 4)]), 2)]
+    for gradient in folded:
+        held, products = hold(gradient, gradient), torch.zeros(2, 4, dtype=torch.float64)
+        held.add_products("weight", gradient, products)
+        rows = gradient.dense(0, 2)
+        torch.testing.assert_close(products, rows @ torch.cat([rows, rows]).T)
+
+
+def test_convolutions_of_other_strides_are_not_joined():
+    def gradient(stride: int, seed: int) -> WindowGradient:
+        padded, left = normal(2, 3, 5, seed=seed), normal(2, 4, 2, seed=seed + 1)
+        return WindowGradient(padded, left, (4, 3, 1), stride=(stride,), dilation=(1,))
+
+    assert_products(gradient(3, 0), gradient(3, 2), gradient(4, 4))

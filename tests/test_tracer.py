@@ -477,6 +477,14 @@ def test_silent_without_a_terminal_and_bars_when_asked(run, tmp_path, capsys):
     assert "scores" in err
 
 
+def test_inference_mode_does_not_matter(run, exact, tmp_path):
+    tracing = build(run, tmp_path / "store")
+    with torch.inference_mode():
+        featurize(tracing, run)
+    score(tracing, run)
+    np.testing.assert_array_equal(tracing.finalize_scores("test"), exact.finalize_scores("test"))
+
+
 def test_library_configures_no_logging(run, tmp_path):
     import logging
 

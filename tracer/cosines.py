@@ -2,19 +2,20 @@
 
 The gradients of as many targets as memory allows are held as factors. All train rows pass by, and the inner products
 of their gradients with those of the targets are taken layer by layer during each backward. What is stored are cosines:
-they neither overflow nor vanish, however large or small gradients are, and slopes and norms make scores of them.
+they do not overflow or vanish with the size of gradients, and slopes and norms make scores of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tracer.batches import select_rows
+from tracer.batches import map_leaves, select_rows
+from tracer.errors import NonFiniteError
 from tracer.factors import PerSampleGradient
 from tracer.featurize import Featurizer, row_values, write_values
 from tracer.projection.crossed import TargetGradients
@@ -51,7 +52,9 @@ class CosineWriter:
         self._featurizer, self._store, self._key = featurizer, store, (exp_name, model_id)
         self._memory_bytes, self._progress = memory_bytes, progress
         self._train, self._targets = store.checkpoint(model_id), store.targets(exp_name, model_id)
-        self._same_rows = _other_table(store, model_id)
+        self._same_rows = _fullest(store.checkpoint(other) for other in store.checkpoint_ids() if other != model_id)
+        scored = (other for other in store.target_ids(exp_name) if other != model_id)
+        self._same_targets = _fullest(store.targets(exp_name, other) for other in scored)
 
     def run(self, train: RowSource, targets: RowSource) -> None:
         """Compute what is not stored yet, block by block of targets.
@@ -64,20 +67,26 @@ class CosineWriter:
             MismatchError: A row's inputs differ from those stored for its index.
             NonFiniteError: A row's gradient is NaN or infinite.
         """
+        try:
+            with torch.inference_mode(False):
+                self._run_blocks(train, targets)
+        finally:
+            for table in (self._train, self._targets):
+                table.close()
+
+    def _run_blocks(self, train: RowSource, targets: RowSource) -> None:
         first = 0
         while first < targets.num_rows:
             size = self._stored_size(first)
             if size is None or not dict(self._store.cosines(*self._key))[first].complete:
-                held, lengths = self._hold(targets, first, size)
+                held = self._hold(targets, first, size)
                 size = held.num_rows
                 self._targets.flush()  # a block that is there says that its targets' values are
                 block = self._store.cosine_block(
                     *self._key, first, size, self._inputs(first, size), tile_rows=min(TILE_ROWS, train.num_rows)
                 )
-                self._write_block(block, train, held, lengths, f"targets {first}-{first + size - 1}")
+                self._write_block(block, train, held, f"targets {first}-{first + size - 1}")
             first += size
-        for table in (self._train, self._targets):
-            table.close()
 
     def _inputs(self, first: int, size: int) -> dict:
         tables = [table.attributes["table_id"] for table in (self._train, self._targets)]
@@ -90,23 +99,23 @@ class CosineWriter:
             return None
         return block.shape[1]
 
-    def _hold(self, targets: RowSource, first: int, size: int | None) -> tuple[TargetGradients, Tensor]:
-        """Compute the gradients of ``size`` targets, or of as many as memory allows, and their norms ``[m]``."""
-        held, lengths = TargetGradients(), []
+    def _hold(self, targets: RowSource, first: int, size: int | None) -> TargetGradients:
+        """Compute the gradients of ``size`` targets, or of as many as memory allows."""
+        held = TargetGradients()
         last = targets.num_rows if size is None else first + size
         for batch, rows in _wanted(targets, np.arange(first, last)):
             sink = _HoldingSink(len(rows), self._featurizer.device)
-            self._run(self._targets, batch, rows, sink)
-            held.append(len(rows), sink.pieces)
-            lengths.append(sink.squared_norm.sqrt())
+            own = map_leaves(
+                batch, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf
+            )  # factors are views
+            self._run(self._targets, own, rows, sink, self._same_targets)
+            held.append(_lengths(sink.squared_norm), sink.pieces)
             if size is None and held.num_bytes() > self._memory_bytes:
                 break
         held.join()
-        return held, torch.cat(lengths)
+        return held
 
-    def _write_block(
-        self, block: ScoreArray, train: RowSource, held: TargetGradients, lengths: Tensor, description: str
-    ) -> None:
+    def _write_block(self, block: ScoreArray, train: RowSource, held: TargetGradients, description: str) -> None:
         """Compute the cosines of all train rows of unfinished tiles with the held targets."""
         rows = [np.arange(start, stop) for start, stop in block.remaining()]
         if not rows:
@@ -119,7 +128,8 @@ class CosineWriter:
             for batch, inds in _wanted(train, np.concatenate(rows)):
                 sink = _ProductSink(held, len(inds), self._featurizer.device)
                 self._run(self._train, batch, inds, sink, self._same_rows)
-                cosines = _over_norms(sink.products, sink.squared_norm.sqrt(), lengths)
+                cosines = (sink.products / _lengths(sink.squared_norm)[:, None]).to("cpu", torch.float32).numpy()
+                _check_finite(cosines, inds)
                 for tile in np.unique(inds // block.tile_rows).tolist():
                     start = tile * block.tile_rows
                     stop = min(start + block.tile_rows, train.num_rows)
@@ -185,25 +195,41 @@ class _ProductSink:
         """Add the gradients of samples ``start`` to ``stop``."""
         with torch.no_grad(), torch.autocast(self.products.device.type, enabled=False):
             for name, gradient in gradients.items():
-                self.squared_norm[start:stop] += self._held.add_products(name, gradient, self.products[start:stop])
+                products = self.products[start:stop]
+                if gradient.device != products.device:  # of a model that lies on several devices
+                    products = torch.zeros_like(products, device=gradient.device)
+                squares = self._held.add_products(name, gradient, products)
+                self.squared_norm[start:stop] += squares.to(self.squared_norm.device)
+                if products.device != self.products.device:
+                    self.products[start:stop] += products.to(self.products.device)
 
 
-def _over_norms(products: Tensor, left: Tensor, right: Tensor) -> np.ndarray:
-    """Return products ``[B, m]`` over norms ``[B]`` and ``[m]``, float32; zero where a norm is."""
-    cosines = products / torch.where(left > 0, left, 1.0)[:, None] / torch.where(right > 0, right, 1.0)
-    return cosines.to("cpu", torch.float32).numpy()
+def _lengths(squared_norm: Tensor) -> Tensor:
+    """Return norms ``[B]``, float64, and 1 for a gradient of zero."""
+    return torch.where(squared_norm > 0, squared_norm.sqrt(), 1.0)
+
+
+def _check_finite(cosines: np.ndarray, rows: np.ndarray) -> None:
+    bad = rows[~np.isfinite(cosines).all(axis=1)]
+    if len(bad):
+        raise NonFiniteError(
+            f"Inner products of the gradients of rows {bad[:5].tolist()} with targets are NaN or infinite. Gradient "
+            f"norms beyond about 1e18 are out of range; scale the loss, or leave these rows out."
+        )
 
 
 def _wanted(source: RowSource, rows: np.ndarray) -> Iterator[tuple[Batch, np.ndarray]]:
     """Yield batches of exactly the given rows, ascending, with their indices."""
+    wanted = np.zeros(source.num_rows, dtype=bool)
+    wanted[rows] = True
     for batch, inds in source.batches(rows):
-        mine = np.isin(inds, rows, assume_unique=True)
+        mine = wanted[inds]
         if not mine.all():
             batch = select_rows(batch, torch.from_numpy(np.flatnonzero(mine)), len(inds))
-        yield batch, inds[mine]
+        if mine.any():
+            yield batch, inds[mine]
 
 
-def _other_table(store: Store, model_id: int) -> RowTable | None:
-    """Return the fullest table of train rows at another checkpoint."""
-    others = [store.checkpoint(other) for other in store.checkpoint_ids() if other != model_id]
-    return max(others, key=lambda table: table.num_done, default=None)
+def _fullest(tables: Iterable[RowTable]) -> RowTable | None:
+    """Return the table with the most rows done, None where there is none."""
+    return max(tables, key=lambda table: table.num_done, default=None)

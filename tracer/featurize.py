@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +72,7 @@ class Featurizer:
         self.device, self.check_rows = device, check_rows
         self._memory: Tensor | None = None
 
+    @torch.inference_mode(False)
     def write(self, table: RowTable, batch: Batch, rows: np.ndarray, same_rows: RowTable | None = None) -> int:
         """Compute and write those rows of a batch that the table does not hold yet.
 
@@ -122,6 +125,7 @@ class Featurizer:
                 same_rows.check_rows(rows, fingerprint)
         return fingerprint, table.check_rows(rows, fingerprint)
 
+    @torch.inference_mode(False)
     def compute(self, batch: Batch, num_rows: int) -> RowValues:
         """Compute what is stored of each row of a batch.
 
@@ -156,10 +160,21 @@ class Featurizer:
         """
         with (
             weights_in(self.model, self.weights),
+            _no_autocast(self.device),
             isolated(self.model, self.engine.names, self.device),
-            torch.autocast(self.device.type, enabled=False),  # the task says what runs in lower precision
         ):
             return self.engine.compute(to_device(batch, self.device), num_rows, sink)
+
+
+@contextmanager
+def _no_autocast(device: torch.device) -> Iterator[None]:
+    """Leave a surrounding autocast, whose cached casts are of other weights too: the task says what is lowered."""
+    torch.clear_autocast_cache()
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 class _ProjectingSink:
@@ -211,6 +226,9 @@ def row_values(outputs: SampleOutputs, squares: Tensor, features: Tensor | None 
         outputs: f, L, Q, w of each of ``n`` samples.
         squares: ``[n]``, float64, squared norms of the gradient of f.
         features: ``[n, dim]``, or None.
+
+    Returns:
+        The values.
     """
 
     def array(values: Tensor) -> np.ndarray:

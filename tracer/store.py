@@ -14,6 +14,7 @@ processes that share a store must run on one machine.
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
 import re
@@ -31,6 +32,8 @@ from tracer.score_array import DONE_SUFFIX, ScoreArray, mask_path, open_scores
 from tracer.tables import RowTable, create_table
 
 __all__ = ["RowTable", "ScoreArray", "Store"]
+
+logger = logging.getLogger("tracer")
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", re.ASCII)
 
@@ -306,10 +309,16 @@ class Store:
             model_id: The checkpoint's number.
 
         Returns:
-            Blocks of consecutive targets: the first target and an array ``[N, targets]``, ascending.
+            Blocks of consecutive targets: the first target and an array ``[N, targets]``, ascending. A block that a
+            crash left half made is not among them; `cosine_block` makes it anew.
         """
-        path = self._cosines_path(exp_name, model_id)
-        return [(first, ScoreArray(path / str(first))) for first in _table_ids(path)]
+        path, found = self._cosines_path(exp_name, model_id), []
+        for first in _table_ids(path):
+            try:
+                found.append((first, ScoreArray(path / str(first))))
+            except StoreError as error:
+                logger.info("computing %s again: %s", path / str(first), error)
+        return found
 
     def cosine_block(
         self, exp_name: str, model_id: int, first: int, num_targets: int, inputs: Mapping[str, Any], *, tile_rows: int
@@ -339,7 +348,7 @@ class Store:
                     block.close()
                     with disk_errors(block.path):
                         shutil.rmtree(mask_path(block.path))  # first: without it the array does not count
-                        shutil.rmtree(block.path)
+                        shutil.rmtree(block.path, ignore_errors=True)
         shape = (self.manifest.train_set_size, num_targets)
         return open_scores(path / str(_integer("first", first, 0)), self.path, shape, inputs, tile_rows)
 

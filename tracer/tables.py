@@ -415,7 +415,8 @@ class RowTable:
     def _memory(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return memory for a batch of features that is used again for the next; torch works on all cores."""
         if len(self._scaled) < shape[0]:
-            self._scaled = torch.empty(shape)
+            with torch.inference_mode(False):
+                self._scaled = torch.empty(shape)
         return self._scaled[: shape[0]]
 
     def _finalized(self) -> bool:

@@ -286,7 +286,8 @@ class LowerPrecision(Task):
 
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
         """Return the other task's outputs; see `Task.outputs`."""
-        with torch.autocast(self.device.type, self.dtype):
+        # Cached casts are keyed by parameters, whose values change with the checkpoint.
+        with torch.autocast(self.device.type, self.dtype, cache_enabled=False):
             return self.task.outputs(model, batch)
 
     def settings(self) -> dict[str, Any]:

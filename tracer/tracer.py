@@ -310,7 +310,8 @@ class Tracer:
         Raises:
             CallOrderError: The store's storage is another, or the checkpoint was never loaded.
             InputError: ``train`` has another number of rows than ``train_set_size``.
-            MismatchError: The weights or a row's inputs are others than those stored.
+            MismatchError: The weights or a row's inputs are others than those stored. (Rows whose scores are complete
+                are not read again.)
             NonFiniteError: A row's gradient is NaN or infinite.
         """
         if self.store.manifest.storage != "none":
@@ -319,6 +320,7 @@ class Tracer:
                 f"scores come from featurize, score and finalize_scores."
             )
         model_id = check_model_id(model_id)
+        batch_size = check_count(batch_size, "batch_size")
         train_rows = row_source(train, "train", batch_size, collate_fn)
         target_rows = row_source(targets, "targets", batch_size, collate_fn)
         if train_rows.num_rows != self.train_set_size:
@@ -423,8 +425,9 @@ class Tracer:
         return make_projector(kind, self._shapes, proj_dim, seed, self.device)
 
     def _read(self, checkpoint: Checkpoint) -> tuple[LoadedWeights, str]:
-        state = fit_state(self.model, read_checkpoint(checkpoint))
-        return LoadedWeights(self.model, state, self.device), weights_fingerprint(state)
+        with torch.inference_mode(False):
+            state = fit_state(self.model, read_checkpoint(checkpoint))
+            return LoadedWeights(self.model, state, self.device), weights_fingerprint(state)
 
     def _check_weights(self, table: RowTable, fingerprint: str, model_id: int) -> None:
         stored = table.attributes["weights_fingerprint"]

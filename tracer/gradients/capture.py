@@ -193,7 +193,8 @@ class CapturedPass:
                 hook.remove()
         self._calls, self._batch_size = recorder.calls, batch_size
         self._output: Tensor | None = outputs.output
-        self.outputs = SampleOutputs(outputs.output.detach(), outputs.loss, outputs.slope, outputs.curvature)
+        values = (outputs.output, outputs.loss, outputs.slope, outputs.curvature)
+        self.outputs = SampleOutputs(*(value.detach() for value in values))
         self.patterns = _patterns(recorder.calls, batch_size)
         self.layers: dict[str, list[str]] = {}
 

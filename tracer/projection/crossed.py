@@ -8,7 +8,8 @@ ways, whichever has fewer operations:
 - built: the batch's gradients are built some output channels at a time and multiplied with those of the targets, which
   are built once and kept.
 
-Products of float32 gradients are float32 and summed in float64 over parameters and blocks.
+Built float32 gradients are multiplied in float32, and so are positions where there is one a row. With more, the terms
+of a gram may cancel (inputs with a large common part), so it is float64, as norms are, and sums over parameters too.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ GRAM_BYTES, FACTOR_BYTES, BUILT_BYTES = 32 << 20, 64 << 20, 32 << 20
 
 
 class TargetGradients:
-    """The gradients of some target rows, held as factors, and built where that is cheaper to multiply with.
+    """The gradients of some target rows over their lengths, held as factors, and built where that is cheaper.
 
     Attributes:
         num_rows: The number of targets ``m``.
@@ -49,18 +50,19 @@ class TargetGradients:
         self._built: dict[tuple[str, int], Tensor] = {}
         self._scratch = Scratch()
 
-    def append(self, num_rows: int, pieces: Sequence[tuple[int, dict[str, PerSampleGradient]]]) -> None:
-        """Add the rows of a batch.
+    def append(self, lengths: Tensor, pieces: Sequence[tuple[int, dict[str, PerSampleGradient]]]) -> None:
+        """Add the rows of a batch, each divided by its length, so that products neither overflow nor vanish.
 
         Args:
-            num_rows: Its number of rows.
+            lengths: ``[rows]``, what each row's gradient is divided by; its norm, or 1 for a gradient of zero.
             pieces: The gradients by parameter name, of the batch's rows from the given one on.
         """
         for start, gradients in pieces:
             for name, gradient in gradients.items():
+                rows = lengths[start : start + gradient.batch_size].to(gradient.device)
                 for part in norms.flatten_sum(gradient):
-                    self._parts.setdefault(name, []).append((self.num_rows + start, part))
-        self.num_rows += num_rows
+                    self._parts.setdefault(name, []).append((self.num_rows + start, _divided(part, rows)))
+        self.num_rows += len(lengths)
 
     def num_bytes(self) -> int:
         """Return how many bytes are held, or will be once batches like these are multiplied with."""
@@ -71,22 +73,21 @@ class TargetGradients:
             for _, part in parts:
                 storages |= {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(part)}
                 if not isinstance(part, DenseGradient) and not _gram_pays(part, part, rows):
-                    built += 4 * part.batch_size * part.numel
+                    built += max(4, part.dtype.itemsize) * part.batch_size * part.numel
         return sum(storages.values()) + built
 
     def join(self) -> None:
         """Put the parts of several batches together where they have the same form: products are faster so."""
         for name, parts in self._parts.items():
-            joined: list[tuple[int, PerSampleGradient]] = []
-            parts.sort(key=lambda part: part[0])
-            for first, part in parts:
-                place = next((i for i, (start, one) in enumerate(joined) if start + one.batch_size == first), None)
-                both = None if place is None else _concatenated(joined[place][1], part)
-                if place is None or both is None:
-                    joined.append((first, part))
+            runs: list[list[tuple[int, PerSampleGradient]]] = []
+            for first, part in sorted(parts, key=lambda one: one[0]):
+                open_runs = (run for run in runs if run[-1][0] + run[-1][1].batch_size == first)
+                run = next((run for run in open_runs if _same_form(run[-1][1], part)), None)
+                if run is None:
+                    runs.append([(first, part)])
                 else:
-                    joined[place] = (joined[place][0], both)
-            self._parts[name] = joined
+                    run.append((first, part))
+            self._parts[name] = [(run[0][0], _concatenated([part for _, part in run])) for run in runs]
 
     def add_products(self, name: str, gradient: PerSampleGradient, products: Tensor) -> Tensor:
         """Add one parameter's inner products with all targets, and return its squared norms.
@@ -128,34 +129,67 @@ class TargetGradients:
         return self._built[key]
 
 
+def _divided(gradient: PerSampleGradient, lengths: Tensor) -> PerSampleGradient:
+    """Return the gradient of each row over its length ``[B]``."""
+    if isinstance(gradient, FoldedGradient):
+        return FoldedGradient(_divided(gradient.inner, lengths.repeat_interleave(gradient.factor)), gradient.factor)
+
+    def over(values: Tensor) -> Tensor:
+        values = full_precision(values)
+        return (values / lengths.view(-1, *(1 for _ in values.shape[1:]))).to(values.dtype)
+
+    if isinstance(gradient, OuterGradient):
+        return OuterGradient(over(gradient.left), gradient.right, gradient.shape)
+    if isinstance(gradient, RowsGradient):
+        return RowsGradient(gradient.index, over(gradient.values), gradient.shape)
+    if isinstance(gradient, WindowGradient):
+        return _window_like(gradient, gradient.padded, over(gradient.left))
+    built = torch.cat([norms.built(gradient, *rows) for rows in row_blocks(gradient.batch_size, 4 * gradient.numel)])
+    return DenseGradient(over(built).view(-1, *gradient.shape))
+
+
+def _window_like(one: WindowGradient, padded: Tensor, left: Tensor) -> WindowGradient:
+    options: dict[str, Any] = {"stride": one.stride, "dilation": one.dilation, "groups": one.groups}
+    return WindowGradient(padded, left, one.shape, **options)
+
+
 def _tensors(gradient: PerSampleGradient) -> list[Tensor]:
-    """Return the tensors that a gradient holds."""
+    """Return the tensors that a gradient made by `_divided` holds."""
     if isinstance(gradient, FoldedGradient):
         return _tensors(gradient.inner)
     return [value for value in vars(gradient).values() if isinstance(value, Tensor)]
 
 
-def _concatenated(one: PerSampleGradient, other: PerSampleGradient) -> PerSampleGradient | None:
-    """Return the rows of both, or None where they differ in form."""
+def _same_form(one: PerSampleGradient, other: PerSampleGradient) -> bool:
+    """Say whether the rows of both can be put together."""
     if type(one) is not type(other):
-        return None
+        return False
     if isinstance(one, FoldedGradient) and isinstance(other, FoldedGradient):
-        inner = _concatenated(one.inner, other.inner) if one.factor == other.factor else None
-        return None if inner is None else FoldedGradient(inner, one.factor)
-    pairs = list(zip(_tensors(one), _tensors(other), strict=True))
-    if any(a.shape[1:] != b.shape[1:] or a.dtype != b.dtype or a.device != b.device for a, b in pairs):
-        return None
-    first, *rest = [torch.cat(pair) for pair in pairs]
-    if isinstance(one, DenseGradient):
-        return DenseGradient(first)
+        return one.factor == other.factor and _same_form(one.inner, other.inner)
+    if isinstance(one, WindowGradient) and isinstance(other, WindowGradient):
+        if (one.stride, one.dilation, one.groups) != (other.stride, other.dilation, other.groups):
+            return False
+    pairs = zip(_tensors(one), _tensors(other), strict=True)
+    return all(a.shape[1:] == b.shape[1:] and a.dtype == b.dtype and a.device == b.device for a, b in pairs)
+
+
+def _concatenated(parts: Sequence[PerSampleGradient]) -> PerSampleGradient:
+    """Return the rows of all parts, which have one form."""
+    one = parts[0]
+    if len(parts) == 1:
+        return one
+    if isinstance(one, FoldedGradient):
+        return FoldedGradient(
+            _concatenated([part.inner for part in parts if isinstance(part, FoldedGradient)]), one.factor
+        )
+    first, *rest = [torch.cat(tensors) for tensors in zip(*map(_tensors, parts), strict=True)]
     if isinstance(one, OuterGradient):
         return OuterGradient(first, rest[0], one.shape)
     if isinstance(one, RowsGradient):
         return RowsGradient(first, rest[0], one.shape)
     if isinstance(one, WindowGradient):
-        options: dict[str, Any] = {"stride": one.stride, "dilation": one.dilation, "groups": one.groups}
-        return WindowGradient(first, rest[0], one.shape, **options)
-    return None
+        return _window_like(one, first, rest[0])
+    return DenseGradient(first)
 
 
 def _positions(gradient: PerSampleGradient) -> int | None:
@@ -170,7 +204,8 @@ def _gram_pays(one: PerSampleGradient, other: PerSampleGradient, num_targets: in
         return False
     rows, cols = matrix_shape(one.shape)
     by_index = isinstance(one, RowsGradient) or isinstance(other, RowsGradient)
-    gram = num_targets * first * second * ((1 if by_index else rows) + cols + 4)
+    precision = 1 if first * second == 1 else 2  # sums over positions are float64
+    gram = precision * num_targets * first * second * ((1 if by_index else rows) + cols + 4)
     build = 12 if isinstance(one, RowsGradient) else first + 12
     return gram <= rows * cols * (num_targets + build)
 
@@ -178,8 +213,11 @@ def _gram_pays(one: PerSampleGradient, other: PerSampleGradient, num_targets: in
 def _add_gram(one: PerSampleGradient, other: PerSampleGradient, products: Tensor, scratch: Scratch) -> None:
     """Add ``sum_{s,t} <l_s, l'_t> <r_s, r'_t>`` of all pairs to ``products [B, m]``."""
     first, second = _positions(one) or 0, _positions(other) or 0
+    if not first * second:
+        return
     rows, cols = matrix_shape(one.shape)
-    pair_bytes = 2 * 4 * max(1, first * second)
+    dtype = torch.promote_types(one.dtype, torch.float32 if first * second == 1 else torch.float64)
+    pair_bytes = 2 * dtype.itemsize * first * second
     target_step = max(1, FACTOR_BYTES // (4 * max(1, second) * (rows + cols)))
     for low in range(0, other.batch_size, target_step):
         high = min(low + target_step, other.batch_size)
@@ -187,8 +225,8 @@ def _add_gram(one: PerSampleGradient, other: PerSampleGradient, products: Tensor
         right = _position_rows(other, low, high, scratch, "targets")
         for start, stop in row_blocks(one.batch_size, row_bytes, GRAM_BYTES):
             left = _position_rows(one, start, stop, scratch, "rows")
-            gram = _left_gram(left, right, scratch)
-            gram *= _matmul(left[1], right[1].T, scratch, "right gram")
+            gram = _left_gram(left, right, dtype, scratch)
+            gram *= _matmul(left[1], right[1].T, dtype, scratch, "right gram")
             summed = gram.view(stop - start, first, -1).sum(1).view(stop - start, high - low, second).sum(2)
             products[start:stop, low:high] += summed
 
@@ -214,24 +252,24 @@ def _flat(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1])
 
 
-def _matmul(left: Tensor, right: Tensor, scratch: Scratch, use: str) -> Tensor:
+def _matmul(left: Tensor, right: Tensor, dtype: torch.dtype, scratch: Scratch, use: str) -> Tensor:
     """Multiply matrices into memory that is used again; fresh memory costs more than the product."""
-    dtype = torch.promote_types(left.dtype, right.dtype)
     out = scratch.take(use, (left.shape[0], right.shape[1]), dtype, left.device)
     return torch.mm(left.to(dtype), right.to(dtype), out=out)
 
 
-def _left_gram(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], scratch: Scratch) -> Tensor:
+def _left_gram(
+    one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype, scratch: Scratch
+) -> Tensor:
     """Return the products of left factors of all pairs of positions: ``[b * T, m * T']``."""
     left, right = one[0], other[0]
-    dtype = torch.promote_types(one[1].dtype, other[1].dtype)
     if left.ndim == 1 and right.ndim == 1:
         return (left.unsqueeze(1) == right).to(dtype)
     if left.ndim == 1:
         return right.T.index_select(0, left).to(dtype)
     if right.ndim == 1:
         return left.index_select(1, right).to(dtype)
-    return _matmul(left, right.T, scratch, "left gram")
+    return _matmul(left, right.T, dtype, scratch, "left gram")
 
 
 def _built_blocks(gradient: PerSampleGradient, scratch: Scratch) -> Iterator[tuple[int, int, slice, Tensor]]:

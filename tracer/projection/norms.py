@@ -17,7 +17,14 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from tracer.factors import DenseGradient, PerSampleGradient, RowsGradient, SumGradient, matrix_shape
+from tracer.factors import (
+    DenseGradient,
+    FoldedGradient,
+    PerSampleGradient,
+    RowsGradient,
+    SumGradient,
+    matrix_shape,
+)
 from tracer.projection.base import full_precision, row_blocks
 
 _CHUNK = 1024
@@ -100,6 +107,9 @@ def squared_norm(gradient: PerSampleGradient) -> Tensor:
 
 def flatten_sum(gradient: PerSampleGradient) -> list[PerSampleGradient]:
     """Return the parts of a sum of gradients, also of sums within it; any other gradient is its own part."""
+    if isinstance(gradient, FoldedGradient):
+        inner = flatten_sum(gradient.inner)
+        return [gradient] if len(inner) == 1 else [part.fold(gradient.factor) for part in inner]
     if not isinstance(gradient, SumGradient):
         return [gradient]
     return [leaf for part in gradient.parts for leaf in flatten_sum(part)]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tracer.factors import PerSampleGradient, WindowGradient, matrix_shape
+from tracer.factors import PerSampleGradient, WindowGradient
 from tracer.projection import norms
 from tracer.projection.arrangement import place, place_columns, window_rows
 from tracer.projection.base import full_precision, row_blocks
@@ -57,7 +57,9 @@ class Spectrum:
     def hold(self, gradient: PerSampleGradient, tiles: Sequence[Tile], scratch: Scratch) -> None:
         """Keep the gradient of a vector-input layer, of all samples, until others have come."""
         self._vectors.append((gradient, tiles, scratch))
-        self._held += gradient.batch_size * sum(matrix_shape(gradient.shape)) * self.features.element_size()
+        factors = gradient.outer(0, gradient.batch_size)
+        assert factors is not None
+        self._held += sum(factor.untyped_storage().nbytes() for factor in factors)  # a view keeps more than it shows
         if self._held > HELD_BYTES:
             self._transform_vectors(last=False)
 
