@@ -222,54 +222,54 @@ def _add_gram(one: PerSampleGradient, other: PerSampleGradient, products: Tensor
     for low in range(0, other.batch_size, target_step):
         high = min(low + target_step, other.batch_size)
         row_bytes = max(pair_bytes * (high - low), 4 * first * (rows + cols) // 2)
-        right = _position_rows(other, low, high, scratch, "targets")
+        right = _position_rows(other, low, high, dtype, scratch, "targets")
         for start, stop in row_blocks(one.batch_size, row_bytes, GRAM_BYTES):
-            left = _position_rows(one, start, stop, scratch, "rows")
-            gram = _left_gram(left, right, dtype, scratch)
-            gram *= _matmul(left[1], right[1].T, dtype, scratch, "right gram")
+            left = _position_rows(one, start, stop, dtype, scratch, "rows")
+            gram = _left_gram(left, right, scratch)
+            gram *= _matmul(left[1], right[1].T, scratch, "right gram")
             summed = gram.view(stop - start, first, -1).sum(1).view(stop - start, high - low, second).sum(2)
             products[start:stop, low:high] += summed
 
 
 def _position_rows(
-    gradient: PerSampleGradient, start: int, stop: int, scratch: Scratch, use: str
+    gradient: PerSampleGradient, start: int, stop: int, dtype: torch.dtype, scratch: Scratch, use: str
 ) -> tuple[Tensor, Tensor]:
     """Return ``[b * T, O]``, or the numbers of touched rows ``[b * T]``, and ``[b * T, I]``."""
+
+    def rows(values: Tensor, side: str) -> Tensor:
+        """Copy ``[b, ..., n]`` to ``[b * T, n]`` in the dtype, into memory that is used again."""
+        taken = scratch.take(f"{use} {side}", values.shape, dtype, values.device).copy_(values)
+        return taken.view(-1, values.shape[-1])
+
     if isinstance(gradient, RowsGradient):
-        return gradient.index[start:stop].reshape(-1), _flat(full_precision(gradient.values[start:stop]))
+        return gradient.index[start:stop].reshape(-1), rows(gradient.values[start:stop], "right")
     if isinstance(gradient, WindowGradient) and gradient.groups == 1:
-        windows = gradient.windows(full_precision(gradient.padded[start:stop]))
-        windows = windows.movedim(tuple(range(-len(gradient.stride), 0)), tuple(range(1, len(gradient.stride) + 1)))
-        rows = scratch.take(use, windows.shape, windows.dtype, windows.device).copy_(windows)
-        left = full_precision(gradient.left[start:stop]).flatten(2).transpose(1, 2)
-        return _flat(left), rows.view(-1, matrix_shape(gradient.shape)[1])
+        windows = gradient.windows(gradient.padded[start:stop])
+        spatial = len(gradient.stride)
+        windows = windows.movedim(tuple(range(-spatial, 0)), tuple(range(1, spatial + 1)))
+        left = rows(gradient.left[start:stop].flatten(2).transpose(1, 2), "left")
+        return left, rows(windows, "right").view(len(left), -1)
     factors = gradient.outer(start, stop)
     assert factors is not None
-    return _flat(full_precision(factors[0])), _flat(full_precision(factors[1]))
+    return rows(factors[0], "left"), rows(factors[1], "right")
 
 
-def _flat(values: Tensor) -> Tensor:
-    return values.reshape(-1, values.shape[-1])
-
-
-def _matmul(left: Tensor, right: Tensor, dtype: torch.dtype, scratch: Scratch, use: str) -> Tensor:
+def _matmul(left: Tensor, right: Tensor, scratch: Scratch, use: str) -> Tensor:
     """Multiply matrices into memory that is used again; fresh memory costs more than the product."""
-    out = scratch.take(use, (left.shape[0], right.shape[1]), dtype, left.device)
-    return torch.mm(left.to(dtype), right.to(dtype), out=out)
+    out = scratch.take(use, (left.shape[0], right.shape[1]), left.dtype, left.device)
+    return torch.mm(left, right, out=out)
 
 
-def _left_gram(
-    one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], dtype: torch.dtype, scratch: Scratch
-) -> Tensor:
+def _left_gram(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], scratch: Scratch) -> Tensor:
     """Return the products of left factors of all pairs of positions: ``[b * T, m * T']``."""
     left, right = one[0], other[0]
     if left.ndim == 1 and right.ndim == 1:
-        return (left.unsqueeze(1) == right).to(dtype)
+        return (left.unsqueeze(1) == right).to(one[1].dtype)
     if left.ndim == 1:
-        return right.T.index_select(0, left).to(dtype)
+        return right.T.index_select(0, left)
     if right.ndim == 1:
-        return left.index_select(1, right).to(dtype)
-    return _matmul(left, right.T, dtype, scratch, "left gram")
+        return left.index_select(1, right)
+    return _matmul(left, right.T, scratch, "left gram")
 
 
 def _built_blocks(gradient: PerSampleGradient, scratch: Scratch) -> Iterator[tuple[int, int, slice, Tensor]]:
