@@ -88,7 +88,7 @@ def encoder(batch_size: int = 16) -> Work:
 def perceptron(batch_size: int = 512, **options: Any) -> Work:
     """An MLP on vectors of MNIST's size."""
     batch = torch.randn(batch_size, 784), torch.randint(0, 10, (batch_size,))
-    name = f"MLP 784-256-256-10, batch {batch_size}" + ("".join(f", {k}={v}" for k, v in options.items()))
+    name = f"MLP 784-256-256-10, batch {batch_size}" + (", last layer only" if options else "")
     return Work(name, mlp(784, 256, 256, 10), batch, "image_classification", options)
 
 

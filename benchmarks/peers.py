@@ -21,7 +21,7 @@ import functools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -290,8 +290,34 @@ def cases(wanted: str) -> Iterator[Case]:
         yield dataclasses.replace(case, exact_only=True)
 
 
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw what each library costs, a panel for each case, on a logarithmic scale with the plain pass as a line."""
+    from matplotlib.figure import Figure
+
+    timed = [row for row in rows if "seconds" in row]
+    names = list(dict.fromkeys(row["case"] for row in timed))
+    counts = [sum(row["case"] == name for row in timed) for name in names]
+    figure = Figure(figsize=(9, 0.36 * len(timed) + 0.55 * len(names) + 0.6), layout="constrained")
+    panels = figure.subplots(len(names), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": counts})[:, 0]
+    for name, axes in zip(names, panels, strict=True):
+        mine = [row for row in timed if row["case"] == name][::-1]
+        colors = ["#1f5fbf" if row["library"].startswith("tracer") else "#8a949e" for row in mine]
+        bars = axes.barh([row["library"] for row in mine], [row["ratio"] for row in mine], color=colors)
+        values = [row["ratio"] for row in mine]
+        labels = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values]
+        axes.bar_label(bars, labels, padding=4, fontsize=9)
+        axes.axvline(1.0, color="#333333", linewidth=1, linestyle="--")
+        axes.set_xscale("log")
+        axes.set_title(name, fontsize=11, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    panels[-1].set_xlim(0.7, 3 * max(row["ratio"] for row in timed))
+    panels[-1].set_xlabel("time over one plain forward and backward of all rows (dashed: 1)")
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
-    """Measure, print a table and write JSON."""
+    """Measure, print a table and write JSON and PNG."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -309,6 +335,7 @@ def main() -> None:
     print(f"\n{table(rows, columns | more)}\n\n{machine()}")
     part = "_part" if options.only or options.case else ""
     print(write_results(options.output_dir, f"peers{part}", rows))
+    plot(rows, options.output_dir / f"peers{part}.png")
 
 
 if __name__ == "__main__":
