@@ -50,6 +50,11 @@ def check_autocast(autocast: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
+def bar_disabled(progress: bool | None) -> bool | None:
+    """Return what tqdm takes as ``disable``: None, on a terminal only, where ``progress`` is None."""
+    return None if progress is None else not progress
+
+
 def check_count(value: int, name: str) -> int:
     """Return a positive int.
 

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from tracer.arguments import check_count
+from tracer.arguments import bar_disabled, check_count
 from tracer.errors import InputError, InputTypeError
 from tracer.report import write_report
 from tracer.rowsource import RowSource, row_source
@@ -164,7 +164,7 @@ def attribute(
             tracer.score_exactly(checkpoint, model_id, train_rows, target_rows, exp_name)
         tracer.finalize_features(chosen)
         return Attribution(tracer, exp_name, estimator, chosen)
-    bar_options = {"unit": "row", "disable": None if progress is None else not progress}
+    bar_options = {"unit": "row", "disable": bar_disabled(progress)}
     for model_id, (checkpoint, learning_rate) in enumerate(pairs):
         tracer.load_checkpoint(checkpoint, model_id=model_id, learning_rate=learning_rate)
         missing = tracer.remaining(model_id)

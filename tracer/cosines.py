@@ -7,19 +7,19 @@ they do not overflow or vanish with the size of gradients, and slopes and norms 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tracer.arguments import bar_disabled
 from tracer.batches import map_leaves, select_rows
 from tracer.errors import NonFiniteError
 from tracer.factors import PerSampleGradient
-from tracer.featurize import Featurizer, row_values, write_values
+from tracer.featurize import Featurizer, NormSink, row_values, write_values
 from tracer.projection.crossed import TargetGradients
-from tracer.projection.norms import squared_norm
 from tracer.rowsource import RowSource
 from tracer.store import RowTable, ScoreArray, Store
 from tracer.types import Batch
@@ -52,9 +52,8 @@ class CosineWriter:
         self._featurizer, self._store, self._key = featurizer, store, (exp_name, model_id)
         self._memory_bytes, self._progress = memory_bytes, progress
         self._train, self._targets = store.checkpoint(model_id), store.targets(exp_name, model_id)
-        self._same_rows = _fullest(store.checkpoint(other) for other in store.checkpoint_ids() if other != model_id)
-        scored = (other for other in store.target_ids(exp_name) if other != model_id)
-        self._same_targets = _fullest(store.targets(exp_name, other) for other in scored)
+        self._same_rows = store.other_checkpoint(model_id)
+        self._same_targets = store.other_targets(exp_name, model_id)
 
     def run(self, train: RowSource, targets: RowSource) -> None:
         """Compute what is not stored yet, block by block of targets.
@@ -77,27 +76,29 @@ class CosineWriter:
     def _run_blocks(self, train: RowSource, targets: RowSource) -> None:
         first = 0
         while first < targets.num_rows:
-            size = self._stored_size(first)
-            if size is None or not dict(self._store.cosines(*self._key))[first].complete:
-                held = self._hold(targets, first, size)
-                size = held.num_rows
+            block = self._stored(first)
+            if block is None or not block.complete:
+                held = self._hold(targets, first, None if block is None else block.shape[1])
+                last = first + held.num_rows
                 self._targets.flush()  # a block that is there says that its targets' values are
                 block = self._store.cosine_block(
-                    *self._key, first, size, self._inputs(first, size), tile_rows=min(TILE_ROWS, train.num_rows)
+                    *self._key,
+                    first,
+                    held.num_rows,
+                    self._inputs(first, held.num_rows),
+                    tile_rows=min(TILE_ROWS, train.num_rows),
                 )
-                self._write_block(block, train, held, f"targets {first}-{first + size - 1}")
-            first += size
+                self._write_block(block, train, held, f"targets {first}-{last - 1}")
+            first += block.shape[1]
 
     def _inputs(self, first: int, size: int) -> dict:
         tables = [table.attributes["table_id"] for table in (self._train, self._targets)]
         return {"tables": tables, "targets": [first, first + size]}
 
-    def _stored_size(self, first: int) -> int | None:
-        """Return the number of targets of the block that is stored from a target on, None where there is none."""
+    def _stored(self, first: int) -> ScoreArray | None:
+        """Return the block that is stored from a target on, None where there is none of these tables."""
         block = dict(self._store.cosines(*self._key)).get(first)
-        if block is None or block.inputs != self._inputs(first, block.shape[1]):
-            return None
-        return block.shape[1]
+        return block if block is not None and block.inputs == self._inputs(first, block.shape[1]) else None
 
     def _hold(self, targets: RowSource, first: int, size: int | None) -> TargetGradients:
         """Compute the gradients of ``size`` targets, or of as many as memory allows."""
@@ -105,9 +106,8 @@ class CosineWriter:
         last = targets.num_rows if size is None else first + size
         for batch, rows in _wanted(targets, np.arange(first, last)):
             sink = _HoldingSink(len(rows), self._featurizer.device)
-            own = map_leaves(
-                batch, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf
-            )  # factors are views
+            # Factors may be views of the batch, whose memory a loader may use again.
+            own = map_leaves(batch, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
             self._run(self._targets, own, rows, sink, self._same_targets)
             held.append(_lengths(sink.squared_norm), sink.pieces)
             if size is None and held.num_bytes() > self._memory_bytes:
@@ -122,7 +122,7 @@ class CosineWriter:
             return
         bands: dict[int, np.ndarray] = {}
         missing: dict[int, int] = {}
-        disable = None if self._progress is None else not self._progress
+        disable = bar_disabled(self._progress)
         with block, tqdm(total=train.num_rows, unit="row", desc=description, disable=disable) as bar:
             bar.update(train.num_rows - sum(map(len, rows)))
             for batch, inds in _wanted(train, np.concatenate(rows)):
@@ -158,24 +158,22 @@ class CosineWriter:
         write_values(table, rows[new], values.select(new), fingerprint[new])
 
 
-class _HoldingSink:
+class _HoldingSink(NormSink):
     """Holds gradients and sums up their squared norms, ``[B]``, float64."""
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
-        self.squared_norm = torch.zeros(num_rows, dtype=torch.float64, device=device)
+        super().__init__(num_rows, device)
         self.pieces: list[tuple[int, dict[str, PerSampleGradient]]] = []
 
     def begin(self) -> None:
         """Start anew."""
-        self.squared_norm.zero_()
+        super().begin()
         self.pieces.clear()
 
     def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
         """Hold the gradients of samples ``start`` to ``stop``."""
+        super().take(start, stop, gradients)
         self.pieces.append((start, gradients))
-        with torch.no_grad(), torch.autocast(self.squared_norm.device.type, enabled=False):
-            for gradient in gradients.values():
-                self.squared_norm[start:stop] += squared_norm(gradient).to(self.squared_norm.device)
 
 
 class _ProductSink:
@@ -193,15 +191,14 @@ class _ProductSink:
 
     def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
         """Add the gradients of samples ``start`` to ``stop``."""
-        with torch.no_grad(), torch.autocast(self.products.device.type, enabled=False):
-            for name, gradient in gradients.items():
-                products = self.products[start:stop]
-                if gradient.device != products.device:  # of a model that lies on several devices
-                    products = torch.zeros_like(products, device=gradient.device)
-                squares = self._held.add_products(name, gradient, products)
-                self.squared_norm[start:stop] += squares.to(self.squared_norm.device)
-                if products.device != self.products.device:
-                    self.products[start:stop] += products.to(self.products.device)
+        for name, gradient in gradients.items():
+            products = self.products[start:stop]
+            if gradient.device != products.device:  # of a model that lies on several devices
+                products = torch.zeros_like(products, device=gradient.device)
+            squares = self._held.add_products(name, gradient, products)
+            self.squared_norm[start:stop] += squares.to(self.squared_norm.device)
+            if products.device != self.products.device:
+                self.products[start:stop] += products.to(self.products.device)
 
 
 def _lengths(squared_norm: Tensor) -> Tensor:
@@ -228,8 +225,3 @@ def _wanted(source: RowSource, rows: np.ndarray) -> Iterator[tuple[Batch, np.nda
             batch = select_rows(batch, torch.from_numpy(np.flatnonzero(mine)), len(inds))
         if mine.any():
             yield batch, inds[mine]
-
-
-def _fullest(tables: Iterable[RowTable]) -> RowTable | None:
-    """Return the table with the most rows done, None where there is none."""
-    return max(tables, key=lambda table: table.num_done, default=None)

@@ -137,7 +137,7 @@ class Featurizer:
             The values, on the CPU.
         """
         if self.projector is None:
-            norms_only = _NormSink(num_rows, self.device)
+            norms_only = NormSink(num_rows, self.device)
             outputs = self.run(batch, num_rows, norms_only)
             return row_values(outputs, norms_only.squared_norm)
         if self._memory is None or len(self._memory) < num_rows:
@@ -203,7 +203,7 @@ class _ProjectingSink:
         return self._running.finish()
 
 
-class _NormSink:
+class NormSink:
     """Sums up squared norms, ``[B]``, float64."""
 
     def __init__(self, num_rows: int, device: torch.device) -> None:

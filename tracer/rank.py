@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tracer.arguments import bar_disabled
 from tracer.scoring import RunningTopK, add_dot_products, row_weights, self_influence
 from tracer.store import RowTable, ScoreArray
 from tracer.types import TopK
@@ -153,7 +154,7 @@ def write_scores(
     """
     num_rows, num_targets = pairs[0].train.num_rows, pairs[0].targets.num_rows
     step = scores.tile_rows
-    with tqdm(total=num_rows, unit="row", desc="scores", disable=_disable(progress)) as bar:
+    with tqdm(total=num_rows, unit="row", desc="scores", disable=bar_disabled(progress)) as bar:
         band = np.zeros((0, num_targets), np.float32)
         for start, first, last, tile in score_tiles(pairs, estimator, device, step, scores.tile_done):
             if first == 0:
@@ -194,7 +195,7 @@ def top_rows(
     running = [
         RunningTopK(min(_TARGET_ROWS, num_targets - first), k, largest) for first in range(0, num_targets, _TARGET_ROWS)
     ]
-    with tqdm(total=num_rows, unit="row", desc="top", disable=_disable(progress)) as bar:
+    with tqdm(total=num_rows, unit="row", desc="top", disable=bar_disabled(progress)) as bar:
         step = tile_rows(pairs[0].train.dim, min(num_targets, _TARGET_ROWS))
         for start, first, last, tile in score_tiles(pairs, estimator, device, step):
             running[first // _TARGET_ROWS].update(start, tile)
@@ -217,8 +218,3 @@ def summed_self_influence(tables: Sequence[tuple[float, RowTable]]) -> np.ndarra
     for learning_rate, table in tables:
         total += learning_rate * self_influence(table.column("slope")[:], table.column("gradient_norm")[:])
     return total
-
-
-def _disable(progress: bool | None) -> bool | None:
-    """Translate to tqdm's ``disable``, where None means: unless on a terminal."""
-    return None if progress is None else not progress

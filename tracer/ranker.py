@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from tracer import rank
-from tracer.arguments import as_list, check_count, check_model_id
+from tracer.arguments import as_list, bar_disabled, check_count, check_model_id
 from tracer.errors import CallOrderError, IncompleteError, InputError, nearest_name
 from tracer.scoring import check_estimator
 from tracer.store import RowTable, ScoreArray, Store
@@ -36,7 +36,7 @@ class Ranker:
 
     def finalize_features(self, model_ids: list[int] | None) -> None:
         """Check that all rows are there and mark the checkpoints; see `tracer.Tracer.finalize_features`."""
-        disable = None if self.progress is None else not self.progress
+        disable = bar_disabled(self.progress)
         for model_id in tqdm(self._known_ids(model_ids), desc="finalize", unit="checkpoint", disable=disable):
             table = self.store.checkpoint(model_id)
             missing = table.remaining()

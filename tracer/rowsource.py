@@ -76,7 +76,7 @@ def row_source(data: Any, name: str, batch_size: int, collate_fn: Callable[[list
 
     Args:
         data: A map-style data set; a tuple of tensors or arrays with rows first; a `DataLoader` that keeps the
-            order; or a list of batches.
+            order; a list of batches; or a row source, which is returned as it is.
         name: The argument's name, for messages.
         batch_size: The batch size for data sets and tensors.
         collate_fn: How rows become a batch, for data sets.

@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -176,6 +176,14 @@ class Store:
                 f"{self.path} has no checkpoint {model_id}, only {self.checkpoint_ids()}: featurize it first"
             )
         return self._table(path, self.manifest.train_set_size, flush_seconds)
+
+    def other_checkpoint(self, model_id: int) -> RowTable | None:
+        """Return the fullest table of train rows at another checkpoint, with which rows can be compared, or None."""
+        return _fullest(self.checkpoint(other) for other in self.checkpoint_ids() if other != model_id)
+
+    def other_targets(self, exp_name: str, model_id: int) -> RowTable | None:
+        """Return the fullest table of a target set at another checkpoint, or None."""
+        return _fullest(self.targets(exp_name, other) for other in self.target_ids(exp_name) if other != model_id)
 
     def exp_names(self) -> list[str]:
         """Return the names of all target sets that have a table, sorted."""
@@ -429,6 +437,10 @@ def _directories(path: Path) -> list[Path]:
 def _table_ids(path: Path) -> list[int]:
     names = [directory.name for directory in _directories(path)]
     return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+
+
+def _fullest(tables: Iterable[RowTable]) -> RowTable | None:
+    return max(tables, key=lambda table: table.num_done, default=None)
 
 
 def _checked_name(what: str, name: str) -> str:

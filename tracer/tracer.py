@@ -154,8 +154,7 @@ class Tracer:
         else:
             table = self.store.create_checkpoint(model_id, fingerprint, rate)
         self._start(table, weights, model_id, RowCursor(self.train_set_size, "train_set_size"), "featurize")
-        others = [self.store.checkpoint(other) for other in self.store.checkpoint_ids() if other != model_id]
-        self._same_rows = max(others, key=lambda other: other.num_done, default=None)
+        self._same_rows = self.store.other_checkpoint(model_id)
 
     def featurize(self, batch: Batch, inds: RowIndices | None = None, num_samples: int | None = None) -> None:
         """Compute and store the features of a batch of train rows at the loaded checkpoint.
@@ -256,8 +255,7 @@ class Tracer:
         self._check_weights(self.store.checkpoint(model_id), fingerprint, model_id)
         table = self._target_table(exp_name, model_id, num_targets)
         self._start(table, weights, model_id, RowCursor(num_targets, "num_targets"), "score")
-        others = [self.store.targets(exp_name, other) for other in self.store.target_ids(exp_name) if other != model_id]
-        self._same_rows = max(others, key=lambda other: other.num_done, default=None)
+        self._same_rows = self.store.other_targets(exp_name, model_id)
 
     def score(self, batch: Batch, inds: RowIndices | None = None, num_samples: int | None = None) -> None:
         """Compute and store the features of a batch of target rows; as `featurize`, for targets.

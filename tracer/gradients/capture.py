@@ -97,14 +97,13 @@ class _Recorder:
         self.batch_size = batch_size
         self.layouts = layouts
         self.calls: list[_Call] = []
-        self.recording = True
         self.expanded = False
 
     def hook(self, layer: CapturedLayer) -> Callable[..., Tensor | None]:
         """Return the forward hook of a layer."""
 
         def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
-            if not self.recording or not torch.is_grad_enabled():
+            if not torch.is_grad_enabled():
                 return None
             if not isinstance(output, Tensor) or torch.func.debug_unwrap(output, recurse=False) is not output:
                 raise CaptureFailed(layer.name, "its output is not a plain tensor")
@@ -188,7 +187,6 @@ class CapturedPass:
             with attending(attentions):
                 outputs = _checked_forward(task, model, batch, batch_size, recorder)
         finally:
-            recorder.recording = False
             for hook in hooks:
                 hook.remove()
         self._calls, self._batch_size = recorder.calls, batch_size

@@ -81,7 +81,8 @@ class Sink(Protocol):
     def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
         """Take gradients of samples ``start`` to ``stop``, by parameter name.
 
-        Each parameter of a sample comes once; one that never comes has gradient zero. What is not kept is freed.
+        Each parameter of a sample comes once; one that never comes has gradient zero. What is not kept is freed. It is
+        called under ``no_grad``.
         """
 
 
@@ -154,7 +155,8 @@ class GradientEngine:
         """
         outputs = self._captured(batch, batch_size, sink)
         for start, stop, gradients in self._general_parts(batch, batch_size, outputs.output):
-            sink.take(start, stop, gradients)
+            with torch.no_grad():
+                sink.take(start, stop, gradients)
         return outputs
 
     def _assign(self) -> None:
@@ -240,9 +242,10 @@ class GradientEngine:
         """Give what is captured to the sink and, where it is to be checked, to the sums."""
 
         def receive(gradients: dict[str, PerSampleGradient]) -> None:
-            if sums is not None:
-                sums.add(0, gradients)
-            sink.take(0, batch_size, gradients)
+            with torch.no_grad():
+                if sums is not None:
+                    sums.add(0, gradients)
+                sink.take(0, batch_size, gradients)
 
         captured.backward(receive)
 

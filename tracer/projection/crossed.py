@@ -243,7 +243,7 @@ def _position_rows(
 
     if isinstance(gradient, RowsGradient):
         return gradient.index[start:stop].reshape(-1), rows(gradient.values[start:stop], "right")
-    if isinstance(gradient, WindowGradient) and gradient.groups == 1:
+    if isinstance(gradient, WindowGradient):  # of one group: with more it has no positions
         windows = gradient.windows(gradient.padded[start:stop])
         spatial = len(gradient.stride)
         windows = windows.movedim(tuple(range(-spatial, 0)), tuple(range(1, spatial + 1)))

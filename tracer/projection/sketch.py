@@ -138,14 +138,14 @@ class SketchProjector(Projector):
     def _way(self, name: str, gradient: PerSampleGradient, positions: int) -> str:
         """Choose the cheapest way by sizes alone: ``built``, ``spectral`` or ``lattice``."""
         shape = matrix_shape(gradient.shape)
+        gram = norms.gram_cost(positions, *shape)  # for norms, which building gives besides
         costs = {
             "built": norms.build_cost(positions, *shape),
-            "spectral": spectral_cost(positions, shape, self.dim) + norms.gram_cost(positions, *shape),
+            "spectral": spectral_cost(positions, shape, self.dim) + gram,
         }
         if not isinstance(gradient, WindowGradient):
             lattices = self._lattices(name, gradient.device)
             if all(lattice.fits for lattice in lattices):
-                gram = norms.gram_cost(positions, *shape)
                 costs["lattice"] = sum(lattice.cost(positions) for lattice in lattices) + gram
         return min(costs, key=costs.__getitem__)
 
