@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from tracer.manifest import Manifest
-from tracer.tables import COLUMNS
+from tracer.store.manifest import Manifest
+from tracer.store.tables import COLUMNS
 
 N, DIM = 23, 5
 

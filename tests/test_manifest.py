@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tracer.documents import NODE, PARTIAL, read_document, write_document, write_group
 from tracer.errors import InputError, InputTypeError, MismatchError, StoreError
-from tracer.manifest import FORMAT_VERSION, Manifest, check_same, current_versions, differences, listing
+from tracer.store.documents import NODE, PARTIAL, read_document, write_document, write_group
+from tracer.store.manifest import FORMAT_VERSION, Manifest, check_same, current_versions, differences, listing
 
 SETTINGS: dict[str, Any] = {
     "train_set_size": 5,

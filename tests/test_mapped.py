@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import zarr
 
-from tracer import documents, mapped
-from tracer.documents import NODE, PARTIAL, create_file, sweep
 from tracer.errors import StoreError
-from tracer.mapped import Completion, Layout, MappedArray, crc32c, create_array
+from tracer.store import documents, mapped
+from tracer.store.documents import NODE, PARTIAL, create_file, sweep
+from tracer.store.mapped import Completion, Layout, MappedArray, crc32c, create_array
 
 
 def make(path, shape=(10, 3), dtype="float32", chunk_rows=4, tile_rows=None) -> MappedArray:

@@ -11,9 +11,9 @@ import pytest
 import zarr
 from store_cases import manifest
 
-from tracer.documents import PARTIAL
 from tracer.errors import CallOrderError, InputError, InputTypeError, StoreError
 from tracer.store import Store
+from tracer.store.documents import PARTIAL
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ import pytest
 import zarr
 from store_cases import DIM, N, batch, manifest
 
-from tracer.documents import NODE, PARTIAL
 from tracer.errors import CallOrderError, InputError, InputTypeError, MismatchError, StoreError
-from tracer.manifest import FORMAT_VERSION
-from tracer.mapped import MappedArray
 from tracer.store import RowTable, Store
-from tracer.tables import COLUMNS
+from tracer.store.documents import NODE, PARTIAL
+from tracer.store.manifest import FORMAT_VERSION
+from tracer.store.mapped import MappedArray
+from tracer.store.tables import COLUMNS
 
 
 @pytest.fixture

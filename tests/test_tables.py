@@ -9,7 +9,7 @@ from store_cases import DIM, N, batch, manifest
 
 from tracer.errors import CallOrderError, InputError, InputTypeError, MismatchError, NonFiniteError, TracerError
 from tracer.store import RowTable, Store
-from tracer.tables import COLUMNS
+from tracer.store.tables import COLUMNS
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_float16_keeps_relative_precision_at_any_magnitude(tmp_path, magnitude):
 @pytest.fixture
 def chunked(store, monkeypatch) -> RowTable:
     """A table whose features lie in files of 4 rows."""
-    monkeypatch.setattr("tracer.tables.CHUNK_BYTES", 4 * DIM * 4)
+    monkeypatch.setattr("tracer.store.tables.CHUNK_BYTES", 4 * DIM * 4)
     table = store.create_checkpoint(0, "a", None)
     table.write(**batch(np.arange(N)))
     return table

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tracer.errors import CheckpointError, InputTypeError
-from tracer.manifest import listing
+from tracer.store.manifest import listing
 from tracer.types import Checkpoint
 
 _MAX_NAMED = 6

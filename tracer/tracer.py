@@ -26,12 +26,12 @@ from tracer.cosines import CosineWriter
 from tracer.errors import CallOrderError, InputError, MismatchError
 from tracer.featurize import Featurizer
 from tracer.gradients import GradientEngine, ParamSelection, select_parameters
-from tracer.manifest import Manifest
 from tracer.projection import Projector, make_projector
 from tracer.ranker import Ranker
 from tracer.rows import RowCursor, RowIndices
 from tracer.rowsource import row_source
 from tracer.store import RowTable, Store
+from tracer.store.manifest import Manifest
 from tracer.tasks import LowerPrecision, make_task
 from tracer.types import Batch, Checkpoint, TopK
 

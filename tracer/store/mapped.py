@@ -24,8 +24,8 @@ import numpy as np
 import torch
 import zarr
 
-from tracer.documents import NODE, create_file, disk_errors, read_document, sync
 from tracer.errors import StoreError
+from tracer.store.documents import NODE, create_file, disk_errors, read_document, sync
 
 CHUNK_BYTES = 64 << 20
 """How many bytes of rows one file holds at most."""

@@ -24,14 +24,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from tracer.documents import NODE, PARTIAL, disk_errors, read_document, sweep, sync, write_group
 from tracer.errors import CallOrderError, InputError, InputTypeError, StoreError
-from tracer.manifest import Manifest, check_same, json_value, listing
-from tracer.mapped import FLUSH_SECONDS
-from tracer.score_array import DONE_SUFFIX, ScoreArray, mask_path, open_scores
-from tracer.tables import RowTable, create_table
-
-__all__ = ["RowTable", "ScoreArray", "Store"]
+from tracer.store.documents import NODE, PARTIAL, disk_errors, read_document, sweep, sync, write_group
+from tracer.store.manifest import Manifest, check_same, json_value, listing
+from tracer.store.mapped import FLUSH_SECONDS
+from tracer.store.score_array import DONE_SUFFIX, ScoreArray, mask_path, open_scores
+from tracer.store.tables import RowTable, create_table
 
 logger = logging.getLogger("tracer")
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from tracer.documents import NODE, disk_errors, partial_path, read_document, sync, write_group
 from tracer.errors import CallOrderError, InputError, InputTypeError, MismatchError, NonFiniteError, StoreError
-from tracer.manifest import json_value, listing
-from tracer.mapped import CHUNK_BYTES, FLUSH_SECONDS, Completion, Layout, MappedArray, create_array
+from tracer.store.documents import NODE, disk_errors, partial_path, read_document, sync, write_group
+from tracer.store.manifest import json_value, listing
+from tracer.store.mapped import CHUNK_BYTES, FLUSH_SECONDS, Completion, Layout, MappedArray, create_array
 
 VALUES = ("loss", "slope", "curvature", "gradient_norm")
 """The float32 columns that come with a row, all ``[N]``."""

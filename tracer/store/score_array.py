@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from tracer.documents import create_file, disk_errors, partial_path, sync
 from tracer.errors import CallOrderError, InputError, InputTypeError, StoreError
-from tracer.manifest import json_value
-from tracer.mapped import FLUSH_SECONDS, Completion, Layout, MappedArray, create_array
+from tracer.store.documents import create_file, disk_errors, partial_path, sync
+from tracer.store.manifest import json_value
+from tracer.store.mapped import FLUSH_SECONDS, Completion, Layout, MappedArray, create_array
 
 DONE_SUFFIX = "_done"
 TILE_BYTES = 16 << 20

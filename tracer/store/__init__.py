@@ -1,0 +1,7 @@
+"""The store: rows of features, targets, scores and selections in one zarr version 3 hierarchy."""
+
+from tracer.store.score_array import ScoreArray
+from tracer.store.store import Store
+from tracer.store.tables import RowTable
+
+__all__ = ["RowTable", "ScoreArray", "Store"]
