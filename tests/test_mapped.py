@@ -13,8 +13,10 @@ import zarr
 
 from tracer.errors import StoreError
 from tracer.store import documents, mapped
+from tracer.store.completion import Completion
 from tracer.store.documents import NODE, PARTIAL, create_file, sweep
-from tracer.store.mapped import Completion, Layout, MappedArray, crc32c, create_array
+from tracer.store.layout import Layout, create_array, rows_per_block
+from tracer.store.mapped import MappedArray
 
 
 def make(path, shape=(10, 3), dtype="float32", chunk_rows=4, tile_rows=None) -> MappedArray:
@@ -93,11 +95,17 @@ def test_more_files_than_maps_are_kept_right(tmp_path, monkeypatch):
     assert len(array._maps) <= 2 and len(array._dirty) <= 2
 
 
-def test_files_have_at_most_the_bytes_asked_for():
-    assert Layout.rows((1000, 4), "float16", chunk_bytes=100).chunk_rows == 12
-    assert Layout.rows((5, 4), "float16", chunk_bytes=100).chunk_rows == 5
-    assert Layout.rows((5, 400), "float32", chunk_bytes=100).chunk_rows == 1
-    assert Layout.rows((1 << 20, 4096), "float16", mapped.CHUNK_BYTES).data_bytes == 64 << 20
+def test_blocks_have_at_most_the_bytes_asked_for_and_are_as_many_for_each_process():
+    assert rows_per_block(1000, 8, block_bytes=100) == 12
+    assert rows_per_block(5, 8, block_bytes=100) == 5
+    assert rows_per_block(5, 1600, block_bytes=100) == 1
+    assert rows_per_block(1 << 20, 8192) == 8192
+    assert rows_per_block(50_000, 8192) == 4167  # 12 blocks, so that processes can share them later
+    for processes in (1, 2, 3, 4, 7, 64):
+        for rows in (1, 5, 64, 1000, 50_000):
+            size = rows_per_block(rows, 8192, processes)
+            assert 1 <= size <= 8192 and (rows < 20 * processes or -(-rows // size) >= processes)
+    assert rows_per_block(10, 0, 4) == 3
 
 
 def test_a_tiled_array_is_a_matrix_at_the_head_of_its_file(tmp_path):
@@ -114,10 +122,6 @@ def test_the_index_of_a_shard_is_the_one_that_zarr_writes(tmp_path):
     ours.assign(np.arange(10), values)
     zarr.open_array(str(tmp_path / "b"), mode="r+")[:] = values
     assert ours.chunk_path(0).read_bytes()[-52:] == theirs.chunk_path(0).read_bytes()[-52:]
-
-
-def test_crc32c_has_the_known_check_value():
-    assert crc32c(b"123456789") == 0xE3069283 and crc32c(b"") == 0
 
 
 @pytest.mark.parametrize("writable", [False, True])
@@ -210,11 +214,11 @@ class Recorded(MappedArray):
     log: list[str] = []
     fail = False
 
-    def flush(self) -> None:
+    def flush(self, chunks=None) -> None:
         if self.fail:
             self._dirty.clear()
             raise StoreError("the disk failed")
-        super().flush()
+        super().flush(chunks)
         self.log.append(self.path.name)
 
 

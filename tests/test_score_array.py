@@ -11,9 +11,10 @@ import pytest
 import zarr
 from store_cases import manifest
 
-from tracer.errors import CallOrderError, InputError, InputTypeError, StoreError
+from tracer.errors import CallOrderError, IncompleteError, InputError, InputTypeError, StoreError
 from tracer.store import Store
 from tracer.store.documents import PARTIAL
+from tracer.store.score_matrix import ScoreMatrix
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_scores_of_the_same_inputs_are_continued(store):
 
 @pytest.mark.parametrize(
     ("shape", "inputs", "tile_rows"),
-    [(SHAPE, {"model_ids": [0]}, None), ((11, 3), INPUTS, None), ((10, 4), INPUTS, None), (SHAPE, INPUTS, 5)],
+    [(SHAPE, {"model_ids": [0]}, None), ((9, 3), INPUTS, None), ((10, 4), INPUTS, None)],
 )
 def test_scores_of_other_inputs_begin_anew_and_held_matrices_stay(store, shape, inputs, tile_rows):
     with store.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4) as scores:
@@ -142,7 +143,7 @@ def test_scores_at_the_edges(store):
             store.scores("test", "none", shape, {})
     with pytest.raises(InputError, match="tile_rows is 0"):
         store.scores("test", "none", (1, 1), {}, tile_rows=0)
-    with pytest.raises(InputError, match="are taken by tile marks"):
+    with pytest.raises(InputError, match="are taken by what stands beside"):
         store.scores("test", "tracin_done", (1, 1), {})
     with pytest.raises(InputTypeError, match=r"inputs\.x is of type set"):
         store.scores("test", "none", (1, 1), {"x": {1}})
@@ -150,3 +151,121 @@ def test_scores_at_the_edges(store):
         store.read_scores("test", "none")
     with pytest.raises(CallOrderError, match="is closed"):
         scores.write(0, np.ones((1, 1), np.float32))
+
+
+def test_rows_that_come_in_leave_the_scores_of_the_others(store):
+    with store.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4) as scores:
+        scores.write(0, matrix())
+    with store.scores("test", "tracin", (17, 3), INPUTS, tile_rows=4) as grown:
+        assert grown.remaining() == [(8, 12), (12, 16), (16, 17)]  # the last tile was not full
+        np.testing.assert_array_equal(grown.read(0, 8), matrix()[:8])
+        more = np.arange(27, dtype=np.float32).reshape(9, 3)
+        grown.write(8, more)
+    expected = np.concatenate([matrix()[:8], more])
+    np.testing.assert_array_equal(np.asarray(grown.matrix()), expected)
+    np.testing.assert_array_equal(zarr.open_array(str(grown.path), mode="r")[:], expected)
+    assert store.scores("test", "tracin", (17, 3), INPUTS).complete
+    assert not store.scores("test", "tracin", SHAPE, INPUTS).tile_done.any()  # rows never leave: other inputs
+
+
+def divided(tmp_path) -> Store:
+    """A store whose scores lie in files of a block of rows each, for two processes."""
+    return Store.open(tmp_path / "divided", manifest(), processes=2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_processes_write_files_of_their_own(tmp_path, dtype):
+    store = divided(tmp_path)
+    values = np.random.default_rng(1).standard_normal((23, 3)).astype(np.float32) * 10.0 ** np.arange(-11, 12)[:, None]
+    seen = []
+    for rank in (1, 0):
+        with store.scores("test", "tracin", (23, 3), INPUTS, tile_rows=4, dtype=dtype) as scores:
+            mine = scores.remaining((rank, 2))
+            seen.append(mine)
+            for start, stop in mine:
+                scores.write(start, values[start:stop].astype(np.float32))
+    files = [{start // (3 * 4) for start, _ in mine} for mine in seen]
+    assert not files[0] & files[1] and files[0] | files[1] == {0, 1}
+    again = store.read_scores("test", "tracin")
+    found = again.matrix()
+    assert isinstance(found, ScoreMatrix) and again.complete and found.shape == (23, 3) and found.dtype == np.float32
+    if dtype == "float32":
+        np.testing.assert_array_equal(np.asarray(found), values.astype(np.float32))
+    else:  # relative to the largest of a row, whatever the row's size
+        assert (np.abs(found - values) <= np.abs(values).max(1, keepdims=True) * 2.0**-11).all()
+    assert (zarr.open_array(str(again.path), mode="r")[:] != 0).all()
+
+
+def test_scores_that_are_not_there_yet_are_refused_when_read(tmp_path):
+    scores = divided(tmp_path).scores("test", "tracin", (23, 3), INPUTS, tile_rows=4)
+    scores.write(0, np.ones((12, 3), np.float32))
+    found = scores.matrix()
+    assert (found[:12] == 1).all()
+    with pytest.raises(IncompleteError, match="rows 0 to 22 .* are not computed"):
+        np.asarray(found)
+
+
+def test_only_the_first_process_replaces_scores(tmp_path):
+    store = divided(tmp_path)
+    store.scores("test", "tracin", (23, 3), INPUTS).close()
+    with pytest.raises(IncompleteError, match="which only the first process replaces"):
+        store.scores("test", "tracin", (23, 3), {"model_ids": [0]}, may_replace=False)
+    store.scores("test", "tracin", (23, 3), {"model_ids": [0]}).close()
+    assert store.scores("test", "tracin", (23, 3), {"model_ids": [0]}, may_replace=False).inputs == {"model_ids": [0]}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        3,
+        -1,
+        slice(2, 9),
+        slice(None, None, -3),
+        slice(9, 2),
+        [5, 1, 5],
+        np.array([[0, 1], [2, 3]]),
+        (slice(None), 1),
+        (4, 2),
+        (-1, slice(None, None, 2)),
+        ([1, 8, 3], [0, 2, 1]),
+        ([1, 8, 3], 2),
+        (slice(1, 20, 4), [2, 0]),
+        (np.array([[3], [7]]), np.array([0, 2])),
+        (..., 1),
+        ...,
+        (),
+        [],
+        np.arange(23) % 3 == 0,
+        (np.arange(23) % 3 == 0, 1),
+    ],
+)
+def test_a_score_matrix_is_indexed_as_a_numpy_matrix(key):
+    values = np.random.default_rng(0).standard_normal((23, 3)).astype(np.float32)
+    found = ScoreMatrix((23, 3), lambda start, stop: values[start:stop])
+    np.testing.assert_array_equal(found[key], values[key])
+
+
+def test_a_score_matrix_takes_part_in_arithmetic_and_refuses_what_no_matrix_has():
+    values = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    found = ScoreMatrix((5, 3), lambda start, stop: values[start:stop])
+    np.testing.assert_array_equal((2 * found + 1) @ np.ones(3), (2 * values + 1) @ np.ones(3))
+    np.testing.assert_array_equal(np.sort(found, axis=0)[::-1], np.sort(values, axis=0)[::-1])
+    np.testing.assert_array_equal(found.T, values.T)
+    assert (len(found), found.size, found.nbytes, found.ndim) == (5, 15, 60, 2)
+    np.testing.assert_array_equal(np.asarray(found, np.float64), values.astype(np.float64))
+    for key in (5, (0, 3), (0, 0, 0), (None, 0), [7]):
+        with pytest.raises(IndexError):
+            found[key]
+    with pytest.raises(TypeError):
+        found[0] = 1
+
+
+def test_a_changed_tile_is_found(store):
+    with store.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4) as scores:
+        scores.write(0, matrix())
+    assert store.read_scores("test", "tracin").damaged_tiles().tolist() == []
+    file = scores.path / "c" / "0" / "0"
+    data = bytearray(file.read_bytes())
+    data[5 * 3 * 4] ^= 1
+    file.write_bytes(data)
+    assert store.read_scores("test", "tracin").damaged_tiles().tolist() == [1]

@@ -102,7 +102,7 @@ def assert_done_rows_are_right(table: RowTable, reference: RowTable) -> None:
 
 @pytest.mark.parametrize(("storage", "seed"), [("float16", 0), ("float16", 1), ("float32", 2), ("float32", 3)])
 def test_a_killed_writer_loses_no_row_that_it_reported_done(tmp_path, monkeypatch, storage, seed):
-    monkeypatch.setattr("tracer.store.tables.CHUNK_BYTES", 700 * DIM * np.dtype(storage).itemsize)
+    monkeypatch.setattr("tracer.store.store.BLOCK_BYTES", 700 * DIM * np.dtype(storage).itemsize)
     rng = np.random.default_rng(seed)
     uninterrupted = Store.open(tmp_path / "whole", manifest(storage)).create_checkpoint(0, "a", 0.1)
     uninterrupted.write(**batch(np.arange(N)))

@@ -33,6 +33,7 @@ def test_attributes_change_atomically_and_flush_first(store, table):
         "finalized": True,
         "num_rows": N,
         "storage": "float32",
+        "block_rows": N,
     }
     with pytest.raises(InputTypeError, match=r"attributes\.learning_rate is of type object"):
         table.set_attributes(learning_rate=object())
@@ -159,10 +160,10 @@ def test_float16_keeps_relative_precision_at_any_magnitude(tmp_path, magnitude):
 
 
 @pytest.fixture
-def chunked(store, monkeypatch) -> RowTable:
-    """A table whose features lie in files of 4 rows."""
-    monkeypatch.setattr("tracer.store.tables.CHUNK_BYTES", 4 * DIM * 4)
-    table = store.create_checkpoint(0, "a", None)
+def chunked(tmp_path, monkeypatch) -> RowTable:
+    """A table whose arrays lie in files of 4 rows."""
+    monkeypatch.setattr("tracer.store.store.BLOCK_BYTES", 4 * DIM * 4)
+    table = Store.open(tmp_path / "chunked", manifest()).create_checkpoint(0, "a", None)
     table.write(**batch(np.arange(N)))
     return table
 

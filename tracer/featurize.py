@@ -32,6 +32,7 @@ class RowValues:
         slope: ``[n]``, Q.
         curvature: ``[n]``, w.
         gradient_norm: ``[n]``, the exact norm of the gradient of f.
+        label: ``[n]``, int64, the class; None where the task gives none.
     """
 
     features: np.ndarray | None
@@ -39,11 +40,14 @@ class RowValues:
     slope: np.ndarray
     curvature: np.ndarray
     gradient_norm: np.ndarray
+    label: np.ndarray | None = None
 
     def select(self, rows: np.ndarray) -> RowValues:
         """Return the values of some rows, given by a mask ``[n]`` or by positions."""
         features = None if self.features is None else self.features[rows]
-        return RowValues(features, self.loss[rows], self.slope[rows], self.curvature[rows], self.gradient_norm[rows])
+        label = None if self.label is None else self.label[rows]
+        values = self.loss[rows], self.slope[rows], self.curvature[rows], self.gradient_norm[rows]
+        return RowValues(features, *values, label)
 
 
 class Featurizer:
@@ -240,6 +244,7 @@ def row_values(outputs: SampleOutputs, squares: Tensor, features: Tensor | None 
         slope=array(outputs.slope),
         curvature=array(outputs.curvature),
         gradient_norm=array(squares.sqrt()),
+        label=None if outputs.label is None else outputs.label.detach().to("cpu", torch.int64).numpy(),
     )
 
 
@@ -267,6 +272,7 @@ def write_values(table: RowTable, rows: np.ndarray, values: RowValues, fingerpri
         curvature=values.curvature,
         gradient_norm=values.gradient_norm,
         fingerprint=fingerprint,
+        label=values.label,
     )
 
 

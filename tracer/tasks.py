@@ -103,7 +103,7 @@ class Classification(Task):
         margin = chosen - others
         detached = margin.detach()
         wrong = torch.sigmoid(-detached)
-        return SampleOutputs(margin, F.softplus(-detached), -wrong, wrong * torch.sigmoid(detached))
+        return SampleOutputs(margin, F.softplus(-detached), -wrong, wrong * torch.sigmoid(detached), labels)
 
 
 class BinaryClassification(Task):
@@ -124,7 +124,8 @@ class BinaryClassification(Task):
         labels = labels.to(detached.dtype)
         loss = F.binary_cross_entropy_with_logits(detached, labels, reduction="none")
         probability = torch.sigmoid(detached)
-        return SampleOutputs(logit, loss, probability - labels, probability * torch.sigmoid(-detached))
+        curvature = probability * torch.sigmoid(-detached)
+        return SampleOutputs(logit, loss, probability - labels, curvature, labels.round().long())
 
 
 class Regression(Task):

@@ -26,12 +26,14 @@ class SampleOutputs:
         loss: The sample's loss L, detached.
         slope: Q = dL/df, detached, so that the gradient of the loss is ``slope * gradient of output``.
         curvature: w = d²L/df², detached.
+        label: The sample's class, integers, by which rows can be chosen later; None where samples have none.
     """
 
     output: Tensor
     loss: Tensor
     slope: Tensor
     curvature: Tensor
+    label: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -191,8 +191,8 @@ class CapturedPass:
                 hook.remove()
         self._calls, self._batch_size = recorder.calls, batch_size
         self._output: Tensor | None = outputs.output
-        values = (outputs.output, outputs.loss, outputs.slope, outputs.curvature)
-        self.outputs = SampleOutputs(*(value.detach() for value in values))
+        f, loss, slope, curvature = outputs.output, outputs.loss, outputs.slope, outputs.curvature
+        self.outputs = SampleOutputs(f.detach(), loss.detach(), slope.detach(), curvature.detach(), outputs.label)
         self.patterns = _patterns(recorder.calls, batch_size)
         self.layers: dict[str, list[str]] = {}
 

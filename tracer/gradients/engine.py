@@ -250,9 +250,9 @@ class GradientEngine:
         captured.backward(receive)
 
     def _check_outputs(self, outputs: SampleOutputs, batch_size: int) -> None:
-        for name in ("output", "loss", "slope", "curvature"):
+        for name in ("output", "loss", "slope", "curvature", "label"):
             value = getattr(outputs, name)
-            if value.shape != (batch_size,):
+            if value is not None and value.shape != (batch_size,):
                 raise BatchError(
                     f"The task gave {name} of shape {tuple(value.shape)} for a batch of {batch_size} rows; expected "
                     f"({batch_size},). A task returns one number a sample (losses of torch take reduction='none')."

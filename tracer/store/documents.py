@@ -1,8 +1,8 @@
-"""Files that are all there or not at all: JSON metadata of zarr nodes, files of zeros, staging directories.
+"""Files that are all there or not at all: JSON metadata of zarr nodes, files of zeros.
 
-Whatever has its final name is complete: it is made under a name that starts with `PARTIAL` and renamed when it is on
-the disk. A process killed at any instant leaves the old file or the new one, and perhaps a partial one that nobody
-reads; `sweep` removes those later.
+On a local disk whatever has its final name is complete: it is made under a name that starts with `PARTIAL` and renamed
+when it is on the disk. A process killed at any instant leaves the old file or the new one, and perhaps a partial one
+that nobody reads; `sweep` removes those later. In a remote store objects are written whole.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from tracer.errors import StoreError
+from tracer.store.remote import RemotePath
 
 NODE = "zarr.json"
 PARTIAL = ".partial-"
 _STALE_SECONDS = 600
 _CANNOT_RESERVE = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, errno.ENODEV}
 
+StorePath = Path | RemotePath
+"""Where a node of a store lies."""
+
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: StorePath) -> Iterator[None]:
     """Turn the system's errors on files into one of ours that says what to do.
 
     Args:
@@ -43,9 +47,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(
-            f"writing or reading {path} failed: {error}. Free space or mend the disk and open the store again: "
-            "what was done by then is kept, the rest is written again"
+            f"writing or reading {path} failed: {error}. {_advice(error)}: what was done by then is kept, the rest is "
+            "written again"
         ) from error
+
+
+def _advice(error: OSError) -> str:
+    """Return what to do about an error of the system."""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Give this user the right to write there, or copy the store to where it may, and open it again"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+        return "The store was removed or moved, or something else is in its way: put it back and open it again"
+    return "Free space or mend the disk and open the store again"
 
 
 def partial_path(directory: Path) -> Path:
@@ -53,7 +66,7 @@ def partial_path(directory: Path) -> Path:
     return directory / f"{PARTIAL}{uuid.uuid4().hex}"
 
 
-def read_document(path: Path) -> dict[str, Any]:
+def read_document(path: StorePath) -> dict[str, Any]:
     """Read the JSON document of a zarr node.
 
     Args:
@@ -79,19 +92,24 @@ def read_document(path: Path) -> dict[str, Any]:
     return document
 
 
-def write_document(path: Path, document: Mapping[str, Any], *, replace: bool = True) -> None:
+def write_document(path: StorePath, document: Mapping[str, Any], *, replace: bool = True) -> None:
     """Write a JSON document so that readers and crashes see all of it or none.
 
     Args:
-        path: Where; its directory exists.
+        path: Where; its directory is made where it is missing.
         document: JSON values.
         replace: Whether a document that is already there is replaced; otherwise it stays, and nothing is written.
     """
+    text = json.dumps(document, indent=2, allow_nan=False).encode()
+    if isinstance(path, RemotePath):
+        (path.write_bytes if replace else path.create_bytes)(text)
+        return
+    _make_directory(path.parent)
     sweep(path.parent)
     partial = partial_path(path.parent)
     try:
-        with partial.open("x", encoding="utf-8") as file:
-            json.dump(document, file, indent=2, allow_nan=False)
+        with partial.open("xb") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         if replace:
@@ -103,10 +121,21 @@ def write_document(path: Path, document: Mapping[str, Any], *, replace: bool = T
     sync(path.parent)
 
 
-def write_group(path: Path, attributes: Mapping[str, Any], *, replace: bool = True) -> None:
+def write_group(path: StorePath, attributes: Mapping[str, Any], *, replace: bool = True) -> None:
     """Make a directory a zarr group with these attributes."""
     document = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
     write_document(path / NODE, document, replace=replace)
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory and the names of all that had to be made durable."""
+    missing = [path]
+    while not missing[-1].exists():
+        missing.append(missing[-1].parent)
+    if len(missing) > 1:
+        path.mkdir(parents=True, exist_ok=True)
+        for directory in missing[1:]:
+            sync(directory)
 
 
 def publish(partial: Path, path: Path) -> None:
@@ -118,6 +147,23 @@ def publish(partial: Path, path: Path) -> None:
     except OSError:  # a file system without hard links: only the race is not covered
         if not path.exists():
             partial.replace(path)
+
+
+def child_nodes(path: StorePath) -> list[str]:
+    """Return the names of the zarr nodes directly below a directory, sorted; none where it does not exist."""
+    if isinstance(path, RemotePath):
+        return [name for name in path.children() if not name.startswith(".") and (path / name / NODE).exists()]
+    return sorted(node.parent.name for node in path.glob(f"[!.]*/{NODE}"))
+
+
+def remove(path: StorePath) -> None:
+    """Remove a file, or a directory with everything in it; nothing where there is nothing."""
+    if isinstance(path, RemotePath):
+        path.remove()
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -146,7 +192,8 @@ def create_file(path: Path, data_bytes: int, tail: bytes = b"") -> None:
     """Create a file of zeros with a tail, of full size from the first instant that it has its name.
 
     Its blocks are reserved where the file system can, so that a full disk is an error here and not a signal that ends
-    the process when a page of the map is first written.
+    the process when a page of the map is first written. What is in it becomes durable when its map is flushed; its
+    name, when its directory is synced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path.parent)
@@ -155,13 +202,9 @@ def create_file(path: Path, data_bytes: int, tail: bytes = b"") -> None:
             _reserve(file.fileno(), data_bytes + len(tail))
             file.seek(data_bytes)
             file.write(tail)
-            file.flush()
-            os.fsync(file.fileno())
         publish(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    for directory in path.parents[:3]:  # c/0/0 of an array: the directories may be new as well
-        sync(directory)
 
 
 def _reserve(descriptor: int, size: int) -> None:

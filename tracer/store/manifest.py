@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from tracer.errors import InputError, InputTypeError, MismatchError, StoreError
 
 FORMAT = "tracer"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 STORAGES = ("float32", "float16", "none")
 _REQUIRED = ("train_set_size", "feature_dim", "storage")
 _MAX_NAMED = 6
@@ -81,6 +80,8 @@ class Manifest:
             its order counts.
         info: What is good to know and never compared: the model's class, the command.
         versions: The packages that made the store; another version is only logged.
+        layout: How rows lie in files, chosen when a store is made and kept from then on: ``block_rows``, the train rows
+            of one file, and ``processes``, among how many processes rows were to be divided.
         format_version: Of the files; another one than this package writes is refused.
 
     >>> manifest = Manifest({"train_set_size": 5, "feature_dim": 2, "storage": "float16"})
@@ -92,6 +93,7 @@ class Manifest:
     info: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=current_versions)
     format_version: int = FORMAT_VERSION
+    layout: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Normalise to plain JSON and check the settings that the store reads.
@@ -99,7 +101,7 @@ class Manifest:
         Raises:
             InputError: One of them is missing or has a value that cannot be used.
         """
-        for name in ("settings", "info", "versions"):
+        for name in ("settings", "info", "versions", "layout"):
             object.__setattr__(self, name, json_value(getattr(self, name), name))
         missing = [name for name in _REQUIRED if name not in self.settings]
         if missing:
@@ -134,10 +136,11 @@ class Manifest:
             "settings": dict(self.settings),
             "info": dict(self.info),
             "versions": dict(self.versions),
+            "layout": dict(self.layout),
         }
 
     @classmethod
-    def from_attributes(cls, attributes: Mapping[str, Any], where: Path) -> Manifest:
+    def from_attributes(cls, attributes: Mapping[str, Any], where: object) -> Manifest:
         """Read a manifest back from the attributes of a store's root group.
 
         Args:
@@ -163,15 +166,19 @@ class Manifest:
         if isinstance(version, int) and version < FORMAT_VERSION:
             raise StoreError(
                 f"{where} has format version {version} of an earlier release, this package writes {FORMAT_VERSION}, "
-                "in which rows have other fingerprints: choose another save_dir and compute it anew"
+                "in which rows lie in other files: choose another save_dir and compute it anew"
             )
         try:
             return cls(
-                attributes["settings"], attributes["info"], attributes["versions"], int(attributes["format_version"])
+                attributes["settings"],
+                attributes["info"],
+                attributes["versions"],
+                int(attributes["format_version"]),
+                {str(name): int(value) for name, value in attributes["layout"].items()},
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(
-                f"the manifest in {where / 'zarr.json'} is damaged ({error!r}): restore it or choose another save_dir"
+                f"the manifest in {where}/zarr.json is damaged ({error!r}): restore it or choose another save_dir"
             ) from error
 
 
@@ -188,7 +195,7 @@ def differences(stored: Manifest, asked: Manifest) -> list[str]:
     return list(_differences("", stored.settings, asked.settings))
 
 
-def check_same(stored: Manifest, asked: Manifest, where: Path) -> None:
+def check_same(stored: Manifest, asked: Manifest, where: object) -> None:
     """Check that a store may be continued with these settings; other package versions are only logged.
 
     Args:

@@ -1,37 +1,48 @@
-"""Scores ``[N train rows, M targets]`` in one file that is both a zarr array and a plain matrix.
+"""Scores ``[N train rows, M targets]``, written tile by tile.
 
-The array is a single zarr shard whose inner chunks are tiles of whole rows: they lie one after another, so the file's
-head is the matrix in row-major order and one memory map shows it, while any zarr reader goes through the index at the
-file's end. Beside it stands ``<estimator>_done``, a bool for each tile.
+On a local disk, for one process, all scores are a single zarr shard whose inner chunks are tiles of whole rows: they
+lie one after another, so the file's head is the matrix in row-major order and one memory map shows it, while any zarr
+reader goes through the index at the file's end. Several processes, and remote stores, have a shard for each block of
+rows. Float16 scores are relative to their row's largest, which ``<estimator>_scale`` holds.
+
+Beside the scores stand ``<estimator>_done``, a bool for each tile, and ``<estimator>_checksum``. The marks' document is
+written last and removed last, and both documents carry what the scores were computed from, so that marks never stand
+beside an array that they were not made for.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-import shutil
-import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import google_crc32c
 import numpy as np
+import torch
 
-from tracer.errors import CallOrderError, InputError, InputTypeError, StoreError
-from tracer.store.documents import create_file, disk_errors, partial_path, sync
+from tracer.errors import CallOrderError, IncompleteError, InputError, InputTypeError, StoreError
+from tracer.store.completion import FLUSH_SECONDS, Completion
+from tracer.store.documents import NODE, StorePath, disk_errors, remove
+from tracer.store.layout import Layout, create_array
 from tracer.store.manifest import json_value
-from tracer.store.mapped import FLUSH_SECONDS, Completion, Layout, MappedArray, create_array
+from tracer.store.places import open_array
+from tracer.store.score_matrix import ScoreMatrix
 
-DONE_SUFFIX = "_done"
+DONE_SUFFIX, CHECKSUM_SUFFIX, SCALE_SUFFIX = SUFFIXES = ("_done", "_checksum", "_scale")
+SCORE_DTYPES = ("float16", "float32")
 TILE_BYTES = 16 << 20
 
 logger = logging.getLogger("tracer")
 
 
 class ScoreArray:
-    """Float32 scores ``[N, M]``, written tile by tile, each tile done only once it is on the disk.
+    """Scores ``[N, M]``, written tile by tile, each tile done only once it is durable.
 
-    Get one from `tracer.store.Store.scores`. One process writes an array at a time.
+    Get one from `tracer.store.Store.scores`. Processes that write at the same time write different files; `remaining`
+    tells each its own.
 
     Args:
         path: The array's directory.
@@ -39,6 +50,7 @@ class ScoreArray:
 
     Attributes:
         shape: ``(N, M)``.
+        dtype: ``"float32"`` or ``"float16"``, as they are stored; they are read as float32.
         tile_rows: The rows of a tile; the last tile may have fewer.
         num_tiles: How many tiles there are.
         inputs: What the scores are computed from, JSON values.
@@ -47,25 +59,46 @@ class ScoreArray:
         StoreError: The array is damaged, or a crash left it half replaced.
     """
 
-    def __init__(self, path: Path, *, flush_seconds: float = FLUSH_SECONDS) -> None:
+    def __init__(self, path: StorePath, *, flush_seconds: float = FLUSH_SECONDS) -> None:
         self.path = path
-        self._scores = MappedArray(path)
-        mask = MappedArray(mask_path(path))
-        self.num_tiles = self._scores.layout.num_tiles
-        if mask.attributes.get("generation") != self._scores.attributes.get("generation") or (
-            mask.layout.shape != (self.num_tiles,)
-        ):
+        self._scores = open_array(path)
+        layout = self._scores.layout
+        self._checksums = open_array(beside(path, CHECKSUM_SUFFIX))
+        mask = open_array(beside(path, DONE_SUFFIX))
+        self.dtype = layout.dtype
+        self._scale = open_array(beside(path, SCALE_SUFFIX)) if self.dtype == "float16" else None
+        self.num_tiles, self.tile_rows = layout.num_tiles, int(layout.tile_rows or 0)
+        self.shape: tuple[int, int] = (layout.shape[0], layout.shape[-1])
+        others = [self._checksums, mask, *([] if self._scale is None else [self._scale])]
+        generation = self._scores.attributes.get("generation")
+        fits = all(array.attributes.get("generation") == generation for array in others)
+        if not fits or mask.layout.shape != (self.num_tiles,) or self._checksums.layout.shape != (self.num_tiles,):
             raise StoreError(f"{path} and {mask.path.name} do not belong together: remove both to compute them again")
-        if not self._scores.chunk_path(0).exists():
-            raise StoreError(
-                f"{self._scores.chunk_path(0)} is missing: restore it, or remove {path} to compute it again"
-            )
-        self._scores.chunk(0)  # checks the file's size
-        self.shape: tuple[int, int] = (self._scores.layout.shape[0], self._scores.layout.shape[1])
-        self.tile_rows = int(self._scores.layout.tile_rows or 0)
         self.inputs: dict[str, Any] = self._scores.attributes["inputs"]
-        self._completion = Completion(mask, [self._scores], flush_seconds)
+        self._completion = Completion(mask, [self._scores, *others[:1], *others[2:]], flush_seconds)
         self._closed = False
+        self._check_files()
+
+    def _check_files(self) -> None:
+        """Check that every file that holds a done tile is there, with its size.
+
+        Raises:
+            StoreError: One is missing or short.
+        """
+        needed = set((np.flatnonzero(self.tile_done) // self._scores.layout.tiles_per_chunk).tolist())
+        missing = sorted(needed - self._scores.stored_chunks()) if needed else []
+        if missing:
+            raise StoreError(
+                f"{self._scores.chunk_path(missing[0])} is missing: restore it, or remove {self.path} to compute it "
+                "again"
+            )
+        if self.in_one_file and needed:
+            self._scores.chunk(0)
+
+    @property
+    def in_one_file(self) -> bool:
+        """Whether the matrix is one memory map."""
+        return self._scores.layout.num_chunks == 1 and not self._scores.uploads and self._scale is None
 
     @property
     def tile_done(self) -> np.ndarray:
@@ -82,10 +115,21 @@ class ScoreArray:
         """How many tiles were written since the last flush."""
         return int(np.count_nonzero(self._completion.pending))
 
-    def remaining(self) -> list[tuple[int, int]]:
-        """Flush and return the row ranges ``(start, stop)`` of the tiles that are not done, in order."""
+    def remaining(self, process: tuple[int, int] = (0, 1)) -> list[tuple[int, int]]:
+        """Flush and return the row ranges ``(start, stop)`` of the tiles that are not done, in order.
+
+        Args:
+            process: A process's number and how many there are: only tiles of this one's files.
+
+        Returns:
+            The ranges.
+        """
         self.flush()
-        starts = (np.flatnonzero(~self.tile_done) * self.tile_rows).tolist()
+        files = self._scores.layout.num_chunks
+        first, last = (files * (process[0] + part) // process[1] for part in (0, 1))
+        tiles = np.flatnonzero(~self.tile_done)
+        owner = tiles // self._scores.layout.tiles_per_chunk
+        starts = (tiles[(owner >= first) & (owner < last)] * self.tile_rows).tolist()
         return [(start, min(start + self.tile_rows, self.shape[0])) for start in starts]
 
     def write(self, start: int, rows: np.ndarray) -> None:
@@ -114,29 +158,105 @@ class ScoreArray:
                 f"rows {start} to {stop} are no whole tiles: expected start to be a multiple of {self.tile_rows} and "
                 f"the end another one or {self.shape[0]}; `remaining()` lists the tiles"
             )
-        with self._completion.writing(np.arange(start // self.tile_rows, -(-stop // self.tile_rows))):
+        tiles = np.arange(start // self.tile_rows, -(-stop // self.tile_rows))
+        with self._completion.writing(tiles):
+            if self._scale is not None:
+                rows = self._relative(start, rows)
             self._scores.assign(np.arange(start, stop), rows)
+            self._checksums.assign(tiles, np.array([self._checksum(tile) for tile in tiles.tolist()], np.uint32))
+
+    def _relative(self, start: int, rows: np.ndarray) -> np.ndarray:
+        """Write the scales of rows and return the rows relative to them."""
+        assert self._scale is not None
+        values = torch.from_numpy(np.ascontiguousarray(rows, np.float32))
+        scale = values.abs().amax(1)
+        scale[scale == 0] = 1
+        self._scale.assign(np.arange(start, start + len(rows)), scale.numpy())
+        return (values / scale[:, None]).numpy()
+
+    def _checksum(self, tile: int, writable: bool = True) -> int:
+        """Return the CRC-32C of a tile as it is stored, its padding and its scales included."""
+        chunk, inside = divmod(tile, self._scores.layout.tiles_per_chunk)
+        span = slice(inside * self.tile_rows, (inside + 1) * self.tile_rows)
+        sums = 0
+        for array in (self._scores, self._scale):
+            if array is not None:
+                stored = np.asarray(array.chunk(chunk, writable=writable)).view()[span]
+                stored.flags.writeable = False
+                sums = google_crc32c.extend(sums, np.ascontiguousarray(stored).reshape(-1).view(np.uint8))
+        return int(sums)
+
+    def damaged_tiles(self) -> np.ndarray:
+        """Return the done tiles whose content is not what was written: ``[n]``, int64."""
+        stored, bad = self._checksums.read(0, self.num_tiles), []
+        for tile in np.flatnonzero(self.tile_done).tolist():
+            try:
+                fine = self._checksum(tile, writable=False) == stored[tile]
+            except StoreError:
+                fine = False
+            if not fine:
+                bad.append(tile)
+        return np.array(bad, np.int64)
+
+    def unmark(self, tiles: np.ndarray) -> None:
+        """Say durably that tiles ``[n]``, int64, are not done."""
+        self._completion.unmark(tiles)
+
+    def unmark_rows(self, rows: np.ndarray) -> None:
+        """Say durably that the tiles of train rows ``[n]``, int64, are not done."""
+        tiles = np.unique(np.asarray(rows) // self.tile_rows)
+        self.unmark(tiles[tiles < self.num_tiles])
 
     def flush(self) -> None:
         """Make pending tiles durable, then mark them done; when that fails they have to be written again."""
         self._completion.flush()
 
-    def matrix(self) -> np.ndarray:
-        """Return all scores without copying: ``[N, M]``, float32, a memory map that cannot be written.
+    def matrix(self) -> Any:
+        """Return all scores without copying: ``[N, M]``, float32, not writable.
 
-        Tiles that are not done may hold zeros or anything: look at `complete` first.
+        Returns:
+            A memory map where they are float32 in one file, whose tiles that are not done may hold anything: look at
+            `complete` first. Else a `ScoreMatrix`.
         """
-        return self._scores.chunk(0)[: self.shape[0]]
+        if self.in_one_file:
+            return self._scores.chunk(0)[: self.shape[0]]
+        return ScoreMatrix(self.shape, self.read)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return the scores of rows ``[stop - start, M]``, float32.
+
+        Args:
+            start: The first row.
+            stop: One past the last row.
+
+        Returns:
+            The scores.
+
+        Raises:
+            IncompleteError: Some of them were not computed yet.
+        """
+        done = self._completion.written(np.arange(start // self.tile_rows, -(-stop // self.tile_rows)))
+        if not done.all() and stop > start:
+            raise IncompleteError(
+                f"Of rows {start} to {stop - 1} of {self.path}, {int((~done).sum())} tiles of {self.tile_rows} rows "
+                f"are not computed: other processes still work on them, or were stopped. Call finalize_scores again."
+            )
+        rows = self._scores.read(start, stop)
+        if self._scale is None:
+            return rows
+        scale = torch.from_numpy(np.array(self._scale.read(start, stop)))
+        return (torch.from_numpy(np.array(rows)).float() * scale[:, None]).numpy()
 
     def close(self) -> None:
-        """Flush and let go of the file; the matrix stays valid as long as it is held."""
+        """Flush and let go of the files; the matrix stays valid as long as it is held."""
         if self._closed:
             return
         try:
             self.flush()
         finally:
             self._closed = True
-            self._scores.close()
+            if self.in_one_file:
+                self._scores.close()
 
     def __enter__(self) -> ScoreArray:
         return self
@@ -147,74 +267,122 @@ class ScoreArray:
         self.close()
 
 
-def mask_path(path: Path) -> Path:
-    """Return where the tile marks of a score array stand."""
-    return path.with_name(path.name + DONE_SUFFIX)
+def beside(path: StorePath, suffix: str) -> StorePath:
+    """Return where an array that belongs to scores stands."""
+    return path.with_name(path.name + suffix)
+
+
+def remove_scores(path: StorePath) -> None:
+    """Remove scores and all that stands beside them; while something is left, it counts as not done."""
+    with disk_errors(path):
+        mask = beside(path, DONE_SUFFIX)
+        remove(mask / "c")  # marks first: without them nothing counts as done
+        for array in (path, beside(path, SCALE_SUFFIX), beside(path, CHECKSUM_SUFFIX), mask):
+            remove(array)
 
 
 def open_scores(
-    path: Path, staging: Path, shape: tuple[int, int], inputs: Mapping[str, Any], tile_rows: int | None
+    path: StorePath,
+    shape: tuple[int, int],
+    inputs: Mapping[str, Any],
+    *,
+    tile_rows: int | None = None,
+    file_rows: int | None = None,
+    dtype: str = "float32",
+    may_replace: bool = True,
 ) -> ScoreArray:
     """Continue the scores that are there if they come from the same inputs, else begin them anew.
 
+    Where only train rows were added, the others' scores stay. Processes may create the same scores at once.
+
     Args:
         path: The array's directory; its parent is a zarr group.
-        staging: A directory on the same file system where a new array is put together.
         shape: ``(N, M)``, both at least 1.
         inputs: Everything that decides the scores, as JSON values.
-        tile_rows: The rows of a tile; None keeps what is there, or takes tiles of about 16 MB.
+        tile_rows: The most rows of a tile; None: tiles of about 16 MB. What is there keeps its own.
+        file_rows: About how many rows a file has; None: all.
+        dtype: ``"float32"`` or ``"float16"``.
+        may_replace: Whether scores of other inputs, or of another dtype, may be removed.
 
     Returns:
         The array, some of its tiles perhaps done.
 
     Raises:
-        InputError: The shape or ``tile_rows`` cannot be used.
+        InputError: The shape, the dtype or ``tile_rows`` cannot be used.
+        IncompleteError: Scores of other inputs are there and this process may not replace them.
     """
     rows, cols = shape
     if rows < 1 or cols < 1:
         raise InputError(f"scores of shape {shape} were asked for: expected at least one train row and one target")
     if tile_rows is not None and tile_rows < 1:
         raise InputError(f"tile_rows is {tile_rows}: expected at least 1")
+    if dtype not in SCORE_DTYPES:
+        raise InputError(f"dtype is {dtype!r}: expected one of {list(SCORE_DTYPES)}")
     wanted = json_value(dict(inputs), "inputs")
-    if path.exists():
-        try:
-            scores = ScoreArray(path)
-        except StoreError as error:
-            logger.info("computing %s again: %s", path, error)
-        else:
-            same_tiles = tile_rows is None or scores.tile_rows == min(tile_rows, rows)
-            if scores.inputs == wanted and scores.shape == (rows, cols) and same_tiles:
-                return scores
-            scores.close()
-            logger.info("computing %s again: it comes from other inputs or has another shape", path)
-    size = tile_rows or TILE_BYTES // (4 * cols) or 1
-    _replace(path, staging, Layout.tiled((rows, cols), "float32", min(size, rows)), wanted)
+    described = {"inputs": wanted, "generation": _generation(path.name, wanted, cols, dtype)}
+    mask = beside(path, DONE_SUFFIX)
+    with disk_errors(path):
+        found = (path / NODE).exists(), (mask / NODE).exists()
+    if all(found):
+        scores = _same_scores(path, described, rows, cols)
+        if scores is not None:
+            return scores
+    if any(found):
+        unfinished = found == (True, False) and _described(path) == described
+        if not unfinished:
+            if not may_replace:
+                raise IncompleteError(
+                    f"{path} holds scores of other inputs, which only the first process replaces: run that one, or "
+                    "one process alone, and then this one again."
+                )
+            remove_scores(path)
+    size = min(tile_rows or TILE_BYTES // (4 * cols) or 1, file_rows or rows, rows)
+    tiles = max(1, (file_rows or rows) // size) if file_rows else None
+    layout = Layout.tiled((rows, cols), dtype, size, tiles)
+    _create(path, layout, described)
     return ScoreArray(path)
 
 
-def _replace(path: Path, staging: Path, layout: Layout, inputs: Mapping[str, Any]) -> None:
-    """Put a new array of zeros, with no tile done, in the place of what is there.
+def _generation(name: str, inputs: Mapping[str, Any], cols: int, dtype: str) -> str:
+    text = json.dumps([name, inputs, cols, dtype], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    The old marks go first and the new ones come last, and both arrays carry the same random generation: at no instant
-    do marks stand beside an array that they were not made for.
-    """
-    partial = partial_path(staging)
-    mask = mask_path(path)
-    attributes = {"inputs": dict(inputs), "generation": uuid.uuid4().hex}
-    marks = Layout((layout.num_tiles,), "bool", layout.num_tiles)
+
+def _described(path: StorePath) -> dict[str, Any] | None:
+    try:
+        return Layout.read(path)[1]
+    except StoreError:
+        return None
+
+
+def _same_scores(path: StorePath, described: Mapping[str, Any], rows: int, cols: int) -> ScoreArray | None:
+    """Return the scores that are there if they come from the same inputs, with rows added where that is wanted."""
+    try:
+        scores = ScoreArray(path)
+    except StoreError as error:
+        logger.info("computing %s again: %s", path, error)
+        return None
+    known = {name: scores._scores.attributes.get(name) for name in described}
+    if known != described or scores.shape[1] != cols or scores.shape[0] > rows:
+        scores.close()
+        logger.info("computing %s again: it comes from other inputs or has another shape", path)
+        return None
+    if scores.shape[0] == rows:
+        return scores
+    scores.unmark_rows(np.array([scores.shape[0] - 1]))  # its tile may be one that gets more rows
+    layout = scores._scores.layout
+    scores.close()
+    _create(path, Layout((rows, cols), layout.dtype, layout.chunk_rows, layout.tile_rows), described)
+    return ScoreArray(path)
+
+
+def _create(path: StorePath, layout: Layout, described: Mapping[str, Any]) -> None:
+    """Write the documents of all arrays, that of the marks last; no tile is done that was not before."""
     with disk_errors(path):
-        partial.mkdir()
-        try:
-            for position, old in enumerate((mask, path)):
-                if old.exists():
-                    old.rename(partial / f"old-{position}")
-                    sync(path.parent)
-                    shutil.rmtree(partial / f"old-{position}")  # first, so that the disk need not hold both
-            create_array(partial / "scores", layout, attributes)
-            create_file(partial / "scores" / "c" / "0" / "0", layout.data_bytes, layout.index())
-            create_array(partial / "done", marks, {"generation": attributes["generation"]})
-            for new, name in ((partial / "scores", path), (partial / "done", mask)):
-                new.rename(name)
-                sync(path.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        create_array(path, layout, dict(described))
+        own = {"generation": described["generation"]}
+        if layout.dtype == "float16":
+            create_array(beside(path, SCALE_SUFFIX), Layout(layout.shape[:1], "float32", layout.chunk_rows), own)
+        marks = (layout.num_tiles,)
+        create_array(beside(path, CHECKSUM_SUFFIX), Layout(marks, "uint32", layout.tiles_per_chunk), own)
+        create_array(beside(path, DONE_SUFFIX), Layout(marks, "bool", layout.tiles_per_chunk), own)

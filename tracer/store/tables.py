@@ -6,9 +6,8 @@ Layout: ``N`` rows of ``dim`` values. A float16 row is stored divided by its lar
 
 from __future__ import annotations
 
-import shutil
+import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,51 +15,14 @@ import numpy as np
 import torch
 
 from tracer.errors import CallOrderError, InputError, InputTypeError, MismatchError, NonFiniteError, StoreError
-from tracer.store.documents import NODE, disk_errors, partial_path, read_document, sync, write_group
+from tracer.store.completion import FLUSH_SECONDS, Completion
+from tracer.store.documents import NODE, StorePath, disk_errors, read_document, write_group
 from tracer.store.manifest import json_value, listing
-from tracer.store.mapped import CHUNK_BYTES, FLUSH_SECONDS, Completion, Layout, MappedArray, create_array
+from tracer.store.places import open_arrays
+from tracer.store.remote import RemotePath
+from tracer.store.table_layout import COLUMNS, NO_LABEL, row_checksums, table_layouts
 
-VALUES = ("loss", "slope", "curvature", "gradient_norm")
-"""The float32 columns that come with a row, all ``[N]``."""
-COLUMNS = {"scale": "float32", **dict.fromkeys(VALUES, "float32"), "fingerprint": "uint64", "done": "bool"}
 _MAX_NAMED = 5
-
-
-def create_table(
-    path: Path, staging: Path, *, num_rows: int, dim: int, storage: str, attributes: Mapping[str, Any]
-) -> None:
-    """Create an empty table; it has its name only when it is complete.
-
-    Args:
-        path: Where; nothing is there, its parent is a zarr group.
-        staging: A directory on the same file system where it is put together.
-        num_rows: N.
-        dim: The values of a row.
-        storage: ``"float32"`` or ``"float16"``; ``"none"`` makes a table without features.
-        attributes: Of the group, JSON values.
-
-    Raises:
-        InputError: There are no rows.
-        StoreError: Something of that name is there already, or the disk fails.
-    """
-    if num_rows < 1:
-        raise InputError(f"a table of {num_rows} rows was asked for: expected at least 1")
-    partial = partial_path(staging)
-    with disk_errors(path):
-        partial.mkdir()
-        try:
-            layouts = {name: Layout((num_rows,), dtype, num_rows) for name, dtype in COLUMNS.items()}
-            if storage != "none":
-                layouts["features"] = Layout.rows((num_rows, dim), storage, CHUNK_BYTES)
-            for name, layout in layouts.items():
-                create_array(partial / name, layout)
-            write_group(partial, {**attributes, "num_rows": num_rows, "storage": storage})
-            if path.exists():
-                raise StoreError(f"{path} exists already: open it instead of creating it, or remove it")
-            partial.rename(path)
-            sync(path.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 class RowTable:
@@ -78,37 +40,38 @@ class RowTable:
     Attributes:
         num_rows: N.
         dim: The values of a row; 0 without features.
-        storage: The dtype they are stored in, ``"float32"`` or ``"float16"``; ``"none"`` without features.
+        storage: The dtype they are stored in; ``"none"`` without features.
+        block_rows: The rows of one file: processes that write at the same time write different blocks.
 
     Raises:
         StoreError: The table is damaged.
     """
 
-    def __init__(self, path: Path, *, flush_seconds: float = FLUSH_SECONDS) -> None:
+    def __init__(self, path: StorePath, *, flush_seconds: float = FLUSH_SECONDS) -> None:
         self.path = path
-        self._columns = {name: MappedArray(path / name) for name in COLUMNS}
         self._closed = False
         self._scaled = torch.empty(0, 0)
-        self._finalized_at: tuple[tuple[int, int], bool] = ((0, 0), False)
-        self.num_rows, self.dim, self.storage = self._columns["done"].layout.shape[0], 0, "none"
-        self._features: MappedArray | None = None
-        if self.attributes.get("storage") != "none":
-            self._features = MappedArray(path / "features")
-            shape, self.storage = self._features.layout.shape, self._features.layout.dtype
-            if len(shape) != 2 or shape[0] != self.num_rows:
-                raise StoreError(f"{path} is damaged: its arrays have different lengths; remove it to compute it again")
-            self.dim = shape[1]
-        if any(array.layout.shape != (self.num_rows,) for array in self._columns.values()):
-            raise StoreError(f"{path} is damaged: its arrays have different lengths; remove it to compute it again")
-        for name, array in self._columns.items():
-            if array.layout.dtype != COLUMNS[name]:
-                raise StoreError(f"{array.path} is damaged: expected {COLUMNS[name]}, found {array.layout.dtype}")
-        data = [array for array in self._arrays() if array is not self._columns["done"]]
-        self._completion = Completion(self._columns["done"], data, flush_seconds)
+        self._finalized_at: tuple[object, bool] = (None, False)
+        described = self.attributes
+        try:
+            self.num_rows, self.storage = int(described["num_rows"]), str(described["storage"])
+            self.block_rows = int(described["block_rows"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{path / NODE} is damaged ({error!r}): restore it, or remove {path}") from error
+        names = [*COLUMNS, *([] if self.storage == "none" else ["features"])]
+        self._arrays = open_arrays(path, names)
+        self.dim = self._arrays["features"].layout.shape[-1] if "features" in self._arrays else 0
+        expected = table_layouts(self.num_rows, self.dim, self.storage, self.block_rows)
+        for name, array in self._arrays.items():
+            if array.layout != expected[name]:
+                raise StoreError(
+                    f"{array.path} is damaged: expected {expected[name]}, found {array.layout}; remove {path} to "
+                    "compute it again"
+                )
+        self._features = self._arrays.get("features")
+        data = [array for name, array in self._arrays.items() if name != "done"]
+        self._completion = Completion(self._arrays["done"], data, flush_seconds)
         self._check_files()
-
-    def _arrays(self) -> list[MappedArray]:
-        return [*([] if self._features is None else [self._features]), *self._columns.values()]
 
     def _check_files(self) -> None:
         """Check that every file that holds a done row is there.
@@ -116,14 +79,16 @@ class RowTable:
         Raises:
             StoreError: One is missing.
         """
-        done = np.flatnonzero(self.done)
-        for array in self._arrays():
-            for chunk in np.unique(done // array.layout.chunk_rows).tolist():
-                if not array.chunk_path(chunk).exists():
-                    raise StoreError(
-                        f"{array.chunk_path(chunk)} is missing although rows in it are done: restore it, "
-                        f"or remove {self.path} to compute it again"
-                    )
+        needed = set((np.flatnonzero(self.done) // self.block_rows).tolist())
+        if not needed:
+            return
+        for array in self._arrays.values():
+            missing = sorted(needed - array.stored_chunks())
+            if missing:
+                raise StoreError(
+                    f"{array.chunk_path(missing[0])} is missing although rows in it are done: restore it, or run "
+                    "tracer.verify to have its rows computed again"
+                )
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -176,10 +141,10 @@ class RowTable:
         Raises:
             MismatchError: A row that is there has another fingerprint.
         """
-        rows = self._checked_rows(rows)
+        rows = self.checked_rows(rows)
         fingerprint = self._checked_fingerprint(fingerprint, len(rows))
         there = self._completion.written(rows)
-        other = there & (self.column("fingerprint")[rows] != fingerprint)
+        other = there & (self._arrays["fingerprint"].take(rows) != fingerprint)
         if other.any():
             wrong = rows[other]
             raise MismatchError(
@@ -199,6 +164,7 @@ class RowTable:
         curvature: np.ndarray,
         gradient_norm: np.ndarray,
         fingerprint: np.ndarray,
+        label: np.ndarray | None = None,
     ) -> None:
         """Write rows, each at most once in a call; they are pending until the next flush.
 
@@ -212,6 +178,7 @@ class RowTable:
             curvature: ``[n]``, float32, w = d²L/df².
             gradient_norm: ``[n]``, float32, the exact norm of the gradient of f.
             fingerprint: ``[n]``, uint64, a hash of each row's inputs.
+            label: ``[n]``, int64, each row's class; None where rows have none.
 
         Raises:
             CallOrderError: The table is closed or finalized.
@@ -219,10 +186,13 @@ class RowTable:
             NonFiniteError: A value is NaN or infinite; nothing was written.
         """
         self._check_open()
-        rows = self._checked_rows(rows, unique=True)
+        rows = self.checked_rows(rows, unique=True)
         columns = {"loss": loss, "slope": slope, "curvature": curvature, "gradient_norm": gradient_norm}
         checked = {name: self._checked_floats(name, values, rows, (len(rows),)) for name, values in columns.items()}
         checked["fingerprint"] = self._checked_fingerprint(fingerprint, len(rows))
+        checked["label"] = np.full(len(rows), NO_LABEL) if label is None else np.asarray(label, np.int64)
+        if checked["label"].shape != (len(rows),):
+            raise InputTypeError(f"label is of shape {checked['label'].shape}: expected ({len(rows)},)")
         if (features is None) != (self._features is None):
             raise InputTypeError(f"features came as {type(features).__name__} for a table of storage={self.storage!r}")
         largest = np.ones(len(rows), np.float32)
@@ -242,8 +212,9 @@ class RowTable:
         with self._completion.writing(rows):
             if self._features is not None and features is not None:
                 self._features.assign(rows, self._relative(features, checked["scale"]))
+            checked["checksum"] = self._checksums(rows, checked)
             for name, values in checked.items():
-                self._columns[name].assign(rows, values)
+                self._arrays[name].assign(rows, values)
 
     def flush(self) -> None:
         """Make pending rows durable, then mark them done.
@@ -254,22 +225,32 @@ class RowTable:
             self._check_open()
             self._completion.flush()
 
-    def column(self, name: str) -> np.ndarray:
-        """Return a column without copying it: ``[N]``, a memory map that cannot be written.
+    def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return a column, or some rows of it: a view that cannot be written where they lie in one file, else a copy.
 
         Args:
-            name: ``loss``, ``slope``, ``curvature``, ``gradient_norm`` or ``scale`` (float32), ``fingerprint``
-                (uint64) or ``done`` (bool, where pending rows may already show).
+            name: ``loss``, ``slope``, ``curvature``, ``gradient_norm`` or ``scale`` (float32), ``label`` (int64,
+                `NO_LABEL` where there is none), ``fingerprint`` or ``checksum`` (uint64), or ``done`` (bool, where
+                pending rows may already show).
+            start: The first row.
+            stop: One past the last row; None is N.
 
         Returns:
-            The column; zeros while no row has ever been written.
+            ``[stop - start]``; zeros where no row has ever been written.
 
         Raises:
-            InputError: There is no such column.
+            InputError: There is no such column, or the range is not within the table.
         """
-        if name not in self._columns:
-            raise InputError(f"column is {name!r}: expected one of {sorted(self._columns)}")
-        return self._columns[name].chunk(0)[: self.num_rows]
+        if name not in COLUMNS:
+            raise InputError(f"column is {name!r}: expected one of {sorted(COLUMNS)}")
+        stop = self.num_rows if stop is None else stop
+        self._check_range(start, stop)
+        return self._arrays[name].read(start, stop)
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Begin to read the features of rows in the background; rows beyond the last are ignored."""
+        if self._features is not None:
+            self._features.prefetch(max(start, 0), min(stop, self.num_rows))
 
     def raw_features(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
         """Return rows as they are stored, without copying: one view for each file they lie in.
@@ -309,12 +290,11 @@ class RowTable:
         self._check_range(start, stop)
         if max_rows < 1:
             raise InputError(f"max_rows is {max_rows}: expected at least 1")
-        scale = self.column("scale")
         for first, view in self.raw_features(start, stop):
             for offset in range(0, len(view), max_rows):
                 tile = view[offset : offset + max_rows]
                 begin = first + offset
-                yield begin, begin + len(tile), tile, scale[begin : begin + len(tile)]
+                yield begin, begin + len(tile), tile, self.column("scale", begin, begin + len(tile))
 
     def features(self, start: int, stop: int) -> np.ndarray:
         """Return features in true units: ``[stop - start, dim]``, float32, a copy."""
@@ -335,7 +315,7 @@ class RowTable:
             self.flush()
         finally:
             self._closed = True
-            for array in self._arrays():
+            for array in self._arrays.values():
                 array.close()
 
     def __enter__(self) -> RowTable:
@@ -354,7 +334,7 @@ class RowTable:
         if not 0 <= start <= stop <= self.num_rows:
             raise InputError(f"rows {start} to {stop} were asked for: expected 0 <= start <= stop <= {self.num_rows}")
 
-    def _checked_rows(self, rows: np.ndarray, unique: bool = False) -> np.ndarray:
+    def checked_rows(self, rows: np.ndarray, unique: bool = False) -> np.ndarray:
         """Return row indices as int64 after checking them."""
         rows = np.asarray(rows)
         if rows.ndim != 1 or (rows.dtype.kind not in "iu" and rows.size):
@@ -419,11 +399,39 @@ class RowTable:
                 self._scaled = torch.empty(shape)
         return self._scaled[: shape[0]]
 
+    def _checksums(self, rows: np.ndarray, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the checksums of rows whose features were just written."""
+        if self._features is None:
+            return row_checksums(None, columns)
+        blocks, inside = np.divmod(rows, self.block_rows)
+        sums = np.empty(len(rows), np.uint64)
+        for block in np.unique(blocks).tolist():
+            mine = blocks == block
+            stored = self._features.chunk(block, writable=True)
+            span = inside[mine]
+            whole = bool((np.diff(span) == 1).all())
+            raw = stored[span[0] : span[-1] + 1] if whole else stored[span]
+            sums[mine] = row_checksums(raw.view(np.ndarray), {name: values[mine] for name, values in columns.items()})
+        return sums
+
+    def unmark(self, rows: np.ndarray) -> None:
+        """Say durably that rows are not done, so that they are computed again, and that the table is not finalized.
+
+        Args:
+            rows: ``[n]``, int64, row indices.
+        """
+        rows = self.checked_rows(rows)
+        self.set_attributes(finalized=False)
+        self._completion.unmark(rows)
+
     def _finalized(self) -> bool:
-        """Tell whether the table is finalized, by any process; its document is read only when it was replaced."""
-        with disk_errors(self.path):
-            found = (self.path / NODE).stat()
-        key = found.st_ino, found.st_mtime_ns
+        """Tell whether the table is finalized, by any process; its document is read only when it may have changed."""
+        if isinstance(self.path, RemotePath):
+            key: object = time.monotonic() // FLUSH_SECONDS
+        else:
+            with disk_errors(self.path):
+                found = (self.path / NODE).stat()
+            key = found.st_ino, found.st_mtime_ns
         if key != self._finalized_at[0]:
             self._finalized_at = key, bool(self.attributes.get("finalized"))
         return self._finalized_at[1]

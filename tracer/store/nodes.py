@@ -1,0 +1,49 @@
+"""Names and numbers of the nodes of a store's hierarchy."""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import SupportsIndex
+
+from tracer.errors import InputError, InputTypeError
+from tracer.store.documents import NODE, StorePath, child_nodes, write_group
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", re.ASCII)
+
+
+def numbered_nodes(path: StorePath) -> list[int]:
+    """Return the nodes below a directory whose names are numbers, ascending."""
+    return sorted(int(name) for name in child_nodes(path) if re.fullmatch("0|[1-9][0-9]*", name))
+
+
+def ensure_groups(root: StorePath, path: StorePath) -> None:
+    """Make every directory between a store's root and one below it, itself included, a zarr group."""
+    groups = []
+    while path != root:
+        groups.append(path)
+        path = path.parent
+    for group in reversed(groups):
+        if not (group / NODE).exists():
+            write_group(group, {}, replace=False)
+
+
+def checked_name(what: str, name: str) -> str:
+    """Return a name that is safe as one component of a path."""
+    if not isinstance(name, str):
+        raise InputTypeError(f"{what} is of type {type(name).__name__}: expected a str")
+    if not _SAFE_NAME.fullmatch(name) or name.startswith("__") or name.lower() == NODE:
+        raise InputError(
+            f"{what} is {name!r}: expected 1 to 128 letters, digits, '-', '_' and '.', not beginning with '.' or '__'"
+        )
+    return name
+
+
+def checked_integer(what: str, value: SupportsIndex, least: int) -> int:
+    """Return an integer that is not below the least allowed."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise InputTypeError(f"{what} is {value!r}: expected an integer")
+    number = operator.index(value)
+    if number < least:
+        raise InputError(f"{what} is {number}: expected an integer of at least {least}")
+    return number
