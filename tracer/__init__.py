@@ -20,6 +20,7 @@ from tracer.errors import (
 )
 from tracer.gradients import LayerCall, register_layer_rule
 from tracer.projection import Projector, register_projector
+from tracer.store import Verification, verify
 from tracer.tasks import LanguageModeling, Task, loss_outputs
 from tracer.tracer import Tracer
 from tracer.types import SampleOutputs, TopK
@@ -47,8 +48,10 @@ __all__ = [
     "TopK",
     "Tracer",
     "TracerError",
+    "Verification",
     "attribute",
     "loss_outputs",
     "register_layer_rule",
     "register_projector",
+    "verify",
 ]

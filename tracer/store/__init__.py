@@ -3,5 +3,6 @@
 from tracer.store.score_array import ScoreArray
 from tracer.store.store import Store
 from tracer.store.tables import RowTable
+from tracer.store.verify import Damage, Verification, verify
 
-__all__ = ["RowTable", "ScoreArray", "Store"]
+__all__ = ["Damage", "RowTable", "ScoreArray", "Store", "Verification", "verify"]
