@@ -155,7 +155,7 @@ def check_rate(learning_rate: float | None) -> float | None:
     return rate
 
 
-def check_device(device: str | torch.device | None, model: nn.Module) -> torch.device:
+def check_device(device: str | torch.device | None, model: nn.Module | None = None) -> torch.device:
     """Return the device to compute on; None stands for where the model is.
 
     Args:
@@ -169,7 +169,7 @@ def check_device(device: str | torch.device | None, model: nn.Module) -> torch.d
         InputError: There is no such device.
     """
     if device is None:
-        first = next(model.parameters(), None)
+        first = None if model is None else next(model.parameters(), None)
         return _check_supported(first.device) if first is not None else torch.device("cpu")
     try:
         chosen = torch.device(device)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from tracer.arguments import bar_disabled, check_count
 from tracer.errors import InputError, InputTypeError
+from tracer.reader import Reader
 from tracer.report import write_report
 from tracer.rowsource import RowSource, row_source
 from tracer.scoring import check_estimator
@@ -25,17 +26,19 @@ from tracer.types import Batch, Checkpoint, TopK
 class Attribution:
     """Influence of train rows on targets, as `attribute` returns it; everything lies in the store.
 
+    Of a store that is there already it is ``Attribution(Tracer.open(save_dir), "targets")``.
+
     Attributes:
-        tracer: The tracer, for more questions.
+        tracer: The tracer, or the reader of its store, for more questions.
         exp_name: The name of the targets.
         estimator: The estimator of `scores` and `top`.
-        model_ids: The checkpoints' numbers in the store.
+        model_ids: The checkpoints' numbers in the store; None: all.
     """
 
-    tracer: Tracer
+    tracer: Reader
     exp_name: str
-    estimator: str
-    model_ids: list[int]
+    estimator: str = "tracin"
+    model_ids: list[int] | None = None
 
     @property
     def scores(self) -> np.ndarray:
@@ -117,6 +120,8 @@ def attribute(
 ) -> Attribution:
     """Trace targets to train rows over the checkpoints of a training run; called again, it resumes.
 
+    Under torchrun, with ``torch.distributed`` initialised, the processes divide the rows among them; all call it.
+
     Args:
         model: The model; it is left as found.
         task: As `Tracer` takes it.
@@ -167,16 +172,22 @@ def attribute(
     bar_options = {"unit": "row", "disable": bar_disabled(progress)}
     for model_id, (checkpoint, learning_rate) in enumerate(pairs):
         tracer.load_checkpoint(checkpoint, model_id=model_id, learning_rate=learning_rate)
-        missing = tracer.remaining(model_id)
+        missing = _own(tracer, train_rows, tracer.remaining(model_id))
         label = f"featurize {model_id + 1}/{len(pairs)}"
         _feed(tracer.featurize, train_rows, missing, {"desc": label, **bar_options})
     tracer.finalize_features(chosen)
     for model_id, (checkpoint, _) in enumerate(pairs):
         tracer.start_scoring_checkpoint(checkpoint, model_id, target_rows.num_rows, exp_name)
-        missing = tracer.remaining(model_id, exp_name)
+        missing = _own(tracer, target_rows, tracer.remaining(model_id, exp_name))
         _feed(tracer.score, target_rows, missing, {"desc": f"score {model_id + 1}/{len(pairs)}", **bar_options})
     tracer.flush()
+    tracer.process.wait()
     return Attribution(tracer, exp_name, estimator, chosen)
+
+
+def _own(tracer: Tracer, source: RowSource, rows: np.ndarray) -> np.ndarray:
+    """Return those of the rows that are this process's."""
+    return rows[np.isin(rows, np.asarray(tracer.shard(range(source.num_rows)).indices), assume_unique=True)]
 
 
 def _feed(step: Callable[..., None], source: RowSource, rows: np.ndarray, bar_options: Mapping[str, Any]) -> None:

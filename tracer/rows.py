@@ -46,7 +46,7 @@ class RowCursor:
                 f"Pass exactly one of inds and num_samples; {came} came. inds= are the batch's row indices; "
                 f"num_samples=len(batch) counts on from the batch before, for loaders that keep the order."
             )
-        return self._following(num_samples) if inds is None else self._explicit(inds)
+        return self._following(num_samples) if inds is None else row_indices(inds, self.num_rows, self.size_name)
 
     def advance(self, num_samples: int | None) -> None:
         """Move the cursor behind a batch that was given by ``num_samples``."""
@@ -66,22 +66,35 @@ class RowCursor:
             )
         return np.arange(self.position, stop, dtype=np.int64)
 
-    def _explicit(self, inds: RowIndices | None) -> np.ndarray:
-        values = inds.detach().cpu().numpy() if isinstance(inds, torch.Tensor) else np.asarray(inds)
-        if values.shape == (0,):
-            raise BatchError("inds is empty; a batch has one row at least.")
-        if values.ndim != 1 or values.dtype.kind not in "iu":
-            raise InputTypeError(
-                f"inds must be a one-dimensional list, array or tensor of integers; got "
-                f"{type(inds).__name__} with dtype {values.dtype} and shape {values.shape}."
-            )
-        rows = values.astype(np.int64)
-        outside = rows[(rows < 0) | (rows >= self.num_rows)]
-        if len(outside):
-            raise BatchError(
-                f"inds has {outside[:5].tolist()} outside 0...{self.num_rows - 1} ({self.size_name}={self.num_rows})."
-            )
-        unique, counts = np.unique(rows, return_counts=True)
-        if len(unique) < len(rows):
-            raise BatchError(f"inds has rows {unique[counts > 1][:5].tolist()} more than once; give each row once.")
-        return rows
+
+def row_indices(inds: RowIndices, num_rows: int, size_name: str) -> np.ndarray:
+    """Return row indices as an array after checking them.
+
+    Args:
+        inds: The indices.
+        num_rows: How many rows there are.
+        size_name: What that number is called in messages.
+
+    Returns:
+        ``[n]``, int64, in the given order.
+
+    Raises:
+        InputTypeError: They are no integers.
+        BatchError: There are none, one comes twice, or one is out of range.
+    """
+    values = inds.detach().cpu().numpy() if isinstance(inds, torch.Tensor) else np.asarray(inds)
+    if values.shape == (0,):
+        raise BatchError("inds is empty; a batch has one row at least.")
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise InputTypeError(
+            f"inds must be a one-dimensional list, array or tensor of integers; got "
+            f"{type(inds).__name__} with dtype {values.dtype} and shape {values.shape}."
+        )
+    rows = values.astype(np.int64)
+    outside = rows[(rows < 0) | (rows >= num_rows)]
+    if len(outside):
+        raise BatchError(f"inds has {outside[:5].tolist()} outside 0...{num_rows - 1} ({size_name}={num_rows}).")
+    unique, counts = np.unique(rows, return_counts=True)
+    if len(unique) < len(rows):
+        raise BatchError(f"inds has rows {unique[counts > 1][:5].tolist()} more than once; give each row once.")
+    return rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -26,19 +25,20 @@ from tracer.cosines import CosineWriter
 from tracer.errors import CallOrderError, InputError, MismatchError
 from tracer.featurize import Featurizer
 from tracer.gradients import GradientEngine, ParamSelection, select_parameters
+from tracer.processes import Process, this_process
 from tracer.projection import Projector, make_projector
-from tracer.ranker import Ranker
+from tracer.reader import Reader
 from tracer.rows import RowCursor, RowIndices
 from tracer.rowsource import row_source
 from tracer.store import RowTable, Store
 from tracer.store.manifest import Manifest
 from tracer.tasks import LowerPrecision, make_task
-from tracer.types import Batch, Checkpoint, TopK
+from tracer.types import Batch, Checkpoint
 
 logger = logging.getLogger("tracer")
 
 
-class Tracer:
+class Tracer(Reader):
     """Traces a model's behaviour to its training rows, from checkpoints of its training (TracIn, Pruthi et al. 2020).
 
     First every train row is featurized at every checkpoint, then every target row is scored at the same checkpoints;
@@ -69,6 +69,8 @@ class Tracer:
         check_rows: Recognise rows by a fingerprint of their inputs, so that a shuffled loader is an error.
         memory_bytes: How much of targets' gradients `score_exactly` holds, about; more means fewer passes over the
             train rows.
+        process: Of several processes that share the work and the store: this one's number and how many there are. None:
+            as ``torch.distributed``, torchrun or a SLURM job array says; alone otherwise.
         progress: Show progress bars; None: on a terminal only.
 
     Raises:
@@ -95,30 +97,31 @@ class Tracer:
         check_rows: bool = True,
         autocast: str | torch.dtype | None = None,
         memory_bytes: int = 1 << 30,
+        process: tuple[int, int] | None = None,
         progress: bool | None = None,
     ) -> None:
         self.model = check_model(model)
         self.task = make_task(task)
-        self.train_set_size = check_count(train_set_size, "train_set_size")
-        self.device = check_device(device, self.model)
+        device = check_device(device, self.model)
         dtype = check_autocast(autocast)
         if dtype is not None:
-            self.task = LowerPrecision(self.task, dtype, self.device)
+            self.task = LowerPrecision(self.task, dtype, device)
         self._seed = check_seed(seed)
         names = select_parameters(self.model, params)
         parameters = dict(self.model.named_parameters())
         self._shapes = {name: tuple(parameters[name].shape) for name in names}
         self._projection = (projector, proj_dim)
-        self._memory_bytes, self._progress = check_count(memory_bytes, "memory_bytes"), progress
         if storage == "none" and projector != "none":
             raise InputError(
                 f"storage='none' came with projector={projector!r}: without stored features scores are computed from "
                 f"exact gradients; pass projector='none', or storage='float16'."
             )
-        self._engine = GradientEngine(self.model, self.task, names, gradients, self.device)
+        self._engine = GradientEngine(self.model, self.task, names, gradients, device)
         self._check_rows = bool(check_rows)
-        self.store = Store.open(save_dir, self._manifest(storage), resume=resume)
-        self._ranker = Ranker(self.store, self.device, progress)
+        mine = this_process(process)
+        manifest = self._manifest(check_count(train_set_size, "train_set_size"), storage, device)
+        store = _open_store(save_dir, manifest, resume, mine)
+        super().__init__(store, device, mine, check_count(memory_bytes, "memory_bytes"), progress)
         self._featurizer: Featurizer | None = None
         self._projectors: tuple[int, Projector] | None = None
         self._table: RowTable | None = None
@@ -180,27 +183,6 @@ class Tracer:
             )
         self._write(batch, inds, num_samples)
 
-    def remaining(self, model_id: int, exp_name: str | None = None) -> np.ndarray:
-        """Return the indices of the rows that are not durably stored yet at a checkpoint.
-
-        Args:
-            model_id: The checkpoint.
-            exp_name: Targets of this name, instead of train rows.
-
-        Returns:
-            Ascending row indices, int64; what is not among them survives a crash of the process.
-
-        Raises:
-            InputError: There are no targets of this name.
-            IncompleteError: These targets were not scored at this checkpoint.
-        """
-        self.flush()
-        if exp_name is not None:
-            return self._ranker.targets(exp_name, model_id).remaining()
-        if not self.store.has_checkpoint(check_model_id(model_id)):
-            return np.arange(self.train_set_size, dtype=np.int64)
-        return self.store.checkpoint(model_id).remaining()
-
     def flush(self) -> None:
         """Make everything that was computed durable."""
         if self._table is not None:
@@ -214,24 +196,6 @@ class Tracer:
 
     def __enter__(self) -> Tracer:
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def finalize_features(self, model_ids: list[int] | None = None) -> None:
-        """Check that every train row is stored at each checkpoint, and open the checkpoints for scoring.
-
-        Args:
-            model_ids: The checkpoints; None: all in the store.
-
-        Raises:
-            CallOrderError: There is no checkpoint.
-            IncompleteError: Rows are missing; the message says how many and which come first.
-        """
-        self.flush()
-        self._ranker.finalize_features(model_ids)
 
     def start_scoring_checkpoint(self, checkpoint: Checkpoint, model_id: int, num_targets: int, exp_name: str) -> None:
         """Choose the checkpoint and the targets for `score`, and put the row count back to 0.
@@ -332,79 +296,10 @@ class Tracer:
         writer = CosineWriter(featurizer, self.store, exp_name, model_id, self._memory_bytes, self._progress)
         writer.run(train_rows, target_rows)
 
-    def finalize_scores(
-        self, exp_name: str, estimator: str = "tracin", model_ids: list[int] | None = None
-    ) -> np.ndarray:
-        """Compute the scores of all train rows for all targets of an experiment, tile by tile.
-
-        Args:
-            exp_name: The name of the targets.
-            estimator: ``tracin``: the sum over checkpoints of learning rate times the dot product of loss gradients;
-                ``cosine``: the same of normalized gradients.
-            model_ids: The checkpoints; None: all in the store.
-
-        Returns:
-            ``[train_set_size, num_targets]``, float32, read-only and mapped from the store: what is not looked at
-            takes no memory. Positive scores are proponents.
-
-        Raises:
-            InputError: The name, the estimator or a checkpoint is not known.
-            IncompleteError: Targets are missing at a checkpoint.
-            CallOrderError: A checkpoint is not finalized.
-        """
-        self.flush()
-        return self._ranker.scores(exp_name, estimator, model_ids)
-
-    def top(
-        self,
-        exp_name: str,
-        k: int,
-        kind: str = "proponents",
-        estimator: str = "tracin",
-        model_ids: list[int] | None = None,
-    ) -> TopK:
-        """Return the strongest train rows of each target, without computing a score matrix.
-
-        Args:
-            exp_name: The name of the targets.
-            k: How many rows for each target.
-            kind: ``proponents`` (largest scores) or ``opponents`` (smallest, most negative first).
-            estimator: As in `finalize_scores`.
-            model_ids: The checkpoints; None: all in the store.
-
-        Returns:
-            Indices and scores, ``[num_targets, k]`` each, strongest first.
-
-        Raises:
-            InputError: A name is not known, or ``k`` is out of range.
-            IncompleteError: Targets are missing at a checkpoint.
-            CallOrderError: A checkpoint is not finalized.
-        """
-        self.flush()
-        return self._ranker.top(exp_name, k, kind, estimator, model_ids)
-
-    def self_influence(self, model_ids: list[int] | None = None) -> np.ndarray:
-        """Return each train row's influence on itself: the sum over checkpoints of ``lr ‖gradient of the loss‖²``.
-
-        It is computed from exact gradient norms, so it has no projection error. Mislabelled and unusual rows have
-        large values (Pruthi et al. 2020, section 4.1).
-
-        Args:
-            model_ids: The checkpoints; None: all in the store.
-
-        Returns:
-            ``[train_set_size]``, float64.
-
-        Raises:
-            CallOrderError: A checkpoint is not finalized.
-        """
-        self.flush()
-        return self._ranker.self_influence(model_ids)
-
-    def _manifest(self, storage: str) -> Manifest:
-        projector = self._projector(None)
+    def _manifest(self, train_set_size: int, storage: str, device: torch.device) -> Manifest:
+        projector = self._projector(None, device)
         settings = {
-            "train_set_size": self.train_set_size,
+            "train_set_size": train_set_size,
             "task": self.task.settings(),
             "params": {name: list(shape) for name, shape in self._shapes.items()},
             "projector": projector.settings(),
@@ -414,13 +309,13 @@ class Tracer:
         }
         return Manifest(settings, info={"model": type(self.model).__name__})
 
-    def _projector(self, model_id: int | None) -> Projector:
+    def _projector(self, model_id: int | None, device: torch.device) -> Projector:
         """Return a checkpoint's projector; each has a matrix of its own, so that errors average over checkpoints."""
         kind, proj_dim = self._projection
         seed = self._seed
         if model_id is not None:
             seed = int(np.random.SeedSequence([self._seed, model_id]).generate_state(1, np.uint64)[0] >> 1)
-        return make_projector(kind, self._shapes, proj_dim, seed, self.device)
+        return make_projector(kind, self._shapes, proj_dim, seed, device)
 
     def _read(self, checkpoint: Checkpoint) -> tuple[LoadedWeights, str]:
         with torch.inference_mode(False):
@@ -452,7 +347,7 @@ class Tracer:
         projector = None
         if self.store.manifest.storage != "none":
             if self._projectors is None or self._projectors[0] != model_id:
-                self._projectors = (model_id, self._projector(model_id))
+                self._projectors = (model_id, self._projector(model_id, self.device))
             projector = self._projectors[1]
         self._featurizer = Featurizer(self.model, weights, self._engine, projector, self.device, self._check_rows)
         if self._table is not None:
@@ -464,3 +359,9 @@ class Tracer:
         assert self._featurizer is not None and self._table is not None  # both are set with the role
         self._featurizer.write(self._table, batch, rows, self._same_rows)
         self._cursor.advance(num_samples)
+
+
+def _open_store(save_dir: str | os.PathLike[str], manifest: Manifest, resume: bool, process: Process) -> Store:
+    """Open the store; of processes that run together the first one makes it where it is new."""
+    process.first_only(lambda: Store.open(save_dir, manifest, resume=resume, processes=process.count))
+    return Store.open(save_dir, manifest, processes=process.count)

@@ -207,6 +207,12 @@ def check_same(stored: Manifest, asked: Manifest, where: object) -> None:
         MismatchError: Settings differ; the message lists them all.
     """
     lines = differences(stored, asked)
+    if len(lines) == 1 and stored.train_set_size < asked.train_set_size:
+        raise MismatchError(
+            f"{where} has {stored.train_set_size} train rows and train_set_size={asked.train_set_size} came. To add "
+            f"rows behind those that are there, call Tracer.open({str(where)!r}).grow({asked.train_set_size}) first; "
+            "else pass another save_dir."
+        )
     if lines:
         raise MismatchError(
             f"{where} was written with other settings:\n  - "

@@ -359,10 +359,9 @@ class Store(Results):
 
     def _table(self, path: StorePath, num_rows: int | None, flush_seconds: float) -> RowTable:
         """Open a table after checking that it fits the manifest; one that the store outgrew grows first."""
-        table = RowTable(path, flush_seconds=flush_seconds)
-        if num_rows is not None and table.num_rows < num_rows and path.parent.name == "checkpoints":
+        if num_rows is not None and path.parent.name == "checkpoints":
             grow_table(path, num_rows)
-            table = RowTable(path, flush_seconds=flush_seconds)
+        table = RowTable(path, flush_seconds=flush_seconds)
         dim = 0 if self.manifest.storage == "none" else self.manifest.feature_dim
         expected = (num_rows or table.num_rows, dim, self.manifest.storage)
         found = (table.num_rows, table.dim, table.storage)

@@ -73,19 +73,21 @@ def create_table(
 
 
 def grow_table(path: StorePath, num_rows: int) -> None:
-    """Add rows to a table that are not done; nothing that is there is read or written.
+    """Add rows to a table that are not done, where it has fewer; nothing that is there is read or written.
 
     A process that is killed while it does this leaves a table that the next call finishes.
 
     Args:
         path: The table's directory.
-        num_rows: The new N, not below the old one.
+        num_rows: The new N.
 
     Raises:
         StoreError: The table is damaged, or the disk fails.
     """
     with disk_errors(path):
         described = read_document(path / NODE)["attributes"]
+        if not int(described.get("num_rows", num_rows)) < num_rows:
+            return
         dim = 0 if described["storage"] == "none" else Layout.read(path / "features")[0].shape[-1]
         for name, layout in table_layouts(num_rows, dim, described["storage"], described["block_rows"]).items():
             create_array(path / name, layout)

@@ -93,7 +93,8 @@ def verify(save_dir: str | os.PathLike[str], *, repair: bool = True, progress: b
     """
     store = Store.open_existing(save_dir)
     checker = _Checker(store, repair)
-    tables = [(path, None) for path in _table_paths(store.path / "checkpoints")]
+    tables: list[tuple[StorePath, str | None]] = []
+    tables += [(path, None) for path in _table_paths(store.path / "checkpoints")]
     for exp_name in child_nodes(store.path / "targets"):
         tables += [(path, exp_name) for path in _table_paths(store.path / "targets" / exp_name)]
     with tqdm(tables, unit="table", desc="verify", disable=None if progress is None else not progress) as bar:
@@ -154,7 +155,7 @@ class _Checker:
             if not self._check_document(path / name, layout):
                 return
             arrays[name] = open_array(path / name)
-        lost = [rows for rows, _ in self._lost_rows(arrays, num_rows, block_rows)]
+        lost = list(self._lost_rows(arrays, num_rows, block_rows))
         rows = np.unique(np.concatenate(lost)) if lost else np.empty(0, np.int64)
         if len(rows) and self.repair:
             self.store.forget_results(rows, exp_name)
@@ -176,9 +177,7 @@ class _Checker:
             create_array(path, layout)
         return self.repair
 
-    def _lost_rows(
-        self, arrays: dict[str, ChunkedArray], num_rows: int, block_rows: int
-    ) -> Iterator[tuple[np.ndarray, str]]:
+    def _lost_rows(self, arrays: dict[str, ChunkedArray], num_rows: int, block_rows: int) -> Iterator[np.ndarray]:
         """Yield rows that are marked as done and are not there as they were written, block by block."""
         mask = arrays["done"]
         for block, start in enumerate(range(0, num_rows, block_rows)):
@@ -206,16 +205,16 @@ class _Checker:
             bad = done[wrong[done - start]]
             if len(bad):
                 self._found(mask.path.parent, "rows do not have the checksum that they were written with", bad)
-                yield bad, "checksum"
+                yield bad
 
-    def _lost(self, array: ChunkedArray, block: int, rows: np.ndarray, what: str) -> tuple[np.ndarray, str]:
+    def _lost(self, array: ChunkedArray, block: int, rows: np.ndarray, what: str) -> np.ndarray:
         """Note a chunk that cannot be used, and remove it so that it is made anew."""
         self._found(array.path, what, rows)
         if self.repair:
             with disk_errors(array.path):
                 remove(array.chunk_path(block))
             array.close()
-        return rows, what
+        return rows
 
     def check_scores(self, path: StorePath) -> None:
         """Check a score array."""

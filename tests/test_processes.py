@@ -1,0 +1,180 @@
+"""Several processes on one store: parts that share no file, results that are those of one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tracer import IncompleteError, InputError, InputTypeError, Tracer, attribute
+from tracer.processes import Process, this_process
+from tracer.store import Store
+
+WORKER = Path(__file__).with_name("process_worker.py")
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)),
+        ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MAX": "7"}, (3, 8)),
+        (
+            {
+                "SLURM_ARRAY_TASK_ID": "12",
+                "SLURM_ARRAY_TASK_MIN": "10",
+                "SLURM_ARRAY_TASK_MAX": "16",
+                "SLURM_ARRAY_TASK_STEP": "2",
+            },
+            (1, 4),
+        ),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, (0, 1)),
+    ],
+)
+def test_the_environment_says_which_process_this_is(environment, expected):
+    found = this_process(None, environment)
+    assert (found.rank, found.count, found.together) == (*expected, False)
+
+
+@pytest.mark.parametrize(
+    ("process", "error"),
+    [
+        ((4, 4), InputError),
+        ((-1, 4), InputError),
+        ((0, 0), InputError),
+        (3, InputTypeError),
+        ((0, 1.0), InputTypeError),
+    ],
+)
+def test_a_process_that_cannot_be_is_refused(process, error):
+    with pytest.raises(error, match="process is"):
+        this_process(process)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize(("num_rows", "block_rows"), [(100, 9), (1, 1), (5, 3), (64, 64), (1000, 10)])
+def test_parts_cover_all_rows_once_and_share_no_block(count, num_rows, block_rows):
+    parts = [Process(rank, count).rows(num_rows, block_rows) for rank in range(count)]
+    assert [row for part in parts for row in part] == list(range(num_rows))
+    blocks = [{row // block_rows for row in part} for part in parts]
+    assert sum(map(len, blocks)) == len(set().union(*blocks))
+
+
+def test_a_shard_is_a_subset_of_global_rows(run, tmp_path):
+    parts = []
+    for rank in range(3):
+        tracing = Tracer(run.model, "image_classification", 23, tmp_path, process=(rank, 3), proj_dim=16)
+        part = tracing.shard(torch.utils.data.TensorDataset(*run.train))
+        assert torch.equal(part[0][0], run.x[part.indices[0]]) and len(part) == len(part.indices)
+        parts.append(list(part.indices))
+        assert len(tracing.shard(range(5)).indices) in (1, 2)  # targets
+    assert sum(parts, []) == list(range(23)) and {len(part) for part in parts} <= {7, 8}
+
+
+def pipeline(run, save_dir, **options):
+    return attribute(
+        run.model,
+        "image_classification",
+        run.train,
+        run.targets,
+        run.checkpoints,
+        save_dir=save_dir,
+        batch_size=4,
+        **options,
+    )
+
+
+def files(path: Path) -> set[str]:
+    return {str(file.relative_to(path)) for file in path.rglob("*") if "/c/" in str(file) and file.is_file()}
+
+
+def launch(command: list[str], tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    paths = [str(WORKER.parent), str(WORKER.parents[1])]
+    keep = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RANK", "WORLD_"))}
+    env = {**keep, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+
+
+def torchrun(count: int, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", str(WORKER)]
+    return launch([*command, *arguments], tmp_path)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_torchrun_gives_the_results_of_one_process(run, tmp_path, count):
+    pytest.importorskip("torch.distributed")
+    options = {"projector": "none", "storage": "float32"}
+    alone = pipeline(run, tmp_path / "alone", **options)
+    done = torchrun(count, tmp_path, "together", str(tmp_path / "many"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    store = Store.open_existing(tmp_path / "many")
+    assert store.manifest.layout["processes"] == count
+    for model_id in store.checkpoint_ids():
+        ours, theirs = store.checkpoint(model_id), alone.tracer.store.checkpoint(model_id)
+        assert ours.block_rows < 23
+        for name in ("loss", "slope", "gradient_norm", "fingerprint", "label"):
+            np.testing.assert_array_equal(ours.column(name), theirs.column(name))
+        np.testing.assert_array_equal(ours.features(0, 23), theirs.features(0, 23))  # bit for bit
+    found = np.load(tmp_path / "many" / ".." / "scores-0.npy")
+    for rank in range(count):
+        np.testing.assert_array_equal(np.load(tmp_path / f"scores-{rank}.npy"), found)
+        np.testing.assert_array_equal(np.load(tmp_path / f"top-{rank}.npy"), alone.top(3).indices)
+    np.testing.assert_allclose(found, alone.scores, rtol=1e-6, atol=1e-9)
+    np.testing.assert_array_equal(np.asarray(Tracer.open(tmp_path / "many").finalize_scores("targets")), found)
+
+
+def test_an_error_of_the_first_process_reaches_all(run, tmp_path):
+    done = torchrun(2, tmp_path, "missing", str(tmp_path / "many"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    texts = [(tmp_path / f"error-{rank}.txt").read_text() for rank in range(2)]
+    assert texts[0] == texts[1] and "IncompleteError" in texts[0] and "lacks" in texts[0]
+
+
+def job(number: int, count: int, what: str, tmp_path: Path) -> subprocess.CompletedProcess:
+    variables = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_MIN": "0"}
+    return launch(
+        [sys.executable, str(WORKER), what, str(tmp_path / "array")],
+        tmp_path,
+        **variables,
+        SLURM_ARRAY_TASK_MAX=str(count - 1),
+    )
+
+
+def test_a_job_array_shares_nothing_but_the_file_system(run, tmp_path):
+    alone = pipeline(run, tmp_path / "alone", projector="none", storage="float32")
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), "featurize", str(tmp_path / "array")],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(WORKER.parent), str(WORKER.parents[1])]),
+                "SLURM_ARRAY_TASK_ID": str(number),
+                "SLURM_ARRAY_TASK_MIN": "0",
+                "SLURM_ARRAY_TASK_MAX": "2",
+                "OMP_NUM_THREADS": "1",
+            },
+        )
+        for number in (0, 2)
+    ]  # at once, so that they race for the store and the tables
+    assert [running.wait(120) for running in jobs] == [0, 0]
+    store = Store.open_existing(tmp_path / "array")
+    written = store.checkpoint(0).done
+    assert 0 < written.sum() < 23
+    with pytest.raises(IncompleteError, match="lacks"):
+        Tracer.open(tmp_path / "array").finalize_features()
+    before = {path: (tmp_path / "array" / path).stat().st_mtime_ns for path in files(tmp_path / "array")}
+    assert job(1, 3, "featurize", tmp_path).returncode == 0  # the job that had died
+    after = {path: (tmp_path / "array" / path).stat().st_mtime_ns for path in files(tmp_path / "array")}
+    assert before.items() <= after.items()  # nobody else's file was touched
+    assert job(0, 1, "score", tmp_path).returncode == 0  # any one process finalizes
+    for number in (1, 2, 0):
+        done = job(number, 3, "finalize", tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+    reader = Tracer.open(tmp_path / "array")
+    np.testing.assert_allclose(np.asarray(reader.finalize_scores("targets")), alone.scores, rtol=1e-6, atol=1e-9)
+    np.testing.assert_array_equal(reader.top("targets", 3).indices, alone.top(3).indices)
