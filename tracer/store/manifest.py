@@ -19,7 +19,7 @@ from tracer.errors import InputError, InputTypeError, MismatchError, StoreError
 
 FORMAT = "tracer"
 FORMAT_VERSION = 2
-STORAGES = ("float32", "float16", "none")
+STORAGES = ("float32", "float16", "int8", "none")
 _REQUIRED = ("train_set_size", "feature_dim", "storage")
 _MAX_NAMED = 6
 
@@ -77,7 +77,7 @@ class Manifest:
     Attributes:
         settings: Every setting that changes numbers, as JSON values, compared when a store is opened again. Three
             are read by the store itself: ``train_set_size`` (int), ``feature_dim`` (int) and ``storage``
-            (``"float32"``, ``"float16"``, or ``"none"``: features are not stored). ``params`` maps names to shapes and
+            (``"float32"``, ``"float16"``, ``"int8"``, or ``"none"``: features are not stored). ``params`` maps names to shapes and
             its order counts.
         info: What is good to know and never compared: the model's class, the command.
         versions: The packages that made the store; another version is only logged.
@@ -123,7 +123,7 @@ class Manifest:
 
     @property
     def storage(self) -> str:
-        """The dtype of stored features: ``"float32"`` or ``"float16"``; ``"none"`` where they are not stored."""
+        """The dtype of stored features: ``"float32"``, ``"float16"`` or ``"int8"``; ``"none"`` where they are not."""
         return str(self.settings["storage"])
 
     def attributes(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,8 @@ CHUNK_BYTES = 64 << 20
 FLUSH_SECONDS = 5.0
 _MAX_MAPS = 128
 _PARALLEL_BYTES = 1 << 20
-_DTYPES = {"float16": "<f2", "float32": "<f4", "uint64": "<u8", "bool": "|b1"}
+_ADVISED_BYTES = 1 << 20  # Linux reads no more than the device's read-ahead window for one advice
+_DTYPES = {"int8": "|i1", "float16": "<f2", "float32": "<f4", "uint64": "<u8", "bool": "|b1"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Layout:
 
     Attributes:
         shape: Of the array, ``(R,)`` or ``(R, D)``, every size at least 1.
-        dtype: ``"float16"``, ``"float32"``, ``"uint64"`` or ``"bool"``.
+        dtype: ``"int8"``, ``"float16"``, ``"float32"``, ``"uint64"`` or ``"bool"``.
         chunk_rows: The rows of one file.
         tile_rows: The rows of an inner chunk where the whole array is one shard, else None.
     """
@@ -84,7 +86,7 @@ class Layout:
     def metadata(self) -> dict[str, Any]:
         """Return the parts of zarr's metadata that decide where each number lies."""
         plain: dict[str, Any] = {"name": "bytes"}
-        if self.dtype != "bool":
+        if np.dtype(self.dtype).itemsize > 1:
             plain["configuration"] = {"endian": "little"}
         outer = [self.chunk_rows, *self.shape[1:]]
         codecs = [plain]
@@ -240,7 +242,31 @@ class MappedArray:
         dirty, self._dirty = self._dirty, {}  # the system drops pages it could not write: trying again would lie
         for chunk, mapped in dirty.items():
             with disk_errors(self.chunk_path(chunk)):
+                sync(self.chunk_path(chunk))  # lets other threads run, which the map's own flush does not
                 mapped.flush()  # type: ignore[attr-defined]
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Begin to read rows in the background; does nothing where the system has no way to.
+
+        Args:
+            start: The first row.
+            stop: One past the last row.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        row_bytes = self.layout.data_bytes // self.layout.chunk_rows
+        while start < stop:
+            chunk, offset = divmod(start, self.layout.chunk_rows)
+            length = min(stop - start, self.layout.chunk_rows - offset)
+            with contextlib.suppress(OSError):  # whatever is wrong with the file, reading it will say
+                descriptor = os.open(self.chunk_path(chunk), os.O_RDONLY)
+                try:
+                    for piece in range(offset * row_bytes, (offset + length) * row_bytes, _ADVISED_BYTES):
+                        size = min(_ADVISED_BYTES, (offset + length) * row_bytes - piece)
+                        os.posix_fadvise(descriptor, piece, size, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(descriptor)
+            start += length
 
     def close(self) -> None:
         """Drop the maps; views that are held stay valid."""

@@ -223,6 +223,8 @@ class Store:
         """
         attributes = _table_attributes(weights_fingerprint, learning_rate)
         path = self._targets_path(exp_name, model_id)
+        if self.manifest.storage == "int8":
+            attributes["rounding"] = "targets"  # not by the numbers that round train rows
         return self._create(path, _integer("num_targets", num_targets, 1), attributes, flush_seconds)
 
     def targets(self, exp_name: str, model_id: int, *, flush_seconds: float = FLUSH_SECONDS) -> RowTable:

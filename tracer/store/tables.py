@@ -1,7 +1,8 @@
 """Rows of features and what belongs to them, for one checkpoint: written in any order, done only once on the disk.
 
 Layout: ``N`` rows of ``dim`` values. A float16 row is stored divided by its largest absolute value, which is its
-``scale``: gradients of norm 1e-12 and 1e12 keep the same relative precision. A float32 row has scale 1.
+``scale``: gradients of norm 1e-12 and 1e12 keep the same relative precision. An int8 row is stored in units of its
+``scale``, the largest over 127 (`tracer.store.rounding`). A float32 row has scale 1.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tracer.errors import CallOrderError, InputError, InputTypeError, MismatchEr
 from tracer.store.documents import NODE, disk_errors, partial_path, read_document, sync, write_group
 from tracer.store.manifest import json_value, listing
 from tracer.store.mapped import CHUNK_BYTES, FLUSH_SECONDS, Completion, Layout, MappedArray, create_array
+from tracer.store.rounding import RELATIVE, relative_rows, row_scale
 
 VALUES = ("loss", "slope", "curvature", "gradient_norm")
 """The float32 columns that come with a row, all ``[N]``."""
@@ -36,7 +38,7 @@ def create_table(
         staging: A directory on the same file system where it is put together.
         num_rows: N.
         dim: The values of a row.
-        storage: ``"float32"`` or ``"float16"``; ``"none"`` makes a table without features.
+        storage: ``"float32"``, ``"float16"`` or ``"int8"``; ``"none"`` makes a table without features.
         attributes: Of the group, JSON values.
 
     Raises:
@@ -78,7 +80,7 @@ class RowTable:
     Attributes:
         num_rows: N.
         dim: The values of a row; 0 without features.
-        storage: The dtype they are stored in, ``"float32"`` or ``"float16"``; ``"none"`` without features.
+        storage: The dtype they are stored in, ``"float32"``, ``"float16"`` or ``"int8"``; ``"none"`` without features.
 
     Raises:
         StoreError: The table is damaged.
@@ -92,7 +94,9 @@ class RowTable:
         self._finalized_at: tuple[tuple[int, int], bool] = ((0, 0), False)
         self.num_rows, self.dim, self.storage = self._columns["done"].layout.shape[0], 0, "none"
         self._features: MappedArray | None = None
-        if self.attributes.get("storage") != "none":
+        attributes = self.attributes
+        self._pool = "targets" if attributes.get("rounding") == "targets" else "train"
+        if attributes.get("storage") != "none":
             self._features = MappedArray(path / "features")
             shape, self.storage = self._features.layout.shape, self._features.layout.dtype
             if len(shape) != 2 or shape[0] != self.num_rows:
@@ -237,11 +241,10 @@ class RowTable:
                 f"{self.path} is finalized and rows {_named(rows)} came to be written: write them before finalizing, "
                 "call set_attributes(finalized=False) first, or choose another save_dir"
             )
-        checked["scale"] = largest if self.storage == "float16" else np.ones_like(largest)
-        checked["scale"][largest == 0] = 1
+        checked["scale"] = row_scale(largest, self.storage)
         with self._completion.writing(rows):
             if self._features is not None and features is not None:
-                self._features.assign(rows, self._relative(features, checked["scale"]))
+                self._features.assign(rows, self._relative(features, checked["scale"], rows))
             for name, values in checked.items():
                 self._columns[name].assign(rows, values)
 
@@ -289,6 +292,17 @@ class RowTable:
             raise CallOrderError(f"{self.path} has no features: its store was made with storage='none'")
         return list(self._features.rows(start, stop))
 
+    def prefetch(self, start: int, stop: int) -> None:
+        """Begin to read the features of rows in the background, for when they are asked for.
+
+        Args:
+            start: The first row.
+            stop: One past the last row.
+        """
+        self._check_range(start, stop)
+        if self._features is not None:
+            self._features.prefetch(start, stop)
+
     def tiles(
         self, max_rows: int, start: int = 0, stop: int | None = None
     ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
@@ -322,7 +336,7 @@ class RowTable:
         tile = np.empty((stop - start, self.dim), dtype=np.float32)
         for begin, end, raw, scale in self.tiles(max(1, stop - start), start, stop):
             part = tile[begin - start : end - start]
-            # torch converts float16 fifty times faster than numpy; it wants memory of its own
+            # torch converts float16 and int8 fifty times faster than numpy; it wants memory of its own
             part[:] = raw if self.storage == "float32" else torch.from_numpy(np.array(raw)).float().numpy()
             part *= scale[:, None]
         return tile
@@ -399,13 +413,10 @@ class RowTable:
                 "written; check these rows' inputs and the checkpoint, or drop them from the data set"
             )
 
-    def _relative(self, features: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    def _relative(self, features: np.ndarray, scale: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return float32 features ``[n, dim]`` relative to their scale, in memory that is used again."""
-        if self.storage == "float32":
-            return features
-        scaled = self._memory(features.shape)
-        torch.div(torch.from_numpy(features), torch.from_numpy(scale)[:, None], out=scaled)
-        return scaled.numpy()
+        memory = self._memory(features.shape) if self.storage in RELATIVE else None
+        return relative_rows(features, scale, rows, self.storage, self._pool, memory)
 
     def _largest(self, features: np.ndarray) -> np.ndarray:
         """Return the largest absolute value of each row of float32 values, NaN where there is one: ``[n]``."""
