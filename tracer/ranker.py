@@ -24,10 +24,17 @@ class Ranker:
         store: The store.
         device: Where to multiply.
         progress: Show progress bars; None: on a terminal only.
+        memory_bytes: How much scoring holds, about.
     """
 
-    def __init__(self, store: Store, device: torch.device, progress: bool | None = None) -> None:
-        self.store, self.device, self.progress = store, device, progress
+    def __init__(
+        self,
+        store: Store,
+        device: torch.device,
+        progress: bool | None = None,
+        memory_bytes: int = rank.MEMORY_BYTES,
+    ) -> None:
+        self.store, self.device, self.progress, self.memory_bytes = store, device, progress, memory_bytes
 
     @property
     def num_rows(self) -> int:
@@ -80,12 +87,14 @@ class Ranker:
         inputs = {
             "model_ids": chosen,
             "learning_rates": [pair.learning_rate for pair in pairs],
-            "tables": [[pair.train.attributes["table_id"], pair.targets.attributes["table_id"]] for pair in pairs],
+            "tables": self._table_ids(exp_name, chosen),
         }
-        tile_rows = rank.tile_rows(pairs[0].train.dim, num_targets)
+        tile_rows = rank.tile_rows(self.memory_bytes, num_targets)
         shape = (self.num_rows, num_targets)
         scores = self.store.scores(exp_name, estimator, shape, inputs, tile_rows=tile_rows)
-        return rank.write_scores(pairs, estimator, scores, self.device, self.progress)
+        return rank.write_scores(
+            pairs, estimator, scores, self.device, self.progress, memory_bytes=self.memory_bytes
+        )
 
     def top(self, exp_name: str, k: int, kind: str, estimator: str, model_ids: list[int] | None) -> TopK:
         """Find the strongest rows; see `tracer.Tracer.top`."""
@@ -95,9 +104,10 @@ class Ranker:
         if check_count(k, "k") > self.num_rows:
             raise InputError(f"k={k} is more than train_set_size={self.num_rows}.")
         pairs, _ = self._pairs(exp_name, model_ids)
-        return rank.top_rows(
-            pairs, estimator, k, largest=kind == "proponents", device=self.device, progress=self.progress
+        *_, (_, proponents, opponents) = rank.select_rows(
+            pairs, estimator, range(self.num_rows), k, self.device, self.progress, memory_bytes=self.memory_bytes
         )
+        return (proponents if kind == "proponents" else opponents).result()
 
     def self_influence(self, model_ids: list[int] | None) -> np.ndarray:
         """Sum up self-influence; see `tracer.Tracer.self_influence`."""
@@ -146,6 +156,11 @@ class Ranker:
                 cosines = self._cosines(exp_name, model_id, train, targets)
             pairs.append(rank.CheckpointPair(rate, train, targets, cosines))
         return pairs, chosen
+
+    def _table_ids(self, exp_name: str, model_ids: list[int]) -> list[list[str]]:
+        """Return what tells the tables of train and target rows of each checkpoint from others."""
+        tables = [(self.store.checkpoint(i), self.store.targets(exp_name, i)) for i in model_ids]
+        return [[table.attributes["table_id"] for table in pair] for pair in tables]
 
     def _cosines(
         self, exp_name: str, model_id: int, train: RowTable, targets: RowTable

@@ -59,16 +59,17 @@ class Tracer:
             ``functional`` (``torch.func`` only).
         params: Name patterns of the parameters that count, a function ``(name, parameter) -> bool``, or None for all
             trainable ones.
-        storage: ``float16`` (relative to a float32 scale a row), ``float32``, or, with ``projector="none"``, ``none``:
-            gradients are not stored, only losses, slopes and norms; scores come from `score_exactly`.
+        storage: ``float16`` or ``int8`` (relative to a float32 scale a row), ``float32``, or, with
+            ``projector="none"``, ``none``: gradients are not stored, only losses, slopes and norms; scores come from
+            `score_exactly`.
         device: Where to compute; by default where the model is.
         autocast: ``bfloat16`` or ``float16``: forwards and backwards run under ``torch.autocast`` in this dtype, as
             mixed-precision training does; None: in the model's own.
         seed: The projection's seed.
         resume: Open the store that lies in ``save_dir``; with False it must not exist.
         check_rows: Recognise rows by a fingerprint of their inputs, so that a shuffled loader is an error.
-        memory_bytes: How much of targets' gradients `score_exactly` holds, about; more means fewer passes over the
-            train rows.
+        memory_bytes: How much scoring holds, about, whatever the numbers of rows and targets; in `score_exactly` more
+            means fewer passes over the train rows.
         progress: Show progress bars; None: on a terminal only.
 
     Raises:
@@ -118,7 +119,7 @@ class Tracer:
         self._engine = GradientEngine(self.model, self.task, names, gradients, self.device)
         self._check_rows = bool(check_rows)
         self.store = Store.open(save_dir, self._manifest(storage), resume=resume)
-        self._ranker = Ranker(self.store, self.device, progress)
+        self._ranker = Ranker(self.store, self.device, progress, self._memory_bytes)
         self._featurizer: Featurizer | None = None
         self._projectors: tuple[int, Projector] | None = None
         self._table: RowTable | None = None

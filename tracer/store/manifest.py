@@ -77,8 +77,8 @@ class Manifest:
     Attributes:
         settings: Every setting that changes numbers, as JSON values, compared when a store is opened again. Three
             are read by the store itself: ``train_set_size`` (int), ``feature_dim`` (int) and ``storage``
-            (``"float32"``, ``"float16"``, ``"int8"``, or ``"none"``: features are not stored). ``params`` maps names to shapes and
-            its order counts.
+            (``"float32"``, ``"float16"``, ``"int8"``, or ``"none"``: features are not stored). ``params`` maps names to
+            shapes and its order counts.
         info: What is good to know and never compared: the model's class, the command.
         versions: The packages that made the store; another version is only logged.
         format_version: Of the files; another one than this package writes is refused.

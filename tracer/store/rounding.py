@@ -2,9 +2,9 @@
 
 Layout: features ``[n, k]``, scales ``[n]``, row indices ``[n]``. An int8 row is in units of its largest absolute value
 over 127, rounded up or down at random with the odds that make the expectation exact: the value 2.25 becomes 3 once in
-four times. The random numbers are a fixed pool, of which each row takes a window by its index: what is stored depends on
-a row's values, its index and whether it is a train or a target row, and not on batches, processes or time. Train and
-target rows have pools of their own, so that the rounding errors of a pair never go together.
+four times. The random numbers are a fixed pool, of which each row takes a window by its index. What is stored depends
+on a row's values, its index and whether it is a train or a target row, and not on batches, processes or time. Train
+and target rows have pools of their own, so that the rounding errors of a pair never go together.
 """
 
 from __future__ import annotations
