@@ -21,9 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tracer.arguments import bar_disabled
+from tracer.errors import NonFiniteError
 from tracer.products import Multiplier, Plan
 from tracer.scoring import RunningTopK, row_weights, self_influence
 from tracer.store import RowTable, ScoreArray
+from tracer.store.rounding import relative_rows, row_scale
+from tracer.types import TopK
 
 MEMORY_BYTES = 1 << 30
 """How many bytes scoring holds at once by default, about; independent of the numbers of rows and targets."""
@@ -93,6 +96,34 @@ class MemoryRows:
     raw: np.ndarray
     storage: str
     columns: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, features: np.ndarray, slope: np.ndarray, gradient_norm: np.ndarray, storage: str) -> MemoryRows:
+        """Return rows rounded as they would be in a store, from index 0 on.
+
+        Args:
+            features: ``[R, k]``, float32.
+            slope: ``[R]``.
+            gradient_norm: ``[R]``.
+            storage: ``"float32"``, ``"float16"`` or ``"int8"``.
+
+        Returns:
+            The rows.
+
+        Raises:
+            NonFiniteError: A value is NaN or infinite.
+        """
+        largest = np.abs(features).max(1)
+        bad = np.flatnonzero(~np.isfinite(largest) | ~np.isfinite(slope) | ~np.isfinite(gradient_norm))
+        if len(bad):
+            raise NonFiniteError(
+                f"The gradient or slope of rows {bad[:5].tolist()} of the batch is NaN or infinite (in float32). Look "
+                f"at these rows' inputs and labels; if all rows are concerned, at the checkpoint's weights."
+            )
+        scale = row_scale(largest, storage)
+        raw = relative_rows(features, scale, np.arange(len(features)), storage, "targets")
+        columns = {"slope": slope, "gradient_norm": gradient_norm, "scale": scale}
+        return cls(raw.astype(storage), storage, columns)
 
     @property
     def num_rows(self) -> int:
@@ -399,6 +430,7 @@ def select_rows(
     progress: bool | None = None,
     *,
     memory_bytes: int = MEMORY_BYTES,
+    begin: tuple[TopK, TopK] | None = None,
 ) -> Iterator[tuple[int, RunningTopK, RunningTopK]]:
     """Find the strongest rows of each target, both ends at once, without holding or storing all scores.
 
@@ -410,6 +442,7 @@ def select_rows(
         device: Where to multiply.
         progress: Show a bar; None: on a terminal only.
         memory_bytes: How much to hold, about.
+        begin: Proponents and opponents of earlier rows, with which the selection begins.
 
     Yields:
         After each band: how many of the rows have been seen, and the running selections of proponents and of
@@ -417,6 +450,8 @@ def select_rows(
     """
     scorer = BandScorer(pairs, estimator, device, memory_bytes)
     proponents, opponents = (RunningTopK(scorer.num_targets, k, largest) for largest in (True, False))
+    for running, found in zip((proponents, opponents), begin or (), strict=False):
+        running.add(found)
     step = scorer.band_rows
     bands = [rows[first : first + step] for first in range(0, len(rows), step)]
     ahead = ReadAhead(pairs, bands)

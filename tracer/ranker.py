@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -9,11 +12,13 @@ from tqdm import tqdm
 from tracer import rank
 from tracer.arguments import as_list, bar_disabled, check_count, check_model_id
 from tracer.errors import CallOrderError, IncompleteError, InputError, nearest_name
+from tracer.rows import RowChoice, chosen_rows
 from tracer.scoring import check_estimator
 from tracer.store import RowTable, ScoreArray, Store
+from tracer.tops import TopQuestion
 from tracer.types import TopK
 
-KINDS = ("opponents", "proponents")
+KINDS = ("proponents", "opponents")
 """What ``kind=`` takes."""
 
 
@@ -84,30 +89,108 @@ class Ranker:
         check_estimator(estimator)
         pairs, chosen = self._pairs(exp_name, model_ids)
         num_targets = pairs[0].targets.num_rows
-        inputs = {
-            "model_ids": chosen,
-            "learning_rates": [pair.learning_rate for pair in pairs],
-            "tables": self._table_ids(exp_name, chosen),
-        }
+        inputs = self._inputs(exp_name, chosen, pairs)
         tile_rows = rank.tile_rows(self.memory_bytes, num_targets)
         shape = (self.num_rows, num_targets)
         scores = self.store.scores(exp_name, estimator, shape, inputs, tile_rows=tile_rows)
-        return rank.write_scores(
-            pairs, estimator, scores, self.device, self.progress, memory_bytes=self.memory_bytes
-        )
+        return rank.write_scores(pairs, estimator, scores, self.device, self.progress, memory_bytes=self.memory_bytes)
 
-    def top(self, exp_name: str, k: int, kind: str, estimator: str, model_ids: list[int] | None) -> TopK:
+    def top(
+        self,
+        exp_name: str,
+        k: int,
+        kind: str,
+        estimator: str,
+        model_ids: list[int] | None,
+        rows: RowChoice | None = None,
+    ) -> TopK:
         """Find the strongest rows; see `tracer.Tracer.top`."""
+        chosen = self._check_top(k, kind, estimator, rows)
+        return self._question(exp_name, k, estimator, model_ids, chosen).answer()[KINDS.index(kind)]
+
+    def cover_top(
+        self,
+        exp_name: str,
+        k: int,
+        estimator: str,
+        model_ids: list[int] | None,
+        rows: RowChoice | None = None,
+        *,
+        ranges: Sequence[tuple[int, int]],
+    ) -> None:
+        """Compute and store a share of what `top` needs, so that several processes can divide its work.
+
+        Args:
+            exp_name: The name of the targets.
+            k: As it will be asked for, or more.
+            estimator: ``"tracin"`` or ``"cosine"``.
+            model_ids: The checkpoints; None: all in the store.
+            rows: Only these train rows, as in `top`.
+            ranges: The share: train rows ``(start, stop)``.
+        """
+        chosen = self._check_top(k, KINDS[0], estimator, rows)
+        self._question(exp_name, k, estimator, model_ids, chosen).cover(ranges)
+
+    def query(
+        self,
+        targets: Sequence[rank.MemoryRows],
+        model_ids: list[int],
+        k: int,
+        kind: str,
+        estimator: str,
+        rows: RowChoice | None,
+    ) -> TopK:
+        """Find the strongest rows of targets that are not in the store; nothing is stored.
+
+        Args:
+            targets: Their rows at each checkpoint.
+            model_ids: The checkpoints.
+            k: How many train rows for each target.
+            kind: ``"proponents"`` or ``"opponents"``.
+            estimator: ``"tracin"`` or ``"cosine"``.
+            rows: Only these train rows.
+
+        Returns:
+            Indices and scores, ``[M, k]`` each.
+        """
+        chosen = self._check_top(k, kind, estimator, rows)
+        pairs = [
+            rank.CheckpointPair(rate, self.store.checkpoint(model_id), table)
+            for rate, model_id, table in zip(self._rates(model_ids), model_ids, targets, strict=True)
+        ]
+        *_, (_, *ends) = rank.select_rows(
+            pairs, estimator, chosen, k, self.device, self.progress, memory_bytes=self.memory_bytes
+        )
+        return ends[KINDS.index(kind)].result()
+
+    def check_query(
+        self, k: int, kind: str, estimator: str, model_ids: list[int] | None, rows: RowChoice | None
+    ) -> list[int]:
+        """Check the arguments of a query before anything is computed, and return the ids of its checkpoints."""
+        self._check_top(k, kind, estimator, rows)
+        chosen = self._finalized_ids(model_ids)
+        self._rates(chosen)
+        return chosen
+
+    def _check_top(self, k: int, kind: str, estimator: str, rows: RowChoice | None) -> rank.Band:
+        """Check what is asked for and return the train rows that count."""
         if kind not in KINDS:
             raise InputError(f"kind={kind!r} is not known; {nearest_name(kind, KINDS)}.")
         check_estimator(estimator)
-        if check_count(k, "k") > self.num_rows:
-            raise InputError(f"k={k} is more than train_set_size={self.num_rows}.")
-        pairs, _ = self._pairs(exp_name, model_ids)
-        *_, (_, proponents, opponents) = rank.select_rows(
-            pairs, estimator, range(self.num_rows), k, self.device, self.progress, memory_bytes=self.memory_bytes
+        chosen = chosen_rows(rows, self.num_rows)
+        if check_count(k, "k") > len(chosen):
+            what = f"train_set_size={self.num_rows}" if rows is None else f"the {len(chosen)} train rows that rows= has"
+            raise InputError(f"k={k} is more than {what}.")
+        return chosen
+
+    def _question(
+        self, exp_name: str, k: int, estimator: str, model_ids: list[int] | None, rows: rank.Band
+    ) -> TopQuestion:
+        pairs, chosen = self._pairs(exp_name, model_ids)
+        inputs = self._inputs(exp_name, chosen, pairs)
+        return TopQuestion(
+            self.store, exp_name, estimator, inputs, pairs, rows, int(k), self.device, self.memory_bytes, self.progress
         )
-        return (proponents if kind == "proponents" else opponents).result()
 
     def self_influence(self, model_ids: list[int] | None) -> np.ndarray:
         """Sum up self-influence; see `tracer.Tracer.self_influence`."""
@@ -157,10 +240,14 @@ class Ranker:
             pairs.append(rank.CheckpointPair(rate, train, targets, cosines))
         return pairs, chosen
 
-    def _table_ids(self, exp_name: str, model_ids: list[int]) -> list[list[str]]:
-        """Return what tells the tables of train and target rows of each checkpoint from others."""
+    def _inputs(self, exp_name: str, model_ids: list[int], pairs: Sequence[rank.CheckpointPair]) -> dict[str, Any]:
+        """Return what decides scores, apart from the estimator."""
         tables = [(self.store.checkpoint(i), self.store.targets(exp_name, i)) for i in model_ids]
-        return [[table.attributes["table_id"] for table in pair] for pair in tables]
+        return {
+            "model_ids": model_ids,
+            "learning_rates": [pair.learning_rate for pair in pairs],
+            "tables": [[table.attributes["table_id"] for table in pair] for pair in tables],
+        }
 
     def _cosines(
         self, exp_name: str, model_id: int, train: RowTable, targets: RowTable

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tracer import rank
 from tracer.arguments import (
     check_autocast,
     check_count,
@@ -21,6 +22,7 @@ from tracer.arguments import (
     check_rate,
     check_seed,
 )
+from tracer.batches import check_batch_size, count_rows
 from tracer.checkpoints import LoadedWeights, fit_state, read_checkpoint, weights_fingerprint
 from tracer.cosines import CosineWriter
 from tracer.errors import CallOrderError, InputError, MismatchError
@@ -28,8 +30,9 @@ from tracer.featurize import Featurizer
 from tracer.gradients import GradientEngine, ParamSelection, select_parameters
 from tracer.projection import Projector, make_projector
 from tracer.ranker import Ranker
-from tracer.rows import RowCursor, RowIndices
+from tracer.rows import RowChoice, RowCursor, RowIndices
 from tracer.rowsource import row_source
+from tracer.sources import CheckpointSources
 from tracer.store import RowTable, Store
 from tracer.store.manifest import Manifest
 from tracer.tasks import LowerPrecision, make_task
@@ -122,6 +125,7 @@ class Tracer:
         self._ranker = Ranker(self.store, self.device, progress, self._memory_bytes)
         self._featurizer: Featurizer | None = None
         self._projectors: tuple[int, Projector] | None = None
+        self._sources = CheckpointSources()
         self._table: RowTable | None = None
         self._same_rows: RowTable | None = None
         self._role = ""
@@ -154,6 +158,7 @@ class Tracer:
                 table.set_attributes(learning_rate=rate)
         else:
             table = self.store.create_checkpoint(model_id, fingerprint, rate)
+        self._sources.remember(model_id, checkpoint, table)
         self._start(table, weights, model_id, RowCursor(self.train_set_size, "train_set_size"), "featurize")
         self._same_rows = self.store.other_checkpoint(model_id)
 
@@ -254,6 +259,7 @@ class Tracer:
         self._ranker.check_finalized(model_id)
         weights, fingerprint = self._read(checkpoint)
         self._check_weights(self.store.checkpoint(model_id), fingerprint, model_id)
+        self._sources.remember(model_id, checkpoint, self.store.checkpoint(model_id))
         table = self._target_table(exp_name, model_id, num_targets)
         self._start(table, weights, model_id, RowCursor(num_targets, "num_targets"), "score")
         self._same_rows = self.store.other_targets(exp_name, model_id)
@@ -363,8 +369,13 @@ class Tracer:
         kind: str = "proponents",
         estimator: str = "tracin",
         model_ids: list[int] | None = None,
+        *,
+        rows: RowChoice | None = None,
     ) -> TopK:
         """Return the strongest train rows of each target, without computing a score matrix.
+
+        What is found is kept in the store, both kinds at once: asked again, also for a smaller ``k``, it is read, and
+        a run that was killed is continued.
 
         Args:
             exp_name: The name of the targets.
@@ -372,17 +383,74 @@ class Tracer:
             kind: ``proponents`` (largest scores) or ``opponents`` (smallest, most negative first).
             estimator: As in `finalize_scores`.
             model_ids: The checkpoints; None: all in the store.
+            rows: Only these train rows: a slice or range, indices, or a bool for each. Others are not read.
 
         Returns:
-            Indices and scores, ``[num_targets, k]`` each, strongest first.
+            Indices and scores, ``[num_targets, k]`` each, strongest first; rows of equal score by their index.
 
         Raises:
-            InputError: A name is not known, or ``k`` is out of range.
+            InputError: A name is not known, or ``k`` or ``rows`` is out of range.
             IncompleteError: Targets are missing at a checkpoint.
             CallOrderError: A checkpoint is not finalized.
         """
         self.flush()
-        return self._ranker.top(exp_name, k, kind, estimator, model_ids)
+        return self._ranker.top(exp_name, k, kind, estimator, model_ids, rows)
+
+    def query(
+        self,
+        batch: Batch,
+        k: int,
+        *,
+        kind: str = "proponents",
+        estimator: str = "tracin",
+        model_ids: list[int] | None = None,
+        rows: RowChoice | None = None,
+    ) -> TopK:
+        """Return the strongest train rows of a few targets at once, without storing anything.
+
+        The answer is that of `score` and `top`. It takes one pass over the stored features. Each checkpoint's weights
+        are taken from where `load_checkpoint` or `start_scoring_checkpoint` had them: a path, which the store
+        remembers for other processes, or the state dict that was passed in this process, which is kept for that. What
+        `featurize` and `score` are doing is not disturbed.
+
+        Args:
+            batch: The targets, as the task takes them, on any device.
+            k: How many rows for each target.
+            kind: As in `top`.
+            estimator: As in `finalize_scores`.
+            model_ids: The checkpoints; None: all in the store.
+            rows: Only these train rows, as in `top`.
+
+        Returns:
+            Indices and scores, ``[B, k]`` each, strongest first.
+
+        Raises:
+            InputError: A name is not known, or ``k`` or ``rows`` is out of range.
+            CallOrderError: A checkpoint is not finalized, its weights are not known, or ``storage`` is ``none``.
+            MismatchError: A checkpoint's weights have changed.
+            BatchError: The batch does not fit the model or the task.
+            NonFiniteError: A target's gradient is NaN or infinite.
+        """
+        storage = self.store.manifest.storage
+        if storage == "none":
+            raise CallOrderError(
+                "query needs stored features and this store has storage='none'; call tracer.score_exactly(checkpoint, "
+                "model_id, train, targets, exp_name) and tracer.top, or featurize with another storage."
+            )
+        self.flush()
+        chosen = self._ranker.check_query(k, kind, estimator, model_ids, rows)
+        num_rows, targets = count_rows(batch), []
+        check_batch_size(batch, num_rows)
+        for model_id in chosen:
+            table = self.store.checkpoint(model_id)
+            weights, fingerprint = self._read(self._sources.find(model_id, table))
+            self._check_weights(table, fingerprint, model_id)
+            featurizer = self._make_featurizer(weights, model_id)
+            with self._engine.using_weights(fingerprint):
+                values = featurizer.compute(batch, num_rows)
+            assert values.features is not None  # there is a projector
+            targets.append(rank.MemoryRows.of(values.features, values.slope, values.gradient_norm, storage))
+        return self._ranker.query(targets, chosen, k, kind, estimator, rows)
 
     def self_influence(self, model_ids: list[int] | None = None) -> np.ndarray:
         """Return each train row's influence on itself: the sum over checkpoints of ``lr ‖gradient of the loss‖²``.
@@ -450,15 +518,18 @@ class Tracer:
 
     def _start(self, table: RowTable, weights: LoadedWeights, model_id: int, cursor: RowCursor, role: str) -> None:
         self._engine.use_weights(self.store.checkpoint(model_id).attributes["weights_fingerprint"])
+        self._featurizer = self._make_featurizer(weights, model_id)
+        if self._table is not None:
+            self._table.close()
+        self._table, self._cursor, self._role = table, cursor, role
+
+    def _make_featurizer(self, weights: LoadedWeights, model_id: int) -> Featurizer:
         projector = None
         if self.store.manifest.storage != "none":
             if self._projectors is None or self._projectors[0] != model_id:
                 self._projectors = (model_id, self._projector(model_id))
             projector = self._projectors[1]
-        self._featurizer = Featurizer(self.model, weights, self._engine, projector, self.device, self._check_rows)
-        if self._table is not None:
-            self._table.close()
-        self._table, self._cursor, self._role = table, cursor, role
+        return Featurizer(self.model, weights, self._engine, projector, self.device, self._check_rows)
 
     def _write(self, batch: Batch, inds: RowIndices | None, num_samples: int | None) -> None:
         rows = self._cursor.rows(inds, num_samples)

@@ -4,6 +4,7 @@
       checkpoints/<model_id>/           a `RowTable` of train rows
       targets/<exp_name>/<model_id>/    a `RowTable` of target rows
       scores/<exp_name>/<estimator>     a `ScoreArray`, with ``<estimator>_done`` beside it
+      top/<exp_name>/<estimator>/<key>/<rows>           the strongest rows of each target (`selections`)
       cosines/<exp_name>/<model_id>/<first target>      the same, of exact gradients, which are not stored themselves
 
 A store exists from the instant that its root ``zarr.json`` does, a table from the instant that its directory has its
@@ -281,6 +282,13 @@ class Store:
         with disk_errors(path):
             self._ensure_groups(path.parent)
         return open_scores(path, self.path, shape, inputs, tile_rows)
+
+    def selections_path(self, exp_name: str, estimator: str) -> Path:
+        """Return where the selections of a target set stand (see `tracer.store.selections`), a zarr group."""
+        path = self.path / "top" / _checked_name("exp_name", exp_name) / _checked_name("estimator", estimator)
+        with disk_errors(path):
+            self._ensure_groups(path)
+        return path
 
     def score_names(self, exp_name: str) -> list[str]:
         """Return the estimators for which a target set has scores, complete or not, sorted."""
