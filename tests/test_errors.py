@@ -148,7 +148,7 @@ def test_other_settings_than_the_store_s(run, tmp_path, options, line):
 
 
 def test_another_train_set_size(run, tracing, tmp_path):
-    with pytest.raises(tracer.MismatchError, match=r"has 23 train rows and train_set_size=24 came. To add .*grow\(24\)"):
+    with pytest.raises(tracer.MismatchError, match=r"has 23 train rows and train_set_size=24 .*grow\(24\)"):
         Tracer(
             run.model,
             "image_classification",

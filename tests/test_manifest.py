@@ -50,7 +50,7 @@ def test_tuples_and_numpy_numbers_become_json():
         ({"task": {"a": [float("nan")]}}, InputError, r"settings\.task\.a\[0\] is nan"),
         ({"train_set_size": 0}, InputError, "train_set_size is 0: expected an integer of at least 1"),
         ({"feature_dim": True}, InputError, "feature_dim is True"),
-        ({"storage": "int8"}, InputError, "storage is 'int8': expected one of"),
+        ({"storage": "int4"}, InputError, "storage is 'int4': expected one of"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(changes, error, text):

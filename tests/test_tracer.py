@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 from collections import OrderedDict
 
 import numpy as np
@@ -367,33 +368,24 @@ def test_tiny_and_huge_gradients_survive_float16(tmp_path, scale):
     np.testing.assert_allclose(tracing.self_influence(), expected.diagonal(), rtol=1e-5)
 
 
-def test_scores_are_the_same_for_any_tile_size(exact, monkeypatch):
+@pytest.mark.parametrize("memory_bytes", [1, 1 << 12, 1 << 16])
+def test_scores_are_the_same_for_any_memory(run, exact, memory_bytes):
     expected = np.array(exact.finalize_scores("test"))
     top = exact.top("test", 3)
-    monkeypatch.setattr("tracer.rank._TRAIN_ROWS", 4)
-    monkeypatch.setattr("tracer.rank._TARGET_ROWS", 2)
-    monkeypatch.setattr("tracer.rank.MEMORY_BYTES", 1 << 16)
-    np.testing.assert_allclose(exact.finalize_scores("test"), expected, rtol=1e-4, atol=1e-6)
-    np.testing.assert_array_equal(exact.top("test", 3).indices, top.indices)
-
-
-def test_memory_of_scores_does_not_grow_with_targets():
-    from tracer import rank
-
-    for num_targets in (10, 10_000, 10_000_000):
-        held = 4 * rank.tile_rows(4096, num_targets) * (4096 + num_targets)
-        assert held <= max(rank.MEMORY_BYTES, 4 * (4096 + num_targets))
+    small = build(run, exact.store.path, memory_bytes=memory_bytes)
+    shutil.rmtree(exact.store.path / "scores")
+    shutil.rmtree(exact.store.path / "top")
+    np.testing.assert_allclose(small.finalize_scores("test"), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(small.top("test", 3).indices, top.indices)
 
 
 def test_finished_scores_are_not_computed_again(exact, monkeypatch):
     expected = np.array(exact.finalize_scores("test"))
-    monkeypatch.setattr("tracer.rank._dot_products", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr("tracer.rank.BandScorer", lambda *args: pytest.fail("computed again"))
     np.testing.assert_array_equal(exact.finalize_scores("test"), expected)
 
 
 def test_scores_of_removed_targets_are_not_kept(run, exact):
-    import shutil
-
     first = np.array(exact.finalize_scores("test"))
     shutil.rmtree(exact.store.path / "targets" / "test")
     run.target_x = run.target_x.flip(0)

@@ -1,10 +1,19 @@
-"""Rank: scores and top rows from the tables of a store, tile by tile, in bounded memory."""
+"""Rank: scores and top rows from the rows of a store, band by band, in bounded memory.
+
+Layout: train rows ``[N, k]`` and target rows ``[M, k]`` of each checkpoint, scores ``[N, M]``. A *band* is a run of
+train rows with their scores of all targets. Blocks of train rows are read ahead, converted, multiplied while they are
+in the cache, weighted and added up over checkpoints; a finished band goes to the store, or through a running selection.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,14 +21,49 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tracer.arguments import bar_disabled
-from tracer.scoring import RunningTopK, add_dot_products, row_weights, self_influence
+from tracer.errors import NonFiniteError
+from tracer.products import Multiplier, Plan
+from tracer.scoring import RunningTopK, row_weights, self_influence
 from tracer.store import RowTable, ScoreArray
+from tracer.store.rounding import relative_rows, row_scale
 from tracer.types import TopK
 
-MEMORY_BYTES = 256 << 20
-"""How many bytes scoring holds at once, about; independent of the numbers of rows and targets."""
+MEMORY_BYTES = 1 << 30
+"""How many bytes scoring holds at once by default, about; independent of the numbers of rows and targets."""
 
-_TRAIN_ROWS, _TARGET_ROWS = 2048, 4096
+TILE_BYTES = 16 << 20
+"""The most bytes of scores in a tile of the store."""
+
+_BAND_ROWS = 16384
+_AHEAD_BYTES, _PIECE_BYTES = 64 << 20, 4 << 20
+_GAP_ROWS = 64
+_BANDS = 2
+
+
+Band = range | np.ndarray
+"""Ascending train rows."""
+
+
+class Rows(Protocol):
+    """Rows as `tracer.store.RowTable` has them."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many there are."""
+
+    @property
+    def dim(self) -> int:
+        """The values of a row."""
+
+    @property
+    def storage(self) -> str:
+        """The dtype of raw features."""
+
+    def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return a value of each row, or of some: ``[stop - start]``."""
+
+    def raw_features(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
+        """Return rows as stored, in one or more pieces."""
 
 
 @dataclass(frozen=True)
@@ -29,108 +73,302 @@ class CheckpointPair:
     Attributes:
         learning_rate: The weight of its dot products.
         train: The table of train rows.
-        targets: The table of target rows.
+        targets: The target rows.
         cosines: In place of features: exact cosines of all train rows with blocks of targets, each with its first.
     """
 
     learning_rate: float
     train: RowTable
-    targets: RowTable
+    targets: Rows
     cosines: Sequence[tuple[int, ScoreArray]] | None = None
 
 
 @dataclass(frozen=True)
-class _Side:
-    """The rows of one table that enter a dot product: raw values ``[n, k]`` and the factor of each row."""
+class MemoryRows:
+    """Target rows that are in memory and not in a store.
+
+    Attributes:
+        raw: ``[R, k]``, as they would be stored.
+        storage: The dtype's name.
+        columns: ``slope``, ``gradient_norm`` and ``scale`` of each row, ``[R]`` each.
+    """
 
     raw: np.ndarray
-    weight: np.ndarray
+    storage: str
+    columns: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, features: np.ndarray, slope: np.ndarray, gradient_norm: np.ndarray, storage: str) -> MemoryRows:
+        """Return rows rounded as they would be in a store, from index 0 on.
+
+        Args:
+            features: ``[R, k]``, float32.
+            slope: ``[R]``.
+            gradient_norm: ``[R]``.
+            storage: ``"float32"``, ``"float16"`` or ``"int8"``.
+
+        Returns:
+            The rows.
+
+        Raises:
+            NonFiniteError: A value is NaN or infinite.
+        """
+        largest = np.abs(features).max(1)
+        bad = np.flatnonzero(~np.isfinite(largest) | ~np.isfinite(slope) | ~np.isfinite(gradient_norm))
+        if len(bad):
+            raise NonFiniteError(
+                f"The gradient or slope of rows {bad[:5].tolist()} of the batch is NaN or infinite (in float32). Look "
+                f"at these rows' inputs and labels; if all rows are concerned, at the checkpoint's weights."
+            )
+        scale = row_scale(largest, storage)
+        raw = relative_rows(features, scale, np.arange(len(features)), storage, "targets")
+        columns = {"slope": slope, "gradient_norm": gradient_norm, "scale": scale}
+        return cls(raw.astype(storage), storage, columns)
+
+    @property
+    def num_rows(self) -> int:
+        """How many there are."""
+        return len(self.raw)
+
+    @property
+    def dim(self) -> int:
+        """The values of a row."""
+        return self.raw.shape[1]
+
+    def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return a value of each row, or of some: ``[stop - start]``."""
+        return self.columns[name][start:stop]
+
+    def raw_features(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
+        """Return rows as stored, in one piece."""
+        return [(start, self.raw[start:stop])]
 
 
-def tile_rows(dim: int, num_columns: int) -> int:
-    """Return how many train rows are scored at once, with this many of their scores held."""
-    per_row = 4 * (_columns(dim) + num_columns)
-    return int(max(1, min(_TRAIN_ROWS, MEMORY_BYTES // 4 // per_row)))
-
-
-def _columns(dim: int) -> int:
-    """Return how many of a row's values are multiplied at once; wide exact gradients are split."""
-    return min(dim, max(1024, MEMORY_BYTES // 4 // (4 * (_TRAIN_ROWS + _TARGET_ROWS))))
-
-
-def score_tiles(
-    pairs: Sequence[CheckpointPair], estimator: str, device: torch.device, step: int, skip: np.ndarray | None = None
-) -> Iterator[tuple[int, int, int, Tensor]]:
-    """Compute scores tile by tile.
+class BandScorer:
+    """Computes the scores of bands of train rows.
 
     Args:
         pairs: The tables of each checkpoint; the same numbers of rows in all.
         estimator: ``"tracin"`` or ``"cosine"``.
         device: Where to multiply.
-        step: How many train rows a tile has.
-        skip: ``[number of row tiles]``, bool: row tiles that need not be computed.
+        memory_bytes: How much to hold, about.
 
-    Yields:
-        First train row, first target, number of row tiles finished with this one, and a tile of scores ``[n, m]``,
-        float32 on ``device``.
+    Attributes:
+        band_rows: The most rows of a band that keep within the memory, a multiple of ``grid_rows``.
+        grid_rows: Consecutive train rows are multiplied in blocks that begin at multiples of this, whatever the band.
+            So scores are the same to the last bit however rows are divided among bands and processes.
+        tile_rows: How many rows a tile of the store's scores best has.
     """
-    num_targets = pairs[0].targets.num_rows
-    for number, start in enumerate(range(0, pairs[0].train.num_rows, step)):
-        if skip is not None and skip[number]:
-            continue
-        for first in range(0, num_targets, _TARGET_ROWS):
-            last = min(first + _TARGET_ROWS, num_targets)
-            stop = min(start + step, pairs[0].train.num_rows)
-            tile = torch.zeros(stop - start, last - first, device=device)
-            for pair in pairs:
-                if pair.cosines is None:
-                    train = _side(pair.train, start, stop, estimator)
-                    target = _side(pair.targets, first, last, estimator)
-                    tile += pair.learning_rate * _dot_products(train, target, device)
-                else:
-                    tile += pair.learning_rate * _of_cosines(pair, start, stop, first, last, estimator).to(device)
-            yield start, first, int(last == num_targets), tile
+
+    def __init__(
+        self, pairs: Sequence[CheckpointPair], estimator: str, device: torch.device, memory_bytes: int
+    ) -> None:
+        self.pairs, self.estimator, self.device = pairs, estimator, device
+        self.num_targets = pairs[0].targets.num_rows
+        dim = max(1, pairs[0].train.dim)
+        self._plan = Plan.of(memory_bytes, dim, self.num_targets)
+        self._multiplier = Multiplier(self._plan, device, pairs[0].train.storage)
+        size = self._multiplier.target_bytes(self.num_targets, dim)
+        self._resident: list[Tensor | None] = [None] * len(pairs)
+        self._num_resident = min(len(pairs), self._plan.resident_bytes // size)
+        # targets that do not stay leave their memory to the bands, in which they are converted less often
+        band_bytes = self._plan.band_bytes if self._num_resident else self._plan.resident_bytes // _BANDS
+        band_rows = int(max(1, min(_BAND_ROWS, band_bytes // (4 * self.num_targets))))
+        self.grid_rows = min(self._plan.rows, band_rows)
+        self.band_rows = band_rows // self.grid_rows * self.grid_rows
+        tile_rows = min(TILE_BYTES // (4 * self.num_targets), self.band_rows)
+        self.tile_rows = max(1, tile_rows // self.grid_rows) * self.grid_rows
+
+    def score(self, band: Band, out: Tensor, ahead: ReadAhead | None = None) -> None:
+        """Compute the scores of some train rows.
+
+        Args:
+            band: The rows, n of them.
+            out: ``[n, M]``, float32, on the device: overwritten.
+            ahead: Is told what was read.
+        """
+        rows = _indices(band)
+        out.zero_()
+        for position, pair in enumerate(self.pairs):
+            train_weights = _weights(pair.train, rows, self.estimator, pair.cosines is not None)
+            target_weights = _weights(pair.targets, None, self.estimator, pair.cosines is not None)
+            left, right = (self._on_device(weights) for weights in (train_weights, target_weights))
+            for block, inside, place in self._blocks(rows):
+                part, weights = out[place], left[place].unsqueeze(1)
+                for columns, products in self._products(position, pair, block):
+                    found = products[inside]
+                    # one after the other, in stored units: folded into one factor they could leave float32's range
+                    part[:, columns].add_(found.mul_(weights).mul_(right[columns]), alpha=pair.learning_rate)
+                if ahead is not None:
+                    ahead.consumed(len(part))
+
+    def _blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, slice, slice]]:
+        """Yield blocks of train rows to multiply, which of their rows are wanted, and where those stand in a band."""
+        step, first, last = self.grid_rows, int(rows[0]), int(rows[-1]) + 1
+        if last - first != len(rows):
+            for start in range(0, len(rows), step):
+                yield rows[start : start + step], slice(None), slice(start, start + step)
+            return
+        for start in range(first // step * step, last, step):
+            low, high = max(start, first), min(start + step, last)
+            block = np.arange(start, min(start + step, self.pairs[0].train.num_rows))
+            yield block, slice(low - start, high - start), slice(low - first, high - first)
+
+    def _products(self, position: int, pair: CheckpointPair, rows: np.ndarray) -> Iterator[tuple[slice, Tensor]]:
+        """Yield slices of targets and products of rows with them, ``[n, m]``, float32, to be used up at once."""
+        if pair.cosines is not None:
+            for begin, block in pair.cosines:
+                values = torch.from_numpy(np.array(_pick(block.matrix(), rows)))
+                yield slice(begin, begin + block.shape[1]), values.to(self.device)
+            return
+        raw = _raw_rows(pair.train, rows)
+        for first in range(0, self.num_targets, self._plan.targets):
+            last = min(first + self._plan.targets, self.num_targets)
+            yield slice(first, last), self._multiplier.multiply(raw, self._targets(position, first, last))
+
+    def _targets(self, position: int, first: int, last: int) -> Tensor | np.ndarray:
+        """Return target rows, converted where they stay."""
+        targets = self.pairs[position].targets
+        if position >= self._num_resident:
+            return _joined(targets.raw_features(first, last))
+        known = self._resident[position]
+        if known is None:
+            known = self._multiplier.convert(_joined(targets.raw_features(0, self.num_targets)))
+            self._resident[position] = known
+        return known[first:last]
+
+    def _on_device(self, weights: np.ndarray) -> Tensor:
+        return torch.from_numpy(weights).to(self.device, torch.float32)
 
 
-def _side(table: RowTable, start: int, stop: int, estimator: str) -> _Side:
-    slope, norm = table.column("slope")[start:stop], table.column("gradient_norm")[start:stop]
-    weight = row_weights(estimator, slope, norm) * table.column("scale")[start:stop]
-    views = [view for _, view in table.raw_features(start, stop)]
-    return _Side(views[0] if len(views) == 1 else np.concatenate(views), weight)
+def _weights(table: Rows, rows: np.ndarray | None, estimator: str, of_cosines: bool) -> np.ndarray:
+    """Return the factor of each row's products, ``[n]``, float64; None stands for all rows."""
+    slope, norm = _values(table, "slope", rows), _values(table, "gradient_norm", rows)
+    return row_weights(estimator, slope, norm) * (norm if of_cosines else _values(table, "scale", rows))
 
 
-def _dot_products(train: _Side, target: _Side, device: torch.device) -> Tensor:
-    """Return weighted dot products ``[n, m]``; the weights are applied after the product, in stored units."""
-    dim = train.raw.shape[1]
-    step = _columns(dim)
-    products = torch.zeros(len(train.weight), len(target.weight), device=device)
-    for start in range(0, dim, step):
-        left = _as_float32(train.raw[:, start : start + step], device)
-        right = _as_float32(target.raw[:, start : start + step], device)
-        add_dot_products(products, left, right)
-    products *= torch.from_numpy(train.weight).to(device, torch.float32).unsqueeze(1)
-    return products.mul_(torch.from_numpy(target.weight).to(device, torch.float32))
+def _values(table: Rows, name: str, rows: np.ndarray | None) -> np.ndarray:
+    """Return a column's values of ascending rows."""
+    if rows is None:
+        return table.column(name)
+    return table.column(name, int(rows[0]), int(rows[-1]) + 1)[rows - rows[0]]
 
 
-def _of_cosines(pair: CheckpointPair, start: int, stop: int, first: int, last: int, estimator: str) -> Tensor:
-    """Return weighted dot products ``[n, m]`` from cosines."""
-    blocks = []
-    for begin, block in pair.cosines or ():
-        low, high = max(first, begin), min(last, begin + block.shape[1])
-        if low < high:
-            blocks.append(torch.from_numpy(np.array(block.matrix()[start:stop, low - begin : high - begin])))
-    products = torch.cat(blocks, dim=1)
-    for dim, (table, rows) in enumerate(((pair.train, slice(start, stop)), (pair.targets, slice(first, last)))):
-        norm = table.column("gradient_norm")[rows]
-        weight = row_weights(estimator, table.column("slope")[rows], norm) * norm
-        products *= torch.from_numpy(weight).float().unsqueeze(1 - dim)
-    return products
+def _joined(pieces: list[tuple[int, np.ndarray]]) -> np.ndarray:
+    return pieces[0][1] if len(pieces) == 1 else np.concatenate([view for _, view in pieces])
 
 
-def _as_float32(raw: np.ndarray, device: torch.device) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read
-        return torch.from_numpy(raw).to(device, torch.float32)
+def _runs(rows: np.ndarray) -> list[np.ndarray]:
+    """Return ascending rows in parts between which many rows are left out."""
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return [rows]
+    return np.split(rows, np.flatnonzero(np.diff(rows) > _GAP_ROWS) + 1)
+
+
+def _raw_rows(table: Rows, rows: np.ndarray) -> np.ndarray:
+    """Return ascending rows as stored, ``[n, k]``: a view where they lie together."""
+    parts = []
+    for run in _runs(rows):
+        view = _joined(table.raw_features(int(run[0]), int(run[-1]) + 1))
+        parts.append(view if len(view) == len(run) else view[run - run[0]])
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _pick(matrix: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return matrix[rows[0] : rows[-1] + 1] if rows[-1] - rows[0] + 1 == len(rows) else matrix[rows]
+
+
+class ReadAhead:
+    """Lets the system read train rows in the background, some megabytes before they are used.
+
+    Args:
+        pairs: The tables of each checkpoint.
+        bands: The rows of each band in the order in which they are scored.
+    """
+
+    def __init__(self, pairs: Sequence[CheckpointPair], bands: Iterable[Band]) -> None:
+        self._reads = self._in_order([pair.train for pair in pairs if pair.cosines is None], bands)
+        self._rows_ahead = max((_AHEAD_BYTES // _row_bytes(pair.train) for pair in pairs if pair.train.dim), default=0)
+        self._issued = 0
+        self.consumed(0)
+
+    def consumed(self, num_rows: int) -> None:
+        """Take note that so many rows were used, and ask for as many more."""
+        self._issued -= num_rows
+        while self._issued < self._rows_ahead and (read := next(self._reads, None)) is not None:
+            table, rows = read
+            for run in _runs(rows):
+                table.prefetch(int(run[0]), int(run[-1]) + 1)
+            self._issued += len(rows)
+
+    def _in_order(self, tables: list[RowTable], bands: Iterable[Band]) -> Iterator[tuple[RowTable, np.ndarray]]:
+        for band in bands:
+            rows = _indices(band)
+            for table in tables:
+                step = max(1, _PIECE_BYTES // _row_bytes(table))
+                for first in range(0, len(rows), step):
+                    yield table, rows[first : first + step]
+
+
+def _row_bytes(table: Rows) -> int:
+    return table.dim * np.dtype(table.storage).itemsize
+
+
+class _Writer:
+    """Writes bands to the store in a thread, so that syncing them does not stop the computation.
+
+    Args:
+        scores: Where bands go.
+        band_rows: The most rows of a band.
+
+    Its memory is two bands: one is computed while the other is written.
+    """
+
+    def __init__(self, scores: ScoreArray, band_rows: int) -> None:
+        self._scores = scores
+        self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        for _ in range(_BANDS):
+            self._free.put(torch.empty(band_rows, scores.shape[1]))
+        self._full: queue.SimpleQueue[tuple[int, int, Tensor] | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="tracer-scores", daemon=True)
+
+    def memory(self) -> Tensor:
+        """Return memory for a band as soon as some is free: ``[band rows, M]``."""
+        memory = self._free.get()
+        self._check()
+        return memory
+
+    def write(self, start: int, num_rows: int, memory: Tensor) -> None:
+        """Write the first rows of a band's memory, later."""
+        self._full.put((start, num_rows, memory))
+
+    def __enter__(self) -> _Writer:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._full.put(None)
+        self._thread.join()
+        if error is None:
+            self._check()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while (item := self._full.get()) is not None:
+            start, num_rows, memory = item
+            try:
+                if self._error is None:
+                    self._scores.write(start, memory[:num_rows].numpy())
+                    self._scores.flush()
+            except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for memory
+                self._error = error
+            self._free.put(memory)
 
 
 def write_scores(
@@ -139,70 +377,115 @@ def write_scores(
     scores: ScoreArray,
     device: torch.device,
     progress: bool | None = None,
+    *,
+    memory_bytes: int = MEMORY_BYTES,
+    ranges: Sequence[tuple[int, int]] | None = None,
 ) -> np.ndarray:
-    """Compute all scores that are not in the store yet.
+    """Compute scores into the store.
 
     Args:
         pairs: The tables of each checkpoint.
         estimator: ``"tracin"`` or ``"cosine"``.
-        scores: Where they go; tiles that are done are kept.
+        scores: Where they go.
         device: Where to multiply.
         progress: Show a bar; None: on a terminal only.
+        memory_bytes: How much to hold, about.
+        ranges: The train rows ``(start, stop)`` to compute, whole tiles each; None: all that are not done yet.
 
     Returns:
         ``[N, M]``, float32, read-only and mapped from the store.
     """
-    num_rows, num_targets = pairs[0].train.num_rows, pairs[0].targets.num_rows
-    step = scores.tile_rows
-    with tqdm(total=num_rows, unit="row", desc="scores", disable=bar_disabled(progress)) as bar:
-        band = np.zeros((0, num_targets), np.float32)
-        for start, first, last, tile in score_tiles(pairs, estimator, device, step, scores.tile_done):
-            if first == 0:
-                band = np.zeros((len(tile), num_targets), np.float32)
-                bar.update(start - bar.n)
-            band[:, first : first + tile.shape[1]] = tile.cpu().numpy()
-            if last:
-                scores.write(start, band)
-                bar.update(min(step, num_rows - start))
-        scores.flush()
-        bar.update(num_rows - bar.n)
+    todo = scores.remaining() if ranges is None else list(ranges)
+    num_rows = scores.shape[0]
+    if todo:
+        scorer = BandScorer(pairs, estimator, device, memory_bytes)
+        step = max(1, scorer.band_rows // scores.tile_rows) * scores.tile_rows
+        bands = [range(start, stop) for start, stop in _pieces(todo, step)]
+        ahead = ReadAhead(pairs, bands)
+        known = num_rows - sum(len(band) for band in bands)
+        bar = tqdm(total=num_rows, initial=known, unit="row", desc="scores", disable=bar_disabled(progress))
+        with bar, _Writer(scores, min(step, num_rows)) as writer:
+            for band in bands:
+                memory = writer.memory()
+                _score_into(scorer, band, memory, ahead)
+                writer.write(band.start, len(band), memory)
+                bar.update(len(band))
+    scores.flush()
     return scores.matrix()
 
 
-def top_rows(
+def _score_into(scorer: BandScorer, band: Band, memory: Tensor, ahead: ReadAhead | None) -> None:
+    """Score a band into the CPU's memory."""
+    out = memory[: len(band)]
+    if scorer.device.type == "cpu":
+        scorer.score(band, out, ahead)
+    else:
+        scores = torch.empty(out.shape, device=scorer.device)
+        scorer.score(band, scores, ahead)
+        out.copy_(scores)
+
+
+def _indices(band: Band) -> np.ndarray:
+    return np.arange(band.start, band.stop) if isinstance(band, range) else band
+
+
+def _pieces(ranges: Iterable[tuple[int, int]], step: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges, adjacent ones joined, in pieces of at most ``step`` rows."""
+    waiting: deque[tuple[int, int]] = deque()
+    for start, stop in ranges:
+        if waiting and waiting[-1][1] == start:
+            start = waiting.pop()[0]
+        waiting.append((start, stop))
+    for start, stop in waiting:
+        for first in range(start, stop, step):
+            yield first, min(first + step, stop)
+
+
+def select_rows(
     pairs: Sequence[CheckpointPair],
     estimator: str,
+    rows: Band,
     k: int,
-    *,
-    largest: bool,
     device: torch.device,
     progress: bool | None = None,
-) -> TopK:
-    """Return the strongest train rows of each target without holding or storing all scores.
+    *,
+    memory_bytes: int = MEMORY_BYTES,
+    begin: tuple[TopK, TopK] | None = None,
+) -> Iterator[tuple[int, RunningTopK, RunningTopK]]:
+    """Find the strongest rows of each target, both ends at once, without holding or storing all scores.
 
     Args:
         pairs: The tables of each checkpoint.
         estimator: ``"tracin"`` or ``"cosine"``.
-        k: How many rows for each target.
-        largest: Proponents (largest scores), else opponents (smallest).
+        rows: The train rows that count.
+        k: How many rows for each target and end.
         device: Where to multiply.
         progress: Show a bar; None: on a terminal only.
+        memory_bytes: How much to hold, about.
+        begin: Proponents and opponents of earlier rows, with which the selection begins.
 
-    Returns:
-        Indices and scores, ``[M, k]`` each.
+    Yields:
+        After each band: how many of the rows have been seen, and the running selections of proponents and of
+        opponents, the same objects each time.
     """
-    num_rows, num_targets = pairs[0].train.num_rows, pairs[0].targets.num_rows
-    running = [
-        RunningTopK(min(_TARGET_ROWS, num_targets - first), k, largest) for first in range(0, num_targets, _TARGET_ROWS)
-    ]
-    with tqdm(total=num_rows, unit="row", desc="top", disable=bar_disabled(progress)) as bar:
-        step = tile_rows(pairs[0].train.dim, min(num_targets, _TARGET_ROWS))
-        for start, first, last, tile in score_tiles(pairs, estimator, device, step):
-            running[first // _TARGET_ROWS].update(start, tile)
-            if last:
-                bar.update(len(tile))
-    found = [part.result() for part in running]
-    return TopK(np.concatenate([part.indices for part in found]), np.concatenate([part.scores for part in found]))
+    scorer = BandScorer(pairs, estimator, device, memory_bytes)
+    proponents, opponents = (RunningTopK(scorer.num_targets, k, largest) for largest in (True, False))
+    for running, found in zip((proponents, opponents), begin or (), strict=False):
+        running.add(found)
+    step = scorer.band_rows
+    bands = [rows[first : first + step] for first in range(0, len(rows), step)]
+    ahead = ReadAhead(pairs, bands)
+    memory = torch.empty(min(step, len(rows)), scorer.num_targets, device=device)
+    with tqdm(total=len(rows), unit="row", desc="top", disable=bar_disabled(progress)) as bar:
+        seen = 0
+        for band in bands:
+            scores = memory[: len(band)]
+            scorer.score(band, scores, ahead)
+            for running in (proponents, opponents):
+                running.update(_indices(band), scores)
+            seen += len(band)
+            bar.update(len(band))
+            yield seen, proponents, opponents
 
 
 def summed_self_influence(tables: Sequence[tuple[float, RowTable]]) -> np.ndarray:

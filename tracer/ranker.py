@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from tracer import rank
 from tracer.arguments import as_list, bar_disabled, check_count, check_model_id
-from tracer.errors import CallOrderError, IncompleteError, InputError, nearest_name
+from tracer.errors import CallOrderError, IncompleteError, InputError, InputTypeError, nearest_name
+from tracer.processes import Process
+from tracer.rows import RowChoice, chosen_rows
 from tracer.scoring import check_estimator
 from tracer.store import RowTable, ScoreArray, Store
+from tracer.store.table_layout import NO_LABEL
+from tracer.tops import TopQuestion
 from tracer.types import TopK
 
-KINDS = ("opponents", "proponents")
+Labels = int | Sequence[int] | np.ndarray
+"""What ``labels=`` takes: class indices."""
+
+KINDS = ("proponents", "opponents")
 """What ``kind=`` takes."""
 
 
@@ -24,10 +34,20 @@ class Ranker:
         store: The store.
         device: Where to multiply.
         progress: Show progress bars; None: on a terminal only.
+        memory_bytes: How much scoring holds, about.
+        process: Which of several processes this one is; alone by default.
     """
 
-    def __init__(self, store: Store, device: torch.device, progress: bool | None = None) -> None:
-        self.store, self.device, self.progress = store, device, progress
+    def __init__(
+        self,
+        store: Store,
+        device: torch.device,
+        progress: bool | None = None,
+        memory_bytes: int = rank.MEMORY_BYTES,
+        process: Process | None = None,
+    ) -> None:
+        self.store, self.device, self.progress, self.memory_bytes = store, device, progress, memory_bytes
+        self.process = process or Process()
 
     @property
     def num_rows(self) -> int:
@@ -72,31 +92,142 @@ class Ranker:
                 f"checkpoint that was loaded by mistake is removed with its directory {table.path}."
             )
 
-    def scores(self, exp_name: str, estimator: str, model_ids: list[int] | None) -> np.ndarray:
-        """Compute all scores; see `tracer.Tracer.finalize_scores`."""
+    def scores(self, exp_name: str, estimator: str, model_ids: list[int] | None, dtype: str = "float32") -> Any:
+        """Compute all scores, or this process's share of them; see `tracer.Tracer.finalize_scores`."""
         check_estimator(estimator)
         pairs, chosen = self._pairs(exp_name, model_ids)
         num_targets = pairs[0].targets.num_rows
-        inputs = {
-            "model_ids": chosen,
-            "learning_rates": [pair.learning_rate for pair in pairs],
-            "tables": [[pair.train.attributes["table_id"], pair.targets.attributes["table_id"]] for pair in pairs],
-        }
-        tile_rows = rank.tile_rows(pairs[0].train.dim, num_targets)
-        shape = (self.num_rows, num_targets)
-        scores = self.store.scores(exp_name, estimator, shape, inputs, tile_rows=tile_rows)
-        return rank.write_scores(pairs, estimator, scores, self.device, self.progress)
+        inputs = self._inputs(exp_name, chosen, pairs)
+        tile_rows = rank.BandScorer(pairs, estimator, self.device, self.memory_bytes).tile_rows
+        shape, mine = (self.num_rows, num_targets), self.process
 
-    def top(self, exp_name: str, k: int, kind: str, estimator: str, model_ids: list[int] | None) -> TopK:
+        def opened() -> ScoreArray:
+            first = mine.rank == 0
+            return self.store.scores(
+                exp_name, estimator, shape, inputs, tile_rows=tile_rows, dtype=dtype, may_replace=first
+            )
+
+        if mine.together:
+            mine.first_only(lambda: opened().close())
+        with opened() as scores:
+            ranges = scores.remaining((mine.rank, mine.count))
+            found = rank.write_scores(
+                pairs, estimator, scores, self.device, self.progress, memory_bytes=self.memory_bytes, ranges=ranges
+            )
+        if mine.count == 1:
+            return found
+        mine.wait()
+        return self.store.read_scores(exp_name, estimator).matrix()
+
+    def top(
+        self,
+        exp_name: str,
+        k: int,
+        kind: str,
+        estimator: str,
+        model_ids: list[int] | None,
+        rows: RowChoice | None = None,
+        labels: Labels | None = None,
+    ) -> TopK:
         """Find the strongest rows; see `tracer.Tracer.top`."""
+        chosen = self._check_top(k, kind, estimator, rows, labels)
+        question = self._question(exp_name, k, estimator, model_ids, chosen)
+        if self.process.count > 1:
+            mine = self.process.rows(self.num_rows, self.store.block_rows)
+            question.cover([(mine.start, mine.stop)])
+            self.process.wait()
+            missing = 0 if self.process.together else question.num_missing
+            if missing:
+                raise IncompleteError(
+                    f"This process has found the strongest of its own train rows, {mine.start} to {mine.stop - 1}, and "
+                    f"they are kept; {missing} rows of other processes are missing. Ask again when those are done."
+                )
+            self.process.first_only(question.answer)
+        return question.answer()[KINDS.index(kind)]
+
+    def query(
+        self,
+        targets: Sequence[rank.MemoryRows],
+        model_ids: list[int],
+        k: int,
+        kind: str,
+        estimator: str,
+        rows: RowChoice | None,
+        labels: Labels | None = None,
+    ) -> TopK:
+        """Find the strongest rows of targets that are not in the store; nothing is stored.
+
+        Args:
+            targets: Their rows at each checkpoint.
+            model_ids: The checkpoints.
+            k: How many train rows for each target.
+            kind: ``"proponents"`` or ``"opponents"``.
+            estimator: ``"tracin"`` or ``"cosine"``.
+            rows: Only these train rows.
+            labels: Only train rows of these classes.
+
+        Returns:
+            Indices and scores, ``[M, k]`` each.
+        """
+        chosen = self._check_top(k, kind, estimator, rows, labels)
+        pairs = [
+            rank.CheckpointPair(rate, self.store.checkpoint(model_id), table)
+            for rate, model_id, table in zip(self._rates(model_ids), model_ids, targets, strict=True)
+        ]
+        *_, (_, *ends) = rank.select_rows(
+            pairs, estimator, chosen, k, self.device, self.progress, memory_bytes=self.memory_bytes
+        )
+        return ends[KINDS.index(kind)].result()
+
+    def check_query(
+        self,
+        k: int,
+        kind: str,
+        estimator: str,
+        model_ids: list[int] | None,
+        rows: RowChoice | None,
+        labels: Labels | None = None,
+    ) -> list[int]:
+        """Check the arguments of a query before anything is computed, and return the ids of its checkpoints."""
+        self._check_top(k, kind, estimator, rows, labels)
+        chosen = self._finalized_ids(model_ids)
+        self._rates(chosen)
+        return chosen
+
+    def _check_top(self, k: int, kind: str, estimator: str, rows: RowChoice | None, labels: Labels | None) -> rank.Band:
+        """Check what is asked for and return the train rows that count."""
         if kind not in KINDS:
             raise InputError(f"kind={kind!r} is not known; {nearest_name(kind, KINDS)}.")
         check_estimator(estimator)
-        if check_count(k, "k") > self.num_rows:
-            raise InputError(f"k={k} is more than train_set_size={self.num_rows}.")
-        pairs, _ = self._pairs(exp_name, model_ids)
-        return rank.top_rows(
-            pairs, estimator, k, largest=kind == "proponents", device=self.device, progress=self.progress
+        chosen = chosen_rows(rows, self.num_rows)
+        if labels is not None:
+            chosen = self._of_labels(chosen, labels)
+        if check_count(k, "k") > len(chosen):
+            filtered = rows is not None or labels is not None
+            what = f"the {len(chosen)} train rows that were chosen" if filtered else f"train_set_size={self.num_rows}"
+            raise InputError(f"k={k} is more than {what}.")
+        return chosen
+
+    def _of_labels(self, rows: rank.Band, labels: Labels) -> np.ndarray:
+        """Return those of the rows whose class is one of these."""
+        wanted = np.atleast_1d(np.asarray(labels))
+        if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
+            raise InputTypeError(f"labels={labels!r}; expected a class index or a list of them.")
+        known = self.store.checkpoint(self._known_ids(None)[0]).column("label")
+        if (known == NO_LABEL).all():
+            raise InputError("labels= came and the store knows no labels: its task gives none. Choose rows by rows=.")
+        chosen = np.asarray(rows)[np.isin(known[np.asarray(rows)], wanted)]
+        if not len(chosen):
+            raise InputError(f"labels={labels!r}: no train row has them; the store knows {np.unique(known).tolist()}.")
+        return chosen
+
+    def _question(
+        self, exp_name: str, k: int, estimator: str, model_ids: list[int] | None, rows: rank.Band
+    ) -> TopQuestion:
+        pairs, chosen = self._pairs(exp_name, model_ids)
+        inputs = self._inputs(exp_name, chosen, pairs)
+        return TopQuestion(
+            self.store, exp_name, estimator, inputs, pairs, rows, int(k), self.device, self.memory_bytes, self.progress
         )
 
     def self_influence(self, model_ids: list[int] | None) -> np.ndarray:
@@ -146,6 +277,15 @@ class Ranker:
                 cosines = self._cosines(exp_name, model_id, train, targets)
             pairs.append(rank.CheckpointPair(rate, train, targets, cosines))
         return pairs, chosen
+
+    def _inputs(self, exp_name: str, model_ids: list[int], pairs: Sequence[rank.CheckpointPair]) -> dict[str, Any]:
+        """Return what decides scores, apart from the estimator."""
+        tables = [(self.store.checkpoint(i), self.store.targets(exp_name, i)) for i in model_ids]
+        return {
+            "model_ids": model_ids,
+            "learning_rates": [pair.learning_rate for pair in pairs],
+            "tables": [[table.attributes["table_id"] for table in pair] for pair in tables],
+        }
 
     def _cosines(
         self, exp_name: str, model_id: int, train: RowTable, targets: RowTable

@@ -13,6 +13,55 @@ from tracer.errors import BatchError, InputError, InputTypeError
 RowIndices = Sequence[int] | np.ndarray | Tensor
 """What ``inds=`` takes."""
 
+RowChoice = slice | range | Sequence[int] | Sequence[bool] | np.ndarray | Tensor
+"""What ``rows=`` takes: a slice or range, indices in any order, or a bool for each train row."""
+
+
+def chosen_rows(rows: RowChoice | None, num_rows: int) -> range | np.ndarray:
+    """Return the train rows that count.
+
+    Args:
+        rows: What the user passed; None: all.
+        num_rows: N.
+
+    Returns:
+        Ascending row indices, each once: a range, or ``[n]``, int64.
+
+    Raises:
+        InputTypeError: It is nothing that chooses rows.
+        InputError: A mask has another length than N, or an index is out of range.
+
+    >>> chosen_rows([4, 2, 4], 5).tolist(), chosen_rows(slice(-2, None), 5)
+    ([2, 4], range(3, 5))
+    """
+    if rows is None:
+        return range(num_rows)
+    if isinstance(rows, slice):
+        rows = range(*rows.indices(num_rows))
+    if isinstance(rows, range):
+        rows = rows if rows.step > 0 else rows[::-1]
+        if len(rows) and (rows[0] < 0 or rows[-1] >= num_rows):
+            raise InputError(f"rows={rows} is not within the {num_rows} train rows.")
+        return rows if rows.step == 1 else np.arange(rows.start, rows.stop, rows.step)
+    try:
+        found = rows.detach().cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
+    except (TypeError, ValueError):
+        found = np.zeros((0, 0))
+    if found.ndim != 1 or (found.dtype.kind not in "biu" and found.size):
+        raise InputTypeError(
+            f"rows is {type(rows).__name__} of shape {found.shape} and dtype {found.dtype}; expected a slice or range, "
+            f"row indices, or a bool for each of the {num_rows} train rows."
+        )
+    if found.dtype == bool:
+        if len(found) != num_rows:
+            raise InputError(f"rows is a mask of {len(found)} values; expected one for each of the {num_rows} rows.")
+        return np.flatnonzero(found)
+    found = np.unique(found.astype(np.int64))
+    outside = found[(found < 0) | (found >= num_rows)]
+    if len(outside):
+        raise InputError(f"rows {outside[:5].tolist()} are outside the {num_rows} train rows, 0 to {num_rows - 1}.")
+    return found
+
 
 class RowCursor:
     """Gives each batch its row indices and remembers how far ``num_samples`` has come.

@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracer.errors import InputError, nearest_name
+from tracer.errors import InputError, NonFiniteError, nearest_name
 from tracer.types import TopK
 
 ESTIMATORS = ("cosine", "tracin")
 """The names that ``estimator=`` takes."""
+
+_TILE_SCORES, _WAITING = 1 << 20, 1 << 14
+"""How many scores are looked at at once, and how many may wait to be sorted."""
 
 
 def check_estimator(estimator: str) -> None:
@@ -70,7 +73,9 @@ def add_dot_products(scores: Tensor, train: Tensor, target: Tensor) -> None:
 
 
 class RunningTopK:
-    """The k largest scores of each target over train rows that come tile by tile.
+    """The k largest scores of each target over train rows that come tile by tile; equal ones by row index.
+
+    Only scores beyond the k-th found so far are looked at, so a tile costs little more than one comparison.
 
     Args:
         num_targets: The number of targets ``M``.
@@ -85,33 +90,84 @@ class RunningTopK:
     """
 
     def __init__(self, num_targets: int, k: int, largest: bool = True) -> None:
-        self.k = k
-        self.sign = 1.0 if largest else -1.0
-        self.values = torch.empty(num_targets, 0)
-        self.indices = torch.empty(num_targets, 0, dtype=torch.int64)
+        self.num_targets, self.k, self.largest = num_targets, k, largest
+        self._held = TopK(np.zeros((num_targets, 0), np.int64), np.zeros((num_targets, 0), np.float32))
+        self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._limit: Tensor | None = None
 
-    def update(self, start: int, scores: Tensor) -> None:
-        """Take in a tile of consecutive train rows.
+    def update(self, rows: int | np.ndarray, scores: Tensor) -> None:
+        """Take in a tile of train rows that have not come before.
 
         Args:
-            start: The index of the tile's first row.
-            scores: ``[n, M]``, float32, of rows ``start`` to ``start + n``.
+            rows: The index of the tile's first row, of consecutive ones; or each row's, ``[n]``, ascending.
+            scores: ``[n, M]``, float32, of these rows.
+
+        Raises:
+            NonFiniteError: A score is NaN: its parts are infinite and cancel.
         """
-        mine = (self.sign * scores.T).cpu()
-        best = min(self.k, mine.shape[1])
-        values, positions = torch.topk(mine, best, dim=1)
-        values = torch.cat([self.values, values], dim=1)
-        indices = torch.cat([self.indices, positions + start], dim=1)
-        kept = min(self.k, values.shape[1])
-        self.values, chosen = torch.topk(values, kept, dim=1)
-        self.indices = indices.gather(1, chosen)
+        rows = np.arange(rows, rows + len(scores)) if isinstance(rows, int) else rows
+        step = max(1, _TILE_SCORES // self.num_targets)
+        for first in range(0, len(rows), step):
+            self._take(rows[first : first + step], scores[first : first + step])
+
+    def add(self, found: TopK) -> None:
+        """Take in a selection over other train rows.
+
+        Args:
+            found: Indices and scores, ``[M, n]`` each, with the k strongest of its rows at least.
+        """
+        indices, scores = found
+        columns = np.arange(self.num_targets).repeat(indices.shape[1])
+        self._waiting.append((columns, indices.reshape(-1), scores.reshape(-1)))
+        self._merge()
 
     def result(self) -> TopK:
         """Return the rows, strongest first; rows of equal score in the order of their index."""
-        indices, values = self.indices.numpy(), self.values.numpy()
-        order = np.lexsort((indices, -values), axis=1)
-        indices = np.take_along_axis(indices, order, axis=1)
-        return TopK(indices, np.float32(self.sign) * np.take_along_axis(values, order, axis=1))
+        self._merge()
+        return TopK(self._held.indices.copy(), self._held.scores.copy())
+
+    def _take(self, rows: np.ndarray, scores: Tensor) -> None:
+        if not bool(torch.isfinite(scores.sum())) and bool(scores.isnan().any()):
+            raise NonFiniteError(
+                f"Scores of train rows {rows[0]} to {rows[-1]} are NaN: gradients are so large that their products "
+                f"are beyond float32. Use estimator='cosine', or leave these rows out by rows=."
+            )
+        if self._limit is not None:
+            limit = self._limit.to(scores.device)
+            mask = scores > limit if self.largest else scores < limit
+        elif len(rows) > self.k:  # of some of a tile's own only the strongest, and all that reach the last of them
+            some = scores[: max(4 * self.k, 512)]
+            limit = some.topk(self.k, dim=0, largest=self.largest).values[-1]
+            mask = scores >= limit if self.largest else scores <= limit
+        else:
+            mask = torch.ones_like(scores, dtype=torch.bool)
+        if mask.device.type == "cpu":  # numpy finds few among many much faster
+            positions, columns = np.divmod(np.flatnonzero(mask.numpy()), self.num_targets)
+            values = scores.numpy()[positions, columns]
+        else:
+            at = mask.nonzero()
+            values = scores[at[:, 0], at[:, 1]].cpu().numpy()
+            positions, columns = at.cpu().numpy().T
+        self._waiting.append((columns, rows[positions], values))
+        waiting = sum(len(part[0]) for part in self._waiting)
+        if self._limit is None or waiting > max(_WAITING, self.num_targets * self.k):
+            self._merge()
+
+    def _merge(self) -> None:
+        """Let what waits into the selection."""
+        if not self._waiting:
+            return
+        held = np.arange(self.num_targets).repeat(self._held.indices.shape[1])
+        parts = [(held, self._held.indices.reshape(-1), self._held.scores.reshape(-1)), *self._waiting]
+        self._waiting = []
+        columns, rows, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        order = np.lexsort((rows, -values if self.largest else values, columns))
+        first = np.searchsorted(columns[order], np.arange(self.num_targets))
+        kept = min(self.k, len(order) - int(first[-1]))  # of every target as many rows have come
+        order = order[first[:, None] + np.arange(kept)]
+        self._held = TopK(rows[order].astype(np.int64), values[order].astype(np.float32))
+        if kept == self.k:
+            self._limit = torch.from_numpy(self._held.scores[:, -1].copy())
 
 
 def self_influence(slope: np.ndarray, gradient_norm: np.ndarray) -> np.ndarray:

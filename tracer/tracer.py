@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tracer import rank
 from tracer.arguments import (
     check_autocast,
     check_count,
@@ -20,6 +21,7 @@ from tracer.arguments import (
     check_rate,
     check_seed,
 )
+from tracer.batches import check_batch_size, count_rows
 from tracer.checkpoints import LoadedWeights, fit_state, read_checkpoint, weights_fingerprint
 from tracer.cosines import CosineWriter
 from tracer.errors import CallOrderError, InputError, MismatchError
@@ -27,13 +29,15 @@ from tracer.featurize import Featurizer
 from tracer.gradients import GradientEngine, ParamSelection, select_parameters
 from tracer.processes import Process, this_process
 from tracer.projection import Projector, make_projector
+from tracer.ranker import Labels
 from tracer.reader import Reader
-from tracer.rows import RowCursor, RowIndices
+from tracer.rows import RowChoice, RowCursor, RowIndices
 from tracer.rowsource import row_source
+from tracer.sources import CheckpointSources
 from tracer.store import RowTable, Store
 from tracer.store.manifest import Manifest
 from tracer.tasks import LowerPrecision, make_task
-from tracer.types import Batch, Checkpoint
+from tracer.types import Batch, Checkpoint, TopK
 
 logger = logging.getLogger("tracer")
 
@@ -59,16 +63,17 @@ class Tracer(Reader):
             ``functional`` (``torch.func`` only).
         params: Name patterns of the parameters that count, a function ``(name, parameter) -> bool``, or None for all
             trainable ones.
-        storage: ``float16`` (relative to a float32 scale a row), ``float32``, or, with ``projector="none"``, ``none``:
-            gradients are not stored, only losses, slopes and norms; scores come from `score_exactly`.
+        storage: ``float16`` or ``int8`` (relative to a float32 scale a row), ``float32``, or, with
+            ``projector="none"``, ``none``: gradients are not stored, only losses, slopes and norms; scores come from
+            `score_exactly`.
         device: Where to compute; by default where the model is.
         autocast: ``bfloat16`` or ``float16``: forwards and backwards run under ``torch.autocast`` in this dtype, as
             mixed-precision training does; None: in the model's own.
         seed: The projection's seed.
         resume: Open the store that lies in ``save_dir``; with False it must not exist.
         check_rows: Recognise rows by a fingerprint of their inputs, so that a shuffled loader is an error.
-        memory_bytes: How much of targets' gradients `score_exactly` holds, about; more means fewer passes over the
-            train rows.
+        memory_bytes: How much scoring holds, about, whatever the numbers of rows and targets; in `score_exactly` more
+            means fewer passes over the train rows.
         process: Of several processes that share the work and the store: this one's number and how many there are. None:
             as ``torch.distributed``, torchrun or a SLURM job array says; alone otherwise.
         progress: Show progress bars; None: on a terminal only.
@@ -124,6 +129,7 @@ class Tracer(Reader):
         super().__init__(store, device, mine, check_count(memory_bytes, "memory_bytes"), progress)
         self._featurizer: Featurizer | None = None
         self._projectors: tuple[int, Projector] | None = None
+        self._sources = CheckpointSources()
         self._table: RowTable | None = None
         self._same_rows: RowTable | None = None
         self._role = ""
@@ -156,6 +162,7 @@ class Tracer(Reader):
                 table.set_attributes(learning_rate=rate)
         else:
             table = self.store.create_checkpoint(model_id, fingerprint, rate)
+        self._sources.remember(model_id, checkpoint, table)
         self._start(table, weights, model_id, RowCursor(self.train_set_size, "train_set_size"), "featurize")
         self._same_rows = self.store.other_checkpoint(model_id)
 
@@ -217,6 +224,7 @@ class Tracer(Reader):
         self._ranker.check_finalized(model_id)
         weights, fingerprint = self._read(checkpoint)
         self._check_weights(self.store.checkpoint(model_id), fingerprint, model_id)
+        self._sources.remember(model_id, checkpoint, self.store.checkpoint(model_id))
         table = self._target_table(exp_name, model_id, num_targets)
         self._start(table, weights, model_id, RowCursor(num_targets, "num_targets"), "score")
         self._same_rows = self.store.other_targets(exp_name, model_id)
@@ -296,6 +304,64 @@ class Tracer(Reader):
         writer = CosineWriter(featurizer, self.store, exp_name, model_id, self._memory_bytes, self._progress)
         writer.run(train_rows, target_rows)
 
+    def query(
+        self,
+        batch: Batch,
+        k: int,
+        *,
+        kind: str = "proponents",
+        estimator: str = "tracin",
+        model_ids: list[int] | None = None,
+        rows: RowChoice | None = None,
+        labels: Labels | None = None,
+    ) -> TopK:
+        """Return the strongest train rows of a few targets at once, without storing anything.
+
+        The answer is that of `score` and `top`. It takes one pass over the stored features. Each checkpoint's weights
+        are taken from where `load_checkpoint` or `start_scoring_checkpoint` had them: a path, which the store
+        remembers for other processes, or the state dict that was passed in this process, which is kept for that. What
+        `featurize` and `score` are doing is not disturbed.
+
+        Args:
+            batch: The targets, as the task takes them, on any device.
+            k: How many rows for each target.
+            kind: As in `top`.
+            estimator: As in `finalize_scores`.
+            model_ids: The checkpoints; None: all in the store.
+            rows: Only these train rows, as in `top`.
+            labels: Only train rows of these classes.
+
+        Returns:
+            Indices and scores, ``[B, k]`` each, strongest first.
+
+        Raises:
+            InputError: A name is not known, or ``k`` or ``rows`` is out of range.
+            CallOrderError: A checkpoint is not finalized, its weights are not known, or ``storage`` is ``none``.
+            MismatchError: A checkpoint's weights have changed.
+            BatchError: The batch does not fit the model or the task.
+            NonFiniteError: A target's gradient is NaN or infinite.
+        """
+        storage = self.store.manifest.storage
+        if storage == "none":
+            raise CallOrderError(
+                "query needs stored features and this store has storage='none'; call tracer.score_exactly(checkpoint, "
+                "model_id, train, targets, exp_name) and tracer.top, or featurize with another storage."
+            )
+        self.flush()
+        chosen = self._ranker.check_query(k, kind, estimator, model_ids, rows, labels)
+        num_rows, targets = count_rows(batch), []
+        check_batch_size(batch, num_rows)
+        for model_id in chosen:
+            table = self.store.checkpoint(model_id)
+            weights, fingerprint = self._read(self._sources.find(model_id, table))
+            self._check_weights(table, fingerprint, model_id)
+            featurizer = self._make_featurizer(weights, model_id)
+            with self._engine.using_weights(fingerprint):
+                values = featurizer.compute(batch, num_rows)
+            assert values.features is not None  # there is a projector
+            targets.append(rank.MemoryRows.of(values.features, values.slope, values.gradient_norm, storage))
+        return self._ranker.query(targets, chosen, k, kind, estimator, rows, labels)
+
     def _manifest(self, train_set_size: int, storage: str, device: torch.device) -> Manifest:
         projector = self._projector(None, device)
         settings = {
@@ -344,15 +410,18 @@ class Tracer(Reader):
 
     def _start(self, table: RowTable, weights: LoadedWeights, model_id: int, cursor: RowCursor, role: str) -> None:
         self._engine.use_weights(self.store.checkpoint(model_id).attributes["weights_fingerprint"])
+        self._featurizer = self._make_featurizer(weights, model_id)
+        if self._table is not None:
+            self._table.close()
+        self._table, self._cursor, self._role = table, cursor, role
+
+    def _make_featurizer(self, weights: LoadedWeights, model_id: int) -> Featurizer:
         projector = None
         if self.store.manifest.storage != "none":
             if self._projectors is None or self._projectors[0] != model_id:
                 self._projectors = (model_id, self._projector(model_id, self.device))
             projector = self._projectors[1]
-        self._featurizer = Featurizer(self.model, weights, self._engine, projector, self.device, self._check_rows)
-        if self._table is not None:
-            self._table.close()
-        self._table, self._cursor, self._role = table, cursor, role
+        return Featurizer(self.model, weights, self._engine, projector, self.device, self._check_rows)
 
     def _write(self, batch: Batch, inds: RowIndices | None, num_samples: int | None) -> None:
         rows = self._cursor.rows(inds, num_samples)

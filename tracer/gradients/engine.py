@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -138,6 +139,23 @@ class GradientEngine:
             fingerprint: Tells weights apart.
         """
         self._verified = self._by_weights.setdefault(fingerprint, _Verified())
+
+    @contextmanager
+    def using_weights(self, fingerprint: str) -> Iterator[None]:
+        """Say which weights are in the model for a while, and then that it is the earlier ones again.
+
+        Args:
+            fingerprint: Tells weights apart.
+
+        Yields:
+            Nothing.
+        """
+        before = self._verified
+        self.use_weights(fingerprint)
+        try:
+            yield
+        finally:
+            self._verified = before
 
     def compute(self, batch: Batch, batch_size: int, sink: Sink) -> SampleOutputs:
         """Compute the per-sample gradients of a batch and give them to a sink, layer by layer.

@@ -18,7 +18,7 @@ from tracer.errors import InputError, InputTypeError, MismatchError, StoreError
 
 FORMAT = "tracer"
 FORMAT_VERSION = 3
-STORAGES = ("float32", "float16", "none")
+STORAGES = ("float32", "float16", "int8", "none")
 _REQUIRED = ("train_set_size", "feature_dim", "storage")
 _MAX_NAMED = 6
 
@@ -76,8 +76,8 @@ class Manifest:
     Attributes:
         settings: Every setting that changes numbers, as JSON values, compared when a store is opened again. Three
             are read by the store itself: ``train_set_size`` (int), ``feature_dim`` (int) and ``storage``
-            (``"float32"``, ``"float16"``, or ``"none"``: features are not stored). ``params`` maps names to shapes and
-            its order counts.
+            (``"float32"``, ``"float16"``, ``"int8"``, or ``"none"``: features are not stored). ``params`` maps names to
+            shapes and its order counts.
         info: What is good to know and never compared: the model's class, the command.
         versions: The packages that made the store; another version is only logged.
         layout: How rows lie in files, chosen when a store is made and kept from then on: ``block_rows``, the train rows
@@ -125,7 +125,7 @@ class Manifest:
 
     @property
     def storage(self) -> str:
-        """The dtype of stored features: ``"float32"`` or ``"float16"``; ``"none"`` where they are not stored."""
+        """The dtype of stored features: ``"float32"``, ``"float16"`` or ``"int8"``; ``"none"`` where they are not."""
         return str(self.settings["storage"])
 
     def attributes(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tracer.store.arrays import ChunkedArray
 from tracer.store.documents import create_file, disk_errors, sync
 
 _MAX_MAPS = 128
+_ADVISED_BYTES = 1 << 20  # Linux reads no more than the device's read-ahead window for one advice
 
 
 class MappedArray(ChunkedArray):
@@ -100,6 +101,7 @@ class MappedArray(ChunkedArray):
         for chunk, mapped in dirty.items():  # the system drops pages it could not write: trying again would lie
             with disk_errors(self.chunk_path(chunk)):
                 os.stat(self.chunk_path(chunk))  # a file that was removed takes writes and never shows them
+                sync(self.chunk_path(chunk))  # lets other threads run, which the map's own flush does not
                 mapped.flush()  # type: ignore[attr-defined]
         for directory in sorted(nameless, reverse=True):
             with disk_errors(directory):
@@ -138,6 +140,8 @@ def advise_will_need(path: Path, offset: int, length: int) -> None:
     except OSError:  # whoever reads the rows says what is wrong
         return
     try:
-        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+        for piece in range(offset, offset + length, _ADVISED_BYTES):
+            size = min(_ADVISED_BYTES, offset + length - piece)
+            os.posix_fadvise(descriptor, piece, size, os.POSIX_FADV_WILLNEED)
     finally:
         os.close(descriptor)

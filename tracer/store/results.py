@@ -181,6 +181,13 @@ class Results:
                 logger.info("%s", error)
         return found
 
+    def selections_path(self, exp_name: str, estimator: str) -> StorePath:
+        """Return where the selections of a target set stand (see `tracer.store.selections`), a zarr group."""
+        path = self.path / "top" / checked_name("exp_name", exp_name) / checked_name("estimator", estimator)
+        with disk_errors(path):
+            ensure_groups(self.path, path)
+        return path
+
     @property
     def _file_rows(self) -> int | None:
         """Return the train rows of a file of scores; None for one file, which one process writes as one map."""

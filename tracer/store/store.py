@@ -299,6 +299,8 @@ class Store(Results):
         """
         attributes = _table_attributes(weights_fingerprint, learning_rate)
         path = self._targets_path(exp_name, model_id)
+        if self.manifest.storage == "int8":
+            attributes["rounding"] = "targets"  # not by the numbers that round train rows
         size = checked_integer("num_targets", num_targets, 1)
         return self._create(path, size, self.target_block_rows(size), attributes, flush_seconds)
 

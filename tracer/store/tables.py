@@ -1,7 +1,8 @@
 """Rows of features and what belongs to them, for one checkpoint: written in any order, done only once on the disk.
 
 Layout: ``N`` rows of ``dim`` values. A float16 row is stored divided by its largest absolute value, which is its
-``scale``: gradients of norm 1e-12 and 1e12 keep the same relative precision. A float32 row has scale 1.
+``scale``: gradients of norm 1e-12 and 1e12 keep the same relative precision. An int8 row is stored in units of its
+``scale``, the largest over 127 (`tracer.store.rounding`). A float32 row has scale 1.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tracer.store.documents import NODE, StorePath, disk_errors, read_document, 
 from tracer.store.manifest import json_value, listing
 from tracer.store.places import open_arrays
 from tracer.store.remote import RemotePath
+from tracer.store.rounding import RELATIVE, relative_rows, row_scale
 from tracer.store.table_layout import COLUMNS, NO_LABEL, row_checksums, table_layouts
 
 _MAX_NAMED = 5
@@ -69,6 +71,7 @@ class RowTable:
                     "compute it again"
                 )
         self._features = self._arrays.get("features")
+        self._pool = "targets" if described.get("rounding") == "targets" else "train"
         data = [array for name, array in self._arrays.items() if name != "done"]
         self._completion = Completion(self._arrays["done"], data, flush_seconds)
         self._check_files()
@@ -207,11 +210,10 @@ class RowTable:
                 f"{self.path} is finalized and rows {_named(rows)} came to be written: write them before finalizing, "
                 "call set_attributes(finalized=False) first, or choose another save_dir"
             )
-        checked["scale"] = largest if self.storage == "float16" else np.ones_like(largest)
-        checked["scale"][largest == 0] = 1
+        checked["scale"] = row_scale(largest, self.storage)
         with self._completion.writing(rows):
             if self._features is not None and features is not None:
-                self._features.assign(rows, self._relative(features, checked["scale"]))
+                self._features.assign(rows, self._relative(features, checked["scale"], rows))
             checked["checksum"] = self._checksums(rows, checked)
             for name, values in checked.items():
                 self._arrays[name].assign(rows, values)
@@ -302,7 +304,7 @@ class RowTable:
         tile = np.empty((stop - start, self.dim), dtype=np.float32)
         for begin, end, raw, scale in self.tiles(max(1, stop - start), start, stop):
             part = tile[begin - start : end - start]
-            # torch converts float16 fifty times faster than numpy; it wants memory of its own
+            # torch converts float16 and int8 fifty times faster than numpy; it wants memory of its own
             part[:] = raw if self.storage == "float32" else torch.from_numpy(np.array(raw)).float().numpy()
             part *= scale[:, None]
         return tile
@@ -379,13 +381,10 @@ class RowTable:
                 "written; check these rows' inputs and the checkpoint, or drop them from the data set"
             )
 
-    def _relative(self, features: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    def _relative(self, features: np.ndarray, scale: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return float32 features ``[n, dim]`` relative to their scale, in memory that is used again."""
-        if self.storage == "float32":
-            return features
-        scaled = self._memory(features.shape)
-        torch.div(torch.from_numpy(features), torch.from_numpy(scale)[:, None], out=scaled)
-        return scaled.numpy()
+        memory = self._memory(features.shape) if self.storage in RELATIVE else None
+        return relative_rows(features, scale, rows, self.storage, self._pool, memory)
 
     def _largest(self, features: np.ndarray) -> np.ndarray:
         """Return the largest absolute value of each row of float32 values, NaN where there is one: ``[n]``."""

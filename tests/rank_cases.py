@@ -1,0 +1,58 @@
+"""Stores with made-up rows, and their scores in float64, for tests of what is asked of a finished store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tracer.ranker import Ranker
+from tracer.store import RowTable, Store
+from tracer.store.manifest import Manifest
+
+RATES = (0.5, 0.25)
+
+
+def fill(table: RowTable, seed: int, magnitude: float = 1.0) -> None:
+    """Write rows that depend on a seed only, and finalize them."""
+    rng, count = np.random.default_rng(seed), table.num_rows
+    features = (magnitude * rng.standard_normal((count, table.dim))).astype(np.float32)
+    columns = {name: rng.standard_normal(count).astype(np.float32) for name in ("loss", "slope", "curvature")}
+    norm = np.linalg.norm(features.astype(np.float64), axis=1).astype(np.float32)
+    table.write(np.arange(count), features, gradient_norm=norm, fingerprint=np.zeros(count, np.uint64), **columns)
+    table.set_attributes(finalized=True)
+
+
+def ranker(
+    path: Path,
+    num_rows: int,
+    num_targets: int,
+    dim: int,
+    storage: str = "float32",
+    magnitude: float = 1.0,
+    **options: Any,
+) -> Ranker:
+    """A ranker of a store with two checkpoints and the targets ``test``."""
+    store = Store.open(path, Manifest({"train_set_size": num_rows, "feature_dim": dim, "storage": storage}))
+    for model_id, rate in enumerate(RATES):
+        with store.create_checkpoint(model_id, "a", rate) as table:
+            fill(table, model_id, magnitude)
+        with store.create_targets("test", model_id, num_targets) as table:
+            fill(table, 100 + model_id, 1 / magnitude)
+    return Ranker(store, torch.device("cpu"), False, **options)
+
+
+def expected(found: Ranker, estimator: str = "tracin") -> np.ndarray:
+    """Scores of what is stored, in float64."""
+    total = np.zeros((found.num_rows, found.store.targets("test", 0).num_rows))
+    for model_id, rate in enumerate(RATES):
+        sides = []
+        for table in (found.store.checkpoint(model_id), found.store.targets("test", model_id)):
+            weight = table.column("slope").astype(np.float64)
+            if estimator == "cosine":
+                weight = np.sign(weight) / table.column("gradient_norm")
+            sides.append(table.features(0, table.num_rows).astype(np.float64) * weight[:, None])
+        total += rate * sides[0] @ sides[1].T
+    return total
