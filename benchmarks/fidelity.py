@@ -92,6 +92,7 @@ class Series:
 SERIES = [
     Series("sketch", "float32", 16384, {"color": "#1f5fbf", "marker": "o"}),
     Series("sketch", "float16", 16384, {"color": "#1f5fbf", "marker": "o", "linestyle": "--", "markerfacecolor": "w"}),
+    Series("sketch", "int8", 16384, {"color": "#2e9e6b", "marker": "^", "linestyle": "--"}),
     Series("rademacher", "float32", 4096, {"color": "#d9730d", "marker": "D", "zorder": 3, "linestyle": ":"}),
     Series("factored", "float32", 16384, {"color": "#5b6770", "marker": "s"}),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
@@ -14,18 +15,24 @@ import torch
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def fidelity():
-    """The script as a module; what it imports from its own folder is forgotten afterwards."""
+@contextlib.contextmanager
+def script(name):
+    """A script as a module; what it imports from its own folder is forgotten afterwards."""
     before = set(sys.modules)
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        yield importlib.import_module("fidelity")
+        yield importlib.import_module(name)
     finally:
         sys.path.remove(str(BENCHMARKS))
         for name in set(sys.modules) - before:
             if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
                 del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def fidelity():
+    with script("fidelity") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +103,16 @@ def test_float16_halves_the_bytes_and_hardly_adds_to_the_error(rows):
         assert half[proj_dim]["error"] != single[proj_dim]["error"]
 
 
+def test_int8_quarters_the_bytes_and_adds_less_than_a_tenth_to_the_error(fidelity, case, rows):
+    quarter, single = found(rows, "sketch", "int8"), found(rows, "sketch", "float32")
+    for proj_dim in quarter:
+        assert quarter[proj_dim]["bytes"] == proj_dim + 4
+        options = {"projector": "sketch", "proj_dim": proj_dim, "seed": 0}
+        scored = [fidelity.run_tracer(case, storage=storage, **options) for storage in ("float32", "int8")]
+        added = fidelity.squared_error(*scored) ** 0.5
+        assert 0 < added < 0.1 * single[proj_dim]["error"]
+
+
 def test_bytes_of_factored_are_those_that_it_stores(rows):
     for proj_dim, row in found(rows, "factored").items():
         assert row["values"] < proj_dim
@@ -161,3 +178,30 @@ def test_missing_data_stops_it_with_what_is_needed(fidelity, folder, monkeypatch
     monkeypatch.delenv("TRACER_DATA")
     with pytest.raises(SystemExit, match="TRACER_DATA is not set: set it to a folder with"):
         fidelity.main([])
+
+
+def test_scoring_is_measured_beside_a_bare_product_and_the_disk(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    with script("scoring") as scoring:
+        scoring.main(["--quick", "--output-dir", str(tmp_path / "results"), "--folder", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "| work " in printed
+    rows = json.loads((tmp_path / "results" / "scoring_quick.json").read_text())["rows"]
+    for targets in (3, 20):
+        found = {row["work"]: row for row in rows if row["targets"] == targets}
+        assert found["bare"]["ratio"] == 1
+        for storage in ("float32", "float16", "int8"):
+            assert {f"{storage}, {work}" for work in ("scores", "top", "query")} <= set(found)
+        assert found["int8, query"]["peak_mb"] < 100
+    cold = {row["work"]: row["mb_s"] for row in rows if row["mb_s"]}
+    assert not cold or len(cold) == 6
+    assert (tmp_path / "results" / "scoring_quick.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]  # the stores are gone
+
+
+def test_rows_of_the_scoring_benchmark_differ():
+    with script("scoring") as scoring:
+        parts = list(scoring.features_of(scoring.made_up(8), 5000))
+    assert [start for start, _ in parts] == [0, 2048, 4096]
+    rows = np.concatenate([part for _, part in parts])
+    assert rows.shape == (5000, 8) and len(np.unique(rows, axis=0)) == 5000
