@@ -16,6 +16,7 @@ OPTIONS = {"projector": "none", "storage": "float32"}
 
 
 def together(run: Run, save_dir: Path) -> None:
+    batch_size = int(sys.argv[3])
     dist.init_process_group("gloo")
     found = attribute(
         run.model,
@@ -24,7 +25,7 @@ def together(run: Run, save_dir: Path) -> None:
         run.targets,
         run.checkpoints,
         save_dir=save_dir,
-        batch_size=4,
+        batch_size=batch_size,
         **OPTIONS,
     )
     np.save(save_dir.parent / f"scores-{dist.get_rank()}.npy", np.asarray(found.scores))
@@ -61,7 +62,8 @@ def score(run: Run, save_dir: Path) -> None:
     tracing.finalize_features()
     for model_id, (checkpoint, _) in enumerate(run.checkpoints):
         tracing.start_scoring_checkpoint(checkpoint, model_id, 5, "targets")
-        tracing.score(run.targets, num_samples=5)
+        for rows in ([0, 1, 2, 3], [4]):
+            tracing.score((run.target_x[rows], run.target_y[rows]), inds=rows)
     tracing.close()
 
 

@@ -76,7 +76,7 @@ def test_a_shard_is_a_subset_of_global_rows(run, tmp_path):
     assert sum(parts, []) == list(range(23)) and {len(part) for part in parts} <= {7, 8}
 
 
-def pipeline(run, save_dir, **options):
+def pipeline(run, save_dir, batch_size=4, **options):
     return attribute(
         run.model,
         "image_classification",
@@ -84,7 +84,7 @@ def pipeline(run, save_dir, **options):
         run.targets,
         run.checkpoints,
         save_dir=save_dir,
-        batch_size=4,
+        batch_size=batch_size,
         **options,
     )
 
@@ -105,12 +105,12 @@ def torchrun(count: int, tmp_path: Path, *arguments: str) -> subprocess.Complete
     return launch([*command, *arguments], tmp_path)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_torchrun_gives_the_results_of_one_process(run, tmp_path, count):
+@pytest.mark.parametrize(("count", "batch_size"), [(2, 3), (4, 2)])  # no batch crosses a block of either
+def test_torchrun_gives_the_results_of_one_process(run, tmp_path, count, batch_size):
     pytest.importorskip("torch.distributed")
     options = {"projector": "none", "storage": "float32"}
-    alone = pipeline(run, tmp_path / "alone", **options)
-    done = torchrun(count, tmp_path, "together", str(tmp_path / "many"))
+    alone = pipeline(run, tmp_path / "alone", batch_size, **options)
+    done = torchrun(count, tmp_path, "together", str(tmp_path / "many"), str(batch_size))
     assert done.returncode == 0, done.stderr[-3000:]
     store = Store.open_existing(tmp_path / "many")
     assert store.manifest.layout["processes"] == count
@@ -120,12 +120,11 @@ def test_torchrun_gives_the_results_of_one_process(run, tmp_path, count):
         for name in ("loss", "slope", "gradient_norm", "fingerprint", "label"):
             np.testing.assert_array_equal(ours.column(name), theirs.column(name))
         np.testing.assert_array_equal(ours.features(0, 23), theirs.features(0, 23))  # bit for bit
-    found = np.load(tmp_path / "many" / ".." / "scores-0.npy")
     for rank in range(count):
-        np.testing.assert_array_equal(np.load(tmp_path / f"scores-{rank}.npy"), found)
+        np.testing.assert_array_equal(np.load(tmp_path / f"scores-{rank}.npy"), alone.scores)
         np.testing.assert_array_equal(np.load(tmp_path / f"top-{rank}.npy"), alone.top(3).indices)
-    np.testing.assert_allclose(found, alone.scores, rtol=1e-6, atol=1e-9)
-    np.testing.assert_array_equal(np.asarray(Tracer.open(tmp_path / "many").finalize_scores("targets")), found)
+    again = Tracer.open(tmp_path / "many").finalize_scores("targets")
+    np.testing.assert_array_equal(np.asarray(again), alone.scores)
 
 
 def test_an_error_of_the_first_process_reaches_all(run, tmp_path):
@@ -176,5 +175,5 @@ def test_a_job_array_shares_nothing_but_the_file_system(run, tmp_path):
         done = job(number, 3, "finalize", tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
     reader = Tracer.open(tmp_path / "array")
-    np.testing.assert_allclose(np.asarray(reader.finalize_scores("targets")), alone.scores, rtol=1e-6, atol=1e-9)
+    np.testing.assert_array_equal(np.asarray(reader.finalize_scores("targets")), alone.scores)
     np.testing.assert_array_equal(reader.top("targets", 3).indices, alone.top(3).indices)

@@ -104,11 +104,12 @@ def test_only_chosen_rows_count(found, counted, rows, kind):
 
 
 def test_files_without_chosen_rows_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("tracer.store.tables.CHUNK_BYTES", 10 * DIM * 4)
+    monkeypatch.setattr("tracer.store.store.BLOCK_BYTES", 10 * DIM * 4)
     found = ranker(tmp_path, N, M, DIM)
     scores = expected(found)
     for model_id in (0, 1):
         table = found.store.checkpoint(model_id)
+        assert table.block_rows == 10
         for chunk in set(range(N // 10)) - {2, 25}:
             table._features.chunk_path(chunk).write_bytes(b"damaged")
     for rows in ([25, 29, 253], range(20, 30), np.isin(np.arange(N), [20, 255, 259])):
@@ -119,7 +120,7 @@ def test_files_without_chosen_rows_are_not_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "error", "text"),
     [
-        (range(5), InputError, "k=7 is more than the 5 train rows that rows= has"),
+        (range(5), InputError, "k=7 is more than the 5 train rows that were chosen"),
         ([], InputError, "k=7 is more than the 0 train rows"),
         (np.ones(N + 1, bool), InputError, f"rows is a mask of {N + 1} values; expected one for each of the {N} rows"),
         ([0, N], InputError, rf"rows \[{N}\] are outside the {N} train rows, 0 to {N - 1}"),
@@ -190,7 +191,7 @@ def test_any_zarr_reader_opens_a_part(found):
 
 def test_shares_of_the_work_are_merged(found, counted):
     for share in ([(100, 200)], [(0, 50), (250, N)], [(190, 210)]):
-        found.cover_top("test", K, "tracin", None, ranges=share)
+        found._question("test", K, "tracin", None, range(N)).cover(share)
     assert sorted(counted) == [*range(50), *range(100, 210), *range(250, N)]
     counted.clear()
     answer = top(found)
@@ -204,9 +205,9 @@ def test_parts_are_saved_now_and_then_and_do_not_pile_up(found, monkeypatch):
     saved, most = [], []
     save = tops.save_part
 
-    def saving(directory, staging, start, stop, *rest):
+    def saving(directory, start, stop, *rest):
         saved.append((start, stop))
-        part = save(directory, staging, start, stop, *rest)
+        part = save(directory, start, stop, *rest)
         most.append(len(list_parts(directory)))
         return part
 
@@ -230,7 +231,7 @@ def test_equal_scores_come_by_row_index_also_across_parts(tmp_path):
         )
         table.flush()
     for share in ((200, 300), (3, 50)):
-        found.cover_top("test", K, "tracin", None, ranges=[share])
+        found._question("test", K, "tracin", None, range(N)).cover([share])
     for kind in KINDS:
         np.testing.assert_array_equal(top(found, kind=kind).indices, np.tile(np.arange(K), (M, 1)))
     np.testing.assert_array_equal(top(found, rows=slice(100, None)).indices, np.tile(100 + np.arange(K), (M, 1)))

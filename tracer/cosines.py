@@ -77,7 +77,7 @@ class CosineWriter:
         first = 0
         while first < targets.num_rows:
             block = self._stored(first)
-            if block is None or not block.complete:
+            if block is None or not block.complete or block.shape[0] < train.num_rows:
                 held = self._hold(targets, first, None if block is None else block.shape[1])
                 last = first + held.num_rows
                 self._targets.flush()  # a block that is there says that its targets' values are

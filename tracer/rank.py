@@ -179,13 +179,14 @@ class BandScorer:
         tile_rows = min(TILE_BYTES // (4 * self.num_targets), self.band_rows)
         self.tile_rows = max(1, tile_rows // self.grid_rows) * self.grid_rows
 
-    def score(self, band: Band, out: Tensor, ahead: ReadAhead | None = None) -> None:
+    def score(self, band: Band, out: Tensor, ahead: ReadAhead | None = None, *, on_grid: bool = True) -> None:
         """Compute the scores of some train rows.
 
         Args:
             band: The rows, n of them.
             out: ``[n, M]``, float32, on the device: overwritten.
             ahead: Is told what was read.
+            on_grid: Multiply consecutive rows in blocks of the grid, with rows beside the band where it cuts one.
         """
         rows = _indices(band)
         out.zero_()
@@ -193,7 +194,7 @@ class BandScorer:
             train_weights = _weights(pair.train, rows, self.estimator, pair.cosines is not None)
             target_weights = _weights(pair.targets, None, self.estimator, pair.cosines is not None)
             left, right = (self._on_device(weights) for weights in (train_weights, target_weights))
-            for block, inside, place in self._blocks(rows):
+            for block, inside, place in self._blocks(rows, on_grid):
                 part, weights = out[place], left[place].unsqueeze(1)
                 for columns, products in self._products(position, pair, block):
                     found = products[inside]
@@ -202,10 +203,10 @@ class BandScorer:
                 if ahead is not None:
                     ahead.consumed(len(part))
 
-    def _blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, slice, slice]]:
+    def _blocks(self, rows: np.ndarray, on_grid: bool) -> Iterator[tuple[np.ndarray, slice, slice]]:
         """Yield blocks of train rows to multiply, which of their rows are wanted, and where those stand in a band."""
         step, first, last = self.grid_rows, int(rows[0]), int(rows[-1]) + 1
-        if last - first != len(rows):
+        if not on_grid or last - first != len(rows):
             for start in range(0, len(rows), step):
                 yield rows[start : start + step], slice(None), slice(start, start + step)
             return
@@ -421,7 +422,7 @@ def _score_into(scorer: BandScorer, band: Band, memory: Tensor, ahead: ReadAhead
         scorer.score(band, out, ahead)
     else:
         scores = torch.empty(out.shape, device=scorer.device)
-        scorer.score(band, scores, ahead)
+        scorer.score(band, scores, ahead, on_grid=on_grid)
         out.copy_(scores)
 
 
@@ -451,6 +452,7 @@ def select_rows(
     *,
     memory_bytes: int = MEMORY_BYTES,
     begin: tuple[TopK, TopK] | None = None,
+    on_grid: bool = True,
 ) -> Iterator[tuple[int, RunningTopK, RunningTopK]]:
     """Find the strongest rows of each target, both ends at once, without holding or storing all scores.
 
@@ -463,6 +465,7 @@ def select_rows(
         progress: Show a bar; None: on a terminal only.
         memory_bytes: How much to hold, about.
         begin: Proponents and opponents of earlier rows, with which the selection begins.
+        on_grid: As `BandScorer.score` takes it; not for a choice of rows, of which no others are to be read.
 
     Yields:
         After each band: how many of the rows have been seen, and the running selections of proponents and of

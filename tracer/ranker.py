@@ -175,7 +175,14 @@ class Ranker:
             for rate, model_id, table in zip(self._rates(model_ids), model_ids, targets, strict=True)
         ]
         *_, (_, *ends) = rank.select_rows(
-            pairs, estimator, chosen, k, self.device, self.progress, memory_bytes=self.memory_bytes
+            pairs,
+            estimator,
+            chosen,
+            k,
+            self.device,
+            self.progress,
+            memory_bytes=self.memory_bytes,
+            on_grid=len(chosen) == self.num_rows,
         )
         return ends[KINDS.index(kind)].result()
 
@@ -294,7 +301,8 @@ class Ranker:
         tables = [table.attributes["table_id"] for table in (train, targets)]
         blocks, end = [], 0
         for first, block in self.store.cosines(exp_name, model_id):
-            if first == end and block.complete and block.inputs["tables"] == tables:
+            whole = block.complete and block.shape[0] == train.num_rows
+            if first == end and whole and block.inputs["tables"] == tables:
                 blocks.append((first, block))
                 end += block.shape[1]
         if end < targets.num_rows:

@@ -162,6 +162,7 @@ class TopQuestion:
             self.progress,
             memory_bytes=self.memory_bytes,
             begin=begin,
+            on_grid=len(self.rows) == self._num_rows,
         )
 
     def _save(self, start: int, stop: int, ends: tuple[TopK, TopK]) -> Part:

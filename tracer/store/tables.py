@@ -250,9 +250,15 @@ class RowTable:
         return self._arrays[name].read(start, stop)
 
     def prefetch(self, start: int, stop: int) -> None:
-        """Begin to read the features of rows in the background; rows beyond the last are ignored."""
+        """Begin to read the features of rows in the background, for when they are asked for.
+
+        Args:
+            start: The first row.
+            stop: One past the last row.
+        """
+        self._check_range(start, stop)
         if self._features is not None:
-            self._features.prefetch(max(start, 0), min(stop, self.num_rows))
+            self._features.prefetch(start, stop)
 
     def raw_features(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
         """Return rows as they are stored, without copying: one view for each file they lie in.
