@@ -15,6 +15,7 @@ from tracer.errors import (
     MismatchError,
     MissingDependencyError,
     NonFiniteError,
+    RankError,
     StoreError,
     TracerError,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "MissingDependencyError",
     "NonFiniteError",
     "Projector",
+    "RankError",
     "SampleOutputs",
     "StoreError",
     "Task",

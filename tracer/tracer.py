@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, cast
 
 import numpy as np
 import torch
@@ -30,12 +32,31 @@ from tracer.projection import Projector, make_projector
 from tracer.ranker import Ranker
 from tracer.rows import RowCursor, RowIndices
 from tracer.rowsource import row_source
+from tracer.sharded import find_ranks, layer_type, one_by_one
 from tracer.store import RowTable, Store
 from tracer.store.manifest import Manifest
 from tracer.tasks import LowerPrecision, make_task
+from tracer.together import SharedFeaturizer
 from tracer.types import Batch, Checkpoint, TopK
 
 logger = logging.getLogger("tracer")
+_Arguments = ParamSpec("_Arguments")
+
+
+def _collective(
+    method: Callable[Concatenate[Tracer, _Arguments], None],
+) -> Callable[Concatenate[Tracer, _Arguments], None]:
+    """Let all ranks of a sharded model end their batches before a method, and fail in it together."""
+
+    @functools.wraps(method)
+    def together(self: Tracer, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+        if self._ranks is None:
+            return method(self, *args, **kwargs)
+        self.close()
+        with self._ranks.step():
+            return method(self, *args, **kwargs)
+
+    return cast(Any, together)  # mypy: "self" has a name
 
 
 class Tracer:
@@ -101,6 +122,7 @@ class Tracer:
         self.task = make_task(task)
         self.train_set_size = check_count(train_set_size, "train_set_size")
         self.device = check_device(device, self.model)
+        self._ranks = find_ranks(self.model, self.device)
         dtype = check_autocast(autocast)
         if dtype is not None:
             self.task = LowerPrecision(self.task, dtype, self.device)
@@ -115,9 +137,10 @@ class Tracer:
                 f"storage='none' came with projector={projector!r}: without stored features scores are computed from "
                 f"exact gradients; pass projector='none', or storage='float16'."
             )
-        self._engine = GradientEngine(self.model, self.task, names, gradients, self.device)
+        self._engine = GradientEngine(self.model, self.task, names, gradients, self.device, self._ranks)
         self._check_rows = bool(check_rows)
-        self.store = Store.open(save_dir, self._manifest(storage), resume=resume)
+        with one_by_one(self._ranks) as first:
+            self.store = Store.open(save_dir, self._manifest(storage), resume=resume or not first)
         self._ranker = Ranker(self.store, self.device, progress)
         self._featurizer: Featurizer | None = None
         self._projectors: tuple[int, Projector] | None = None
@@ -126,6 +149,7 @@ class Tracer:
         self._role = ""
         self._cursor = RowCursor(self.train_set_size, "train_set_size")
 
+    @_collective
     def load_checkpoint(self, checkpoint: Checkpoint, model_id: int, learning_rate: float | None = None) -> None:
         """Choose the checkpoint at which `featurize` computes, and put the row count back to 0.
 
@@ -144,15 +168,16 @@ class Tracer:
         rate = check_rate(learning_rate)
         weights, fingerprint = self._read(checkpoint)
         self.flush()
-        if self.store.has_checkpoint(model_id):
-            table = self.store.checkpoint(model_id)
-            self._check_weights(table, fingerprint, model_id)
-            stored = table.attributes.get("learning_rate")
-            if rate is not None and rate != stored:
-                logger.info("checkpoint %d: learning rate %s replaces %s", model_id, rate, stored)
-                table.set_attributes(learning_rate=rate)
-        else:
-            table = self.store.create_checkpoint(model_id, fingerprint, rate)
+        with one_by_one(self._ranks, "model_id, learning_rate and weights", (model_id, rate, fingerprint)):
+            if self.store.has_checkpoint(model_id):
+                table = self.store.checkpoint(model_id)
+                self._check_weights(table, fingerprint, model_id)
+                stored = table.attributes.get("learning_rate")
+                if rate is not None and rate != stored:
+                    logger.info("checkpoint %d: learning rate %s replaces %s", model_id, rate, stored)
+                    table.set_attributes(learning_rate=rate)
+            else:
+                table = self.store.create_checkpoint(model_id, fingerprint, rate)
         self._start(table, weights, model_id, RowCursor(self.train_set_size, "train_set_size"), "featurize")
         self._same_rows = self.store.other_checkpoint(model_id)
 
@@ -207,10 +232,20 @@ class Tracer:
             self._table.flush()
 
     def close(self) -> None:
-        """Flush and release the store's files; `load_checkpoint` opens them again."""
-        if self._table is not None:
-            self._table.close()
+        """Flush and release the store's files; `load_checkpoint` opens them again.
+
+        Raises:
+            RankError: The model is sharded and another rank failed; all ranks must call this, and wait here until the
+                last has featurized or scored its batches.
+        """
+        featurizer, table = self._featurizer, self._table
+        if isinstance(featurizer, SharedFeaturizer):
+            featurizer.join()
         self._table, self._featurizer, self._role = None, None, ""
+        if table is not None:
+            table.close()
+        if isinstance(featurizer, SharedFeaturizer):
+            featurizer.ranks.joined()
 
     def __enter__(self) -> Tracer:
         return self
@@ -218,8 +253,12 @@ class Tracer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(self._featurizer, SharedFeaturizer) and error is not None:
+            self._featurizer.ranks.abandon(error)
+            self._featurizer = None  # which would wait for the others
         self.close()
 
+    @_collective
     def finalize_features(self, model_ids: list[int] | None = None) -> None:
         """Check that every train row is stored at each checkpoint, and open the checkpoints for scoring.
 
@@ -233,6 +272,7 @@ class Tracer:
         self.flush()
         self._ranker.finalize_features(model_ids)
 
+    @_collective
     def start_scoring_checkpoint(self, checkpoint: Checkpoint, model_id: int, num_targets: int, exp_name: str) -> None:
         """Choose the checkpoint and the targets for `score`, and put the row count back to 0.
 
@@ -253,7 +293,8 @@ class Tracer:
         self._ranker.check_finalized(model_id)
         weights, fingerprint = self._read(checkpoint)
         self._check_weights(self.store.checkpoint(model_id), fingerprint, model_id)
-        table = self._target_table(exp_name, model_id, num_targets)
+        with one_by_one(self._ranks, "arguments", (model_id, num_targets, exp_name, fingerprint)):
+            table = self._target_table(exp_name, model_id, num_targets)
         self._start(table, weights, model_id, RowCursor(num_targets, "num_targets"), "score")
         self._same_rows = self.store.other_targets(exp_name, model_id)
 
@@ -317,6 +358,11 @@ class Tracer:
                 f"score_exactly is for storage='none'; this store has storage={self.store.manifest.storage!r}, whose "
                 f"scores come from featurize, score and finalize_scores."
             )
+        if self._ranks is not None:
+            raise CallOrderError(
+                "score_exactly compares all train rows with all targets in one process; with a model that fully_shard "
+                "divides, use featurize, score and finalize_scores with storage='float32' or 'float16'."
+            )
         model_id = check_model_id(model_id)
         batch_size = check_count(batch_size, "batch_size")
         train_rows = row_source(train, "train", batch_size, collate_fn)
@@ -352,7 +398,7 @@ class Tracer:
             IncompleteError: Targets are missing at a checkpoint.
             CallOrderError: A checkpoint is not finalized.
         """
-        self.flush()
+        self._settle()
         return self._ranker.scores(exp_name, estimator, model_ids)
 
     def top(
@@ -380,7 +426,7 @@ class Tracer:
             IncompleteError: Targets are missing at a checkpoint.
             CallOrderError: A checkpoint is not finalized.
         """
-        self.flush()
+        self._settle()
         return self._ranker.top(exp_name, k, kind, estimator, model_ids)
 
     def self_influence(self, model_ids: list[int] | None = None) -> np.ndarray:
@@ -398,8 +444,15 @@ class Tracer:
         Raises:
             CallOrderError: A checkpoint is not finalized.
         """
-        self.flush()
+        self._settle()
         return self._ranker.self_influence(model_ids)
+
+    def _settle(self) -> None:
+        """Make durable what was computed; of a sharded model on all ranks, whose rows are asked for too."""
+        if self._ranks is None:
+            self.flush()
+        else:
+            self.close()
 
     def _manifest(self, storage: str) -> Manifest:
         projector = self._projector(None)
@@ -412,7 +465,7 @@ class Tracer:
             "storage": storage,
             "check_rows": self._check_rows,
         }
-        return Manifest(settings, info={"model": type(self.model).__name__})
+        return Manifest(settings, info={"model": layer_type(self.model).__name__})
 
     def _projector(self, model_id: int | None) -> Projector:
         """Return a checkpoint's projector; each has a matrix of its own, so that errors average over checkpoints."""
@@ -454,13 +507,18 @@ class Tracer:
             if self._projectors is None or self._projectors[0] != model_id:
                 self._projectors = (model_id, self._projector(model_id))
             projector = self._projectors[1]
-        self._featurizer = Featurizer(self.model, weights, self._engine, projector, self.device, self._check_rows)
+        settings = (weights, self._engine, projector, self.device, self._check_rows)
+        if self._ranks is None:
+            self._featurizer = Featurizer(self.model, *settings)
+        else:
+            self._featurizer = SharedFeaturizer(self._ranks, *settings)
         if self._table is not None:
             self._table.close()
         self._table, self._cursor, self._role = table, cursor, role
 
     def _write(self, batch: Batch, inds: RowIndices | None, num_samples: int | None) -> None:
-        rows = self._cursor.rows(inds, num_samples)
         assert self._featurizer is not None and self._table is not None  # both are set with the role
-        self._featurizer.write(self._table, batch, rows, self._same_rows)
+        with nullcontext() if self._ranks is None else self._ranks.step():
+            rows = self._cursor.rows(inds, num_samples)
+            self._featurizer.write(self._table, batch, rows, self._same_rows)
         self._cursor.advance(num_samples)
