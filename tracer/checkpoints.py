@@ -321,16 +321,15 @@ def weights_in(model: nn.Module, loaded: LoadedWeights) -> Iterator[nn.Module]:
     Raises:
         CheckpointError: The model has other parameters than ``loaded``.
     """
-    settle(model)
+    divided = settle(model)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     if parameters.keys() != loaded.parameters.keys() or not loaded.buffers.keys() <= buffers.keys():
         raise CheckpointError("the weights were loaded for another model: make LoadedWeights with this one")
-    shards = [
-        (own_part(parameters[name]), value) for name, value in loaded.parameters.items() if is_sharded(parameters[name])
-    ]
+    spread = {name for name, value in parameters.items() if divided and is_sharded(value)}
+    shards = [(own_part(parameters[name]), loaded.parameters[name]) for name in parameters if name in spread]
     own_values = [part.clone() for part, _ in shards]
     swapped: list[tuple[Tensor, Tensor]] = [
-        (parameters[name], value) for name, value in loaded.parameters.items() if not is_sharded(parameters[name])
+        (parameters[name], value) for name, value in loaded.parameters.items() if name not in spread
     ]
     for name, buffer in buffers.items():
         value = loaded.buffers[name] if name in loaded.buffers else buffer.detach()

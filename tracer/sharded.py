@@ -85,12 +85,15 @@ def part_of(whole: Tensor, sharded: Any) -> Tensor:
     return part
 
 
-def settle(model: nn.Module, failed: bool = False) -> None:
+def settle(model: nn.Module, failed: bool = False) -> bool:
     """Let a sharded model hold nothing but its parts, as between two training steps; others are not touched.
 
     Args:
         model: The model.
         failed: Whether a forward or a backward was given up.
+
+    Returns:
+        Whether the model is sharded.
     """
     modules = fsdp_modules(model)
     if failed:
@@ -99,6 +102,7 @@ def settle(model: nn.Module, failed: bool = False) -> None:
                 module.reset_iter_state()
     for module in modules:
         module.reshard()
+    return bool(modules)
 
 
 def _roots(modules: Sequence[Any]) -> list[Any]:
