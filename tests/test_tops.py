@@ -57,9 +57,9 @@ def counted(monkeypatch):
     seen = []
     score = rank.BandScorer.score
 
-    def counting(self, band, *args):
+    def counting(self, band, *args, **options):
         seen.extend(band)
-        score(self, band, *args)
+        score(self, band, *args, **options)
 
     monkeypatch.setattr(rank.BandScorer, "score", counting)
     return seen

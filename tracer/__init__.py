@@ -15,6 +15,7 @@ from tracer.errors import (
     MismatchError,
     MissingDependencyError,
     NonFiniteError,
+    RankError,
     StoreError,
     TracerError,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "MissingDependencyError",
     "NonFiniteError",
     "Projector",
+    "RankError",
     "SampleOutputs",
     "StoreError",
     "Task",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,16 +20,26 @@ def check_model(model: nn.Module) -> nn.Module:
         model: What the user passed.
 
     Returns:
-        The module, without the wrapper of ``torch.compile``.
+        The module, without the wrappers of ``torch.compile``, `DataParallel` and `DistributedDataParallel`.
 
     Raises:
-        InputTypeError: It is no module, or a TorchScript module.
+        InputTypeError: It is no module, a TorchScript module, or sharded by ``FullyShardedDataParallel``.
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise InputTypeError("model is a TorchScript module, whose layers cannot be seen; pass the Python module.")
-    return getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    inner: Any = model
+    while inner is not None:
+        model, parallel = inner, isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        inner = inner.module if parallel else getattr(inner, "_orig_mod", None)  # what torch.compile wrapped
+    flat = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
+    if flat is not None and any(isinstance(module, flat) for module in model.modules()):
+        raise InputTypeError(
+            "model is wrapped by FullyShardedDataParallel, which joins parameters to flat ones whose names and shapes "
+            "are lost; wrap it with torch.distributed.fsdp.fully_shard instead, or pass the plain module."
+        )
+    return model
 
 
 def check_autocast(autocast: str | torch.dtype | None) -> torch.dtype | None:
@@ -169,7 +181,10 @@ def check_device(device: str | torch.device | None, model: nn.Module | None = No
         InputError: There is no such device.
     """
     if device is None:
-        first = None if model is None else next(model.parameters(), None)
+        first: Any = None if model is None else next(model.parameters(), None)
+        mesh = getattr(first, "device_mesh", None)  # of a sharded parameter, which may lie elsewhere than it is used
+        if mesh is not None and mesh.device_type != first.device.type:
+            return check_device(mesh.device_type, model)
         return _check_supported(first.device) if first is not None else torch.device("cpu")
     try:
         chosen = torch.device(device)

@@ -18,6 +18,7 @@ from tracer.reader import Reader
 from tracer.report import write_report
 from tracer.rowsource import RowSource, row_source
 from tracer.scoring import check_estimator
+from tracer.sharded import fsdp_modules
 from tracer.tracer import Tracer
 from tracer.types import Batch, Checkpoint, TopK
 
@@ -142,7 +143,7 @@ def attribute(
         The attribution.
 
     Raises:
-        InputError: There are no checkpoints or rows, or a loader shuffles.
+        InputError: There are no checkpoints or rows, a loader shuffles, or the model is sharded by ``fully_shard``.
         InputTypeError: The data or the checkpoints are of a type that cannot be used.
 
     >>> import tempfile
@@ -155,6 +156,11 @@ def attribute(
     (6, 2)
     """
     check_estimator(estimator)
+    if fsdp_modules(model):
+        raise InputError(
+            "model is sharded by fully_shard, and attribute passes all rows in one process; make a Tracer on each rank "
+            "and pass each its own rows by inds=, or pass the plain model."
+        )
     pairs = [_pair(checkpoint) for checkpoint in _as_list(checkpoints)]
     size = check_count(batch_size, "batch_size")
     train_rows = row_source(train, "train", size, collate_fn)

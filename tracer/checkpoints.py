@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tracer.errors import CheckpointError, InputTypeError
+from tracer.sharded import is_sharded, own_part, part_of, settle
 from tracer.store.manifest import listing
 from tracer.types import Checkpoint
 
@@ -124,6 +125,13 @@ def _as_state(value: Any, where: str, call: str) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{where} is no state dict: expected names to tensors, found {what} among the keys {keys or 'none'}; "
             "pass `model.state_dict()`"
+        )
+    parts = [repr(key) for key, item in state.items() if is_sharded(item)]
+    if parts:
+        raise CheckpointError(
+            f"{where} has sharded tensors, of which each process holds a part: {listing(parts)}; expected a full state "
+            f"dict; gather it on all ranks: {{key: value.full_tensor() if isinstance(value, DTensor) else value "
+            f"for key, value in state.items()}}, or pass the path of one that was saved"
         )
     meta = [repr(key) for key, item in state.items() if item.is_meta]
     if meta:
@@ -255,10 +263,11 @@ class LoadedWeights:
     Args:
         model: The model they are for; it is not changed.
         state: From `read_checkpoint` or `fit_state`; it is fitted here in any case, and copied.
-        device: Where the values go; None leaves each where the model's own is.
+        device: Where the values go; None leaves each where the model's own is. Of a sharded parameter this rank's
+            part is kept, where its own part is.
 
     Attributes:
-        parameters: Names to values, each tied parameter once.
+        parameters: Names to values, each tied parameter once; this rank's parts of sharded ones.
         buffers: Names to values of the persistent buffers.
         device: As passed.
 
@@ -275,11 +284,15 @@ class LoadedWeights:
             )
         self.device = None if device is None else torch.device(device)
 
-        def copies(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-            return {
-                name: fitted[name].to(self.device or value.device, copy=True) for name, value in named if name in fitted
-            }
+        def copied(name: str, value: Tensor) -> Tensor:
+            if is_sharded(value):
+                return part_of(fitted[name], value).to(own_part(value).device, copy=True)
+            return fitted[name].to(self.device or value.device, copy=True)
 
+        def copies(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+            return {name: copied(name, value) for name, value in named if name in fitted}
+
+        settle(model)
         self.parameters = copies(model.named_parameters())
         self.buffers = copies(model.named_buffers())
 
@@ -295,6 +308,9 @@ def weights_in(model: nn.Module, loaded: LoadedWeights) -> Iterator[nn.Module]:
     that it does not reach the next block either. Parameters are not copied: one that is changed in place stays
     changed in ``loaded``, and a warning names it. Tensors that a module keeps as plain attributes stay where they are.
 
+    Of a sharded model each rank's own parts are overwritten in place, since FSDP keeps memory of its own for them, and
+    written back; afterwards it holds nothing but its parts.
+
     Args:
         model: The model that ``loaded`` was made for.
         loaded: The values.
@@ -305,35 +321,51 @@ def weights_in(model: nn.Module, loaded: LoadedWeights) -> Iterator[nn.Module]:
     Raises:
         CheckpointError: The model has other parameters than ``loaded``.
     """
+    divided = settle(model)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     if parameters.keys() != loaded.parameters.keys() or not loaded.buffers.keys() <= buffers.keys():
         raise CheckpointError("the weights were loaded for another model: make LoadedWeights with this one")
-    swapped: list[tuple[Tensor, Tensor]] = [(parameters[name], value) for name, value in loaded.parameters.items()]
+    spread = {name for name, value in parameters.items() if divided and is_sharded(value)}
+    shards = [(own_part(parameters[name]), loaded.parameters[name]) for name in parameters if name in spread]
+    own_values = [part.clone() for part, _ in shards]
+    swapped: list[tuple[Tensor, Tensor]] = [
+        (parameters[name], value) for name, value in loaded.parameters.items() if name not in spread
+    ]
     for name, buffer in buffers.items():
         value = loaded.buffers[name] if name in loaded.buffers else buffer.detach()
         swapped.append((buffer, value.to(loaded.device or buffer.device, copy=True)))
-    before = [(tensor, tensor.data, tensor.grad if tensor.is_leaf else None) for tensor, _ in swapped]
+    before = [(tensor, tensor.data) for tensor, _ in swapped]
+    grads = [(tensor, tensor.grad) for tensor in (*parameters.values(), *buffers.values()) if tensor.is_leaf]
     registered = [
         (module, dict(module._parameters), dict(module._buffers), set(module._non_persistent_buffers_set))
         for module in model.modules()
     ]
     versions: dict[str, int] = {}
+    failed = True
     try:
+        for tensor, _ in grads:
+            tensor.grad = None
         for tensor, value in swapped:
-            if tensor.is_leaf:
-                tensor.grad = None
             tensor.data = value
+        for part, value in shards:
+            part.copy_(value)
         versions.update((name, parameter._version) for name, parameter in parameters.items())
         yield model
+        failed = False
     finally:
         changed = [name for name, version in versions.items() if parameters[name]._version != version]
-        for module, own_parameters, own_buffers, non_persistent in registered:
-            _put_back(module._parameters, own_parameters)
-            _put_back(module._buffers, own_buffers)
-            module._non_persistent_buffers_set = non_persistent
-        for tensor, data, grad in before:
-            tensor.data = data
-            if tensor.is_leaf:
+        try:
+            settle(model, failed)
+        finally:
+            for module, own_parameters, own_buffers, non_persistent in registered:
+                _put_back(module._parameters, own_parameters)
+                _put_back(module._buffers, own_buffers)
+                module._non_persistent_buffers_set = non_persistent
+            for tensor, data in before:
+                tensor.data = data
+            for (part, _), own in zip(shards, own_values, strict=True):
+                part.copy_(own)
+            for tensor, grad in grads:
                 tensor.grad = grad
         if changed:
             logger.warning("parameters were changed in place while a checkpoint was in use: %s", listing(changed))

@@ -54,6 +54,10 @@ class GradientError(TracerError, RuntimeError):
     """Per-sample gradients cannot be computed correctly for this model."""
 
 
+class RankError(TracerError, RuntimeError):
+    """Another process that holds a part of the same model failed, does not answer, or makes other calls."""
+
+
 class MissingDependencyError(TracerError, RuntimeError):
     """An optional package is needed and not installed or not usable."""
 

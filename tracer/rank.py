@@ -422,7 +422,7 @@ def _score_into(scorer: BandScorer, band: Band, memory: Tensor, ahead: ReadAhead
         scorer.score(band, out, ahead)
     else:
         scores = torch.empty(out.shape, device=scorer.device)
-        scorer.score(band, scores, ahead, on_grid=on_grid)
+        scorer.score(band, scores, ahead)
         out.copy_(scores)
 
 
@@ -483,7 +483,7 @@ def select_rows(
         seen = 0
         for band in bands:
             scores = memory[: len(band)]
-            scorer.score(band, scores, ahead)
+            scorer.score(band, scores, ahead, on_grid=on_grid)
             for running in (proponents, opponents):
                 running.update(_indices(band), scores)
             seen += len(band)

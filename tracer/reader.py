@@ -170,7 +170,7 @@ class Reader:
             CallOrderError: There is no checkpoint.
             IncompleteError: Rows are missing; the message says how many and which come first.
         """
-        self.flush()
+        self._settle()
         self.process.wait()
         self.process.first_only(lambda: self._ranker.finalize_features(model_ids))
 
@@ -206,7 +206,7 @@ class Reader:
             IncompleteError: Targets are missing at a checkpoint.
             CallOrderError: A checkpoint is not finalized.
         """
-        self.flush()
+        self._settle()
         return self._ranker.scores(exp_name, estimator, model_ids, dtype)
 
     def top(
@@ -243,7 +243,7 @@ class Reader:
             IncompleteError: Targets are missing at a checkpoint.
             CallOrderError: A checkpoint is not finalized.
         """
-        self.flush()
+        self._settle()
         return self._ranker.top(exp_name, k, kind, estimator, model_ids, rows, labels)
 
     def self_influence(self, model_ids: list[int] | None = None) -> np.ndarray:
@@ -261,8 +261,12 @@ class Reader:
         Raises:
             CallOrderError: A checkpoint is not finalized.
         """
-        self.flush()
+        self._settle()
         return self._ranker.self_influence(model_ids)
+
+    def _settle(self) -> None:
+        """Make durable what was computed, before a question is answered from it."""
+        self.flush()
 
     def flush(self) -> None:
         """Make everything that was computed durable."""

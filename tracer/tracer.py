@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, cast
 
 import numpy as np
 import torch
@@ -33,13 +36,32 @@ from tracer.ranker import Labels
 from tracer.reader import Reader
 from tracer.rows import RowChoice, RowCursor, RowIndices
 from tracer.rowsource import row_source
+from tracer.sharded import find_ranks, layer_type, one_by_one
 from tracer.sources import CheckpointSources
 from tracer.store import RowTable, Store
 from tracer.store.manifest import Manifest
 from tracer.tasks import LowerPrecision, make_task
+from tracer.together import SharedFeaturizer
 from tracer.types import Batch, Checkpoint, TopK
 
 logger = logging.getLogger("tracer")
+_Arguments = ParamSpec("_Arguments")
+
+
+def _collective(
+    method: Callable[Concatenate[Tracer, _Arguments], None],
+) -> Callable[Concatenate[Tracer, _Arguments], None]:
+    """Let all ranks of a sharded model end their batches before a method, and fail in it together."""
+
+    @functools.wraps(method)
+    def together(self: Tracer, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+        if self._ranks is None:
+            return method(self, *args, **kwargs)
+        self.close()
+        with self._ranks.step():
+            return method(self, *args, **kwargs)
+
+    return cast(Any, together)  # mypy: "self" has a name
 
 
 class Tracer(Reader):
@@ -75,7 +97,8 @@ class Tracer(Reader):
         memory_bytes: How much scoring holds, about, whatever the numbers of rows and targets; in `score_exactly` more
             means fewer passes over the train rows.
         process: Of several processes that share the work and the store: this one's number and how many there are. None:
-            as ``torch.distributed``, torchrun or a SLURM job array says; alone otherwise.
+            as ``torch.distributed``, torchrun or a SLURM job array says; alone otherwise. A Tracer that one rank of
+            several makes for itself takes ``(0, 1)``.
         progress: Show progress bars; None: on a terminal only.
 
     Raises:
@@ -108,6 +131,7 @@ class Tracer(Reader):
         self.model = check_model(model)
         self.task = make_task(task)
         device = check_device(device, self.model)
+        self._ranks = find_ranks(self.model, device)
         dtype = check_autocast(autocast)
         if dtype is not None:
             self.task = LowerPrecision(self.task, dtype, device)
@@ -121,11 +145,15 @@ class Tracer(Reader):
                 f"storage='none' came with projector={projector!r}: without stored features scores are computed from "
                 f"exact gradients; pass projector='none', or storage='float16'."
             )
-        self._engine = GradientEngine(self.model, self.task, names, gradients, device)
+        self._engine = GradientEngine(self.model, self.task, names, gradients, device, self._ranks)
         self._check_rows = bool(check_rows)
         mine = this_process(process)
         manifest = self._manifest(check_count(train_set_size, "train_set_size"), storage, device)
-        store = _open_store(save_dir, manifest, resume, mine)
+        if self._ranks is None:
+            store = _open_store(save_dir, manifest, resume, mine)
+        else:
+            with one_by_one(self._ranks) as first:
+                store = Store.open(save_dir, manifest, resume=resume or not first, processes=mine.count)
         super().__init__(store, device, mine, check_count(memory_bytes, "memory_bytes"), progress)
         self._featurizer: Featurizer | None = None
         self._projectors: tuple[int, Projector] | None = None
@@ -135,6 +163,7 @@ class Tracer(Reader):
         self._role = ""
         self._cursor = RowCursor(self.train_set_size, "train_set_size")
 
+    @_collective
     def load_checkpoint(self, checkpoint: Checkpoint, model_id: int, learning_rate: float | None = None) -> None:
         """Choose the checkpoint at which `featurize` computes, and put the row count back to 0.
 
@@ -153,16 +182,17 @@ class Tracer(Reader):
         rate = check_rate(learning_rate)
         weights, fingerprint = self._read(checkpoint)
         self.flush()
-        if self.store.has_checkpoint(model_id):
-            table = self.store.checkpoint(model_id)
-            self._check_weights(table, fingerprint, model_id)
-            stored = table.attributes.get("learning_rate")
-            if rate is not None and rate != stored:
-                logger.info("checkpoint %d: learning rate %s replaces %s", model_id, rate, stored)
-                table.set_attributes(learning_rate=rate)
-        else:
-            table = self.store.create_checkpoint(model_id, fingerprint, rate)
-        self._sources.remember(model_id, checkpoint, table)
+        with one_by_one(self._ranks, "model_id, learning_rate and weights", (model_id, rate, fingerprint)):
+            if self.store.has_checkpoint(model_id):
+                table = self.store.checkpoint(model_id)
+                self._check_weights(table, fingerprint, model_id)
+                stored = table.attributes.get("learning_rate")
+                if rate is not None and rate != stored:
+                    logger.info("checkpoint %d: learning rate %s replaces %s", model_id, rate, stored)
+                    table.set_attributes(learning_rate=rate)
+            else:
+                table = self.store.create_checkpoint(model_id, fingerprint, rate)
+            self._sources.remember(model_id, checkpoint, table)
         self._start(table, weights, model_id, RowCursor(self.train_set_size, "train_set_size"), "featurize")
         self._same_rows = self.store.other_checkpoint(model_id)
 
@@ -196,14 +226,33 @@ class Tracer(Reader):
             self._table.flush()
 
     def close(self) -> None:
-        """Flush and release the store's files; `load_checkpoint` opens them again."""
-        if self._table is not None:
-            self._table.close()
+        """Flush and release the store's files; `load_checkpoint` opens them again.
+
+        Raises:
+            RankError: The model is sharded and another rank failed; all ranks must call this, and wait here until the
+                last has featurized or scored its batches.
+        """
+        featurizer, table = self._featurizer, self._table
+        if isinstance(featurizer, SharedFeaturizer):
+            featurizer.join()
         self._table, self._featurizer, self._role = None, None, ""
+        if table is not None:
+            table.close()
+        if isinstance(featurizer, SharedFeaturizer):
+            featurizer.ranks.joined()
 
     def __enter__(self) -> Tracer:
         return self
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(self._featurizer, SharedFeaturizer) and error is not None:
+            self._featurizer.ranks.abandon(error)
+            self._featurizer = None  # which would wait for the others
+        self.close()
+
+    @_collective
     def start_scoring_checkpoint(self, checkpoint: Checkpoint, model_id: int, num_targets: int, exp_name: str) -> None:
         """Choose the checkpoint and the targets for `score`, and put the row count back to 0.
 
@@ -224,8 +273,9 @@ class Tracer(Reader):
         self._ranker.check_finalized(model_id)
         weights, fingerprint = self._read(checkpoint)
         self._check_weights(self.store.checkpoint(model_id), fingerprint, model_id)
-        self._sources.remember(model_id, checkpoint, self.store.checkpoint(model_id))
-        table = self._target_table(exp_name, model_id, num_targets)
+        with one_by_one(self._ranks, "arguments", (model_id, num_targets, exp_name, fingerprint)):
+            table = self._target_table(exp_name, model_id, num_targets)
+            self._sources.remember(model_id, checkpoint, self.store.checkpoint(model_id))
         self._start(table, weights, model_id, RowCursor(num_targets, "num_targets"), "score")
         self._same_rows = self.store.other_targets(exp_name, model_id)
 
@@ -289,6 +339,11 @@ class Tracer(Reader):
                 f"score_exactly is for storage='none'; this store has storage={self.store.manifest.storage!r}, whose "
                 f"scores come from featurize, score and finalize_scores."
             )
+        if self._ranks is not None:
+            raise CallOrderError(
+                "score_exactly compares all train rows with all targets in one process; with a model that fully_shard "
+                "divides, use featurize, score and finalize_scores with storage='float32' or 'float16'."
+            )
         model_id = check_model_id(model_id)
         batch_size = check_count(batch_size, "batch_size")
         train_rows = row_source(train, "train", batch_size, collate_fn)
@@ -347,6 +402,11 @@ class Tracer(Reader):
                 "query needs stored features and this store has storage='none'; call tracer.score_exactly(checkpoint, "
                 "model_id, train, targets, exp_name) and tracer.top, or featurize with another storage."
             )
+        if self._ranks is not None:
+            raise CallOrderError(
+                "query came for a model that fully_shard divides among processes; call it with the plain model, in one "
+                "process, on the same save_dir, or score the targets and call tracer.top."
+            )
         self.flush()
         chosen = self._ranker.check_query(k, kind, estimator, model_ids, rows, labels)
         num_rows, targets = count_rows(batch), []
@@ -362,6 +422,13 @@ class Tracer(Reader):
             targets.append(rank.MemoryRows.of(values.features, values.slope, values.gradient_norm, storage))
         return self._ranker.query(targets, chosen, k, kind, estimator, rows, labels)
 
+    def _settle(self) -> None:
+        """Make durable what was computed; of a sharded model on all ranks, whose rows are asked for too."""
+        if self._ranks is None:
+            self.flush()
+        else:
+            self.close()
+
     def _manifest(self, train_set_size: int, storage: str, device: torch.device) -> Manifest:
         projector = self._projector(None, device)
         settings = {
@@ -373,7 +440,7 @@ class Tracer(Reader):
             "storage": storage,
             "check_rows": self._check_rows,
         }
-        return Manifest(settings, info={"model": type(self.model).__name__})
+        return Manifest(settings, info={"model": layer_type(self.model).__name__})
 
     def _projector(self, model_id: int | None, device: torch.device) -> Projector:
         """Return a checkpoint's projector; each has a matrix of its own, so that errors average over checkpoints."""
@@ -421,16 +488,19 @@ class Tracer(Reader):
             if self._projectors is None or self._projectors[0] != model_id:
                 self._projectors = (model_id, self._projector(model_id, self.device))
             projector = self._projectors[1]
-        return Featurizer(self.model, weights, self._engine, projector, self.device, self._check_rows)
+        settings = (weights, self._engine, projector, self.device, self._check_rows)
+        return Featurizer(self.model, *settings) if self._ranks is None else SharedFeaturizer(self._ranks, *settings)
 
     def _write(self, batch: Batch, inds: RowIndices | None, num_samples: int | None) -> None:
-        rows = self._cursor.rows(inds, num_samples)
         assert self._featurizer is not None and self._table is not None  # both are set with the role
-        self._featurizer.write(self._table, batch, rows, self._same_rows)
+        with nullcontext() if self._ranks is None else self._ranks.step():
+            rows = self._cursor.rows(inds, num_samples)
+            self._featurizer.write(self._table, batch, rows, self._same_rows)
         self._cursor.advance(num_samples)
 
 
 def _open_store(save_dir: str | os.PathLike[str], manifest: Manifest, resume: bool, process: Process) -> Store:
-    """Open the store; of processes that run together the first one makes it where it is new."""
-    process.first_only(lambda: Store.open(save_dir, manifest, resume=resume, processes=process.count))
-    return Store.open(save_dir, manifest, processes=process.count)
+    """Open the store, which several processes may make at once; where it must be new, the first one looks."""
+    if not resume:
+        process.first_only(lambda: Store.open(save_dir, manifest, resume=False, processes=process.count))
+    return Store.open(save_dir, manifest, resume=resume or process.together, processes=process.count)

@@ -24,10 +24,12 @@ class PackedProjection(nn.Module):
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         self.weight, self.bias = attention.in_proj_weight, attention.in_proj_bias
+        self._attention = (attention,)  # in a tuple, not to be a submodule
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, E]`` to ``[B, T, 3 * E]``."""
-        return F.linear(x, self.weight, self.bias)
+        (attention,) = self._attention  # whose parameters are whole while it runs, also where the model is sharded
+        return F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
 
 
 class CapturedAttention:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from tracer.errors import BatchError
+from tracer.errors import BatchError, RankError
 from tracer.factors import DenseGradient, PerSampleGradient, add_gradients
 from tracer.gradients.attention import CapturedAttention, attending
 from tracer.gradients.failure import CaptureFailed
@@ -311,7 +311,7 @@ def _checked_forward(task: Task, model: nn.Module, batch: Batch, batch_size: int
         outputs = task.outputs(model, batch)
         if recorder.expanded and outputs.output.shape != (batch_size,):
             raise RuntimeError(f"the output has shape {tuple(outputs.output.shape)}")
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, RankError):
         raise
     except Exception as error:
         shared = next((call.layer.name for call in recorder.calls if call.layout is Layout.SHARED), None)

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,15 @@ from tracer.gradients.failure import CaptureFailed
 from tracer.gradients.functional import can_vmap, loop_gradients, vmap_gradients
 from tracer.gradients.isolation import seed_generators
 from tracer.gradients.layers import rule_for
-from tracer.gradients.selfcheck import Reference, WeightedSums, disagreeing, reference_pass, tolerance
+from tracer.gradients.selfcheck import (
+    Reference,
+    WeightedSums,
+    disagreeing,
+    reference_pass,
+    sharded_reference_pass,
+    tolerance,
+)
+from tracer.sharded import Ranks, layer_type
 from tracer.tasks import LowerPrecision, Task
 from tracer.types import Batch, SampleOutputs
 
@@ -97,6 +105,7 @@ class GradientEngine:
         method: ``"auto"``: capture, falling back where needed; ``"capture"``: an error instead of a fallback;
             ``"functional"``: the general way for all.
         device: Where the model runs; by default where its first parameter is.
+        ranks: The ranks that share the model, if it is sharded: they all make the same calls.
 
     Raises:
         InputError: The method is not known.
@@ -110,12 +119,15 @@ class GradientEngine:
         names: Sequence[str],
         method: str = "auto",
         device: torch.device | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if method not in METHODS:
             raise InputError(f"gradients={method!r} is not known; {nearest_name(method, METHODS)}.")
         self.model, self.task, self.method = model, task, method
-        self.names = tuple(names)
-        first = dict(model.named_parameters())[self.names[0]]
+        self.names, self.ranks = tuple(names), ranks
+        parameters = dict(model.named_parameters())
+        first = parameters[self.names[0]]
+        self._shapes = {name: parameters[name].shape for name in self.names}
         self.device = first.device if device is None else device
         self.precision = task.dtype if isinstance(task, LowerPrecision) else None
         self._dtype = self.precision or first.dtype
@@ -183,16 +195,18 @@ class GradientEngine:
         if self.method != "functional":
             canonical = {id(parameter): name for name, parameter in self.model.named_parameters()}
             for layer_name, module in self.model.named_modules():
-                if type(module) is nn.MultiheadAttention and not refuses_attention(module):
+                if layer_type(module) is nn.MultiheadAttention and not refuses_attention(module):
                     attention = CapturedAttention(layer_name, module)
                     if self._take(attention.projection_name, attention.projection, canonical):
                         self._attentions.append(attention)
                 else:
                     self._take(layer_name or type(module).__name__, module, canonical)
         owned = {name for layer in self._layers for name in layer.parameters.values()}
-        for name in self.names:
-            if name not in owned and name not in self.general:
-                self._give_up(name, self._why_general(name))
+        rest = {name: self._why_general(name) for name in self.names if name not in owned and name not in self.general}
+        if rest and self.ranks is not None:
+            self._refuse_sharded(rest)
+        for name, reason in rest.items():
+            self._give_up(name, reason)
 
     def _take(self, layer_name: str, module: nn.Module, canonical: Mapping[int, str]) -> bool:
         """Capture a layer if a rule covers wanted parameters of it, and return whether."""
@@ -221,6 +235,8 @@ class GradientEngine:
 
     def _give_up(self, name: str, reason: str) -> None:
         """Send a parameter the general way, with the reason said once."""
+        if self.ranks is not None:
+            self._refuse_sharded({name: reason})
         if self.method == "capture":
             raise GradientError(
                 f"gradients='capture' cannot compute the gradient of {name!r}: {reason}. Use gradients='auto', which "
@@ -229,6 +245,20 @@ class GradientEngine:
         self.general[name] = reason
         if self.method == "auto":
             logger.info("per-sample gradients of %r are computed by torch.func: %s", name, reason)
+
+    def _refuse_sharded(self, reasons: Mapping[str, str]) -> NoReturn:
+        """Refuse parameters of a sharded model that would have to go the general way, which needs whole weights."""
+        listed = "; ".join(f"{name!r}: {reason}" for name, reason in list(reasons.items())[:6])
+        more = f"; and {len(reasons) - 6} more" if len(reasons) > 6 else ""
+        raise GradientError(
+            f"The model is sharded by fully_shard, so its gradients must be captured by layer rules, which cannot be "
+            f"done for {len(reasons)} parameters ({listed}{more}). Leave them out with params=, register_layer_rule, "
+            f"or pass the plain model."
+        )
+
+    def _any_rank(self, flag: bool) -> bool:
+        """Return whether a flag is set, on any rank where the model is sharded: what it decides must be the same."""
+        return flag if self.ranks is None else self.ranks.any(flag)
 
     def _captured(self, batch: Batch, batch_size: int, sink: Sink) -> SampleOutputs:
         """Run a captured pass, checked where its signature is new, until everything agrees."""
@@ -242,9 +272,10 @@ class GradientEngine:
                 self._check_outputs(captured.outputs, batch_size)
                 # One row tells nothing of which rows are which samples: it is verified apart.
                 signature = (captured.patterns, batch_size == 1)
-                sums = WeightedSums(batch_size) if self._verified.is_due(signature, self.names) else None
+                due = self._any_rank(self._verified.is_due(signature, self.names))
+                sums = WeightedSums(batch_size, shrink=self.ranks is not None) if due else None
                 self._backward(captured, batch_size, sink, sums)
-                if sums is not None and not self._verify(captured, sums, batch, batch_size):
+                if sums is not None and self._any_rank(not self._verify(captured, sums, batch, batch_size)):
                     continue
             except CaptureFailed as failure:
                 suspects = list(self._suspects) if failure.expanded else []
@@ -279,7 +310,7 @@ class GradientEngine:
     def _verify(self, captured: CapturedPass, sums: WeightedSums, batch: Batch, batch_size: int) -> bool:
         """Check a captured pass and the general way against autograd; False when something was changed."""
         seed_generators(self.device, 1)  # another seed: a model that draws random numbers must not pass
-        reference = reference_pass(self.model, self.task, batch, batch_size, self.names, self.precision)
+        reference = self._reference(batch, batch_size)
         if not reference.same_outputs(captured.outputs.output):
             shared = {pattern.layer for pattern in captured.patterns if pattern.layout is Layout.SHARED}
             expanded = shared.intersection(self._suspects) or shared
@@ -301,6 +332,11 @@ class GradientEngine:
             return False
         self._verified.seen.update(reference.above_noise())
         return True
+
+    def _reference(self, batch: Batch, batch_size: int) -> Reference:
+        if self.ranks is None:
+            return reference_pass(self.model, self.task, batch, batch_size, self.names, self.precision)
+        return sharded_reference_pass(self.ranks, self.task, batch, batch_size, self._shapes, self.precision)
 
     def _blame(self, wrong: Mapping[str, str], captured: CapturedPass, batch_size: int) -> None:
         """Try another layout for the layers of a wrong gradient; give the parameter up when all were tried."""
@@ -402,12 +438,14 @@ class GradientEngine:
 
     def _check_first_row(self, reference: Reference, batch: Batch, batch_size: int) -> None:
         """Run one row alone: values that it takes from other rows (centring over the batch) show in its output."""
-        if batch_size == 1:
+        if not self._any_rank(batch_size > 1):
             return
         try:
             with torch.no_grad():
                 alone = self.task.outputs(self.model, select_rows(batch, torch.tensor([0]), batch_size)).output
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if self.ranks is not None:  # the others run on
+                raise
             logger.debug("the first row cannot be run alone: %s", error)  # a model may need several rows and be sound
             return
         self._check_alone(reference.outputs[:1], alone.reshape(-1)[:1])

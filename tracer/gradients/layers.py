@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tracer.errors import InputTypeError
 from tracer.factors import DenseGradient, OuterGradient, PerSampleGradient, RowsGradient
 from tracer.gradients.convolution import conv_weight_gradient
+from tracer.sharded import layer_type
 
 Gradients = dict[str, PerSampleGradient]
 
@@ -109,7 +110,7 @@ def register_layer_rule(
 
 def rule_for(module: nn.Module) -> RegisteredRule | None:
     """Return the rule registered for exactly this layer's type, or None; a name without ``*`` goes first."""
-    kind = type(module)
+    kind = layer_type(module)
     name = f"{kind.__module__}.{kind.__qualname__}"
     found = _RULES.get(kind) or _RULES.get(name)
     if found is not None:

@@ -9,7 +9,8 @@ key's bias, which softmax cancels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 
 from tracer.errors import GradientError
 from tracer.factors import PerSampleGradient
+from tracer.sharded import Ranks
 from tracer.tasks import Task
 from tracer.types import Batch
 
 BLOCK_BYTES = 32 << 20
+_SHRUNK, _SIGNS = 1 << 14, 1 << 20
 _NOISE, _MOST_NOISE = 64.0, 0.03
 _STRICTNESS, _HALF_STRICTNESS = 0.1, 0.5
 """What differs by more than this share of the tolerance falls back, which costs time; only beyond the tolerance itself
@@ -103,18 +106,43 @@ def check_weights(batch_size: int) -> Tensor:
     return weights * (torch.randint(0, 2, (batch_size,), generator=generator) * 2 - 1)
 
 
+def shrunk(values: Tensor) -> Tensor:
+    """Return a vector, or for a long one a count sketch that has its length up to about 1 %: random signs, folded.
+
+    The whole gradient of a sharded model need not fit into memory, and a difference shows in the sketches as well.
+
+    Args:
+        values: ``[n]``.
+
+    Returns:
+        ``[min(n, 16384)]``, linear in ``values``.
+    """
+    if len(values) <= _SHRUNK:
+        return values
+    generator = torch.Generator().manual_seed(len(values))
+    folded = values.new_zeros(_SHRUNK)
+    for start in range(0, len(values), _SIGNS):  # a multiple of what is kept
+        part = values[start : start + _SIGNS]
+        signs = torch.empty(len(part), dtype=torch.int8).random_(0, 2, generator=generator)
+        padded = values.new_zeros(-(-len(part) // _SHRUNK) * _SHRUNK)
+        torch.mul(part, (signs * 2 - 1).to(values.device), out=padded[: len(part)])
+        folded += padded.view(-1, _SHRUNK).sum(0)
+    return folded
+
+
 class WeightedSums:
     """Sums up ``c_b * gradient_b`` over samples, parameter by parameter, as gradients come.
 
     Args:
         batch_size: ``B``.
+        shrink: Whether to keep sums `shrunk`.
 
     Attributes:
         totals: For each parameter the weighted sum and, appended, the sum of weighted norms: ``[numel + 1]``.
     """
 
-    def __init__(self, batch_size: int) -> None:
-        self._weights = check_weights(batch_size)
+    def __init__(self, batch_size: int, shrink: bool = False) -> None:
+        self._weights, self._shrink = check_weights(batch_size), shrink
         self.totals: dict[str, Tensor] = {}
 
     def add(self, start: int, gradients: Mapping[str, PerSampleGradient]) -> None:
@@ -122,6 +150,8 @@ class WeightedSums:
         for name, gradient in gradients.items():
             weights = self._weights[start : start + gradient.batch_size].to(gradient.device)
             total = _weighted_sum(gradient, weights)
+            if self._shrink:
+                total = torch.cat((shrunk(total[:-1]), total[-1:]))
             self.totals[name] = self.totals[name] + total if name in self.totals else total
 
 
@@ -170,10 +200,7 @@ def reference_pass(
             raise GradientError(f"Parameter {name!r} is complex; select real parameters with params=.")
     output = task.outputs(model, batch).output
     if not output.requires_grad:
-        raise GradientError(
-            f"The task's output depends on none of the {len(names)} selected parameters ({', '.join(names[:4])}...): "
-            f"nothing can be attributed to them. Check params= and that the task does not detach the model's output."
-        )
+        raise GradientError(_depends_on_nothing(names))
     weights = check_weights(batch_size).to(output.device, output.dtype)
     grads = torch.autograd.grad((weights * output).sum(), wanted, allow_unused=True)
     gradients = {}
@@ -182,6 +209,66 @@ def reference_pass(
         gradients[name] = dense.detach()
     scale = max(float(gradient.double().norm()) for gradient in gradients.values())
     return Reference(output.detach(), gradients, scale, precision)
+
+
+def sharded_reference_pass(
+    ranks: Ranks,
+    task: Task,
+    batch: Batch,
+    batch_size: int,
+    shapes: Mapping[str, Sequence[int]],
+    precision: torch.dtype | None = None,
+) -> Reference:
+    """Do as `reference_pass` for a sharded model: each gradient is `shrunk` as it comes, so that one is held at a time.
+
+    Args:
+        ranks: The ranks that share the model, which is inside `isolated`; all of them make this call.
+        task: The task.
+        batch: A batch of ``B`` samples.
+        batch_size: ``B``.
+        shapes: The parameters' names and their whole shapes.
+        precision: The dtype that layers compute in, where it is lower than that of parameters.
+
+    Returns:
+        The reference, with gradients of shape ``[min(numel, 16384)]``.
+
+    Raises:
+        GradientError: f depends on none of the parameters.
+    """
+    gradients: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[Tensor], Tensor]:
+        def arrive(grad: Tensor) -> Tensor:
+            dense = grad.to_dense() if grad.is_sparse else grad
+            gradients[name] = shrunk(dense.detach().reshape(-1))
+            return dense.new_zeros(()).expand(dense.shape)  # autograd holds what it is given until its end
+
+        return arrive
+
+    with ranks.whole_parameters() as whole:
+        output = task.outputs(ranks.model, batch).output
+    if not output.requires_grad:
+        raise GradientError(_depends_on_nothing(list(shapes)))
+    leaves = {name: whole[name] for name in shapes if name in whole}
+    hooks = [leaf.register_hook(keep(name)) for name, leaf in leaves.items()]
+    try:
+        weights = check_weights(batch_size).to(output.device, output.dtype)
+        torch.autograd.grad((weights * output).sum(), list(leaves.values()), allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, shape in shapes.items():
+        if name not in gradients:
+            gradients[name] = torch.zeros(min(math.prod(shape), _SHRUNK), device=output.device)
+    scale = max(float(gradient.double().norm()) for gradient in gradients.values())
+    return Reference(output.detach(), gradients, scale, precision)
+
+
+def _depends_on_nothing(names: Sequence[str]) -> str:
+    return (
+        f"The task's output depends on none of the {len(names)} selected parameters ({', '.join(names[:4])}...): "
+        f"nothing can be attributed to them. Check params= and that the task does not detach the model's output."
+    )
 
 
 def disagreeing(reference: Reference, totals: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, str]:
