@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -205,3 +207,17 @@ def test_rows_of_the_scoring_benchmark_differ():
     assert [start for start, _ in parts] == [0, 2048, 4096]
     rows = np.concatenate([part for _, part in parts])
     assert rows.shape == (5000, 8) and len(np.unique(rows, axis=0)) == 5000
+
+
+def test_distributed_gives_the_times_of_every_phase(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "distributed.py"), "--quick", "--processes", "1,2"]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--output-dir", str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "distributed_quick.json").read_text())["rows"]
+    assert [(row["processes"], row["phase"]) for row in rows] == [
+        (count, phase) for count in (1, 2) for phase in ("featurize", "targets", "scores", "top")
+    ]
+    assert all(row["seconds"] > 0 and row["speedup"] > 0 for row in rows)
