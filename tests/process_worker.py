@@ -47,7 +47,7 @@ def missing(run: Run, save_dir: Path) -> None:
 
 
 def featurize(run: Run, save_dir: Path) -> None:
-    tracing = Tracer(run.model, "image_classification", 23, save_dir, **OPTIONS)
+    tracing = Tracer(run.model, "image_classification", 23, save_dir, process="slurm", **OPTIONS)
     mine = tracing.shard(torch.utils.data.TensorDataset(*run.train)).indices
     for model_id, (checkpoint, rate) in enumerate(run.checkpoints):
         tracing.load_checkpoint(checkpoint, model_id, rate)
@@ -68,7 +68,7 @@ def score(run: Run, save_dir: Path) -> None:
 
 
 def finalize(run: Run, save_dir: Path) -> None:
-    Tracer.open(save_dir).finalize_scores("targets")
+    Tracer.open(save_dir, process="slurm").finalize_scores("targets")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ WORKER = Path(__file__).with_name("process_worker.py")
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, (0, 1)),
-        ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)),
         ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MAX": "7"}, (3, 8)),
         (
             {
@@ -33,12 +31,13 @@ WORKER = Path(__file__).with_name("process_worker.py")
             },
             (1, 4),
         ),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, (0, 1)),
     ],
 )
-def test_the_environment_says_which_process_this_is(environment, expected):
-    found = this_process(None, environment)
+def test_a_job_array_says_which_process_this_is(environment, expected):
+    found = this_process("slurm", environment)
     assert (found.rank, found.count, found.together) == (*expected, False)
+    alone = this_process(None, environment)  # jobs of an array may be different runs
+    assert (alone.rank, alone.count) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -49,11 +48,13 @@ def test_the_environment_says_which_process_this_is(environment, expected):
         ((0, 0), InputError),
         (3, InputTypeError),
         ((0, 1.0), InputTypeError),
+        ("torchrun", InputError),
+        ("slurm", InputError),
     ],
 )
 def test_a_process_that_cannot_be_is_refused(process, error):
-    with pytest.raises(error, match="process is"):
-        this_process(process)
+    with pytest.raises(error, match="process"):
+        this_process(process, {})
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -18,7 +19,7 @@ from store_cases import DIM, N, batch, manifest
 
 from tracer import Tracer, attribute
 from tracer.errors import MismatchError, MissingDependencyError, StoreError
-from tracer.store import RowTable, Store
+from tracer.store import RowTable, Store, uploaded
 from tracer.store import remote as remote_module
 from tracer.store.remote import RemotePath
 
@@ -273,3 +274,19 @@ def test_a_tracer_resumes_on_s3(s3_server, run):
     with Tracer(run.model, "image_classification", 23, url, proj_dim=32) as tracing:
         tracing.load_checkpoint(checkpoint, 0, rate)
         assert tracing.remaining(0).tolist() == list(range(9, 23))
+
+
+def test_what_is_kept_of_reading_is_bounded(monkeypatch):
+    monkeypatch.setattr("tracer.store.store.REMOTE_BLOCK_BYTES", 4 * DIM * 4)
+    monkeypatch.setattr(uploaded, "CACHE_BYTES", 3 * 4 * DIM * 4)
+    store = Store.open(f"memory://runs/{uuid.uuid4().hex}", manifest())
+    with store.create_checkpoint(0, "abc", 0.1) as table:
+        table.write(**batch(np.arange(N)))
+    table = store.checkpoint(0)
+    for _ in range(2):
+        np.testing.assert_array_equal(table.features(0, N), batch(np.arange(N))["features"])
+        assert 0 < uploaded._cache._bytes <= uploaded.CACHE_BYTES
+    kept = uploaded._cache._bytes
+    del table
+    gc.collect()
+    assert uploaded._cache._bytes < kept

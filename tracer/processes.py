@@ -18,6 +18,9 @@ from tracer.errors import InputError, InputTypeError, TracerError
 
 T = TypeVar("T")
 
+ProcessChoice = tuple[int, int] | str | None
+"""What ``process=`` takes."""
+
 
 @dataclass(frozen=True)
 class Process:
@@ -94,13 +97,13 @@ def _raise_again(name: str, text: str, is_ours: bool) -> NoReturn:
     raise RuntimeError(f"the first process failed with {name}: {text}")
 
 
-def this_process(process: tuple[int, int] | None = None, environment: Mapping[str, str] = os.environ) -> Process:
+def this_process(process: ProcessChoice = None, environment: Mapping[str, str] = os.environ) -> Process:
     """Return which of several processes this one is.
 
     Args:
-        process: Its number and how many there are. None: what ``torch.distributed`` says where it is initialised, else
-            the variables of torchrun (``RANK``, ``WORLD_SIZE``), else those of a SLURM job array
-            (``SLURM_ARRAY_TASK_ID``, ``_MIN``, ``_MAX``, ``_STEP``), else it is alone.
+        process: Its number and how many there are; or ``"slurm"``: as the variables of a SLURM job array say
+            (``SLURM_ARRAY_TASK_ID``, ``_MIN``, ``_MAX``, ``_STEP``), which is not assumed, since the jobs of an array
+            may as well be different runs. None: as ``torch.distributed`` says where it is initialised, else alone.
         environment: Where the variables are.
 
     Returns:
@@ -108,31 +111,39 @@ def this_process(process: tuple[int, int] | None = None, environment: Mapping[st
 
     Raises:
         InputTypeError: ``process`` is not a pair of integers.
-        InputError: The number is not below the count.
+        InputError: The number is not below the count, or this is no job of an array.
 
-    >>> this_process(None, {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_MAX": "8"})
+    >>> this_process("slurm", {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_MAX": "8"})
     Process(rank=2, count=4, together=False)
     """
+    if isinstance(process, str):
+        return _of_array(process, environment)
     if process is not None:
         return _explicit(process)
     if dist.is_available() and dist.is_initialized():
         return Process(dist.get_rank(), dist.get_world_size(), together=dist.get_world_size() > 1)
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        return _explicit((int(environment["RANK"]), int(environment["WORLD_SIZE"])))
-    if "SLURM_ARRAY_TASK_ID" in environment:
-        first, last, step = (
-            int(environment.get(f"SLURM_ARRAY_TASK_{name}", default))
-            for name, default in (("MIN", "0"), ("MAX", environment["SLURM_ARRAY_TASK_ID"]), ("STEP", "1"))
-        )
-        number = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step
-        return _explicit((number, (last - first) // step + 1))
     return Process()
+
+
+def _of_array(process: str, environment: Mapping[str, str]) -> Process:
+    if process != "slurm":
+        raise InputError(f"process={process!r} is not known; expected (number, how many), 'slurm' or None.")
+    if "SLURM_ARRAY_TASK_ID" not in environment:
+        raise InputError(
+            "process='slurm' came and SLURM_ARRAY_TASK_ID is not set: this is no job of an array. Submit it with "
+            "sbatch --array, or pass process=(number, how_many)."
+        )
+    number, first, last, step = (
+        int(environment.get(f"SLURM_ARRAY_TASK_{name}", default))
+        for name, default in (("ID", ""), ("MIN", "0"), ("MAX", environment["SLURM_ARRAY_TASK_ID"]), ("STEP", "1"))
+    )
+    return _explicit(((number - first) // step, (last - first) // step + 1))
 
 
 def _explicit(process: tuple[int, int]) -> Process:
     pair = tuple(process) if isinstance(process, (tuple, list)) else ()
     if len(pair) != 2 or not all(isinstance(value, int) and not isinstance(value, bool) for value in pair):
-        raise InputTypeError(f"process is {process!r}: expected (number, how many), such as (0, 4).")
+        raise InputTypeError(f"process is {process!r}: expected (number, how many), such as (0, 4), or 'slurm'.")
     rank, count = pair
     if not 0 <= rank < count:
         raise InputError(f"process is {process!r}: expected a number from 0 to {count - 1} (of {count} processes).")

@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 
 from tracer.arguments import check_count, check_device, check_model_id
 from tracer.errors import CallOrderError, InputError
-from tracer.processes import Process, this_process
+from tracer.processes import Process, ProcessChoice, this_process
 from tracer.ranker import Labels, Ranker
 from tracer.rows import RowChoice, RowIndices, row_indices
 from tracer.store import Store
@@ -49,7 +49,7 @@ class Reader:
         device: str | torch.device = "cpu",
         *,
         memory_bytes: int = 1 << 30,
-        process: tuple[int, int] | None = None,
+        process: ProcessChoice = None,
         progress: bool | None = None,
     ) -> Reader:
         """Open a store without its model, for scores, top rows, self-influence and reports.

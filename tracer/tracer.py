@@ -30,7 +30,7 @@ from tracer.cosines import CosineWriter
 from tracer.errors import CallOrderError, InputError, MismatchError
 from tracer.featurize import Featurizer
 from tracer.gradients import GradientEngine, ParamSelection, select_parameters
-from tracer.processes import Process, this_process
+from tracer.processes import Process, ProcessChoice, this_process
 from tracer.projection import Projector, make_projector
 from tracer.ranker import Labels
 from tracer.reader import Reader
@@ -96,9 +96,9 @@ class Tracer(Reader):
         check_rows: Recognise rows by a fingerprint of their inputs, so that a shuffled loader is an error.
         memory_bytes: How much scoring holds, about, whatever the numbers of rows and targets; in `score_exactly` more
             means fewer passes over the train rows.
-        process: Of several processes that share the work and the store: this one's number and how many there are. None:
-            as ``torch.distributed``, torchrun or a SLURM job array says; alone otherwise. A Tracer that one rank of
-            several makes for itself takes ``(0, 1)``.
+        process: Of several processes that share the work and the store: this one's number and how many there are, or
+            ``"slurm"`` in a job of an array. None: as ``torch.distributed`` says where it is initialised, else alone.
+            A Tracer that one rank of several makes for itself takes ``(0, 1)``.
         progress: Show progress bars; None: on a terminal only.
 
     Raises:
@@ -125,7 +125,7 @@ class Tracer(Reader):
         check_rows: bool = True,
         autocast: str | torch.dtype | None = None,
         memory_bytes: int = 1 << 30,
-        process: tuple[int, int] | None = None,
+        process: ProcessChoice = None,
         progress: bool | None = None,
     ) -> None:
         self.model = check_model(model)

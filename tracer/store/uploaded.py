@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +16,8 @@ from tracer.store.arrays import ChunkedArray
 from tracer.store.documents import disk_errors
 from tracer.store.remote import RemotePath
 
-_CACHED = 3
+CACHE_BYTES = 256 << 20
+"""How many bytes of chunks that were read are kept, of all arrays together."""
 _TRANSFERS = 16
 _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
@@ -29,11 +32,62 @@ def transfers() -> ThreadPoolExecutor:
         return _pool
 
 
+Download = Future["np.ndarray | None"]
+
+
+class _Cache:
+    """Downloads, the least recently used of which are dropped when there are too many bytes of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a finalizer may run anywhere, also in here
+        self._known: OrderedDict[tuple[int, int], tuple[int, Download]] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: tuple[int, int], num_bytes: int, begin: Callable[[], Download]) -> Download:
+        """Return a download, which begins now if it is not known."""
+        with self._lock:
+            if key not in self._known:
+                self._put(key, num_bytes, begin())
+            self._known.move_to_end(key)
+            return self._known[key][1]
+
+    def put(self, key: tuple[int, int], num_bytes: int, download: Download) -> None:
+        """Keep a download in the place of the one that is known."""
+        with self._lock:
+            self._drop(key)
+            self._put(key, num_bytes, download)
+
+    def drop(self, key: tuple[int, int]) -> None:
+        """Forget a download."""
+        with self._lock:
+            self._drop(key)
+
+    def forget(self, owner: int) -> None:
+        """Forget all downloads of an array."""
+        with self._lock:
+            for key in [key for key in self._known if key[0] == owner]:
+                self._drop(key)
+
+    def _put(self, key: tuple[int, int], num_bytes: int, download: Download) -> None:
+        self._known[key] = num_bytes, download
+        self._bytes += num_bytes
+        while self._bytes > CACHE_BYTES and len(self._known) > 1:
+            self._drop(next(iter(self._known)))
+
+    def _drop(self, key: tuple[int, int]) -> None:
+        if key in self._known:
+            self._bytes -= self._known.pop(key)[0]
+
+
+_cache = _Cache()
+_numbers = itertools.count()
+
+
 class UploadedArray(ChunkedArray):
     """One array through its objects.
 
-    The last few chunks that were read are kept. What other processes write to a chunk that is kept is not seen; open
-    the array again for that.
+    Chunks that were read lately are kept, of all arrays together up to `CACHE_BYTES`. What other processes write to a
+    chunk that is kept is not seen; open the array again for that.
 
     Args:
         path: The array's key.
@@ -44,7 +98,8 @@ class UploadedArray(ChunkedArray):
 
     def __init__(self, path: RemotePath) -> None:
         super().__init__(path)
-        self._read: OrderedDict[int, Future[np.ndarray | None]] = OrderedDict()
+        self._number = next(_numbers)
+        weakref.finalize(self, _cache.forget, self._number).atexit = False
         self._dirty: dict[int, np.ndarray] = {}
 
     def chunk(self, chunk: int, *, writable: bool = False) -> np.ndarray:
@@ -66,18 +121,14 @@ class UploadedArray(ChunkedArray):
         rows = np.broadcast_to(np.zeros((), self.dtype), self.chunk_shape) if known is None else known
         if not writable:
             return rows
-        self._read.pop(chunk, None)
+        _cache.drop((self._number, chunk))
         self._dirty[chunk] = np.array(rows)
         return self._dirty[chunk]
 
-    def _fetch(self, chunk: int) -> Future[np.ndarray | None]:
+    def _fetch(self, chunk: int) -> Download:
         """Return the download of a chunk, which begins now if it did not before."""
-        if chunk not in self._read:
-            self._read[chunk] = transfers().submit(self._download, chunk)
-            while len(self._read) > _CACHED:
-                self._read.popitem(last=False)
-        self._read.move_to_end(chunk)
-        return self._read[chunk]
+        key = self._number, chunk
+        return _cache.get(key, self.layout.data_bytes, lambda: transfers().submit(self._download, chunk))
 
     def _download(self, chunk: int) -> np.ndarray | None:
         path, tail = self.chunk_path(chunk), len(self.layout.index())
@@ -111,18 +162,16 @@ class UploadedArray(ChunkedArray):
         uploads = []
         for chunk, rows in dirty.items():
             uploads.append(transfers().submit(self.chunk_path(chunk).write_bytes, rows.tobytes() + tail))
-            done: Future[np.ndarray | None] = Future()
+            done: Download = Future()
             rows.flags.writeable = False
             done.set_result(rows)
-            self._read[chunk] = done
-        while len(self._read) > _CACHED:
-            self._read.popitem(last=False)
+            _cache.put((self._number, chunk), self.layout.data_bytes, done)
         for chunk, upload in zip(dirty, uploads, strict=True):
             with disk_errors(self.chunk_path(chunk)):
                 try:
                     upload.result()
                 except BaseException:
-                    self._read.clear()
+                    _cache.forget(self._number)
                     raise
 
     def stored_chunks(self) -> set[int]:
@@ -132,5 +181,5 @@ class UploadedArray(ChunkedArray):
 
     def close(self) -> None:
         """Forget the chunks."""
-        self._read.clear()
+        _cache.forget(self._number)
         self._dirty.clear()
