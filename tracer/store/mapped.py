@@ -1,7 +1,7 @@
 """Arrays on a local disk, seen through memory maps of their chunk files.
 
-A chunk file is the array's rows as they lie in memory. Any zarr reader opens the result; data goes through the maps,
-which is tens of times faster than zarr's update of part of a chunk.
+A chunk file is the array's rows as they lie in memory. Any zarr reader opens the result; rows are read through the maps
+and written into the files in place, which is tens of times faster than zarr's update of part of a chunk.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tracer.store.arrays import ChunkedArray
 from tracer.store.documents import create_file, disk_errors, sync
 
 _MAX_MAPS = 128
+_WRITTEN_BYTES = 1 << 16
 _ADVISED_BYTES = 1 << 20  # Linux reads no more than the device's read-ahead window for one advice
 
 
@@ -88,6 +89,20 @@ class MappedArray(ChunkedArray):
                     f"{size}; restore it, or run tracer.verify to have its rows computed again"
                 )
             return np.memmap(path, self.dtype, mode="r+" if writable else "r", shape=self.chunk_shape)
+
+    def assign_in_chunk(self, chunk: int, inside: np.ndarray, values: np.ndarray) -> None:
+        """Write rows of one file; many that follow each other by the system's call, whose new pages cost a fifth."""
+        many = values.nbytes >= _WRITTEN_BYTES and values.dtype == self.dtype and values.flags.c_contiguous
+        if not many or not hasattr(os, "pwrite") or not (np.diff(inside) == 1).all():
+            super().assign_in_chunk(chunk, inside, values)
+            return
+        self.chunk(chunk, writable=True)  # makes the file, and `flush` will make it durable
+        offset = int(inside[0]) * (self.layout.data_bytes // self.layout.chunk_rows)
+        left = values.reshape(-1).view(np.uint8).data
+        with disk_errors(self.chunk_path(chunk)), self.chunk_path(chunk).open("r+b", buffering=0) as file:
+            while len(left):
+                written = os.pwrite(file.fileno(), left, offset)
+                offset, left = offset + written, left[written:]
 
     def flush(self, chunks: Collection[int] | None = None) -> None:
         """Make durable what was written since the last flush; after an error it counts as lost.

@@ -111,7 +111,7 @@ def row_checksums(features: np.ndarray | None, columns: Mapping[str, np.ndarray]
         sums = (sums ^ bits) * np.uint64(0xFF51AFD7ED558CCD)
         sums ^= sums >> np.uint64(32)
     if features is not None:
-        raw = np.asarray(features).view(np.uint8)
+        raw = np.ascontiguousarray(features).view(np.uint8).view()
         raw.flags.writeable = False  # the checksum's C code takes no other
         crcs = np.fromiter(map(google_crc32c.value, raw), np.uint64, len(raw))
         sums ^= crcs | crcs << np.uint64(32)

@@ -8,7 +8,7 @@ Layout: ``N`` rows of ``dim`` values. A float16 row is stored divided by its lar
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -52,7 +52,7 @@ class RowTable:
     def __init__(self, path: StorePath, *, flush_seconds: float = FLUSH_SECONDS) -> None:
         self.path = path
         self._closed = False
-        self._scaled = torch.empty(0, 0)
+        self._scaled, self._half = torch.empty(0, 0), torch.empty(0, 0, dtype=torch.float16)
         self._finalized_at: tuple[object, bool] = (None, False)
         described = self.attributes
         try:
@@ -211,10 +211,11 @@ class RowTable:
                 "call set_attributes(finalized=False) first, or choose another save_dir"
             )
         checked["scale"] = row_scale(largest, self.storage)
+        raw = None if features is None else self._raw(features, checked["scale"], rows)
+        checked["checksum"] = row_checksums(raw, checked)
         with self._completion.writing(rows):
-            if self._features is not None and features is not None:
-                self._features.assign(rows, self._relative(features, checked["scale"], rows))
-            checked["checksum"] = self._checksums(rows, checked)
+            if self._features is not None and raw is not None:
+                self._features.assign(rows, raw)
             for name, values in checked.items():
                 self._arrays[name].assign(rows, values)
 
@@ -387,10 +388,16 @@ class RowTable:
                 "written; check these rows' inputs and the checkpoint, or drop them from the data set"
             )
 
-    def _relative(self, features: np.ndarray, scale: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Return float32 features ``[n, dim]`` relative to their scale, in memory that is used again."""
+    def _raw(self, features: np.ndarray, scale: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return float32 features ``[n, dim]`` as they are stored, in memory that is used again."""
         memory = self._memory(features.shape) if self.storage in RELATIVE else None
-        return relative_rows(features, scale, rows, self.storage, self._pool, memory)
+        relative = relative_rows(features, scale, rows, self.storage, self._pool, memory)
+        if self.storage != "float16":
+            return np.ascontiguousarray(relative)
+        if len(self._half) < len(features):
+            with torch.inference_mode(False):
+                self._half = torch.empty(features.shape, dtype=torch.float16)
+        return self._half[: len(features)].copy_(torch.from_numpy(relative)).numpy()
 
     def _largest(self, features: np.ndarray) -> np.ndarray:
         """Return the largest absolute value of each row of float32 values, NaN where there is one: ``[n]``."""
@@ -403,21 +410,6 @@ class RowTable:
             with torch.inference_mode(False):
                 self._scaled = torch.empty(shape)
         return self._scaled[: shape[0]]
-
-    def _checksums(self, rows: np.ndarray, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return the checksums of rows whose features were just written."""
-        if self._features is None:
-            return row_checksums(None, columns)
-        blocks, inside = np.divmod(rows, self.block_rows)
-        sums = np.empty(len(rows), np.uint64)
-        for block in np.unique(blocks).tolist():
-            mine = blocks == block
-            stored = self._features.chunk(block, writable=True)
-            span = inside[mine]
-            whole = bool((np.diff(span) == 1).all())
-            raw = stored[span[0] : span[-1] + 1] if whole else stored[span]
-            sums[mine] = row_checksums(raw.view(np.ndarray), {name: values[mine] for name, values in columns.items()})
-        return sums
 
     def unmark(self, rows: np.ndarray) -> None:
         """Say durably that rows are not done, so that they are computed again, and that the table is not finalized.
