@@ -178,3 +178,13 @@ def test_a_job_array_shares_nothing_but_the_file_system(run, tmp_path):
     reader = Tracer.open(tmp_path / "array")
     np.testing.assert_array_equal(np.asarray(reader.finalize_scores("targets")), alone.scores)
     np.testing.assert_array_equal(reader.top("targets", 3).indices, alone.top(3).indices)
+
+
+def test_a_job_is_refused_scores_that_another_has_not_made_also_in_one_file(run, tmp_path):
+    made = pipeline(run, tmp_path / "store")
+    for number in (0, 1):  # the store was made by one process, so its scores are one file, the last job's
+        found = Tracer.open(tmp_path / "store", process=(number, 2)).finalize_scores("targets")
+        if number == 0:
+            with pytest.raises(IncompleteError):
+                np.asarray(found)
+    np.testing.assert_array_equal(np.asarray(found), made.scores)

@@ -16,6 +16,7 @@ from tracer.processes import Process
 from tracer.rows import RowChoice, chosen_rows
 from tracer.scoring import check_estimator
 from tracer.store import RowTable, ScoreArray, Store
+from tracer.store.score_matrix import ScoreMatrix
 from tracer.store.table_layout import NO_LABEL
 from tracer.tops import TopQuestion
 from tracer.types import TopK
@@ -117,7 +118,8 @@ class Ranker:
         if mine.count == 1:
             return found
         mine.wait()
-        return self.store.read_scores(exp_name, estimator).matrix()
+        done = self.store.read_scores(exp_name, estimator)
+        return done.matrix() if done.complete else ScoreMatrix(done.shape, done.read)  # which refuses what is missing
 
     def top(
         self,
