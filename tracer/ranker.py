@@ -132,7 +132,7 @@ class Ranker:
         labels: Labels | None = None,
     ) -> TopK:
         """Find the strongest rows; see `tracer.Tracer.top`."""
-        chosen = self._check_top(k, kind, estimator, rows, labels)
+        chosen = self._check_top(k, kind, estimator, model_ids, rows, labels)
         question = self._question(exp_name, k, estimator, model_ids, chosen)
         if self.process.count > 1:
             mine = self.process.rows(self.num_rows, self.store.block_rows)
@@ -171,7 +171,7 @@ class Ranker:
         Returns:
             Indices and scores, ``[M, k]`` each.
         """
-        chosen = self._check_top(k, kind, estimator, rows, labels)
+        chosen = self._check_top(k, kind, estimator, model_ids, rows, labels)
         pairs = [
             rank.CheckpointPair(rate, self.store.checkpoint(model_id), table)
             for rate, model_id, table in zip(self._rates(model_ids), model_ids, targets, strict=True)
@@ -198,31 +198,39 @@ class Ranker:
         labels: Labels | None = None,
     ) -> list[int]:
         """Check the arguments of a query before anything is computed, and return the ids of its checkpoints."""
-        self._check_top(k, kind, estimator, rows, labels)
+        self._check_top(k, kind, estimator, model_ids, rows, labels)
         chosen = self._finalized_ids(model_ids)
         self._rates(chosen)
         return chosen
 
-    def _check_top(self, k: int, kind: str, estimator: str, rows: RowChoice | None, labels: Labels | None) -> rank.Band:
+    def _check_top(
+        self,
+        k: int,
+        kind: str,
+        estimator: str,
+        model_ids: list[int] | None,
+        rows: RowChoice | None,
+        labels: Labels | None,
+    ) -> rank.Band:
         """Check what is asked for and return the train rows that count."""
         if kind not in KINDS:
             raise InputError(f"kind={kind!r} is not known; {nearest_name(kind, KINDS)}.")
         check_estimator(estimator)
         chosen = chosen_rows(rows, self.num_rows)
         if labels is not None:
-            chosen = self._of_labels(chosen, labels)
+            chosen = self._of_labels(chosen, labels, model_ids)
         if check_count(k, "k") > len(chosen):
             filtered = rows is not None or labels is not None
             what = f"the {len(chosen)} train rows that were chosen" if filtered else f"train_set_size={self.num_rows}"
             raise InputError(f"k={k} is more than {what}.")
         return chosen
 
-    def _of_labels(self, rows: rank.Band, labels: Labels) -> np.ndarray:
-        """Return those of the rows whose class is one of these."""
+    def _of_labels(self, rows: rank.Band, labels: Labels, model_ids: list[int] | None) -> np.ndarray:
+        """Return those of the rows whose class is one of these, as a checkpoint that has all rows knows it."""
         wanted = np.atleast_1d(np.asarray(labels))
         if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
             raise InputTypeError(f"labels={labels!r}; expected a class index or a list of them.")
-        known = self.store.checkpoint(self._known_ids(None)[0]).column("label")
+        known = self.store.checkpoint(self._finalized_ids(model_ids)[0]).column("label")
         if (known == NO_LABEL).all():
             raise InputError("labels= came and the store knows no labels: its task gives none. Choose rows by rows=.")
         chosen = np.asarray(rows)[np.isin(known[np.asarray(rows)], wanted)]
