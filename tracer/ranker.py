@@ -78,6 +78,7 @@ class Ranker:
 
         Raises:
             CallOrderError: It is not in the store, or not finalized.
+            IncompleteError: Rows that it had are gone.
         """
         known = self.store.checkpoint_ids()
         if model_id not in known:
@@ -91,6 +92,13 @@ class Ranker:
                 f"Checkpoint {model_id} is not finalized; call tracer.finalize_features() once all train rows are "
                 f"featurized ({len(table.remaining())} are missing), or choose other checkpoints by model_ids=. A "
                 f"checkpoint that was loaded by mistake is removed with its directory {table.path}."
+            )
+        missing = table.num_rows - table.num_done
+        if missing:
+            raise IncompleteError(
+                f"Checkpoint {model_id} was finalized and lacks {missing} of {self.num_rows} train rows: files are "
+                f"gone, with their marks. Restore them, or call tracer.replace(tracer.remaining({model_id})), which forgets "
+                f"results that came from these rows, featurize them and finalize again."
             )
 
     def scores(self, exp_name: str, estimator: str, model_ids: list[int] | None, dtype: str = "float32") -> Any:
