@@ -97,8 +97,8 @@ class Ranker:
         if missing:
             raise IncompleteError(
                 f"Checkpoint {model_id} was finalized and lacks {missing} of {self.num_rows} train rows: files are "
-                f"gone, with their marks. Restore them, or call tracer.replace(tracer.remaining({model_id})), which forgets "
-                f"results that came from these rows, featurize them and finalize again."
+                f"gone, with their marks. Restore them, or call tracer.replace(tracer.remaining({model_id})), which "
+                f"forgets what came from these rows, featurize them and finalize again."
             )
 
     def scores(self, exp_name: str, estimator: str, model_ids: list[int] | None, dtype: str = "float32") -> Any:
