@@ -388,7 +388,7 @@ def _check_empty(path: StorePath) -> None:
     else:
         others = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
     others = [name for name in others if not name.startswith(PARTIAL) and name != NODE]
-    if others:
+    if others and not (path / NODE).exists():  # a store that another process just made has its document first
         raise StoreError(
             f"{path} is no store and not empty (it holds {listing(others)}): nothing was changed; choose "
             "another save_dir or an empty directory"
