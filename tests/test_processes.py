@@ -188,3 +188,16 @@ def test_a_job_is_refused_scores_that_another_has_not_made_also_in_one_file(run,
             with pytest.raises(IncompleteError):
                 np.asarray(found)
     np.testing.assert_array_equal(np.asarray(found), made.scores)
+
+
+def test_shards_of_as_many_targets_as_train_rows_are_blocks_of_targets(run, tmp_path):
+    tracing = Tracer(run.model, "image_classification", 17, tmp_path, process=(0, 2), proj_dim=16)
+    tracing.grow(23)  # train rows keep their blocks of 9
+    tracing.load_checkpoint(run.checkpoints[0][0], 0, 0.1)
+    assert tracing.shard(run.x).indices == range(9)
+    tracing.featurize(run.train, inds=range(23))
+    tracing.process = Process()
+    tracing.finalize_features()
+    tracing.process = Process(0, 2)
+    tracing.start_scoring_checkpoint(run.checkpoints[0][0], 0, 23, "itself")
+    assert tracing.shard(run.x).indices == range(tracing.store.targets("itself", 0).block_rows) == range(12)

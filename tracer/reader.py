@@ -83,16 +83,19 @@ class Reader:
         started again with the same number and finds its rows.
 
         Args:
-            dataset: All rows: anything with ``len``; ``train_set_size`` rows are taken for the train rows.
+            dataset: All rows: anything with ``len``. ``train_set_size`` rows are taken for the train rows, except
+                while as many targets are scored.
 
         Returns:
             A subset whose ``indices`` are the rows' indices in ``dataset``, a range, as ``inds=`` takes them. It is
             empty where there are more processes than blocks.
         """
         size = len(dataset)
-        is_train = size == self.train_set_size
-        block_rows = self.store.block_rows if is_train else self.store.target_block_rows(size)
-        return Subset(dataset, self.process.rows(size, block_rows))
+        return Subset(dataset, self.process.rows(size, self._block_rows_of(size)))
+
+    def _block_rows_of(self, size: int) -> int:
+        """Return the rows of a block of the train rows, if there are so many, else of targets."""
+        return self.store.block_rows if size == self.train_set_size else self.store.target_block_rows(size)
 
     def remaining(self, model_id: int, exp_name: str | None = None) -> np.ndarray:
         """Return the indices of the rows that are not durably stored yet at a checkpoint.
