@@ -132,6 +132,7 @@ class Reader:
         """
         size = check_count(train_set_size, "train_set_size")
         self.close()
+        self.process.wait()  # what others had pending is in the store
         self.process.first_only(lambda: self.store.grow(size))
         self.store = self._ranker.store = Store.open_existing(self.store.path)
 
@@ -159,6 +160,7 @@ class Reader:
                 raise InputError(f"exp_name={exp_name!r} is not in the store, which has {known}.")
             num_targets = self.store.targets(exp_name, self.store.target_ids(exp_name)[0]).num_rows
             rows = row_indices(inds, num_targets, "num_targets")
+        self.process.wait()  # what others had pending is in the store, so that their marks go too
         self.process.first_only(lambda: self.store.forget_rows(rows, exp_name))
 
     def finalize_features(self, model_ids: list[int] | None = None) -> None:
