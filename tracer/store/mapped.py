@@ -147,7 +147,10 @@ class MappedArray(ChunkedArray):
     def stored_chunks(self) -> set[int]:
         """Return which files exist."""
         with disk_errors(self.path):
-            return {chunk for chunk in self._named_chunks() if self.chunk_path(chunk).exists()}
+            named = self._named_chunks()
+            if len(self.layout.shape) == 1:  # the name is the file's own
+                return set(named)
+            return {chunk for chunk in named if self.chunk_path(chunk).exists()}
 
     def _named_chunks(self) -> list[int]:
         directory = self.path / "c"
