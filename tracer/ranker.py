@@ -305,11 +305,11 @@ class Ranker:
 
     def _inputs(self, exp_name: str, model_ids: list[int], pairs: Sequence[rank.CheckpointPair]) -> dict[str, Any]:
         """Return what decides scores, apart from the estimator."""
-        tables = [(self.store.checkpoint(i), self.store.targets(exp_name, i)) for i in model_ids]
+        tables = [(self.store.table_attributes(i), self.store.table_attributes(i, exp_name)) for i in model_ids]
         return {
             "model_ids": model_ids,
             "learning_rates": [pair.learning_rate for pair in pairs],
-            "tables": [[table.attributes["table_id"] for table in pair] for pair in tables],
+            "tables": [[described["table_id"] for described in pair] for pair in tables],
         }
 
     def _cosines(
@@ -352,7 +352,7 @@ class Ranker:
         return chosen
 
     def _rates(self, model_ids: list[int]) -> list[float]:
-        rates = [self.store.checkpoint(model_id).attributes.get("learning_rate") for model_id in model_ids]
+        rates = [self.store.table_attributes(model_id).get("learning_rate") for model_id in model_ids]
         unknown = [model_id for model_id, rate in zip(model_ids, rates, strict=True) if rate is None]
         if unknown and len(unknown) < len(model_ids):
             raise InputError(
