@@ -57,6 +57,12 @@ def test_a_process_that_cannot_be_is_refused(process, error):
         this_process(process, {})
 
 
+def test_an_array_with_gaps_is_refused():
+    names = {"ID": "12", "MIN": "7", "MAX": "12", "STEP": "1", "COUNT": "2"}  # --array=7,12
+    with pytest.raises(InputError, match="gaps"):
+        this_process("slurm", {f"SLURM_ARRAY_TASK_{name}": value for name, value in names.items()})
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize(("num_rows", "block_rows"), [(100, 9), (1, 1), (5, 3), (64, 64), (1000, 10)])
 def test_parts_cover_all_rows_once_and_share_no_block(count, num_rows, block_rows):
