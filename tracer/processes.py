@@ -102,8 +102,9 @@ def this_process(process: ProcessChoice = None, environment: Mapping[str, str] =
 
     Args:
         process: Its number and how many there are; or ``"slurm"``: as the variables of a SLURM job array say
-            (``SLURM_ARRAY_TASK_ID``, ``_MIN``, ``_MAX``, ``_STEP``, ``_COUNT``), which is not assumed, since the jobs of an array
-            may as well be different runs. None: as ``torch.distributed`` says where it is initialised, else alone.
+            (``SLURM_ARRAY_TASK_ID``, ``_MIN``, ``_MAX``, ``_STEP``, ``_COUNT``), which is not assumed, since the jobs
+            of an array may as well be different runs. None: as ``torch.distributed`` says where it is initialised, else
+            alone.
         environment: Where the variables are.
 
     Returns:
