@@ -308,3 +308,9 @@ def test_many_rows_are_downloaded_several_blocks_at_a_time(monkeypatch):
 
     monkeypatch.setattr(uploaded.UploadedArray, "_download", together)
     np.testing.assert_array_equal(table.column("loss"), batch(np.arange(N))["loss"])
+
+
+def test_an_object_of_scores_is_bounded_however_many_targets_there_are():
+    store = Store.open(f"memory://{uuid.uuid4().hex}", manifest())
+    with store.scores("test", "tracin", (N, 4_000_000), {}) as scores:
+        assert scores._scores.layout.data_bytes <= 32 << 20
