@@ -92,7 +92,25 @@ def test_more_files_than_maps_are_kept_right(tmp_path, monkeypatch):
     values = np.random.default_rng(0).standard_normal((10, 3), dtype=np.float32)
     array.assign(np.arange(10)[::-1], values[::-1])
     np.testing.assert_array_equal(np.concatenate([view for _, view in array.rows(0, 10)]), values)
-    assert len(array._maps) <= 2 and len(array._dirty) <= 2
+    assert len(mapped._maps) <= 2
+    array.flush()
+    np.testing.assert_array_equal(zarr.open_array(str(tmp_path / "a"), mode="r")[:], values)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts file descriptors as Linux lists them")
+def test_file_descriptors_do_not_grow_with_blocks_or_arrays(tmp_path, monkeypatch):
+    monkeypatch.setattr(mapped, "_MAX_MAPS", 4)
+    held, most = len(os.listdir("/proc/self/fd")), 0
+    arrays = [make(tmp_path / str(number), (30,), chunk_rows=1) for number in range(3)]
+    for row in range(30):
+        for array in arrays:
+            array.assign(np.array([row]), np.ones(1, np.float32))
+            most = max(most, len(os.listdir("/proc/self/fd")))
+    for array in arrays:
+        assert array.read(0, 30).sum() == 30
+        array.flush()
+    assert max(most, len(os.listdir("/proc/self/fd"))) <= held + 8
+    assert all(len(array.read(5, 5)) == 0 for array in arrays)
 
 
 def test_blocks_have_at_most_the_bytes_asked_for_and_are_as_many_for_each_process():
@@ -287,7 +305,7 @@ def test_a_failed_msync_is_a_store_error(tmp_path):
 
     array = make(tmp_path / "a")
     array.assign(np.array([0]), np.ones((1, 3), np.float32))
-    array._dirty[0] = array._dirty[0].view(Failing)
+    mapped._maps.put((array._number, 0, True), array.chunk(0, writable=True).view(Failing))
     with pytest.raises(StoreError, match="Input/output error"):
         array.flush()
 

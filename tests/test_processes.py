@@ -57,6 +57,12 @@ def test_a_process_that_cannot_be_is_refused(process, error):
         this_process(process, {})
 
 
+def test_an_array_with_gaps_is_refused():
+    names = {"ID": "12", "MIN": "7", "MAX": "12", "STEP": "1", "COUNT": "2"}  # --array=7,12
+    with pytest.raises(InputError, match="gaps"):
+        this_process("slurm", {f"SLURM_ARRAY_TASK_{name}": value for name, value in names.items()})
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize(("num_rows", "block_rows"), [(100, 9), (1, 1), (5, 3), (64, 64), (1000, 10)])
 def test_parts_cover_all_rows_once_and_share_no_block(count, num_rows, block_rows):
@@ -178,3 +184,26 @@ def test_a_job_array_shares_nothing_but_the_file_system(run, tmp_path):
     reader = Tracer.open(tmp_path / "array")
     np.testing.assert_array_equal(np.asarray(reader.finalize_scores("targets")), alone.scores)
     np.testing.assert_array_equal(reader.top("targets", 3).indices, alone.top(3).indices)
+
+
+def test_a_job_is_refused_scores_that_another_has_not_made_also_in_one_file(run, tmp_path):
+    made = pipeline(run, tmp_path / "store")
+    for number in (0, 1):  # the store was made by one process, so its scores are one file, the last job's
+        found = Tracer.open(tmp_path / "store", process=(number, 2)).finalize_scores("targets")
+        if number == 0:
+            with pytest.raises(IncompleteError):
+                np.asarray(found)
+    np.testing.assert_array_equal(np.asarray(found), made.scores)
+
+
+def test_shards_of_as_many_targets_as_train_rows_are_blocks_of_targets(run, tmp_path):
+    tracing = Tracer(run.model, "image_classification", 17, tmp_path, process=(0, 2), proj_dim=16)
+    tracing.grow(23)  # train rows keep their blocks of 9
+    tracing.load_checkpoint(run.checkpoints[0][0], 0, 0.1)
+    assert tracing.shard(run.x).indices == range(9)
+    tracing.featurize(run.train, inds=range(23))
+    tracing.process = Process()
+    tracing.finalize_features()
+    tracing.process = Process(0, 2)
+    tracing.start_scoring_checkpoint(run.checkpoints[0][0], 0, 23, "itself")
+    assert tracing.shard(run.x).indices == range(tracing.store.targets("itself", 0).block_rows) == range(12)

@@ -142,3 +142,16 @@ def test_without_stored_features_it_names_score_exactly(run, tmp_path):
     tracing = build(run, tmp_path / "store", storage="none")
     with pytest.raises(tracer.CallOrderError, match="score_exactly"):
         tracing.query(run.targets, 1)
+
+
+def test_labels_are_those_of_a_checkpoint_that_has_all_rows(run, tmp_path):
+    tracing = build(run, tmp_path / "store", projector="sketch", proj_dim=64)
+    for model_id, count in ((1, len(run.x)), (0, 2)):
+        tracing.load_checkpoint(run.checkpoints[model_id][0], model_id, 0.1)
+        tracing.featurize((run.x[:count], run.y[:count]), inds=range(count))
+    tracing.finalize_features([1])
+    for label in run.y[2:].unique().tolist():
+        found = tracing.query(run.targets, 1, model_ids=[1], labels=label)
+        assert (run.y[found.indices.ravel()] == label).all()
+    with pytest.raises(tracer.CallOrderError, match="not finalized"):
+        tracing.query(run.targets, 1, labels=label)

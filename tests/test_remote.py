@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 
@@ -290,3 +291,26 @@ def test_what_is_kept_of_reading_is_bounded(monkeypatch):
     del table
     gc.collect()
     assert uploaded._cache._bytes < kept
+
+
+def test_many_rows_are_downloaded_several_blocks_at_a_time(monkeypatch):
+    monkeypatch.setattr("tracer.store.store.REMOTE_BLOCK_BYTES", DIM * 4)  # a row a block
+    store = Store.open(f"memory://{uuid.uuid4().hex}", manifest())
+    with store.create_checkpoint(0, "5f", 0.1) as table:
+        table.write(**batch(np.arange(N)))
+    gate, whole = threading.Barrier(2, timeout=20), uploaded.UploadedArray._download
+    table = store.checkpoint(0)
+
+    def together(self, chunk):
+        if chunk in (1, 2):
+            gate.wait()  # one after the other they would wait for ever
+        return whole(self, chunk)
+
+    monkeypatch.setattr(uploaded.UploadedArray, "_download", together)
+    np.testing.assert_array_equal(table.column("loss"), batch(np.arange(N))["loss"])
+
+
+def test_an_object_of_scores_is_bounded_however_many_targets_there_are():
+    store = Store.open(f"memory://{uuid.uuid4().hex}", manifest())
+    with store.scores("test", "tracin", (N, 4_000_000), {}) as scores:
+        assert scores._scores.layout.data_bytes <= 32 << 20

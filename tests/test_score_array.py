@@ -269,3 +269,10 @@ def test_a_changed_tile_is_found(store):
     data[5 * 3 * 4] ^= 1
     file.write_bytes(data)
     assert store.read_scores("test", "tracin").damaged_tiles().tolist() == [1]
+
+
+def test_a_score_beyond_float32_leaves_the_others_of_its_row(tmp_path):
+    rows = np.array([[np.inf, 1, -2], [0, 0, 0], [-np.inf, 1e-42, np.nan], [3e38, 0, 1e37]], np.float32)
+    with divided(tmp_path).scores("a", "tracin", rows.shape, {}, dtype="float16") as scores:
+        scores.write(0, rows)
+        np.testing.assert_allclose(scores.read(0, 4), rows, rtol=1e-3)

@@ -15,6 +15,7 @@ from store_cases import DIM, N, batch, manifest
 
 from tracer.errors import CallOrderError, InputError, InputTypeError, MismatchError, StoreError
 from tracer.store import RowTable, Store
+from tracer.store import store as store_module
 from tracer.store.documents import NODE, PARTIAL
 from tracer.store.manifest import FORMAT_VERSION
 from tracer.store.mapped import MappedArray
@@ -104,6 +105,18 @@ def test_a_directory_of_something_else_stays_as_it_is(tmp_path):
     with pytest.raises(StoreError, match=r"no store and not empty \(it holds thesis.tex\): nothing was changed"):
         Store.open(tmp_path, manifest())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_store_that_another_process_makes_meanwhile_is_opened(tmp_path, monkeypatch):
+    check = store_module._check_empty
+
+    def overtaken(path):
+        monkeypatch.setattr(store_module, "_check_empty", check)
+        Store.open(tmp_path, manifest()).create_checkpoint(0, "5f", 0.1).close()
+        check(path)
+
+    monkeypatch.setattr(store_module, "_check_empty", overtaken)
+    assert Store.open(tmp_path, manifest()).checkpoint_ids() == [0]
 
 
 def test_a_zarr_group_of_something_else_stays_as_it_is(tmp_path):

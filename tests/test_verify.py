@@ -7,10 +7,12 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from store_cases import DIM, N, batch, manifest
 
 from tracer import Tracer, verify
-from tracer.errors import StoreError
+from tracer.errors import IncompleteError, StoreError
+from tracer.ranker import Ranker
 from tracer.store import Store
 from tracer.store.documents import NODE
 
@@ -147,3 +149,16 @@ def test_only_damaged_rows_are_featurized_again(run, tmp_path):
     others = np.arange(23) != 3
     np.testing.assert_array_equal(after[others], before[others])
     assert verify(tmp_path).ok and (after[3] != before[3]).any()
+
+
+def test_a_block_that_is_gone_with_its_marks_is_missed(store):
+    shutil.rmtree(store.path / "checkpoints" / "0" / "features" / "c" / "2")
+    for path in (store.path / "checkpoints" / "0").glob("*/c/2"):
+        path.unlink()
+    with pytest.raises(IncompleteError, match="lacks 4 of"):
+        Ranker(store, torch.device("cpu")).check_finalized(0)
+    found = verify(store.path)
+    assert [damage.rows.tolist() for damage in found.damage] == [[8, 9, 10, 11]]
+    with store.checkpoint(0) as table, store.read_scores("test", "tracin") as scores:
+        assert not table.attributes["finalized"] and scores.tile_done.tolist() == [True, False, False, True, True]
+    assert verify(store.path).ok

@@ -102,8 +102,9 @@ def this_process(process: ProcessChoice = None, environment: Mapping[str, str] =
 
     Args:
         process: Its number and how many there are; or ``"slurm"``: as the variables of a SLURM job array say
-            (``SLURM_ARRAY_TASK_ID``, ``_MIN``, ``_MAX``, ``_STEP``), which is not assumed, since the jobs of an array
-            may as well be different runs. None: as ``torch.distributed`` says where it is initialised, else alone.
+            (``SLURM_ARRAY_TASK_ID``, ``_MIN``, ``_MAX``, ``_STEP``, ``_COUNT``), which is not assumed, since the jobs
+            of an array may as well be different runs. None: as ``torch.distributed`` says where it is initialised, else
+            alone.
         environment: Where the variables are.
 
     Returns:
@@ -137,7 +138,14 @@ def _of_array(process: str, environment: Mapping[str, str]) -> Process:
         int(environment.get(f"SLURM_ARRAY_TASK_{name}", default))
         for name, default in (("ID", ""), ("MIN", "0"), ("MAX", environment["SLURM_ARRAY_TASK_ID"]), ("STEP", "1"))
     )
-    return _explicit(((number - first) // step, (last - first) // step + 1))
+    count = (last - first) // step + 1
+    if int(environment.get("SLURM_ARRAY_TASK_COUNT", count)) != count:
+        raise InputError(
+            f"process='slurm' came in an array of {environment['SLURM_ARRAY_TASK_COUNT']} jobs with gaps among the "
+            f"numbers {first} to {last}: parts of rows would be nobody's. Submit consecutive numbers (after failures "
+            f"the whole array again), or pass process=(number, how_many)."
+        )
+    return _explicit(((number - first) // step, count))
 
 
 def _explicit(process: tuple[int, int]) -> Process:

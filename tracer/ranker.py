@@ -16,6 +16,7 @@ from tracer.processes import Process
 from tracer.rows import RowChoice, chosen_rows
 from tracer.scoring import check_estimator
 from tracer.store import RowTable, ScoreArray, Store
+from tracer.store.score_matrix import ScoreMatrix
 from tracer.store.table_layout import NO_LABEL
 from tracer.tops import TopQuestion
 from tracer.types import TopK
@@ -77,6 +78,7 @@ class Ranker:
 
         Raises:
             CallOrderError: It is not in the store, or not finalized.
+            IncompleteError: Rows that it had are gone.
         """
         known = self.store.checkpoint_ids()
         if model_id not in known:
@@ -90,6 +92,13 @@ class Ranker:
                 f"Checkpoint {model_id} is not finalized; call tracer.finalize_features() once all train rows are "
                 f"featurized ({len(table.remaining())} are missing), or choose other checkpoints by model_ids=. A "
                 f"checkpoint that was loaded by mistake is removed with its directory {table.path}."
+            )
+        missing = table.num_rows - table.num_done
+        if missing:
+            raise IncompleteError(
+                f"Checkpoint {model_id} was finalized and lacks {missing} of {self.num_rows} train rows: files are "
+                f"gone, with their marks. Restore them, or call tracer.replace(tracer.remaining({model_id})), which "
+                f"forgets what came from these rows, featurize them and finalize again."
             )
 
     def scores(self, exp_name: str, estimator: str, model_ids: list[int] | None, dtype: str = "float32") -> Any:
@@ -117,7 +126,8 @@ class Ranker:
         if mine.count == 1:
             return found
         mine.wait()
-        return self.store.read_scores(exp_name, estimator).matrix()
+        done = self.store.read_scores(exp_name, estimator)
+        return done.matrix() if done.complete else ScoreMatrix(done.shape, done.read)  # which refuses what is missing
 
     def top(
         self,
@@ -130,7 +140,7 @@ class Ranker:
         labels: Labels | None = None,
     ) -> TopK:
         """Find the strongest rows; see `tracer.Tracer.top`."""
-        chosen = self._check_top(k, kind, estimator, rows, labels)
+        chosen = self._check_top(k, kind, estimator, model_ids, rows, labels)
         question = self._question(exp_name, k, estimator, model_ids, chosen)
         if self.process.count > 1:
             mine = self.process.rows(self.num_rows, self.store.block_rows)
@@ -169,7 +179,7 @@ class Ranker:
         Returns:
             Indices and scores, ``[M, k]`` each.
         """
-        chosen = self._check_top(k, kind, estimator, rows, labels)
+        chosen = self._check_top(k, kind, estimator, model_ids, rows, labels)
         pairs = [
             rank.CheckpointPair(rate, self.store.checkpoint(model_id), table)
             for rate, model_id, table in zip(self._rates(model_ids), model_ids, targets, strict=True)
@@ -196,31 +206,39 @@ class Ranker:
         labels: Labels | None = None,
     ) -> list[int]:
         """Check the arguments of a query before anything is computed, and return the ids of its checkpoints."""
-        self._check_top(k, kind, estimator, rows, labels)
+        self._check_top(k, kind, estimator, model_ids, rows, labels)
         chosen = self._finalized_ids(model_ids)
         self._rates(chosen)
         return chosen
 
-    def _check_top(self, k: int, kind: str, estimator: str, rows: RowChoice | None, labels: Labels | None) -> rank.Band:
+    def _check_top(
+        self,
+        k: int,
+        kind: str,
+        estimator: str,
+        model_ids: list[int] | None,
+        rows: RowChoice | None,
+        labels: Labels | None,
+    ) -> rank.Band:
         """Check what is asked for and return the train rows that count."""
         if kind not in KINDS:
             raise InputError(f"kind={kind!r} is not known; {nearest_name(kind, KINDS)}.")
         check_estimator(estimator)
         chosen = chosen_rows(rows, self.num_rows)
         if labels is not None:
-            chosen = self._of_labels(chosen, labels)
+            chosen = self._of_labels(chosen, labels, model_ids)
         if check_count(k, "k") > len(chosen):
             filtered = rows is not None or labels is not None
             what = f"the {len(chosen)} train rows that were chosen" if filtered else f"train_set_size={self.num_rows}"
             raise InputError(f"k={k} is more than {what}.")
         return chosen
 
-    def _of_labels(self, rows: rank.Band, labels: Labels) -> np.ndarray:
-        """Return those of the rows whose class is one of these."""
+    def _of_labels(self, rows: rank.Band, labels: Labels, model_ids: list[int] | None) -> np.ndarray:
+        """Return those of the rows whose class is one of these, as a checkpoint that has all rows knows it."""
         wanted = np.atleast_1d(np.asarray(labels))
         if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
             raise InputTypeError(f"labels={labels!r}; expected a class index or a list of them.")
-        known = self.store.checkpoint(self._known_ids(None)[0]).column("label")
+        known = self.store.checkpoint(self._finalized_ids(model_ids)[0]).column("label")
         if (known == NO_LABEL).all():
             raise InputError("labels= came and the store knows no labels: its task gives none. Choose rows by rows=.")
         chosen = np.asarray(rows)[np.isin(known[np.asarray(rows)], wanted)]
@@ -287,11 +305,11 @@ class Ranker:
 
     def _inputs(self, exp_name: str, model_ids: list[int], pairs: Sequence[rank.CheckpointPair]) -> dict[str, Any]:
         """Return what decides scores, apart from the estimator."""
-        tables = [(self.store.checkpoint(i), self.store.targets(exp_name, i)) for i in model_ids]
+        tables = [(self.store.table_attributes(i), self.store.table_attributes(i, exp_name)) for i in model_ids]
         return {
             "model_ids": model_ids,
             "learning_rates": [pair.learning_rate for pair in pairs],
-            "tables": [[table.attributes["table_id"] for table in pair] for pair in tables],
+            "tables": [[described["table_id"] for described in pair] for pair in tables],
         }
 
     def _cosines(
@@ -334,7 +352,7 @@ class Ranker:
         return chosen
 
     def _rates(self, model_ids: list[int]) -> list[float]:
-        rates = [self.store.checkpoint(model_id).attributes.get("learning_rate") for model_id in model_ids]
+        rates = [self.store.table_attributes(model_id).get("learning_rate") for model_id in model_ids]
         unknown = [model_id for model_id, rate in zip(model_ids, rates, strict=True) if rate is None]
         if unknown and len(unknown) < len(model_ids):
             raise InputError(

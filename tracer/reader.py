@@ -83,16 +83,19 @@ class Reader:
         started again with the same number and finds its rows.
 
         Args:
-            dataset: All rows: anything with ``len``; ``train_set_size`` rows are taken for the train rows.
+            dataset: All rows: anything with ``len``. ``train_set_size`` rows are taken for the train rows, except
+                while as many targets are scored.
 
         Returns:
             A subset whose ``indices`` are the rows' indices in ``dataset``, a range, as ``inds=`` takes them. It is
             empty where there are more processes than blocks.
         """
         size = len(dataset)
-        is_train = size == self.train_set_size
-        block_rows = self.store.block_rows if is_train else self.store.target_block_rows(size)
-        return Subset(dataset, self.process.rows(size, block_rows))
+        return Subset(dataset, self.process.rows(size, self._block_rows_of(size)))
+
+    def _block_rows_of(self, size: int) -> int:
+        """Return the rows of a block of the train rows, if there are so many, else of targets."""
+        return self.store.block_rows if size == self.train_set_size else self.store.target_block_rows(size)
 
     def remaining(self, model_id: int, exp_name: str | None = None) -> np.ndarray:
         """Return the indices of the rows that are not durably stored yet at a checkpoint.
@@ -129,6 +132,7 @@ class Reader:
         """
         size = check_count(train_set_size, "train_set_size")
         self.close()
+        self.process.wait()  # what others had pending is in the store
         self.process.first_only(lambda: self.store.grow(size))
         self.store = self._ranker.store = Store.open_existing(self.store.path)
 
@@ -156,6 +160,7 @@ class Reader:
                 raise InputError(f"exp_name={exp_name!r} is not in the store, which has {known}.")
             num_targets = self.store.targets(exp_name, self.store.target_ids(exp_name)[0]).num_rows
             rows = row_indices(inds, num_targets, "num_targets")
+        self.process.wait()  # what others had pending is in the store, so that their marks go too
         self.process.first_only(lambda: self.store.forget_rows(rows, exp_name))
 
     def finalize_features(self, model_ids: list[int] | None = None) -> None:

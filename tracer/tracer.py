@@ -422,6 +422,12 @@ class Tracer(Reader):
             targets.append(rank.MemoryRows.of(values.features, values.slope, values.gradient_norm, storage))
         return self._ranker.query(targets, chosen, k, kind, estimator, rows, labels)
 
+    def _block_rows_of(self, size: int) -> int:
+        """Return the rows of a block, of the targets that are being scored if there are so many of them."""
+        if self._role == "score" and self._table is not None and size == self._table.num_rows:
+            return self._table.block_rows
+        return super()._block_rows_of(size)
+
     def _settle(self) -> None:
         """Make durable what was computed; of a sharded model on all ranks, whose rows are asked for too."""
         if self._ranks is None:

@@ -88,10 +88,12 @@ class ChunkedArray(ABC):
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return rows as one array that is not to be written: a view where they lie in one chunk, else a copy."""
-        views = [view for _, view in self.rows(start, stop)]
-        if len(views) == 1:
-            return views[0]
-        return np.concatenate(views) if views else np.empty((0, *self.layout.shape[1:]), self.dtype)
+        if start < stop and start // self.layout.chunk_rows == (stop - 1) // self.layout.chunk_rows:
+            return next(self.rows(start, stop))[1]
+        found = np.empty((max(stop - start, 0), *self.layout.shape[1:]), self.dtype)
+        for first, view in self.rows(start, stop):  # not held all at once: a map has a file descriptor
+            found[first - start : first - start + len(view)] = view
+        return found
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Return a copy of single rows ``[n]``, int64, in any order."""

@@ -6,7 +6,10 @@ and written into the files in place, which is tens of times faster than zarr's u
 
 from __future__ import annotations
 
+import itertools
 import os
+import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
@@ -17,9 +20,45 @@ from tracer.errors import StoreError
 from tracer.store.arrays import ChunkedArray
 from tracer.store.documents import create_file, disk_errors, sync
 
-_MAX_MAPS = 128
+_MAX_MAPS = 256
+"""How many maps are kept, of all arrays together: each holds a file descriptor."""
 _WRITTEN_BYTES = 1 << 16
 _ADVISED_BYTES = 1 << 20  # Linux reads no more than the device's read-ahead window for one advice
+
+
+class _Maps:
+    """Maps, the least recently used of which are dropped when there are too many."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a finalizer may run anywhere, also in here
+        self._known: OrderedDict[tuple[int, int, bool], np.ndarray] = OrderedDict()
+
+    def get(self, key: tuple[int, int, bool]) -> np.ndarray | None:
+        """Return a map if it is known."""
+        with self._lock:
+            if key in self._known:
+                self._known.move_to_end(key)
+            return self._known.get(key)
+
+    def put(self, key: tuple[int, int, bool], mapped: np.ndarray) -> None:
+        """Keep a map."""
+        with self._lock:
+            self._known[key] = mapped
+            while len(self._known) > _MAX_MAPS:
+                self._known.popitem(last=False)
+
+    def forget(self, owner: int) -> None:
+        """Forget all maps of an array."""
+        with self._lock:
+            for key in [key for key in self._known if key[0] == owner]:
+                del self._known[key]
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+_maps = _Maps()
+_numbers = itertools.count()
 
 
 class MappedArray(ChunkedArray):
@@ -35,8 +74,9 @@ class MappedArray(ChunkedArray):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._maps: OrderedDict[tuple[int, bool], np.ndarray] = OrderedDict()
-        self._dirty: dict[int, np.ndarray] = {}
+        self._number = next(_numbers)
+        weakref.finalize(self, _maps.forget, self._number).atexit = False
+        self._dirty: set[int] = set()
         self._nameless: set[Path] = set()  # directories with new names in them that are not durable yet
 
     def chunk_path(self, chunk: int) -> Path:
@@ -56,19 +96,14 @@ class MappedArray(ChunkedArray):
         Raises:
             StoreError: The file has another size than its layout, or the disk fails or is full.
         """
-        mapped = self._maps.get((chunk, writable))
+        mapped = _maps.get((self._number, chunk, writable))
         if mapped is None:
             mapped = self._map(chunk, writable)
             if mapped is None:
                 return np.broadcast_to(np.zeros((), self.dtype), self.chunk_shape)
-            self._maps[chunk, writable] = mapped
-            if len(self._maps) > _MAX_MAPS:  # each holds a file descriptor
-                self._maps.popitem(last=False)
-        self._maps.move_to_end((chunk, writable))
+            _maps.put((self._number, chunk, writable), mapped)
         if writable:
-            if len(self._dirty) >= _MAX_MAPS and chunk not in self._dirty:
-                self.flush()
-            self._dirty[chunk] = mapped
+            self._dirty.add(chunk)
         return mapped
 
     def _map(self, chunk: int, writable: bool) -> np.ndarray | None:
@@ -111,13 +146,15 @@ class MappedArray(ChunkedArray):
             chunks: Only these chunks; None: all.
         """
         wanted = [chunk for chunk in self._dirty if chunks is None or chunk in chunks]
-        dirty = {chunk: self._dirty.pop(chunk) for chunk in wanted}
+        self._dirty.difference_update(wanted)
         nameless, self._nameless = self._nameless, set()
-        for chunk, mapped in dirty.items():  # the system drops pages it could not write: trying again would lie
+        for chunk in sorted(wanted):  # the system drops pages it could not write: trying again would lie
             with disk_errors(self.chunk_path(chunk)):
                 os.stat(self.chunk_path(chunk))  # a file that was removed takes writes and never shows them
                 sync(self.chunk_path(chunk))  # lets other threads run, which the map's own flush does not
-                mapped.flush()  # type: ignore[attr-defined]
+                mapped = _maps.get((self._number, chunk, True))  # what a dropped map held went with the sync
+                if mapped is not None:
+                    mapped.flush()  # type: ignore[attr-defined]
         for directory in sorted(nameless, reverse=True):
             with disk_errors(directory):
                 sync(directory)
@@ -125,7 +162,10 @@ class MappedArray(ChunkedArray):
     def stored_chunks(self) -> set[int]:
         """Return which files exist."""
         with disk_errors(self.path):
-            return {chunk for chunk in self._named_chunks() if self.chunk_path(chunk).exists()}
+            named = self._named_chunks()
+            if len(self.layout.shape) == 1:  # the name is the file's own
+                return set(named)
+            return {chunk for chunk in named if self.chunk_path(chunk).exists()}
 
     def _named_chunks(self) -> list[int]:
         directory = self.path / "c"
@@ -142,7 +182,7 @@ class MappedArray(ChunkedArray):
 
     def close(self) -> None:
         """Drop the maps; views that are held stay valid."""
-        self._maps.clear()
+        _maps.forget(self._number)
         self._dirty.clear()
 
 

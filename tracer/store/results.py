@@ -15,6 +15,9 @@ from tracer.store.nodes import checked_integer, checked_name, ensure_groups, num
 from tracer.store.remote import RemotePath
 from tracer.store.score_array import DONE_SUFFIX, SUFFIXES, ScoreArray, open_scores, remove_scores
 
+REMOTE_SCORE_BYTES = 32 << 20
+"""How many bytes of scores an object of a remote store has at most, unless a row has more."""
+
 logger = logging.getLogger("tracer")
 
 
@@ -69,7 +72,7 @@ class Results:
             shape,
             inputs,
             tile_rows=tile_rows,
-            file_rows=self._file_rows,
+            file_rows=self._file_rows(shape[1]),
             dtype=dtype,
             may_replace=may_replace,
         )
@@ -149,7 +152,7 @@ class Results:
                     remove_scores(block.path)
         shape = (self.manifest.train_set_size, num_targets)
         path = path / str(checked_integer("first", first, 0))
-        return open_scores(path, shape, inputs, tile_rows=tile_rows, file_rows=self._file_rows)
+        return open_scores(path, shape, inputs, tile_rows=tile_rows, file_rows=self._file_rows(num_targets))
 
     def forget_results(self, rows: np.ndarray, exp_name: str | None = None) -> None:
         """Say of scores, cosines and selections that come from rows that they are not done.
@@ -188,11 +191,12 @@ class Results:
             ensure_groups(self.path, path)
         return path
 
-    @property
-    def _file_rows(self) -> int | None:
+    def _file_rows(self, num_targets: int) -> int | None:
         """Return the train rows of a file of scores; None for one file, which one process writes as one map."""
-        alone = self.manifest.layout["processes"] == 1 and not isinstance(self.path, RemotePath)
-        return None if alone else self.manifest.layout["block_rows"]
+        block_rows = self.manifest.layout["block_rows"]
+        if isinstance(self.path, RemotePath):  # whole objects are held in memory
+            return max(1, min(block_rows, REMOTE_SCORE_BYTES // (4 * max(1, num_targets))))
+        return None if self.manifest.layout["processes"] == 1 else block_rows
 
     def _cosines_path(self, exp_name: str, model_id: int) -> StorePath:
         name, number = checked_name("exp_name", exp_name), checked_integer("model_id", model_id, 0)

@@ -169,7 +169,7 @@ class ScoreArray:
         """Write the scales of rows and return the rows relative to them."""
         assert self._scale is not None
         values = torch.from_numpy(np.ascontiguousarray(rows, np.float32))
-        scale = values.abs().amax(1)
+        scale = values.nan_to_num(0, 0, 0).abs().amax(1)  # one that is beyond float32 leaves the others as they are
         scale[scale == 0] = 1
         self._scale.assign(np.arange(start, start + len(rows)), scale.numpy())
         return (values / scale[:, None]).numpy()

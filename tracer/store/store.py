@@ -251,6 +251,25 @@ class Store(Results):
             )
         return self._table(path, self.manifest.train_set_size, flush_seconds)
 
+    def table_attributes(self, model_id: int, exp_name: str | None = None) -> dict[str, Any]:
+        """Return what is recorded of a checkpoint's train rows or targets, without opening the table.
+
+        Args:
+            model_id: The checkpoint's number.
+            exp_name: The target set; None for train rows.
+
+        Returns:
+            The attributes.
+
+        Raises:
+            StoreError: The table has been removed, or its document is damaged.
+        """
+        path = self._checkpoint_path(model_id) if exp_name is None else self._targets_path(exp_name, model_id)
+        try:
+            return dict(read_document(path / NODE)["attributes"])
+        except FileNotFoundError as error:
+            raise StoreError(f"{path} has been removed: open the store again") from error
+
     def other_checkpoint(self, model_id: int) -> RowTable | None:
         """Return the fullest table of train rows at another checkpoint, with which rows can be compared, or None."""
         return _fullest(self.checkpoint(other) for other in self.checkpoint_ids() if other != model_id)
@@ -388,7 +407,7 @@ def _check_empty(path: StorePath) -> None:
     else:
         others = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
     others = [name for name in others if not name.startswith(PARTIAL) and name != NODE]
-    if others:
+    if others and not (path / NODE).exists():  # a store that another process just made has its document first
         raise StoreError(
             f"{path} is no store and not empty (it holds {listing(others)}): nothing was changed; choose "
             "another save_dir or an empty directory"

@@ -6,7 +6,7 @@ import itertools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -143,6 +143,16 @@ class UploadedArray(ChunkedArray):
                 "or run tracer.verify to have its rows computed again"
             )
         return np.frombuffer(data, self.dtype, self.layout.data_bytes // self.dtype.itemsize).reshape(self.chunk_shape)
+
+    def rows(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the rows from ``start`` to ``stop`` as views of one chunk each, downloading some at the same time."""
+        size = self.layout.chunk_rows
+        ahead = max(1, min(_TRANSFERS, CACHE_BYTES // 4 // max(1, self.layout.data_bytes))) * size
+        while start < stop:
+            end = min(start // size * size + ahead, stop)
+            self.prefetch(start, end)
+            yield from super().rows(start, end)
+            start = end
 
     def prefetch(self, start: int, stop: int) -> None:
         """Begin to download the chunks of rows."""

@@ -155,7 +155,7 @@ class _Checker:
             if not self._check_document(path / name, layout):
                 return
             arrays[name] = open_array(path / name)
-        lost = list(self._lost_rows(arrays, num_rows, block_rows))
+        lost = list(self._lost_rows(arrays, num_rows, block_rows, bool(described.get("finalized"))))
         rows = np.unique(np.concatenate(lost)) if lost else np.empty(0, np.int64)
         if len(rows) and self.repair:
             self.store.forget_results(rows, exp_name)
@@ -177,8 +177,10 @@ class _Checker:
             create_array(path, layout)
         return self.repair
 
-    def _lost_rows(self, arrays: dict[str, ChunkedArray], num_rows: int, block_rows: int) -> Iterator[np.ndarray]:
-        """Yield rows that are marked as done and are not there as they were written, block by block."""
+    def _lost_rows(
+        self, arrays: dict[str, ChunkedArray], num_rows: int, block_rows: int, finalized: bool
+    ) -> Iterator[np.ndarray]:
+        """Yield rows that should be there and are not as they were written, block by block."""
         mask = arrays["done"]
         for block, start in enumerate(range(0, num_rows, block_rows)):
             stop = min(start + block_rows, num_rows)
@@ -188,6 +190,10 @@ class _Checker:
             except StoreError as error:
                 yield self._lost(mask, block, everything, str(error))
                 continue
+            if finalized and len(done) < len(everything):
+                gone = np.setdiff1d(everything, done)
+                self._found(mask.path, "rows were there when the table was finalized and have no mark any more", gone)
+                yield gone
             if not len(done):
                 continue
             self.num_rows += len(done)
