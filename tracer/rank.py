@@ -366,7 +366,8 @@ class _Writer:
             try:
                 if self._error is None:
                     self._scores.write(start, memory[:num_rows].numpy())
-                    self._scores.flush()
+                    if not self._scores.uploads:  # else a file goes when it is full
+                        self._scores.flush()
             except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for memory
                 self._error = error
             self._free.put(memory)

@@ -101,7 +101,7 @@ class Ranker:
                 f"forgets what came from these rows, featurize them and finalize again."
             )
 
-    def scores(self, exp_name: str, estimator: str, model_ids: list[int] | None, dtype: str = "float32") -> Any:
+    def scores(self, exp_name: str, estimator: str, model_ids: list[int] | None, dtype: str | None = None) -> Any:
         """Compute all scores, or this process's share of them; see `tracer.Tracer.finalize_scores`."""
         check_estimator(estimator)
         pairs, chosen = self._pairs(exp_name, model_ids)

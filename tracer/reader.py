@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,8 @@ from tracer.ranker import Labels, Ranker
 from tracer.rows import RowChoice, RowIndices, row_indices
 from tracer.store import Store
 from tracer.types import TopK
+
+logger = logging.getLogger("tracer")
 
 
 class Reader:
@@ -40,6 +43,16 @@ class Reader:
     ) -> None:
         self.store, self.device, self.process = store, device, process
         self._memory_bytes, self._progress = memory_bytes, progress
+        made_for = store.manifest.layout["processes"]
+        if process.count > 1 and process.count != made_for:
+            logger.warning(
+                "%s was made for %d processes and this is one of %d: parts of processes that still work as one of %d "
+                "would overlap with this one's",
+                store.path,
+                made_for,
+                process.count,
+                made_for,
+            )
         self._ranker = Ranker(store, device, progress, memory_bytes, process)
 
     @classmethod
@@ -185,7 +198,7 @@ class Reader:
         estimator: str = "tracin",
         model_ids: list[int] | None = None,
         *,
-        dtype: str = "float32",
+        dtype: str | None = None,
     ) -> Any:
         """Compute the scores of all train rows for all targets of an experiment, tile by tile.
 
@@ -199,7 +212,8 @@ class Reader:
                 ``cosine``: the same of normalized gradients.
             model_ids: The checkpoints; None: all in the store.
             dtype: How scores are stored: ``float32``, or ``float16`` relative to each train row's largest score, which
-                takes half the space at a relative error of 0.0005 of that.
+                takes half the space at a relative error of 0.0005 of that. None: as the same scores are stored already,
+                else float32.
 
         Returns:
             ``[train_set_size, num_targets]``, float32, read-only: what is not looked at takes no memory. Positive

@@ -40,7 +40,7 @@ class Results:
         inputs: Mapping[str, Any],
         *,
         tile_rows: int | None = None,
-        dtype: str = "float32",
+        dtype: str | None = None,
         may_replace: bool = True,
     ) -> ScoreArray:
         """Open scores for writing: those that are there if they come from the same inputs, else new ones.
@@ -54,7 +54,8 @@ class Results:
             inputs: Everything that decides the scores, as JSON values: checkpoints and their weights'
                 fingerprints, learning rates, the estimator's options.
             tile_rows: The most rows of a tile; None: tiles of about 16 MB. What is there keeps its own.
-            dtype: ``"float32"``, or ``"float16"`` relative to each row's largest.
+            dtype: ``"float32"``, or ``"float16"`` relative to each row's largest; None: that of the same scores where
+                they are there, else float32.
             may_replace: Whether this process may remove scores of other inputs.
 
         Returns:

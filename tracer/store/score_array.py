@@ -96,6 +96,11 @@ class ScoreArray:
             self._scores.chunk(0)
 
     @property
+    def uploads(self) -> bool:
+        """Whether files are written as a whole, so that a flush of half of one is to be avoided."""
+        return self._scores.uploads
+
+    @property
     def in_one_file(self) -> bool:
         """Whether the matrix is one memory map."""
         return self._scores.layout.num_chunks == 1 and not self._scores.uploads and self._scale is None
@@ -288,7 +293,7 @@ def open_scores(
     *,
     tile_rows: int | None = None,
     file_rows: int | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     may_replace: bool = True,
 ) -> ScoreArray:
     """Continue the scores that are there if they come from the same inputs, else begin them anew.
@@ -301,7 +306,7 @@ def open_scores(
         inputs: Everything that decides the scores, as JSON values.
         tile_rows: The most rows of a tile; None: tiles of about 16 MB. What is there keeps its own.
         file_rows: About how many rows a file has; None: all.
-        dtype: ``"float32"`` or ``"float16"``.
+        dtype: ``"float32"`` or ``"float16"``; None: that of the same scores where they are there, else float32.
         may_replace: Whether scores of other inputs, or of another dtype, may be removed.
 
     Returns:
@@ -316,9 +321,12 @@ def open_scores(
         raise InputError(f"scores of shape {shape} were asked for: expected at least one train row and one target")
     if tile_rows is not None and tile_rows < 1:
         raise InputError(f"tile_rows is {tile_rows}: expected at least 1")
-    if dtype not in SCORE_DTYPES:
+    if dtype not in (None, *SCORE_DTYPES):
         raise InputError(f"dtype is {dtype!r}: expected one of {list(SCORE_DTYPES)}")
     wanted = json_value(dict(inputs), "inputs")
+    if dtype is None:
+        there = (_described(path) or {}).get("generation")
+        dtype = "float16" if there == _generation(path.name, wanted, cols, "float16") else "float32"
     described = {"inputs": wanted, "generation": _generation(path.name, wanted, cols, dtype)}
     mask = beside(path, DONE_SUFFIX)
     with disk_errors(path):

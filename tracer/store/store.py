@@ -191,7 +191,9 @@ class Store(Results):
             tables = [self.targets(exp_name, model_id) for model_id in self.target_ids(exp_name)]
         for table in tables:
             table.checked_rows(rows)
-        self.forget_results(rows, exp_name)  # first: a crash in between costs time, and nothing wrong stays
+        for table in tables:
+            table.set_attributes(finalized=False)  # nothing is ranked from here on
+        self.forget_results(rows, exp_name)  # before the marks: a crash in between costs time, and nothing wrong stays
         for table in tables:
             with table:
                 table.unmark(rows)

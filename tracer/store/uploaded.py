@@ -117,7 +117,11 @@ class UploadedArray(ChunkedArray):
         """
         if chunk in self._dirty:
             return self._dirty[chunk]
-        known = self._fetch(chunk).result()
+        try:
+            known = self._fetch(chunk).result()
+        except BaseException:
+            _cache.drop((self._number, chunk))  # the next one asks again
+            raise
         rows = np.broadcast_to(np.zeros((), self.dtype), self.chunk_shape) if known is None else known
         if not writable:
             return rows
