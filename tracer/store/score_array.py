@@ -69,13 +69,13 @@ class ScoreArray:
         self._scale = open_array(beside(path, SCALE_SUFFIX)) if self.dtype == "float16" else None
         self.num_tiles, self.tile_rows = layout.num_tiles, int(layout.tile_rows or 0)
         self.shape: tuple[int, int] = (layout.shape[0], layout.shape[-1])
-        others = [self._checksums, mask, *([] if self._scale is None else [self._scale])]
+        data = [self._scores, self._checksums, *([] if self._scale is None else [self._scale])]
         generation = self._scores.attributes.get("generation")
-        fits = all(array.attributes.get("generation") == generation for array in others)
+        fits = all(array.attributes.get("generation") == generation for array in (mask, *data))
         if not fits or mask.layout.shape != (self.num_tiles,) or self._checksums.layout.shape != (self.num_tiles,):
             raise StoreError(f"{path} and {mask.path.name} do not belong together: remove both to compute them again")
         self.inputs: dict[str, Any] = self._scores.attributes["inputs"]
-        self._completion = Completion(mask, [self._scores, *others[:1], *others[2:]], flush_seconds)
+        self._completion = Completion(mask, data, flush_seconds)
         self._closed = False
         self._check_files()
 

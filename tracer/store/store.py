@@ -42,7 +42,7 @@ from tracer.store.nodes import checked_integer, checked_name, ensure_groups, num
 from tracer.store.places import store_path
 from tracer.store.remote import RemotePath
 from tracer.store.results import Results
-from tracer.store.table_layout import create_table, grow_table
+from tracer.store.table_layout import create_table, grow_table, read_attributes
 from tracer.store.tables import RowTable
 
 logger = logging.getLogger("tracer")
@@ -104,9 +104,7 @@ class Store(Results):
                     )
             else:
                 _check_empty(path)
-                row_bytes = manifest.feature_dim * _ITEM_BYTES.get(manifest.storage, 0)
-                block_bytes = REMOTE_BLOCK_BYTES if isinstance(path, RemotePath) else BLOCK_BYTES
-                block_rows = rows_per_block(manifest.train_set_size, row_bytes, processes, block_bytes)
+                block_rows = _block_rows(path, manifest, manifest.train_set_size, processes)
                 laid_out = replace(manifest, layout={"block_rows": block_rows, "processes": processes})
                 write_group(path, laid_out.attributes(), replace=False)
         store = cls.open_existing(path)
@@ -142,15 +140,7 @@ class Store(Results):
 
     def target_block_rows(self, num_targets: int) -> int:
         """Return the rows of one file of a table of this many targets."""
-        return rows_per_block(num_targets, self._row_bytes, self.manifest.layout["processes"], self._block_bytes)
-
-    @property
-    def _row_bytes(self) -> int:
-        return self.manifest.feature_dim * _ITEM_BYTES.get(self.manifest.storage, 0)
-
-    @property
-    def _block_bytes(self) -> int:
-        return REMOTE_BLOCK_BYTES if isinstance(self.path, RemotePath) else BLOCK_BYTES
+        return _block_rows(self.path, self.manifest, num_targets, self.manifest.layout["processes"])
 
     def grow(self, train_set_size: int) -> None:
         """Raise the number of train rows; the new ones are not done, at any checkpoint.
@@ -262,15 +252,9 @@ class Store(Results):
 
         Returns:
             The attributes.
-
-        Raises:
-            StoreError: The table has been removed, or its document is damaged.
         """
         path = self._checkpoint_path(model_id) if exp_name is None else self._targets_path(exp_name, model_id)
-        try:
-            return dict(read_document(path / NODE)["attributes"])
-        except FileNotFoundError as error:
-            raise StoreError(f"{path} has been removed: open the store again") from error
+        return read_attributes(path)
 
     def other_checkpoint(self, model_id: int) -> RowTable | None:
         """Return the fullest table of train rows at another checkpoint, with which rows can be compared, or None."""
@@ -394,6 +378,13 @@ class Store(Results):
                 "remove it to compute it again"
             )
         return table
+
+
+def _block_rows(path: StorePath, manifest: Manifest, num_rows: int, processes: int) -> int:
+    """Return the rows of a block of a table of this many rows, in a store at this place."""
+    row_bytes = manifest.feature_dim * _ITEM_BYTES.get(manifest.storage, 0)
+    block_bytes = REMOTE_BLOCK_BYTES if isinstance(path, RemotePath) else BLOCK_BYTES
+    return rows_per_block(num_rows, row_bytes, processes, block_bytes)
 
 
 def _check_empty(path: StorePath) -> None:

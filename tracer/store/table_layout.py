@@ -8,7 +8,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from tracer.errors import InputError
+from tracer.errors import InputError, StoreError
 from tracer.store.documents import NODE, StorePath, disk_errors, read_document, write_group
 from tracer.store.layout import Layout, create_array
 
@@ -70,6 +70,24 @@ def create_table(
             create_array(path / name, layout)
         described = {**attributes, "num_rows": num_rows, "storage": storage, "block_rows": block_rows}
         write_group(path, described, replace=False)
+
+
+def read_attributes(path: StorePath) -> dict[str, Any]:
+    """Return what is recorded of a table, as it stands now.
+
+    Args:
+        path: The table's directory.
+
+    Returns:
+        The attributes of its group.
+
+    Raises:
+        StoreError: The table has been removed, or its document is damaged.
+    """
+    try:
+        return dict(read_document(path / NODE)["attributes"])
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} has been removed: open the store again") from error
 
 
 def grow_table(path: StorePath, num_rows: int) -> None:

@@ -17,12 +17,12 @@ import torch
 
 from tracer.errors import CallOrderError, InputError, InputTypeError, MismatchError, NonFiniteError, StoreError
 from tracer.store.completion import FLUSH_SECONDS, Completion
-from tracer.store.documents import NODE, StorePath, disk_errors, read_document, write_group
+from tracer.store.documents import NODE, StorePath, disk_errors, write_group
 from tracer.store.manifest import json_value, listing
 from tracer.store.places import open_arrays
 from tracer.store.remote import RemotePath
 from tracer.store.rounding import RELATIVE, relative_rows, row_scale
-from tracer.store.table_layout import COLUMNS, NO_LABEL, row_checksums, table_layouts
+from tracer.store.table_layout import COLUMNS, NO_LABEL, read_attributes, row_checksums, table_layouts
 
 _MAX_NAMED = 5
 
@@ -96,10 +96,7 @@ class RowTable:
     @property
     def attributes(self) -> dict[str, Any]:
         """What is recorded of the table, as it stands on the disk: a copy; change it with `set_attributes`."""
-        try:
-            return dict(read_document(self.path / NODE)["attributes"])
-        except FileNotFoundError as error:
-            raise StoreError(f"{self.path} has been removed: open the store again") from error
+        return read_attributes(self.path)
 
     def set_attributes(self, **changes: Any) -> None:
         """Flush, then change attributes on the disk, all of them or none.
