@@ -286,11 +286,11 @@ def test_what_is_kept_of_reading_is_bounded(monkeypatch):
     table = store.checkpoint(0)
     for _ in range(2):
         np.testing.assert_array_equal(table.features(0, N), batch(np.arange(N))["features"])
-        assert 0 < uploaded._cache._bytes <= uploaded.CACHE_BYTES
-    kept = uploaded._cache._bytes
+        assert 0 < uploaded._cache.size <= uploaded.CACHE_BYTES
+    kept = uploaded._cache.size
     del table
     gc.collect()
-    assert uploaded._cache._bytes < kept
+    assert uploaded._cache.size < kept
 
 
 def test_many_rows_are_downloaded_several_blocks_at_a_time(monkeypatch):

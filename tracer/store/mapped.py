@@ -6,11 +6,7 @@ and written into the files in place, which is tens of times faster than zarr's u
 
 from __future__ import annotations
 
-import itertools
 import os
-import threading
-import weakref
-from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
 
@@ -19,6 +15,7 @@ import numpy as np
 from tracer.errors import StoreError
 from tracer.store.arrays import ChunkedArray
 from tracer.store.documents import create_file, disk_errors, sync
+from tracer.store.kept import Kept
 
 _MAX_MAPS = 256
 """How many maps are kept, of all arrays together: each holds a file descriptor."""
@@ -26,39 +23,7 @@ _WRITTEN_BYTES = 1 << 16
 _ADVISED_BYTES = 1 << 20  # Linux reads no more than the device's read-ahead window for one advice
 
 
-class _Maps:
-    """Maps, the least recently used of which are dropped when there are too many."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # a finalizer may run anywhere, also in here
-        self._known: OrderedDict[tuple[int, int, bool], np.ndarray] = OrderedDict()
-
-    def get(self, key: tuple[int, int, bool]) -> np.ndarray | None:
-        """Return a map if it is known."""
-        with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-            return self._known.get(key)
-
-    def put(self, key: tuple[int, int, bool], mapped: np.ndarray) -> None:
-        """Keep a map."""
-        with self._lock:
-            self._known[key] = mapped
-            while len(self._known) > _MAX_MAPS:
-                self._known.popitem(last=False)
-
-    def forget(self, owner: int) -> None:
-        """Forget all maps of an array."""
-        with self._lock:
-            for key in [key for key in self._known if key[0] == owner]:
-                del self._known[key]
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-
-_maps = _Maps()
-_numbers = itertools.count()
+_maps: Kept[np.ndarray] = Kept(lambda: _MAX_MAPS)
 
 
 class MappedArray(ChunkedArray):
@@ -74,8 +39,7 @@ class MappedArray(ChunkedArray):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._number = next(_numbers)
-        weakref.finalize(self, _maps.forget, self._number).atexit = False
+        self._number = _maps.number(self)
         self._dirty: set[int] = set()
         self._nameless: set[Path] = set()  # directories with new names in them that are not durable yet
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +11,7 @@ import numpy as np
 from tracer.errors import StoreError
 from tracer.store.arrays import ChunkedArray
 from tracer.store.documents import disk_errors
+from tracer.store.kept import Kept
 from tracer.store.remote import RemotePath
 
 CACHE_BYTES = 256 << 20
@@ -35,52 +33,7 @@ def transfers() -> ThreadPoolExecutor:
 Download = Future["np.ndarray | None"]
 
 
-class _Cache:
-    """Downloads, the least recently used of which are dropped when there are too many bytes of them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # a finalizer may run anywhere, also in here
-        self._known: OrderedDict[tuple[int, int], tuple[int, Download]] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, key: tuple[int, int], num_bytes: int, begin: Callable[[], Download]) -> Download:
-        """Return a download, which begins now if it is not known."""
-        with self._lock:
-            if key not in self._known:
-                self._put(key, num_bytes, begin())
-            self._known.move_to_end(key)
-            return self._known[key][1]
-
-    def put(self, key: tuple[int, int], num_bytes: int, download: Download) -> None:
-        """Keep a download in the place of the one that is known."""
-        with self._lock:
-            self._drop(key)
-            self._put(key, num_bytes, download)
-
-    def drop(self, key: tuple[int, int]) -> None:
-        """Forget a download."""
-        with self._lock:
-            self._drop(key)
-
-    def forget(self, owner: int) -> None:
-        """Forget all downloads of an array."""
-        with self._lock:
-            for key in [key for key in self._known if key[0] == owner]:
-                self._drop(key)
-
-    def _put(self, key: tuple[int, int], num_bytes: int, download: Download) -> None:
-        self._known[key] = num_bytes, download
-        self._bytes += num_bytes
-        while self._bytes > CACHE_BYTES and len(self._known) > 1:
-            self._drop(next(iter(self._known)))
-
-    def _drop(self, key: tuple[int, int]) -> None:
-        if key in self._known:
-            self._bytes -= self._known.pop(key)[0]
-
-
-_cache = _Cache()
-_numbers = itertools.count()
+_cache: Kept[Download] = Kept(lambda: CACHE_BYTES)
 
 
 class UploadedArray(ChunkedArray):
@@ -98,8 +51,7 @@ class UploadedArray(ChunkedArray):
 
     def __init__(self, path: RemotePath) -> None:
         super().__init__(path)
-        self._number = next(_numbers)
-        weakref.finalize(self, _cache.forget, self._number).atexit = False
+        self._number = _cache.number(self)
         self._dirty: dict[int, np.ndarray] = {}
 
     def chunk(self, chunk: int, *, writable: bool = False) -> np.ndarray:
@@ -120,19 +72,19 @@ class UploadedArray(ChunkedArray):
         try:
             known = self._fetch(chunk).result()
         except BaseException:
-            _cache.drop((self._number, chunk))  # the next one asks again
+            _cache.drop((self._number, chunk, False))  # the next one asks again
             raise
         rows = np.broadcast_to(np.zeros((), self.dtype), self.chunk_shape) if known is None else known
         if not writable:
             return rows
-        _cache.drop((self._number, chunk))
+        _cache.drop((self._number, chunk, False))
         self._dirty[chunk] = np.array(rows)
         return self._dirty[chunk]
 
     def _fetch(self, chunk: int) -> Download:
         """Return the download of a chunk, which begins now if it did not before."""
-        key = self._number, chunk
-        return _cache.get(key, self.layout.data_bytes, lambda: transfers().submit(self._download, chunk))
+        key = self._number, chunk, False
+        return _cache.get_or_make(key, self.layout.data_bytes, lambda: transfers().submit(self._download, chunk))
 
     def _download(self, chunk: int) -> np.ndarray | None:
         path, tail = self.chunk_path(chunk), len(self.layout.index())
@@ -179,7 +131,7 @@ class UploadedArray(ChunkedArray):
             done: Download = Future()
             rows.flags.writeable = False
             done.set_result(rows)
-            _cache.put((self._number, chunk), self.layout.data_bytes, done)
+            _cache.put((self._number, chunk, False), done, self.layout.data_bytes)
         for chunk, upload in zip(dirty, uploads, strict=True):
             with disk_errors(self.chunk_path(chunk)):
                 try:
