@@ -1,0 +1,79 @@
+"""What metrics take for arrays, and how they show their results."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import tracer
+from tracer.metrics import inputs, lds, results
+
+
+def test_ragged_lists_are_named():
+    with pytest.raises(tracer.InputError, match=r"scores must be an array \[N, M\]; numpy says of it: .*inhomogeneous"):
+        inputs.as_array("scores", [[1.0], [1.0, 2.0]], "[N, M]")
+
+
+@pytest.mark.parametrize("value", [[1.0, 2.0], np.ones((1, 1, 1)), np.ones((0, 3)), 1.0])
+def test_other_dimensions_and_empty_arrays_are_named(value):
+    with pytest.raises(tracer.InputError, match=r"scores must be \[N, M\] and not empty, got shape \["):
+        inputs.as_array("scores", value, "[N, M]")
+
+
+@pytest.mark.parametrize("value", [["a"], [1j], [None]])
+def test_what_is_no_number_is_named(value):
+    with pytest.raises(tracer.InputTypeError, match=r"scores \[N\] must hold real numbers, got dtype"):
+        inputs.numbers("scores", value, "[N]")
+    with pytest.raises(tracer.InputTypeError, match=r"masks \[N\] must be True/False or 0/1, got dtype"):
+        inputs.flags("masks", value, "[N]")
+
+
+def test_the_first_value_that_is_not_finite_is_named():
+    value = np.zeros((3, 2))
+    value[1, 1] = np.nan
+    message = r"scores \[N, M\] has 1 NaN or infinite value of 6, the first at \[1, 1\]. Leave its row or target out"
+    with pytest.raises(tracer.InputError, match=message):
+        inputs.numbers("scores", value, "[N, M]")
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_row_indices_out_of_range_are_named(index):
+    with pytest.raises(tracer.InputError, match=rf"rows \[k\] must be row indices from 0 to 2, got {index} at \[1\]"):
+        inputs.row_indices("rows", [0, index], "[k]", 3)
+
+
+def test_row_indices_must_be_integers():
+    with pytest.raises(tracer.InputTypeError, match=r"rows \[k\] must hold row indices, integers, got dtype float64"):
+        inputs.row_indices("rows", [0.0, 1.0], "[k]", 3)
+
+
+def test_a_target_names_each_row_once():
+    with pytest.raises(tracer.InputError, match=r"proponents \[M, k\] must name each row once .* target 1 does not"):
+        inputs.proponent_indices("proponents", [[0, 1], [2, 2]], 3)
+
+
+def test_whole_numbers():
+    assert inputs.whole_number("k", np.int64(3), 1, 3) == 3
+    with pytest.raises(tracer.InputTypeError, match="k must be an integer, got 1.5"):
+        inputs.whole_number("k", 1.5, 1)
+    with pytest.raises(tracer.InputError, match="k must be from 1 to 3, got 4"):
+        inputs.whole_number("k", 4, 1, 3)
+
+
+def test_results_are_shown_short():
+    generator = np.random.default_rng(0)
+    shown = repr(lds(generator.normal(size=(9, 30)), generator.random((8, 9)) < 0.5, generator.normal(size=(8, 30))))
+    assert shown.startswith("LDS(mean=") and "per_target=<[30] from -" in shown and len(shown) < 200
+
+
+def test_short_texts_of_values():
+    assert results.shortened(1 / 3) == "0.3333"
+    assert results.shortened(12) == "12"
+    assert results.shortened(np.array([1.0, np.nan])) == "[1, nan]"
+    assert results.shortened(np.full((2, 2), np.nan)) == "<[2, 2] nan>"
+
+
+def test_results_cannot_be_changed():
+    found = lds([[1.0], [2.0]], [[1, 0], [0, 1]], [[1.0], [2.0]], num_resamples=0)
+    with pytest.raises(AttributeError):
+        found.mean = 0.0

@@ -1,0 +1,31 @@
+"""Measures of attribution on plain arrays, so that the scores of any library can be graded.
+
+Layout: N train rows, M targets, S subsets, R removals. Scores are ``[N, M]``; a positive score means a proponent:
+training on the row raised the target's output (or lowered its loss). Arguments are numpy arrays, torch tensors, lists
+or anything else that ``np.asarray`` takes.
+"""
+
+from tracer.metrics.datamodels import LDS, lds
+from tracer.metrics.detection import MislabelDetection, mislabel_detection
+from tracer.metrics.interventions import Brittleness, TailPatch, brittleness, tail_patch
+from tracer.metrics.ranks import spearman
+from tracer.metrics.removal import RemovalCorrelation, removal_correlation
+from tracer.metrics.sanity import ClassAgreement, RandomizationCheck, class_agreement, randomization_check
+
+__all__ = [
+    "LDS",
+    "Brittleness",
+    "ClassAgreement",
+    "MislabelDetection",
+    "RandomizationCheck",
+    "RemovalCorrelation",
+    "TailPatch",
+    "brittleness",
+    "class_agreement",
+    "lds",
+    "mislabel_detection",
+    "randomization_check",
+    "removal_correlation",
+    "spearman",
+    "tail_patch",
+]

@@ -1,0 +1,105 @@
+"""How well scores find mislabelled rows when rows are checked from the top of the ranking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tracer.errors import InputError
+from tracer.metrics.inputs import Array, flags, numbers, same_size, whole_number
+from tracer.metrics.ranks import average_ranks
+from tracer.metrics.results import Result
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class MislabelDetection(Result):
+    """What is found when rows are checked by descending score.
+
+    Attributes:
+        auc: The area under ``curve`` over the share of rows that were checked, by trapezoids. With the share p of
+            mislabelled rows it is ``p / 2 + (1 - p) * roc_auc``: a random order has 0.5, the best one ``1 - p / 2``.
+        roc_auc: The probability that a mislabelled row is ranked above a right one, ties counting half.
+        num_mislabelled: How many mislabelled rows there are.
+        curve: ``[N + 1]``, the share of the mislabelled rows that are among the first n rows, for n from 0 to N.
+    """
+
+    auc: float
+    roc_auc: float
+    num_mislabelled: int
+    curve: np.ndarray
+
+    def precision_at(self, k: int) -> float:
+        """Return the share of mislabelled rows among the first k.
+
+        Args:
+            k: How many rows are checked, from 1 to N.
+
+        Returns:
+            The share, from 0 to 1.
+
+        Raises:
+            InputError: k is out of bounds.
+            InputTypeError: k is not an integer.
+        """
+        k = whole_number("k", k, 1, len(self.curve) - 1)
+        return float(self.curve[k]) * self.num_mislabelled / k
+
+    def recall_at(self, share: float) -> float:
+        """Return the share of the mislabelled rows that is found when a share of all rows is checked.
+
+        Args:
+            share: From 0 to 1, rounded to the nearest row.
+
+        Returns:
+            The share, from 0 to 1.
+
+        Raises:
+            InputError: ``share`` is out of bounds.
+        """
+        if not 0 <= share <= 1:
+            raise InputError(f"share must be from 0 to 1, got {share}.")
+        return float(self.curve[round(share * (len(self.curve) - 1))])
+
+
+def mislabel_detection(scores: Array, is_mislabelled: Array) -> MislabelDetection:
+    """Return how well scores, such as self-influence, find mislabelled rows.
+
+    The curve is that of Pruthi et al. (2020), *TracIn*, section 4: rows are checked by descending score. Rows of
+    equal score are in random order, and everything is the expectation over it. So the order of rows in the arrays does
+    not matter, and scores that are all the same have an area of 0.5.
+
+    Args:
+        scores: ``[N]``, finite; higher is more suspicious.
+        is_mislabelled: ``[N]``, True or 1 for rows whose label is wrong.
+
+    Returns:
+        The curve, its area, and precision and recall at a number of rows.
+
+    Raises:
+        InputError: Shapes do not agree, a score is NaN or infinite, or all rows or none are mislabelled.
+        InputTypeError: The arrays do not hold numbers.
+
+    >>> found = mislabel_detection([0.9, 0.1, 0.5, 0.5], [True, False, True, False])
+    >>> found
+    MislabelDetection(auc=0.6875, roc_auc=0.875, num_mislabelled=2, curve=<[5] from 0 to 1>)
+    >>> found.curve.tolist(), found.precision_at(1), found.recall_at(0.5)
+    ([0.0, 0.5, 0.75, 1.0, 1.0], 1.0, 0.75)
+    """
+    scores, wrong = numbers("scores", scores, "[N]"), flags("is_mislabelled", is_mislabelled, "[N]")
+    same_size("scores [N]", len(scores), "is_mislabelled [N]", len(wrong), "N")
+    num_rows, num_wrong = len(scores), int(wrong.sum())
+    if num_wrong in (0, num_rows):
+        raise InputError(f"is_mislabelled [N] must have both kinds of rows, got {num_wrong} of {num_rows} mislabelled.")
+    order = np.argsort(scores, kind="stable")[::-1]
+    ends = np.append(np.flatnonzero(np.diff(scores[order])) + 1, num_rows)  # where equal scores end
+    checked, found = np.append(0, ends), np.append(0, np.cumsum(wrong[order])[ends - 1])
+    curve = np.interp(np.arange(num_rows + 1), checked, found / num_wrong)  # a random order finds at an even pace
+    places = average_ranks(scores[:, None])[wrong, 0]
+    above = places.sum() - num_wrong * (num_wrong + 1) / 2  # right rows below, over all mislabelled ones
+    return MislabelDetection(
+        auc=float((curve[1:] + curve[:-1]).mean() / 2),
+        roc_auc=float(above / (num_wrong * (num_rows - num_wrong))),
+        num_mislabelled=num_wrong,
+        curve=curve,
+    )

@@ -1,0 +1,204 @@
+"""Arguments of metrics as checked numpy arrays.
+
+Shapes are named in messages by their letters, such as ``[N, M]``.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tracer.errors import InputError, InputTypeError
+
+Array = npt.ArrayLike | Tensor
+"""What a metric takes for an array."""
+
+
+def as_array(name: str, value: Array, shape: str) -> np.ndarray:
+    """Return an argument as a numpy array with the right number of dimensions.
+
+    Args:
+        name: The argument's name, for messages.
+        value: What came.
+        shape: The expected shape in letters, such as ``"[N, M]"``.
+
+    Returns:
+        The array, without a copy where there need be none; bfloat16 as float32.
+
+    Raises:
+        InputError: It has another number of dimensions, is ragged or is empty.
+    """
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.float() if value.dtype == torch.bfloat16 else value  # numpy has no such dtype
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise InputError(f"{name} must be an array {shape}; numpy says of it: {error}") from error
+    if array.ndim != shape.count(",") + 1 or array.size == 0:
+        raise InputError(f"{name} must be {shape} and not empty, got shape {list(array.shape)}.")
+    return array
+
+
+def numbers(name: str, value: Array, shape: str) -> np.ndarray:
+    """Return an argument as an array of finite numbers.
+
+    Args:
+        name: The argument's name, for messages.
+        value: What came.
+        shape: The expected shape in letters.
+
+    Returns:
+        An array of booleans, integers or floats, in the dtype that came.
+
+    Raises:
+        InputError: A value is NaN or infinite, or the shape is another.
+        InputTypeError: It does not hold real numbers.
+
+    >>> numbers("scores", [[0.5, float("nan")]], "[N, M]")
+    Traceback (most recent call last):
+        ...
+    tracer.errors.InputError: scores [N, M] has 1 NaN or infinite value of 2, the first at [0, 1]. Leave its row or ...
+    """
+    array = as_array(name, value, shape)
+    if array.dtype.kind not in "biuf":
+        raise InputTypeError(f"{name} {shape} must hold real numbers, got dtype {array.dtype}.")
+    bad = ~np.isfinite(array)
+    if bad.any():
+        count = int(bad.sum())
+        raise InputError(
+            f"{name} {shape} has {count} NaN or infinite value{'s'[: count != 1]} of {array.size}, the first at "
+            f"{_first(bad)}. Leave its row or target out, or compute it again."
+        )
+    return array
+
+
+def flags(name: str, value: Array, shape: str) -> np.ndarray:
+    """Return an argument that says yes or no as booleans.
+
+    Args:
+        name: The argument's name, for messages.
+        value: Booleans, or numbers that are all 0 or 1.
+        shape: The expected shape in letters.
+
+    Returns:
+        A boolean array.
+
+    Raises:
+        InputError: A number is neither 0 nor 1, or the shape is another.
+        InputTypeError: It does not hold real numbers.
+
+    >>> flags("masks", [[1, 0], [0, 1]], "[S, N]").tolist()
+    [[True, False], [False, True]]
+    """
+    array = as_array(name, value, shape)
+    if array.dtype == np.bool_:
+        return array
+    if array.dtype.kind not in "iuf":
+        raise InputTypeError(f"{name} {shape} must be True/False or 0/1, got dtype {array.dtype}.")
+    bad = (array != 0) & (array != 1)
+    if bad.any():
+        raise InputError(f"{name} {shape} must be True/False or 0/1, got {array[bad][0]} at {_first(bad)}.")
+    return array.astype(np.bool_)
+
+
+def row_indices(name: str, value: Array, shape: str, num_rows: int) -> np.ndarray:
+    """Return an argument that names train rows.
+
+    Args:
+        name: The argument's name, for messages.
+        value: Integers.
+        shape: The expected shape in letters.
+        num_rows: How many train rows there are.
+
+    Returns:
+        An int64 array.
+
+    Raises:
+        InputError: An index is negative or too large, or the shape is another.
+        InputTypeError: It does not hold integers.
+    """
+    array = as_array(name, value, shape)
+    if array.dtype.kind not in "iu":
+        raise InputTypeError(f"{name} {shape} must hold row indices, integers, got dtype {array.dtype}.")
+    bad = (array < 0) | (array >= num_rows)
+    if bad.any():
+        raise InputError(
+            f"{name} {shape} must be row indices from 0 to {num_rows - 1}, got {array[bad][0]} at {_first(bad)}."
+        )
+    return array.astype(np.int64)
+
+
+def proponent_indices(name: str, value: Array, num_rows: int) -> np.ndarray:
+    """Return the train rows of each target, each row once, as ``top(...).indices`` has them.
+
+    Args:
+        name: The argument's name, for messages.
+        value: ``[M, k]``, integers.
+        num_rows: How many train rows there are.
+
+    Returns:
+        ``[M, k]``, int64.
+
+    Raises:
+        InputError: A target names a row twice, an index is out of range, or the shape is another.
+        InputTypeError: It does not hold integers.
+    """
+    array = row_indices(name, value, "[M, k]", num_rows)
+    ordered = np.sort(array, axis=1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+    if twice.any():
+        raise InputError(f"{name} [M, k] must name each row once for a target; target {int(twice.argmax())} does not.")
+    return array
+
+
+def same_size(first: str, first_size: int, second: str, second_size: int, letter: str) -> None:
+    """Check that two arguments agree in the size of an axis.
+
+    Args:
+        first: Name and shape of one argument, such as ``"scores [N, M]"``.
+        first_size: Its size along the axis.
+        second: Name and shape of the other one.
+        second_size: Its size along the axis.
+        letter: The letter of the axis.
+
+    Raises:
+        InputError: The sizes differ.
+    """
+    if first_size != second_size:
+        raise InputError(f"{first} and {second} must agree in {letter}, got {first_size} and {second_size}.")
+
+
+def whole_number(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
+    """Return an argument as an int within bounds.
+
+    Args:
+        name: The argument's name, for messages.
+        value: What came.
+        minimum: The smallest value allowed.
+        maximum: The largest value allowed; None for no limit.
+
+    Returns:
+        The number.
+
+    Raises:
+        InputError: It is out of bounds.
+        InputTypeError: It is not an integer.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]  # what does not fit raises TypeError
+    except TypeError as error:
+        raise InputTypeError(f"{name} must be an integer, got {value!r}.") from error
+    if number < minimum or (maximum is not None and number > maximum):
+        bounds = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise InputError(f"{name} must be {bounds}, got {number}.")
+    return number
+
+
+def _first(bad: np.ndarray) -> list[int]:
+    """Return the index of the first True."""
+    return [int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape)]

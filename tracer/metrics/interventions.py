@@ -1,0 +1,222 @@
+"""What happens when proponents are acted on: removed before training, or trained on once more.
+
+Training is the caller's: it comes as a function. For the removals it takes masks of several trainings at once, so that
+models can be trained together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tracer.errors import InputError
+from tracer.metrics.inputs import Array, numbers, proponent_indices, whole_number
+from tracer.metrics.results import Result
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Brittleness(Result):
+    """How many top proponents must go until a target's prediction flips.
+
+    Attributes:
+        counts: ``[C]``, int64, ascending: how many proponents were removed.
+        share_flipped: ``[C]``, the share of targets whose prediction is wrong without so many proponents, of those
+            that are right with all rows.
+        smallest: ``[M]``, the smallest count that flips the target; infinity where none does, NaN for targets that
+            are wrong with all rows.
+        margins: ``[M, C]``, the margin after each removal; NaN for targets that are wrong with all rows.
+        initial: ``[M]``, the margin with all rows.
+    """
+
+    counts: np.ndarray
+    share_flipped: np.ndarray
+    smallest: np.ndarray
+    margins: np.ndarray
+    initial: np.ndarray
+
+
+def brittleness(
+    proponents: Array,
+    predict: Callable[[np.ndarray], Array],
+    *,
+    train_set_size: int,
+    counts: Sequence[int] | None = None,
+    batch_size: int | None = None,
+) -> Brittleness:
+    """Return how many top proponents must be removed, and the model trained again, to flip each target's prediction.
+
+    The brittle predictions of Ilyas et al. (2022), *Datamodels*: a target's data support is the smallest set of train
+    rows without which it is misclassified; the first rows of an attribution's ranking bound its size from above. The
+    better the ranking, the fewer rows. Compare with random rows of the target's class: any removal flips some.
+
+    All counts are tried for each target, since fewer rows sometimes flip what more do not. Counts between are not
+    interpolated. Training differs from seed to seed, so let ``predict`` average the margin over several.
+
+    Args:
+        proponents: ``[M, k]``, train rows of each target, strongest first, as ``tracer.top(...).indices``.
+        predict: Takes ``keep [R, N]``, bool, the train rows of R trainings, and returns the margins ``[R, M]`` of all
+            targets after each: positive where the prediction is still right. It is called first with one mask of all
+            rows, then for the targets that this one gets right.
+        train_set_size: N.
+        counts: How many proponents to remove, each from 1 to k; None for 1, 2, 4, 8 and so on, and k.
+        batch_size: How many trainings to ask for at once; None for all.
+
+    Returns:
+        The smallest count of each target, and the share flipped at each count.
+
+    Raises:
+        InputError: An index is out of range or twice in a row, a count is out of range, ``predict`` returns another
+            shape or a value that is not finite, or no target is right with all rows.
+        InputTypeError: Indices or counts are not integers.
+
+    >>> def predict(keep):  # two targets that need two of rows 0 to 2, and row 3
+    ...     return np.stack([keep[:, :3].sum(1) - 1.5, keep[:, 3] - 0.5], axis=1)
+    >>> found = brittleness([[0, 1, 2], [2, 3, 0]], predict, train_set_size=5)
+    >>> found.counts.tolist(), found.share_flipped.tolist(), found.smallest.tolist()
+    ([1, 2, 3], [0.0, 1.0, 1.0], [2.0, 2.0])
+    """
+    num_rows = whole_number("train_set_size", train_set_size, 1)
+    proponents = proponent_indices("proponents", proponents, num_rows)
+    num_targets, k = proponents.shape
+    counts = _powers_of_two(k) if counts is None else sorted({whole_number("counts", n, 1, k) for n in counts})
+    if not counts:
+        raise InputError("counts must name at least one number of proponents to remove.")
+    initial = _margins(predict, np.ones((1, num_rows), np.bool_), num_targets)[0]
+    targets = np.flatnonzero(initial > 0)
+    if not targets.size:
+        raise InputError(
+            f"None of {num_targets} targets has a positive margin with all rows: there is nothing to flip."
+        )
+
+    batch_size = None if batch_size is None else whole_number("batch_size", batch_size, 1)
+    margins = np.full((num_targets, len(counts)), np.nan)
+    margins[targets] = _margins_without(proponents, targets, counts, predict, num_rows, batch_size)
+    flipped = margins[targets] <= 0
+    smallest = np.full(num_targets, np.nan)
+    smallest[targets] = np.where(flipped.any(axis=1), np.asarray(counts)[flipped.argmax(axis=1)], np.inf)
+    return Brittleness(np.asarray(counts, np.int64), flipped.mean(axis=0), smallest, margins, initial)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class TailPatch(Result):
+    """What one more training step on proponents does to the target's output.
+
+    Attributes:
+        mean: The mean of ``per_target``.
+        per_target: ``[M]``, the mean change of the target's output over its steps.
+        changes: ``[M, k]``, the change by a step on each proponent; ``[M, 1]`` by the one step on all of them.
+    """
+
+    mean: float
+    per_target: np.ndarray
+    changes: np.ndarray
+
+
+def tail_patch(
+    proponents: Array, step: Callable[[np.ndarray, np.ndarray], Array], *, train_set_size: int, together: bool = False
+) -> TailPatch:
+    """Return how much one training step on a target's proponents raises its output.
+
+    The tail-patch score of Chang et al. (2024), *Scalable Influence and Fact Tracing for Large Language Model
+    Pretraining*: from the last checkpoint one step is taken on a proponent, and the increase in the target's
+    probability is averaged over the top proponents. It measures the effect of training on the rows once more, not of
+    having left them out, and needs no other training. It favours what gradients at the last checkpoint favour.
+
+    Args:
+        proponents: ``[M, k]``, train rows of each target, as ``tracer.top(...).indices``.
+        step: Takes ``rows [n]`` and ``targets [t]``, int64: puts the model and the optimizer back to the checkpoint,
+            takes one training step on the rows, and returns the change of these targets' outputs, ``[t]``, after minus
+            before: of the probability or log-probability of what the target says, or of another output that rises as
+            the prediction gets better.
+        train_set_size: N.
+        together: One step on all k proponents of a target, instead of a step on each. Single rows that several targets
+            share are stepped on once, for all of them.
+
+    Returns:
+        The mean change, that of each target, and of each step.
+
+    Raises:
+        InputError: An index is out of range or twice in a row, or ``step`` returns another shape or a value that is
+            not finite.
+        InputTypeError: Indices are not integers, or ``step`` does not return numbers.
+
+    >>> gain = np.array([0.5, -0.1, 0.2])  # what a step on each of three rows gives any target
+    >>> def step(rows, targets):
+    ...     return np.repeat(gain[rows].sum(), len(targets))
+    >>> tail_patch([[0, 1], [2, 0]], step, train_set_size=3)
+    TailPatch(mean=0.275, per_target=[0.2, 0.35], changes=<[2, 2] from -0.1 to 0.5>)
+    """
+    num_rows = whole_number("train_set_size", train_set_size, 1)
+    proponents = proponent_indices("proponents", proponents, num_rows)
+    changes = np.empty((len(proponents), 1 if together else proponents.shape[1]))
+    if together:
+        for target, rows in enumerate(proponents):
+            changes[target] = _changes(step, rows, np.array([target]))
+    else:
+        order = np.argsort(proponents, axis=None, kind="stable")
+        rows, starts = np.unique(proponents.ravel()[order], return_index=True)
+        for row, uses in zip(rows, np.split(order, starts[1:]), strict=True):
+            targets, places = np.unravel_index(uses, proponents.shape)
+            changes[targets, places] = _changes(step, np.array([row]), targets)
+    per_target = changes.mean(axis=1)
+    return TailPatch(float(per_target.mean()), per_target, changes)
+
+
+def _margins_without(
+    proponents: np.ndarray,
+    targets: np.ndarray,
+    counts: Sequence[int],
+    predict: Callable[[np.ndarray], Array],
+    num_rows: int,
+    batch_size: int | None,
+) -> np.ndarray:
+    """Return each target's margin after training without its first proponents.
+
+    Args:
+        proponents: ``[M, k]``.
+        targets: ``[t]``, which of the M targets are asked for.
+        counts: ``[C]``, how many proponents to remove.
+        predict: See `brittleness`.
+        num_rows: N.
+        batch_size: How many trainings to ask for at once; None for all.
+
+    Returns:
+        ``[t, C]``.
+    """
+    removals = [(target, count) for target in targets for count in counts]
+    step = batch_size or len(removals)
+    margins: list[float] = []
+    for start in range(0, len(removals), step):
+        batch = removals[start : start + step]
+        keep = np.ones((len(batch), num_rows), np.bool_)
+        for mask, (target, count) in zip(keep, batch, strict=True):
+            mask[proponents[target, :count]] = False
+        found = _margins(predict, keep, len(proponents))
+        margins += [row[target] for row, (target, _) in zip(found, batch, strict=True)]
+    return np.array(margins).reshape(len(targets), len(counts))
+
+
+def _powers_of_two(k: int) -> list[int]:
+    """Return 1, 2, 4 and so on below k, and k."""
+    return [1 << power for power in range((k - 1).bit_length())] + [k]
+
+
+def _margins(predict: Callable[[np.ndarray], Array], keep: np.ndarray, num_targets: int) -> np.ndarray:
+    """Return what a prediction function says of masks ``[R, N]``, checked to be ``[R, M]``, finite."""
+    margins = numbers("the margins that predict returns", predict(keep), "[R, M]")
+    if margins.shape != (len(keep), num_targets):
+        raise InputError(
+            f"predict must return margins [R, M] = [{len(keep)}, {num_targets}], one row for each mask and a column "
+            f"for each target, got {list(margins.shape)}."
+        )
+    return margins
+
+
+def _changes(step: Callable[[np.ndarray, np.ndarray], Array], rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return what a step on rows does to the outputs of targets, checked to be ``[t]``, finite."""
+    changes = numbers("the changes that step returns", step(rows, targets), "[t]")
+    if len(changes) != len(targets):
+        raise InputError(f"step must return a change for each of its {len(targets)} targets, got {len(changes)}.")
+    return changes

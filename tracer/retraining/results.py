@@ -1,0 +1,141 @@
+"""Results of runs in files, so that a retraining that was stopped goes on.
+
+    save_dir/<digest of what decides the numbers>/settings.json     what the digest is of, for people
+                                                  <random>.npz      runs [K], outputs [K, M], losses [K, M]
+
+A file is written when a group of models is trained, under another name first, and never changed. Other data, recipes
+or models have another digest, and so another folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tracer.batches import leaves
+from tracer.checkpoints import weights_fingerprint
+from tracer.errors import StoreError
+from tracer.retraining.models import Rows
+from tracer.retraining.subsets import Run, RunKey
+from tracer.retraining.training import Trainer
+from tracer.store.documents import disk_errors, partial_path, sweep
+
+_VERSION = 1  # of how models are trained: another number, other results
+
+
+def settings_of(trainer: Trainer, targets: Rows, paired: bool) -> dict[str, Any]:
+    """Return what decides the numbers of all runs, beside their masks and seeds, as JSON values.
+
+    Args:
+        trainer: Knows the model, the task, the train rows and the recipe.
+        targets: The targets.
+        paired: Whether random numbers depend on the seed alone.
+
+    Returns:
+        The settings.
+    """
+    return {
+        "version": _VERSION,
+        "model": re.sub(r" at 0x[0-9a-f]+", "", repr(trainer.reference)),
+        "weights": weights_fingerprint(trainer.reference.state_dict()),
+        "task": trainer.task.settings(),
+        "recipe": asdict(trainer.recipe),
+        "paired": paired,
+        "train": _rows_fingerprint(trainer.data),
+        "targets": _rows_fingerprint(targets),
+    }
+
+
+def _rows_fingerprint(rows: Rows) -> str:
+    """Return a digest of all values of a batch with their places in it."""
+    tensors = {path: leaf for path, leaf in leaves(rows.batch) if isinstance(leaf, Tensor)}
+    others = [(path, leaf) for path, leaf in leaves(rows.batch) if not isinstance(leaf, Tensor)]
+    return _digest(weights_fingerprint(tensors) + repr(others))
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _name(run: Run) -> str:
+    return f"{run.subset} {run.seed} {hashlib.blake2b(run.mask.tobytes(), digest_size=16).hexdigest()}"
+
+
+class ResultFiles:
+    """The results of runs with one setting.
+
+    Args:
+        save_dir: The folder; others' results may be in it.
+        settings: From `settings_of`.
+    """
+
+    def __init__(self, save_dir: Path, settings: Mapping[str, Any]) -> None:
+        text = json.dumps(settings, indent=2, sort_keys=True)
+        self._folder = save_dir / _digest(text)
+        with disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            sweep(self._folder)
+            described = self._folder / "settings.json"
+            if not described.exists():
+                self._write(described, text.encode())
+
+    def read(self, runs: Sequence[Run]) -> dict[RunKey, tuple[np.ndarray, np.ndarray]]:
+        """Return outputs and losses ``[M]`` of those runs that are there, by subset and seed.
+
+        Args:
+            runs: The runs.
+
+        Returns:
+            What was found.
+
+        Raises:
+            StoreError: A file is damaged.
+        """
+        stored: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for path in sorted(self._folder.glob("*.npz")):
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    names, outputs, losses = (file[key] for key in ("runs", "outputs", "losses"))
+                stored.update(zip(names.tolist(), zip(outputs, losses, strict=True), strict=True))
+            except Exception as error:  # a damaged file can raise nearly anything out of zip and numpy
+                raise StoreError(
+                    f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged; remove it, and its "
+                    f"models are trained again"
+                ) from error
+        return {run.key: stored[_name(run)] for run in runs if _name(run) in stored}
+
+    def write(self, runs: Sequence[Run], outputs: np.ndarray, losses: np.ndarray) -> None:
+        """Write the results of a group of runs.
+
+        Args:
+            runs: K runs.
+            outputs: ``[K, M]``, f of each target.
+            losses: ``[K, M]``, L of each target.
+        """
+        names = np.array([_name(run) for run in runs])
+        buffer = io.BytesIO()
+        np.savez(buffer, runs=names, outputs=outputs, losses=losses)
+        self._write(self._folder / f"{uuid.uuid4().hex}.npz", buffer.getvalue())
+
+    def _write(self, path: Path, content: bytes) -> None:
+        with disk_errors(path):
+            partial = partial_path(path.parent)
+            try:
+                with partial.open("xb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)

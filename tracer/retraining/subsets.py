@@ -1,0 +1,160 @@
+"""Which rows a model is trained on, and the random numbers that are its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tracer.arguments import as_list, check_count
+from tracer.errors import InputError, InputTypeError
+from tracer.projection.seeds import Stream, check_seed
+
+_VERSION = 1  # of the numbers drawn here
+
+
+def random_subsets(num_subsets: int, num_rows: int, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
+    """Draw random subsets of equal size, as the linear datamodeling score takes them (Park et al. 2023, section 2).
+
+    A subset depends on its number, not on how many are drawn: the first 100 of 200 are those that 100 would be.
+
+    Args:
+        num_subsets: S, how many.
+        num_rows: N, how many rows to choose from.
+        fraction: The part of the rows in each subset, above 0 and up to 1.
+        seed: Another seed gives other subsets.
+
+    Returns:
+        ``[S, N]``, bool: the rows of each subset, ``round(fraction * N)`` of them.
+
+    Raises:
+        InputError: A number is out of range, or the fraction leaves no row.
+
+    >>> random_subsets(3, 10, fraction=0.3).sum(axis=1)
+    array([3, 3, 3])
+    """
+    check_count(num_subsets, "num_subsets")
+    check_count(num_rows, "num_rows")
+    seed = check_seed(seed)
+    size = round(fraction * num_rows) if 0 < fraction <= 1 else 0
+    if size < 1:
+        raise InputError(
+            f"fraction={fraction} of {num_rows} rows: expected more than 0, at most 1, and one row at least."
+        )
+    masks = np.zeros((num_subsets, num_rows), dtype=bool)
+    for subset, mask in enumerate(masks):
+        mask[Stream(seed, _VERSION, "subsets", "rows", subset).permutation(num_rows)[:size]] = True
+    return masks
+
+
+RunKey = tuple[int, int]
+"""A subset's position in the masks, and a seed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One model to train.
+
+    Attributes:
+        subset: The subset's position in the masks.
+        seed: The seed.
+        mask: ``[N]``, bool: the rows that it is trained on.
+        paired: Whether random numbers depend on the seed alone.
+        num_rows: How many rows the mask has.
+    """
+
+    subset: int
+    seed: int
+    mask: np.ndarray
+    paired: bool
+    num_rows: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_rows", int(self.mask.sum()))
+
+    @property
+    def key(self) -> RunKey:
+        """What tells the run from others with the same masks."""
+        return self.subset, self.seed
+
+    def torch_seed(self, purpose: str) -> int:
+        """Return the seed of torch's generator for ``purpose``: ``weights`` or ``noise``."""
+        return int(self._stream(purpose).words(1)[0]) >> 1
+
+    def orders(self) -> _Orders:
+        """Return the run's orders of its rows, a new one each epoch."""
+        return _Orders(self._stream("order"), self.mask)
+
+    def _stream(self, purpose: str) -> Stream:
+        return Stream(self.seed, _VERSION, "retraining", purpose, *(() if self.paired else (self.subset,)))
+
+
+class _Orders:
+    """Random orders of a subset's rows.
+
+    All N rows are permuted and those left out are skipped, so that with one stream subsets that differ by one row are
+    passed in nearly the same order.
+    """
+
+    def __init__(self, stream: Stream, mask: np.ndarray) -> None:
+        self._stream, self._mask = stream, mask
+
+    def draw(self) -> Tensor:
+        """Return the next epoch's order: ``[n]``, int64, row indices."""
+        order = self._stream.permutation(len(self._mask))
+        return torch.from_numpy(order[self._mask[order]])
+
+
+def make_runs(masks: Any, num_rows: int, seeds: Iterable[int], paired: bool) -> list[Run]:
+    """Return the runs of all subsets and seeds, the seeds of a subset beside each other.
+
+    Args:
+        masks: ``[S, N]``, bool; None: one subset of all rows.
+        num_rows: N.
+        seeds: The seeds, each one once.
+        paired: Whether random numbers depend on the seed alone.
+
+    Returns:
+        S times the number of seeds.
+
+    Raises:
+        InputError: A mask or a seed cannot be used.
+        InputTypeError: They are of types that cannot be used.
+    """
+    found = np.ones((1, num_rows), dtype=bool) if masks is None else check_masks(masks, num_rows)
+    checked = [check_seed(seed) for seed in as_list(seeds, "seeds")]
+    if not checked or len(set(checked)) != len(checked):
+        raise InputError(f"seeds is {checked}; expected one at least, each one once.")
+    return [Run(subset, seed, mask, paired) for subset, mask in enumerate(found) for seed in checked]
+
+
+def check_masks(masks: Any, num_rows: int) -> np.ndarray:
+    """Return the masks of subsets.
+
+    Args:
+        masks: What the user passed.
+        num_rows: N, the number of train rows.
+
+    Returns:
+        ``[S, N]``, bool.
+
+    Raises:
+        InputTypeError: It is no array of bool.
+        InputError: Its shape does not fit, or a subset has no rows.
+    """
+    found = masks.cpu().numpy() if isinstance(masks, Tensor) else np.asarray(masks)
+    if found.dtype != bool:
+        raise InputTypeError(
+            f"masks is of dtype {found.dtype}; expected bool, True for the rows that a subset has, as random_subsets "
+            f"gives them."
+        )
+    if found.ndim != 2 or found.shape[1] != num_rows or len(found) < 1:
+        raise InputError(f"masks is of shape {found.shape}; expected [subsets, {num_rows}], a column for a train row.")
+    empty = np.flatnonzero(~found.any(axis=1))
+    if len(empty):
+        raise InputError(f"masks leaves no rows in the subsets {empty[:5].tolist()}; expected one at least in each.")
+    return found

@@ -1,0 +1,356 @@
+"""Train the models of runs, in groups of several at once or one after another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tracer.arguments import as_list, bar_disabled, check_count
+from tracer.batches import count_rows
+from tracer.errors import InputError, InputTypeError, NonFiniteError
+from tracer.retraining.building import Builder, seeded
+from tracer.retraining.choice import models_at_once as choose_at_once
+from tracer.retraining.models import Models, Rows, SingleModel, StackedModels, quiet_vmap
+from tracer.retraining.recipe import Recipe
+from tracer.retraining.subsets import Run, RunKey, make_runs
+from tracer.tasks import Task, make_task
+from tracer.types import Batch
+
+_MAX_NAMED = 5
+
+
+class EpochCheckpoint(NamedTuple):
+    """What is kept of a model at the end of an epoch.
+
+    Attributes:
+        state: The model's state dict.
+        learning_rate: The mean over the steps since the checkpoint before, or since the start; of the first step for
+            the untrained model.
+        optimizer_state: The optimizer's state dict with ``param_names``, as `torch.optim` has it for one model; AdamW's
+            ``exp_avg_sq`` and ``step`` are in it.
+    """
+
+    state: dict[str, Tensor]
+    learning_rate: float
+    optimizer_state: dict[str, Any]
+
+
+class TrainedModel(NamedTuple):
+    """A model that `train_models` trained.
+
+    Attributes:
+        subset: The position in the masks of the rows it was trained on; 0 where no masks were given.
+        seed: The seed.
+        state: The state dict at the end, on the CPU.
+        checkpoints: One for each of ``checkpoint_epochs``.
+    """
+
+    subset: int
+    seed: int
+    state: dict[str, Tensor]
+    checkpoints: list[EpochCheckpoint]
+
+
+def train_models(
+    make_model: Callable[[], nn.Module],
+    task: str | Task | Callable[[nn.Module, Batch], Tensor],
+    train: Batch,
+    recipe: Recipe,
+    masks: Any = None,
+    *,
+    seeds: Iterable[int] = (0,),
+    checkpoint_epochs: Iterable[int] | None = None,
+    paired: bool = False,
+    stacked: bool | None = None,
+    models_at_once: int | None = None,
+    progress: bool | None = None,
+) -> list[TrainedModel]:
+    """Train a model for each subset and seed, many at once where that saves time.
+
+    Each model has its own initial weights, order of rows and dropout masks, which follow from its seed and the
+    position of its subset. The first two, and the results up to rounding, do not depend on what else is trained.
+
+    Args:
+        make_model: Builds an untrained model with torch's global generator, which is put back afterwards.
+        task: As `Tracer` takes it; the loss of a step is the mean of the task's over the rows of its batch.
+        train: All N train rows as one batch, such as ``(x, y)`` or ``(tokens,)``.
+        recipe: How each model is trained.
+        masks: ``[S, N]``, bool: the rows of each subset; None: one model a seed on all rows.
+        seeds: The seeds of each subset.
+        checkpoint_epochs: After which epochs weights are kept: 1 is the first, 0 the untrained model.
+        paired: Whether all subsets of a seed begin with the same weights and pass their rows in the same order, so
+            that they differ by their rows alone; for leaving out single rows.
+        stacked: True: several models at once with stacked parameters; False: one after another; None: several where
+            they can be stacked and small steps make it faster.
+        models_at_once: The most at once; by default by their size.
+        progress: Show a progress bar; None: on a terminal only.
+
+    Returns:
+        The models, those of a subset beside each other in the order of the seeds.
+
+    Raises:
+        InputError: An argument has a value that cannot be used, or models that cannot be stacked came with
+            ``stacked=True``.
+        InputTypeError: An argument is of a type that cannot be used.
+        NonFiniteError: A model diverged.
+
+    >>> x, y = torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8)
+    >>> recipe = Recipe(learning_rate=1.0, batch_size=8, epochs=10)
+    >>> found = train_models(lambda: nn.Linear(4, 4), "image_classification", (x, y), recipe, seeds=[0, 1])
+    >>> [(model.subset, model.seed, sorted(model.state)) for model in found]
+    [(0, 0, ['bias', 'weight']), (0, 1, ['bias', 'weight'])]
+    """
+    epochs = _check_epochs(checkpoint_epochs, check_recipe(recipe))
+    runs = make_runs(masks, count_rows(train), seeds, paired)
+    found: dict[RunKey, TrainedModel] = {}
+    with ordinary_mode(), progress_bar("train", runs, recipe, progress) as bar:
+        trainer = Trainer(make_model, task, train, recipe)
+        for group in trainer.groups(runs, stacked, models_at_once):
+            models, kept = trainer.train(group, bar, epochs)
+            for model, run in enumerate(group):
+                found[run.key] = TrainedModel(run.subset, run.seed, models.state(model), kept[model])
+    return [found[run.key] for run in runs]
+
+
+def check_recipe(recipe: Recipe) -> Recipe:
+    """Return a recipe.
+
+    Args:
+        recipe: What the user passed.
+
+    Returns:
+        The same.
+
+    Raises:
+        InputTypeError: It is none.
+    """
+    if not isinstance(recipe, Recipe):
+        raise InputTypeError(f"recipe is a {type(recipe).__name__}; expected a Recipe, such as Recipe(epochs=20).")
+    return recipe
+
+
+def _check_epochs(epochs: Iterable[int] | None, recipe: Recipe) -> list[int]:
+    """Return the epochs whose weights are kept.
+
+    Args:
+        epochs: What the user passed.
+        recipe: Tells how many there are.
+
+    Returns:
+        The epochs.
+
+    Raises:
+        InputError: They are out of range or do not rise.
+    """
+    found = [] if epochs is None else as_list(epochs, "checkpoint_epochs")
+    whole = all(isinstance(epoch, (int, np.integer)) and not isinstance(epoch, bool) for epoch in found)
+    if not whole or found != sorted(set(found)) or (found and not 0 <= found[0] <= found[-1] <= recipe.epochs):
+        raise InputError(f"checkpoint_epochs is {found}; expected rising ints from 0 to {recipe.epochs}.")
+    return found
+
+
+@contextmanager
+def ordinary_mode() -> Iterator[None]:
+    """Record gradients whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad(), quiet_vmap():
+        yield
+
+
+def progress_bar(label: str, runs: Sequence[Run], recipe: Recipe, progress: bool | None, num_done: int = 0) -> tqdm:
+    """Return a progress bar over the epochs of all models."""
+    epochs = recipe.epochs
+    disable = bar_disabled(progress)
+    return tqdm(total=len(runs) * epochs, initial=num_done * epochs, desc=label, unit="epoch", disable=disable)
+
+
+class Trainer:
+    """Trains models of one architecture, task, data and recipe.
+
+    Args:
+        make_model: Builds an untrained model.
+        task: The task.
+        train: All train rows.
+        recipe: How models are trained.
+
+    Attributes:
+        task: The task.
+        recipe: As passed.
+        reference: An untrained model that is not trained, the same whatever the runs.
+        data: The train rows, where the models are.
+
+    Raises:
+        BatchError: The task cannot take the train rows.
+        InputError: The models cannot be trained.
+        InputTypeError: ``make_model`` or the task is of a type that cannot be used.
+    """
+
+    def __init__(
+        self,
+        make_model: Callable[[], nn.Module],
+        task: str | Task | Callable[[nn.Module, Batch], Tensor],
+        train: Batch,
+        recipe: Recipe,
+    ) -> None:
+        self._build, self.task, self.recipe = Builder(make_model), make_task(task), recipe
+        everything = Run(0, 0, np.ones(count_rows(train), dtype=bool), paired=True)
+        self.reference = self._build(everything)
+        self._device = next(self.reference.parameters()).device
+        self.data = self.checked_rows(train, "train")
+        self._are_stacked = False
+
+    def checked_rows(self, batch: Batch, name: str) -> Rows:
+        """Return rows where the models are; the task checks them all, which it cannot do inside ``vmap``."""
+        rows = Rows.of(batch, name, self._device)
+        self.reference.eval()
+        with torch.no_grad(), seeded(0):
+            for some in rows.slices(self.recipe.batch_size):
+                self.task.outputs(self.reference, some)
+        return rows
+
+    def groups(
+        self, runs: Sequence[Run], stacked: bool | None, most: int | None, done: Collection[RunKey] = ()
+    ) -> list[list[Run]]:
+        """Choose how many models are trained at once, and divide runs into groups.
+
+        Args:
+            runs: All runs.
+            stacked: Whether several are trained at once; None: where that saves time.
+            most: The most at once; None: by their size.
+            done: Those that are left out. The groups of the others stay what they are without it.
+
+        Returns:
+            The groups; all runs of one have the same number of rows.
+
+        Raises:
+            InputError: An argument has a value that cannot be used.
+        """
+        most = None if most is None else check_count(most, "models_at_once")
+        if all(run.key in done for run in runs):
+            return []
+        first, last = self._build(runs[0]), self._build(runs[-1])  # ends, whose numbers of rows may differ
+        size = choose_at_once(
+            (first, last), (runs[0], runs[-1]), self.data, runs, self.task, self.recipe, stacked=stacked, most=most
+        )
+        self._are_stacked = size > 1
+        of_size: dict[int, list[Run]] = {}
+        for run in runs:
+            of_size.setdefault(run.num_rows, []).append(run)
+        groups = [same[start : start + size] for same in of_size.values() for start in range(0, len(same), size)]
+        left = [[run for run in group if run.key not in done] for group in groups]
+        return [group for group in left if group]
+
+    def train(
+        self, group: Sequence[Run], bar: tqdm, checkpoint_epochs: Sequence[int] = ()
+    ) -> tuple[Models, list[list[EpochCheckpoint]]]:
+        """Train the models of a group.
+
+        Args:
+            group: Runs with one number of rows.
+            bar: Counts the epochs of all models.
+            checkpoint_epochs: After which epochs weights are kept.
+
+        Returns:
+            The models, and what was kept of each.
+
+        Raises:
+            NonFiniteError: One diverged.
+        """
+        built = [self._build(run) for run in group]
+        models: Models = (StackedModels if self._are_stacked else SingleModel)(built, self.task)
+        optimizer = self.recipe.make_optimizer(models.trained.items())
+        orders = [run.orders() for run in group]
+        kept: list[list[EpochCheckpoint]] = [[] for _ in group]
+        rates: list[float] = []
+        models.train(True)
+        with seeded(group[0].torch_seed("noise")):
+            for epoch in range(self.recipe.epochs + 1):
+                if epoch:
+                    rows = torch.stack([order.draw() for order in orders])
+                    losses = self._epoch(models, optimizer, rows, epoch, rates)
+                    _check_finite(models, losses, group, epoch)
+                    bar.update(len(group))
+                if epoch in checkpoint_epochs:
+                    rate = math.fsum(rates) / len(rates) if rates else self.recipe.learning_rate
+                    for model, checkpoints in enumerate(kept):
+                        saved = models.optimizer_state(optimizer, model)
+                        checkpoints.append(EpochCheckpoint(models.state(model), rate, saved))
+                    rates.clear()
+        return models, kept
+
+    def _epoch(
+        self, models: Models, optimizer: torch.optim.Optimizer, rows: Tensor, epoch: int, rates: list[float]
+    ) -> Tensor:
+        """Pass each model's rows ``[K, n]`` once; return the sum of its batches' losses, ``[K]``."""
+        batches = rows.split(self.recipe.batch_size, dim=1)
+        total = torch.zeros(len(rows), device=self._device)
+        for number, batch in enumerate(batches):
+            step = (epoch - 1) * len(batches) + number
+            rates.append(self.recipe.rate_at(step, self.recipe.epochs * len(batches)))
+            optimizer.param_groups[0]["lr"] = rates[-1]
+            objectives, losses = models.objectives(self.data, batch)
+            parameters = list(models.trained.values())
+            gradients = torch.autograd.grad(objectives.sum(), parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            total += losses
+        return total
+
+    def evaluate(self, models: Models, group: Sequence[Run], targets: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """Evaluate models on all targets in eval mode.
+
+        Args:
+            models: K models.
+            group: Their runs.
+            targets: M rows.
+
+        Returns:
+            f and L, ``[K, M]`` each, float64.
+
+        Raises:
+            NonFiniteError: One is not finite.
+        """
+        models.train(False)
+        with seeded(0):
+            found = [torch.stack(models.outputs(batch)) for batch in targets.slices(self.recipe.batch_size)]
+        outputs, losses = torch.cat(found, dim=2).double().cpu().numpy()
+        for run, *values in zip(group, outputs, losses, strict=True):
+            bad = np.flatnonzero(~np.isfinite(values).all(axis=0))
+            if len(bad):
+                raise NonFiniteError(
+                    f"The model of (subset {run.subset}, seed {run.seed}) gives NaN or infinite outputs or losses for "
+                    f"{len(bad)} targets, rows {bad[:_MAX_NAMED].tolist()}: look at these rows, or lower the recipe's "
+                    f"learning_rate."
+                )
+        return outputs, losses
+
+
+def _check_finite(models: Models, losses: Tensor, group: Sequence[Run], epoch: int) -> None:
+    """Check that no model diverged.
+
+    Args:
+        models: K models.
+        losses: ``[K]``, the sums of their losses in the epoch.
+        group: Their runs.
+        epoch: The epoch, 1 for the first.
+
+    Raises:
+        NonFiniteError: One did.
+    """
+    fine = losses.isfinite()
+    for value in models.trained.values():
+        fine &= value.detach().reshape(len(group), -1).isfinite().all(1)
+    bad = (~fine).nonzero().flatten().tolist()
+    if bad:
+        named = ", ".join(f"(subset {group[model].subset}, seed {group[model].seed})" for model in bad[:_MAX_NAMED])
+        raise NonFiniteError(
+            f"{len(bad)} of {len(group)} models diverged in epoch {epoch}: {named}; their losses or parameters are NaN "
+            f"or infinite. Lower the recipe's learning_rate, or look for such values in the train rows."
+        )
