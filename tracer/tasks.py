@@ -8,6 +8,7 @@ scaled where the gradient of the loss vanishes. A task that has only a loss uses
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -69,17 +70,18 @@ class Task(ABC):
         return {"name": self.name, "class": f"{type(self).__module__}.{type(self).__qualname__}"}
 
 
-def loss_outputs(loss: Tensor) -> SampleOutputs:
+def loss_outputs(loss: Tensor, baseline: Tensor | None = None) -> SampleOutputs:
     """Return the outputs of a task that has only a loss: ``f = L, Q = 1, w = 0``.
 
     Args:
         loss: The loss of each sample, ``[B]``, differentiable.
+        baseline: The loss of a model that has learnt nothing, ``[B]``; None where that is not known.
 
     Returns:
         The outputs, with f the loss itself.
     """
     detached = loss.detach()
-    return SampleOutputs(loss, detached, torch.ones_like(detached), torch.zeros_like(detached))
+    return SampleOutputs(loss, detached, torch.ones_like(detached), torch.zeros_like(detached), baseline=baseline)
 
 
 class Classification(Task):
@@ -103,7 +105,9 @@ class Classification(Task):
         margin = chosen - others
         detached = margin.detach()
         wrong = torch.sigmoid(-detached)
-        return SampleOutputs(margin, F.softplus(-detached), -wrong, wrong * torch.sigmoid(detached), labels)
+        baseline = torch.full_like(detached, -math.log(max(logits.shape[1] - 1, 1)))
+        curvature = wrong * torch.sigmoid(detached)
+        return SampleOutputs(margin, F.softplus(-detached), -wrong, curvature, labels, baseline)
 
 
 class BinaryClassification(Task):
@@ -125,7 +129,8 @@ class BinaryClassification(Task):
         loss = F.binary_cross_entropy_with_logits(detached, labels, reduction="none")
         probability = torch.sigmoid(detached)
         curvature = probability * torch.sigmoid(-detached)
-        return SampleOutputs(logit, loss, probability - labels, curvature, labels.round().long())
+        slope, baseline = probability - labels, torch.zeros_like(detached)
+        return SampleOutputs(logit, loss, slope, curvature, labels.round().long(), baseline)
 
 
 class Regression(Task):
@@ -144,10 +149,13 @@ class Regression(Task):
         if predicted.numel() != predicted.shape[0]:
             if predicted.shape != targets.shape:
                 raise BatchError(shapes_message(self.name, predicted, targets))
-            return loss_outputs((predicted - targets.to(predicted.dtype)).square().flatten(1).mean(1))
+            targets = targets.to(predicted.dtype)
+            loss = (predicted - targets).square().flatten(1).mean(1)
+            return loss_outputs(loss, targets.square().flatten(1).mean(1))
         predicted, targets = one_number_a_row(predicted, targets, self.name)
         residual = predicted.detach() - targets.to(predicted.dtype)
-        return SampleOutputs(predicted, residual.square(), 2 * residual, torch.full_like(residual, 2.0))
+        curvature, baseline = torch.full_like(residual, 2.0), torch.zeros_like(residual)
+        return SampleOutputs(predicted, residual.square(), 2 * residual, curvature, baseline=baseline)
 
 
 class LanguageModeling(Task):
@@ -182,7 +190,11 @@ class LanguageModeling(Task):
         self._check(logits, labels)
         predicted = (labels != -100).to(logits.dtype)
         loss = F.cross_entropy(logits.transpose(1, 2), labels.long(), reduction="none", ignore_index=-100).sum(1)
-        return loss_outputs(loss / predicted.sum(1) if self.reduction == "mean" else loss)
+        count = predicted.sum(1)
+        uniform = torch.full_like(count, math.log(logits.shape[-1]))
+        if self.reduction == "mean":
+            return loss_outputs(loss / count, uniform)
+        return loss_outputs(loss, uniform * count)
 
     def settings(self) -> dict[str, Any]:
         """Return the name and the reduction."""

@@ -27,6 +27,8 @@ class SampleOutputs:
         slope: Q = dL/df, detached, so that the gradient of the loss is ``slope * gradient of output``.
         curvature: w = d²L/df², detached.
         label: The sample's class, integers, by which rows can be chosen later; None where samples have none.
+        baseline: The f of a model that has learnt nothing (logits or predictions of zero), detached; None where the
+            task does not know it. From how far f has come since, the ``influence`` estimator's regularization follows.
     """
 
     output: Tensor
@@ -34,6 +36,7 @@ class SampleOutputs:
     slope: Tensor
     curvature: Tensor
     label: Tensor | None = None
+    baseline: Tensor | None = None
 
 
 @dataclass(frozen=True)

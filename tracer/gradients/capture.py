@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -191,8 +191,8 @@ class CapturedPass:
                 hook.remove()
         self._calls, self._batch_size = recorder.calls, batch_size
         self._output: Tensor | None = outputs.output
-        f, loss, slope, curvature = outputs.output, outputs.loss, outputs.slope, outputs.curvature
-        self.outputs = SampleOutputs(f.detach(), loss.detach(), slope.detach(), curvature.detach(), outputs.label)
+        detached = {name: getattr(outputs, name).detach() for name in ("output", "loss", "slope", "curvature")}
+        self.outputs = replace(outputs, **detached)
         self.patterns = _patterns(recorder.calls, batch_size)
         self.layers: dict[str, list[str]] = {}
 

@@ -299,7 +299,7 @@ class GradientEngine:
         captured.backward(receive)
 
     def _check_outputs(self, outputs: SampleOutputs, batch_size: int) -> None:
-        for name in ("output", "loss", "slope", "curvature", "label"):
+        for name in ("output", "loss", "slope", "curvature", "label", "baseline"):
             value = getattr(outputs, name)
             if value is not None and value.shape != (batch_size,):
                 raise BatchError(

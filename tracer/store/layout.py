@@ -27,6 +27,7 @@ DTYPES = {
     "float16": "<f2",
     "float32": "<f4",
     "uint32": "<u4",
+    "float64": "<f8",
     "int64": "<i8",
     "uint64": "<u8",
     "bool": "|b1",

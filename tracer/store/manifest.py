@@ -17,7 +17,7 @@ import numpy as np
 from tracer.errors import InputError, InputTypeError, MismatchError, StoreError
 
 FORMAT = "tracer"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 STORAGES = ("float32", "float16", "int8", "none")
 _REQUIRED = ("train_set_size", "feature_dim", "storage")
 _MAX_NAMED = 6
@@ -166,7 +166,7 @@ class Manifest:
         if isinstance(version, int) and version < FORMAT_VERSION:
             raise StoreError(
                 f"{where} has format version {version} of an earlier release, this package writes {FORMAT_VERSION}, "
-                "in which rows lie in other files: choose another save_dir and compute it anew"
+                "in which tables have other arrays: choose another save_dir and compute it anew"
             )
         try:
             return cls(

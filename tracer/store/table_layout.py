@@ -12,7 +12,7 @@ from tracer.errors import InputError, StoreError
 from tracer.store.documents import NODE, StorePath, disk_errors, read_document, write_group
 from tracer.store.layout import Layout, create_array
 
-VALUES = ("loss", "slope", "curvature", "gradient_norm")
+VALUES = ("loss", "slope", "curvature", "gradient_norm", "gain")
 """The float32 columns that come with a row, all ``[N]``."""
 NO_LABEL = int(np.iinfo(np.int64).min)
 """The label of a row whose task gave none."""
