@@ -48,8 +48,24 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Tensor]:
     >>> sorted(read_checkpoint(nn.Linear(2, 3).state_dict()))
     ['bias', 'weight']
     """
+    return as_state(*checkpoint_value(checkpoint))
+
+
+def checkpoint_value(checkpoint: Checkpoint) -> tuple[Any, str, str]:
+    """Return what a checkpoint holds, whatever it is, without executing anything that a file may contain.
+
+    Args:
+        checkpoint: A mapping or a path.
+
+    Returns:
+        The value, what to call it in errors, and the expression that gives it.
+
+    Raises:
+        InputTypeError: It is neither a mapping nor a path.
+        CheckpointError: The file is missing, damaged or holds code.
+    """
     if isinstance(checkpoint, Mapping):
-        return _as_state(checkpoint, "the checkpoint", "checkpoint")
+        return checkpoint, "the checkpoint", "checkpoint"
     if isinstance(checkpoint, nn.Module):
         raise InputTypeError("the checkpoint is a module: expected its state dict; pass `model.state_dict()`")
     if not isinstance(checkpoint, (str, os.PathLike)):
@@ -63,8 +79,8 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Tensor]:
     if path.is_dir():
         raise CheckpointError(f"the checkpoint {path} is a directory: pass the path of the file in it")
     if path.suffix == ".safetensors":
-        return _as_state(_read_safetensors(path), str(path), "checkpoint")
-    return _as_state(_read_torch(path), str(path), f'torch.load("{path}", map_location="cpu", weights_only=True)')
+        return _read_safetensors(path), str(path), "checkpoint"
+    return _read_torch(path), str(path), f'torch.load("{path}", map_location="cpu", weights_only=True)'
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -92,7 +108,7 @@ def _read_torch(path: Path) -> Any:
         ) from error
 
 
-def _as_state(value: Any, where: str, call: str) -> dict[str, Tensor]:
+def as_state(value: Any, where: str, call: str) -> dict[str, Tensor]:
     """Return a mapping as a state, or say what it is instead.
 
     Args:
@@ -114,7 +130,7 @@ def _as_state(value: Any, where: str, call: str) -> dict[str, Tensor]:
     wrong = [key for key, item in state.items() if not (isinstance(key, str) and isinstance(item, Tensor))]
     if wrong or not state:
         keys = listing([repr(key) for key in value])
-        nested = [key for key in wrong if _is_state(value[key])]
+        nested = [key for key in wrong if is_state(value[key])]
         nested.sort(key=lambda key: -len(value[key]))
         if nested:
             raise CheckpointError(
@@ -139,7 +155,8 @@ def _as_state(value: Any, where: str, call: str) -> dict[str, Tensor]:
     return state
 
 
-def _is_state(value: Any) -> bool:
+def is_state(value: Any) -> bool:
+    """Say whether a value is a mapping of names to tensors, which is not empty."""
     return isinstance(value, Mapping) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
 
 
@@ -265,17 +282,25 @@ class LoadedWeights:
         state: From `read_checkpoint` or `fit_state`; it is fitted here in any case, and copied.
         device: Where the values go; None leaves each where the model's own is. Of a sharded parameter this rank's
             part is kept, where its own part is.
+        scales: What the entries of parameters' gradients are multiplied by, ``[*shape]`` each; None: nothing is.
 
     Attributes:
         parameters: Names to values, each tied parameter once; this rank's parts of sharded ones.
         buffers: Names to values of the persistent buffers.
         device: As passed.
+        scales: As passed, where the parameters' values are, float64 for float64 parameters and else float32.
 
     Raises:
         CheckpointError: The state does not fit the model.
     """
 
-    def __init__(self, model: nn.Module, state: Mapping[str, Tensor], device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+        device: torch.device | str | None = None,
+        scales: Mapping[str, Tensor] | None = None,
+    ) -> None:
         fitted = fit_state(model, state)
         left_out = [repr(name) for name, _ in model.named_parameters() if name not in fitted]
         if left_out:
@@ -295,6 +320,13 @@ class LoadedWeights:
         settle(model)
         self.parameters = copies(model.named_parameters())
         self.buffers = copies(model.named_buffers())
+        self.scales: dict[str, Tensor] | None = None
+        if scales is not None:
+            likes = {name: self.parameters[name] for name in scales}
+            self.scales = {
+                name: scale.to(likes[name].device, torch.promote_types(likes[name].dtype, torch.float32))
+                for name, scale in scales.items()
+            }
 
 
 @contextlib.contextmanager

@@ -322,6 +322,70 @@ class SumGradient(PerSampleGradient):
         return total
 
 
+class ScaledGradient(PerSampleGradient):
+    """Another gradient with each entry multiplied by a number of its own, as a diagonal preconditioner does.
+
+    It has no factors, since the scale of an ``[O, I]`` parameter has no outer form: it is built. `scale_gradient` makes
+    it where there is nothing cheaper.
+
+    Args:
+        inner: The gradient before.
+        scale: ``[*shape]``, float32 or float64.
+
+    >>> inner = OuterGradient(torch.ones(1, 1, 1), torch.tensor([[[1.0, 2.0]]]), (1, 2))
+    >>> ScaledGradient(inner, torch.tensor([[10.0, 100.0]])).dense(0, 1)
+    tensor([[ 10., 200.]])
+    """
+
+    def __init__(self, inner: PerSampleGradient, scale: Tensor) -> None:
+        self.inner, self.scale = inner, scale
+        self.shape = inner.shape
+        self.batch_size = inner.batch_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors lie."""
+        return self.inner.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The wider dtype of the inner gradient and the scale."""
+        return torch.promote_types(self.inner.dtype, self.scale.dtype)
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """Build the inner gradients and multiply each entry: ``[b, numel]``."""
+        return self.inner.dense(start, stop) * self.scale.reshape(-1)
+
+    def fold(self, factor: int) -> PerSampleGradient:
+        """Add up groups of ``factor`` consecutive rows before they are scaled."""
+        return self if factor == 1 else ScaledGradient(self.inner.fold(factor), self.scale)
+
+
+def scale_gradient(gradient: PerSampleGradient, scale: Tensor) -> PerSampleGradient:
+    """Return a gradient with each entry multiplied by a number of its own, in the cheapest form.
+
+    Built values stay built values and an embedding's touched rows stay rows; anything else becomes a
+    `ScaledGradient`.
+
+    Args:
+        gradient: Per-sample gradients of one parameter.
+        scale: ``[*shape]``, float32 or float64, where the gradient lies.
+
+    Returns:
+        The scaled gradient.
+
+    >>> rows = RowsGradient(torch.tensor([[1, 1]]), torch.ones(1, 2, 1), (3, 1))
+    >>> scale_gradient(rows, torch.tensor([[1.0], [10.0], [100.0]])).dense(0, 1)
+    tensor([[ 0., 20.,  0.]])
+    """
+    if isinstance(gradient, DenseGradient):
+        return DenseGradient(gradient.values * scale)
+    if isinstance(gradient, RowsGradient):
+        by_row = scale.reshape(matrix_shape(gradient.shape))  # [V, I]
+        return RowsGradient(gradient.index, gradient.values * by_row[gradient.index], gradient.shape)
+    return ScaledGradient(gradient, scale)
+
+
 def add_gradients(parts: Sequence[PerSampleGradient]) -> PerSampleGradient:
     """Return the sum of gradients of one parameter in the cheapest form.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tracer.batches import check_batch_size, select_rows, to_device
 from tracer.checkpoints import LoadedWeights, weights_in
 from tracer.errors import NonFiniteError
-from tracer.factors import PerSampleGradient
+from tracer.factors import PerSampleGradient, scale_gradient
 from tracer.fingerprints import row_fingerprints
 from tracer.gradients import GradientEngine, Sink, isolated
 from tracer.projection.base import Projector
@@ -32,6 +32,7 @@ class RowValues:
         slope: ``[n]``, Q.
         curvature: ``[n]``, w.
         gradient_norm: ``[n]``, the exact norm of the gradient of f.
+        gain: ``[n]``, f minus the f of a model that has learnt nothing; 0 where the task does not know that.
         label: ``[n]``, int64, the class; None where the task gives none.
     """
 
@@ -40,13 +41,14 @@ class RowValues:
     slope: np.ndarray
     curvature: np.ndarray
     gradient_norm: np.ndarray
+    gain: np.ndarray
     label: np.ndarray | None = None
 
     def select(self, rows: np.ndarray) -> RowValues:
         """Return the values of some rows, given by a mask ``[n]`` or by positions."""
         features = None if self.features is None else self.features[rows]
         label = None if self.label is None else self.label[rows]
-        values = self.loss[rows], self.slope[rows], self.curvature[rows], self.gradient_norm[rows]
+        values = self.loss[rows], self.slope[rows], self.curvature[rows], self.gradient_norm[rows], self.gain[rows]
         return RowValues(features, *values, label)
 
 
@@ -55,7 +57,8 @@ class Featurizer:
 
     Args:
         model: The model.
-        weights: The checkpoint's weights, put into the model for each batch only.
+        weights: The checkpoint's weights, put into the model for each batch only; and what its gradients are scaled
+            by, if by anything.
         engine: Computes per-sample gradients.
         projector: Projects them; None where features are not stored.
         device: Where batches go.
@@ -152,7 +155,7 @@ class Featurizer:
         return row_values(outputs, projection.squared_norm, projection.features)
 
     def run(self, batch: Batch, num_rows: int, sink: Sink) -> SampleOutputs:
-        """Give the gradients of a batch to a sink, with the checkpoint's weights.
+        """Give the gradients of a batch to a sink, with the checkpoint's weights, and scaled if it has scales.
 
         Args:
             batch: A batch of ``num_rows`` samples.
@@ -160,8 +163,10 @@ class Featurizer:
             sink: Takes the gradients.
 
         Returns:
-            f, L, Q, w of each sample.
+            f, L, Q, w of each sample; f as the model gives it.
         """
+        if self.weights.scales is not None:
+            sink = _ScalingSink(sink, self.weights.scales)
         with (
             weights_in(self.model, self.weights),
             _no_autocast(self.device),
@@ -207,6 +212,30 @@ class _ProjectingSink:
         return self._running.finish()
 
 
+class _ScalingSink:
+    """Scales gradients entry by entry before another sink takes them.
+
+    Args:
+        sink: The other sink.
+        scales: What each entry is multiplied by, ``[*shape]`` of each parameter.
+    """
+
+    def __init__(self, sink: Sink, scales: Mapping[str, Tensor]) -> None:
+        self._sink, self._scales = sink, scales
+
+    def begin(self) -> None:
+        """Start again."""
+        self._sink.begin()
+
+    def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
+        """Hand on the gradients of samples ``start`` to ``stop``, scaled."""
+        scaled = {
+            name: scale_gradient(gradient, self._scales[name].to(gradient.device))
+            for name, gradient in gradients.items()
+        }
+        self._sink.take(start, stop, scaled)
+
+
 class NormSink:
     """Sums up squared norms, ``[B]``, float64."""
 
@@ -238,12 +267,14 @@ def row_values(outputs: SampleOutputs, squares: Tensor, features: Tensor | None 
     def array(values: Tensor) -> np.ndarray:
         return values.detach().to("cpu", torch.float32).numpy()
 
+    gain = torch.zeros_like(outputs.loss) if outputs.baseline is None else outputs.output - outputs.baseline
     return RowValues(
         features=None if features is None else array(features),
         loss=array(outputs.loss),
         slope=array(outputs.slope),
         curvature=array(outputs.curvature),
         gradient_norm=array(squares.sqrt()),
+        gain=array(gain),
         label=None if outputs.label is None else outputs.label.detach().to("cpu", torch.int64).numpy(),
     )
 
@@ -260,7 +291,7 @@ def write_values(table: RowTable, rows: np.ndarray, values: RowValues, fingerpri
     Raises:
         NonFiniteError: A row's gradient, loss or slope is NaN or infinite; nothing is written.
     """
-    for name in ("loss", "slope", "curvature", "gradient_norm"):
+    for name in ("loss", "slope", "curvature", "gradient_norm", "gain"):
         finite = np.isfinite(getattr(values, name))
         if not finite.all():
             _refuse("gradient" if name == "gradient_norm" else name, rows[~finite])
@@ -271,6 +302,7 @@ def write_values(table: RowTable, rows: np.ndarray, values: RowValues, fingerpri
         slope=values.slope,
         curvature=values.curvature,
         gradient_norm=values.gradient_norm,
+        gain=values.gain,
         fingerprint=fingerprint,
         label=values.label,
     )

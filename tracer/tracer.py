@@ -30,6 +30,7 @@ from tracer.cosines import CosineWriter
 from tracer.errors import CallOrderError, InputError, MismatchError
 from tracer.featurize import Featurizer
 from tracer.gradients import GradientEngine, ParamSelection, select_parameters
+from tracer.moments import check_preconditioner, read_training_checkpoint
 from tracer.processes import Process, ProcessChoice, this_process
 from tracer.projection import Projector, make_projector
 from tracer.ranker import Labels
@@ -94,6 +95,9 @@ class Tracer(Reader):
         seed: The projection's seed.
         resume: Open the store that lies in ``save_dir``; with False it must not exist.
         check_rows: Recognise rows by a fingerprint of their inputs, so that a shuffled loader is an error.
+        preconditioner: ``adam``: inner products of gradients are those of Adam's steps (as in LESS, Xia et al. 2024),
+            ``<g / (sqrt(v̂) + eps), g'>`` with the second moments v̂ of each checkpoint, which then holds the optimizer's
+            state dict beside the model's. None: plain inner products, as SGD has them.
         memory_bytes: How much scoring holds, about, whatever the numbers of rows and targets; in `score_exactly` more
             means fewer passes over the train rows.
         process: Of several processes that share the work and the store: this one's number and how many there are, or
@@ -124,6 +128,7 @@ class Tracer(Reader):
         *,
         check_rows: bool = True,
         autocast: str | torch.dtype | None = None,
+        preconditioner: str | None = None,
         memory_bytes: int = 1 << 30,
         process: ProcessChoice = None,
         progress: bool | None = None,
@@ -132,6 +137,7 @@ class Tracer(Reader):
         self.task = make_task(task)
         device = check_device(device, self.model)
         self._ranks = find_ranks(self.model, device)
+        self._preconditioner = check_preconditioner(preconditioner, sharded=self._ranks is not None)
         dtype = check_autocast(autocast)
         if dtype is not None:
             self.task = LowerPrecision(self.task, dtype, device)
@@ -169,7 +175,8 @@ class Tracer(Reader):
 
         Args:
             checkpoint: A state dict, or the path of a ``.pt``/``.pth`` (read with ``weights_only=True``) or
-                ``.safetensors`` file.
+                ``.safetensors`` file. With a ``preconditioner``: a mapping, or the path of a ``.pt`` file of one, that
+                holds the model's state dict under one key and the optimizer's under another.
             model_id: The checkpoint's number in the store, 0 or more.
             learning_rate: The learning rate at the checkpoint, which weighs its scores. Another value for a known
                 checkpoint replaces the stored one; None keeps it, or gives all checkpoints the weight 1.
@@ -446,6 +453,8 @@ class Tracer(Reader):
             "storage": storage,
             "check_rows": self._check_rows,
         }
+        if self._preconditioner is not None:  # stores without one stay as they always were
+            settings["preconditioner"] = self._preconditioner
         return Manifest(settings, info={"model": layer_type(self.model).__name__})
 
     def _projector(self, model_id: int | None, device: torch.device) -> Projector:
@@ -458,14 +467,19 @@ class Tracer(Reader):
 
     def _read(self, checkpoint: Checkpoint) -> tuple[LoadedWeights, str]:
         with torch.inference_mode(False):
+            if self._preconditioner is not None:
+                training = read_training_checkpoint(checkpoint, self.model, list(self._shapes))
+                weights = LoadedWeights(self.model, training.state, self.device, training.scales())
+                return weights, training.fingerprint()
             state = fit_state(self.model, read_checkpoint(checkpoint))
             return LoadedWeights(self.model, state, self.device), weights_fingerprint(state)
 
     def _check_weights(self, table: RowTable, fingerprint: str, model_id: int) -> None:
         stored = table.attributes["weights_fingerprint"]
         if stored != fingerprint:
+            what = "second moments" if stored.partition("+")[0] == fingerprint.partition("+")[0] else "weights"
             raise MismatchError(
-                f"The store holds other weights under model_id={model_id} (fingerprint {stored}, now {fingerprint}). "
+                f"The store holds other {what} under model_id={model_id} (fingerprint {stored}, now {fingerprint}). "
                 f"Pass the checkpoint that was featurized, or use a new model_id for this one."
             )
 

@@ -13,8 +13,9 @@ from torch import Tensor
 Batch = Any
 """What a data loader yields: a tensor, or tuples, lists, mappings and dataclasses of tensors."""
 
-Checkpoint = Mapping[str, Tensor] | str | os.PathLike[str]
-"""A state dict, or the path of a ``.pt``, ``.pth`` or ``.safetensors`` file that holds one."""
+Checkpoint = Mapping[str, Any] | str | os.PathLike[str]
+"""A state dict, or the path of a ``.pt``, ``.pth`` or ``.safetensors`` file that holds one; with a preconditioner, a
+training checkpoint that holds the optimizer's state dict too."""
 
 
 @dataclass(frozen=True)

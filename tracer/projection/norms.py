@@ -22,6 +22,7 @@ from tracer.factors import (
     FoldedGradient,
     PerSampleGradient,
     RowsGradient,
+    ScaledGradient,
     SumGradient,
     matrix_shape,
 )
@@ -173,6 +174,8 @@ def dense_entries(gradient: PerSampleGradient, start: int, stop: int, first: int
     """
     if isinstance(gradient, SumGradient):
         return torch.stack([dense_entries(part, start, stop, first, last) for part in gradient.parts]).sum(0)
+    if isinstance(gradient, ScaledGradient):
+        return dense_entries(gradient.inner, start, stop, first, last) * gradient.scale.reshape(-1)[first:last]
     if isinstance(gradient, DenseGradient):
         return full_precision(gradient.dense(start, stop)[:, first:last])
     cols = matrix_shape(gradient.shape)[1]

@@ -9,6 +9,7 @@ same linear map; which of these ways a gradient takes depends only on its form a
 - lattice (`tracer.projection.lattice`): few positions are folded within the matrix product that builds them;
 - spectral (`tracer.projection.spectral`): factors are sketched and multiplied as spectra, nothing is built;
 - rows: an embedding's touched rows are scattered, ``T * I`` numbers a sample;
+- scaled: outer products whose entries are scaled one by one are built, and scaled before they are folded;
 - dense: anything else is built in blocks, signed and folded.
 """
 
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tracer.factors import PerSampleGradient, RowsGradient, SumGradient, WindowGradient, matrix_shape
+from tracer.factors import PerSampleGradient, RowsGradient, ScaledGradient, SumGradient, WindowGradient, matrix_shape
 from tracer.projection import norms
 from tracer.projection.arrangement import factors
 from tracer.projection.base import Projector, RunningProjection, full_precision, row_blocks
@@ -122,6 +123,10 @@ class SketchProjector(Projector):
         if isinstance(gradient, RowsGradient):
             self._add_rows(name, gradient, features)
             return norms.squared_norm(gradient)
+        if isinstance(gradient, ScaledGradient):
+            positions = norms.num_positions(gradient.inner)
+            if positions is not None:
+                return self._add_built(name, gradient.inner, positions, features, gradient.scale)
         positions = norms.num_positions(gradient)
         if positions is None:
             return self._add_dense(name, gradient, features)
@@ -176,16 +181,21 @@ class SketchProjector(Projector):
         place = self._starts[name]
         return place if self._num_entries <= self.dim else None
 
-    def _add_built(self, name: str, gradient: PerSampleGradient, positions: int, features: Tensor) -> Tensor:
-        """Build ``[b, o, stride]`` from factors, tile by tile, fold it, and return squared norms ``[B]``."""
-        if positions == 1:
+    def _add_built(
+        self, name: str, gradient: PerSampleGradient, positions: int, features: Tensor, scale: Tensor | None = None
+    ) -> Tensor:
+        """Build ``[b, o, stride]`` from factors, tile by tile, scale and fold it, and return squared norms ``[B]``."""
+        if positions == 1 and scale is None:
             for tile in self.tiles(name, gradient.device):
                 self._add_products(gradient, tile, features)
             return norms.squared_norm(gradient)
         total = torch.zeros(gradient.batch_size, dtype=torch.float64, device=gradient.device)
         for tile in self.tiles(name, gradient.device):
             row_norms = features.new_empty(gradient.batch_size, tile.num_rows)
+            placed = None if scale is None else place_tile(scale.reshape(1, *matrix_shape(scale.shape)), tile)
             for start, stop, built in self._built(gradient, positions, tile, features.element_size()):
+                if placed is not None:
+                    built *= placed
                 torch.linalg.vector_norm(built, dim=2, out=row_norms[start:stop])
                 fold_tile(built, tile, features[start:stop])
             total += row_norms.double().square_().sum(1)
@@ -277,9 +287,13 @@ class SketchProjector(Projector):
 
 def arrange_tile(matrix: Tensor, tile: Tile) -> Tensor:
     """Bring a tile of ``[b, O, I]`` into memory order and sign it: ``[b, o, stride]``."""
+    return place_tile(matrix, tile).mul_(tile.col_sign).mul_(tile.row_sign.unsqueeze(1))
+
+
+def place_tile(matrix: Tensor, tile: Tile) -> Tensor:
+    """Bring a tile of ``[b, O, I]`` into memory order, with any numbers behind it: ``[b, o, stride]``."""
     columns = torch.nn.functional.pad(tile.columns, (0, tile.stride - tile.num_cols))
-    values = matrix.index_select(1, tile.matrix_rows).index_select(2, columns)
-    return values.mul_(tile.col_sign).mul_(tile.row_sign.unsqueeze(1))
+    return matrix.index_select(1, tile.matrix_rows).index_select(2, columns)
 
 
 def fold_tile(built: Tensor, tile: Tile, features: Tensor) -> None:

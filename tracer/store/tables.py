@@ -232,8 +232,8 @@ class RowTable:
         """Return a column, or some rows of it: a view that cannot be written where they lie in one file, else a copy.
 
         Args:
-            name: ``loss``, ``slope``, ``curvature``, ``gradient_norm``, ``gain`` or ``scale`` (float32), ``label`` (int64,
-                `NO_LABEL` where there is none), ``fingerprint`` or ``checksum`` (uint64), or ``done`` (bool, where
+            name: ``loss``, ``slope``, ``curvature``, ``gradient_norm``, ``gain`` or ``scale`` (float32), ``label``
+                (int64, `NO_LABEL` where there is none), ``fingerprint`` or ``checksum`` (uint64), or ``done`` (bool, where
                 pending rows may already show).
             start: The first row.
             stop: One past the last row; None is N.

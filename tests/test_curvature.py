@@ -1,0 +1,131 @@
+"""Kernels against numpy's inverse and pseudo-inverse, and the choice of the regularization against its definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tracer.curvature import DenseKernel, Moments, RowKernel, choose_regularization, misfit
+
+
+def rows_of(num_rows: int, dim: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((num_rows, dim)) * 10.0 ** rng.uniform(-2, 1, dim)
+
+
+def kernels(rows: np.ndarray) -> list:
+    a = torch.from_numpy(rows)
+    return [DenseKernel(a.T @ a), RowKernel(a)]
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (7, 40), (9, 9), (1, 5)])
+@pytest.mark.parametrize("regularization", [1e-6, 1.0, 1e6])
+def test_solutions_are_those_of_the_inverse(shape, regularization):
+    rows, x = rows_of(*shape), rows_of(3, shape[1], 1)
+    expected = x @ np.linalg.inv(rows.T @ rows + regularization * np.eye(shape[1]))
+    for kernel in kernels(rows):
+        found = kernel.solve(torch.from_numpy(x), regularization).numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (7, 40), (1, 5)])
+def test_without_regularization_they_are_those_of_the_pseudo_inverse(shape):
+    rows, x = rows_of(*shape), rows_of(3, shape[1], 1)
+    rows[0] = rows[-1]  # two equal rows: the kernel of few rows is singular too
+    expected = x @ np.linalg.pinv(rows) @ np.linalg.pinv(rows).T
+    for kernel in kernels(rows):
+        found = kernel.solve(torch.from_numpy(x), 0.0).numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
+def test_a_regularization_below_rounding_still_gives_finite_solutions():
+    rows = np.ones((3, 4)) * 1e8
+    for kernel in kernels(rows):
+        assert torch.isfinite(kernel.solve(torch.ones(1, 4, dtype=torch.float64), 1e-30)).all()
+
+
+def test_another_regularization_is_another_solution():
+    kernel, x = kernels(rows_of(20, 4))[0], torch.from_numpy(rows_of(1, 4, 1))
+    first = kernel.solve(x, 1.0)
+    assert not torch.allclose(first, kernel.solve(x, 10.0))
+    torch.testing.assert_close(first, kernel.solve(x, 1.0))
+
+
+def regression(num_rows: int = 60, dim: int = 12, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Features, weights, gains and slopes of a logistic regression that was stopped early."""
+    rng = np.random.default_rng(seed)
+    features = rng.standard_normal((num_rows, dim)) * 10.0 ** rng.uniform(-1.5, 0.5, dim)
+    theta = np.zeros(dim)
+    for _ in range(200):
+        theta += 0.01 * features.T @ (1 / (1 + np.exp(features @ theta)))
+    gain = features @ theta
+    wrong = 1 / (1 + np.exp(gain))
+    return features, wrong * (1 - wrong), gain, -wrong
+
+
+def moments_of(features: np.ndarray, w: np.ndarray, gain: np.ndarray, slope: np.ndarray) -> Moments:
+    squares = np.square(features).sum(1)
+    vectors = (torch.from_numpy(features.T @ values) for values in (w * gain, -slope))
+    return Moments(len(w), float(w @ squares), float(squares.sum()), *vectors, float(w @ np.square(gain)))
+
+
+def slow_misfit(features, w, gain, slope, regularization) -> float:
+    root = np.sqrt(w)
+    a, y = root[:, None] * features, root * (gain - slope / w)
+    hat = a @ np.linalg.inv(a.T @ a + regularization * np.eye(features.shape[1])) @ a.T
+    return float(np.square(root * gain - hat @ y).sum())
+
+
+@pytest.mark.parametrize("shape", [(60, 12), (12, 60), (400, 300)])
+def test_misfit_is_that_of_the_ridge_regression(shape):
+    values = regression(*shape)
+    a = np.sqrt(values[1])[:, None] * values[0]
+    grid = torch.logspace(-3, 3, 7, dtype=torch.float64)
+    expected = [slow_misfit(*values, float(regularization)) for regularization in grid]
+    for kernel in kernels(a):
+        np.testing.assert_allclose(misfit(kernel, moments_of(*values), grid).numpy(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_the_choice_has_the_least_misfit_over_the_share():
+    values = regression()
+    a = np.sqrt(values[1])[:, None] * values[0]
+    chosen = choose_regularization([(kernels(a)[0], moments_of(*values))], share=0.25)
+    assert chosen.rule == "training"
+    grid = np.logspace(-4, 4, 801)
+    best = grid[np.argmin([slow_misfit(*values, regularization) for regularization in grid])]
+    assert chosen.value == pytest.approx(best / 0.25, rel=0.06)
+
+
+def test_the_choice_recovers_the_regularization_of_a_ridge_regression():
+    features, w, _, _ = regression()
+    a = np.sqrt(w)[:, None] * features
+    labels = np.random.default_rng(1).standard_normal(len(w)) + features @ np.ones(features.shape[1])
+    theta = np.linalg.solve(a.T @ a + 0.7 * np.eye(features.shape[1]), features.T @ (w * labels))
+    gain = features @ theta
+    moments = moments_of(features, w, gain, w * (gain - labels))
+    assert choose_regularization([(kernels(a)[0], moments)], share=1.0).value == pytest.approx(0.7, rel=0.05)
+
+
+def test_one_choice_serves_all_checkpoints():
+    parts = []
+    for seed in (0, 1):
+        values = regression(seed=seed)
+        parts.append((kernels(np.sqrt(values[1])[:, None] * values[0])[1], moments_of(*values)))
+    alone = [choose_regularization([part]).value for part in parts]
+    both = choose_regularization(parts).value
+    assert min(alone) * 0.95 <= both <= max(alone) * 1.05
+
+
+def test_without_gains_the_trace_decides():
+    features, w, gain, slope = regression()
+    moments = moments_of(features, w, 0 * gain, slope)
+    chosen = choose_regularization([(DenseKernel(torch.eye(12, dtype=torch.float64)), moments)])
+    assert chosen.rule == "trace"
+    assert chosen.value == pytest.approx(2 * moments.trace / 60)
+
+
+def test_kernels_of_zeros_have_a_regularization():
+    zero = torch.zeros(3, dtype=torch.float64)
+    chosen = choose_regularization([(RowKernel(torch.zeros(2, 3, dtype=torch.float64)), Moments(2, 0, 0, zero, zero, 0))])
+    assert chosen.value > 0
