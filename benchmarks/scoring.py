@@ -44,6 +44,7 @@ from timing import machine, peak_mb, synchronize, table, write_results
 from torch import Tensor
 
 from tracer.ranker import Ranker
+from tracer.scoring import Estimate
 from tracer.store import RowTable, Store
 from tracer.store.manifest import Manifest
 
@@ -180,7 +181,7 @@ def peers(features: Tensor, targets: Tensor, scale: float) -> Iterator[Contender
 def query(ranker: Ranker, name: str, k: int) -> Any:
     """Answer for targets in memory without storing anything."""
     rows = ranker.store.targets(name, 0)
-    return ranker.query([rows], [0], k, "proponents", "tracin", None)  # type: ignore[list-item]
+    return ranker.query([rows], [0], k, "proponents", Estimate(), None)  # type: ignore[list-item]
 
 
 def measure(
@@ -211,11 +212,11 @@ def measure_targets(
         size = sum(path.stat().st_size for path in feature_files(ranker))
         contenders += [
             Contender(
-                f"{storage}, scores", lambda r=ranker: r.scores(name, "tracin", None), prepare=forget(ranker, "scores")
+                f"{storage}, scores", lambda r=ranker: r.scores(name, Estimate(), None), prepare=forget(ranker, "scores")
             ),
             Contender(
                 f"{storage}, top",
-                lambda r=ranker: r.top(name, k, "proponents", "tracin", None),
+                lambda r=ranker: r.top(name, k, "proponents", Estimate(), None),
                 prepare=forget(ranker, "top"),
             ),
             Contender(f"{storage}, query", lambda r=ranker: query(r, name, k)),

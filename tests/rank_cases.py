@@ -19,8 +19,10 @@ def fill(table: RowTable, seed: int, magnitude: float = 1.0) -> None:
     """Write rows that depend on a seed only, and finalize them."""
     rng, count = np.random.default_rng(seed), table.num_rows
     features = (magnitude * rng.standard_normal((count, table.dim))).astype(np.float32)
-    columns = {name: rng.standard_normal(count).astype(np.float32) for name in ("loss", "slope", "curvature")}
+    columns = {name: rng.standard_normal(count).astype(np.float32) for name in ("loss", "slope", "gain")}
+    columns["curvature"] = rng.uniform(0.01, 0.25, count).astype(np.float32)
     norm = np.linalg.norm(features.astype(np.float64), axis=1).astype(np.float32)
+    columns["label"] = rng.integers(0, 3, count)
     table.write(np.arange(count), features, gradient_norm=norm, fingerprint=np.zeros(count, np.uint64), **columns)
     table.set_attributes(finalized=True)
 

@@ -14,6 +14,7 @@ from rank_cases import expected, ranker
 from tracer import rank
 from tracer.errors import InputError, StoreError
 from tracer.products import int8_products_are_exact
+from tracer.scoring import Estimate
 
 
 @pytest.mark.parametrize("estimator", ["tracin", "cosine"])
@@ -23,7 +24,7 @@ from tracer.products import int8_products_are_exact
 def test_scores_equal_products_in_float64(tmp_path, estimator, storage, shape, memory_bytes):
     found = ranker(tmp_path, *shape, storage, memory_bytes=memory_bytes)
     wanted = expected(found, estimator)
-    scores = found.scores("test", estimator, None)
+    scores = found.scores("test", Estimate(estimator), None)
     assert np.abs(scores - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
@@ -32,25 +33,25 @@ def test_scores_equal_products_in_float64(tmp_path, estimator, storage, shape, m
 def test_small_and_large_gradients_stay_within_float32(tmp_path, storage, magnitude):
     found = ranker(tmp_path, 40, 3, 64, storage, magnitude)
     wanted = expected(found)
-    assert np.abs(found.scores("test", "tracin", None) - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    assert np.abs(found.scores("test", Estimate(), None) - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
 def test_integer_products_give_the_same_scores(tmp_path, monkeypatch):
     found = ranker(tmp_path, 300, 11, 200, "int8")
-    converted = np.array(found.scores("test", "tracin", None))
+    converted = np.array(found.scores("test", Estimate(), None))
     shutil.rmtree(found.store.path / "scores")
     calls = []
     right = torch._int_mm
     monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: True)
     monkeypatch.setattr("torch._int_mm", lambda a, b: calls.append(a.shape) or right(a, b))
     int8_products_are_exact.cache_clear()
-    np.testing.assert_allclose(found.scores("test", "tracin", None), converted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.scores("test", Estimate(), None), converted, rtol=1e-5, atol=1e-5)
     int8_products_are_exact.cache_clear()
     assert len(calls) > 1
 
 
 def open_scores(found, **options):
-    pairs, _ = found._pairs("test", None)
+    pairs, _ = found._pairs("test", Estimate(), None)
     shape = found.num_rows, pairs[0].targets.num_rows
     return pairs, found.store.scores("test", "tracin", shape, {"a": 1}, tile_rows=10)
 
@@ -59,15 +60,15 @@ def test_ranges_divide_the_work(tmp_path):
     found = ranker(tmp_path, 95, 3, 16)
     pairs, scores = open_scores(found)
     todo = scores.remaining()
-    rank.write_scores(pairs, "tracin", scores, torch.device("cpu"), False, ranges=todo[1:3])
+    rank.write_scores(pairs, Estimate(), scores, torch.device("cpu"), False, ranges=todo[1:3])
     assert np.flatnonzero(scores.tile_done).tolist() == [1, 2]
-    rank.write_scores(pairs, "tracin", scores, torch.device("cpu"), False, ranges=[todo[9]])
+    rank.write_scores(pairs, Estimate(), scores, torch.device("cpu"), False, ranges=[todo[9]])
     assert [start for start, _ in scores.remaining()] == [0, 30, 40, 50, 60, 70, 80]
-    matrix = rank.write_scores(pairs, "tracin", scores, torch.device("cpu"), False)
+    matrix = rank.write_scores(pairs, Estimate(), scores, torch.device("cpu"), False)
     assert scores.complete
     np.testing.assert_allclose(matrix, expected(found), rtol=1e-4, atol=1e-4)
     with pytest.raises(InputError, match="rows 5 to 20 are no whole tiles"):
-        rank.write_scores(pairs, "tracin", scores, torch.device("cpu"), False, ranges=[(5, 20)])
+        rank.write_scores(pairs, Estimate(), scores, torch.device("cpu"), False, ranges=[(5, 20)])
 
 
 def test_a_failed_write_is_an_error_and_marks_nothing(tmp_path, monkeypatch):
@@ -79,7 +80,7 @@ def test_a_failed_write_is_an_error_and_marks_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(scores, "write", fails)
     with pytest.raises(StoreError, match="the disk is full"):
-        rank.write_scores(pairs, "tracin", scores, torch.device("cpu"), False)
+        rank.write_scores(pairs, Estimate(), scores, torch.device("cpu"), False)
     assert not scores.tile_done.any()
 
 
@@ -90,10 +91,10 @@ def test_own_memory_grows_with_neither_rows_nor_targets(tmp_path, monkeypatch):
     peaks = []
     for number, (num_rows, num_targets) in enumerate([(2_000, 200), (2_000, 4_000), (40_000, 200)]):
         found = ranker(tmp_path / str(number), num_rows, num_targets, 64, "float16", memory_bytes=8 << 20)
-        found.scores("test", "tracin", None)
+        found.scores("test", Estimate(), None)
         for name in ("scores", "top"):
             shutil.rmtree(found.store.path / name, ignore_errors=True)
-        peaks.append(peak_mb(lambda found=found: found.scores("test", "tracin", None)))
+        peaks.append(peak_mb(lambda found=found: found.scores("test", Estimate(), None)))
     assert max(peaks) <= 16, peaks
 
 
@@ -104,7 +105,7 @@ def test_rows_are_read_ahead_once_and_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr("tracer.store.RowTable.prefetch", lambda table, *rows: asked.append((table.path.name, *rows)))
     monkeypatch.setattr(rank, "_AHEAD_BYTES", 64 * 32)
     monkeypatch.setattr(rank, "_PIECE_BYTES", 50 * 32)
-    found.top("test", 3, "proponents", "tracin", None)
+    found.top("test", 3, "proponents", Estimate(), None)
     for name in ("0", "1"):
         ranges = [(start, stop) for table, start, stop in asked if table == name]
         assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]

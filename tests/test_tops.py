@@ -20,7 +20,7 @@ from tracer import rank, tops
 from tracer.errors import InputError, InputTypeError, NonFiniteError, StoreError
 from tracer.ranker import KINDS, Ranker
 from tracer.rows import chosen_rows
-from tracer.scoring import RunningTopK
+from tracer.scoring import Estimate, RunningTopK
 from tracer.store import Store
 from tracer.store.selections import list_parts
 
@@ -33,7 +33,7 @@ def found(tmp_path):
 
 
 def top(found, k=K, kind="proponents", rows=None):
-    return found.top("test", k, kind, "tracin", None, rows)
+    return found.top("test", k, kind, Estimate(), None, rows)
 
 
 def parts(found):
@@ -67,7 +67,7 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_top_is_that_of_all_scores(found, kind):
-    scores = np.array(found.scores("test", "tracin", None))
+    scores = np.array(found.scores("test", Estimate(), None))
     answer = top(found, kind=kind)
     np.testing.assert_array_equal(answer.indices, strongest(scores, K, kind))
     np.testing.assert_allclose(answer.scores, np.take_along_axis(scores.T, answer.indices, 1), rtol=1e-5)
@@ -143,13 +143,13 @@ def test_an_answer_is_read_and_not_computed_again(found, counted):
     for k in (K, 3, 1):
         for kind in KINDS:
             again = Ranker(Store.open_existing(found.store.path), torch.device("cpu"), False)
-            read = again.top("test", k, kind, "tracin", None)
+            read = again.top("test", k, kind, Estimate(), None)
             assert read.indices.shape == (M, k)
             if kind == "proponents":
                 np.testing.assert_array_equal(read.indices, answer.indices[:, :k])
                 np.testing.assert_array_equal(read.scores, answer.scores[:, :k])
     assert counted == [] and ranges(found) == [(0, N)]
-    found.top("test", K, "opponents", "cosine", None)
+    found.top("test", K, "opponents", Estimate("cosine"), None)
     top(found, k=K + 1)
     assert len(counted) == 2 * N
     assert [part.inputs["k"] for part in parts(found)] == [K + 1]  # which answers for smaller ones as well
@@ -169,13 +169,13 @@ def test_other_inputs_are_another_question(found, counted, change):
         "test",
         K,
         "proponents",
-        "tracin",
+        Estimate(),
         [1] if change == "checkpoints" else None,
         [*range(50)] if change == "rows" else None,
     )
     assert len(counted) == (50 if change == "rows" else N)
     if change in ("learning rate", "checkpoints"):
-        scores = found.scores("test", "tracin", [1] if change == "checkpoints" else None)
+        scores = found.scores("test", Estimate(), [1] if change == "checkpoints" else None)
         np.testing.assert_array_equal(answer.indices, strongest(np.array(scores), K, "proponents"))
     assert len(parts(found)) == (1 if change == "targets" else 2)  # of tables that are gone nothing is kept
 
@@ -191,7 +191,7 @@ def test_any_zarr_reader_opens_a_part(found):
 
 def test_shares_of_the_work_are_merged(found, counted):
     for share in ([(100, 200)], [(0, 50), (250, N)], [(190, 210)]):
-        found._question("test", K, "tracin", None, range(N)).cover(share)
+        found._question("test", K, Estimate(), None, range(N)).cover(share)
     assert sorted(counted) == [*range(50), *range(100, 210), *range(250, N)]
     counted.clear()
     answer = top(found)
@@ -231,7 +231,7 @@ def test_equal_scores_come_by_row_index_also_across_parts(tmp_path):
         )
         table.flush()
     for share in ((200, 300), (3, 50)):
-        found._question("test", K, "tracin", None, range(N)).cover([share])
+        found._question("test", K, Estimate(), None, range(N)).cover([share])
     for kind in KINDS:
         np.testing.assert_array_equal(top(found, kind=kind).indices, np.tile(np.arange(K), (M, 1)))
     np.testing.assert_array_equal(top(found, rows=slice(100, None)).indices, np.tile(100 + np.arange(K), (M, 1)))
@@ -271,6 +271,7 @@ sys.path.insert(0, sys.argv[2])
 import torch
 from tracer import rank, tops
 from tracer.ranker import Ranker
+from tracer.scoring import Estimate
 from tracer.store import Store
 tops.SAVE_SECONDS = 0.0
 save = tops.save_part
@@ -282,7 +283,7 @@ def saving(*args):
 
 tops.save_part = saving
 found = Ranker(Store.open_existing(sys.argv[1]), torch.device("cpu"), False, 1 << 14)
-found.top("test", 7, "proponents", "tracin", None)
+found.top("test", 7, "proponents", Estimate(), None)
 """
 
 

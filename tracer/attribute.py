@@ -17,7 +17,7 @@ from tracer.errors import InputError, InputTypeError
 from tracer.reader import Reader
 from tracer.report import write_report
 from tracer.rowsource import RowSource, row_source
-from tracer.scoring import check_estimator
+from tracer.scoring import Estimate
 from tracer.sharded import fsdp_modules
 from tracer.tracer import Tracer
 from tracer.types import Batch, Checkpoint, TopK
@@ -34,17 +34,21 @@ class Attribution:
         exp_name: The name of the targets.
         estimator: The estimator of `scores` and `top`.
         model_ids: The checkpoints' numbers in the store; None: all.
+        target: Of what on the targets' side, as `Tracer.finalize_scores` takes it.
+        regularization: λ of ``trak`` and ``influence``, likewise.
     """
 
     tracer: Reader
     exp_name: str
     estimator: str = "tracin"
     model_ids: list[int] | None = None
+    target: str | None = None
+    regularization: float | str = "auto"
 
     @property
     def scores(self) -> np.ndarray:
         """``[num_train, num_targets]``, float32, mapped from the store; computed at the first use."""
-        return self.tracer.finalize_scores(self.exp_name, self.estimator, self.model_ids)
+        return self.tracer.finalize_scores(self.exp_name, self.estimator, self.model_ids, **self._options)
 
     def top(self, k: int, kind: str = "proponents") -> TopK:
         """Return the strongest train rows of each target.
@@ -56,7 +60,11 @@ class Attribution:
         Returns:
             Indices and scores, ``[num_targets, k]`` each, strongest first.
         """
-        return self.tracer.top(self.exp_name, k, kind, self.estimator, self.model_ids)
+        return self.tracer.top(self.exp_name, k, kind, self.estimator, self.model_ids, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"target": self.target, "regularization": self.regularization}
 
     def self_influence(self) -> np.ndarray:
         """Return each train row's influence on itself, ``[num_train]``, float64; see `Tracer.self_influence`."""
@@ -116,6 +124,8 @@ def attribute(
     collate_fn: Callable[[list], Batch] | None = None,
     exp_name: str = "targets",
     estimator: str = "tracin",
+    target: str | None = None,
+    regularization: float | str = "auto",
     progress: bool | None = None,
     **tracer_options: Any,
 ) -> Attribution:
@@ -129,15 +139,19 @@ def attribute(
         train: The train rows: a map-style data set, a tuple of tensors, a `DataLoader` with ``shuffle=False``, or a
             list of batches.
         targets: The rows to explain, likewise.
-        checkpoints: State dicts or paths, each alone or as ``(checkpoint, learning rate)``.
+        checkpoints: State dicts or paths, each alone or as ``(checkpoint, learning rate)``; with ``preconditioner=``,
+            training checkpoints.
         save_dir: Where the store lies or is to be made.
         batch_size: For data sets and tensors; loaders and lists have their own.
         collate_fn: How rows of a data set become a batch; by default as a `DataLoader` does it.
         exp_name: The name of the targets in the store.
-        estimator: ``tracin`` or ``cosine``.
+        estimator: ``tracin``, ``cosine``, ``influence`` or ``trak``, as `Tracer.finalize_scores` explains them.
+        target: ``loss`` or ``output``, likewise.
+        regularization: λ of ``trak`` and ``influence``, likewise.
         progress: Show progress bars; None: on a terminal only.
         **tracer_options: As `Tracer` takes them: ``proj_dim``, ``projector``, ``params``, ``storage``, ``device``...
-            With ``projector="none"``, ``storage`` is ``"none"`` by default: exact scores, without storing gradients.
+            With ``projector="none"``, ``storage`` is ``"none"`` by default: exact scores, without storing gradients;
+            for ``trak`` and ``influence``, which need them, ``"float32"``.
 
     Returns:
         The attribution.
@@ -155,7 +169,7 @@ def attribute(
     ...     found.scores.shape
     (6, 2)
     """
-    check_estimator(estimator)
+    estimate = Estimate(estimator, target, regularization)
     if fsdp_modules(model):
         raise InputError(
             "model is sharded by fully_shard, and attribute passes all rows in one process; make a Tracer on each rank "
@@ -166,7 +180,7 @@ def attribute(
     train_rows = row_source(train, "train", size, collate_fn)
     target_rows = row_source(targets, "targets", size, collate_fn)
     if tracer_options.get("projector") == "none":
-        tracer_options.setdefault("storage", "none")
+        tracer_options.setdefault("storage", "float32" if estimate.kernel else "none")
     tracer = Tracer(model, task, train_rows.num_rows, save_dir, progress=progress, **tracer_options)
     chosen = list(range(len(pairs)))
     if tracer.store.manifest.storage == "none":
@@ -174,7 +188,7 @@ def attribute(
             tracer.load_checkpoint(checkpoint, model_id=model_id, learning_rate=learning_rate)
             tracer.score_exactly(checkpoint, model_id, train_rows, target_rows, exp_name)
         tracer.finalize_features(chosen)
-        return Attribution(tracer, exp_name, estimator, chosen)
+        return Attribution(tracer, exp_name, estimator, chosen, target, regularization)
     bar_options = {"unit": "row", "disable": bar_disabled(progress)}
     for model_id, (checkpoint, learning_rate) in enumerate(pairs):
         tracer.load_checkpoint(checkpoint, model_id=model_id, learning_rate=learning_rate)
@@ -188,7 +202,7 @@ def attribute(
         _feed(tracer.score, target_rows, missing, {"desc": f"score {model_id + 1}/{len(pairs)}", **bar_options})
     tracer.flush()
     tracer.process.wait()
-    return Attribution(tracer, exp_name, estimator, chosen)
+    return Attribution(tracer, exp_name, estimator, chosen, target, regularization)
 
 
 def _own(tracer: Tracer, source: RowSource, rows: np.ndarray) -> np.ndarray:

@@ -1,16 +1,17 @@
 """Curvature in feature space: kernels that whiten gradients before they are compared, and how far to regularize them.
 
-Layout: train features ``Phi [N, k]``, row weights ``w [N]``, kernel ``K = Phiᵀ diag(w) Phi [k, k]``, rows to solve for
-``[m, k]``; everything in float64.
+Layout: train features ``Phi [N, k]``, row weights ``w [N]``, kernel ``K = Phiᵀ diag(w) Phi [k, k]``, rows to solve
+for ``[m, k]``; everything in float64.
 
-With ``w = 1`` the kernel is that of TRAK (Park et al. 2023, eq. 13). With the loss's second derivative in f as ``w`` it
-is the Gauss-Newton matrix of the sum of the losses, the Hessian that influence functions divide by (Koh & Liang 2017).
+With ``w = 1`` the kernel is that of TRAK (Park et al. 2023, section 3). With the loss's second derivative in f as ``w``
+it is the Gauss-Newton matrix of the sum of the losses, in the place of the Hessian that influence functions divide by
+(Koh & Liang 2017).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,20 @@ class Kernel(ABC):
         Returns:
             ``[m, k]``, float64.
         """
+
+    def seen(self, rows: Tensor) -> Tensor:
+        """Return the part of rows that has an inner product with some train row.
+
+        Where there are fewer train rows than features, most of a row is orthogonal to all of them. A solution is
+        divided by λ there, and would drown the rest in the rounding errors of a float32 product.
+
+        Args:
+            rows: ``[m, k]``, float64.
+
+        Returns:
+            ``[m, k]``, float64: with the same inner products with train rows, before a solution and behind it.
+        """
+        return rows
 
 
 class DenseKernel(Kernel):
@@ -93,12 +108,14 @@ class RowKernel(Kernel):
     What is inverted is ``A Aᵀ [n, n]``: ``(AᵀA + λI)⁻¹ x = (x − Aᵀ (A Aᵀ + λI)⁻¹ A x) / λ``.
 
     Args:
-        rows: A, ``[n, k]``, float64.
+        features: Phi, ``[n, k]``, float64.
+        weights: w, ``[n]``, float64.
     """
 
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-        self._inner = DenseKernel(rows @ rows.T)
+    def __init__(self, features: Tensor, weights: Tensor) -> None:
+        self.rows = features * weights.sqrt().unsqueeze(1)
+        self._inner = DenseKernel(self.rows @ self.rows.T)
+        self._basis = torch.linalg.qr(features.T).Q  # of all rows, those of weight zero too
 
     def apply(self, vector: Tensor) -> Tensor:
         """Return ``K x`` of a vector ``[k]``."""
@@ -110,6 +127,10 @@ class RowKernel(Kernel):
         if regularization > 0:
             return (rows - self._inner.solve(seen, regularization) @ self.rows) / regularization
         return self._inner.solve(self._inner.solve(seen, 0.0), 0.0) @ self.rows
+
+    def seen(self, rows: Tensor) -> Tensor:
+        """Return the part of rows that has an inner product with some train row; see `Kernel.seen`."""
+        return rows @ self._basis @ self._basis.T
 
 
 def _inverse(values: Tensor, regularization: float) -> Tensor:
@@ -211,18 +232,20 @@ class Regularization:
     rule: str
 
 
-def choose_regularization(parts: Sequence[tuple[Kernel, Moments]], share: float = SUBSET_SHARE) -> Regularization:
+def choose_regularization(
+    parts: Sequence[tuple[Callable[[], Kernel], Moments]], share: float = SUBSET_SHARE
+) -> Regularization:
     """Choose one λ for the kernels of several checkpoints, without training anything again.
 
     - ``training``: the λ at which ridge regression in the features is the network that training has found, least
       summed `misfit` over checkpoints, over ``share``. Training that is stopped early is regularized: gradient descent
       of learning rates that sum up to τ leaves directions of curvature below ``N/τ`` unlearnt, as ridge regression with
-      about that λ does (Ali et al. 2019, section 5). A model that is trained on a share of the rows for as many epochs
+      about that λ does (Ali et al. 2019). A model that is trained on a share of the rows for as many epochs
       has that share of the kernel and the same ``N/τ``, which is λ over the share for the whole kernel.
     - ``trace``: where gains or curvatures are not known, the mean of ``w ‖φ‖²`` over the share.
 
     Args:
-        parts: Kernel and moments of each checkpoint.
+        parts: Of each checkpoint what gives its kernel, so that one is held at a time, and the moments.
         share: Of the rows, of the models that scores are to predict.
 
     Returns:
@@ -237,5 +260,5 @@ def choose_regularization(parts: Sequence[tuple[Kernel, Moments]], share: float 
     grid = unit * torch.logspace(low, high, _PER_DECADE * (high - low) + 1, dtype=torch.float64)
     total = torch.zeros_like(grid)
     for kernel, moments in parts:
-        total += misfit(kernel, moments, grid.to(moments.gain.device)).cpu()
+        total += misfit(kernel(), moments, grid.to(moments.gain.device)).cpu()
     return Regularization(float(grid[total.argmin()]) / share, "training")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 from tracer import errors
 from tracer.errors import InputError, InputTypeError, TracerError
@@ -60,6 +61,20 @@ class Process:
         """Wait for the other processes where they run at the same time."""
         if self.together:
             dist.barrier()
+
+    def agreed(self, value: T) -> T:
+        """Return the first process's value in all of them; alone, and in a job of an array, the own one."""
+        if not self.together:
+            return value
+        told = [value]
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """Return the sum over processes of a tensor that each has of its own, in place; alone the tensor itself."""
+        if self.together:
+            dist.all_reduce(values)
+        return values
 
     def first_only(self, call: Callable[[], T]) -> T | None:
         """Let the first process do something while the others wait; an error there is raised by all.

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from tracer.arguments import bar_disabled
 from tracer.errors import NonFiniteError
 from tracer.products import Multiplier, Plan
-from tracer.scoring import RunningTopK, row_weights, self_influence
+from tracer.scoring import Estimate, RunningTopK, self_influence
 from tracer.store import RowTable, ScoreArray
 from tracer.store.rounding import relative_rows, row_scale
 from tracer.types import TopK
@@ -71,13 +71,13 @@ class CheckpointPair:
     """The tables of one checkpoint.
 
     Attributes:
-        learning_rate: The weight of its dot products.
+        factor: The weight of its dot products.
         train: The table of train rows.
-        targets: The target rows.
+        targets: The target rows: as they are stored, or derived from them.
         cosines: In place of features: exact cosines of all train rows with blocks of targets, each with its first.
     """
 
-    learning_rate: float
+    factor: float
     train: RowTable
     targets: Rows
     cosines: Sequence[tuple[int, ScoreArray]] | None = None
@@ -149,7 +149,7 @@ class BandScorer:
 
     Args:
         pairs: The tables of each checkpoint; the same numbers of rows in all.
-        estimator: ``"tracin"`` or ``"cosine"``.
+        estimate: What scores are to say; if it derives targets, those of the pairs are derived.
         device: Where to multiply.
         memory_bytes: How much to hold, about.
 
@@ -161,13 +161,13 @@ class BandScorer:
     """
 
     def __init__(
-        self, pairs: Sequence[CheckpointPair], estimator: str, device: torch.device, memory_bytes: int
+        self, pairs: Sequence[CheckpointPair], estimate: Estimate, device: torch.device, memory_bytes: int
     ) -> None:
-        self.pairs, self.estimator, self.device = pairs, estimator, device
+        self.pairs, self.estimate, self.device = pairs, estimate, device
         self.num_targets = pairs[0].targets.num_rows
         dim = max(1, pairs[0].train.dim)
         self._plan = Plan.of(memory_bytes, dim, self.num_targets)
-        self._multiplier = Multiplier(self._plan, device, pairs[0].train.storage)
+        self._multiplier = Multiplier(self._plan, device, "float32" if estimate.derives else pairs[0].train.storage)
         size = self._multiplier.target_bytes(self.num_targets, dim)
         self._resident: list[Tensor | None] = [None] * len(pairs)
         self._num_resident = min(len(pairs), self._plan.resident_bytes // size)
@@ -190,18 +190,39 @@ class BandScorer:
         """
         rows = _indices(band)
         out.zero_()
+        slopes = self._slopes(rows)
         for position, pair in enumerate(self.pairs):
-            train_weights = _weights(pair.train, rows, self.estimator, pair.cosines is not None)
-            target_weights = _weights(pair.targets, None, self.estimator, pair.cosines is not None)
-            left, right = (self._on_device(weights) for weights in (train_weights, target_weights))
+            sides = self._train_weights(pair, rows, slopes[position]), self._target_weights(pair)
+            left, right = (torch.from_numpy(weights).to(self.device, torch.float32) for weights in sides)
             for block, inside, place in self._blocks(rows, on_grid):
                 part, weights = out[place], left[place].unsqueeze(1)
                 for columns, products in self._products(position, pair, block):
                     found = products[inside]
                     # one after the other, in stored units: folded into one factor they could leave float32's range
-                    part[:, columns].add_(found.mul_(weights).mul_(right[columns]), alpha=pair.learning_rate)
+                    part[:, columns].add_(found.mul_(weights).mul_(right[columns]), alpha=pair.factor)
                 if ahead is not None:
                     ahead.consumed(len(part))
+        if self.estimate.soft_threshold:
+            out.copy_(torch.nn.functional.softshrink(out, self.estimate.soft_threshold))
+
+    def _slopes(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Return Q of train rows at each checkpoint, or, for estimators with a kernel, their mean at each."""
+        slopes = [_values(pair.train, "slope", rows).astype(np.float64) for pair in self.pairs]
+        return slopes if self.estimate.kernel is None else [np.mean(slopes, axis=0)] * len(slopes)
+
+    def _train_weights(self, pair: CheckpointPair, rows: np.ndarray, slope: np.ndarray) -> np.ndarray:
+        """Return the factor of the products of each train row, ``[n]``, float64."""
+        norm = _values(pair.train, "gradient_norm", rows)
+        unit = norm if pair.cosines is not None else _values(pair.train, "scale", rows)
+        return self.estimate.train_weights(slope, norm) * unit
+
+    def _target_weights(self, pair: CheckpointPair) -> np.ndarray:
+        """Return the factor of the products of each target row, ``[M]``, float64."""
+        if self.estimate.derives:  # which has put weights in
+            return pair.targets.column("scale").astype(np.float64)
+        norm = pair.targets.column("gradient_norm")
+        weights = self.estimate.target_weights(pair.targets.column("slope"), norm)
+        return weights * (norm if pair.cosines is not None else pair.targets.column("scale"))
 
     def _blocks(self, rows: np.ndarray, on_grid: bool) -> Iterator[tuple[np.ndarray, slice, slice]]:
         """Yield blocks of train rows to multiply, which of their rows are wanted, and where those stand in a band."""
@@ -238,20 +259,9 @@ class BandScorer:
             self._resident[position] = known
         return known[first:last]
 
-    def _on_device(self, weights: np.ndarray) -> Tensor:
-        return torch.from_numpy(weights).to(self.device, torch.float32)
 
-
-def _weights(table: Rows, rows: np.ndarray | None, estimator: str, of_cosines: bool) -> np.ndarray:
-    """Return the factor of each row's products, ``[n]``, float64; None stands for all rows."""
-    slope, norm = _values(table, "slope", rows), _values(table, "gradient_norm", rows)
-    return row_weights(estimator, slope, norm) * (norm if of_cosines else _values(table, "scale", rows))
-
-
-def _values(table: Rows, name: str, rows: np.ndarray | None) -> np.ndarray:
+def _values(table: Rows, name: str, rows: np.ndarray) -> np.ndarray:
     """Return a column's values of ascending rows."""
-    if rows is None:
-        return table.column(name)
     return table.column(name, int(rows[0]), int(rows[-1]) + 1)[rows - rows[0]]
 
 
@@ -375,7 +385,7 @@ class _Writer:
 
 def write_scores(
     pairs: Sequence[CheckpointPair],
-    estimator: str,
+    estimate: Estimate,
     scores: ScoreArray,
     device: torch.device,
     progress: bool | None = None,
@@ -387,7 +397,7 @@ def write_scores(
 
     Args:
         pairs: The tables of each checkpoint.
-        estimator: ``"tracin"`` or ``"cosine"``.
+        estimate: What scores are to say.
         scores: Where they go.
         device: Where to multiply.
         progress: Show a bar; None: on a terminal only.
@@ -400,7 +410,7 @@ def write_scores(
     todo = scores.remaining() if ranges is None else list(ranges)
     num_rows = scores.shape[0]
     if todo:
-        scorer = BandScorer(pairs, estimator, device, memory_bytes)
+        scorer = BandScorer(pairs, estimate, device, memory_bytes)
         step = max(1, scorer.band_rows // scores.tile_rows) * scores.tile_rows
         bands = [range(start, stop) for start, stop in _pieces(todo, step)]
         ahead = ReadAhead(pairs, bands)
@@ -445,7 +455,7 @@ def _pieces(ranges: Iterable[tuple[int, int]], step: int) -> Iterator[tuple[int,
 
 def select_rows(
     pairs: Sequence[CheckpointPair],
-    estimator: str,
+    estimate: Estimate,
     rows: Band,
     k: int,
     device: torch.device,
@@ -459,7 +469,7 @@ def select_rows(
 
     Args:
         pairs: The tables of each checkpoint.
-        estimator: ``"tracin"`` or ``"cosine"``.
+        estimate: What scores are to say.
         rows: The train rows that count.
         k: How many rows for each target and end.
         device: Where to multiply.
@@ -472,7 +482,7 @@ def select_rows(
         After each band: how many of the rows have been seen, and the running selections of proponents and of
         opponents, the same objects each time.
     """
-    scorer = BandScorer(pairs, estimator, device, memory_bytes)
+    scorer = BandScorer(pairs, estimate, device, memory_bytes)
     proponents, opponents = (RunningTopK(scorer.num_targets, k, largest) for largest in (True, False))
     for running, found in zip((proponents, opponents), begin or (), strict=False):
         running.add(found)

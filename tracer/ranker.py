@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,10 +14,12 @@ from tqdm import tqdm
 
 from tracer import rank
 from tracer.arguments import as_list, bar_disabled, check_count, check_model_id
+from tracer.curvature import Regularization
 from tracer.errors import CallOrderError, IncompleteError, InputError, InputTypeError, nearest_name
+from tracer.kernels import DerivedRows, Kernels, describe, group_indices, own_influence
 from tracer.processes import Process
 from tracer.rows import RowChoice, chosen_rows
-from tracer.scoring import check_estimator
+from tracer.scoring import Estimate
 from tracer.store import RowTable, ScoreArray, Store
 from tracer.store.score_matrix import ScoreMatrix
 from tracer.store.table_layout import NO_LABEL
@@ -101,19 +106,17 @@ class Ranker:
                 f"forgets what came from these rows, featurize them and finalize again."
             )
 
-    def scores(self, exp_name: str, estimator: str, model_ids: list[int] | None, dtype: str | None = None) -> Any:
+    def scores(self, exp_name: str, estimate: Estimate, model_ids: list[int] | None, dtype: str | None = None) -> Any:
         """Compute all scores, or this process's share of them; see `tracer.Tracer.finalize_scores`."""
-        check_estimator(estimator)
-        pairs, chosen = self._pairs(exp_name, model_ids)
+        pairs, inputs = self._pairs(exp_name, estimate, model_ids)
         num_targets = pairs[0].targets.num_rows
-        inputs = self._inputs(exp_name, chosen, pairs)
-        tile_rows = rank.BandScorer(pairs, estimator, self.device, self.memory_bytes).tile_rows
+        tile_rows = rank.BandScorer(pairs, estimate, self.device, self.memory_bytes).tile_rows
         shape, mine = (self.num_rows, num_targets), self.process
 
         def opened() -> ScoreArray:
             first = mine.rank == 0
             return self.store.scores(
-                exp_name, estimator, shape, inputs, tile_rows=tile_rows, dtype=dtype, may_replace=first
+                exp_name, estimate.name, shape, inputs, tile_rows=tile_rows, dtype=dtype, may_replace=first
             )
 
         if mine.together:
@@ -121,12 +124,12 @@ class Ranker:
         with opened() as scores:
             ranges = scores.remaining((mine.rank, mine.count))
             found = rank.write_scores(
-                pairs, estimator, scores, self.device, self.progress, memory_bytes=self.memory_bytes, ranges=ranges
+                pairs, estimate, scores, self.device, self.progress, memory_bytes=self.memory_bytes, ranges=ranges
             )
         if mine.count == 1:
             return found
         mine.wait()
-        done = self.store.read_scores(exp_name, estimator)
+        done = self.store.read_scores(exp_name, estimate.name)
         return done.matrix() if done.complete else ScoreMatrix(done.shape, done.read)  # which refuses what is missing
 
     def top(
@@ -134,14 +137,14 @@ class Ranker:
         exp_name: str,
         k: int,
         kind: str,
-        estimator: str,
+        estimate: Estimate,
         model_ids: list[int] | None,
         rows: RowChoice | None = None,
         labels: Labels | None = None,
     ) -> TopK:
         """Find the strongest rows; see `tracer.Tracer.top`."""
-        chosen = self._check_top(k, kind, estimator, model_ids, rows, labels)
-        question = self._question(exp_name, k, estimator, model_ids, chosen)
+        chosen = self._check_top(k, kind, model_ids, rows, labels)
+        question = self._question(exp_name, k, estimate, model_ids, chosen)
         if self.process.count > 1:
             mine = self.process.rows(self.num_rows, self.store.block_rows)
             question.cover([(mine.start, mine.stop)])
@@ -161,32 +164,29 @@ class Ranker:
         model_ids: list[int],
         k: int,
         kind: str,
-        estimator: str,
+        estimate: Estimate,
         rows: RowChoice | None,
         labels: Labels | None = None,
     ) -> TopK:
-        """Find the strongest rows of targets that are not in the store; nothing is stored.
+        """Find the strongest rows of targets that are not in the store; nothing is stored but kernels.
 
         Args:
             targets: Their rows at each checkpoint.
             model_ids: The checkpoints.
             k: How many train rows for each target.
             kind: ``"proponents"`` or ``"opponents"``.
-            estimator: ``"tracin"`` or ``"cosine"``.
+            estimate: What scores are to say, of single targets.
             rows: Only these train rows.
             labels: Only train rows of these classes.
 
         Returns:
             Indices and scores, ``[M, k]`` each.
         """
-        chosen = self._check_top(k, kind, estimator, model_ids, rows, labels)
-        pairs = [
-            rank.CheckpointPair(rate, self.store.checkpoint(model_id), table)
-            for rate, model_id, table in zip(self._rates(model_ids), model_ids, targets, strict=True)
-        ]
+        chosen = self._check_top(k, kind, model_ids, rows, labels)
+        pairs, _ = self._terms(model_ids, targets, estimate)
         *_, (_, *ends) = rank.select_rows(
             pairs,
-            estimator,
+            estimate,
             chosen,
             k,
             self.device,
@@ -200,22 +200,21 @@ class Ranker:
         self,
         k: int,
         kind: str,
-        estimator: str,
+        estimate: Estimate,
         model_ids: list[int] | None,
         rows: RowChoice | None,
         labels: Labels | None = None,
     ) -> list[int]:
         """Check the arguments of a query before anything is computed, and return the ids of its checkpoints."""
-        self._check_top(k, kind, estimator, model_ids, rows, labels)
+        self._check_top(k, kind, model_ids, rows, labels)
         chosen = self._finalized_ids(model_ids)
-        self._rates(chosen)
+        self._factors(chosen, estimate)
         return chosen
 
     def _check_top(
         self,
         k: int,
         kind: str,
-        estimator: str,
         model_ids: list[int] | None,
         rows: RowChoice | None,
         labels: Labels | None,
@@ -223,7 +222,6 @@ class Ranker:
         """Check what is asked for and return the train rows that count."""
         if kind not in KINDS:
             raise InputError(f"kind={kind!r} is not known; {nearest_name(kind, KINDS)}.")
-        check_estimator(estimator)
         chosen = chosen_rows(rows, self.num_rows)
         if labels is not None:
             chosen = self._of_labels(chosen, labels, model_ids)
@@ -247,19 +245,32 @@ class Ranker:
         return chosen
 
     def _question(
-        self, exp_name: str, k: int, estimator: str, model_ids: list[int] | None, rows: rank.Band
+        self, exp_name: str, k: int, estimate: Estimate, model_ids: list[int] | None, rows: rank.Band
     ) -> TopQuestion:
-        pairs, chosen = self._pairs(exp_name, model_ids)
-        inputs = self._inputs(exp_name, chosen, pairs)
+        pairs, inputs = self._pairs(exp_name, estimate, model_ids)
         return TopQuestion(
-            self.store, exp_name, estimator, inputs, pairs, rows, int(k), self.device, self.memory_bytes, self.progress
+            self.store, exp_name, estimate, inputs, pairs, rows, int(k), self.device, self.memory_bytes, self.progress
         )
 
-    def self_influence(self, model_ids: list[int] | None) -> np.ndarray:
+    def self_influence(self, model_ids: list[int] | None, estimate: Estimate) -> np.ndarray:
         """Sum up self-influence; see `tracer.Tracer.self_influence`."""
         chosen = self._finalized_ids(model_ids)
         tables = [self.store.checkpoint(model_id) for model_id in chosen]
-        return rank.summed_self_influence(list(zip(self._rates(chosen), tables, strict=True)))
+        factors = self._factors(chosen, estimate)
+        if estimate.kernel is None:
+            return rank.summed_self_influence(list(zip(factors, tables, strict=True)))
+        kernels = self._kernels(estimate)
+        found = kernels.regularization(chosen, estimate)
+        total, slope = np.zeros(self.num_rows), np.zeros(self.num_rows)
+        for factor, model_id, table in zip(factors, chosen, tables, strict=True):
+            kernel, _ = kernels.get(model_id, estimate.kernel)
+            total += factor * own_influence(table, kernel, found.value, self.device)
+            slope += factor * table.column("slope")
+        return total * np.square(slope)
+
+    def regularization(self, model_ids: list[int] | None, estimate: Estimate) -> Regularization:
+        """Return the regularization of an estimate with a kernel; see `tracer.Tracer.regularization`."""
+        return self._kernels(estimate).regularization(self._finalized_ids(model_ids), estimate)
 
     def targets(self, exp_name: str, model_id: int) -> RowTable:
         """Return the table of targets at a checkpoint.
@@ -286,10 +297,13 @@ class Ranker:
             )
         return self.store.targets(exp_name, model_id)
 
-    def _pairs(self, exp_name: str, model_ids: list[int] | None) -> tuple[list[rank.CheckpointPair], list[int]]:
+    def _pairs(
+        self, exp_name: str, estimate: Estimate, model_ids: list[int] | None
+    ) -> tuple[list[rank.CheckpointPair], dict[str, Any]]:
+        """Return the tables of each checkpoint, and what decides scores apart from the estimator."""
         chosen = self._finalized_ids(model_ids)
-        pairs = []
-        for model_id, rate in zip(chosen, self._rates(chosen), strict=True):
+        tables = []
+        for model_id in chosen:
             targets = self.targets(exp_name, model_id)
             missing = targets.remaining()
             if len(missing):
@@ -297,20 +311,64 @@ class Ranker:
                     f"{len(missing)} of {targets.num_rows} targets {exp_name!r} are missing at checkpoint {model_id}, "
                     f"first {missing[:5].tolist()}. Score them and finalize again."
                 )
-            train, cosines = self.store.checkpoint(model_id), None
-            if self.store.manifest.storage == "none":
-                cosines = self._cosines(exp_name, model_id, train, targets)
-            pairs.append(rank.CheckpointPair(rate, train, targets, cosines))
-        return pairs, chosen
-
-    def _inputs(self, exp_name: str, model_ids: list[int], pairs: Sequence[rank.CheckpointPair]) -> dict[str, Any]:
-        """Return what decides scores, apart from the estimator."""
-        tables = [(self.store.table_attributes(i), self.store.table_attributes(i, exp_name)) for i in model_ids]
-        return {
-            "model_ids": model_ids,
-            "learning_rates": [pair.learning_rate for pair in pairs],
-            "tables": [[described["table_id"] for described in pair] for pair in tables],
+            tables.append(targets)
+        pairs, described = self._terms(chosen, tables, estimate)
+        if self.store.manifest.storage == "none":
+            pairs = [
+                replace(pair, cosines=self._cosines(exp_name, model_id, pair.train, targets))
+                for model_id, pair, targets in zip(chosen, pairs, tables, strict=True)
+            ]
+        attributes = [(self.store.table_attributes(i), self.store.table_attributes(i, exp_name)) for i in chosen]
+        return pairs, {
+            "model_ids": chosen,
+            "learning_rates": [pair.factor for pair in pairs],
+            "tables": [[each["table_id"] for each in pair] for pair in attributes],
+            **described,
         }
+
+    def _terms(
+        self, model_ids: list[int], targets: Sequence[rank.Rows], estimate: Estimate
+    ) -> tuple[list[rank.CheckpointPair], dict[str, Any]]:
+        """Return the terms of a sum over checkpoints, with derived targets, and what decides them beside the tables."""
+        factors = self._factors(model_ids, estimate)
+        trains = [self.store.checkpoint(model_id) for model_id in model_ids]
+        if not estimate.derives:
+            return list(map(rank.CheckpointPair, factors, trains, targets)), describe(estimate, None)
+        groups, kernels = group_indices(estimate, targets[0]), self._kernels(estimate)
+        found = kernels.regularization(model_ids, estimate) if estimate.kernel else None
+        described = describe(estimate, found)
+        if groups is not None:
+            described["groups"] = hashlib.sha256(groups.astype("<i8").tobytes()).hexdigest()
+        held = self.memory_bytes // (4 * len(model_ids))
+
+        def solve(model_id: int, rows: torch.Tensor) -> torch.Tensor:
+            assert estimate.kernel is not None and found is not None
+            kernel, _ = kernels.get(model_id, estimate.kernel)
+            return kernel.solve(kernel.seen(rows), found.value)
+
+        derived = [
+            DerivedRows(table, estimate, groups, partial(solve, model_id) if found else None, self.device, held)
+            for model_id, table in zip(model_ids, targets, strict=True)
+        ]
+        return list(map(rank.CheckpointPair, factors, trains, derived)), described
+
+    def _kernels(self, estimate: Estimate) -> Kernels:
+        """Return the kernels of this store.
+
+        Raises:
+            CallOrderError: The store has no features.
+        """
+        if self.store.manifest.storage == "none":
+            what = f"estimator={estimate.estimator!r}" if estimate.kernel else "groups="
+            raise CallOrderError(
+                f"{what} needs stored features and this store has storage='none'; featurize into another save_dir with "
+                f"storage='float32' or 'float16' (projector='none' keeps gradients exact)."
+            )
+        return Kernels(self.store, self.device, self.process, self.progress)
+
+    def _factors(self, model_ids: list[int], estimate: Estimate) -> list[float]:
+        """Return the weight of each checkpoint: its learning rate, or an equal share with a kernel."""
+        return [1 / len(model_ids)] * len(model_ids) if estimate.kernel else self._rates(model_ids)
 
     def _cosines(
         self, exp_name: str, model_id: int, train: RowTable, targets: RowTable

@@ -12,10 +12,12 @@ import torch
 from torch.utils.data import Subset
 
 from tracer.arguments import check_count, check_device, check_model_id
+from tracer.curvature import Regularization
 from tracer.errors import CallOrderError, InputError
 from tracer.processes import Process, ProcessChoice, this_process
 from tracer.ranker import Labels, Ranker
 from tracer.rows import RowChoice, RowIndices, row_indices
+from tracer.scoring import Estimate
 from tracer.store import Store
 from tracer.types import TopK
 
@@ -199,6 +201,10 @@ class Reader:
         model_ids: list[int] | None = None,
         *,
         dtype: str | None = None,
+        target: str | None = None,
+        regularization: float | str = "auto",
+        soft_threshold: float = 0.0,
+        groups: Any = None,
     ) -> Any:
         """Compute the scores of all train rows for all targets of an experiment, tile by tile.
 
@@ -208,12 +214,21 @@ class Reader:
 
         Args:
             exp_name: The name of the targets.
-            estimator: ``tracin``: the sum over checkpoints of learning rate times the dot product of loss gradients;
-                ``cosine``: the same of normalized gradients.
+            estimator: ``tracin``: the sum over checkpoints of learning rate times the dot product of loss gradients
+                (Pruthi et al. 2020); ``cosine``: the same of normalized gradients; ``influence``: a Newton step of the
+                training loss in feature space (Koh & Liang 2017), averaged over checkpoints, also of independently
+                trained models; ``trak``: the same without the loss's curvature (Park et al. 2023).
             model_ids: The checkpoints; None: all in the store.
             dtype: How scores are stored: ``float32``, or ``float16`` relative to each train row's largest score, which
                 takes half the space at a relative error of 0.0005 of that. None: as the same scores are stored already,
                 else float32.
+            target: Of what on the targets' side: ``loss``, or ``output``: the task's f, in the direction in which the
+                loss falls. None: the loss for ``tracin`` and ``cosine``, the output for ``trak`` and ``influence``.
+            regularization: λ of the kernel of ``trak`` and ``influence``, in units of ``Σ w ‖φ‖²`` over train rows; 0
+                is the pseudo-inverse. ``auto``: chosen from what training has done; see `regularization`.
+            soft_threshold: Scores are moved towards zero by this much and end there (Park et al. 2023).
+            groups: The group of each target, ``[M]``, integers from 0 on and -1 for none: scores are those of the sum
+                over each group, ``[N, G]``. ``label``: groups are the targets' classes.
 
         Returns:
             ``[train_set_size, num_targets]``, float32, read-only: what is not looked at takes no memory. Positive
@@ -225,8 +240,9 @@ class Reader:
             IncompleteError: Targets are missing at a checkpoint.
             CallOrderError: A checkpoint is not finalized.
         """
+        estimate = Estimate(estimator, target, regularization, soft_threshold, groups)
         self._settle()
-        return self._ranker.scores(exp_name, estimator, model_ids, dtype)
+        return self._ranker.scores(exp_name, estimate, model_ids, dtype)
 
     def top(
         self,
@@ -238,6 +254,10 @@ class Reader:
         *,
         rows: RowChoice | None = None,
         labels: Labels | None = None,
+        target: str | None = None,
+        regularization: float | str = "auto",
+        soft_threshold: float = 0.0,
+        groups: Any = None,
     ) -> TopK:
         """Return the strongest train rows of each target, without computing a score matrix.
 
@@ -253,6 +273,10 @@ class Reader:
             model_ids: The checkpoints; None: all in the store.
             rows: Only these train rows: a slice or range, indices, or a bool for each. Others are not read.
             labels: Only train rows of these classes, as the task knows them.
+            target: As in `finalize_scores`.
+            regularization: As in `finalize_scores`.
+            soft_threshold: As in `finalize_scores`.
+            groups: As in `finalize_scores`.
 
         Returns:
             Indices and scores, ``[num_targets, k]`` each, strongest first; rows of equal score by their index.
@@ -262,26 +286,64 @@ class Reader:
             IncompleteError: Targets are missing at a checkpoint.
             CallOrderError: A checkpoint is not finalized.
         """
+        estimate = Estimate(estimator, target, regularization, soft_threshold, groups)
         self._settle()
-        return self._ranker.top(exp_name, k, kind, estimator, model_ids, rows, labels)
+        return self._ranker.top(exp_name, k, kind, estimate, model_ids, rows, labels)
 
-    def self_influence(self, model_ids: list[int] | None = None) -> np.ndarray:
+    def self_influence(
+        self,
+        model_ids: list[int] | None = None,
+        estimator: str = "tracin",
+        *,
+        regularization: float | str = "auto",
+    ) -> np.ndarray:
         """Return each train row's influence on itself: the sum over checkpoints of ``lr ‖gradient of the loss‖²``.
 
         It is computed from exact gradient norms, so it has no projection error. Mislabelled and unusual rows have
-        large values (Pruthi et al. 2020, section 4.1).
+        large values (Pruthi et al. 2020, section 4.1). With ``trak`` or ``influence`` it is the square of the mean
+        slope times the mean of ``φᵀ (K + λI)⁻¹ φ``, what the row's own Newton step does to its loss.
 
         Args:
             model_ids: The checkpoints; None: all in the store.
+            estimator: ``tracin``, ``trak`` or ``influence``.
+            regularization: As in `finalize_scores`.
 
         Returns:
             ``[train_set_size]``, float64.
 
         Raises:
             CallOrderError: A checkpoint is not finalized.
+            InputError: The estimator is not known, or is ``cosine``: a gradient's cosine with itself is 1.
         """
+        estimate = Estimate(estimator, regularization=regularization)
+        if estimator == "cosine":
+            raise InputError("estimator='cosine' came: every gradient's cosine with itself is 1; pass 'tracin'.")
         self._settle()
-        return self._ranker.self_influence(model_ids)
+        return self._ranker.self_influence(model_ids, estimate)
+
+    def regularization(self, estimator: str = "influence", model_ids: list[int] | None = None) -> Regularization:
+        """Return the λ that ``regularization="auto"`` stands for, and the rule that it comes from.
+
+        Rule ``training``: the λ at which ridge regression in the features is the network that training has found, over
+        one half, so that scores predict models trained on half of the rows. Rule ``trace``, where the task does not
+        know curvatures and outputs: twice the mean of ``w ‖φ‖²``. See `tracer.curvature.choose_regularization`.
+
+        Args:
+            estimator: ``influence`` or ``trak``.
+            model_ids: The checkpoints; None: all in the store. There is one λ for all.
+
+        Returns:
+            ``value`` and ``rule``.
+
+        Raises:
+            CallOrderError: A checkpoint is not finalized.
+            InputError: The estimator has no kernel.
+        """
+        estimate = Estimate(estimator)
+        if estimate.kernel is None:
+            raise InputError(f"estimator={estimator!r} has no kernel to regularize; pass 'influence' or 'trak'.")
+        self._settle()
+        return self._ranker.regularization(model_ids, estimate)
 
     def _settle(self) -> None:
         """Make durable what was computed, before a question is answered from it."""

@@ -1,24 +1,36 @@
-"""Scores from features: weighted dot products and running top-k selection, on plain arrays.
+"""Scores from features: what an estimator is, weighted dot products, and running top-k selection, on plain arrays.
 
 Layout: train features ``[n, k]``, target features ``[m, k]``, scores ``[n, m]`` (train by target); a positive score
-means a proponent: training on the row lowered the target's loss.
+means a proponent: training on the row lowered the target's loss. With C checkpoints:
 
 - ``tracin``: ``sum_c lr_c Q_c(z) Q_c(z') <phi_c(z), phi_c(z')>`` (TracInCP; Pruthi et al. 2020, section 3.3);
 - ``cosine``: the same with every loss gradient divided by its exact norm, which leaves the signs of Q and divides by
-  the norms of the output gradients; a zero gradient has cosine zero with everything.
+  the norms of the output gradients; a zero gradient has cosine zero with everything;
+- ``trak``: ``mean_c[phi_c(z')ᵀ (Phi_cᵀ Phi_c + λI)⁻¹ phi_c(z)] · mean_c[-Q_c(z)]`` (Park et al. 2023, section 3);
+- ``influence``: the same with the Gauss-Newton kernel ``Phi_cᵀ diag(w_c) Phi_c``: a Newton step of the whole training
+  loss (Koh & Liang 2017, eq. 2, for a model that is linear in its features).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tracer.errors import InputError, NonFiniteError, nearest_name
+from tracer.errors import InputError, InputTypeError, NonFiniteError, nearest_name
 from tracer.types import TopK
 
-ESTIMATORS = ("cosine", "tracin")
+ESTIMATORS = ("cosine", "influence", "tracin", "trak")
 """The names that ``estimator=`` takes."""
+
+KERNELS = {"trak": "plain", "influence": "curvature"}
+"""By which weighting of train rows an estimator's kernel is made: 1, or the loss's curvature."""
+
+TARGETS = ("loss", "output")
+"""What ``target=`` takes."""
 
 _TILE_SCORES, _WAITING = 1 << 20, 1 << 14
 """How many scores are looked at at once, and how many may wait to be sorted."""
@@ -37,39 +49,125 @@ def check_estimator(estimator: str) -> None:
         raise InputError(f"estimator={estimator!r} is not known; {nearest_name(estimator, ESTIMATORS)}.")
 
 
-def row_weights(estimator: str, slope: np.ndarray, gradient_norm: np.ndarray) -> np.ndarray:
-    """Return the factor by which each row's features enter a dot product.
+@dataclass(frozen=True)
+class Estimate:
+    """What scores are to say.
 
-    Args:
-        estimator: ``"tracin"`` or ``"cosine"``.
-        slope: Q of each row, ``[N]``.
-        gradient_norm: The exact norm of the gradient of f, ``[N]``.
-
-    Returns:
-        ``[N]``, float64: Q for tracin; the sign of Q over the norm for cosine, zero where the norm is.
+    Attributes:
+        estimator: ``"tracin"``, ``"cosine"``, ``"trak"`` or ``"influence"``.
+        target: Of what on the target's side: ``"loss"``, or ``"output"``: f, in the direction in which the loss falls,
+            which has the same sign and does not vanish where a target is fitted. None: the loss for ``tracin`` and
+            ``cosine`` (which are the same for both but for the size), the output for ``trak`` and ``influence``.
+        regularization: λ of the kernel, in its units, or ``"auto"``; for ``trak`` and ``influence``.
+        soft_threshold: Scores are moved towards zero by this much and end there (Park et al. 2023, section 3.2).
+        groups: The group of each target, ``[M]``, integers from 0 on, -1 for none: scores are those of the sums over
+            each group. Or ``"label"``: groups are the targets' classes.
 
     Raises:
-        InputError: The estimator is not known.
-
-    >>> row_weights("cosine", np.array([-0.5, 2.0]), np.array([4.0, 0.0])).tolist()
-    [-0.25, 0.0]
+        InputError: A value is not known or out of range.
+        InputTypeError: A value is of a type that cannot be used.
     """
-    check_estimator(estimator)
-    slope, gradient_norm = np.asarray(slope, np.float64), np.asarray(gradient_norm, np.float64)
-    if estimator == "tracin":
-        return slope
-    return np.divide(np.sign(slope), gradient_norm, out=np.zeros_like(slope), where=gradient_norm > 0)
+
+    estimator: str = "tracin"
+    target: str | None = None
+    regularization: float | str = "auto"
+    soft_threshold: float = 0.0
+    groups: Any = None
+
+    def __post_init__(self) -> None:
+        """Check and complete what came.
+
+        Raises:
+            InputError: A value is not known or out of range.
+            InputTypeError: A value is of a type that cannot be used.
+        """
+        check_estimator(self.estimator)
+        if self.target not in (None, *TARGETS):
+            raise InputError(f"target={self.target!r} is not known; {nearest_name(self.target, TARGETS)}.")
+        if self.target is None:
+            object.__setattr__(self, "target", "output" if self.kernel else "loss")
+        if self.regularization != "auto":
+            object.__setattr__(self, "regularization", _number("regularization", self.regularization, " or 'auto'"))
+            if self.kernel is None:
+                raise InputError(
+                    f"regularization={self.regularization} came with estimator={self.estimator!r}, which has no kernel "
+                    f"to regularize; pass estimator='trak' or 'influence', or leave it out."
+                )
+        object.__setattr__(self, "soft_threshold", _number("soft_threshold", self.soft_threshold))
+        object.__setattr__(self, "groups", _checked_groups(self.groups))
+
+    @property
+    def kernel(self) -> str | None:
+        """The weighting of train rows in the estimator's kernel, a value of `KERNELS`; None without a kernel."""
+        return KERNELS.get(self.estimator)
+
+    @property
+    def derives(self) -> bool:
+        """Whether target rows are changed before they are multiplied: solved for, or summed up."""
+        return self.kernel is not None or self.groups is not None
+
+    @property
+    def name(self) -> str:
+        """The name under which results are kept: variants that are asked for side by side do not replace each other."""
+        usual = self.estimator == "cosine" or (self.target == "output") == (self.kernel is not None)
+        return self.estimator + ("" if usual else f"-{self.target}") + ("" if self.groups is None else "-groups")
+
+    def train_weights(self, slope: np.ndarray, gradient_norm: np.ndarray) -> np.ndarray:
+        """Return the factor by which each train row's features enter a dot product.
+
+        Args:
+            slope: Q of each row, ``[N]``; for estimators with a kernel its mean over checkpoints.
+            gradient_norm: The exact norm of the gradient of f, ``[N]``.
+
+        Returns:
+            ``[N]``, float64: Q; for cosine the sign of Q over the norm, zero where the norm is.
+
+        >>> Estimate("cosine").train_weights(np.array([-0.5, 2.0]), np.array([4.0, 0.0])).tolist()
+        [-0.25, 0.0]
+        """
+        slope, gradient_norm = np.asarray(slope, np.float64), np.asarray(gradient_norm, np.float64)
+        if self.estimator != "cosine":
+            return slope
+        return np.divide(np.sign(slope), gradient_norm, out=np.zeros_like(slope), where=gradient_norm > 0)
+
+    def target_weights(self, slope: np.ndarray, gradient_norm: np.ndarray) -> np.ndarray:
+        """Return the factor by which each target row's features enter a dot product.
+
+        Args:
+            slope: Q of each row, ``[M]``.
+            gradient_norm: The exact norm of the gradient of f, ``[M]``.
+
+        Returns:
+            ``[M]``, float64: as for train rows, and for outputs the sign of Q alone. A slope that has come to zero
+            keeps its sign, as floating point has it.
+
+        >>> Estimate("trak").target_weights(np.array([-0.0, 2.0]), np.ones(2)).tolist()
+        [-1.0, 1.0]
+        """
+        if self.estimator == "cosine" or self.target == "loss":
+            return self.train_weights(slope, gradient_norm)
+        return np.copysign(1.0, np.asarray(slope, np.float64))
 
 
-def add_dot_products(scores: Tensor, train: Tensor, target: Tensor) -> None:
-    """Add ``train @ targetᵀ`` to a tile of scores in place.
+def _number(name: str, value: Any, more: str = "") -> float:
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise InputTypeError(f"{name} is {value!r}; expected a number of 0 or more{more}.")
+    if not 0 <= value < np.inf:
+        raise InputError(f"{name} is {value}; expected a finite number of 0 or more{more}.")
+    return float(value)
 
-    Args:
-        scores: ``[n, m]``, float32.
-        train: ``[n, k]``, float32.
-        target: ``[m, k]``, float32.
-    """
-    torch.addmm(scores, train, target.T, out=scores)
+
+def _checked_groups(groups: Any) -> Any:
+    if groups is None or (isinstance(groups, str) and groups == "label"):
+        return groups
+    found = np.asarray(groups)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise InputTypeError(
+            f"groups is {groups!r}; expected the group of each target, integers from 0 on (-1: none), or 'label'."
+        )
+    if not len(found) or found.min() < -1 or found.max() < 0:
+        raise InputError(f"groups={groups!r}; expected integers from 0 on, or -1 for targets of no group.")
+    return found.astype(np.int64)
 
 
 class RunningTopK:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tracer.rank import Band, CheckpointPair, select_rows
-from tracer.scoring import RunningTopK
+from tracer.scoring import Estimate, RunningTopK
 from tracer.store import Store
 from tracer.store.selections import Part, list_parts, load_part, remove_part, save_part, usable
 from tracer.types import TopK
@@ -43,7 +43,7 @@ class TopQuestion:
     Attributes:
         store: Where the answer is kept.
         exp_name: The name of the targets.
-        estimator: The estimator.
+        estimate: What scores are to say.
         inputs: Everything else that decides the answer, JSON values; ``k`` is added.
         pairs: The tables of each checkpoint.
         rows: The train rows that count.
@@ -55,7 +55,7 @@ class TopQuestion:
 
     store: Store
     exp_name: str
-    estimator: str
+    estimate: Estimate
     inputs: dict[str, Any]
     pairs: Sequence[CheckpointPair]
     rows: Band
@@ -67,7 +67,7 @@ class TopQuestion:
     def answer(self) -> tuple[TopK, TopK]:
         """Return proponents and opponents, ``[M, k]`` each; what no part covers is computed."""
         self.cover([(0, self._num_rows)])
-        directory = self.store.selections_path(self.exp_name, self.estimator)
+        directory = self.store.selections_path(self.exp_name, self.estimate.name)
         parts = list_parts(directory)
         loaded = self._load(usable(parts, self._inputs))
         if self._count(self._gaps([part for part, _ in loaded])):  # another process removed a part just now
@@ -91,7 +91,7 @@ class TopQuestion:
         Args:
             ranges: Train rows ``(start, stop)``.
         """
-        parts = usable(list_parts(self.store.selections_path(self.exp_name, self.estimator)), self._inputs)
+        parts = usable(list_parts(self.store.selections_path(self.exp_name, self.estimate.name)), self._inputs)
         for start, stop in self._gaps(parts):
             for first, last in ranges:
                 if max(start, first) < min(stop, last):
@@ -100,7 +100,7 @@ class TopQuestion:
     @property
     def num_missing(self) -> int:
         """How many of the train rows that count no part covers yet."""
-        parts = usable(list_parts(self.store.selections_path(self.exp_name, self.estimator)), self._inputs)
+        parts = usable(list_parts(self.store.selections_path(self.exp_name, self.estimate.name)), self._inputs)
         return self._count(self._gaps(parts))
 
     @property
@@ -110,7 +110,7 @@ class TopQuestion:
     @property
     def _inputs(self) -> dict[str, Any]:
         identity = rows_identity(self.rows, self._num_rows)
-        return {**self.inputs, "estimator": self.estimator, "k": self.k, "rows": identity}
+        return {**self.inputs, "estimator": self.estimate.name, "k": self.k, "rows": identity}
 
     def _gaps(self, parts: Sequence[Part]) -> list[tuple[int, int]]:
         """Return the rows between parts, ascending."""
@@ -155,7 +155,7 @@ class TopQuestion:
     ) -> Iterator[tuple[int, RunningTopK, RunningTopK]]:
         return select_rows(
             self.pairs,
-            self.estimator,
+            self.estimate,
             rows,
             self.k,
             self.device,
@@ -166,7 +166,7 @@ class TopQuestion:
         )
 
     def _save(self, start: int, stop: int, ends: tuple[TopK, TopK]) -> Part:
-        directory = self.store.selections_path(self.exp_name, self.estimator)
+        directory = self.store.selections_path(self.exp_name, self.estimate.name)
         return save_part(directory, start, stop, self._inputs, ends)
 
     def _is_behind(self, part: Part) -> bool:

@@ -37,6 +37,7 @@ from tracer.ranker import Labels
 from tracer.reader import Reader
 from tracer.rows import RowChoice, RowCursor, RowIndices
 from tracer.rowsource import row_source
+from tracer.scoring import Estimate
 from tracer.sharded import find_ranks, layer_type, one_by_one
 from tracer.sources import CheckpointSources
 from tracer.store import RowTable, Store
@@ -376,6 +377,8 @@ class Tracer(Reader):
         model_ids: list[int] | None = None,
         rows: RowChoice | None = None,
         labels: Labels | None = None,
+        target: str | None = None,
+        regularization: float | str = "auto",
     ) -> TopK:
         """Return the strongest train rows of a few targets at once, without storing anything.
 
@@ -392,6 +395,8 @@ class Tracer(Reader):
             model_ids: The checkpoints; None: all in the store.
             rows: Only these train rows, as in `top`.
             labels: Only train rows of these classes.
+            target: As in `finalize_scores`.
+            regularization: As in `finalize_scores`.
 
         Returns:
             Indices and scores, ``[B, k]`` each, strongest first.
@@ -403,6 +408,7 @@ class Tracer(Reader):
             BatchError: The batch does not fit the model or the task.
             NonFiniteError: A target's gradient is NaN or infinite.
         """
+        estimate = Estimate(estimator, target, regularization)
         storage = self.store.manifest.storage
         if storage == "none":
             raise CallOrderError(
@@ -415,7 +421,7 @@ class Tracer(Reader):
                 "process, on the same save_dir, or score the targets and call tracer.top."
             )
         self.flush()
-        chosen = self._ranker.check_query(k, kind, estimator, model_ids, rows, labels)
+        chosen = self._ranker.check_query(k, kind, estimate, model_ids, rows, labels)
         num_rows, targets = count_rows(batch), []
         check_batch_size(batch, num_rows)
         for model_id in chosen:
@@ -427,7 +433,7 @@ class Tracer(Reader):
                 values = featurizer.compute(batch, num_rows)
             assert values.features is not None  # there is a projector
             targets.append(rank.MemoryRows.of(values.features, values.slope, values.gradient_norm, storage))
-        return self._ranker.query(targets, chosen, k, kind, estimator, rows, labels)
+        return self._ranker.query(targets, chosen, k, kind, estimate, rows, labels)
 
     def _block_rows_of(self, size: int) -> int:
         """Return the rows of a block, of the targets that are being scored if there are so many of them."""

@@ -1,4 +1,4 @@
-"""What is computed from the rows of a store: scores, cosines, selections."""
+"""What is computed from the rows of a store: scores, cosines, selections, kernels."""
 
 from __future__ import annotations
 
@@ -156,12 +156,15 @@ class Results:
         return open_scores(path, shape, inputs, tile_rows=tile_rows, file_rows=self._file_rows(num_targets))
 
     def forget_results(self, rows: np.ndarray, exp_name: str | None = None) -> None:
-        """Say of scores, cosines and selections that come from rows that they are not done.
+        """Say of scores, cosines, selections and kernels that come from rows that they are not done.
 
         Args:
             rows: ``[n]``, int64, train rows, or targets.
             exp_name: The target set; None for train rows.
         """
+        if exp_name is None:
+            with disk_errors(self.path):
+                remove(self.path / "kernels")
         for name in [exp_name] if exp_name else self._result_names():
             with disk_errors(self.path):
                 remove(self.path / "top" / name)
@@ -190,6 +193,13 @@ class Results:
         path = self.path / "top" / checked_name("exp_name", exp_name) / checked_name("estimator", estimator)
         with disk_errors(path):
             ensure_groups(self.path, path)
+        return path
+
+    def kernel_path(self, model_id: int, weighting: str) -> StorePath:
+        """Return where a checkpoint's kernel stands (see `tracer.store.kernels`); its parent is a zarr group."""
+        path = self.path / "kernels" / str(checked_integer("model_id", model_id, 0)) / weighting
+        with disk_errors(path):
+            ensure_groups(self.path, path.parent)
         return path
 
     def _file_rows(self, num_targets: int) -> int | None:

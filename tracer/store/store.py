@@ -6,6 +6,7 @@
       scores/<exp_name>/<estimator>     a `ScoreArray`, with ``<estimator>_done`` and others beside it
       cosines/<exp_name>/<model_id>/<first target>      the same, of exact gradients, which are not stored themselves
       top/<exp_name>/<estimator>/<key>/<rows>           a running selection of the strongest rows
+      kernels/<model_id>/<weighting>    a kernel of all train rows, for estimators with curvature
 
 A store exists from the instant that its root ``zarr.json`` does, a table from the instant that its own does. Nothing is
 locked, so nothing stays locked after a crash. Processes may create the same things at once; they write different

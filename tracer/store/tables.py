@@ -233,8 +233,8 @@ class RowTable:
 
         Args:
             name: ``loss``, ``slope``, ``curvature``, ``gradient_norm``, ``gain`` or ``scale`` (float32), ``label``
-                (int64, `NO_LABEL` where there is none), ``fingerprint`` or ``checksum`` (uint64), or ``done`` (bool, where
-                pending rows may already show).
+                (int64, `NO_LABEL` where there is none), ``fingerprint`` or ``checksum`` (uint64), or ``done``
+                (bool, where pending rows may already show).
             start: The first row.
             stop: One past the last row; None is N.
 

@@ -1,0 +1,348 @@
+"""Kernels of stored train rows, and target rows derived from stored ones: solved for, or summed up over groups.
+
+Layout: train rows ``Phi [N, k]``, target rows ``[M, k]``, G groups of them; kernels ``[k, k]``. Sums are float64.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tracer.arguments import bar_disabled
+from tracer.curvature import (
+    DenseKernel,
+    Kernel,
+    Moments,
+    Regularization,
+    RowKernel,
+    choose_regularization,
+)
+from tracer.errors import InputError
+from tracer.processes import Process
+from tracer.rank import Rows
+from tracer.scoring import Estimate
+from tracer.store import RowTable, Store
+from tracer.store.kernels import load_kernel, save_kernel
+
+_BLOCK_BYTES = 32 << 20
+_SUMS = ("trace", "plain_trace", "squared_gain")
+
+
+class Kernels:
+    """The kernels of a store's checkpoints, read from the store or made from its train rows.
+
+    Args:
+        store: The store.
+        device: Where to multiply.
+        process: Which of several processes this one is: those that run together each add up their own rows.
+        progress: Show a bar; None: on a terminal only.
+    """
+
+    def __init__(self, store: Store, device: torch.device, process: Process, progress: bool | None) -> None:
+        self.store, self.device, self.process, self.progress = store, device, process, progress
+        self._held: tuple[tuple[int, str], tuple[Kernel, Moments]] | None = None
+
+    def get(self, model_id: int, weighting: str) -> tuple[Kernel, Moments]:
+        """Return a checkpoint's kernel and the sums beside it.
+
+        Args:
+            model_id: The checkpoint, finalized.
+            weighting: A value of `tracer.scoring.KERNELS`.
+
+        Returns:
+            Both, on the device. The last one is held, as it takes k² numbers.
+
+        Raises:
+            InputError: The loss is not convex in f.
+        """
+        if self._held is None or self._held[0] != (model_id, weighting):
+            self._held = None
+            self._held = (model_id, weighting), self._make(model_id, weighting)
+        return self._held[1]
+
+    def regularization(self, model_ids: list[int], estimate: Estimate) -> Regularization:
+        """Return the λ with which an estimate is made.
+
+        Args:
+            model_ids: The checkpoints.
+            estimate: What is asked for; its estimator has a kernel.
+
+        Returns:
+            What was given, or the choice of `choose_regularization` for the kernel weighted with curvatures. For
+            another weighting that is scaled by the kernels' traces, the geometric mean over checkpoints of their ratio.
+        """
+        assert estimate.kernel is not None
+        if estimate.regularization != "auto":
+            return Regularization(float(estimate.regularization), "given")
+        moments = {model_id: self.get(model_id, "curvature")[1] for model_id in model_ids}
+        parts = [(self._getter(model_id), moments[model_id]) for model_id in model_ids]
+        found = choose_regularization(parts)
+        if estimate.kernel == "plain":
+            traces = np.array([[each.plain_trace, each.trace] for each in moments.values()])
+            ratio = np.exp(np.mean(np.diff(-np.log(np.maximum(traces, np.finfo(float).tiny)), axis=1)))
+            found = Regularization(found.value * float(ratio), found.rule)
+        return Regularization(self.process.agreed(found.value), found.rule)
+
+    def _getter(self, model_id: int) -> Callable[[], Kernel]:
+        return lambda: self.get(model_id, "curvature")[0]
+
+    def _make(self, model_id: int, weighting: str) -> tuple[Kernel, Moments]:
+        """Make a kernel: from its rows where there are fewer of them than features, else as a matrix, which is kept."""
+        table = self.store.checkpoint(model_id)
+        sums = _KernelSums(table, row_weighting(table, weighting), self.device)
+        if table.num_rows < table.dim:
+            for block in sums.blocks(range(table.num_rows)):
+                sums.read(block)
+            features = true_rows(table, 0, table.num_rows, self.device)
+            return RowKernel(features, torch.from_numpy(sums.weights).to(self.device)), sums.moments()
+        path = self.store.kernel_path(model_id, weighting)
+        inputs = {"table": table.attributes["table_id"], "num_rows": table.num_rows, "weighting": weighting}
+        self.process.wait()
+        known = load_kernel(path, inputs)
+        if not self.process.agreed(known is not None):
+            known = None
+        if known is None:
+            matrix = torch.zeros(table.dim, table.dim, dtype=torch.float64, device=self.device)
+            mine = self._own_rows(table)
+            for block in tqdm(
+                list(sums.blocks(mine)), desc=f"kernel {model_id}", unit="block", disable=bar_disabled(self.progress)
+            ):
+                rows = sums.read(block)
+                matrix.addmm_(rows.T, rows)
+            scalars, vectors = sums.together(self.process)
+            arrays = {"matrix": self.process.add_up(matrix).cpu().numpy(), "vectors": vectors.cpu().numpy()}
+            known = scalars, arrays
+            self.process.first_only(lambda: save_kernel(path, inputs, scalars, arrays))
+        found, arrays = known
+        matrix, vectors = (torch.from_numpy(arrays[name]).to(self.device) for name in ("matrix", "vectors"))
+        return DenseKernel(matrix), _moments(table.num_rows, found, vectors)
+
+    def _own_rows(self, table: RowTable) -> range:
+        """Return the rows that this process adds up: a share where all run together, else all."""
+        if not self.process.together:
+            return range(table.num_rows)
+        return self.process.rows(table.num_rows, table.block_rows)
+
+
+def row_weighting(table: RowTable, weighting: str) -> tuple[np.ndarray, bool]:
+    """Return the weight of each train row in a kernel.
+
+    Args:
+        table: The train rows.
+        weighting: ``"plain"``: 1; ``"curvature"``: w; or, where w is zero for all rows, since the task has only a loss,
+            Q²: the empirical Fisher matrix takes the Gauss-Newton matrix's place.
+
+    Returns:
+        ``[N]``, float64, and whether they are curvatures.
+
+    Raises:
+        InputError: A curvature is negative.
+    """
+    if weighting == "plain":
+        return np.ones(table.num_rows), False
+    curvature = table.column("curvature").astype(np.float64)
+    negative = np.flatnonzero(curvature < 0)
+    if len(negative):
+        raise InputError(
+            f"The curvature of {len(negative)} train rows is negative, first {negative[:5].tolist()}: the task's loss "
+            f"is not convex in its output f, and estimator='influence' divides by it. Use estimator='trak'."
+        )
+    if not curvature.any():
+        return np.square(table.column("slope").astype(np.float64)), False
+    return curvature, True
+
+
+class _KernelSums:
+    """Goes through train rows once, giving weighted rows and adding up everything else.
+
+    Args:
+        table: The train rows.
+        weighting: Weights, and whether they are curvatures, as `row_weighting` gives them.
+        device: Where to add up.
+    """
+
+    def __init__(self, table: RowTable, weighting: tuple[np.ndarray, bool], device: torch.device) -> None:
+        self.table, (self.weights, is_curvature), self.device = table, weighting, device
+        self.gain = table.column("gain").astype(np.float64) if is_curvature else np.zeros(table.num_rows)
+        self.step = -table.column("slope").astype(np.float64)
+        self.vectors = torch.zeros(2, table.dim, dtype=torch.float64, device=device)
+        self.traces = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def blocks(self, rows: range) -> Iterator[range]:
+        """Yield ranges of rows that are held at once."""
+        step = max(64, _BLOCK_BYTES // (8 * max(1, self.table.dim)))
+        for start in range(rows.start, rows.stop, step):
+            yield range(start, min(start + step, rows.stop))
+
+    def read(self, rows: range) -> Tensor:
+        """Return ``√w φ`` of rows, ``[n, k]``, float64, and add up what else is wanted of them."""
+        features = true_rows(self.table, rows.start, rows.stop, self.device)
+        weights, gain, step = (
+            torch.from_numpy(values[rows.start : rows.stop]).to(self.device)
+            for values in (self.weights, self.gain, self.step)
+        )
+        self.vectors += torch.stack([weights * gain, step]) @ features
+        squares = features.square().sum(1)
+        self.traces += torch.stack([weights @ squares, squares.sum()])
+        return features.mul_(weights.sqrt().unsqueeze(1))
+
+    def together(self, process: Process) -> tuple[dict[str, float], Tensor]:
+        """Return the sums by name and the two vectors, added up over processes."""
+        trace, plain_trace = process.add_up(self.traces).tolist()
+        sums = dict(zip(_SUMS, (trace, plain_trace, float(self.weights @ np.square(self.gain))), strict=True))
+        return sums, process.add_up(self.vectors)
+
+    def moments(self) -> Moments:
+        """Return what was added up by this process alone."""
+        return _moments(self.table.num_rows, *self.together(Process()))
+
+
+def _moments(num_rows: int, sums: dict[str, float], vectors: Tensor) -> Moments:
+    gain, step = vectors
+    return Moments(num_rows, sums["trace"], sums["plain_trace"], gain, step, sums["squared_gain"])
+
+
+def true_rows(table: Rows, start: int, stop: int, device: torch.device) -> Tensor:
+    """Return rows in true units: ``[stop - start, k]``, float64."""
+    pieces = [torch.from_numpy(np.array(view)).to(device) for _, view in table.raw_features(start, stop)]
+    rows = torch.cat(pieces).to(torch.float64)
+    return rows.mul_(torch.from_numpy(table.column("scale", start, stop).astype(np.float64)).to(device).unsqueeze(1))
+
+
+def group_indices(estimate: Estimate, targets: Rows) -> np.ndarray | None:
+    """Return the group of each target ``[M]``, int64, -1 for none; None where scores are those of single targets.
+
+    Raises:
+        InputError: Their number is not that of the targets, or targets have no classes.
+    """
+    groups = estimate.groups
+    if groups is None:
+        return None
+    if isinstance(groups, str):
+        groups = targets.column("label").astype(np.int64)
+        if groups.max() < 0:
+            raise InputError("groups='label' came and the targets have no classes; pass groups=[group of each target].")
+        return np.maximum(groups, -1)
+    if len(groups) != targets.num_rows:
+        raise InputError(f"groups has {len(groups)} values; expected one for each of {targets.num_rows} targets.")
+    return groups
+
+
+class DerivedRows:
+    """Target rows derived from stored ones, when they are first used: weighted, summed up over groups, solved for.
+
+    They have `tracer.rank.Rows`' interface: float32 rows relative to a ``scale`` of each.
+
+    Args:
+        targets: The stored rows.
+        estimate: What scores are to say.
+        groups: As `group_indices` gives them.
+        solve: Gives ``(K + λI)⁻¹`` times rows; None without a kernel.
+        device: Where to multiply.
+        memory_bytes: How many bytes of them may be held; more lie in a temporary file.
+    """
+
+    storage = "float32"
+
+    def __init__(
+        self,
+        targets: Rows,
+        estimate: Estimate,
+        groups: np.ndarray | None,
+        solve: Callable[[Tensor], Tensor] | None,
+        device: torch.device,
+        memory_bytes: int,
+    ) -> None:
+        self._targets, self._estimate, self._groups = targets, estimate, groups
+        self._solve, self._device, self._memory_bytes = solve, device, memory_bytes
+        self.num_rows = targets.num_rows if groups is None else int(groups.max()) + 1
+        self.dim = targets.dim
+        self._made: tuple[np.ndarray, np.ndarray] | None = None
+
+    def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the scale of rows, ``[stop - start]``, float64; derived rows have no other column."""
+        assert name == "scale", name
+        return self._values()[1][start:stop]
+
+    def raw_features(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
+        """Return rows divided by their scale, in one piece."""
+        return [(start, self._values()[0][start:stop])]
+
+    def _values(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._made is None:
+            raw, scale = self._memory(), np.ones(self.num_rows)
+            for start, rows in self._blocks():
+                rows = rows if self._solve is None else self._solve(rows)
+                largest = rows.abs().amax(1)
+                unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+                raw[start : start + len(rows)] = (rows / unit.unsqueeze(1)).float().cpu().numpy()
+                scale[start : start + len(rows)] = unit.cpu().numpy()
+            self._made = raw, scale
+        return self._made
+
+    def _memory(self) -> np.ndarray:
+        shape = self.num_rows, self.dim
+        if 4 * math.prod(shape) <= self._memory_bytes:
+            return np.empty(shape, np.float32)
+        with tempfile.TemporaryFile() as file:  # its name is gone at once, the map stays
+            return np.memmap(file, np.float32, "w+", shape=shape)
+
+    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield rows before they are solved for, ``[n, k]``, float64, with the position of the first."""
+        step = max(64, _BLOCK_BYTES // (8 * max(1, self.dim)))
+        weights = self._weights()
+        summed: Tensor | None = None
+        for start in range(0, self._targets.num_rows, step):
+            stop = min(start + step, self._targets.num_rows)
+            rows = true_rows(self._targets, start, stop, self._device).mul_(weights[start:stop].unsqueeze(1))
+            if self._groups is None:
+                yield start, rows
+                continue
+            if summed is None:
+                summed = torch.zeros(self.num_rows, self.dim, dtype=torch.float64, device=self._device)
+            chosen = torch.from_numpy(self._groups[start:stop]).to(self._device)
+            summed.index_add_(0, chosen[chosen >= 0], rows[chosen >= 0])
+        if summed is not None:
+            for start in range(0, self.num_rows, step):
+                yield start, summed[start : start + step]
+
+    def _weights(self) -> Tensor:
+        slope, norm = (self._targets.column(name) for name in ("slope", "gradient_norm"))
+        return torch.from_numpy(self._estimate.target_weights(slope, norm)).to(self._device)
+
+
+def own_influence(table: RowTable, kernel: Kernel, regularization: float, device: torch.device) -> np.ndarray:
+    """Return ``φᵀ (K + λI)⁻¹ φ`` of each train row: its leverage, without weights.
+
+    Args:
+        table: The train rows.
+        kernel: Their kernel.
+        regularization: λ.
+        device: Where to multiply.
+
+    Returns:
+        ``[N]``, float64.
+    """
+    found = np.empty(table.num_rows)
+    step = max(64, _BLOCK_BYTES // (8 * max(1, table.dim)))
+    for start in range(0, table.num_rows, step):
+        rows = true_rows(table, start, min(start + step, table.num_rows), device)
+        found[start : start + step] = (rows * kernel.solve(rows, regularization)).sum(1).cpu().numpy()
+    return found
+
+
+def describe(estimate: Estimate, regularization: Regularization | None) -> dict[str, Any]:
+    """Return what decides scores besides the rows and the estimator's name, as JSON values; empty for plain ones."""
+    described: dict[str, Any] = {}
+    if regularization is not None:
+        described |= {"regularization": regularization.value, "rule": regularization.rule}
+    if estimate.soft_threshold:
+        described["soft_threshold"] = estimate.soft_threshold
+    return described

@@ -1,0 +1,89 @@
+"""Kernels of checkpoints, kept so that a question asked again does not read all train rows again.
+
+    kernels/<model_id>/<weighting>/     group; its attributes are ``inputs``, sums, and a checksum of the arrays
+      matrix     [k, k]  float64        ``Φᵀ diag(w) Φ``
+      vectors    [2, k]  float64        ``Φᵀ (w · gain)`` and ``Φᵀ (−Q)``
+
+A kernel exists from the instant that its group's document does, which is written last and removed first. One that is
+damaged, or of other inputs, counts as not there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from tracer.errors import StoreError
+from tracer.store.documents import NODE, StorePath, disk_errors, read_document, remove, write_group
+from tracer.store.layout import Layout, create_array
+from tracer.store.manifest import json_value
+from tracer.store.places import open_array
+
+logger = logging.getLogger("tracer")
+
+_CHUNK_BYTES = 16 << 20
+
+
+def save_kernel(
+    path: StorePath, inputs: Mapping[str, Any], sums: Mapping[str, float], arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Write a kernel in place of what is there.
+
+    Args:
+        path: ``kernels/<model_id>/<weighting>`` of the store, whose parent is a zarr group.
+        inputs: Everything that decides it, JSON values.
+        sums: Numbers beside it.
+        arrays: ``[n, k]`` each, float64, by name.
+    """
+    with disk_errors(path):
+        remove(path / NODE)
+        for name, values in arrays.items():
+            rows = max(1, min(len(values), _CHUNK_BYTES // (8 * values.shape[1])))
+            create_array(path / name, Layout(values.shape, "float64", rows))
+            array = open_array(path / name)
+            array.assign(np.arange(len(values)), values)
+            array.flush()
+            array.close()
+        write_group(path, {"inputs": json_value(dict(inputs), "inputs"), "sums": dict(sums), "crc32c": _sums(arrays)})
+
+
+def load_kernel(path: StorePath, inputs: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, np.ndarray]] | None:
+    """Read a kernel.
+
+    Args:
+        path: Where it may be.
+        inputs: Everything that decides it, JSON values.
+
+    Returns:
+        Its sums and arrays; None where there is none of these inputs, or it is damaged.
+    """
+    try:
+        known = read_document(path / NODE)["attributes"]
+        if known["inputs"] != json_value(dict(inputs), "inputs"):
+            return None
+        arrays = {name: _read(path / name) for name in known["crc32c"]}
+        problem = None if _sums(arrays) == known["crc32c"] else "its arrays do not have their checksums"
+    except FileNotFoundError:
+        return None
+    except (StoreError, OSError, KeyError, TypeError) as error:
+        problem = str(error)
+    if problem is not None:
+        logger.warning("the kernel %s is damaged (%s) and is computed again", path, problem)
+        return None
+    return known["sums"], arrays
+
+
+def _read(path: StorePath) -> np.ndarray:
+    array = open_array(path)
+    try:
+        return np.array(array.read(0, array.layout.shape[0]))
+    finally:
+        array.close()
+
+
+def _sums(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+    return {name: google_crc32c.value(np.ascontiguousarray(values).tobytes()) for name, values in arrays.items()}
