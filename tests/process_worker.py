@@ -33,6 +33,14 @@ def together(run: Run, save_dir: Path) -> None:
     dist.destroy_process_group()
 
 
+def kernels(run: Run, save_dir: Path) -> None:
+    dist.init_process_group("gloo")
+    reader = Tracer.open(save_dir)
+    scores = {name: np.asarray(reader.finalize_scores("test", name)) for name in ("trak", "influence")}
+    np.savez(save_dir.parent / f"scores-{dist.get_rank()}.npz", value=reader.regularization().value, **scores)
+    dist.destroy_process_group()
+
+
 def missing(run: Run, save_dir: Path) -> None:
     dist.init_process_group("gloo")
     tracing = Tracer(run.model, "image_classification", 23, save_dir, **OPTIONS)
@@ -72,6 +80,6 @@ def finalize(run: Run, save_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    {work.__name__: work for work in (together, missing, featurize, score, finalize)}[sys.argv[1]](
+    {work.__name__: work for work in (together, kernels, missing, featurize, score, finalize)}[sys.argv[1]](
         Run(), Path(sys.argv[2])
     )

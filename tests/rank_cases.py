@@ -34,10 +34,12 @@ def ranker(
     dim: int,
     storage: str = "float32",
     magnitude: float = 1.0,
+    processes: int = 1,
     **options: Any,
 ) -> Ranker:
     """A ranker of a store with two checkpoints and the targets ``test``."""
-    store = Store.open(path, Manifest({"train_set_size": num_rows, "feature_dim": dim, "storage": storage}))
+    manifest = Manifest({"train_set_size": num_rows, "feature_dim": dim, "storage": storage})
+    store = Store.open(path, manifest, processes=processes)
     for model_id, rate in enumerate(RATES):
         with store.create_checkpoint(model_id, "a", rate) as table:
             fill(table, model_id, magnitude)

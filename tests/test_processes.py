@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rank_cases import ranker
 
 from tracer import IncompleteError, InputError, InputTypeError, Tracer, attribute
 from tracer.processes import Process, this_process
+from tracer.scoring import Estimate
 from tracer.store import Store
 
 WORKER = Path(__file__).with_name("process_worker.py")
@@ -110,6 +112,21 @@ def launch(command: list[str], tmp_path: Path, **environment: str) -> subprocess
 def torchrun(count: int, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", str(WORKER)]
     return launch([*command, *arguments], tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(60, 5, 12), (12, 5, 60)])
+def test_kernels_are_added_up_over_processes(tmp_path, shape):
+    alone = ranker(tmp_path / "alone", *shape)
+    expected = {name: np.array(alone.scores("test", Estimate(name), None)) for name in ("trak", "influence")}
+    ranker(tmp_path / "shared", *shape, processes=2)
+    done = torchrun(2, tmp_path, "kernels", str(tmp_path / "shared"))
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        with np.load(tmp_path / f"scores-{rank}.npz") as found:
+            assert found["value"] == pytest.approx(alone.regularization(None, Estimate("influence")).value, rel=1e-9)
+            for name, scores in expected.items():
+                np.testing.assert_allclose(found[name], scores, rtol=1e-5, atol=1e-6 * np.abs(scores).max())
+    assert len(list((tmp_path / "shared" / "kernels").glob("*/*/zarr.json"))) == (4 if shape[0] > shape[2] else 0)
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(2, 3), (4, 2)])  # no batch crosses a block of either

@@ -20,7 +20,7 @@ from torch import Tensor
 SUBSET_SHARE = 0.5
 """Scores are to predict models trained on this share of the rows, as the linear datamodeling score asks."""
 
-_LANCZOS_STEPS = 256
+_LANCZOS_STEPS = 128
 _PER_DECADE, _DECADES = 50, (-6, 4)
 
 
@@ -115,7 +115,8 @@ class RowKernel(Kernel):
     def __init__(self, features: Tensor, weights: Tensor) -> None:
         self.rows = features * weights.sqrt().unsqueeze(1)
         self._inner = DenseKernel(self.rows @ self.rows.T)
-        self._basis = torch.linalg.qr(features.T).Q  # of all rows, those of weight zero too
+        self._features = features
+        self._basis: Tensor | None = None
 
     def apply(self, vector: Tensor) -> Tensor:
         """Return ``K x`` of a vector ``[k]``."""
@@ -130,6 +131,8 @@ class RowKernel(Kernel):
 
     def seen(self, rows: Tensor) -> Tensor:
         """Return the part of rows that has an inner product with some train row; see `Kernel.seen`."""
+        if self._basis is None:
+            self._basis = torch.linalg.qr(self._features.T).Q  # of all rows, those of weight zero too
         return rows @ self._basis @ self._basis.T
 
 
@@ -199,24 +202,20 @@ def _lanczos(kernel: Kernel, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         length ``[]``.
     """
     length = start.norm()
-    basis, diagonal, beside = [start / length.clamp(min=torch.finfo(start.dtype).tiny)], [], []
-    for _ in range(min(_LANCZOS_STEPS, len(start))):
-        new = kernel.apply(basis[-1])
-        diagonal.append(basis[-1] @ new)
-        known = torch.stack(basis)
+    most = min(_LANCZOS_STEPS, len(start))
+    basis, tridiagonal = start.new_zeros(most, len(start)), start.new_zeros(most, most)
+    basis[0] = start / length.clamp(min=torch.finfo(start.dtype).tiny)
+    for step in range(most):
+        new, known = kernel.apply(basis[step]), basis[: step + 1]
+        tridiagonal[step, step] = basis[step] @ new
         for _ in range(2):  # once is not enough in floating point
             new = new - (known @ new) @ known
         size = new.norm()
-        if size <= 1e-12 * diagonal[0].abs() or len(basis) == len(start):
+        if step + 1 == most or size <= 1e-12 * tridiagonal[0, 0].abs():
             break
-        beside.append(size)
-        basis.append(new / size)
-    steps = len(diagonal)
-    tridiagonal = torch.diag(torch.stack(diagonal))
-    if steps > 1:
-        off = torch.stack(beside[: steps - 1])
-        tridiagonal += torch.diag(off, 1) + torch.diag(off, -1)
-    return torch.stack(basis[:steps]), tridiagonal, length
+        tridiagonal[step, step + 1] = tridiagonal[step + 1, step] = size
+        basis[step + 1] = new / size
+    return basis[: step + 1], tridiagonal[: step + 1, : step + 1], length
 
 
 @dataclass(frozen=True)

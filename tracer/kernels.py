@@ -43,11 +43,16 @@ class Kernels:
         device: Where to multiply.
         process: Which of several processes this one is: those that run together each add up their own rows.
         progress: Show a bar; None: on a terminal only.
+        memory_bytes: How many bytes of kernels are held, but one at least.
     """
 
-    def __init__(self, store: Store, device: torch.device, process: Process, progress: bool | None) -> None:
+    def __init__(
+        self, store: Store, device: torch.device, process: Process, progress: bool | None, memory_bytes: int
+    ) -> None:
         self.store, self.device, self.process, self.progress = store, device, process, progress
-        self._held: tuple[tuple[int, str], tuple[Kernel, Moments]] | None = None
+        dim, num_rows = store.manifest.feature_dim, store.manifest.train_set_size
+        self._most = max(1, memory_bytes // (16 * dim * min(dim, num_rows)))  # a matrix or rows, and a factor or basis
+        self._held: dict[tuple[int, str], tuple[Kernel, Moments]] = {}
 
     def get(self, model_id: int, weighting: str) -> tuple[Kernel, Moments]:
         """Return a checkpoint's kernel and the sums beside it.
@@ -57,15 +62,17 @@ class Kernels:
             weighting: A value of `tracer.scoring.KERNELS`.
 
         Returns:
-            Both, on the device. The last one is held, as it takes k² numbers.
+            Both, on the device.
 
         Raises:
             InputError: The loss is not convex in f.
         """
-        if self._held is None or self._held[0] != (model_id, weighting):
-            self._held = None
-            self._held = (model_id, weighting), self._make(model_id, weighting)
-        return self._held[1]
+        key = model_id, weighting
+        if key not in self._held:
+            while len(self._held) >= self._most:
+                del self._held[next(iter(self._held))]
+            self._held[key] = self._make(model_id, weighting)
+        return self._held[key]
 
     def regularization(self, model_ids: list[int], estimate: Estimate) -> Regularization:
         """Return the λ with which an estimate is made.

@@ -364,7 +364,7 @@ class Ranker:
                 f"{what} needs stored features and this store has storage='none'; featurize into another save_dir with "
                 f"storage='float32' or 'float16' (projector='none' keeps gradients exact)."
             )
-        return Kernels(self.store, self.device, self.process, self.progress)
+        return Kernels(self.store, self.device, self.process, self.progress, self.memory_bytes // 2)
 
     def _factors(self, model_ids: list[int], estimate: Estimate) -> list[float]:
         """Return the weight of each checkpoint: its learning rate, or an equal share with a kernel."""
