@@ -10,7 +10,6 @@ it is the Gauss-Newton matrix of the sum of the losses, in the place of the Hess
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,16 +23,48 @@ _LANCZOS_STEPS = 128
 _PER_DECADE, _DECADES = 50, (-6, 4)
 
 
-class Kernel(ABC):
-    """A symmetric positive semi-definite matrix ``K [k, k]``, held in one form or another."""
+class Kernel:
+    """A symmetric positive semi-definite matrix ``K [k, k]``, as a matrix ``M [r, r]`` in a basis ``B [k, r]``.
 
-    @abstractmethod
-    def apply(self, vector: Tensor) -> Tensor:
-        """Return ``K x`` of a vector ``[k]``."""
+    ``K = B M Bᵀ``. With fewer train rows than features, B spans them: r is the number of rows. What is orthogonal to
+    all train rows is not in it. It has no inner product with any of them, neither before a solution nor behind it; a
+    solution would divide it by λ, and it would drown the rest in the rounding errors of a float32 product.
 
-    @abstractmethod
+    Args:
+        matrix: M, ``[r, r]``, float64.
+        basis: B, with orthonormal columns; None: the identity.
+
+    >>> kernel = Kernel(torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64)))
+    >>> kernel.solve(torch.ones(1, 2, dtype=torch.float64), 1.0).round(decimals=6).tolist()
+    [[0.5, 0.25]]
+    """
+
+    def __init__(self, matrix: Tensor, basis: Tensor | None = None) -> None:
+        self.matrix, self.basis = matrix, basis
+        self._factor: tuple[float, Tensor] | None = None
+        self._spectrum: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of_rows(cls, features: Tensor, weights: Tensor) -> Kernel:
+        """Return ``Phiᵀ diag(w) Phi`` of fewer rows than features, in the basis that they span.
+
+        Args:
+            features: Phi, ``[n, k]``, float64.
+            weights: w, ``[n]``, float64, 0 or more.
+
+        Returns:
+            The kernel.
+        """
+        basis = torch.linalg.qr(features.T).Q  # of all rows, those of weight zero too
+        rows = (features @ basis).mul_(weights.sqrt().unsqueeze(1))
+        return cls(rows.T @ rows, basis)
+
+    def coordinates(self, rows: Tensor) -> Tensor:
+        """Return rows ``[..., k]`` in the basis: ``[..., r]``."""
+        return rows if self.basis is None else rows @ self.basis
+
     def solve(self, rows: Tensor, regularization: float) -> Tensor:
-        """Return ``(K + λI)⁻¹`` times each row.
+        """Return ``B (M + λI)⁻¹ Bᵀ`` times each row: ``(K + λI)⁻¹`` as far as train rows see it.
 
         Args:
             rows: ``[m, k]``, float64.
@@ -42,44 +73,10 @@ class Kernel(ABC):
         Returns:
             ``[m, k]``, float64.
         """
+        found = self._solve(self.coordinates(rows), regularization)
+        return found if self.basis is None else found @ self.basis.T
 
-    def seen(self, rows: Tensor) -> Tensor:
-        """Return the part of rows that has an inner product with some train row.
-
-        Where there are fewer train rows than features, most of a row is orthogonal to all of them. A solution is
-        divided by λ there, and would drown the rest in the rounding errors of a float32 product.
-
-        Args:
-            rows: ``[m, k]``, float64.
-
-        Returns:
-            ``[m, k]``, float64: with the same inner products with train rows, before a solution and behind it.
-        """
-        return rows
-
-
-class DenseKernel(Kernel):
-    """A kernel as the matrix itself: for more rows than features.
-
-    Args:
-        matrix: ``[k, k]``, float64, symmetric.
-
-    >>> kernel = DenseKernel(torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64)))
-    >>> kernel.solve(torch.ones(1, 2, dtype=torch.float64), 1.0).round(decimals=6).tolist()
-    [[0.5, 0.25]]
-    """
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self._factor: tuple[float, Tensor] | None = None
-        self._spectrum: tuple[Tensor, Tensor] | None = None
-
-    def apply(self, vector: Tensor) -> Tensor:
-        """Return ``K x`` of a vector ``[k]``."""
-        return self.matrix @ vector
-
-    def solve(self, rows: Tensor, regularization: float) -> Tensor:
-        """Return ``(K + λI)⁻¹`` times each row; see `Kernel.solve`."""
+    def _solve(self, rows: Tensor, regularization: float) -> Tensor:
         if regularization > 0:
             factor = self._cholesky(regularization)
             if factor is not None:
@@ -91,7 +88,7 @@ class DenseKernel(Kernel):
         return rows @ vectors * _inverse(values, regularization) @ vectors.T
 
     def _cholesky(self, regularization: float) -> Tensor | None:
-        """Return the Cholesky factor of ``K + λI``, or None where rounding makes it indefinite."""
+        """Return the Cholesky factor of ``M + λI``, or None where rounding makes it indefinite."""
         if self._factor is None or self._factor[0] != regularization:
             shifted = self.matrix.clone()
             shifted.diagonal().add_(regularization)
@@ -100,40 +97,6 @@ class DenseKernel(Kernel):
                 return None
             self._factor = regularization, factor
         return self._factor[1]
-
-
-class RowKernel(Kernel):
-    """A kernel as its weighted rows ``A = diag(√w) Phi``, ``K = AᵀA``: for fewer rows than features.
-
-    What is inverted is ``A Aᵀ [n, n]``: ``(AᵀA + λI)⁻¹ x = (x − Aᵀ (A Aᵀ + λI)⁻¹ A x) / λ``.
-
-    Args:
-        features: Phi, ``[n, k]``, float64.
-        weights: w, ``[n]``, float64.
-    """
-
-    def __init__(self, features: Tensor, weights: Tensor) -> None:
-        self.rows = features * weights.sqrt().unsqueeze(1)
-        self._inner = DenseKernel(self.rows @ self.rows.T)
-        self._features = features
-        self._basis: Tensor | None = None
-
-    def apply(self, vector: Tensor) -> Tensor:
-        """Return ``K x`` of a vector ``[k]``."""
-        return (self.rows @ vector) @ self.rows
-
-    def solve(self, rows: Tensor, regularization: float) -> Tensor:
-        """Return ``(K + λI)⁻¹`` times each row; see `Kernel.solve`."""
-        seen = rows @ self.rows.T
-        if regularization > 0:
-            return (rows - self._inner.solve(seen, regularization) @ self.rows) / regularization
-        return self._inner.solve(self._inner.solve(seen, 0.0), 0.0) @ self.rows
-
-    def seen(self, rows: Tensor) -> Tensor:
-        """Return the part of rows that has an inner product with some train row; see `Kernel.seen`."""
-        if self._basis is None:
-            self._basis = torch.linalg.qr(self._features.T).Q  # of all rows, those of weight zero too
-        return rows @ self._basis @ self._basis.T
 
 
 def _inverse(values: Tensor, regularization: float) -> Tensor:
@@ -181,24 +144,24 @@ def misfit(kernel: Kernel, moments: Moments, regularizations: Tensor) -> Tensor:
     Returns:
         ``[G]``, float64.
     """
-    gain, start = moments.gain, moments.gain + moments.step
-    basis, tridiagonal, length = _lanczos(kernel, start)
+    gain, step = kernel.coordinates(moments.gain), kernel.coordinates(moments.step)  # sums over train rows, all seen
+    basis, tridiagonal, length = _lanczos(kernel.matrix, gain + step)
     values, vectors = torch.linalg.eigh(tridiagonal)
-    # x(λ) = (K + λI)⁻¹ start within the basis; the misfit is  Σ w gain² − 2 gain·x + xᵀ K x
+    # x(λ) = (K + λI)⁻¹ (gain + step) within the basis; the misfit is  Σ w gain² − 2 gain·x + xᵀ K x
     coordinates = length * vectors[0] / (values + regularizations.unsqueeze(1))  # [G, steps]
     seen = vectors.T @ (basis @ gain)
     return moments.squared_gain - 2 * coordinates @ seen + coordinates.square() @ values
 
 
-def _lanczos(kernel: Kernel, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a Krylov basis of a vector, the kernel within it, and the vector's length (Golub & Meurant 2010).
+def _lanczos(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a Krylov basis of a vector, a matrix within it, and the vector's length (Golub & Meurant 2010).
 
     Args:
-        kernel: The kernel.
-        start: ``[k]``.
+        matrix: ``[r, r]``, symmetric.
+        start: ``[r]``.
 
     Returns:
-        Orthonormal rows ``[n, k]`` that begin with the vector's direction, the tridiagonal matrix ``[n, n]``, and the
+        Orthonormal rows ``[n, r]`` that begin with the vector's direction, the tridiagonal matrix ``[n, n]``, and the
         length ``[]``.
     """
     length = start.norm()
@@ -206,7 +169,7 @@ def _lanczos(kernel: Kernel, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     basis, tridiagonal = start.new_zeros(most, len(start)), start.new_zeros(most, most)
     basis[0] = start / length.clamp(min=torch.finfo(start.dtype).tiny)
     for step in range(most):
-        new, known = kernel.apply(basis[step]), basis[: step + 1]
+        new, known = matrix @ basis[step], basis[: step + 1]
         tridiagonal[step, step] = basis[step] @ new
         for _ in range(2):  # once is not enough in floating point
             new = new - (known @ new) @ known

@@ -16,14 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tracer.arguments import bar_disabled
-from tracer.curvature import (
-    DenseKernel,
-    Kernel,
-    Moments,
-    Regularization,
-    RowKernel,
-    choose_regularization,
-)
+from tracer.curvature import Kernel, Moments, Regularization, choose_regularization
 from tracer.errors import InputError
 from tracer.processes import Process
 from tracer.rank import Rows
@@ -108,7 +101,7 @@ class Kernels:
             for block in sums.blocks(range(table.num_rows)):
                 sums.read(block)
             features = true_rows(table, 0, table.num_rows, self.device)
-            return RowKernel(features, torch.from_numpy(sums.weights).to(self.device)), sums.moments()
+            return Kernel.of_rows(features, torch.from_numpy(sums.weights).to(self.device)), sums.moments()
         path = self.store.kernel_path(model_id, weighting)
         inputs = {"table": table.attributes["table_id"], "num_rows": table.num_rows, "weighting": weighting}
         self.process.wait()
@@ -129,7 +122,7 @@ class Kernels:
             self.process.first_only(lambda: save_kernel(path, inputs, scalars, arrays))
         found, arrays = known
         matrix, vectors = (torch.from_numpy(arrays[name]).to(self.device) for name in ("matrix", "vectors"))
-        return DenseKernel(matrix), _moments(table.num_rows, found, vectors)
+        return Kernel(matrix), _moments(table.num_rows, found, vectors)
 
     def _own_rows(self, table: RowTable) -> range:
         """Return the rows that this process adds up: a share where all run together, else all."""

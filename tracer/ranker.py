@@ -344,7 +344,7 @@ class Ranker:
         def solve(model_id: int, rows: torch.Tensor) -> torch.Tensor:
             assert estimate.kernel is not None and found is not None
             kernel, _ = kernels.get(model_id, estimate.kernel)
-            return kernel.solve(kernel.seen(rows), found.value)
+            return kernel.solve(rows, found.value)
 
         derived = [
             DerivedRows(table, estimate, groups, partial(solve, model_id) if found else None, self.device, held)
