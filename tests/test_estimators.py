@@ -170,25 +170,44 @@ def test_self_influence_is_the_score_of_a_row_for_its_own_loss(tmp_path, estimat
     np.testing.assert_allclose(found_values, total * slope**2, rtol=1e-9)
 
 
-def test_kernels_are_read_when_they_are_there_and_made_again_when_rows_change(tmp_path, monkeypatch):
-    found = ranker(tmp_path, 60, 5, 12)
+@pytest.mark.parametrize("shape", [(60, 5, 12), (12, 5, 60)])
+def test_kernels_are_read_when_they_are_there_and_made_again_when_rows_change(tmp_path, monkeypatch, shape):
+    found = ranker(tmp_path, *shape)
     estimate = Estimate("influence", regularization=1.0)
     first = np.array(found.scores("test", estimate, None))
     shutil.rmtree(found.store.path / "scores")
     with monkeypatch.context() as patched:
-        patched.setattr("tracer.kernels._KernelSums.read", lambda *args: pytest.fail("computed again"))
-        np.testing.assert_array_equal(found.scores("test", estimate, None), first)
+        if shape[0] > shape[2]:  # else there is nothing to read
+            patched.setattr("tracer.kernels._KernelSums.read", lambda *args: pytest.fail("computed again"))
+        again = Ranker(found.store, torch.device("cpu"), False)
+        np.testing.assert_array_equal(again.scores("test", estimate, None), first)
     found.store.forget_rows(np.array([3]))
     for model_id in range(len(RATES)):
         with found.store.checkpoint(model_id) as table:
             table.write(
                 np.array([3]),
-                np.full((1, 12), 9.0, np.float32),
+                np.full((1, shape[2]), 9.0, np.float32),
                 fingerprint=np.zeros(1, np.uint64),
                 **{name: np.ones(1, np.float32) for name in ("loss", "slope", "curvature", "gradient_norm")},
             )
             table.set_attributes(finalized=True)
     assert_close(found.scores("test", estimate, None), reference(found, estimate, 1.0))
+
+
+@pytest.mark.parametrize("shape", [(60, 5, 12), (12, 5, 60)])
+def test_kernels_are_held_for_the_next_question(tmp_path, monkeypatch, shape):
+    found = ranker(tmp_path, *shape)
+    first = found.regularization(None, Estimate("influence"))
+    monkeypatch.setattr("tracer.kernels._KernelSums.read", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr("tracer.kernels.load_kernel", lambda *args: pytest.fail("read again"))
+    assert found.regularization(None, Estimate("influence")) == first
+
+
+def test_kernels_that_do_not_fit_are_made_when_they_are_needed(tmp_path):
+    few, many = (ranker(tmp_path / str(size), 60, 5, 12, memory_bytes=size) for size in (1, 1 << 30))
+    for estimator in ESTIMATORS:
+        scores = [found.scores("test", Estimate(estimator), None) for found in (few, many)]
+        np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-6 * np.abs(scores[1]).max())
 
 
 def test_a_damaged_kernel_is_computed_again(tmp_path, caplog):
@@ -198,6 +217,7 @@ def test_a_damaged_kernel_is_computed_again(tmp_path, caplog):
     shutil.rmtree(found.store.path / "scores")
     chunk = found.store.path / "kernels" / "0" / "plain" / "matrix" / "c" / "0" / "0"
     chunk.write_bytes(b"\x07" * chunk.stat().st_size)
+    found = Ranker(found.store, torch.device("cpu"), False)
     with caplog.at_level(logging.WARNING):
         np.testing.assert_array_equal(found.scores("test", estimate, None), first)
     assert "is damaged" in caplog.text

@@ -5,6 +5,7 @@ Layout: train rows ``Phi [N, k]``, target rows ``[M, k]``, G groups of them; ker
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ class Kernels:
         device: Where to multiply.
         process: Which of several processes this one is: those that run together each add up their own rows.
         progress: Show a bar; None: on a terminal only.
-        memory_bytes: How many bytes of kernels are held, but one at least.
+        memory_bytes: How many bytes of kernels are held, but one at least; also from one question to the next.
     """
 
     def __init__(
@@ -45,7 +46,12 @@ class Kernels:
         self.store, self.device, self.process, self.progress = store, device, process, progress
         dim, num_rows = store.manifest.feature_dim, store.manifest.train_set_size
         self._most = max(1, memory_bytes // (16 * dim * min(dim, num_rows)))  # a matrix or rows, and a factor or basis
-        self._held: dict[tuple[int, str], tuple[Kernel, Moments]] = {}
+        self._held: dict[tuple[int, str, str], tuple[Kernel, Moments]] = {}
+        self._contents: dict[int, str] = {}
+
+    def look_again(self) -> None:
+        """Begin a new question: train rows may have changed since the last one."""
+        self._contents = {}
 
     def get(self, model_id: int, weighting: str) -> tuple[Kernel, Moments]:
         """Return a checkpoint's kernel and the sums beside it.
@@ -60,7 +66,9 @@ class Kernels:
         Raises:
             InputError: The loss is not convex in f.
         """
-        key = model_id, weighting
+        if model_id not in self._contents:
+            self._contents[model_id] = _content(self.store.checkpoint(model_id))
+        key = model_id, weighting, self._contents[model_id]
         if key not in self._held:
             while len(self._held) >= self._most:
                 del self._held[next(iter(self._held))]
@@ -129,6 +137,11 @@ class Kernels:
         if not self.process.together:
             return range(table.num_rows)
         return self.process.rows(table.num_rows, table.block_rows)
+
+
+def _content(table: RowTable) -> str:
+    """Return what tells a table's rows from others."""
+    return hashlib.sha256(table.column("checksum").tobytes()).hexdigest()
 
 
 def row_weighting(table: RowTable, weighting: str) -> tuple[np.ndarray, bool]:

@@ -54,6 +54,7 @@ class Ranker:
     ) -> None:
         self.store, self.device, self.progress, self.memory_bytes = store, device, progress, memory_bytes
         self.process = process or Process()
+        self._known_kernels: Kernels | None = None
 
     @property
     def num_rows(self) -> int:
@@ -364,7 +365,12 @@ class Ranker:
                 f"{what} needs stored features and this store has storage='none'; featurize into another save_dir with "
                 f"storage='float32' or 'float16' (projector='none' keeps gradients exact)."
             )
-        return Kernels(self.store, self.device, self.process, self.progress, self.memory_bytes // 2)
+        known = self._known_kernels
+        if known is None or known.store is not self.store:  # which is another one when it has grown
+            known = Kernels(self.store, self.device, self.process, self.progress, self.memory_bytes // 2)
+            self._known_kernels = known
+        known.look_again()
+        return known
 
     def _factors(self, model_ids: list[int], estimate: Estimate) -> list[float]:
         """Return the weight of each checkpoint: its learning rate, or an equal share with a kernel."""
