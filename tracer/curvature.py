@@ -129,12 +129,13 @@ class Moments:
 
 
 def misfit(kernel: Kernel, moments: Moments, regularizations: Tensor) -> Tensor:
-    """Return how badly ridge regression explains what a checkpoint has learnt, for each λ.
+    """Return how badly training that is stopped early explains what a checkpoint has learnt, for each λ.
 
-    The network is seen as a linear model in its features. One Newton step from its outputs f aims at the working
-    response ``f − Q/w`` of each row; ridge regression of what that adds to a model that has learnt nothing,
-    ``y = gain − Q/w`` with weights w, predicts ``H_λ y``. The misfit is ``Σ w (gain − H_λ y)²``: where it is least, the
-    regularized linear model is the network that training has found.
+    The network is seen as a linear model in its features that began with nothing. One Newton step from its outputs f
+    aims at the working response ``f − Q/w`` of each row, ``y = gain − Q/w`` more than at the beginning. Gradient flow
+    on the weighted squares goes there at a rate of its own in each direction u of curvature s; with learning rates
+    that sum up to τ, and the mean of N losses, it has come by ``1 − exp(−s/λ)``, ``λ = N/τ`` (Ali et al. 2019). That
+    predicts ``H_λ y``. The misfit is ``Σ w (gain − H_λ y)²``.
 
     Args:
         kernel: ``K = Φᵀ diag(w) Φ``.
@@ -147,8 +148,10 @@ def misfit(kernel: Kernel, moments: Moments, regularizations: Tensor) -> Tensor:
     gain, step = kernel.coordinates(moments.gain), kernel.coordinates(moments.step)  # sums over train rows, all seen
     basis, tridiagonal, length = _lanczos(kernel.matrix, gain + step)
     values, vectors = torch.linalg.eigh(tridiagonal)
-    # x(λ) = (K + λI)⁻¹ (gain + step) within the basis; the misfit is  Σ w gain² − 2 gain·x + xᵀ K x
-    coordinates = length * vectors[0] / (values + regularizations.unsqueeze(1))  # [G, steps]
+    values = values.clamp(min=torch.finfo(values.dtype).tiny)
+    # H y = A x with A = diag(√w) Φ and x = h(K) (gain + step), h(s) = (1 − exp(−s/λ)) / s, within the basis; the misfit
+    # is  Σ w gain² − 2 gain·x + xᵀ K x
+    coordinates = length * vectors[0] * (-torch.expm1(-values / regularizations.unsqueeze(1)) / values)  # [G, steps]
     seen = vectors.T @ (basis @ gain)
     return moments.squared_gain - 2 * coordinates @ seen + coordinates.square() @ values
 
@@ -199,12 +202,12 @@ def choose_regularization(
 ) -> Regularization:
     """Choose one λ for the kernels of several checkpoints, without training anything again.
 
-    - ``training``: the λ at which ridge regression in the features is the network that training has found, least
-      summed `misfit` over checkpoints, over ``share``. Training that is stopped early is regularized: gradient descent
-      of learning rates that sum up to τ leaves directions of curvature below ``N/τ`` unlearnt, as ridge regression with
-      about that λ does (Ali et al. 2019). A model that is trained on a share of the rows for as many epochs
+    - ``training``: training that is stopped early is regularized as by ridge regression with ``λ = N/τ``. At each
+      checkpoint that is taken to be where `misfit` is least. It falls as training goes on, and the smallest counts:
+      that of the checkpoint that was trained longest. A model that is trained on a share of the rows for as many epochs
       has that share of the kernel and the same ``N/τ``, which is λ over the share for the whole kernel.
-    - ``trace``: where gains or curvatures are not known, the mean of ``w ‖φ‖²`` over the share.
+    - ``trace``: where gains or curvatures are not known, the mean of ``w ‖φ‖²``, the geometric mean over checkpoints,
+      over the share.
 
     Args:
         parts: Of each checkpoint what gives its kernel, so that one is held at a time, and the moments.
@@ -213,14 +216,14 @@ def choose_regularization(
     Returns:
         λ; at least the smallest positive number where kernels are zero.
     """
-    sizes = torch.tensor([moments.trace / moments.num_rows for _, moments in parts], dtype=torch.float64)
     tiny = torch.finfo(torch.float64).tiny
-    unit = float(sizes.clamp(min=tiny).log().mean().exp())
+    units = torch.tensor([max(moments.trace / moments.num_rows, tiny) for _, moments in parts], dtype=torch.float64)
     if any(moments.squared_gain <= 0 for _, moments in parts):
-        return Regularization(unit / share, "trace")
+        return Regularization(float(units.log().mean().exp()) / share, "trace")
     low, high = _DECADES
-    grid = unit * torch.logspace(low, high, _PER_DECADE * (high - low) + 1, dtype=torch.float64)
-    total = torch.zeros_like(grid)
-    for kernel, moments in parts:
-        total += misfit(kernel(), moments, grid.to(moments.gain.device)).cpu()
-    return Regularization(float(grid[total.argmin()]) / share, "training")
+    grid = torch.logspace(low, high, _PER_DECADE * (high - low) + 1, dtype=torch.float64)
+    found = [
+        unit * grid[misfit(kernel(), moments, (unit * grid).to(moments.gain.device)).argmin().cpu()]
+        for unit, (kernel, moments) in zip(units, parts, strict=True)
+    ]
+    return Regularization(float(min(found)) / share, "training")

@@ -324,7 +324,7 @@ class Reader:
     def regularization(self, estimator: str = "influence", model_ids: list[int] | None = None) -> Regularization:
         """Return the λ that ``regularization="auto"`` stands for, and the rule that it comes from.
 
-        Rule ``training``: the λ at which ridge regression in the features is the network that training has found, over
+        Rule ``training``: ``N/τ`` of training with learning rates that sum up to τ, as far as the outputs show it, over
         one half, so that scores predict models trained on half of the rows. Rule ``trace``, where the task does not
         know curvatures and outputs: twice the mean of ``w ‖φ‖²``. See `tracer.curvature.choose_regularization`.
 
