@@ -10,8 +10,8 @@ import pytest
 import torch
 from rank_cases import RATES, ranker
 
+from tracer.derived import DerivedRows
 from tracer.errors import CallOrderError, InputError
-from tracer.kernels import DerivedRows
 from tracer.rank import MemoryRows
 from tracer.ranker import Ranker
 from tracer.scoring import Estimate

@@ -31,7 +31,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "checkpoints": (2, ("checkpoints", "sources", "moments", "optimizers")),
     "row sources": (2, ("rowsource",)),
     "featurize": (3, ("featurize", "together", "cosines")),
-    "rank": (3, ("rank", "kernels")),
+    "rank": (3, ("rank", "kernels", "derived")),
     "retraining": (3, ("retraining",)),
     "ideal": (3, ("ideal", "ideal_record")),
     "questions": (4, ("ranker", "tops", "reader")),

@@ -1,15 +1,12 @@
-"""Kernels of stored train rows, and target rows derived from stored ones: solved for, or summed up over groups.
+"""Kernels of stored train rows: read from the store, or added up from the rows, by several processes together.
 
-Layout: train rows ``Phi [N, k]``, target rows ``[M, k]``, G groups of them; kernels ``[k, k]``. Sums are float64.
+Layout: train rows ``Phi [N, k]``, kernels ``[k, k]``. Sums are float64.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +22,9 @@ from tracer.scoring import Estimate
 from tracer.store import RowTable, Store
 from tracer.store.kernels import load_kernel, save_kernel
 
-_BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 32 << 20
+"""How many bytes of float64 rows are held at once."""
+
 _SUMS = ("trace", "plain_trace", "squared_gain")
 
 
@@ -190,7 +189,7 @@ class _KernelSums:
 
     def blocks(self, rows: range) -> Iterator[range]:
         """Yield ranges of rows that are held at once."""
-        step = max(64, _BLOCK_BYTES // (8 * max(1, self.table.dim)))
+        step = max(64, BLOCK_BYTES // (8 * max(1, self.table.dim)))
         for start in range(rows.start, rows.stop, step):
             yield range(start, min(start + step, rows.stop))
 
@@ -229,108 +228,6 @@ def true_rows(table: Rows, start: int, stop: int, device: torch.device) -> Tenso
     return rows.mul_(torch.from_numpy(table.column("scale", start, stop).astype(np.float64)).to(device).unsqueeze(1))
 
 
-def group_indices(estimate: Estimate, targets: Rows) -> np.ndarray | None:
-    """Return the group of each target ``[M]``, int64, -1 for none; None where scores are those of single targets.
-
-    Raises:
-        InputError: Their number is not that of the targets, or targets have no classes.
-    """
-    groups = estimate.groups
-    if groups is None:
-        return None
-    if isinstance(groups, str):
-        groups = targets.column("label").astype(np.int64)
-        if groups.max() < 0:
-            raise InputError("groups='label' came and the targets have no classes; pass groups=[group of each target].")
-        return np.maximum(groups, -1)
-    if len(groups) != targets.num_rows:
-        raise InputError(f"groups has {len(groups)} values; expected one for each of {targets.num_rows} targets.")
-    return groups
-
-
-class DerivedRows:
-    """Target rows derived from stored ones, when they are first used: weighted, summed up over groups, solved for.
-
-    They have `tracer.rank.Rows`' interface: float32 rows relative to a ``scale`` of each.
-
-    Args:
-        targets: The stored rows.
-        estimate: What scores are to say.
-        groups: As `group_indices` gives them.
-        solve: Gives ``(K + λI)⁻¹`` times rows; None without a kernel.
-        device: Where to multiply.
-        memory_bytes: How many bytes of them may be held; more lie in a temporary file.
-    """
-
-    storage = "float32"
-
-    def __init__(
-        self,
-        targets: Rows,
-        estimate: Estimate,
-        groups: np.ndarray | None,
-        solve: Callable[[Tensor], Tensor] | None,
-        device: torch.device,
-        memory_bytes: int,
-    ) -> None:
-        self._targets, self._estimate, self._groups = targets, estimate, groups
-        self._solve, self._device, self._memory_bytes = solve, device, memory_bytes
-        self.num_rows = targets.num_rows if groups is None else int(groups.max()) + 1
-        self.dim = targets.dim
-        self._made: tuple[np.ndarray, np.ndarray] | None = None
-
-    def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return the scale of rows, ``[stop - start]``, float64; derived rows have no other column."""
-        assert name == "scale", name
-        return self._values()[1][start:stop]
-
-    def raw_features(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
-        """Return rows divided by their scale, in one piece."""
-        return [(start, self._values()[0][start:stop])]
-
-    def _values(self) -> tuple[np.ndarray, np.ndarray]:
-        if self._made is None:
-            raw, scale = self._memory(), np.ones(self.num_rows)
-            for start, rows in self._blocks():
-                rows = rows if self._solve is None else self._solve(rows)
-                largest = rows.abs().amax(1)
-                unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-                raw[start : start + len(rows)] = (rows / unit.unsqueeze(1)).float().cpu().numpy()
-                scale[start : start + len(rows)] = unit.cpu().numpy()
-            self._made = raw, scale
-        return self._made
-
-    def _memory(self) -> np.ndarray:
-        shape = self.num_rows, self.dim
-        if 4 * math.prod(shape) <= self._memory_bytes:
-            return np.empty(shape, np.float32)
-        with tempfile.TemporaryFile() as file:  # its name is gone at once, the map stays
-            return np.memmap(file, np.float32, "w+", shape=shape)
-
-    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield rows before they are solved for, ``[n, k]``, float64, with the position of the first."""
-        step = max(64, _BLOCK_BYTES // (8 * max(1, self.dim)))
-        weights = self._weights()
-        summed: Tensor | None = None
-        for start in range(0, self._targets.num_rows, step):
-            stop = min(start + step, self._targets.num_rows)
-            rows = true_rows(self._targets, start, stop, self._device).mul_(weights[start:stop].unsqueeze(1))
-            if self._groups is None:
-                yield start, rows
-                continue
-            if summed is None:
-                summed = torch.zeros(self.num_rows, self.dim, dtype=torch.float64, device=self._device)
-            chosen = torch.from_numpy(self._groups[start:stop]).to(self._device)
-            summed.index_add_(0, chosen[chosen >= 0], rows[chosen >= 0])
-        if summed is not None:
-            for start in range(0, self.num_rows, step):
-                yield start, summed[start : start + step]
-
-    def _weights(self) -> Tensor:
-        slope, norm = (self._targets.column(name) for name in ("slope", "gradient_norm"))
-        return torch.from_numpy(self._estimate.target_weights(slope, norm)).to(self._device)
-
-
 def own_influence(table: RowTable, kernel: Kernel, regularization: float, device: torch.device) -> np.ndarray:
     """Return ``φᵀ (K + λI)⁻¹ φ`` of each train row: its leverage, without weights.
 
@@ -344,18 +241,8 @@ def own_influence(table: RowTable, kernel: Kernel, regularization: float, device
         ``[N]``, float64.
     """
     found = np.empty(table.num_rows)
-    step = max(64, _BLOCK_BYTES // (8 * max(1, table.dim)))
+    step = max(64, BLOCK_BYTES // (8 * max(1, table.dim)))
     for start in range(0, table.num_rows, step):
         rows = true_rows(table, start, min(start + step, table.num_rows), device)
         found[start : start + step] = (rows * kernel.solve(rows, regularization)).sum(1).cpu().numpy()
     return found
-
-
-def describe(estimate: Estimate, regularization: Regularization | None) -> dict[str, Any]:
-    """Return what decides scores besides the rows and the estimator's name, as JSON values; empty for plain ones."""
-    described: dict[str, Any] = {}
-    if regularization is not None:
-        described |= {"regularization": regularization.value, "rule": regularization.rule}
-    if estimate.soft_threshold:
-        described["soft_threshold"] = estimate.soft_threshold
-    return described

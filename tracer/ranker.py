@@ -15,8 +15,9 @@ from tqdm import tqdm
 from tracer import rank
 from tracer.arguments import as_list, bar_disabled, check_count, check_model_id
 from tracer.curvature import Regularization
+from tracer.derived import DerivedRows, describe, group_indices
 from tracer.errors import CallOrderError, IncompleteError, InputError, InputTypeError, nearest_name
-from tracer.kernels import DerivedRows, Kernels, describe, group_indices, own_influence
+from tracer.kernels import Kernels, own_influence
 from tracer.processes import Process
 from tracer.rows import RowChoice, chosen_rows
 from tracer.scoring import Estimate
