@@ -12,7 +12,7 @@ import torch
 from test_benchmarks import script
 from torch import nn
 
-from tracer.retraining import Recipe
+from tracer.retraining import Recipe, train_models
 
 NUM_TRAIN, NUM_TARGETS = 60, 12
 
@@ -99,6 +99,13 @@ def found_by(methods, name, case, folder):
     return method.run(case, folder)
 
 
+@pytest.fixture(scope="module")
+def variant(quality):
+    """Gives a variant of tracer by its label, with some of its estimators."""
+    variants = {one.label: one for one in sys.modules[quality.tracer_methods.__module__].VARIANTS}
+    return lambda label, *estimators: dataclasses.replace(variants[label], estimators=estimators)
+
+
 # tasks
 
 
@@ -174,6 +181,18 @@ def test_ground_truth_is_of_halves_and_of_removals(truth):
     assert truth.masks.shape == (12, NUM_TRAIN) and (truth.masks.sum(1) == NUM_TRAIN // 2).all()
     assert truth.outputs.shape == (12, NUM_TARGETS) and truth.changes.shape == (5, NUM_TARGETS)
     assert truth.removed.shape == (5, 4) and 0 < truth.ceiling <= 1
+
+
+def test_changes_are_what_the_removed_rows_gave(task, data, truth):
+    masks = np.ones((2, NUM_TRAIN), dtype=bool)
+    masks[1, truth.removed[3]] = False
+    outputs = np.zeros((2, NUM_TARGETS))
+    model, options = task.make_model(), {"seeds": [0, 1], "paired": True}
+    for trained in train_models(task.make_model, task.kind, data.train, task.recipe, masks, **options):
+        model.load_state_dict(trained.state)
+        own = model(data.targets[0]).softmax(1).gather(1, data.targets[1].unsqueeze(1)).squeeze(1)
+        outputs[trained.subset] += own.logit().detach().numpy() / 2
+    np.testing.assert_allclose(truth.changes[3], outputs[0] - outputs[1], rtol=1e-2, atol=1e-4)
 
 
 def test_ground_truth_is_taken_up_again(quality, task, data, truth, monkeypatch, tmp_path):
@@ -255,25 +274,24 @@ def test_results_of_other_tasks_and_methods_stay(quality, tmp_path):
 # tracer's contenders
 
 
-def test_exact_and_sketched_tracin_are_graded_as_a_loop_of_autograd(quality, case, truth, data, tmp_path):
+def test_exact_and_sketched_tracin_are_sums_over_a_loop_of_autograd(quality, variant, case, tmp_path):
     methods = quality.tracer_methods()
     (exact, cosine) = found_by(methods, "tracer, exact", case, tmp_path / "exact")
     np.testing.assert_allclose(exact.scores, tracin(case), rtol=1e-3, atol=1e-5)
     assert (exact.name, cosine.name) == ("tracer tracin, exact", "tracer cosine, exact")
-    sketched = found_by(methods, "tracer, k=1024", case, tmp_path / "sketch")[0]
+    (sketched,) = variant("k=4096", "tracin").run(case, tmp_path / "sketch")
     assert quality.rank_correlation(exact.scores, sketched.scores) > 0.98
-    assert 3 * 2 * 1024 < sketched.row_bytes < 4 * 2 * 1024
+    assert 3 * 2 * 4096 < sketched.row_bytes < 3.5 * 2 * 4096
     own = [np.square(np.linalg.norm(loss_gradients(model, case.train), axis=1)) for model in case.states()]
     expected = sum(rate * norms for (_, rate), norms in zip(case.checkpoints, own, strict=True))
     np.testing.assert_allclose(exact.suspicion(), expected, rtol=1e-3)
 
 
-def test_variants_take_the_checkpoints_and_parameters_that_they_say(quality, case, tmp_path):
-    methods = quality.tracer_methods()
-    last = found_by(methods, "tracer, k=4096, last checkpoint", case, tmp_path / "last")[0]
-    several = found_by(methods, "tracer, k=4096, 3 runs", case, tmp_path / "all")[0]
+def test_variants_take_the_checkpoints_and_parameters_that_they_say(variant, case, tmp_path):
+    (last,) = variant("k=1024, last checkpoint", "tracin").run(case, tmp_path / "last")
+    (several,) = variant("k=1024, 3 runs", "tracin").run(case, tmp_path / "all")
     assert several.row_bytes == pytest.approx(9 * last.row_bytes, rel=0.02)
-    only = found_by(methods, "tracer, last layer", case, tmp_path / "layer")[0]
+    (only,) = variant("last layer", "tracin").run(case, tmp_path / "layer")
     expected = np.zeros(case.sizes)
     for model, (_, rate) in zip(case.states(), case.checkpoints, strict=True):
         parts = [loss_gradients(model, rows)[:, -21:] for rows in (case.train, case.targets)]  # 6 x 3 weights, 3 biases
@@ -281,12 +299,12 @@ def test_variants_take_the_checkpoints_and_parameters_that_they_say(quality, cas
     np.testing.assert_allclose(only.scores, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_adams_second_moments_go_with_the_checkpoints(quality, task, data, tmp_path):
+def test_adams_second_moments_go_with_the_checkpoints(quality, variant, task, data, tmp_path):
     adam = dataclasses.replace(task, recipe=Recipe("adamw", learning_rate=0.01, epochs=6, batch_size=15))
     case = quality.make_case(adam, data)
     methods = quality.tracer_methods()
     plain = found_by(methods, "tracer, exact", case, tmp_path / "plain")[0].scores
-    found = found_by(methods, "tracer, k=4096, Adam", case, tmp_path / "adam")[0].scores
+    found = variant("k=1024, Adam", "tracin").run(case, tmp_path / "adam")[0].scores
     expected = np.zeros(case.sizes)
     for model, (_, rate), state in zip(case.states(), case.checkpoints, case.optimizers, strict=True):
         parts = [entry["exp_avg_sq"].flatten() / (1 - 0.999 ** entry["step"]) for entry in state["state"].values()]
@@ -294,6 +312,16 @@ def test_adams_second_moments_go_with_the_checkpoints(quality, task, data, tmp_p
         rows = loss_gradients(model, case.train), loss_gradients(model, case.targets)
         expected += rate * ((rows[0] * scale) @ rows[1].T).numpy()
     assert quality.rank_correlation(expected, found) > 0.97 > quality.rank_correlation(plain, found)
+
+
+def test_a_sweep_is_around_the_regularization_that_tracer_chooses(variant, case, tmp_path, monkeypatch):
+    found = variant("k=1024", "trak")
+    monkeypatch.setitem(found.settings.__globals__, "FACTORS", (0.1, 1.0))
+    chosen, lower, same = found.run(case, tmp_path)
+    assert chosen.setting == {} and chosen.facts["rule"] == "training"
+    assert lower.setting == {"regularization": pytest.approx(0.1 * chosen.facts["regularization"])}
+    np.testing.assert_allclose(chosen.scores, same.scores, rtol=1e-4, atol=1e-7)
+    assert not np.allclose(chosen.scores, lower.scores, rtol=1e-2)
 
 
 # the field's methods
@@ -465,7 +493,7 @@ def test_a_task_that_is_not_known_is_told(quality, capsys):
 def test_sweeps_are_drawn_with_what_tracer_chose(tmp_path):
     pytest.importorskip("matplotlib")
     common = {"task": "t", "method": "tracer trak, k=4096", "ratio": 2.0, "row_bytes": 8.0}
-    rows = [{"task": "t", "title": "a task"}, {**common, "setting": {}, "lds": 0.5}]
+    rows = [{"task": "t", "title": "a task"}, {**common, "setting": {}, "lds": 0.5, "regularization": 3.0}]
     rows += [{**common, "setting": {"regularization": 10.0**power}, "lds": 0.4} for power in range(3)]
     with script("quality_figures") as module:
         written = module.draw(rows, tmp_path / "q")

@@ -4,6 +4,7 @@
 """
 
 from tracer.attribute import Attribution, attribute
+from tracer.curvature import Regularization
 from tracer.errors import (
     BatchError,
     CallOrderError,
@@ -20,6 +21,8 @@ from tracer.errors import (
     TracerError,
 )
 from tracer.gradients import LayerCall, register_layer_rule
+from tracer.ideal import IdealRecorder
+from tracer.ideal_record import IdealRecord, read_ideal
 from tracer.projection import Projector, register_projector
 from tracer.store import Verification, verify
 from tracer.tasks import LanguageModeling, Task, loss_outputs
@@ -34,6 +37,8 @@ __all__ = [
     "CallOrderError",
     "CheckpointError",
     "GradientError",
+    "IdealRecord",
+    "IdealRecorder",
     "IncompleteError",
     "InputError",
     "InputTypeError",
@@ -44,6 +49,7 @@ __all__ = [
     "NonFiniteError",
     "Projector",
     "RankError",
+    "Regularization",
     "SampleOutputs",
     "StoreError",
     "Task",
@@ -53,6 +59,7 @@ __all__ = [
     "Verification",
     "attribute",
     "loss_outputs",
+    "read_ideal",
     "register_layer_rule",
     "register_projector",
     "verify",

@@ -1,0 +1,276 @@
+"""What attribution is graded on: six networks with their rows, recipes and sizes.
+
+``N`` training rows, ``M`` targets. The digits come with scikit-learn; the others are read from the folder that
+``TRACER_DATA`` names, else from ``../shared/data`` beside the repository, and left out with a line that says so where
+their file is missing. Everything is seeded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fidelity import IMAGES, TEXT, WINDOW, spread, windows
+from models import Block, Decoder, ResNet9, mlp
+from quality_methods import Rows
+from torch import Tensor, nn
+
+from tracer.retraining import Recipe
+
+SENTENCES, HELD_OUT_SENTENCES = "sst2_train.tsv", "sst2_dev.tsv"
+NUM_WORDS, NUM_POSITIONS = 2_000, 32
+"""The vocabulary and the longest sentence of the sentiment task."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows to train on and to explain.
+
+    Attributes:
+        train: The N training rows, with the labels that are trained on.
+        targets: The M targets.
+        flipped: ``[N]``, bool, whose label is wrong; None where no label was flipped.
+    """
+
+    train: Rows
+    targets: Rows
+    flipped: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network with its training, and how much is retrained to grade scores.
+
+    Attributes:
+        name: What it is called on the command line.
+        title: What it is called in tables.
+        kind: The tracer task.
+        make_model: Builds the untrained network.
+        load: Reads the rows; raises FileNotFoundError where they are missing.
+        recipe: How the attributed networks and those of the subsets are trained.
+        checkpoint_epochs: After which epochs weights are kept.
+        last_layer: The module that gives the logits.
+        num_subsets: Random halves of the training rows that networks are trained on, for the LDS.
+        num_seeds: Networks a subset, whose outputs are averaged.
+        num_removals: Trainings without some rows; 0 for none.
+        num_removed: How many rows such a training leaves out.
+    """
+
+    name: str
+    title: str
+    kind: str
+    make_model: Callable[[], nn.Module]
+    load: Callable[[], Data]
+    recipe: Recipe
+    checkpoint_epochs: tuple[int, ...]
+    last_layer: str
+    num_subsets: int = 100
+    num_seeds: int = 1
+    num_removals: int = 0
+    num_removed: int = 1
+
+
+class SentenceClassifier(nn.Module):
+    """A transformer encoder on word numbers, trained from scratch; word 0 is padding, which the mean leaves out."""
+
+    def __init__(self, dim: int = 32, layers: int = 1, heads: int = 4) -> None:
+        super().__init__()
+        self.words, self.positions = nn.Embedding(NUM_WORDS, dim), nn.Embedding(NUM_POSITIONS, dim)
+        self.blocks = nn.Sequential(*(Block(dim, heads, False) for _ in range(layers)))
+        self.head = nn.Linear(dim, 2)
+        nn.init.normal_(self.words.weight, std=0.1)
+        nn.init.normal_(self.positions.weight, std=0.1)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """``[B, T]`` to logits ``[B, 2]``."""
+        x = self.blocks(self.words(words) + self.positions(torch.arange(words.shape[1], device=words.device)))
+        known = (words != 0).to(x.dtype).unsqueeze(-1)
+        return self.head((x * known).sum(1) / known.sum(1).clamp(min=1))
+
+
+class CharacterDecoder(Decoder):
+    """A causal language model of characters whose positions are as small as its characters."""
+
+    def __init__(self, vocabulary: int, dim: int = 64, layers: int = 1, heads: int = 4) -> None:
+        super().__init__(vocabulary, dim, layers, heads, length=WINDOW)
+        nn.init.normal_(self.positions.weight, std=0.02)
+
+
+def small_conv_net() -> nn.Module:
+    """Return a conv net for digits of 8 by 8 pixels: 3,818 parameters."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 4 * 4, 10),
+    )
+
+
+def digits(num_train: int = 1_000, num_targets: int = 200, flip_rate: float = 0.0, images: bool = False) -> Data:
+    """Split scikit-learn's digits, and flip some of the training labels to another digit.
+
+    Args:
+        num_train: N.
+        num_targets: M.
+        flip_rate: The share of training labels that is flipped.
+        images: Whether inputs are ``[B, 1, 8, 8]`` rather than ``[B, 64]``.
+
+    Returns:
+        The rows, inputs between 0 and 1.
+    """
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(found.target))[: num_train + num_targets]
+    x, y = torch.as_tensor(found.data[order] / 16.0, dtype=torch.float32), torch.as_tensor(found.target[order]).long()
+    x = x.view(-1, 1, 8, 8) if images else x
+    flipped = np.zeros(num_train, dtype=bool)
+    flipped[rng.choice(num_train, round(flip_rate * num_train), replace=False)] = True
+    shift = torch.as_tensor(rng.integers(1, 10, num_train) * flipped)
+    train = x[:num_train], (y[:num_train] + shift) % 10
+    return Data(train, (x[num_train:], y[num_train:]), flipped if flip_rate else None)
+
+
+def data_file(name: str) -> Path:
+    """Return the path of a file of the data folder.
+
+    Args:
+        name: The file's.
+
+    Returns:
+        Its path.
+
+    Raises:
+        FileNotFoundError: There is no such file; the message says where it was looked for.
+    """
+    folder = Path(os.environ.get("TRACER_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"there is no {name} in {folder}; TRACER_DATA names the folder to look in")
+    return folder / name
+
+
+def cifar(num_train: int = 1_000, num_targets: int = 100, size: int = 16) -> Data:
+    """Read CIFAR-10 images and average their pixels down to ``size`` by ``size``."""
+    with np.load(data_file(IMAGES)) as data:
+        arrays = data["x_train"][:num_train], data["y_train"][:num_train]
+        held_out = data["x_test"][:num_targets], data["y_test"][:num_targets]
+    parts = []
+    for x, y in (arrays, held_out):
+        images = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255.0 - 0.45) / 0.25
+        parts.append((F.adaptive_avg_pool2d(images, size), torch.from_numpy(y)))
+    return Data(parts[0], parts[1])
+
+
+def sentences(num_train: int = 1_500, num_targets: int = 100) -> Data:
+    """Read SST-2 sentences as word numbers: 0 is padding, 1 a word beyond the most frequent ones."""
+    parts = []
+    for name, count in ((SENTENCES, num_train), (HELD_OUT_SENTENCES, num_targets)):
+        lines = data_file(name).read_text(encoding="utf-8").splitlines()[:count]
+        parts.append([line.rsplit("\t", 1) for line in lines])
+    counts = Counter(word for text, _ in parts[0] for word in text.split())
+    numbers = {word: number for number, (word, _) in enumerate(counts.most_common(NUM_WORDS - 2), start=2)}
+
+    def encoded(lines: list[list[str]]) -> Rows:
+        words = torch.zeros(len(lines), NUM_POSITIONS, dtype=torch.long)
+        for row, (text, _) in zip(words, lines, strict=True):
+            known = [numbers.get(word, 1) for word in text.split()][:NUM_POSITIONS]
+            row[: len(known)] = torch.tensor(known)
+        return words, torch.tensor([int(label) for _, label in lines])
+
+    return Data(encoded(parts[0]), encoded(parts[1]))
+
+
+def characters(num_train: int = 1_000, num_targets: int = 100) -> Data:
+    """Read windows of Shakespeare's plays: training rows from the first nine tenths, targets from the rest."""
+    text = data_file(TEXT).read_text(encoding="utf-8")
+    alphabet = {character: number for number, character in enumerate(sorted(set(text)))}
+    codes = torch.tensor([alphabet[character] for character in text])
+    known, held_out = codes.split(len(codes) * 9 // 10)[:2]
+    return Data(windows(known, spread(known, num_train)), windows(held_out, spread(held_out, num_targets)))
+
+
+TASKS = [
+    Task(
+        name="logistic",
+        title="digits, logistic regression",
+        kind="image_classification",
+        make_model=lambda: mlp(64, 10),
+        load=digits,
+        recipe=Recipe(learning_rate=0.5, batch_size=50, epochs=30),
+        checkpoint_epochs=(1, 3, 8, 18, 30),
+        last_layer="0",
+        num_subsets=200,
+        num_removals=100,
+    ),
+    Task(
+        name="mlp",
+        title="digits, MLP 64-64-10",
+        kind="image_classification",
+        make_model=lambda: mlp(64, 64, 10),
+        load=digits,
+        recipe=Recipe(learning_rate=0.1, momentum=0.9, batch_size=50, epochs=20, schedule="linear"),
+        checkpoint_epochs=(1, 3, 6, 12, 20),
+        last_layer="2",
+        num_subsets=200,
+        num_seeds=2,
+        num_removals=100,
+        num_removed=20,
+    ),
+    Task(
+        name="flipped",
+        title="digits, conv net, 10 % of labels flipped",
+        kind="image_classification",
+        make_model=small_conv_net,
+        load=lambda: digits(flip_rate=0.1, images=True),
+        recipe=Recipe(learning_rate=0.1, momentum=0.9, batch_size=50, epochs=20, schedule="linear"),
+        checkpoint_epochs=(1, 3, 6, 12, 20),
+        last_layer="5",
+        num_subsets=200,
+        num_seeds=2,
+        num_removals=50,
+        num_removed=20,
+    ),
+    Task(
+        name="cifar",
+        title="CIFAR-10 at 16 x 16, ResNet-9 of width 8",
+        kind="image_classification",
+        make_model=lambda: ResNet9(width=8),
+        load=cifar,
+        recipe=Recipe(learning_rate=0.02, momentum=0.9, batch_size=50, epochs=12, schedule="linear"),
+        checkpoint_epochs=(2, 4, 7, 12),
+        last_layer="head",
+        num_seeds=2,
+    ),
+    Task(
+        name="sst2",
+        title="SST-2, transformer encoder from scratch",
+        kind="text_classification",
+        make_model=SentenceClassifier,
+        load=sentences,
+        recipe=Recipe("adamw", learning_rate=1.5e-3, weight_decay=0.01, batch_size=50, epochs=5, schedule="linear"),
+        checkpoint_epochs=(1, 2, 3, 5),
+        last_layer="head",
+        num_seeds=4,
+    ),
+    Task(
+        name="shakespeare",
+        title="Shakespeare, character decoder",
+        kind="language_modeling",
+        make_model=lambda: CharacterDecoder(65),
+        load=characters,
+        recipe=Recipe("adamw", learning_rate=5e-3, weight_decay=0.01, batch_size=10, epochs=8, schedule="linear"),
+        checkpoint_epochs=(1, 2, 4, 8),
+        last_layer="head",
+        num_seeds=2,
+    ),
+]
+"""What is measured, the small ones first."""
