@@ -112,7 +112,7 @@ def test_misfit_is_that_of_gradient_flow(shape):
 def test_the_choice_has_the_least_misfit_over_the_share():
     values = regression()
     a = np.sqrt(values[1])[:, None] * values[0]
-    chosen = choose_regularization([(lambda: kernels(a)[0], moments_of(*values))], share=0.25)
+    chosen = choose_regularization(kernels(a)[0], moments_of(*values), share=0.25)
     assert chosen.rule == "training"
     grid = np.logspace(-4, 4, 801)
     best = grid[np.argmin([slow_misfit(*values, regularization) for regularization in grid])]
@@ -129,25 +129,14 @@ def test_the_choice_recovers_for_how_long_gradient_descent_ran():
     moments = moments_of(features, w, gain, w * (gain - labels))
     a = np.sqrt(w)[:, None] * features
     for kernel in kernels(a):
-        chosen = choose_regularization([(lambda kernel=kernel: kernel, moments)], share=1.0)
+        chosen = choose_regularization(kernel, moments, share=1.0)
         assert chosen.value == pytest.approx(1 / (rate * steps), rel=0.05)  # the losses' sum: N is in it
-
-
-def test_of_several_checkpoints_the_smallest_counts():
-    parts = []
-    for seed in (0, 1):
-        values = regression(seed=seed)
-        kernel = kernels(np.sqrt(values[1])[:, None] * values[0])[1]
-        parts.append((lambda kernel=kernel: kernel, moments_of(*values)))
-    alone = [choose_regularization([part]).value for part in parts]
-    assert alone[0] != alone[1]
-    assert choose_regularization(parts).value == min(alone)
 
 
 def test_without_gains_the_trace_decides():
     features, w, gain, slope = regression()
     moments = moments_of(features, w, 0 * gain, slope)
-    chosen = choose_regularization([(lambda: Kernel(torch.eye(12, dtype=torch.float64)), moments)])
+    chosen = choose_regularization(Kernel(torch.eye(12, dtype=torch.float64)), moments)
     assert chosen.rule == "trace"
     assert chosen.value == pytest.approx(2 * moments.trace / 60)
 
@@ -155,5 +144,5 @@ def test_without_gains_the_trace_decides():
 def test_kernels_of_zeros_have_a_regularization():
     zero = torch.zeros(3, dtype=torch.float64)
     kernel = Kernel.of_rows(torch.zeros(2, 3, dtype=torch.float64), zero[:2])
-    chosen = choose_regularization([(lambda: kernel, Moments(2, 0, 0, zero, zero, 0))])
+    chosen = choose_regularization(kernel, Moments(2, 0, 0, zero, zero, 0))
     assert chosen.value > 0

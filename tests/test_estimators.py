@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from rank_cases import RATES, ranker
+from test_curvature import moments_of
 
+from tracer.curvature import Kernel, choose_regularization
 from tracer.derived import DerivedRows
 from tracer.errors import CallOrderError, InputError
 from tracer.rank import MemoryRows
@@ -30,8 +32,9 @@ def columns(found: Ranker, model_id: int, side: str) -> tuple[np.ndarray, ...]:
 def reference(found: Ranker, estimate: Estimate, regularization: float = 0.0, groups=None) -> np.ndarray:
     """The estimator's formula, checkpoint by checkpoint, without any of the library's ways."""
     total, slopes = 0.0, []
+    mean_curvature = np.mean([columns(found, model_id, "train")[2] for model_id in range(len(RATES))], axis=0)
     for model_id, rate in enumerate(RATES):
-        train, slope, curvature, norm = columns(found, model_id, "train")
+        train, slope, _, norm = columns(found, model_id, "train")
         target, target_slope, _, target_norm = columns(found, model_id, "targets")
         side = {"loss": target_slope, "output": np.sign(target_slope)}[estimate.target]
         if estimate.estimator == "cosine":
@@ -40,7 +43,7 @@ def reference(found: Ranker, estimate: Estimate, regularization: float = 0.0, gr
         elif estimate.estimator == "tracin":
             total = total + rate * (slope[:, None] * train) @ (side[:, None] * target).T
         else:
-            w = np.ones_like(slope) if estimate.estimator == "trak" else curvature
+            w = np.ones_like(slope) if estimate.estimator == "trak" else mean_curvature
             kernel = train.T @ (w[:, None] * train)
             inverse = np.linalg.pinv(kernel, hermitian=True)
             if regularization:
@@ -96,15 +99,18 @@ def test_the_chosen_regularization_is_the_one_that_is_used(tmp_path):
         assert_close(auto, np.asarray(found.scores("test", Estimate(estimator, regularization=chosen.value), None)))
 
 
-def test_regularizations_of_both_kernels_differ_by_their_traces(tmp_path):
+def test_the_regularization_is_that_of_the_checkpoint_of_the_lowest_loss(tmp_path):
     found = ranker(tmp_path, 60, 5, 12)
-    ratios = []
-    for model_id in range(len(RATES)):
-        features, _, curvature, _ = columns(found, model_id, "train")
-        squares = np.square(features).sum(1)
-        ratios.append(squares.sum() / (curvature @ squares))
+    losses = [found.store.checkpoint(model_id).column("loss").mean() for model_id in range(len(RATES))]
+    last = int(np.argmin(losses))
+    features, slope, curvature, _ = columns(found, last, "train")
+    gain = found.store.checkpoint(last).column("gain").astype(np.float64)
+    rows = features * np.sqrt(curvature)[:, None]
+    moments = moments_of(features, curvature, gain, slope)
+    expected = choose_regularization(Kernel(torch.from_numpy(rows.T @ rows)), moments).value
     of = {estimator: found.regularization(None, Estimate(estimator)).value for estimator in ESTIMATORS}
-    assert of["trak"] / of["influence"] == pytest.approx(np.exp(np.mean(np.log(ratios))))
+    assert of["influence"] == pytest.approx(expected)
+    assert of["trak"] / of["influence"] == pytest.approx(moments.plain_trace / moments.trace)
 
 
 @pytest.mark.parametrize("estimator", ["tracin", "cosine", "trak", "influence"])
@@ -158,11 +164,11 @@ def test_groups_of_another_number_are_refused(tmp_path):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_self_influence_is_the_score_of_a_row_for_its_own_loss(tmp_path, estimator):
     found = ranker(tmp_path, 40, 5, 12)
-    w = {}
     total, slope = np.zeros(40), np.zeros(40)
+    mean_curvature = np.mean([columns(found, model_id, "train")[2] for model_id in range(len(RATES))], axis=0)
     for model_id in range(len(RATES)):
-        features, q, curvature, _ = columns(found, model_id, "train")
-        w = np.ones(40) if estimator == "trak" else curvature
+        features, q, _, _ = columns(found, model_id, "train")
+        w = np.ones(40) if estimator == "trak" else mean_curvature
         inverse = np.linalg.inv(features.T @ (w[:, None] * features) + 0.3 * np.eye(12))
         total += np.einsum("nk,kl,nl->n", features, inverse, features) / len(RATES)
         slope += q / len(RATES)
@@ -248,12 +254,18 @@ def test_without_curvatures_the_empirical_fisher_takes_their_place(tmp_path):
             table.write(np.arange(20), features, curvature=zero, fingerprint=np.zeros(20, np.uint64), **kept)
             table.set_attributes(finalized=True)
     chosen = found.regularization(None, Estimate("influence"))
-    traces = []
-    for model_id in range(len(RATES)):
-        features, slope, _, _ = columns(found, model_id, "train")
-        traces.append(np.sum(slope**2 * np.square(features).sum(1)) / 20)
+    losses = [found.store.checkpoint(model_id).column("loss").mean() for model_id in range(len(RATES))]
+    features, slope, _, _ = columns(found, int(np.argmin(losses)), "train")
     assert chosen.rule == "trace"
-    assert chosen.value == pytest.approx(2 * np.sqrt(np.prod(traces)))
+    assert chosen.value == pytest.approx(2 * np.sum(slope**2 * np.square(features).sum(1)) / 20)
+    fisher = np.mean([columns(found, model_id, "train")[1] ** 2 for model_id in range(len(RATES))], axis=0)
+    expected = 0.0
+    for model_id in range(len(RATES)):
+        train, target = columns(found, model_id, "train")[0], columns(found, model_id, "targets")
+        inverse = np.linalg.inv(train.T @ (fisher[:, None] * train) + chosen.value * np.eye(6))
+        expected = expected + train @ inverse @ (np.sign(target[1])[:, None] * target[0]).T / len(RATES)
+    slopes = np.mean([columns(found, model_id, "train")[1] for model_id in range(len(RATES))], axis=0)
+    assert_close(found.scores("test", Estimate("influence"), None), expected * slopes[:, None])
 
 
 def test_stores_without_features_have_no_kernels(tmp_path):

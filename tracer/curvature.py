@@ -10,7 +10,6 @@ it is the Gauss-Newton matrix of the sum of the losses, in the place of the Hess
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -197,33 +196,26 @@ class Regularization:
     rule: str
 
 
-def choose_regularization(
-    parts: Sequence[tuple[Callable[[], Kernel], Moments]], share: float = SUBSET_SHARE
-) -> Regularization:
-    """Choose one λ for the kernels of several checkpoints, without training anything again.
+def choose_regularization(kernel: Kernel, moments: Moments, share: float = SUBSET_SHARE) -> Regularization:
+    """Choose λ for a model's kernel, without training anything again.
 
-    - ``training``: training that is stopped early is regularized as by ridge regression with ``λ = N/τ``. At each
-      checkpoint that is taken to be where `misfit` is least. It falls as training goes on, and the smallest counts:
-      that of the checkpoint that was trained longest. A model that is trained on a share of the rows for as many epochs
-      has that share of the kernel and the same ``N/τ``, which is λ over the share for the whole kernel.
-    - ``trace``: where gains or curvatures are not known, the mean of ``w ‖φ‖²``, the geometric mean over checkpoints,
-      over the share.
+    - ``training``: training that is stopped early is regularized as by ridge regression with ``λ = N/τ``, which is
+      taken to be where `misfit` is least. A model that is trained on a share of the rows for as many epochs has that
+      share of the kernel and the same ``N/τ``, which is λ over the share for the whole kernel.
+    - ``trace``: where gains or curvatures are not known, the mean of ``w ‖φ‖²`` over the share.
 
     Args:
-        parts: Of each checkpoint what gives its kernel, so that one is held at a time, and the moments.
+        kernel: Of the checkpoint that was trained longest, weighted with its own curvatures.
+        moments: Of the same rows.
         share: Of the rows, of the models that scores are to predict.
 
     Returns:
-        λ; at least the smallest positive number where kernels are zero.
+        λ; at least the smallest positive number where the kernel is zero.
     """
-    tiny = torch.finfo(torch.float64).tiny
-    units = torch.tensor([max(moments.trace / moments.num_rows, tiny) for _, moments in parts], dtype=torch.float64)
-    if any(moments.squared_gain <= 0 for _, moments in parts):
-        return Regularization(float(units.log().mean().exp()) / share, "trace")
+    unit = max(moments.trace / moments.num_rows, torch.finfo(torch.float64).tiny)
+    if moments.squared_gain <= 0:
+        return Regularization(unit / share, "trace")
     low, high = _DECADES
-    grid = torch.logspace(low, high, _PER_DECADE * (high - low) + 1, dtype=torch.float64)
-    found = [
-        unit * grid[misfit(kernel(), moments, (unit * grid).to(moments.gain.device)).argmin().cpu()]
-        for unit, (kernel, moments) in zip(units, parts, strict=True)
-    ]
-    return Regularization(float(min(found)) / share, "training")
+    grid = unit * torch.logspace(low, high, _PER_DECADE * (high - low) + 1, dtype=torch.float64)
+    least = int(misfit(kernel, moments, grid.to(moments.gain.device)).argmin())
+    return Regularization(float(grid[least]) / share, "training")

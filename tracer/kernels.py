@@ -6,7 +6,7 @@ Layout: train rows ``Phi [N, k]``, kernels ``[k, k]``. Sums are float64.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -45,19 +45,20 @@ class Kernels:
         self.store, self.device, self.process, self.progress = store, device, process, progress
         dim, num_rows = store.manifest.feature_dim, store.manifest.train_set_size
         self._most = max(1, memory_bytes // (16 * dim * min(dim, num_rows)))  # a matrix or rows, and a factor or basis
-        self._held: dict[tuple[int, str, str], tuple[Kernel, Moments]] = {}
+        self._held: dict[tuple[str, ...], tuple[Kernel, Moments]] = {}
         self._contents: dict[int, str] = {}
 
     def look_again(self) -> None:
         """Begin a new question: train rows may have changed since the last one."""
         self._contents = {}
 
-    def get(self, model_id: int, weighting: str) -> tuple[Kernel, Moments]:
+    def get(self, model_id: int, weighting: str, of: Sequence[int]) -> tuple[Kernel, Moments]:
         """Return a checkpoint's kernel and the sums beside it.
 
         Args:
             model_id: The checkpoint, finalized.
             weighting: A value of `tracer.scoring.KERNELS`.
+            of: The checkpoints whose curvatures are averaged.
 
         Returns:
             Both, on the device.
@@ -65,14 +66,20 @@ class Kernels:
         Raises:
             InputError: The loss is not convex in f.
         """
-        if model_id not in self._contents:
-            self._contents[model_id] = _content(self.store.checkpoint(model_id))
-        key = model_id, weighting, self._contents[model_id]
+        of = [] if weighting == "plain" else sorted(of)
+        key = weighting, *(self._content(each) for each in (model_id, *of))
         if key not in self._held:
             while len(self._held) >= self._most:
                 del self._held[next(iter(self._held))]
-            self._held[key] = self._make(model_id, weighting)
+            self._held[key] = self._make(model_id, weighting, of)
         return self._held[key]
+
+    def _content(self, model_id: int) -> str:
+        """Return what tells a checkpoint's rows from others, also from those that were there before."""
+        if model_id not in self._contents:
+            checksums = self.store.checkpoint(model_id).column("checksum")
+            self._contents[model_id] = hashlib.sha256(checksums.tobytes()).hexdigest()
+        return self._contents[model_id]
 
     def regularization(self, model_ids: list[int], estimate: Estimate) -> Regularization:
         """Return the λ with which an estimate is made.
@@ -82,35 +89,33 @@ class Kernels:
             estimate: What is asked for; its estimator has a kernel.
 
         Returns:
-            What was given, or the choice of `choose_regularization` for the kernel weighted with curvatures. For
-            another weighting that is scaled by the kernels' traces, the geometric mean over checkpoints of their ratio.
+            What was given, or the choice of `choose_regularization` at the checkpoint that was trained longest: that of
+            the lowest mean loss. For ``trak`` that is scaled by the kernels' traces there.
         """
         assert estimate.kernel is not None
         if estimate.regularization != "auto":
             return Regularization(float(estimate.regularization), "given")
-        moments = {model_id: self.get(model_id, "curvature")[1] for model_id in model_ids}
-        parts = [(self._getter(model_id), moments[model_id]) for model_id in model_ids]
-        found = choose_regularization(parts)
+        losses = [float(np.mean(self.store.checkpoint(model_id).column("loss"))) for model_id in model_ids]
+        last = model_ids[int(np.argmin(losses))]
+        kernel, moments = self.get(last, "curvature", [last])
+        found = choose_regularization(kernel, moments)
         if estimate.kernel == "plain":
-            traces = np.array([[each.plain_trace, each.trace] for each in moments.values()])
-            ratio = np.exp(np.mean(np.diff(-np.log(np.maximum(traces, np.finfo(float).tiny)), axis=1)))
-            found = Regularization(found.value * float(ratio), found.rule)
+            tiny = np.finfo(float).tiny
+            found = Regularization(found.value * max(moments.plain_trace, tiny) / max(moments.trace, tiny), found.rule)
         return Regularization(self.process.agreed(found.value), found.rule)
 
-    def _getter(self, model_id: int) -> Callable[[], Kernel]:
-        return lambda: self.get(model_id, "curvature")[0]
-
-    def _make(self, model_id: int, weighting: str) -> tuple[Kernel, Moments]:
+    def _make(self, model_id: int, weighting: str, of: list[int]) -> tuple[Kernel, Moments]:
         """Make a kernel: from its rows where there are fewer of them than features, else as a matrix, which is kept."""
         table = self.store.checkpoint(model_id)
-        sums = _KernelSums(table, row_weighting(table, weighting), self.device)
+        tables = [self.store.checkpoint(each) for each in of]
+        sums = _KernelSums(table, row_weighting(tables, table.num_rows), self.device)
         if table.num_rows < table.dim:
             for block in sums.blocks(range(table.num_rows)):
                 sums.read(block)
             features = true_rows(table, 0, table.num_rows, self.device)
             return Kernel.of_rows(features, torch.from_numpy(sums.weights).to(self.device)), sums.moments()
-        path = self.store.kernel_path(model_id, weighting)
-        inputs = {"table": table.attributes["table_id"], "num_rows": table.num_rows, "weighting": weighting}
+        path = self.store.kernel_path(model_id, f"{weighting}-own" if of == [model_id] else weighting)
+        inputs = {"num_rows": table.num_rows, "tables": [each.attributes["table_id"] for each in (table, *tables)]}
         self.process.wait()
         known = load_kernel(path, inputs)
         if not self.process.agreed(known is not None):
@@ -138,18 +143,14 @@ class Kernels:
         return self.process.rows(table.num_rows, table.block_rows)
 
 
-def _content(table: RowTable) -> str:
-    """Return what tells a table's rows from others."""
-    return hashlib.sha256(table.column("checksum").tobytes()).hexdigest()
-
-
-def row_weighting(table: RowTable, weighting: str) -> tuple[np.ndarray, bool]:
+def row_weighting(tables: Sequence[RowTable], num_rows: int) -> tuple[np.ndarray, bool]:
     """Return the weight of each train row in a kernel.
 
     Args:
-        table: The train rows.
-        weighting: ``"plain"``: 1; ``"curvature"``: w; or, where w is zero for all rows, since the task has only a loss,
-            Q²: the empirical Fisher matrix takes the Gauss-Newton matrix's place.
+        tables: The train rows at the checkpoints whose curvatures w are averaged; none: the weights are 1. Where w is
+            zero for all rows, since the task has only a loss, the mean of Q²: the empirical Fisher matrix takes the
+            Gauss-Newton matrix's place.
+        num_rows: N.
 
     Returns:
         ``[N]``, float64, and whether they are curvatures.
@@ -157,18 +158,21 @@ def row_weighting(table: RowTable, weighting: str) -> tuple[np.ndarray, bool]:
     Raises:
         InputError: A curvature is negative.
     """
-    if weighting == "plain":
-        return np.ones(table.num_rows), False
-    curvature = table.column("curvature").astype(np.float64)
-    negative = np.flatnonzero(curvature < 0)
-    if len(negative):
-        raise InputError(
-            f"The curvature of {len(negative)} train rows is negative, first {negative[:5].tolist()}: the task's loss "
-            f"is not convex in its output f, and estimator='influence' divides by it. Use estimator='trak'."
-        )
-    if not curvature.any():
-        return np.square(table.column("slope").astype(np.float64)), False
-    return curvature, True
+    if not tables:
+        return np.ones(num_rows), False
+    curvature, fisher = np.zeros(num_rows), np.zeros(num_rows)
+    for table in tables:
+        values = table.column("curvature").astype(np.float64)
+        negative = np.flatnonzero(values < 0)
+        if len(negative):
+            raise InputError(
+                f"The curvature of {len(negative)} train rows is negative, first {negative[:5].tolist()}: the task's "
+                f"loss is not convex in its output f, and estimator='influence' divides by it. Use estimator='trak' "
+                f"with a regularization of your own."
+            )
+        curvature += values / len(tables)
+        fisher += np.square(table.column("slope").astype(np.float64)) / len(tables)
+    return (curvature, True) if curvature.any() else (fisher, False)
 
 
 class _KernelSums:

@@ -265,7 +265,7 @@ class Ranker:
         found = kernels.regularization(chosen, estimate)
         total, slope = np.zeros(self.num_rows), np.zeros(self.num_rows)
         for factor, model_id, table in zip(factors, chosen, tables, strict=True):
-            kernel, _ = kernels.get(model_id, estimate.kernel)
+            kernel, _ = kernels.get(model_id, estimate.kernel, chosen)
             total += factor * own_influence(table, kernel, found.value, self.device)
             slope += factor * table.column("slope")
         return total * np.square(slope)
@@ -345,7 +345,7 @@ class Ranker:
 
         def solve(model_id: int, rows: torch.Tensor) -> torch.Tensor:
             assert estimate.kernel is not None and found is not None
-            kernel, _ = kernels.get(model_id, estimate.kernel)
+            kernel, _ = kernels.get(model_id, estimate.kernel, model_ids)
             return kernel.solve(rows, found.value)
 
         derived = [
