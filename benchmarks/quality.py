@@ -21,9 +21,10 @@ Methods with a regularization have a row for their default, and where others wer
 LDS itself: more than a user without retraining can know, so the default is what compares. ``3 runs``: checkpoints of
 three independently trained networks instead of one.
 
-Install the peers with ``pip install -e '.[peers]' scikit-learn``, then run: python benchmarks/quality.py
+Install the peers with ``pip install -e '.[peers]'``, then run: python benchmarks/quality.py
         with --tasks logistic,mlp or --methods tracer,random: a part; the other results stay where they are
         with --quick: a small run with rough numbers, to quality_quick.json and .png
+        with --show: no run, the tables and figures of what was measured
 
 What was retrained is kept in the folder that --cache names, and taken up again.
 """
@@ -242,6 +243,33 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def summary(rows: Sequence[dict[str, Any]], key: str) -> str:
+    """Return one measure of all methods on all tasks: each method's default, and in brackets its best setting.
+
+    Args:
+        rows: As they are written.
+        key: ``lds``, ``removal``, ``auc_own``, ``auc_harm`` or ``ratio``.
+
+    Returns:
+        A Markdown table, a line a method.
+    """
+    tasks = [row["task"] for row in rows if "title" in row]
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row.get(key) is None or "method" not in row:
+            continue
+        same = [r[key] for r in rows if (r["task"], r.get("method")) == (row["task"], row["method"]) and r.get(key)]
+        line = lines.setdefault(row["method"], {"method": row["method"]})
+        if row["setting"] or row["task"] in line:
+            line.setdefault(row["task"], f"- ({max(same):.3f})")
+        elif key == "ratio":
+            line[row["task"]] = f"{row[key]:,.0f}" if row[key] >= 100 else f"{row[key]:.3g}"
+        else:
+            best = f" ({max(same):.3f})" if len(same) > 1 and max(same) > row[key] else ""
+            line[row["task"]] = f"{row[key]:.3f}{best}"
+    return table(list(lines.values()), {"method": "method", **{task: task for task in tasks}})
+
+
 def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of a results file of the same machine that these do not replace, and these.
 
@@ -282,7 +310,7 @@ def measure_task(task: Task, options: argparse.Namespace) -> list[dict[str, Any]
     seconds = {"three runs": trained - start, "ground truth": time.perf_counter() - trained}
     rows = [describe(task, case, truth, seconds)]
     print(f"\n{heading(rows[0])}, {time.perf_counter() - start:.0f} s", flush=True)
-    wanted = options.methods.split(",")
+    wanted = [part.strip() for part in options.methods.split(",") if part.strip()] or [""]
     methods = [*tracer_methods(), *peer_methods(), *baseline_methods()]
     chosen = [method for method in methods if any(part in method.name for part in wanted)]
     agreed = () if options.methods else agreements(case)
@@ -301,6 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tasks", default="", help=f"comma-separated, of {', '.join(task.name for task in TASKS)}")
     parser.add_argument("--methods", default="", help="methods whose name has one of these in it, comma-separated")
+    parser.add_argument("--show", action="store_true", help="run nothing; print and draw what was measured")
     parser.add_argument("--quick", action="store_true", help="fewer rows, epochs and subsets, and the digits alone")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=Path("runs") / "quality", help="where retrained outputs are kept")
@@ -312,14 +341,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         parser.error(f"--tasks: {', '.join(sorted(unknown))} not among {', '.join(task.name for task in TASKS)}")
     name = "quality_quick" if options.quick else "quality"
-    for task in [task for task in TASKS if task.name in names]:
+    for task in [task for task in TASKS if task.name in names and not options.show]:
         rows = measure_task(task, options)
         all_rows = merged(options.output_dir / f"{name}.json", rows)
         write_results(options.output_dir, name, all_rows)
         print(report(rows) if rows else "", flush=True)
     path = options.output_dir / f"{name}.json"
     if path.is_file():
-        draw(json.loads(path.read_text())["rows"], options.output_dir / name)
+        everything = json.loads(path.read_text())["rows"]
+        draw(everything, options.output_dir / name)
+        for key in ("lds", "auc_own", "auc_harm", "removal", "ratio"):
+            if not any(row.get(key) is not None for row in everything):
+                continue
+            print(f"\n{COLUMNS[key]}, of all that was measured\n\n{summary(everything, key)}")
     print(f"\n{machine()}\n{path}")
 
 

@@ -9,28 +9,33 @@ from typing import Any
 import numpy as np
 
 GROUPS = {
-    "tracer": {"color": "#1f5fbf", "marker": "o"},
+    "tracer tracin": {"color": "#1f5fbf", "marker": "o"},
+    "tracer cosine": {"color": "#7fb2e5", "marker": "o"},
+    "tracer trak": {"color": "#e0457b", "marker": "o"},
+    "tracer influence": {"color": "#a3142a", "marker": "o"},
     "captum": {"color": "#d9730d", "marker": "s"},
     "traker": {"color": "#2e9e6b", "marker": "^"},
     "dattri": {"color": "#8a4fbf", "marker": "D"},
     "baseline": {"color": "#8a949e", "marker": "x"},
 }
-"""How each library's methods are drawn; what belongs to none is a baseline."""
+"""How each library's methods are drawn, and each of tracer's estimators; what belongs to none is a baseline."""
 
-ESTIMATORS = {"tracin": "#1f5fbf", "cosine": "#2e9e6b", "trak": "#d9730d", "influence": "#b3202c"}
-"""The colors of tracer's estimators, where they are told apart."""
+OTHERS = ("captum", "traker", "dattri", "baseline")
+"""All but tracer's estimators."""
+
+CROWD = ("k=256", "k=4096", "exact", "3 runs", "last checkpoint", "target")
+"""Variants whose recovery curves lie on those of others."""
 
 Row = dict[str, Any]
 
 
 def group_of(method: str) -> str:
-    """Return the library of a method.
+    """Return how a method is drawn: a key of `GROUPS`.
 
-    >>> group_of("captum TracInCP"), group_of("loss, last checkpoint")
-    ('captum', 'baseline')
+    >>> group_of("captum TracInCP"), group_of("tracer trak, k=256"), group_of("loss, last checkpoint")
+    ('captum', 'tracer trak', 'baseline')
     """
-    first = method.split()[0]
-    return first if first in GROUPS else "baseline"
+    return next((group for group in GROUPS if f"{method} ".replace(",", " ").startswith(f"{group} ")), "baseline")
 
 
 def defaults(rows: Sequence[Row], key: str) -> Iterator[Row]:
@@ -71,12 +76,14 @@ def draw_recovery(rows: Sequence[Row], path: Path) -> bool:
     """Draw how many flipped labels each method finds; return whether there was anything to draw."""
     from matplotlib.figure import Figure
 
-    found = [row for row in defaults(rows, "auc_own") if not any(part in row["method"] for part in ("k=256", "k=1024"))]
-    found += [row for row in defaults(rows, "auc_harm") if "auc_own" not in row]
+    found = [*defaults(rows, "auc_own"), *(row for row in defaults(rows, "auc_harm") if "auc_own" not in row)]
+    found = [
+        row for row in found if not (row["method"].startswith("tracer") and any(c in row["method"] for c in CROWD))
+    ]
     if not found:
         return False
     found.sort(key=lambda row: -row[f"auc_{ranking_of(row)}"])
-    figure = Figure(figsize=(11, 0.21 * len(found) + 3.4), layout="constrained")
+    figure = Figure(figsize=(11, max(5.0, 0.2 * len(found) + 1.0)), layout="constrained")
     axes = figure.subplots()
     dashes = ["-", "--", ":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 3))]
     seen: dict[str, int] = {}
@@ -90,6 +97,7 @@ def draw_recovery(rows: Sequence[Row], path: Path) -> bool:
         axes.plot(shares, 100 * np.array(curve), label=f"{row[f'auc_{which}']:.3f}  {label}", linewidth=1.3, **line)
     axes.set_xlabel("training rows checked, %")
     axes.set_ylabel("flipped labels found, %")
+    axes.set_xlim(0, 40)  # beyond it most curves are at the top
     axes.set_title(titles(rows)[found[0]["task"]], fontsize=12, loc="left")
     plain_axes(axes)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8, title="area under the curve, method")
@@ -104,7 +112,7 @@ def draw_costs(rows: Sequence[Row], path: Path) -> bool:
     names = [name for name in titles(rows) if any(row["task"] == name for row in defaults(rows, "lds"))]
     if not names:
         return False
-    figure = Figure(figsize=(10, 3.3 * len(names)), layout="constrained")
+    figure = Figure(figsize=(10, 3.3 * len(names) + 0.6), layout="constrained")
     panels = figure.subplots(len(names), 2, squeeze=False, sharey="row")
     for name, pair in zip(names, panels, strict=True):
         mine = [row for row in defaults(rows, "lds") if row["task"] == name]
@@ -116,17 +124,21 @@ def draw_costs(rows: Sequence[Row], path: Path) -> bool:
                 hollow = {"marker": style["marker"], "facecolors": "none", "edgecolors": style["color"]}
                 if tuned:
                     axes.scatter([p[key] for p in tuned], [p["lds"] for p in tuned], s=26, **hollow)
-                if points:
-                    best = max(points, key=lambda row: row["lds"])
-                    text = best["method"].removeprefix(f"{group} ")
-                    axes.annotate(text, (best[key], best["lds"]), (4, 4), textcoords="offset points", fontsize=7)
-            axes.set_xscale("log")
+            named = [[row for row in mine if row["method"].startswith("tracer") and row[key] > 0]]
+            named += [[row for row in mine if group_of(row["method"]) == group and row[key] > 0] for group in OTHERS]
+            for points in filter(None, named):
+                best = max(points, key=lambda row: row["lds"])
+                side = -1 if best[key] > 1 else 1  # the cheapest are at the left edge
+                place = {"xytext": (5 * side, 4), "textcoords": "offset points", "fontsize": 7}
+                axes.annotate(best["method"], (best[key], best["lds"]), ha="right" if side < 0 else "left", **place)
+            if any(row[key] > 0 for row in mine):
+                axes.set_xscale("log")
             axes.set_xlabel(label)
             axes.axhline(0, color="#333333", linewidth=0.8)
             plain_axes(axes)
         pair[0].set_ylabel("LDS")
         pair[0].set_title(titles(rows)[name], fontsize=11, loc="left")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
     return True
 
@@ -135,7 +147,7 @@ def sweeps(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     """Return the rows of tracer's methods for which several values of λ were tried, by task and method."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if "lds" in row and "regularization" in row["setting"] and group_of(row["method"]) == "tracer":
+        if "lds" in row and "regularization" in row["setting"] and row["method"].startswith("tracer"):
             found.setdefault((row["task"], row["method"]), []).append(row)
     return found
 
@@ -153,7 +165,7 @@ def draw_sweeps(rows: Sequence[Row], path: Path) -> bool:
     for axes, name in zip(panels, names, strict=False):
         lines = [(method, points) for (task, method), points in found.items() if task == name]
         for (method, points), dash in zip(lines, ["-", "-", "--", "--", ":", ":", "-.", "-."], strict=False):
-            color = ESTIMATORS[method.split()[1].rstrip(",")]
+            color = GROUPS[group_of(method)]["color"]
             points.sort(key=lambda row: row["setting"]["regularization"])
             values = [row["setting"]["regularization"] for row in points]
             axes.semilogx(values, [row["lds"] for row in points], dash, color=color, label=method, linewidth=1.5)

@@ -65,7 +65,7 @@ def captum_options(case: Case) -> dict[str, Any]:
     return {
         "checkpoints_load_func": load_state(case),
         "loss_fn": SumLoss() if fast else EachLoss(),
-        "batch_size": len(case.train[0]),
+        "batch_size": len(case.train[0]) if fast else case.batch_size,  # the slow mode holds the graphs of a batch
         "sample_wise_grads_per_batch": fast,
     }
 

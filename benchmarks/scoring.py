@@ -212,7 +212,9 @@ def measure_targets(
         size = sum(path.stat().st_size for path in feature_files(ranker))
         contenders += [
             Contender(
-                f"{storage}, scores", lambda r=ranker: r.scores(name, Estimate(), None), prepare=forget(ranker, "scores")
+                f"{storage}, scores",
+                lambda r=ranker: r.scores(name, Estimate(), None),
+                prepare=forget(ranker, "scores"),
             ),
             Contender(
                 f"{storage}, top",

@@ -7,8 +7,8 @@ means a proponent: training on the row lowered the target's loss. With C checkpo
 - ``cosine``: the same with every loss gradient divided by its exact norm, which leaves the signs of Q and divides by
   the norms of the output gradients; a zero gradient has cosine zero with everything;
 - ``trak``: ``mean_c[phi_c(z')ᵀ (Phi_cᵀ Phi_c + λI)⁻¹ phi_c(z)] · mean_c[-Q_c(z)]`` (Park et al. 2023, section 3);
-- ``influence``: the same with the Gauss-Newton kernel ``Phi_cᵀ diag(w_c) Phi_c``: a Newton step of the whole training
-  loss (Koh & Liang 2017, eq. 2, for a model that is linear in its features).
+- ``influence``: the same with the Gauss-Newton kernel ``Phi_cᵀ diag(mean_c w_c) Phi_c``: a Newton step of the whole
+  training loss (Koh & Liang 2017, eq. 2, for a model that is linear in its features).
 """
 
 from __future__ import annotations
