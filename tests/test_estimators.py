@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 
@@ -11,6 +12,7 @@ import torch
 from rank_cases import RATES, ranker
 from test_curvature import moments_of
 
+from tracer import attribute
 from tracer.curvature import Kernel, choose_regularization
 from tracer.derived import DerivedRows
 from tracer.errors import CallOrderError, InputError
@@ -275,6 +277,45 @@ def test_stores_without_features_have_no_kernels(tmp_path):
         found._kernels(Estimate("trak"))
     with pytest.raises(CallOrderError, match="groups= needs stored features"):
         found._kernels(Estimate(groups=[0]))
+
+
+def gradients_of_margins(run, state, rows) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of margins by a loop of autograd in float64, and the probability of the label."""
+    model = copy.deepcopy(run.model).double().eval()
+    model.load_state_dict(state)
+    flat, probability = [], []
+    for x, y in zip(*rows, strict=True):
+        logits = model(x[None].double())[0]
+        others = torch.cat([logits[:y], logits[y + 1 :]])
+        grads = torch.autograd.grad(logits[y] - others.logsumexp(0), list(model.parameters()))
+        flat.append(torch.cat([grad.flatten() for grad in grads]).numpy())
+        probability.append(float(logits.softmax(0)[y]))
+    return np.stack(flat), np.array(probability)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_attribute_gives_the_formula_of_autograds_gradients(run, tmp_path, estimator):
+    options = {"projector": "none", "estimator": estimator, "regularization": 0.5, "save_dir": tmp_path / "store"}
+    found = attribute(run.model, "image_classification", run.train, run.targets, run.checkpoints, **options)
+    parts = [
+        (gradients_of_margins(run, state, run.train), gradients_of_margins(run, state, run.targets)[0])
+        for state, _ in run.checkpoints
+    ]
+    w = np.mean([p * (1 - p) for (_, p), _ in parts], axis=0) if estimator == "influence" else np.ones(23)
+    whitened = [
+        phi @ np.linalg.inv(phi.T @ (w[:, None] * phi) + 0.5 * np.eye(phi.shape[1])) @ target.T
+        for (phi, _), target in parts
+    ]
+    expected = np.mean(whitened, axis=0) * np.mean([1 - p for (_, p), _ in parts], axis=0)[:, None]
+    assert_close(found.scores, expected, 1e-4)
+    np.testing.assert_array_equal(found.top(2).indices, np.argsort(-expected, axis=0)[:2].T)
+
+
+def test_another_regularization_gives_other_scores_in_the_same_place(tmp_path):
+    found = ranker(tmp_path, 60, 5, 12)
+    for regularization in (0.1, 10.0, 0.1):
+        estimate = Estimate("trak", regularization=regularization)
+        assert_close(found.scores("test", estimate, None), reference(found, estimate, regularization))
 
 
 def test_many_targets_are_derived_in_a_file(tmp_path):
