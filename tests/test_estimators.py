@@ -289,7 +289,7 @@ def gradients_of_margins(run, state, rows) -> tuple[np.ndarray, np.ndarray]:
         others = torch.cat([logits[:y], logits[y + 1 :]])
         grads = torch.autograd.grad(logits[y] - others.logsumexp(0), list(model.parameters()))
         flat.append(torch.cat([grad.flatten() for grad in grads]).numpy())
-        probability.append(float(logits.softmax(0)[y]))
+        probability.append(float(logits.detach().softmax(0)[y]))
     return np.stack(flat), np.array(probability)
 
 
