@@ -133,6 +133,16 @@ def test_the_choice_recovers_for_how_long_gradient_descent_ran():
         assert chosen.value == pytest.approx(1 / (rate * steps), rel=0.05)  # the losses' sum: N is in it
 
 
+def test_where_everything_was_learnt_the_trace_decides():
+    features, w, _, _ = regression()
+    gain = features @ np.ones(12)  # exactly what the features can say, with nothing left to learn
+    moments = moments_of(features, w, gain, np.zeros(60))
+    a = np.sqrt(w)[:, None] * features
+    chosen = choose_regularization(kernels(a)[0], moments)
+    assert chosen.rule == "trace"
+    assert chosen.value == pytest.approx(2 * moments.trace / 60)
+
+
 def test_without_gains_the_trace_decides():
     features, w, gain, slope = regression()
     moments = moments_of(features, w, 0 * gain, slope)

@@ -19,7 +19,7 @@ SUBSET_SHARE = 0.5
 """Scores are to predict models trained on this share of the rows, as the linear datamodeling score asks."""
 
 _LANCZOS_STEPS = 128
-_PER_DECADE, _DECADES = 50, (-6, 4)
+_PER_DECADE, _DECADES, _LEAST_DEPTH = 50, (-6, 4), 1e-6
 
 
 class Kernel:
@@ -202,7 +202,8 @@ def choose_regularization(kernel: Kernel, moments: Moments, share: float = SUBSE
     - ``training``: training that is stopped early is regularized as by ridge regression with ``λ = N/τ``, which is
       taken to be where `misfit` is least. A model that is trained on a share of the rows for as many epochs has that
       share of the kernel and the same ``N/τ``, which is λ over the share for the whole kernel.
-    - ``trace``: where gains or curvatures are not known, the mean of ``w ‖φ‖²`` over the share.
+    - ``trace``: where gains or curvatures are not known, or the misfit has no minimum since training has learnt all
+      that the features can say, the mean of ``w ‖φ‖²`` over the share.
 
     Args:
         kernel: Of the checkpoint that was trained longest, weighted with its own curvatures.
@@ -217,5 +218,7 @@ def choose_regularization(kernel: Kernel, moments: Moments, share: float = SUBSE
         return Regularization(unit / share, "trace")
     low, high = _DECADES
     grid = unit * torch.logspace(low, high, _PER_DECADE * (high - low) + 1, dtype=torch.float64)
-    least = int(misfit(kernel, moments, grid.to(moments.gain.device)).argmin())
-    return Regularization(float(grid[least]) / share, "training")
+    found = misfit(kernel, moments, grid.to(moments.gain.device)).cpu()
+    if found[0] - found.min() <= _LEAST_DEPTH * moments.squared_gain:
+        return Regularization(unit / share, "trace")
+    return Regularization(float(grid[found.argmin()]) / share, "training")

@@ -89,20 +89,20 @@ class Kernels:
             estimate: What is asked for; its estimator has a kernel.
 
         Returns:
-            What was given, or the choice of `choose_regularization` at the checkpoint that was trained longest: that of
-            the lowest mean loss. For ``trak`` that is scaled by the kernels' traces there.
+            What was given, or the choice of `choose_regularization` at the checkpoint that was trained longest, that of
+            the lowest mean loss, with its own curvatures; scaled by traces to the kernel that scores are made with.
         """
         assert estimate.kernel is not None
         if estimate.regularization != "auto":
             return Regularization(float(estimate.regularization), "given")
         losses = [float(np.mean(self.store.checkpoint(model_id).column("loss"))) for model_id in model_ids]
         last = model_ids[int(np.argmin(losses))]
-        kernel, moments = self.get(last, "curvature", [last])
-        found = choose_regularization(kernel, moments)
-        if estimate.kernel == "plain":
-            tiny = np.finfo(float).tiny
-            found = Regularization(found.value * max(moments.plain_trace, tiny) / max(moments.trace, tiny), found.rule)
-        return Regularization(self.process.agreed(found.value), found.rule)
+        kernel, own = self.get(last, "curvature", [last])
+        found = choose_regularization(kernel, own)
+        _, used = self.get(last, estimate.kernel, model_ids)
+        tiny = np.finfo(float).tiny
+        value = found.value * max(used.trace, tiny) / max(own.trace, tiny)
+        return Regularization(self.process.agreed(value), found.rule)
 
     def _make(self, model_id: int, weighting: str, of: list[int]) -> tuple[Kernel, Moments]:
         """Make a kernel: from its rows where there are fewer of them than features, else as a matrix, which is kept."""
