@@ -108,6 +108,7 @@ def draw_recovery(rows: Sequence[Row], path: Path) -> bool:
 def draw_costs(rows: Sequence[Row], path: Path) -> bool:
     """Draw LDS against time and against stored bytes; hollow: the best of the settings that were tried."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     names = [name for name in titles(rows) if any(row["task"] == name for row in defaults(rows, "lds"))]
     if not names:
@@ -133,6 +134,7 @@ def draw_costs(rows: Sequence[Row], path: Path) -> bool:
                 axes.annotate(best["method"], (best[key], best["lds"]), ha="right" if side < 0 else "left", **place)
             if any(row[key] > 0 for row in mine):
                 axes.set_xscale("log")
+                axes.xaxis.set_minor_formatter(NullFormatter())  # whose labels overlap where a panel spans little
             axes.set_xlabel(label)
             axes.axhline(0, color="#333333", linewidth=0.8)
             plain_axes(axes)
