@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tracer.errors import InputError, StoreError, nearest_name
+from tracer.store.documents import write_whole
 
 FORMAT_VERSION = 1
 _SHARES = ("equal",)
@@ -146,17 +146,9 @@ def write_recording(path: str | os.PathLike[str], record: IdealRecord, more: Map
         **more,
     }
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("xb") as file:
-                np.savez(file, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, lambda file: np.savez(file, **arrays))
     except OSError as error:
         raise StoreError(
             f"{path} cannot be written ({error}). What was recorded is still in memory: free space or choose another "

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from tracer.errors import StoreError
 from tracer.retraining.models import Rows
 from tracer.retraining.subsets import Run, RunKey
 from tracer.retraining.training import Trainer
-from tracer.store.documents import disk_errors, partial_path, sweep
+from tracer.store.documents import disk_errors, sweep, write_whole
 
 _VERSION = 1  # of how models are trained: another number, other results
 
@@ -130,12 +129,4 @@ class ResultFiles:
 
     def _write(self, path: Path, content: bytes) -> None:
         with disk_errors(path):
-            partial = partial_path(path.parent)
-            try:
-                with partial.open("xb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            write_whole(path, lambda file: file.write(content))

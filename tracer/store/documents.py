@@ -14,9 +14,9 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tracer.errors import StoreError
 from tracer.store.remote import RemotePath
@@ -106,10 +106,21 @@ def write_document(path: StorePath, document: Mapping[str, Any], *, replace: boo
         return
     _make_directory(path.parent)
     sweep(path.parent)
+    write_whole(path, lambda file: file.write(text), replace=replace)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object], *, replace: bool = True) -> None:
+    """Write a local file so that readers and crashes see all of it or none.
+
+    Args:
+        path: Where, in a directory that exists.
+        write: Writes the content.
+        replace: Whether a file that is already there is replaced; otherwise it stays.
+    """
     partial = partial_path(path.parent)
     try:
         with partial.open("xb") as file:
-            file.write(text)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         if replace:
