@@ -88,7 +88,7 @@ def regression(num_rows: int = 60, dim: int = 12, seed: int = 0) -> tuple[np.nda
 def moments_of(features: np.ndarray, w: np.ndarray, gain: np.ndarray, slope: np.ndarray) -> Moments:
     squares = np.square(features).sum(1)
     vectors = (torch.from_numpy(features.T @ values) for values in (w * gain, -slope))
-    return Moments(len(w), float(w @ squares), float(squares.sum()), *vectors, float(w @ np.square(gain)))
+    return Moments(len(w), float(w @ squares), *vectors, float(w @ np.square(gain)))
 
 
 def slow_misfit(features, w, gain, slope, regularization) -> float:
@@ -154,5 +154,5 @@ def test_without_gains_the_trace_decides():
 def test_kernels_of_zeros_have_a_regularization():
     zero = torch.zeros(3, dtype=torch.float64)
     kernel = Kernel.of_rows(torch.zeros(2, 3, dtype=torch.float64), zero[:2])
-    chosen = choose_regularization(kernel, Moments(2, 0, 0, zero, zero, 0))
+    chosen = choose_regularization(kernel, Moments(2, 0, zero, zero, 0))
     assert chosen.value > 0

@@ -113,7 +113,6 @@ class Moments:
     Attributes:
         num_rows: N.
         trace: ``Σ w ‖φ‖²``, the kernel's.
-        plain_trace: ``Σ ‖φ‖²``.
         gain: ``Φᵀ (w · gain)``, ``[k]``, with the gain of each row: f minus the f of a model that has learnt nothing.
         step: ``Φᵀ (−Q)``, ``[k]``: the direction in which the sum of the losses falls.
         squared_gain: ``Σ w gain²``; 0 where gains are not known.
@@ -121,7 +120,6 @@ class Moments:
 
     num_rows: int
     trace: float
-    plain_trace: float
     gain: Tensor
     step: Tensor
     squared_gain: float

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tracer.curvature import Regularization
 from tracer.errors import InputError
-from tracer.kernels import BLOCK_BYTES, true_rows
+from tracer.kernels import BLOCK_BYTES, true_blocks
+from tracer.projection.base import row_blocks
 from tracer.rank import Rows
 from tracer.scoring import Estimate
 
@@ -101,26 +102,22 @@ class DerivedRows:
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield rows before they are solved for, ``[n, k]``, float64, with the position of the first."""
-        step = max(64, BLOCK_BYTES // (8 * max(1, self.dim)))
-        weights = self._weights()
-        summed: Tensor | None = None
-        for start in range(0, self._targets.num_rows, step):
-            stop = min(start + step, self._targets.num_rows)
-            rows = true_rows(self._targets, start, stop, self._device).mul_(weights[start:stop].unsqueeze(1))
-            if self._groups is None:
-                yield start, rows
-                continue
-            if summed is None:
-                summed = torch.zeros(self.num_rows, self.dim, dtype=torch.float64, device=self._device)
-            chosen = torch.from_numpy(self._groups[start:stop]).to(self._device)
+        if self._groups is None:
+            yield from self._weighted()
+            return
+        summed = torch.zeros(self.num_rows, self.dim, dtype=torch.float64, device=self._device)
+        for start, rows in self._weighted():
+            chosen = torch.from_numpy(self._groups[start : start + len(rows)]).to(self._device)
             summed.index_add_(0, chosen[chosen >= 0], rows[chosen >= 0])
-        if summed is not None:
-            for start in range(0, self.num_rows, step):
-                yield start, summed[start : start + step]
+        for start, stop in row_blocks(self.num_rows, 8 * self.dim, BLOCK_BYTES):
+            yield start, summed[start:stop]
 
-    def _weights(self) -> Tensor:
+    def _weighted(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield target rows times their weights, ``[n, k]``, float64, with the index of the first."""
         slope, norm = (self._targets.column(name) for name in ("slope", "gradient_norm"))
-        return torch.from_numpy(self._estimate.target_weights(slope, norm)).to(self._device)
+        weights = torch.from_numpy(self._estimate.target_weights(slope, norm)).to(self._device)
+        for start, rows in true_blocks(self._targets, range(self._targets.num_rows), self._device):
+            yield start, rows.mul_(weights[start : start + len(rows)].unsqueeze(1))
 
 
 def describe(estimate: Estimate, regularization: Regularization | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tracer.arguments import bar_disabled
 from tracer.curvature import Kernel, Moments, Regularization, choose_regularization
 from tracer.errors import InputError
 from tracer.processes import Process
+from tracer.projection.base import row_blocks
 from tracer.rank import Rows
 from tracer.scoring import Estimate
 from tracer.store import RowTable, Store
@@ -24,8 +25,6 @@ from tracer.store.kernels import load_kernel, save_kernel
 
 BLOCK_BYTES = 32 << 20
 """How many bytes of float64 rows are held at once."""
-
-_SUMS = ("trace", "plain_trace", "squared_gain")
 
 
 class Kernels:
@@ -110,9 +109,7 @@ class Kernels:
         tables = [self.store.checkpoint(each) for each in of]
         sums = _KernelSums(table, row_weighting(tables, table.num_rows), self.device)
         if table.num_rows < table.dim:
-            for block in sums.blocks(range(table.num_rows)):
-                sums.read(block)
-            features = true_rows(table, 0, table.num_rows, self.device)
+            features = torch.cat([rows for rows, _ in sums.read(range(table.num_rows))])
             return Kernel.of_rows(features, torch.from_numpy(sums.weights).to(self.device)), sums.moments()
         path = self.store.kernel_path(model_id, f"{weighting}-own" if of == [model_id] else weighting)
         inputs = {"num_rows": table.num_rows, "tables": [each.attributes["table_id"] for each in (table, *tables)]}
@@ -122,12 +119,12 @@ class Kernels:
             known = None
         if known is None:
             matrix = torch.zeros(table.dim, table.dim, dtype=torch.float64, device=self.device)
-            mine = self._own_rows(table)
-            for block in tqdm(
-                list(sums.blocks(mine)), desc=f"kernel {model_id}", unit="block", disable=bar_disabled(self.progress)
-            ):
-                rows = sums.read(block)
-                matrix.addmm_(rows.T, rows)
+            mine, disable = self._own_rows(table), bar_disabled(self.progress)
+            with tqdm(total=len(mine), desc=f"kernel {model_id}", unit="row", disable=disable) as bar:
+                for features, weights in sums.read(mine):
+                    rows = features.mul_(weights.sqrt().unsqueeze(1))
+                    matrix.addmm_(rows.T, rows)
+                    bar.update(len(rows))
             scalars, vectors = sums.together(self.process)
             arrays = {"matrix": self.process.add_up(matrix).cpu().numpy(), "vectors": vectors.cpu().numpy()}
             known = scalars, arrays
@@ -176,7 +173,7 @@ def row_weighting(tables: Sequence[RowTable], num_rows: int) -> tuple[np.ndarray
 
 
 class _KernelSums:
-    """Goes through train rows once, giving weighted rows and adding up everything else.
+    """Goes through train rows once, giving them out and adding up everything but the kernel.
 
     Args:
         table: The train rows.
@@ -189,31 +186,23 @@ class _KernelSums:
         self.gain = table.column("gain").astype(np.float64) if is_curvature else np.zeros(table.num_rows)
         self.step = -table.column("slope").astype(np.float64)
         self.vectors = torch.zeros(2, table.dim, dtype=torch.float64, device=device)
-        self.traces = torch.zeros(2, dtype=torch.float64, device=device)
+        self.trace = torch.zeros((), dtype=torch.float64, device=device)
 
-    def blocks(self, rows: range) -> Iterator[range]:
-        """Yield ranges of rows that are held at once."""
-        step = max(64, BLOCK_BYTES // (8 * max(1, self.table.dim)))
-        for start in range(rows.start, rows.stop, step):
-            yield range(start, min(start + step, rows.stop))
-
-    def read(self, rows: range) -> Tensor:
-        """Return ``√w φ`` of rows, ``[n, k]``, float64, and add up what else is wanted of them."""
-        features = true_rows(self.table, rows.start, rows.stop, self.device)
-        weights, gain, step = (
-            torch.from_numpy(values[rows.start : rows.stop]).to(self.device)
-            for values in (self.weights, self.gain, self.step)
-        )
-        self.vectors += torch.stack([weights * gain, step]) @ features
-        squares = features.square().sum(1)
-        self.traces += torch.stack([weights @ squares, squares.sum()])
-        return features.mul_(weights.sqrt().unsqueeze(1))
+    def read(self, rows: range) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield φ and w of rows, ``[n, k]`` and ``[n]``, float64, block by block, and add up what else is wanted."""
+        for start, features in true_blocks(self.table, rows, self.device):
+            weights, gain, step = (
+                torch.from_numpy(values[start : start + len(features)]).to(self.device)
+                for values in (self.weights, self.gain, self.step)
+            )
+            self.vectors += torch.stack([weights * gain, step]) @ features
+            self.trace += weights @ features.square().sum(1)
+            yield features, weights
 
     def together(self, process: Process) -> tuple[dict[str, float], Tensor]:
         """Return the sums by name and the two vectors, added up over processes."""
-        trace, plain_trace = process.add_up(self.traces).tolist()
-        sums = dict(zip(_SUMS, (trace, plain_trace, float(self.weights @ np.square(self.gain))), strict=True))
-        return sums, process.add_up(self.vectors)
+        trace, squared_gain = float(process.add_up(self.trace)), float(self.weights @ np.square(self.gain))
+        return {"trace": trace, "squared_gain": squared_gain}, process.add_up(self.vectors)
 
     def moments(self) -> Moments:
         """Return what was added up by this process alone."""
@@ -222,14 +211,25 @@ class _KernelSums:
 
 def _moments(num_rows: int, sums: dict[str, float], vectors: Tensor) -> Moments:
     gain, step = vectors
-    return Moments(num_rows, sums["trace"], sums["plain_trace"], gain, step, sums["squared_gain"])
+    return Moments(num_rows, sums["trace"], gain, step, sums["squared_gain"])
 
 
-def true_rows(table: Rows, start: int, stop: int, device: torch.device) -> Tensor:
-    """Return rows in true units: ``[stop - start, k]``, float64."""
-    pieces = [torch.from_numpy(np.array(view)).to(device) for _, view in table.raw_features(start, stop)]
-    rows = torch.cat(pieces).to(torch.float64)
-    return rows.mul_(torch.from_numpy(table.column("scale", start, stop).astype(np.float64)).to(device).unsqueeze(1))
+def true_blocks(table: Rows, rows: range, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """Yield rows in true units, ``[n, k]``, float64, as many as are held at once, with the index of the first.
+
+    Args:
+        table: Stored rows.
+        rows: Which of them, consecutive ones.
+        device: Where they go.
+
+    Yields:
+        The first row's index, and a copy of the rows.
+    """
+    for low, high in row_blocks(len(rows), 8 * table.dim, BLOCK_BYTES):
+        start, stop = rows.start + low, rows.start + high
+        pieces = [torch.from_numpy(np.array(view)).to(device) for _, view in table.raw_features(start, stop)]
+        scale = torch.from_numpy(table.column("scale", start, stop).astype(np.float64)).to(device)
+        yield start, torch.cat(pieces).to(torch.float64).mul_(scale.unsqueeze(1))
 
 
 def own_influence(table: RowTable, kernel: Kernel, regularization: float, device: torch.device) -> np.ndarray:
@@ -245,8 +245,6 @@ def own_influence(table: RowTable, kernel: Kernel, regularization: float, device
         ``[N]``, float64.
     """
     found = np.empty(table.num_rows)
-    step = max(64, BLOCK_BYTES // (8 * max(1, table.dim)))
-    for start in range(0, table.num_rows, step):
-        rows = true_rows(table, start, min(start + step, table.num_rows), device)
-        found[start : start + step] = (rows * kernel.solve(rows, regularization)).sum(1).cpu().numpy()
+    for start, rows in true_blocks(table, range(table.num_rows), device):
+        found[start : start + len(rows)] = (rows * kernel.solve(rows, regularization)).sum(1).cpu().numpy()
     return found
