@@ -31,11 +31,11 @@ DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 INFLUENCE_FUNCTIONS = [
     ("Explicit", "regularization", 1_000),
-    ("CG", "regularization", 50_000),
-    ("Arnoldi", "regularization", 50_000),
+    ("CG", "regularization", 110_000),
+    ("Arnoldi", "regularization", 110_000),
     ("EKFAC", "damping", 1_000_000),
     ("EKFAC, repaired", "damping", 1_000_000),
-    ("DataInf", "regularization", 50_000),
+    ("DataInf", "regularization", 110_000),
 ]
 """The ending of the class's name, what it calls the damping, and up to how many parameters it takes a few minutes."""
 

@@ -35,6 +35,10 @@ RIDGES = (1e-2, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
 """What is tried as the ridge of traker beside its default of 0."""
 
 
+LARGEST_NETWORK = 110_000
+"""Parameters up to which methods that take minutes a task are run."""
+
+
 # captum
 
 
@@ -159,6 +163,9 @@ def sequence_output() -> Any:
 
     class SequenceOutput(AbstractModelOutput):
         """Sequences as rows."""
+
+        def __init__(self) -> None:
+            """Do nothing; traker demands it."""
 
         @staticmethod
         def get_output(model: nn.Module, weights: Any, buffers: Any, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -332,9 +339,14 @@ def peer_methods() -> list[Method]:
     return [
         method("captum TracInCP", captum_tracin),
         method("captum TracInCPFast", captum_tracin_fast, unfit=needs_last_layer),
-        method("captum Arnoldi", captum_arnoldi, [{}, {"projection_dim": 200, "arnoldi_dim": 400}], at_most(50_000)),
+        method(
+            "captum Arnoldi",
+            captum_arnoldi,
+            [{}, {"projection_dim": 200, "arnoldi_dim": 400}],
+            at_most(LARGEST_NETWORK),
+        ),
         method("captum Naive", captum_naive, [{}, {"projection_dim": 500}], at_most(1_000)),
-        Method("traker TRAK", run_traker("traker TRAK"), "trak", at_most(50_000)),
+        Method("traker TRAK", run_traker("traker TRAK"), "trak", at_most(LARGEST_NETWORK)),
         Method(trak, run_traker(trak, ridges, **projected), "trak"),
         Method(ensemble, run_traker(ensemble, ridges, True, **projected), "trak"),
         *dattri_methods(),

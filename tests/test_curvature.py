@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tracer.curvature import Kernel, Moments, choose_regularization, misfit
+from tracer.curvature import LAMBDAS, Kernel, choose_regularization, left_out
 
 
 def rows_of(num_rows: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -85,74 +85,73 @@ def regression(num_rows: int = 60, dim: int = 12, seed: int = 0) -> tuple[np.nda
     return features, wrong * (1 - wrong), gain, -wrong
 
 
-def moments_of(features: np.ndarray, w: np.ndarray, gain: np.ndarray, slope: np.ndarray) -> Moments:
-    squares = np.square(features).sum(1)
-    vectors = (torch.from_numpy(features.T @ values) for values in (w * gain, -slope))
-    return Moments(len(w), float(w @ squares), *vectors, float(w @ np.square(gain)))
-
-
-def slow_misfit(features, w, gain, slope, regularization) -> float:
-    root = np.sqrt(w)
-    a, y = root[:, None] * features, root * (gain - slope / w)
-    values, vectors = np.linalg.eigh(a @ a.T)
-    hat = vectors * (1 - np.exp(-np.maximum(values, 0) / regularization)) @ vectors.T
-    return float(np.square(root * gain - hat @ y).sum())
+def slow_left_out(features, w, gain, slope, row, regularization) -> float:
+    """The leave-one-out formula, from the matrix of the smoother."""
+    own = w * gain - slope
+    values, vectors = np.linalg.eigh(features.T @ (w[:, None] * features))
+    values = np.maximum(values, 1e-200)
+    smoother = features @ (vectors * (-np.expm1(-values / regularization) / values)) @ vectors.T @ features.T
+    return (smoother[row] @ own - smoother[row, row] * own[row]) / max(1 - w[row] * smoother[row, row], 2.2e-16)
 
 
 @pytest.mark.parametrize("shape", [(60, 12), (12, 60), (400, 300)])
-def test_misfit_is_that_of_gradient_flow(shape):
-    values = regression(*shape)
-    a = np.sqrt(values[1])[:, None] * values[0]
-    grid = torch.logspace(-1, 3, 5, dtype=torch.float64)
-    expected = [slow_misfit(*values, float(regularization)) for regularization in grid]
-    for kernel in kernels(a):
-        np.testing.assert_allclose(misfit(kernel, moments_of(*values), grid).numpy(), expected, rtol=1e-6, atol=1e-8)
+def test_rows_are_predicted_by_the_others(shape):
+    features, w, gain, slope = regression(*shape)
+    own = w * gain - slope
+    lambdas = torch.logspace(-1, 3, 5, dtype=torch.float64)
+    rows = np.array([0, 3, 11])
+    expected = [[slow_left_out(features, w, gain, slope, row, float(x)) for x in lambdas] for row in rows]
+    pull, *chosen = (torch.from_numpy(values) for values in (features.T @ own, features[rows], w[rows], own[rows]))
+    for kernel in kernels(np.sqrt(w)[:, None] * features):
+        np.testing.assert_allclose(left_out(kernel, pull, *chosen, lambdas).numpy(), expected, rtol=1e-6, atol=1e-9)
 
 
-def test_the_choice_has_the_least_misfit_over_the_share():
-    values = regression()
-    a = np.sqrt(values[1])[:, None] * values[0]
-    chosen = choose_regularization(kernels(a)[0], moments_of(*values), share=0.25)
-    assert chosen.rule == "training"
-    grid = np.logspace(-4, 4, 801)
-    best = grid[np.argmin([slow_misfit(*values, regularization) for regularization in grid])]
-    assert chosen.value == pytest.approx(best / 0.25, rel=0.06)
+def test_predictions_hardly_change_with_the_row_itself():
+    features, w, gain, slope = regression(400, 12)
+    own = w * gain - slope
+    theta = {}
+    for kept in (np.arange(400), np.arange(1, 400)):
+        phi = features[kept]
+        values, vectors = np.linalg.eigh(phi.T @ (w[kept, None] * phi))
+        theta[len(kept)] = vectors * (-np.expm1(-values / 2.0) / values) @ vectors.T @ phi.T @ own[kept]
+    kernel = kernels(np.sqrt(w)[:, None] * features)[0]
+    pull, *chosen = (torch.from_numpy(values) for values in (features.T @ own, features[:1], w[:1], own[:1]))
+    found = float(left_out(kernel, pull, *chosen, torch.tensor([2.0], dtype=torch.float64)))
+    apart, together = features[0] @ theta[399], features[0] @ theta[400]
+    assert found == pytest.approx(apart, abs=0.05 * abs(together - apart))
 
 
-def test_the_choice_recovers_for_how_long_gradient_descent_ran():
-    features, w, _, _ = regression()
-    labels = np.random.default_rng(1).standard_normal(len(w)) + features @ np.ones(features.shape[1])
-    theta, rate, steps = np.zeros(features.shape[1]), 1e-4, 20_000
-    for _ in range(steps):
-        theta -= rate * features.T @ (w * (features @ theta - labels))
-    gain = features @ theta
-    moments = moments_of(features, w, gain, w * (gain - labels))
-    a = np.sqrt(w)[:, None] * features
-    for kernel in kernels(a):
-        chosen = choose_regularization(kernel, moments, share=1.0)
-        assert chosen.value == pytest.approx(1 / (rate * steps), rel=0.05)  # the losses' sum: N is in it
+def test_the_choice_is_the_best_correlation_over_the_share():
+    gains = torch.from_numpy(np.random.default_rng(0).standard_normal(50))
+    noise = torch.from_numpy(np.random.default_rng(1).standard_normal(50))
+    noise = noise - noise.mean() - (noise @ (gains - gains.mean())) / (gains - gains.mean()).square().sum() * gains
+    logs = torch.log10(LAMBDAS)
+    predictions = (
+        7 * gains[:, None] + 3 + (1 + (logs - 1.03).square()) * noise[:, None]
+    )  # best where the noise is least
+    chosen = choose_regularization(2.0, predictions, gains, share=0.25)
+    assert chosen.rule == "held-out"
+    assert chosen.value == pytest.approx(2.0 * 10**1.03 / 0.25, rel=0.02)
 
 
-def test_where_everything_was_learnt_the_trace_decides():
-    features, w, _, _ = regression()
-    gain = features @ np.ones(12)  # exactly what the features can say, with nothing left to learn
-    moments = moments_of(features, w, gain, np.zeros(60))
-    a = np.sqrt(w)[:, None] * features
-    chosen = choose_regularization(kernels(a)[0], moments)
-    assert chosen.rule == "trace"
-    assert chosen.value == pytest.approx(2 * moments.trace / 60)
+def test_predictions_that_always_get_better_leave_it_to_the_trace():
+    gains = torch.arange(5, dtype=torch.float64)
+    noise = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0], dtype=torch.float64)
+    for strengths in (torch.linspace(0, 1, len(LAMBDAS)), torch.linspace(1, 0, len(LAMBDAS))):
+        chosen = choose_regularization(3.0, gains[:, None] + strengths * noise[:, None], gains, share=0.25)
+        assert (chosen.rule, chosen.value) == ("trace", 12.0)
 
 
-def test_without_gains_the_trace_decides():
-    features, w, gain, slope = regression()
-    moments = moments_of(features, w, 0 * gain, slope)
-    chosen = choose_regularization(Kernel(torch.eye(12, dtype=torch.float64)), moments)
-    assert chosen.rule == "trace"
-    assert chosen.value == pytest.approx(2 * moments.trace / 60)
+def test_where_nothing_is_known_of_what_was_learnt_the_trace_decides():
+    nothing = torch.zeros(4, len(LAMBDAS), dtype=torch.float64)
+    chosen = choose_regularization(3.0, nothing, nothing[:, 0], share=0.5)
+    assert (chosen.rule, chosen.value) == ("trace", 6.0)
 
 
-def test_kernels_of_zeros_have_a_regularization():
-    zero = torch.zeros(3, dtype=torch.float64)
-    kernel = Kernel.of_rows(torch.zeros(2, 3, dtype=torch.float64), zero[:2])
-    chosen = choose_regularization(kernel, Moments(2, 0, zero, zero, 0))
-    assert chosen.value > 0
+def test_kernels_of_zeros_predict_nothing():
+    zero = torch.zeros(2, dtype=torch.float64)
+    kernel = Kernel.of_rows(torch.zeros(2, 3, dtype=torch.float64), zero)
+    found = left_out(
+        kernel, torch.zeros(3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64), zero, zero, LAMBDAS
+    )
+    assert found.eq(0).all()

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from rank_cases import RATES, ranker
-from test_curvature import moments_of
+from test_curvature import slow_left_out
 
 from tracer import attribute
-from tracer.curvature import Kernel, choose_regularization
+from tracer.curvature import LAMBDAS, choose_regularization
 from tracer.derived import DerivedRows
 from tracer.errors import CallOrderError, InputError
 from tracer.rank import MemoryRows
@@ -91,30 +91,74 @@ def test_rounded_rows_of_any_size_are_taken_as_they_are_stored(tmp_path, storage
     assert_close(found.scores("test", estimate, None), reference(found, estimate, magnitude**2), 1e-5)
 
 
+def learnable(tmp_path, num_rows=60, dim=12):
+    """A store whose gains follow from its features, with noise: a λ in between predicts them best."""
+    found = ranker(tmp_path, num_rows, 5, dim)
+    for model_id in range(len(RATES)):
+        table = found.store.checkpoint(model_id)
+        rng = np.random.default_rng(7 + model_id)
+        features, rows = table.features(0, num_rows), np.arange(num_rows)
+        gain = features @ np.linspace(2, 0, dim) + 9 * rng.standard_normal(num_rows)
+        names = ("loss", "slope", "curvature", "gradient_norm", "label", "fingerprint")
+        kept = {name: table.column(name) for name in names}
+        kept["slope"] = (0.01 * kept["slope"]).astype(np.float32)
+        with found.store.create_checkpoint(10 + model_id, "a", RATES[model_id]) as copy:
+            copy.write(rows, features, gain=gain.astype(np.float32), **kept)
+            copy.set_attributes(finalized=True)
+    return found, [10, 11]
+
+
 def test_the_chosen_regularization_is_the_one_that_is_used(tmp_path):
     found = ranker(tmp_path, 60, 5, 12)
     for estimator in ESTIMATORS:
         chosen = found.regularization(None, Estimate(estimator))
-        assert chosen.rule == "training"
         auto = np.array(found.scores("test", Estimate(estimator), None))
         assert_close(auto, reference(found, Estimate(estimator), chosen.value))
         assert_close(auto, np.asarray(found.scores("test", Estimate(estimator, regularization=chosen.value), None)))
 
 
-def test_the_regularization_is_that_of_the_checkpoint_of_the_lowest_loss(tmp_path):
-    found = ranker(tmp_path, 60, 5, 12)
-    losses = [found.store.checkpoint(model_id).column("loss").mean() for model_id in range(len(RATES))]
-    last = int(np.argmin(losses))
-    features, slope, curvature, _ = columns(found, last, "train")
-    gain = found.store.checkpoint(last).column("gain").astype(np.float64)
-    rows = features * np.sqrt(curvature)[:, None]
-    moments = moments_of(features, curvature, gain, slope)
-    expected = choose_regularization(Kernel(torch.from_numpy(rows.T @ rows)), moments).value
-    squares = np.square(features).sum(1)
-    mean_curvature = np.mean([columns(found, model_id, "train")[2] for model_id in range(len(RATES))], axis=0)
-    for estimator, trace in (("influence", mean_curvature @ squares), ("trak", squares.sum())):
-        chosen = found.regularization(None, Estimate(estimator)).value
-        assert chosen == pytest.approx(expected * trace / (curvature @ squares))
+@pytest.mark.parametrize("shape", [(60, 12), (30, 50)])
+def test_the_regularization_is_what_predicts_left_out_rows_best(tmp_path, shape):
+    found, model_ids = learnable(tmp_path, *shape)
+    tables = [found.store.checkpoint(model_id) for model_id in model_ids]
+    last = tables[int(np.argmin([table.column("loss").mean() for table in tables]))]
+    w = np.mean([table.column("curvature").astype(np.float64) for table in tables], axis=0)
+    squares = np.square(last.features(0, shape[0]).astype(np.float64)).sum(1)
+    unit, predictions = w @ squares / shape[0], 0
+    for table in tables:
+        features = table.features(0, shape[0]).astype(np.float64)
+        gain, slope = (table.column(name).astype(np.float64) for name in ("gain", "slope"))
+        columns = [
+            [slow_left_out(features, w, gain, slope, row, float(unit * x)) for x in LAMBDAS] for row in range(shape[0])
+        ]
+        predictions = predictions + np.array(columns)
+    gains = torch.from_numpy(last.column("gain").astype(np.float64))
+    expected = choose_regularization(unit, torch.from_numpy(predictions), gains)
+    assert expected.rule == "held-out"
+    for estimator, trace in (("influence", w @ squares), ("trak", squares.sum())):
+        chosen = found.regularization(model_ids, Estimate(estimator))
+        assert chosen.rule == "held-out"
+        assert chosen.value == pytest.approx(expected.value * trace / (w @ squares), rel=1e-4)
+
+
+def test_the_choice_is_kept_in_the_store(tmp_path, monkeypatch):
+    found, model_ids = learnable(tmp_path)
+    chosen = found.regularization(model_ids, Estimate("influence"))
+    again = Ranker(found.store, torch.device("cpu"), False)
+    monkeypatch.setattr("tracer.kernels.choose_regularization", None)
+    assert again.regularization(model_ids, Estimate("influence")) == chosen
+    with pytest.raises(TypeError):
+        again.regularization([model_ids[0]], Estimate("influence"))  # of other checkpoints it is another choice
+
+
+def test_a_few_rows_are_enough_to_choose(tmp_path, monkeypatch):
+    found, model_ids = learnable(tmp_path, 600, 200)
+    monkeypatch.setattr("tracer.kernels.MOST_LEFT_OUT", 300)
+    few = found.regularization(model_ids, Estimate("influence"))
+    monkeypatch.undo()
+    every = learnable(tmp_path / "all", 600, 200)[0].regularization(model_ids, Estimate("influence"))
+    assert few.value != every.value
+    assert few.value == pytest.approx(every.value, rel=0.5)
 
 
 @pytest.mark.parametrize("estimator", ["tracin", "cosine", "trak", "influence"])
@@ -262,7 +306,7 @@ def test_without_curvatures_the_empirical_fisher_takes_their_place(tmp_path):
     features, slope, _, _ = columns(found, int(np.argmin(losses)), "train")
     fisher = np.mean([columns(found, model_id, "train")[1] ** 2 for model_id in range(len(RATES))], axis=0)
     assert chosen.rule == "trace"
-    assert chosen.value == pytest.approx(2 * np.sum(fisher * np.square(features).sum(1)) / 20)
+    assert chosen.value == pytest.approx(2**0.5 * np.sum(fisher * np.square(features).sum(1)) / 20)
     expected = 0.0
     for model_id in range(len(RATES)):
         train, target = columns(found, model_id, "train")[0], columns(found, model_id, "targets")

@@ -10,16 +10,17 @@ it is the Gauss-Newton matrix of the sum of the losses, in the place of the Hess
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-SUBSET_SHARE = 0.5
-"""Scores are to predict models trained on this share of the rows, as the linear datamodeling score asks."""
+SHARE_LEFT = 0.5**0.5
+"""Scores are to predict models trained on less: on all rows but one up to half of them, and this lies between."""
 
-_LANCZOS_STEPS = 128
-_PER_DECADE, _DECADES, _LEAST_DEPTH = 50, (-6, 4), 1e-6
+LAMBDAS = torch.logspace(-6, 4, 101, dtype=torch.float64)
+"""What is tried as λ, in units of the mean of ``w ‖φ‖²``."""
 
 
 class Kernel:
@@ -80,11 +81,15 @@ class Kernel:
             factor = self._cholesky(regularization)
             if factor is not None:
                 return torch.cholesky_solve(rows.T, factor).T
+        values, vectors = self.spectrum()
+        return rows @ vectors * _inverse(values, regularization) @ vectors.T
+
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Return M's eigenvalues ``[r]``, 0 or more and ascending, and its eigenvectors, the columns of ``[r, r]``."""
         if self._spectrum is None:
             values, vectors = torch.linalg.eigh(self.matrix)
             self._spectrum = values.clamp_(min=0), vectors
-        values, vectors = self._spectrum
-        return rows @ vectors * _inverse(values, regularization) @ vectors.T
+        return self._spectrum
 
     def _cholesky(self, regularization: float) -> Tensor | None:
         """Return the Cholesky factor of ``M + λI``, or None where rounding makes it indefinite."""
@@ -108,77 +113,48 @@ def _inverse(values: Tensor, regularization: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over the train rows of a checkpoint, beside its kernel, from which its regularization is chosen.
+    """Sums over the train rows of a checkpoint, beside its kernel.
 
     Attributes:
         num_rows: N.
         trace: ``Σ w ‖φ‖²``, the kernel's.
-        gain: ``Φᵀ (w · gain)``, ``[k]``, with the gain of each row: f minus the f of a model that has learnt nothing.
-        step: ``Φᵀ (−Q)``, ``[k]``: the direction in which the sum of the losses falls.
-        squared_gain: ``Σ w gain²``; 0 where gains are not known.
+        pull: ``Φᵀ (w · gain − Q)``, ``[k]``. A row's gain is its f minus the f of a model that has learnt nothing.
     """
 
     num_rows: int
     trace: float
-    gain: Tensor
-    step: Tensor
-    squared_gain: float
+    pull: Tensor
 
 
-def misfit(kernel: Kernel, moments: Moments, regularizations: Tensor) -> Tensor:
-    """Return how badly training that is stopped early explains what a checkpoint has learnt, for each λ.
+def left_out(kernel: Kernel, pull: Tensor, rows: Tensor, weights: Tensor, own: Tensor, lambdas: Tensor) -> Tensor:
+    """Predict what a network has learnt about each row from the other rows, for each λ.
 
     The network is seen as a linear model in its features that began with nothing. One Newton step from its outputs f
     aims at the working response ``f − Q/w`` of each row, ``y = gain − Q/w`` more than at the beginning. Gradient flow
     on the weighted squares goes there at a rate of its own in each direction u of curvature s; with learning rates
-    that sum up to τ, and the mean of N losses, it has come by ``1 − exp(−s/λ)``, ``λ = N/τ`` (Ali et al. 2019). That
-    predicts ``H_λ y``. The misfit is ``Σ w (gain − H_λ y)²``.
+    that sum up to τ, and the mean of N losses, it has come by ``1 − exp(−s/λ)``, ``λ = N/τ`` (Ali et al. 2019). Hence
+    the weights ``θ = F pull`` with ``F = (1 − exp(−K/λ)) / K``, and ``p = φᵀθ`` for a row. Without the row itself it is
+    ``(p − h (w gain − Q)) / (1 − w h)`` with ``h = φᵀ F φ``, the leave-one-out formula of linear smoothers (Craven &
+    Wahba 1979), which is exact for the ridge ``F = (K + λI)⁻¹``.
 
     Args:
         kernel: ``K = Φᵀ diag(w) Φ``.
-        moments: Of the same rows.
-        regularizations: ``[G]``, float64, all positive.
+        pull: ``Φᵀ (w · gain − Q)``, ``[k]``.
+        rows: φ of some of the kernel's rows, ``[m, k]``.
+        weights: w, ``[m]``.
+        own: ``w · gain − Q`` of each row, ``[m]``.
+        lambdas: ``[G]``, all positive.
 
     Returns:
-        ``[G]``, float64.
+        ``[m, G]``, float64, in units of f.
     """
-    gain, step = kernel.coordinates(moments.gain), kernel.coordinates(moments.step)  # sums over train rows, all seen
-    basis, tridiagonal, length = _lanczos(kernel.matrix, gain + step)
-    values, vectors = torch.linalg.eigh(tridiagonal)
-    values = values.clamp(min=torch.finfo(values.dtype).tiny)
-    # H y = A x with A = diag(√w) Φ and x = h(K) (gain + step), h(s) = (1 − exp(−s/λ)) / s, within the basis; the misfit
-    # is  Σ w gain² − 2 gain·x + xᵀ K x
-    coordinates = length * vectors[0] * (-torch.expm1(-values / regularizations.unsqueeze(1)) / values)  # [G, steps]
-    seen = vectors.T @ (basis @ gain)
-    return moments.squared_gain - 2 * coordinates @ seen + coordinates.square() @ values
-
-
-def _lanczos(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a Krylov basis of a vector, a matrix within it, and the vector's length (Golub & Meurant 2010).
-
-    Args:
-        matrix: ``[r, r]``, symmetric.
-        start: ``[r]``.
-
-    Returns:
-        Orthonormal rows ``[n, r]`` that begin with the vector's direction, the tridiagonal matrix ``[n, n]``, and the
-        length ``[]``.
-    """
-    length = start.norm()
-    most = min(_LANCZOS_STEPS, len(start))
-    basis, tridiagonal = start.new_zeros(most, len(start)), start.new_zeros(most, most)
-    basis[0] = start / length.clamp(min=torch.finfo(start.dtype).tiny)
-    for step in range(most):
-        new, known = matrix @ basis[step], basis[: step + 1]
-        tridiagonal[step, step] = basis[step] @ new
-        for _ in range(2):  # once is not enough in floating point
-            new = new - (known @ new) @ known
-        size = new.norm()
-        if step + 1 == most or size <= 1e-12 * tridiagonal[0, 0].abs():
-            break
-        tridiagonal[step, step + 1] = tridiagonal[step + 1, step] = size
-        basis[step + 1] = new / size
-    return basis[: step + 1], tridiagonal[: step + 1, : step + 1], length
+    values, vectors = kernel.spectrum()
+    seen, along = kernel.coordinates(rows) @ vectors, kernel.coordinates(pull) @ vectors
+    values = values.clamp(min=max(1e-30 * float(values.max()), torch.finfo(values.dtype).tiny)).unsqueeze(1)
+    filters = -torch.expm1(-values / lambdas) / values  # [r, G]
+    leverage = seen.square() @ filters
+    predicted = seen @ (along.unsqueeze(1) * filters) - leverage * own.unsqueeze(1)
+    return predicted / (1 - weights.unsqueeze(1) * leverage).clamp(min=torch.finfo(values.dtype).eps)
 
 
 @dataclass(frozen=True)
@@ -187,36 +163,40 @@ class Regularization:
 
     Attributes:
         value: λ, in the kernel's units: those of ``Σ w ‖φ‖²``.
-        rule: ``"given"``, ``"training"`` or ``"trace"``; see `choose_regularization`.
+        rule: ``"given"``, ``"held-out"`` or ``"trace"``; see `choose_regularization`.
     """
 
     value: float
     rule: str
 
 
-def choose_regularization(kernel: Kernel, moments: Moments, share: float = SUBSET_SHARE) -> Regularization:
-    """Choose λ for a model's kernel, without training anything again.
+def choose_regularization(unit: float, predictions: Tensor, gains: Tensor, share: float = SHARE_LEFT) -> Regularization:
+    """Choose λ, without training anything again.
 
-    - ``training``: training that is stopped early is regularized as by ridge regression with ``λ = N/τ``, which is
-      taken to be where `misfit` is least. A model that is trained on a share of the rows for as many epochs has that
-      share of the kernel and the same ``N/τ``, which is λ over the share for the whole kernel.
-    - ``trace``: where gains or curvatures are not known, or the misfit has no minimum since training has learnt all
-      that the features can say, the mean of ``w ‖φ‖²`` over the share.
+    - ``held-out``: where the predictions of rows that were left out, averaged over checkpoints as scores are, have the
+      highest correlation with what was learnt. Averages over more checkpoints have less noise, and get a smaller λ. A
+      model that is trained on a share of the rows for as many epochs has that share of the kernel and the same λ,
+      which is λ over the share for the whole kernel.
+    - ``trace``: where that is not known, or no λ within `LAMBDAS` is better than both ends, the mean of ``w ‖φ‖²`` over
+      the share.
 
     Args:
-        kernel: Of the checkpoint that was trained longest, weighted with its own curvatures.
-        moments: Of the same rows.
+        unit: The mean of ``w ‖φ‖²``.
+        predictions: ``[m, G]``, as `left_out` gives them, for each of `LAMBDAS` times the unit.
+        gains: What was learnt of each row, ``[m]``, in units of f.
         share: Of the rows, of the models that scores are to predict.
 
     Returns:
-        λ; at least the smallest positive number where the kernel is zero.
+        λ.
     """
-    unit = max(moments.trace / moments.num_rows, torch.finfo(torch.float64).tiny)
-    if moments.squared_gain <= 0:
+    predictions, gains = predictions - predictions.mean(0), gains - gains.mean()
+    lengths = predictions.norm(dim=0) * gains.norm()
+    found = torch.where(lengths > 0, gains @ predictions / lengths, -1.0).cpu()
+    best = int(found.argmax())
+    if not 0 < best < len(LAMBDAS) - 1:
         return Regularization(unit / share, "trace")
-    low, high = _DECADES
-    grid = unit * torch.logspace(low, high, _PER_DECADE * (high - low) + 1, dtype=torch.float64)
-    found = misfit(kernel, moments, grid.to(moments.gain.device)).cpu()
-    if found[0] - found.min() <= _LEAST_DEPTH * moments.squared_gain:
-        return Regularization(unit / share, "trace")
-    return Regularization(float(grid[found.argmin()]) / share, "training")
+    before, here, after = found[best - 1 : best + 2]
+    bend = 2 * here - before - after
+    place = 0.5 * float((after - before) / bend) if bend > 0 else 0.0  # of the parabola's top, in steps
+    step = math.log(float(LAMBDAS[1] / LAMBDAS[0]))
+    return Regularization(unit * float(LAMBDAS[best]) * math.exp(place * step) / share, "held-out")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tracer.arguments import bar_disabled
-from tracer.curvature import Kernel, Moments, Regularization, choose_regularization
+from tracer.curvature import LAMBDAS, Kernel, Moments, Regularization, choose_regularization, left_out
 from tracer.errors import InputError
 from tracer.processes import Process
 from tracer.projection.base import row_blocks
@@ -25,6 +26,9 @@ from tracer.store.kernels import load_kernel, save_kernel
 
 BLOCK_BYTES = 32 << 20
 """How many bytes of float64 rows are held at once."""
+
+MOST_LEFT_OUT = 4096
+"""How many rows are predicted by the others to choose λ, spread evenly."""
 
 
 class Kernels:
@@ -45,6 +49,7 @@ class Kernels:
         dim, num_rows = store.manifest.feature_dim, store.manifest.train_set_size
         self._most = max(1, memory_bytes // (16 * dim * min(dim, num_rows)))  # a matrix or rows, and a factor or basis
         self._held: dict[tuple[str, ...], tuple[Kernel, Moments]] = {}
+        self._chosen: dict[tuple[str, ...], Regularization] = {}
         self._contents: dict[int, str] = {}
 
     def look_again(self) -> None:
@@ -88,20 +93,63 @@ class Kernels:
             estimate: What is asked for; its estimator has a kernel.
 
         Returns:
-            What was given, or the choice of `choose_regularization` at the checkpoint that was trained longest, that of
-            the lowest mean loss, with its own curvatures; scaled by traces to the kernel that scores are made with.
+            What was given, or the choice of `choose_regularization` for kernels weighted with curvatures, scaled by
+            traces to the kernels that scores are made with.
         """
         assert estimate.kernel is not None
         if estimate.regularization != "auto":
             return Regularization(float(estimate.regularization), "given")
         losses = [float(np.mean(self.store.checkpoint(model_id).column("loss"))) for model_id in model_ids]
         last = model_ids[int(np.argmin(losses))]
-        kernel, own = self.get(last, "curvature", [last])
-        found = choose_regularization(kernel, own)
-        _, used = self.get(last, estimate.kernel, model_ids)
-        tiny = np.finfo(float).tiny
-        value = found.value * max(used.trace, tiny) / max(own.trace, tiny)
-        return Regularization(self.process.agreed(value), found.rule)
+        key = tuple(self._content(model_id) for model_id in (last, *sorted(model_ids)))
+        if key not in self._chosen:
+            self._chosen[key] = self._choice(model_ids, last)
+        found = self._chosen[key]
+        if estimate.kernel == "curvature":
+            return found
+        traces = [self.get(last, weighting, model_ids)[1].trace for weighting in (estimate.kernel, "curvature")]
+        used, own = (max(trace, np.finfo(float).tiny) for trace in traces)
+        return Regularization(self.process.agreed(found.value * used / own), found.rule)
+
+    def _choice(self, model_ids: list[int], last: int) -> Regularization:
+        """Return the choice for kernels weighted with curvatures, from the store or made and kept there.
+
+        Args:
+            model_ids: The checkpoints.
+            last: The one that was trained longest: of the lowest mean loss.
+        """
+        tables = [self.store.checkpoint(model_id) for model_id in (last, *sorted(model_ids))]
+        path = self.store.kernel_path(last, "regularization")
+        inputs = kernel_inputs(tables)
+        self.process.wait()
+        known = load_kernel(path, inputs)
+        if not self.process.agreed(known is not None):
+            known = None
+        if known is None:
+            found = self._choose(model_ids, last)
+            sums = {"value": self.process.agreed(found.value), "held_out": float(found.rule == "held-out")}
+            self.process.first_only(lambda: save_kernel(path, inputs, sums, {}))
+            known = sums, {}
+        return Regularization(known[0]["value"], "held-out" if known[0]["held_out"] else "trace")
+
+    def _choose(self, model_ids: list[int], last: int) -> Regularization:
+        """Choose λ from how well some rows are predicted by the others."""
+        num_rows = self.store.checkpoint(last).num_rows
+        _, moments = self.get(last, "curvature", model_ids)
+        unit = max(moments.trace / num_rows, np.finfo(float).tiny)
+        rows = np.unique(np.linspace(0, num_rows - 1, min(num_rows, MOST_LEFT_OUT)).round().astype(np.int64))
+        weights = row_weighting([self.store.checkpoint(model_id) for model_id in sorted(model_ids)], num_rows)
+        predictions = torch.zeros(len(rows), len(LAMBDAS), dtype=torch.float64, device=self.device)
+        lambdas = (unit * LAMBDAS).to(self.device)
+        for model_id in model_ids:
+            kernel, moments = self.get(model_id, "curvature", model_ids)
+            table = self.store.checkpoint(model_id)
+            own = weights * table.column("gain") - table.column("slope").astype(np.float64)
+            some, own_rows = (torch.from_numpy(values[rows]).to(self.device) for values in (weights, own))
+            features = true_rows(table, rows, self.device)
+            predictions += left_out(kernel, moments.pull, features, some, own_rows, lambdas)
+        gains = torch.from_numpy(self.store.checkpoint(last).column("gain").astype(np.float64)[rows])
+        return choose_regularization(unit, predictions, gains.to(self.device))
 
     def _make(self, model_id: int, weighting: str, of: list[int]) -> tuple[Kernel, Moments]:
         """Make a kernel: from its rows where there are fewer of them than features, else as a matrix, which is kept."""
@@ -111,8 +159,8 @@ class Kernels:
         if table.num_rows < table.dim:
             features = torch.cat([rows for rows, _ in sums.read(range(table.num_rows))])
             return Kernel.of_rows(features, torch.from_numpy(sums.weights).to(self.device)), sums.moments()
-        path = self.store.kernel_path(model_id, f"{weighting}-own" if of == [model_id] else weighting)
-        inputs = {"num_rows": table.num_rows, "tables": [each.attributes["table_id"] for each in (table, *tables)]}
+        path = self.store.kernel_path(model_id, weighting)
+        inputs = kernel_inputs([table, *tables])
         self.process.wait()
         known = load_kernel(path, inputs)
         if not self.process.agreed(known is not None):
@@ -125,13 +173,13 @@ class Kernels:
                     rows = features.mul_(weights.sqrt().unsqueeze(1))
                     matrix.addmm_(rows.T, rows)
                     bar.update(len(rows))
-            scalars, vectors = sums.together(self.process)
-            arrays = {"matrix": self.process.add_up(matrix).cpu().numpy(), "vectors": vectors.cpu().numpy()}
+            scalars, pull = sums.together(self.process)
+            arrays = {"matrix": self.process.add_up(matrix).cpu().numpy(), "pull": pull.cpu().numpy()[None]}
             known = scalars, arrays
             self.process.first_only(lambda: save_kernel(path, inputs, scalars, arrays))
         found, arrays = known
-        matrix, vectors = (torch.from_numpy(arrays[name]).to(self.device) for name in ("matrix", "vectors"))
-        return Kernel(matrix), _moments(table.num_rows, found, vectors)
+        matrix, pull = (torch.from_numpy(arrays[name]).to(self.device) for name in ("matrix", "pull"))
+        return Kernel(matrix), Moments(table.num_rows, found["trace"], pull[0])
 
     def _own_rows(self, table: RowTable) -> range:
         """Return the rows that this process adds up: a share where all run together, else all."""
@@ -140,7 +188,12 @@ class Kernels:
         return self.process.rows(table.num_rows, table.block_rows)
 
 
-def row_weighting(tables: Sequence[RowTable], num_rows: int) -> tuple[np.ndarray, bool]:
+def kernel_inputs(tables: Sequence[RowTable]) -> dict[str, Any]:
+    """Return what decides a kernel, or what is made from several: the rows, and the version of what is kept of them."""
+    return {"version": 2, "num_rows": tables[0].num_rows, "tables": [table.attributes["table_id"] for table in tables]}
+
+
+def row_weighting(tables: Sequence[RowTable], num_rows: int) -> np.ndarray:
     """Return the weight of each train row in a kernel.
 
     Args:
@@ -150,13 +203,13 @@ def row_weighting(tables: Sequence[RowTable], num_rows: int) -> tuple[np.ndarray
         num_rows: N.
 
     Returns:
-        ``[N]``, float64, and whether they are curvatures.
+        ``[N]``, float64.
 
     Raises:
         InputError: A curvature is negative.
     """
     if not tables:
-        return np.ones(num_rows), False
+        return np.ones(num_rows)
     curvature, fisher = np.zeros(num_rows), np.zeros(num_rows)
     for table in tables:
         values = table.column("curvature").astype(np.float64)
@@ -169,7 +222,7 @@ def row_weighting(tables: Sequence[RowTable], num_rows: int) -> tuple[np.ndarray
             )
         curvature += values / len(tables)
         fisher += np.square(table.column("slope").astype(np.float64)) / len(tables)
-    return (curvature, True) if curvature.any() else (fisher, False)
+    return curvature if curvature.any() else fisher
 
 
 class _KernelSums:
@@ -177,41 +230,34 @@ class _KernelSums:
 
     Args:
         table: The train rows.
-        weighting: Weights, and whether they are curvatures, as `row_weighting` gives them.
+        weights: As `row_weighting` gives them.
         device: Where to add up.
     """
 
-    def __init__(self, table: RowTable, weighting: tuple[np.ndarray, bool], device: torch.device) -> None:
-        self.table, (self.weights, is_curvature), self.device = table, weighting, device
-        self.gain = table.column("gain").astype(np.float64) if is_curvature else np.zeros(table.num_rows)
-        self.step = -table.column("slope").astype(np.float64)
-        self.vectors = torch.zeros(2, table.dim, dtype=torch.float64, device=device)
+    def __init__(self, table: RowTable, weights: np.ndarray, device: torch.device) -> None:
+        self.table, self.weights, self.device = table, weights, device
+        self.own = weights * table.column("gain") - table.column("slope").astype(np.float64)
+        self.pull = torch.zeros(table.dim, dtype=torch.float64, device=device)
         self.trace = torch.zeros((), dtype=torch.float64, device=device)
 
     def read(self, rows: range) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield φ and w of rows, ``[n, k]`` and ``[n]``, float64, block by block, and add up what else is wanted."""
         for start, features in true_blocks(self.table, rows, self.device):
-            weights, gain, step = (
+            weights, own = (
                 torch.from_numpy(values[start : start + len(features)]).to(self.device)
-                for values in (self.weights, self.gain, self.step)
+                for values in (self.weights, self.own)
             )
-            self.vectors += torch.stack([weights * gain, step]) @ features
+            self.pull += own @ features
             self.trace += weights @ features.square().sum(1)
             yield features, weights
 
     def together(self, process: Process) -> tuple[dict[str, float], Tensor]:
-        """Return the sums by name and the two vectors, added up over processes."""
-        trace, squared_gain = float(process.add_up(self.trace)), float(self.weights @ np.square(self.gain))
-        return {"trace": trace, "squared_gain": squared_gain}, process.add_up(self.vectors)
+        """Return the sum by name and the vector, added up over processes."""
+        return {"trace": float(process.add_up(self.trace))}, process.add_up(self.pull)
 
     def moments(self) -> Moments:
         """Return what was added up by this process alone."""
-        return _moments(self.table.num_rows, *self.together(Process()))
-
-
-def _moments(num_rows: int, sums: dict[str, float], vectors: Tensor) -> Moments:
-    gain, step = vectors
-    return Moments(num_rows, sums["trace"], gain, step, sums["squared_gain"])
+        return Moments(self.table.num_rows, float(self.trace), self.pull)
 
 
 def true_blocks(table: Rows, rows: range, device: torch.device) -> Iterator[tuple[int, Tensor]]:
@@ -230,6 +276,16 @@ def true_blocks(table: Rows, rows: range, device: torch.device) -> Iterator[tupl
         pieces = [torch.from_numpy(np.array(view)).to(device) for _, view in table.raw_features(start, stop)]
         scale = torch.from_numpy(table.column("scale", start, stop).astype(np.float64)).to(device)
         yield start, torch.cat(pieces).to(torch.float64).mul_(scale.unsqueeze(1))
+
+
+def true_rows(table: Rows, rows: np.ndarray, device: torch.device) -> Tensor:
+    """Return some rows in true units, ``[m, k]``, float64, in the order of their indices, which ascend."""
+    pieces = [
+        torch.from_numpy(view[rows[(rows >= start) & (rows < start + len(view))] - start].astype(np.float64))
+        for start, view in table.raw_features(0, table.num_rows)
+    ]
+    scale = torch.from_numpy(table.column("scale").astype(np.float64)[rows]).to(device)
+    return torch.cat(pieces).to(device).mul_(scale.unsqueeze(1))
 
 
 def own_influence(table: RowTable, kernel: Kernel, regularization: float, device: torch.device) -> np.ndarray:

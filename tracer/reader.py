@@ -324,9 +324,9 @@ class Reader:
     def regularization(self, estimator: str = "influence", model_ids: list[int] | None = None) -> Regularization:
         """Return the λ that ``regularization="auto"`` stands for, and the rule that it comes from.
 
-        Rule ``training``: ``N/τ`` of training with learning rates that sum up to τ, as far as the outputs show it, over
-        one half, so that scores predict models trained on half of the rows. Rule ``trace``, where the task does not
-        know curvatures and outputs: twice the mean of ``w ‖φ‖²``. See `tracer.curvature.choose_regularization`.
+        Rule ``held-out``: where what training has taught about a row is best predicted from the other rows, averaged
+        over the checkpoints. Rule ``trace``, where the task does not know what was learnt: √2 times the mean of
+        ``w ‖φ‖²``. See `tracer.curvature.choose_regularization`.
 
         Args:
             estimator: ``influence`` or ``trak``.
