@@ -31,13 +31,16 @@ DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 INFLUENCE_FUNCTIONS = [
     ("Explicit", "regularization", 1_000),
-    ("CG", "regularization", 110_000),
-    ("Arnoldi", "regularization", 110_000),
+    ("CG", "regularization", 50_000),
+    ("Arnoldi", "regularization", 50_000),
     ("EKFAC", "damping", 1_000_000),
     ("EKFAC, repaired", "damping", 1_000_000),
-    ("DataInf", "regularization", 110_000),
+    ("DataInf", "regularization", 50_000),
 ]
 """The ending of the class's name, what it calls the damping, and up to how many parameters it takes a few minutes."""
+
+HESSIAN_PRODUCTS = ("CG", "Arnoldi")
+"""Those that multiply the Hessian of all rows at once by a vector of each target."""
 
 GRADIENT_VALUES = 50_000_000
 """How many values of per-sample gradients fit well into memory."""
@@ -174,6 +177,18 @@ def dattri_rps(case: Case, folder: Path, **options: Any) -> Found:
     return Found("", attributor.attribute(train, targets).detach().numpy())
 
 
+def fits_memory(parameters: int) -> Callable[[Case], str]:
+    """Return a function that says why Hessian products do not fit into memory, or nothing."""
+
+    def unfit(case: Case) -> str:
+        owners = [module for module in case.model.modules() if list(module.parameters(recurse=False))]
+        if not all(isinstance(module, nn.Linear) for module in owners):
+            return "all rows in one batch, as it wants them, take more than 20 GB with layers that are not linear"
+        return at_most(parameters)(case)
+
+    return unfit
+
+
 def dattri_methods() -> list[Method]:
     """Return dattri's methods."""
     return [
@@ -184,7 +199,7 @@ def dattri_methods() -> list[Method]:
                 f"dattri influence, {kind}",
                 partial(dattri_influence, kind=kind),
                 [{}, *({damping: value} for value in DAMPINGS)],
-                at_most(largest),
+                fits_memory(largest) if kind in HESSIAN_PRODUCTS else at_most(largest),
             )
             for kind, damping, largest in INFLUENCE_FUNCTIONS
         ),
