@@ -6,17 +6,18 @@ DEMO_ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+RELEASE := build/release-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format docs release-check clean
 
 help:  ## Show this list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## Find flipped labels among handwritten digits and write runs/mislabeled_digits/report.
 	$(RUN)/python examples/mislabeled_digits.py $(DEMO_ARGS)
 
-test: lint  ## Run every gate, one after another: lint, types, doctests, tests, examples.
+test: lint  ## Run every gate, one after another: lint, types, doctests, tests, examples, docs, packages.
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(PYTEST_WORKERS)
 
 lint: $(STAMP)  ## Run ruff and mypy.
@@ -27,6 +28,17 @@ lint: $(STAMP)  ## Run ruff and mypy.
 format: $(STAMP)  ## Sort imports and format the code.
 	$(RUN)/ruff check --select I --fix .
 	$(RUN)/ruff format .
+
+docs: $(STAMP)  ## Build the site, build/docs/index.html; a warning is an error.
+	$(RUN)/python -m sphinx -W --keep-going -E -q -b html docs build/docs
+	@echo "Site: build/docs/index.html"
+
+release-check: $(STAMP)  ## Build wheel and sdist into dist, and run the wheel's demo in an empty environment.
+	rm -rf dist $(RELEASE)
+	$(RUN)/python -m build --outdir dist
+	$(PYTHON) -m venv --without-pip $(RELEASE)/env
+	$(RUN)/python -m pip --python $(RELEASE)/env/bin/python install --quiet --constraint constraints.txt dist/*.whl
+	cd $(RELEASE) && env/bin/tracer --version && env/bin/tracer demo
 
 clean:  ## Remove the environment, caches and builds; runs/ stays.
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -23,11 +23,17 @@ from tracer import projection
 from tracer.gradients import layers
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+GUIDES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS / "examples").glob("*.md"))]
+PAGES = [*GUIDES, *sorted((DOCS / "api").glob("*.md"))]
 RUNNABLE = [path for path in PAGES if "```python" in path.read_text(encoding="utf-8")]
 OPTIONAL = ("matplotlib", "sklearn", "transformers")
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(\w*|\{[\w-]+\}[^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def page_name(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").as_posix()
 
 
 class Snippet(NamedTuple):
@@ -94,7 +100,7 @@ def _as_found(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("_as_found")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNNABLE, ids=page_name)
 def test_snippets_run_and_print_what_the_page_says(path):
     namespace: dict[str, object] = {"__name__": "__main__"}
     checker, options = doctest.OutputChecker(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -112,13 +118,13 @@ def test_snippets_run_and_print_what_the_page_says(path):
             assert checker.check_output(snippet.printed, got, options), f"{where} prints\n{got}"
 
 
-@pytest.mark.parametrize("path", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "CHANGELOG.md"], ids=page_name)
 def test_links_lead_somewhere(path):
     assert broken_links(path) == []
 
 
 def test_every_public_name_is_in_the_docs():
-    text = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
+    text = "\n".join(path.read_text(encoding="utf-8") for path in GUIDES)  # the API pages have all names anyway
     assert [name for name in tracer.__all__ if not re.search(rf"\b{name}\b", text)] == []
 
 
@@ -128,9 +134,17 @@ def test_every_exception_has_its_section():
     assert [name for name in names if name.lower() not in headings] == []
 
 
-def test_every_page_is_linked_from_the_readme():
-    readme = PAGES[0].read_text(encoding="utf-8")
-    assert [path.name for path in PAGES[1:] if f"docs/{path.name}" not in readme] == []
+@pytest.mark.parametrize("folder", [DOCS, DOCS / "api", DOCS / "examples"], ids=page_name)
+def test_every_page_is_linked_from_the_index_of_its_folder(folder):
+    linked = LINK.findall(prose((folder / "index.md").read_text(encoding="utf-8")))
+    assert [path.name for path in folder.glob("*.md") if path.name not in {*linked, "index.md"}] == []
+
+
+def test_every_example_is_in_the_docs():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in GUIDES)
+    scripts = [path for path in (ROOT / "examples").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")]
+    assert scripts
+    assert [path.name for path in scripts if path.name not in text] == []
 
 
 def test_pictures_are_small():
@@ -144,3 +158,4 @@ def test_the_checks_find_what_is_broken(tmp_path):
     assert broken_links(page) == ["#no", "no.png"]
     found = snippets("```python\n1\n```\n\n```text\nout\n```\n\nwords\n\n```text\nother\n```\n")
     assert found == [Snippet(2, "1\n", "out\n")]
+    assert snippets("```{toctree}\n:hidden:\n```\n\n```python\n2\n```\n") == [Snippet(6, "2\n", None)]
