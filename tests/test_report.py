@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import importlib.util
+import json
 import re
 import sys
 from html.parser import HTMLParser
@@ -13,7 +16,10 @@ import torch
 
 import tracer
 from tracer import attribute
+from tracer.report import payload as payload_module
 from tracer.report import write_report
+from tracer.report.charts import number
+from tracer.report.health import WrongLabels
 from tracer.report.montage import row_heading
 from tracer.report.recovery import ranking, recovery_curve
 from tracer.report.samples import Samples
@@ -23,40 +29,73 @@ pytest.importorskip("matplotlib")
 
 N, M, K = 40, 7, 3
 RNG = np.random.default_rng(0)
-SCORES = RNG.random(N)
+SELF = RNG.random(N)
+SCORES = RNG.normal(size=(N, M))
+LABELS, TARGET_LABELS = np.arange(N) % 3, np.arange(M) % 3
 TOP = TopK(RNG.integers(0, N, (M, K)), np.sort(RNG.random((M, K)).astype(np.float32))[:, ::-1])
 FLIPPED = np.arange(N) % 8 == 0
+NAMES = ["ant", "bee", "cat/dog"]
 INPUTS = {
     "gray images": RNG.random((N, 8, 8)),
     "channels first": torch.rand(N, 3, 8, 8),
     "channels last": RNG.integers(0, 255, (N, 8, 8, 3), dtype=np.uint8),
+    "transparent": RNG.random((N, 4, 8, 8)),
     "vectors": RNG.normal(size=(N, 12)),
+    "long vectors": RNG.normal(size=(N, 100)),
+    "numbers": RNG.normal(size=N),
     "texts": [f"row <b>{row}</b> & more" for row in range(N)],
+    "records": [{"age": row, "town": "<b>Ulm</b>"} for row in range(N)],
     "absent": None,
 }
 
 
 def report(directory, **options):
-    settings = {"self_influence": SCORES, "proponents": TOP, "opponents": TOP, **options}
+    settings = {"self_influence": SELF, "proponents": TOP, "opponents": TOP, "figures": False, **options}
     return write_report(directory, **settings)
 
 
+def full(directory, **options):
+    """A report with scores and labels of both sides."""
+    return report(
+        directory, scores=SCORES, train_labels=LABELS, target_labels=TARGET_LABELS, class_names=NAMES, **options
+    )
+
+
+def lines(path):
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def embedded(index):
+    """What the page's scripts work on."""
+    text = index.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="report-data">(.*?)</script>', text)[1])
+
+
+def words(index):
+    """The page's text without its styles, scripts and data."""
+    text = re.sub(r"<(script|style).*?</\1>", "", index.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text))
+
+
 class Page(HTMLParser):
-    """Collects what a browser would have to load, alternative texts and headings, and checks that tags close."""
+    """Collects what a browser would have to load and headings, and checks that tags close."""
 
     def __init__(self, text):
         super().__init__()
-        self.loaded, self.alternatives, self.headings, self.open = [], [], [], []
+        self.loaded, self.headings, self.open = [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
-        if tag in ("img", "script", "link", "source") and (source := attributes.get("src") or attributes.get("srcset")):
+        source = attributes.get("src") or attributes.get("srcset") or (tag == "link" and attributes.get("href"))
+        if source:
             self.loaded.append(source)
-        if tag == "img":
-            self.alternatives.append(attributes.get("alt"))
-        if tag not in ("img", "meta", "source", "br", "link", "hr", "col"):
+        if tag not in ("img", "meta", "source", "br", "link", "hr", "col", "input"):
             self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -70,15 +109,11 @@ class Page(HTMLParser):
 def test_page_shows_every_kind_of_input_without_a_network(tmp_path, kind):
     inputs = INPUTS[kind]
     targets = None if inputs is None else inputs[:M]
-    labels = np.arange(N) % 3
-    index = report(
+    index = full(
         tmp_path / "report",
         train_inputs=inputs,
         target_inputs=targets,
-        train_labels=labels,
-        target_labels=labels[:M],
-        train_predictions=labels[::-1],
-        class_names=["ant", "bee", "cat"],
+        train_predictions=LABELS[::-1],
         known_mislabelled=FLIPPED,
         rankings={"loss": RNG.random(N)},
         settings={"checkpoints": 3},
@@ -89,43 +124,138 @@ def test_page_shows_every_kind_of_input_without_a_network(tmp_path, kind):
     assert all(source.startswith("data:") for source in page.loaded)
     assert "http://" not in text
     assert "https://" not in text
-    assert page.loaded
-    assert all(page.alternatives)
-    assert "Finding mislabelled rows" in page.headings
+    assert [heading for heading in page.headings if heading.strip()] == [
+        "Influence report", "Overview", "Distributions", "Finding mislabelled rows", "Suspects",
+        "Proponents and opponents", "Classes", "How to read this",
+    ]  # fmt: skip
     assert "prefers-color-scheme" in text
-    assert {"index.html", "self_influence.csv", "self_influence.png", "recovery.png"} <= {
-        path.name for path in index.parent.iterdir()
-    }
-    if kind == "texts":
-        assert "<b>" not in text
-        assert "&lt;b&gt;" in text
-    if "images" in kind or "channels" in kind:
-        assert (index.parent / "influence.png").read_bytes().startswith(b"\x89PNG")
+    assert "<b>" not in text
+
+
+def test_the_files_of_a_full_report(tmp_path):
+    images = INPUTS["channels last"]
+    full(tmp_path, train_inputs=images, target_inputs=images[:M], known_mislabelled=FLIPPED, figures=True)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "index.html", "influence_scores.csv", "influence_summary.csv", "target_summary.csv", "class_influence.csv",
+        "self_influence.png", "recovery.png", "scores.png", "class_influence.png", "top_influences",
+        "influence.png", "top_self_influence.png",
+    }  # fmt: skip
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
 
 
 def test_least_report(tmp_path):
-    index = report(tmp_path)
+    index = report(tmp_path, figures=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "index.html",
-        "self_influence.csv",
-        "self_influence.png",
-    ]
-    assert "Finding mislabelled rows" not in index.read_text()
+        "index.html", "influence_scores.csv", "influence_summary.csv", "self_influence.png",
+    ]  # fmt: skip
+    headings = Page(index.read_text()).headings
+    assert "Finding mislabelled rows" not in headings
+    assert "Classes" not in headings
+    assert "No estimate of wrong labels" in words(index)
 
 
-def test_csv_ranks_all_rows(tmp_path):
-    report(tmp_path, train_labels=np.arange(N) % 2, known_mislabelled=FLIPPED)
-    with (tmp_path / "self_influence.csv").open() as lines:
-        rows = list(csv.DictReader(lines))
+def test_summary_csv_ranks_all_rows(tmp_path):
+    full(tmp_path, known_mislabelled=FLIPPED, rankings={"loss": -SELF})
+    rows = lines(tmp_path / "influence_summary.csv")
+    order = np.argsort(-SELF)
     assert [int(row["rank"]) for row in rows] == list(range(1, N + 1))
-    assert [int(row["row"]) for row in rows] == np.argsort(-SCORES).tolist()
-    np.testing.assert_array_equal([float(row["self_influence"]) for row in rows], np.sort(SCORES)[::-1])
-    assert sum(int(row["known_mislabelled"]) for row in rows) == FLIPPED.sum()
+    assert [int(row["row"]) for row in rows] == order.tolist()
+    np.testing.assert_array_equal([float(row["self_influence"]) for row in rows], SELF[order])
+    np.testing.assert_allclose([float(row["mean_score"]) for row in rows], SCORES.mean(axis=1)[order])
+    np.testing.assert_allclose([float(row["mean_absolute_score"]) for row in rows], np.abs(SCORES).mean(axis=1)[order])
+    np.testing.assert_array_equal([float(row["loss"]) for row in rows], -SELF[order])
+    assert [row["label"] for row in rows] == [NAMES[LABELS[row]] for row in order]
+    assert [bool(int(row["known_mislabelled"])) for row in rows] == FLIPPED[order].tolist()
+
+
+def test_scores_csv_holds_both_ends_of_every_target(tmp_path):
+    low = TopK(TOP.indices[:, :2], -TOP.scores[:, :2])
+    report(tmp_path, opponents=low, train_labels=LABELS, target_labels=TARGET_LABELS)
+    rows = lines(tmp_path / "influence_scores.csv")
+    assert len(rows) == M * (K + 2)
+    expected = [
+        (target, kind, rank + 1, int(top.indices[target, rank]), float(top.scores[target, rank]))
+        for target in range(M)
+        for kind, top in (("proponent", TOP), ("opponent", low))
+        for rank in range(top.indices.shape[1])
+    ]
+    found = [(int(r["target"]), r["kind"], int(r["rank"]), int(r["row"]), float(r["score"])) for r in rows]
+    assert found == expected
+    assert all(int(row["label"]) == LABELS[int(row["row"])] for row in rows)
+
+
+def test_target_and_class_csv(tmp_path):
+    full(tmp_path)
+    targets = lines(tmp_path / "target_summary.csv")
+    np.testing.assert_allclose([float(row["mean_score"]) for row in targets], SCORES.mean(axis=0))
+    np.testing.assert_allclose([float(row["rms_score"]) for row in targets], np.sqrt((SCORES**2).mean(axis=0)))
+    for a, row in enumerate(lines(tmp_path / "class_influence.csv")):
+        assert row["train_class"] == NAMES[a]
+        for b, name in enumerate(NAMES):
+            assert float(row[name]) == pytest.approx(SCORES[np.ix_(LABELS == a, TARGET_LABELS == b)].mean())
+
+
+@pytest.mark.parametrize(("kind", "ending"), [("channels last", "png"), ("texts", "txt"), ("vectors", "csv")])
+def test_top_rows_of_each_class_are_files(tmp_path, kind, ending):
+    full(tmp_path, train_inputs=INPUTS[kind])
+    means = SCORES[:, TARGET_LABELS == 2].mean(axis=1)
+    for sign, order in (("positive", np.argsort(-means)[:10]), ("negative", np.argsort(means)[:10])):
+        expected = [f"{rank:02d}_row{row}_{means[row]:+.3e}.{ending}" for rank, row in enumerate(order, 1)]
+        found = sorted((tmp_path / "top_influences" / "cat_dog" / sign).iterdir())
+        assert [path.name for path in found] == expected
+        content = found[0].read_bytes()
+        if kind == "channels last":
+            from PIL import Image
+
+            np.testing.assert_array_equal(np.asarray(Image.open(found[0])), INPUTS[kind][order[0]])
+        elif kind == "texts":
+            assert content.decode() == INPUTS[kind][order[0]]
+        else:
+            np.testing.assert_array_equal([float(row["value"]) for row in lines(found[0])], INPUTS[kind][order[0]])
+
+
+def test_top_rows_of_an_earlier_report_are_replaced_and_other_files_stay(tmp_path):
+    full(tmp_path / "report", train_inputs=INPUTS["texts"])
+    first = {path.name for path in (tmp_path / "report" / "top_influences" / "ant" / "positive").iterdir()}
+    report(
+        tmp_path / "report", scores=-SCORES, train_labels=LABELS, target_labels=TARGET_LABELS, class_names=NAMES,
+        train_inputs=INPUTS["texts"],
+    )  # fmt: skip
+    second = {path.name for path in (tmp_path / "report" / "top_influences" / "ant" / "positive").iterdir()}
+    assert not first & second
+    mine = tmp_path / "other" / "top_influences" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    full(tmp_path / "other")
+    assert mine.read_text() == "mine"
 
 
 def test_equal_zero_and_constant_scores_can_be_drawn(tmp_path):
-    report(tmp_path, self_influence=np.zeros(N), known_mislabelled=FLIPPED)
-    report(tmp_path, self_influence=np.full(N, 1e-30))
+    options = {"scores": np.zeros((N, M)), "train_labels": LABELS, "target_labels": TARGET_LABELS, "figures": True}
+    report(tmp_path, self_influence=np.zeros(N), known_mislabelled=FLIPPED, **options)
+    report(tmp_path, self_influence=np.full(N, 1e-30), scores=np.full((N, M), -2.0), figures=True)
+
+
+def test_labels_that_are_numbers_are_no_classes(tmp_path):
+    index = report(tmp_path, scores=SCORES, train_labels=SELF, target_labels=SELF[:M], train_predictions=SELF + 1)
+    assert "Classes" not in Page(index.read_text()).headings
+    assert "does not predict" not in words(index)
+
+
+def test_names_with_dollars_are_drawn(tmp_path):
+    full_names = ["$x", "a_{b$", "\\frac"]
+    report(
+        tmp_path, scores=SCORES, train_labels=LABELS, target_labels=TARGET_LABELS, class_names=full_names,
+        train_inputs=INPUTS["gray images"], known_mislabelled=FLIPPED, rankings={"$": SELF},
+        num_top_rows=2, shown_targets=[0], figures=True,
+    )  # fmt: skip
+    assert (tmp_path / "class_influence.png").exists()
+
+
+def test_without_figures_matplotlib_is_not_needed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    full(tmp_path, known_mislabelled=FLIPPED)
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_recovery_counts_found_rows():
@@ -137,20 +267,26 @@ def test_recovery_counts_found_rows():
 
 @pytest.mark.parametrize("mislabelled", [np.arange(N) == 3, np.ones(N, dtype=bool)], ids=["one row", "all rows"])
 def test_recovery_is_drawn_for_the_least_and_the_most_mislabelled_rows(tmp_path, mislabelled):
-    report(tmp_path, known_mislabelled=mislabelled)
+    report(tmp_path, known_mislabelled=mislabelled, figures=True)
     assert (tmp_path / "recovery.png").exists()
 
 
-def test_a_montage_shows_five_of_many_proponents_and_the_tables_all(tmp_path):
+def test_a_montage_shows_five_of_many_proponents_and_the_page_all(tmp_path):
     images = INPUTS["gray images"]
     widths = []
     for k in (5, 20):
         top = TopK(np.tile(np.arange(k), (M, 1)), np.ones((M, k), dtype=np.float32))
-        options = {"train_inputs": images, "target_inputs": images[:M], "shown_targets": [0]}
+        options = {
+            "train_inputs": images,
+            "target_inputs": images[:M],
+            "shown_targets": [0],
+            "num_top_rows": 1,
+            "figures": True,
+        }
         index = report(tmp_path / str(k), proponents=top, opponents=top, **options)
         widths.append(int.from_bytes((index.parent / "influence.png").read_bytes()[16:20], "big"))
     assert widths[0] == widths[1]
-    assert index.read_text().count('<td class="number">+1</td>') == 2 * 20
+    assert embedded(index)["targets"]["proponents"]["k"] == 20
 
 
 def test_an_image_is_headed_by_its_prediction_only_where_it_differs():
@@ -158,33 +294,106 @@ def test_an_image_is_headed_by_its_prediction_only_where_it_differs():
     assert [row_heading(samples, row) for row in range(2)] == ["ant", "bee → ant"]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"self_influence": np.full(N, np.nan)}, "self_influence"),
-        ({"self_influence": np.ones((N, 2))}, "one number a row"),
-        ({"train_inputs": np.zeros((N - 1, 8, 8))}, "train_inputs has 39 rows; expected 40"),
-        ({"train_labels": np.zeros(3)}, "train_labels has 3 rows; expected 40"),
-        ({"rankings": {"loss": np.ones(3)}}, "loss"),
-        ({"known_mislabelled": np.ones(3, dtype=bool)}, "mislabelled"),
-        ({"proponents": TopK(np.full((M, K), N), TOP.scores)}, "names train row 40"),
-        ({"shown_targets": [M]}, "7"),
-        ({"train_labels": np.full(N, 5), "class_names": ["a", "b"]}, "class_names"),
-        ({"train_inputs": [np.zeros(3), *[np.zeros(4)] * (N - 1)]}, "one shape"),
-    ],
-)
-def test_what_does_not_fit_is_refused(tmp_path, options, message):
-    with pytest.raises(tracer.InputError, match=re.escape(message)):
-        report(tmp_path / "report", **options)
-    assert not (tmp_path / "report").exists()
+def test_a_page_of_many_rows_keeps_to_its_budgets(tmp_path, monkeypatch):
+    for name, value in (("MAX_TABLE_ROWS", 10), ("MAX_TARGETS", 4), ("MAX_THUMBNAILS", 6), ("TEXT_BUDGET", 100)):
+        monkeypatch.setattr(payload_module, name, value)
+    images = embedded(
+        report(tmp_path / "images", train_inputs=INPUTS["gray images"], shown_targets=[6], train_labels=LABELS)
+    )
+    rows = np.frombuffer(base64.b64decode(images["rows"]), "<i4")
+    assert rows.tolist() == np.argsort(-SELF)[:10].tolist()
+    targets = np.frombuffer(base64.b64decode(images["targets"]["ids"]), "<i4")
+    assert targets[0] == 6
+    assert len(set(targets.tolist())) == 4
+    thumbnails = np.frombuffer(base64.b64decode(images["train"]["rows"]), "<i4")
+    assert thumbnails[:3].tolist() == rows[:3].tolist()
+    assert len(thumbnails) == 6
+    texts = embedded(report(tmp_path / "texts", train_inputs=INPUTS["texts"]))["train"]["texts"]
+    assert 0 < sum(map(len, texts)) <= 100
 
 
-def test_without_matplotlib(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    with pytest.raises(tracer.MissingDependencyError, match=r"tracin\[report\]"):
-        report(tmp_path)
+def advice(tmp_path, **options):
+    """The recommendations of a page, as text."""
+    text = words(report(tmp_path / "report", **options))
+    return text[text.index("Recommendations") : text.index("Distributions", text.index("Recommendations"))]
+
+
+def test_numbers_that_call_for_nothing_give_no_advice(tmp_path):
+    assert "None of the numbers" in advice(tmp_path)
+    assert "None of the numbers" in advice(tmp_path, self_influence=np.ones(N), train_labels=LABELS)
+
+
+@pytest.mark.parametrize(("low", "advised"), [(0.0, False), (0.01, True)])
+def test_labels_are_to_be_checked_only_where_the_interval_lies_above_zero(tmp_path, monkeypatch, low, advised):
+    estimate = WrongLabels(share=0.03, low=low, high=0.06, contradicted=0.04, error=0.01, num_contradicted=9)
+    monkeypatch.setattr("tracer.report.writer.estimate_wrong_labels", lambda classes: estimate)
+    options = {"scores": SCORES, "train_labels": LABELS, "target_labels": TARGET_LABELS}
+    assert ("Check the labels of the 9 contradicted rows" in advice(tmp_path, **options)) == advised
+
+
+def test_advice_names_the_number_that_it_follows_from(tmp_path):
+    num_rows = 600
+    own = np.ones(num_rows)
+    own[:6] = 100.0
+    text = advice(tmp_path, self_influence=own)
+    assert "Look at the 6 rows of highest self-influence" in text
+    assert f"{600 / (600 + 594):.0%} of all self-influence" in text
+    top = TopK(np.stack([np.full(30, 5), np.arange(30)], axis=1), np.ones((30, 2)))
+    text = advice(tmp_path, self_influence=np.ones(num_rows), proponents=top, opponents=top)
+    assert "Row 5 is among the strongest rows of" in text
+    assert "Row 5" not in advice(
+        tmp_path, self_influence=np.ones(num_rows), proponents=top, opponents=top, settings={"estimator": "cosine"}
+    )
+
+
+def test_advice_on_wrong_labels_small_classes_and_harmed_targets(tmp_path):
+    num_rows, num_targets = 400, 30
+    labels, targets = np.arange(num_rows) % 3, np.arange(num_targets) % 3
+    labels[labels == 2] = np.where(np.arange((labels == 2).sum()) < 10, 2, 0)
+    scores = np.where(labels[:, None] == targets[None], 1.0, -0.1) * np.random.default_rng(0).uniform(
+        0.8, 1.2, (num_rows, num_targets)
+    )
+    wrong = np.flatnonzero(labels == 0)[:80]
+    scores[np.ix_(wrong, np.flatnonzero(targets == 1))] = -1.5
+    strongest = TopK(np.zeros((num_targets, 1), dtype=int), np.ones((num_targets, 1)))
+    options = {
+        "self_influence": np.ones(num_rows), "proponents": strongest, "opponents": strongest,
+        "train_labels": labels, "target_labels": targets, "class_names": NAMES,
+    }  # fmt: skip
+    text = advice(tmp_path, scores=scores, **options)
+    assert re.search(r"Check the labels of the \d+ contradicted rows", text)
+    assert "are labelled ant and harm bee most" in text
+    assert "Collect more rows of class cat/dog. It has 10 training rows" in text
+    assert "20 of 30 targets (67%) have a negative mean score" in text
+    text = advice(tmp_path, scores=np.abs(scores), **options)
+    assert "Check the labels" not in text
+    assert "negative mean score" not in text
+
+
+def test_numbers_are_written_to_three_digits():
+    assert [number(value) for value in (0.0, -1.5, 1234.5, 1e-7, 0.5)] == ["0", "−1.5", "1,234", "1.00e−07", "0.5"]
+
+
+def test_labels_and_settings_come_from_the_store(run, tmp_path):
+    found = attribute(
+        run.model, "image_classification", run.train, run.targets, run.checkpoints, save_dir=tmp_path / "store",
+        proj_dim=64, estimator="cosine",
+    )  # fmt: skip
+    index = found.report(tmp_path / "report", settings={"note": "mine"}, figures=False)
+    rows = {int(row["row"]): row for row in lines(tmp_path / "report" / "influence_summary.csv")}
+    assert [int(rows[row]["label"]) for row in range(len(run.y))] == run.y.tolist()
+    losses = []
+    for checkpoint, _ in run.checkpoints:
+        run.model.load_state_dict(checkpoint)
+        logits = run.model.eval()(run.x)
+        losses.append(torch.nn.functional.cross_entropy(logits, run.y, reduction="none").detach())
+    mean = torch.stack(losses).mean(0)
+    np.testing.assert_allclose([float(rows[row]["mean loss"]) for row in range(len(run.y))], mean, rtol=1e-4)
+    text = words(index)
+    assert "learning rates 0.3, 0.2, 0.1" in text
+    assert "image_classification" in text
+    assert "note mine" in text
+    assert "3 checkpoints" in text.replace("checkpoints 3", "3 checkpoints")
 
 
 def test_attribution_writes_a_report(run, tmp_path):
@@ -197,6 +406,70 @@ def test_attribution_writes_a_report(run, tmp_path):
         save_dir=tmp_path / "store",
         proj_dim=64,
     )
-    index = found.report(tmp_path / "report", inputs=run.x[:, :1], labels=run.y, target_inputs=run.target_x[:, :1])
+    index = found.report(
+        tmp_path / "report", inputs=run.x[:, :1], labels=run.y, target_inputs=run.target_x[:, :1], num_top_rows=4
+    )
     assert index == tmp_path / "report" / "index.html"
     assert (tmp_path / "report" / "influence.png").exists()
+    means = np.asarray(found.scores).mean(axis=0)
+    targets = lines(tmp_path / "report" / "target_summary.csv")
+    np.testing.assert_allclose([float(row["mean_score"]) for row in targets], means, rtol=1e-5)
+
+
+def test_without_all_scores_no_matrix_is_computed(run, tmp_path):
+    found = attribute(
+        run.model, "image_classification", run.train, run.targets, run.checkpoints, save_dir=tmp_path / "store",
+        proj_dim=64,
+    )  # fmt: skip
+    found.report(tmp_path / "report", all_scores=False, labels=[f"name {label}" for label in run.y], figures=False)
+    assert not (tmp_path / "report" / "target_summary.csv").exists()
+    assert not list((tmp_path / "store").rglob("scores"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"self_influence": np.full(N, np.nan)}, "self_influence"),
+        ({"self_influence": np.ones((N, 2))}, "one number a row"),
+        ({"train_inputs": np.zeros((N - 1, 8, 8))}, "train_inputs has 39 rows; expected 40"),
+        ({"train_labels": np.zeros(3)}, "train_labels has 3 rows; expected 40"),
+        ({"rankings": {"loss": np.ones(3)}}, "loss"),
+        ({"known_mislabelled": np.ones(3, dtype=bool)}, "mislabelled"),
+        ({"proponents": TopK(np.full((M, K), N), TOP.scores)}, "names train row 40"),
+        ({"opponents": TopK(TOP.indices[:2], TOP.scores[:2])}, "opponents has indices [2, 3]"),
+        ({"shown_targets": [M]}, "7"),
+        ({"train_labels": np.full(N, 5), "class_names": ["a", "b"]}, "class_names"),
+        ({"train_inputs": [np.zeros(3), *[np.zeros(4)] * (N - 1)]}, "one shape"),
+        ({"train_inputs": np.zeros((N, 2, 2, 2, 2))}, "expected images [N, H, W]"),
+        ({"train_inputs": np.zeros((N, 3)), "feature_names": ["a"]}, "feature_names has 1 names; train_inputs has 3"),
+        ({"scores": SCORES.T}, "scores have shape [7, 40]; expected [40, 7]"),
+        ({"train_tokens": [["a"]]}, "train_tokens has 1 rows; expected 40"),
+        ({"token_scores": {(0, 0): [1.0]}}, "token_scores came without train_tokens"),
+        ({"train_tokens": [["a"]] * N, "token_scores": {(M, 0): [1.0]}}, "(target 7, train row 0)"),
+        ({"train_tokens": [["a"]] * N, "token_scores": {(0, 2): [1.0, 2.0]}}, "expected 1 finite numbers"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, options, message):
+    with pytest.raises(tracer.InputError, match=re.escape(message)):
+        report(tmp_path / "report", **options)
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "options"), [("matplotlib", {"figures": True}), ("PIL", {"train_inputs": INPUTS["gray images"]})]
+)
+def test_without_an_optional_package(tmp_path, monkeypatch, module, options):
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(tracer.MissingDependencyError, match=r"tracin\[report\]"):
+        report(tmp_path / "report", **options)
+    assert not (tmp_path / "report").exists()
+
+
+def test_assets_are_in_the_package():
+    folder = importlib.util.find_spec("tracer.report").submodule_search_locations[0]
+    from tracer.report.page import SCRIPTS, asset
+
+    assert folder
+    assert all(asset(name).strip() for name in ("report.css", *SCRIPTS))

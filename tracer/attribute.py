@@ -16,9 +16,11 @@ from tracer.arguments import bar_disabled, check_count
 from tracer.errors import InputError, InputTypeError
 from tracer.reader import Reader
 from tracer.report import write_report
+from tracer.report.samples import as_array
 from tracer.rowsource import RowSource, row_source
 from tracer.scoring import Estimate
 from tracer.sharded import fsdp_modules
+from tracer.storefacts import StoreFacts
 from tracer.tracer import Tracer
 from tracer.types import Batch, Checkpoint, TopK
 
@@ -80,36 +82,55 @@ class Attribution:
         target_inputs: Any = None,
         target_labels: Any = None,
         k: int = 8,
+        all_scores: bool = True,
         **options: Any,
     ) -> Path:
-        """Write figures, a CSV file and a page that shows what was found.
+        """Write a page that shows what was found, and files beside it.
+
+        Labels, losses and settings that are not given come from the store.
 
         Args:
             directory: Where the files go; made where it does not exist.
-            inputs: The train rows' inputs as images, vectors or texts, or None.
-            labels: The train rows' labels, or None.
+            inputs: The train rows' inputs as images, vectors, texts or records, or None.
+            labels: The train rows' labels; None: as the store knows them.
             class_names: The name of each class index.
             target_inputs: The targets' inputs, or None.
-            target_labels: The targets' labels, or None.
+            target_labels: The targets' labels; None: as the store knows them.
             k: How many proponents and opponents to show of each target.
+            all_scores: Take in all scores: their distribution, averages, classes and the estimate of wrong labels.
+                They are computed into the store where they are not there yet, 4 bytes a train row and target.
             **options: As `tracer.report.write_report` takes them.
 
         Returns:
             The path of ``index.html``.
         """
         k = min(k, self.tracer.train_set_size)
+        facts = StoreFacts.of(self.tracer.store, self.exp_name, self.model_ids)
+        known = {"estimator": self.estimator, **facts.settings}
+        options["settings"] = {**known, **(options.get("settings") or {})}
+        rankings = options.get("rankings")
+        if rankings is None and facts.losses is not None:
+            options["rankings"] = {"mean loss": facts.losses}
         return write_report(
             directory,
             self_influence=self.self_influence(),
             proponents=self.top(k, "proponents"),
             opponents=self.top(k, "opponents"),
+            scores=self.scores if all_scores else None,
             train_inputs=inputs,
             target_inputs=target_inputs,
-            train_labels=labels,
-            target_labels=target_labels,
+            train_labels=_labels_or(facts.train_labels, labels, target_labels),
+            target_labels=_labels_or(facts.target_labels, target_labels, labels),
             class_names=class_names,
             **options,
         )
+
+
+def _labels_or(stored: np.ndarray | None, given: Any, others: Any) -> Any:
+    """Return the labels that were given, else the store's, unless the other side's are of another kind: names."""
+    if given is not None or others is None:
+        return stored if given is None else given
+    return stored if as_array(others, "labels").dtype.kind in "iu" else None
 
 
 def attribute(

@@ -9,10 +9,27 @@ from typing import Any
 import numpy as np
 
 from tracer.errors import InputError
+from tracer.report.health import WrongLabels
 from tracer.report.samples import Samples, as_array
+from tracer.summaries import ScoreSummary
 from tracer.types import TopK
 
 NUM_SHOWN_TARGETS = 6
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Texts in tokens, and how much each token of a train row weighs for a target.
+
+    Attributes:
+        train: The tokens of each train row; None where they did not come.
+        target: The tokens of each target, likewise.
+        scores: By (target, train row): one number for each token of the train row.
+    """
+
+    train: Sequence[Sequence[str]] | None
+    target: Sequence[Sequence[str]] | None
+    scores: Mapping[tuple[int, int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -29,8 +46,12 @@ class ReportContent:
         known_mislabelled: ``[N]``, bool, at least one of them set; or None.
         rankings: Scores ``[N]`` by name, float64.
         settings: What is listed as settings.
-        shown_targets: Indices of the targets that are shown.
-        num_top_rows: How many rows of highest self-influence are shown.
+        shown_targets: Indices of the targets that come first and are drawn in ``influence.png``.
+        num_top_rows: How many rows of highest self-influence are drawn in ``top_self_influence.png``.
+        tokens: Texts in tokens.
+        summary: What all scores say; None where they did not come.
+        class_names: The classes of ``summary``, by index.
+        health: The estimate of wrong labels; None without classes.
     """
 
     self_influence: np.ndarray
@@ -44,10 +65,22 @@ class ReportContent:
     settings: Mapping[str, Any]
     shown_targets: Sequence[int]
     num_top_rows: int
+    tokens: Tokens = Tokens(None, None, {})
+    summary: ScoreSummary | None = None
+    class_names: Sequence[str] = ()
+    health: WrongLabels | None = None
 
-    def is_mislabelled(self, row: int) -> bool:
-        """Return whether the row is known to be mislabelled."""
-        return self.known_mislabelled is not None and bool(self.known_mislabelled[row])
+    @property
+    def num_rows(self) -> int:
+        """The number of training rows N."""
+        return len(self.self_influence)
+
+    @property
+    def disagrees(self) -> np.ndarray | None:
+        """``[N]``, bool, where the model predicts another label than the given one; None without both."""
+        if self.train.labels is None or self.train.predictions is None or not self.train.has_classes:
+            return None
+        return np.array([a != b for a, b in zip(self.train.labels, self.train.predictions, strict=True)])
 
 
 def check_scores(scores: Any, name: str, num_rows: int | None = None) -> np.ndarray:
@@ -104,6 +137,25 @@ def check_top(top: TopK, name: str, num_rows: int, num_targets: int) -> TopK:
     return TopK(indices.astype(np.int64), scores)
 
 
+def check_matrix(scores: Any, num_rows: int, num_targets: int) -> None:
+    """Check the shape of all scores.
+
+    Args:
+        scores: What came.
+        num_rows: The number of training rows N.
+        num_targets: The number of targets M.
+
+    Raises:
+        InputError: If they are not ``[N, M]``.
+    """
+    shape = tuple(getattr(scores, "shape", ()))
+    if shape != (num_rows, num_targets):
+        raise InputError(
+            f"scores have shape {list(shape)}; expected [{num_rows}, {num_targets}], a row for each train row and a "
+            "column for each target, as Tracer.finalize_scores returns them."
+        )
+
+
 def check_mask(mask: Any, num_rows: int) -> np.ndarray | None:
     """Return which rows are known to be mislabelled, None where none is.
 
@@ -134,7 +186,7 @@ def check_rankings(rankings: Mapping[str, Any], num_rows: int) -> dict[str, np.n
 
 
 def check_shown(shown: Sequence[int] | None, num_targets: int) -> list[int]:
-    """Return which targets are shown.
+    """Return which targets are shown first.
 
     Args:
         shown: Their indices; None for a few, spread evenly.
@@ -155,3 +207,42 @@ def check_shown(shown: Sequence[int] | None, num_targets: int) -> list[int]:
                 f"shown_targets names target {number}, but there are {num_targets} (0 to {num_targets - 1})."
             )
     return [int(number) for number in shown]
+
+
+def check_tokens(train: Any, target: Any, scores: Mapping | None, num_rows: int, num_targets: int) -> Tokens:
+    """Return tokens and their scores.
+
+    Args:
+        train: The tokens of each train row, or None.
+        target: The tokens of each target, or None.
+        scores: By (target, train row), one number a token of the train row, or None.
+        num_rows: The number of training rows N.
+        num_targets: The number of targets M.
+
+    Returns:
+        The tokens.
+
+    Raises:
+        InputError: If sizes disagree, a pair is out of range or a score is NaN or infinite.
+    """
+    for name, tokens, size in (("train_tokens", train, num_rows), ("target_tokens", target, num_targets)):
+        if tokens is not None and len(tokens) != size:
+            raise InputError(f"{name} has {len(tokens)} rows; expected {size}, a list of tokens for each.")
+    if scores and train is None:
+        raise InputError("token_scores came without train_tokens; pass the tokens that the scores belong to.")
+    checked = {}
+    for pair, values in (scores or {}).items():
+        number, row = (int(index) for index in pair)
+        if not (0 <= number < num_targets and 0 <= row < num_rows):
+            raise InputError(
+                f"token_scores has the pair (target {number}, train row {row}), but there are {num_targets} targets "
+                f"and {num_rows} train rows."
+            )
+        array = as_array(values, "token_scores")
+        if array.shape != (len(train[row]),) or not np.isfinite(array).all():
+            raise InputError(
+                f"token_scores[{number}, {row}] has shape {list(array.shape)}; expected {len(train[row])} finite "
+                f"numbers, one for each token of train_tokens[{row}]."
+            )
+        checked[number, row] = array.astype(np.float64)
+    return Tokens(train, target, checked)

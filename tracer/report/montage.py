@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tracer.report.figures import Theme, new_figure
+from tracer.report.drawing import THEME, new_figure
 from tracer.report.samples import Samples
 from tracer.types import TopK
 
@@ -30,7 +30,6 @@ def influence_montage(
     opponents: TopK,
     shown: Sequence[int],
     known_mislabelled: np.ndarray | None,
-    theme: Theme,
 ) -> Figure:
     """Draw each target beside its five strongest proponents and opponents.
 
@@ -41,7 +40,6 @@ def influence_montage(
         opponents: Likewise.
         shown: Which targets are drawn, one a line.
         known_mislabelled: ``[N]``, bool; these rows get a frame. Or None.
-        theme: The colours.
 
     Returns:
         The figure.
@@ -50,7 +48,7 @@ def influence_montage(
     widths = [1.0]
     for group in groups:
         widths += [GAP] + [1.0] * group.indices.shape[1]
-    figure = new_figure(theme, 0.86 * sum(widths), 1.22 * len(shown) + 0.5)
+    figure = new_figure(0.86 * sum(widths), 1.22 * len(shown) + 0.5)
     header = 0.34 / figure.get_figheight()
     grid = figure.add_gridspec(
         len(shown), len(widths), width_ratios=widths, wspace=0.12, hspace=0.5,
@@ -58,28 +56,28 @@ def influence_montage(
     )  # fmt: skip
     for line, number in enumerate(shown):
         axes = figure.add_subplot(grid[line, 0])
-        _tile(axes, target.image(number), row_heading(target, number), f"target {number}", theme)
+        _tile(axes, target.image(number), row_heading(target, number), f"target {number}")
         column = 1
         for group in groups:
             column += 1
             for row, score in zip(group.indices[number], group.scores[number], strict=True):
                 axes = figure.add_subplot(grid[line, column])
                 flagged = known_mislabelled is not None and bool(known_mislabelled[row])
-                _tile(axes, train.image(int(row)), train.label(int(row)), _signed(score), theme, flagged=flagged)
+                _tile(axes, train.image(int(row)), train.label(int(row)), _signed(score), flagged=flagged)
                 column += 1
-    _headers(figure, theme, [group.indices.shape[1] for group in groups], widths)
+    _headers(figure, [group.indices.shape[1] for group in groups], widths)
     return figure
 
 
-def _headers(figure: Figure, theme: Theme, counts: Sequence[int], widths: Sequence[float]) -> None:
+def _headers(figure: Figure, counts: Sequence[int], widths: Sequence[float]) -> None:
     """Write the names of the groups above their columns."""
     y = 1 - 0.1 / figure.get_figheight()
     total = sum(widths)
     start = 0.0
     for name, color, count in (
-        ("target", theme.text, 1),
-        ("proponents", theme.main, counts[0]),
-        ("opponents", theme.others[0], counts[1]),
+        ("target", THEME.text, 1),
+        ("proponents", THEME.main, counts[0]),
+        ("opponents", THEME.others[0], counts[1]),
     ):
         x = 0.01 + 0.98 * (start + count / 2) / total
         figure.text(x, y, name, ha="center", va="top", color=color, fontsize=11, fontweight="bold")
@@ -91,7 +89,6 @@ def ranking_montage(
     rows: np.ndarray,
     scores: np.ndarray,
     known_mislabelled: np.ndarray | None,
-    theme: Theme,
     num_columns: int = 8,
 ) -> Figure:
     """Draw training rows in the order given, with label, prediction and score.
@@ -101,14 +98,13 @@ def ranking_montage(
         rows: Row indices ``[R]``, at least one.
         scores: ``[N]``, the score of each training row.
         known_mislabelled: ``[N]``, bool; these rows get a frame. Or None.
-        theme: The colours.
         num_columns: How many stand side by side.
 
     Returns:
         The figure.
     """
     num_lines = -(-len(rows) // num_columns)
-    figure = new_figure(theme, 8.6, 1.45 * num_lines + 0.1)
+    figure = new_figure(8.6, 1.45 * num_lines + 0.1)
     height = figure.get_figheight()
     grid = figure.add_gridspec(
         num_lines, num_columns, wspace=0.25, hspace=0.6,
@@ -117,19 +113,19 @@ def ranking_montage(
     for place, row in enumerate(rows):
         axes = figure.add_subplot(grid[place // num_columns, place % num_columns])
         flagged = known_mislabelled is not None and bool(known_mislabelled[row])
-        _tile(axes, train.image(row), row_heading(train, row), f"{scores[row]:.3g}", theme, flagged=flagged)
+        _tile(axes, train.image(row), row_heading(train, row), f"{scores[row]:.3g}", flagged=flagged)
     return figure
 
 
-def _tile(axes: Axes, image: np.ndarray, title: str, caption: str, theme: Theme, *, flagged: bool = False) -> None:
+def _tile(axes: Axes, image: np.ndarray, title: str, caption: str, *, flagged: bool = False) -> None:
     """Draw one image with a line above and a line below it; flagged ones in a strong frame."""
     axes.imshow(image, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_title(_cut(title), color=theme.alert if flagged else theme.text, fontsize=9.5, pad=3)
-    axes.set_xlabel(caption, color=theme.muted, fontsize=8.5, labelpad=3)
+    axes.set_title(_cut(title), parse_math=False, color=THEME.alert if flagged else THEME.text, fontsize=9.5, pad=3)
+    axes.set_xlabel(caption, color=THEME.muted, fontsize=8.5, labelpad=3)
     for spine in axes.spines.values():
-        spine.set_color(theme.alert if flagged else theme.grid)
+        spine.set_color(THEME.alert if flagged else THEME.grid)
         spine.set_linewidth(2.6 if flagged else 0.8)
 
 

@@ -5,68 +5,22 @@ Whatever comes from data is escaped here; functions take plain text and return H
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
+from importlib.resources import files
+from typing import Any
 
-from tracer.report.figures import DPI, Picture
+from tracer.report.payload import embedded
 
-STYLE = """
-:root { color-scheme: light dark; --page: #f3f5f8; --card: #ffffff; --text: #17202b; --muted: #5c6776;
-  --line: #dfe4ea; --main: #0b63c4; --alert: #c4420c; }
-@media (prefers-color-scheme: dark) { :root { --page: #0f1319; --card: #171c24; --text: #e7ebf1; --muted: #9da8b7;
-  --line: #2b333f; --main: #69b1ff; --alert: #ff935c; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-header, main, footer { max-width: 1060px; margin: 0 auto; padding: 0 20px; }
-header { padding-top: 36px; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
-h2 { font-size: 1.3rem; line-height: 1.3; margin: 0 0 .5rem; }
-h3 { font-size: 1.02rem; margin: 1.4rem 0 .4rem; }
-p { margin: 0 0 .9rem; max-width: 74ch; }
-a { color: var(--main); }
-nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; list-style: none; margin: .8rem 0 0; padding: 0; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 24px 28px;
-  margin: 22px 0; }
-figure { margin: 1rem 0; }
-figure img { display: block; max-width: 100%; height: auto; }
-figcaption, caption, .note { color: var(--muted); font-size: .9rem; }
-figcaption { margin-top: .5rem; max-width: 80ch; }
-caption { text-align: left; padding-bottom: .35rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; margin: .6rem 0 1rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: .32rem 1.1rem .32rem 0; border-bottom: 1px solid var(--line);
-  overflow-wrap: break-word; }
-th { font-weight: 600; white-space: nowrap; }
-td:not(.number) { min-width: 7em; }
-.number { text-align: right; white-space: nowrap; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 0 2.2rem; }
-.pair table { width: 100%; }
-.alert { color: var(--alert); font-weight: 600; }
-details { margin: .6rem 0; }
-summary { cursor: pointer; color: var(--main); }
-footer { color: var(--muted); font-size: .88rem; padding-bottom: 40px; }
-@media (max-width: 620px) { section { padding: 18px 16px; } h1 { font-size: 1.5rem; } }
-"""
-
-FOOTER = "Written by tracer. The whole ranking is in self_influence.csv beside this page."
-
-CARD_WIDTH = 1000
-"""No figure is shown wider, in CSS pixels."""
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A table cell that is written in the strong colour."""
-
-    text: str
+SCRIPTS = ("data.js", "inputs.js", "suspects.js", "targets.js", "main.js")
+"""The page's scripts, in the order in which they depend on each other."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A card of the page.
+    """A part of the page.
 
     Attributes:
         anchor: Its id, for links.
@@ -79,6 +33,12 @@ class Section:
     body: str
 
 
+@cache
+def asset(name: str) -> str:
+    """Return a style sheet or a script of this package."""
+    return files("tracer.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
 def paragraph(text: str, css_class: str = "") -> str:
     """Return a paragraph of plain text."""
     attribute = f' class="{css_class}"' if css_class else ""
@@ -86,12 +46,12 @@ def paragraph(text: str, css_class: str = "") -> str:
 
 
 def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[object]], numeric: Sequence[int] = ()) -> str:
-    """Return a table whose first cell of a row is not special.
+    """Return a table.
 
     Args:
         caption: What it shows; empty for none.
         header: The columns' names.
-        rows: The cells: anything that ``str`` makes readable, or `Flag`.
+        rows: The cells: anything that ``str`` makes readable; the first of a row is its heading.
         numeric: Which columns are set flush right.
 
     Returns:
@@ -99,27 +59,35 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[object]],
     """
 
     def cell(tag: str, column: int, value: object) -> str:
-        names = (["number"] if column in numeric else []) + (["alert"] if isinstance(value, Flag) else [])
-        attribute = f' class="{" ".join(names)}"' if names else ""
+        name = ' class="number"' if column in numeric else ""
         scope = ' scope="col"' if tag == "th" else ""
-        return f"<{tag}{scope}{attribute}>{escape(value.text if isinstance(value, Flag) else str(value))}</{tag}>"
+        if tag == "td" and column == 0:
+            tag, scope = "th", ' scope="row"'
+        return f"<{tag}{scope}{name}>{escape(str(value))}</{tag}>"
 
     def line(tag: str, values: Sequence[object]) -> str:
         return "<tr>" + "".join(cell(tag, column, value) for column, value in enumerate(values)) + "</tr>"
 
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     body = "".join(line("td", row) for row in rows)
-    return f'<div class="scroll"><table>{title}<thead>{line("th", header)}</thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(caption or "Table")}"><table>{title}'
+        f"<thead>{line('th', header)}</thead><tbody>{body}</tbody></table></div>"
+    )
 
 
-def subheading(anchor: str, text: str) -> str:
+def subheading(text: str) -> str:
     """Return a heading within a section."""
-    return f'<h3 id="{anchor}">{escape(text)}</h3>'
+    return f"<h3>{escape(text)}</h3>"
 
 
-def side_by_side(*blocks: str) -> str:
-    """Return blocks beside each other where there is room."""
-    return '<div class="pair">' + "".join(f"<div>{block}</div>" for block in blocks) + "</div>"
+def side_by_side(*blocks: str, narrow: bool = False) -> str:
+    """Return blocks beside each other where there is room: two, or three narrow ones."""
+    return (
+        f'<div class="pair{" narrow" if narrow else ""}">'
+        + "".join(f"<div>{block}</div>" for block in blocks)
+        + "</div>"
+    )
 
 
 def folded(summary: str, body: str) -> str:
@@ -127,67 +95,68 @@ def folded(summary: str, body: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"
 
 
-def figure(picture: Picture, alt: str, caption: str) -> str:
-    """Return a figure whose two PNG files lie inside the page.
-
-    Args:
-        picture: The figure in both themes.
-        alt: What a reader who does not see it needs to know.
-        caption: The line below it.
-
-    Returns:
-        HTML.
-    """
-    width = min(CARD_WIDTH, round(_png_width(picture.light) * 120 / DPI))
-    return (
-        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{_data_uri(picture.dark)}">'
-        f'<img src="{_data_uri(picture.light)}" alt="{escape(alt)}" style="width: {width}px"></picture>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+def figure(svg: str, caption: str) -> str:
+    """Return a chart with a line below it."""
+    return f'<figure><div class="scroll-chart">{svg}</div><figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def page(title: str, summary: str, sections: Sequence[Section]) -> str:
+def tiles(values: Sequence[tuple[str, str]]) -> str:
+    """Return a row of key figures, each a number and what it counts."""
+    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in values)
+    return f'<dl class="tiles">{items}</dl>'
+
+
+def legend(entries: Sequence[tuple[str, str]]) -> str:
+    """Return the legend of a chart: a CSS class and a name for each entry."""
+    items = "".join(f'<li><span class="key {css}"></span>{escape(name)}</li>' for css, name in entries)
+    return f'<ul class="legend">{items}</ul>'
+
+
+def page(title: str, summary: str, sections: Sequence[Section], data: Any) -> str:
     """Return the whole page.
 
     Args:
         title: Plain text.
         summary: One paragraph below the title, plain text.
-        sections: The cards, in order.
+        sections: The parts, in order.
+        data: What the scripts work on, JSON values.
 
     Returns:
         An HTML document.
     """
     links = "".join(f'<li><a href="#{part.anchor}">{escape(part.heading)}</a></li>' for part in sections)
     cards = "\n".join(
-        f'<section id="{part.anchor}" aria-labelledby="{part.anchor}-heading">'
+        f'<section id="{part.anchor}" class="card" aria-labelledby="{part.anchor}-heading">'
         f'<h2 id="{part.anchor}-heading">{escape(part.heading)}</h2>\n{part.body}</section>'
         for part in sections
     )
+    scripts = "\n".join(asset(name) for name in SCRIPTS)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
+script-src 'unsafe-inline'; img-src data:">
+<link rel="icon" href="data:,">
 <title>{escape(title)}</title>
-<style>{STYLE}</style>
+<style>{asset("report.css")}</style>
 </head>
 <body>
-<header><h1>{escape(title)}</h1>{paragraph(summary)}<nav aria-label="Contents"><ul>{links}</ul></nav></header>
-<main>
+<a class="skip" href="#main">Skip to the report</a>
+<header><div class="wide"><p class="brand" aria-hidden="true">tracer</p><h1>{escape(title)}</h1>
+{paragraph(summary, "lead")}</div></header>
+<nav aria-label="Contents"><div class="wide"><ul>{links}</ul></div></nav>
+<main id="main" class="wide" tabindex="-1">
+<noscript><p class="card">Scripts are off, so the tables of suspects and targets stay empty. The files beside this \
+page hold the same.</p></noscript>
 {cards}
 </main>
-<footer>{paragraph(FOOTER)}</footer>
+<footer class="wide"><p>Written by tracer. Positive scores are proponents: training on the row lowered the target's \
+loss.</p></footer>
+<script type="application/json" id="report-data">{embedded(data)}</script>
+<script>{scripts}</script>
 </body>
 </html>
 """
-
-
-def _data_uri(png: bytes) -> str:
-    """Return PNG bytes as an address that needs no file."""
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def _png_width(png: bytes) -> int:
-    """Return the width in pixels, from the header's first chunk."""
-    return int.from_bytes(png[16:20], "big")

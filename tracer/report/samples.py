@@ -1,8 +1,8 @@
-"""How a row of the data is shown: as an image, a text or the first numbers of a vector."""
+"""How a row of the data is shown: as an image, a text, the numbers of a vector, or by its index alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,11 +12,12 @@ from tracer.errors import InputError
 
 Kind = Literal["images", "texts", "vectors", "absent"]
 
-TEXT_LENGTH = 240
-"""Longer texts are cut after so many characters."""
+MAX_CLASSES = 1000
+"""With more different labels they are taken for numbers or names of rows, not for classes."""
 
-VECTOR_LENGTH = 8
-"""Longer vectors are cut after so many numbers."""
+
+MAX_FLOAT_CLASSES = 20
+"""Likewise for labels that are floats, as those of two classes often are."""
 
 
 class Samples:
@@ -26,16 +27,18 @@ class Samples:
         role: What the rows are, ``"train"`` or ``"target"``; used in messages and captions.
         size: The number of rows.
         inputs: Images ``[size, H, W]``, ``[size, C, H, W]`` or ``[size, H, W, C]`` with C of 1, 3 or 4 (channels first
-            where both readings are possible), vectors ``[size, D]`` or ``[size]``, texts, or None.
+            where both readings are possible), vectors ``[size, D]`` or ``[size]``, texts, records (a mapping a row, or
+            a two-dimensional array of objects), or None.
         labels: ``[size]``, class indices, names or numbers, or None.
         predictions: ``[size]``, likewise.
         class_names: The name of each class index.
+        feature_names: The name of each number of a vector, ``D`` of them.
 
     Raises:
         InputError: If a length differs from ``size``, or a label is no index of ``class_names``.
 
     >>> samples = Samples("train", 2, inputs=["one", "two"], labels=[0, 1], class_names=["odd", "even"])
-    >>> samples.kind, samples.label(1), samples.describe(1)
+    >>> samples.kind, samples.label(1), samples.text(1)
     ('texts', 'even', 'two')
     """
 
@@ -48,12 +51,15 @@ class Samples:
         labels: Any = None,
         predictions: Any = None,
         class_names: Sequence[str] | None = None,
+        feature_names: Sequence[str] | None = None,
     ) -> None:
         self.role = role
         self.size = size
+        inputs = _without_records(inputs, feature_names)
         self.inputs = None if inputs is None else as_array(inputs, f"{role}_inputs")
         self.labels = None if labels is None else _names(labels, f"{role}_labels", class_names)
         self.predictions = None if predictions is None else _names(predictions, f"{role}_predictions", class_names)
+        self.has_classes = labels is not None and _are_classes(as_array(labels, f"{role}_labels"))
         for name, values in (("inputs", self.inputs), ("labels", self.labels), ("predictions", self.predictions)):
             if values is not None and len(values) != size:
                 raise InputError(f"{role}_{name} has {len(values)} rows; expected {size}, one for each {role} row.")
@@ -61,6 +67,16 @@ class Samples:
         self._low, self._high = (
             _limits(self.inputs) if self.inputs is not None and self.kind == "images" else (0.0, 1.0)
         )
+        self.feature_names = self._check_names(feature_names)
+
+    def _check_names(self, names: Sequence[str] | None) -> list[str] | None:
+        """Return one name a number where the rows are vectors."""
+        if names is None or self.kind != "vectors" or self.inputs is None:
+            return None
+        width = 1 if self.inputs.ndim == 1 else self.inputs.shape[1]
+        if len(names) != width:
+            raise InputError(f"feature_names has {len(names)} names; {self.role}_inputs has {width} numbers a row.")
+        return [str(name) for name in names]
 
     def label(self, row: int) -> str:
         """Return the name of the row's label; empty where labels are absent."""
@@ -89,16 +105,15 @@ class Samples:
             pixels = pixels[..., 0]
         return np.clip((pixels - self._low) / (self._high - self._low), 0.0, 1.0)
 
-    def describe(self, row: int) -> str:
-        """Return a text or the first numbers of a vector; empty for images and absent inputs."""
-        if self.inputs is None or self.kind == "images":
-            return ""
-        if self.kind == "texts":
-            text = " ".join(str(self.inputs[row]).split())
-            return text if len(text) <= TEXT_LENGTH else text[: TEXT_LENGTH - 1].rstrip() + "…"
-        numbers = np.atleast_1d(self.inputs[row])
-        shown = ", ".join(f"{number:.4g}" for number in numbers[:VECTOR_LENGTH])
-        return shown if len(numbers) <= VECTOR_LENGTH else f"{shown}, … ({len(numbers)} numbers)"
+    def text(self, row: int) -> str:
+        """Return the row's text, as it came; empty where rows are no texts."""
+        return str(self.inputs[row]) if self.inputs is not None and self.kind == "texts" else ""
+
+    def vector(self, row: int) -> np.ndarray:
+        """Return the row's numbers ``[D]``; empty where rows are no vectors."""
+        if self.inputs is None or self.kind != "vectors":
+            return np.zeros(0)
+        return np.atleast_1d(self.inputs[row])
 
 
 def as_array(values: Any, name: str) -> np.ndarray:
@@ -128,6 +143,51 @@ def as_array(values: Any, name: str) -> np.ndarray:
     if array.dtype == object and array.size == 0 and len(values):
         raise InputError(f"{name} has rows of different shapes; give images or vectors of one shape, or texts.")
     return array
+
+
+def class_codes(*groups: Samples, class_names: Sequence[str] | None = None) -> tuple[list[np.ndarray], list[str]]:
+    """Return the labels of groups of rows as indices into one list of names.
+
+    Args:
+        *groups: Rows that have classes as labels.
+        class_names: In which order names that occur come first.
+
+    Returns:
+        An index for each row of each group, int64, and the names: those of ``class_names``, then others, sorted, whole
+        numbers by their value.
+
+    >>> samples = Samples("train", 3, labels=[10, 9, 10])
+    >>> class_codes(samples)
+    ([array([1, 0, 1])], ['9', '10'])
+    """
+    found = {name for group in groups for name in (group.labels or ())}
+    names = list(dict.fromkeys(str(name) for name in class_names or ()))
+    names += sorted(found.difference(names), key=_by_value)
+    places = {name: place for place, name in enumerate(names)}
+    return [np.array([places[name] for name in group.labels or ()], dtype=np.int64) for group in groups], names
+
+
+def _by_value(name: str) -> tuple[bool, int, str]:
+    """Return a sort key that puts whole numbers first and in order."""
+    whole = name.lstrip("-").isdecimal()
+    return not whole, int(name) if whole else 0, name
+
+
+def _are_classes(labels: np.ndarray) -> bool:
+    """Tell classes from numbers: few different values, and of floats very few, without fractions."""
+    if labels.dtype.kind == "f" and not (labels == np.round(labels)).all():
+        return False
+    return 0 < len(np.unique(labels)) <= (MAX_FLOAT_CLASSES if labels.dtype.kind == "f" else MAX_CLASSES)
+
+
+def _without_records(inputs: Any, feature_names: Sequence[str] | None) -> Any:
+    """Return records as texts of one line a field, and anything else as it is."""
+    if isinstance(inputs, np.ndarray) and inputs.dtype == object and inputs.ndim == 2:
+        names = feature_names or [f"field {place}" for place in range(inputs.shape[1])]
+        inputs = [dict(zip(names, values, strict=False)) for values in inputs]
+    if isinstance(inputs, Sequence) and len(inputs) and isinstance(inputs[0], Mapping):
+        return ["\n".join(f"{name}: {value}" for name, value in record.items()) for record in inputs]
+    return inputs
 
 
 def _kind(inputs: np.ndarray | None, name: str) -> Kind:

@@ -1,0 +1,53 @@
+"""A real browser for tests of pages: Debian's chromium without a window, or a skip that says what is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Any]:
+    """Yield a driver; its console is empty of errors at the end, or the test fails."""
+    selenium = pytest.importorskip("selenium", reason="selenium is not installed: pages are not tested in a browser")
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (binary and driver):
+        pytest.skip(f"no browser: chromium is {binary}, chromedriver is {driver}")
+    assert selenium
+    from selenium.webdriver import Chrome
+    from selenium.webdriver.chrome.options import Options
+    from selenium.webdriver.chrome.service import Service
+
+    options = Options()
+    options.binary_location = binary
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = Chrome(options=options, service=Service(driver))
+    try:
+        yield chrome
+    finally:
+        chrome.quit()
+
+
+def open_page(chrome: Any, path: Path, *, width: int = 1280, media: dict[str, str] | None = None) -> None:
+    """Open a page from the disk in a window of some width; a console error fails the test."""
+    features = [{"name": name, "value": value} for name, value in (media or {}).items()]
+    chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    chrome.get(path.as_uri())
+    assert chrome.execute_script("return document.documentElement.dataset.ready") == "yes", console(chrome)
+    assert console(chrome) == []
+
+
+def console(chrome: Any) -> list[str]:
+    """Return what the console says since it was last asked."""
+    return [entry["message"] for entry in chrome.get_log("browser")]

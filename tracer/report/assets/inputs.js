@@ -1,0 +1,111 @@
+// How a row's input is shown: a thumbnail from a sheet, a text, the numbers of a vector, or nothing.
+
+class Inputs {
+  constructor(packed, noun) {
+    this.kind = packed.kind;
+    this.noun = noun;
+    this.packed = packed;
+    this.place = new Map(Array.from(unpack(packed.rows, Int32Array), (row, place) => [row, place]));
+    this.sheets = [];
+    if (this.kind === "vectors") {
+      this.values = unpack(packed.values, Float32Array);
+      this.mean = unpack(packed.mean, Float32Array);
+      this.deviation = unpack(packed.deviation, Float32Array);
+    }
+  }
+
+  has(row) { return this.place.has(row); }
+
+  text(row) { return this.kind === "texts" && this.has(row) ? this.packed.texts[this.place.get(row)] : ""; }
+
+  // An element that shows the row; `size` is "", "small" or "large"; null where inputs are absent.
+  show(row, size, words) {
+    if (this.kind === "absent") return null;
+    if (!this.has(row)) return make("span", { class: "missing" }, `${this.noun} ${row}: input not in this page`);
+    if (this.kind === "images") return this.thumbnail(row, size, words);
+    if (this.kind === "texts") {
+      const text = this.text(row);
+      return make("span", { class: size === "large" ? "text" : "text clip", title: size === "large" ? null : text }, text);
+    }
+    return this.features(row);
+  }
+
+  thumbnail(row, size, words) {
+    const { width, height } = this.packed;
+    const crisp = Math.max(width, height) <= 40;
+    const canvas = make("canvas", {
+      width, height, class: `thumb ${size} ${crisp ? "crisp" : ""}`, role: "img",
+      "aria-label": [`Image of ${this.noun} ${row}`, words].filter(Boolean).join(", "),
+    });
+    this.draw(canvas, this.place.get(row));
+    return canvas;
+  }
+
+  async draw(canvas, place) {
+    const { width, height, columns, per_sheet: perSheet, sheets } = this.packed;
+    const which = Math.floor(place / perSheet);
+    const inside = place % perSheet;
+    if (!this.sheets[which]) {
+      const image = new Image();
+      image.src = sheets[which];
+      this.sheets[which] = image.decode().then(() => image);
+    }
+    const image = await this.sheets[which];
+    const x = (inside % columns) * width;
+    const y = Math.floor(inside / columns) * height;
+    canvas.getContext("2d").drawImage(image, x, y, width, height, 0, 0, width, height);
+    canvas.dataset.drawn = "yes";
+  }
+
+  features(row) {
+    const { names, width } = this.packed;
+    const first = this.place.get(row) * names.length;
+    const list = make("span", { class: "features" });
+    names.forEach((name, place) => {
+      const value = this.values[first + place];
+      const spread = this.deviation[place];
+      const z = spread > 0 ? (value - this.mean[place]) / spread : 0;
+      const title = `${name}: ${number(value)}, ${number(z, true)} standard deviations from the mean`;
+      list.append(make("span", { title, style: tint(z / 3) }, make("i", {}, name), number(value)));
+    });
+    if (width > names.length) list.append(make("span", { class: "missing" }, `and ${width - names.length} more`));
+    return list;
+  }
+}
+
+// A background between orange (-1) and blue (1), readable in both themes.
+function tint(part) {
+  const share = Math.min(1, Math.abs(part)) * 0.55;
+  if (!(share > 0.01)) return null;
+  return `background-color: color-mix(in srgb, var(${part > 0 ? "--pos" : "--neg"}) ${Math.round(share * 100)}%, transparent)`;
+}
+
+const TRAIN_INPUTS = new Inputs(DATA.train, "training row");
+const TARGET_INPUTS = new Inputs(DATA.target, "target");
+
+function plainTokens(tokens) {
+  const gap = !tokens.some((token) => /\s/.test(token)) && tokens.some((token) => token.length > 1);
+  const between = () => (gap ? " " : make("wbr"));
+  return make("span", { class: gap ? "tokens" : "tokens tight" }, ...tokens.flatMap((token) => [make("span", {}, token), between()]));
+}
+
+// The tokens of a training row, coloured by how much each weighs for a target, and the same as a table.
+function weighedTokens(target, row) {
+  const scores = DATA.tokens && DATA.tokens.scores[`${target},${row}`];
+  if (!scores) return null;
+  const tokens = DATA.tokens.train[row];
+  const largest = Math.max(...scores.map(Math.abs)) || 1;
+  const shown = plainTokens(tokens);
+  const spans = shown.querySelectorAll("span");
+  scores.forEach((score, place) => {
+    const token = spans[place];
+    token.title = `${tokens[place]}: ${number(score, true)}`;
+    const style = tint(score / largest);
+    if (style) token.setAttribute("style", style);
+  });
+  const body = make("tbody", {}, ...scores.map((score, place) => make("tr", {},
+    make("th", { scope: "row" }, tokens[place]), make("td", { class: "number" }, number(score, true)))));
+  const head = make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "token"), make("th", { scope: "col", class: "number" }, "score")));
+  const table = make("table", {}, make("caption", {}, `Tokens of training row ${row} for target ${target}`), head, body);
+  return make("div", {}, shown, make("details", {}, make("summary", {}, "Scores of the tokens"), make("div", { class: "scroll" }, table)));
+}

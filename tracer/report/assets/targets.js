@@ -1,0 +1,129 @@
+// One target at a time with its proponents and opponents; chosen by buttons, number, search or arrow keys.
+
+const STRIP = 14;
+
+class Targets {
+  constructor(root) {
+    this.root = root;
+    this.find = (name) => root.querySelector(`[data-control="${name}"]`);
+    this.matches = Array.from(TARGETS.ids, (_, place) => place);
+    this.at = 0;
+    this.first = 0;
+    this.find("previous").addEventListener("click", () => this.go(this.at - 1));
+    this.find("next").addEventListener("click", () => this.go(this.at + 1));
+    this.find("search").addEventListener("input", () => this.filter());
+    if (this.find("which")) this.find("which").addEventListener("change", () => this.filter());
+    this.find("number").addEventListener("change", () => this.jump(Number(this.find("number").value)));
+    root.addEventListener("keydown", (event) => {
+      const typing = ["INPUT", "SELECT", "TEXTAREA"].includes(event.target.tagName);
+      if (typing || event.altKey || event.ctrlKey || event.metaKey) return;
+      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (!step || event.target.closest(".scroll")) return;
+      event.preventDefault();
+      this.go(this.at + step);
+    });
+    this.show();
+  }
+
+  filter() {
+    const words = this.find("search").value.trim().toLowerCase();
+    const which = this.find("which") ? this.find("which").value : "";
+    this.matches = Array.from(TARGETS.ids, (_, place) => place).filter((place) => {
+      const [label, prediction] = [TARGETS.labels.at(place), TARGETS.predictions.at(place)];
+      if (which === "wrong" && label === prediction) return false;
+      if (which === "right" && label !== prediction) return false;
+      if (!words) return true;
+      const id = TARGETS.ids[place];
+      return String(id) === words || [label, prediction, TARGET_INPUTS.text(id)].some((text) => text.toLowerCase().includes(words));
+    });
+    this.at = 0;
+    this.first = 0;
+    this.show();
+  }
+
+  jump(id) {
+    const place = this.matches.findIndex((match) => TARGETS.ids[match] === id);
+    if (place >= 0) this.go(place);
+    else this.find("status").textContent = `Target ${id} is not among the ${count(this.matches.length)} that match.`;
+  }
+
+  go(place) {
+    const focused = document.activeElement && document.activeElement.closest(".strip");
+    this.at = Math.min(this.matches.length - 1, Math.max(0, place));
+    this.show();
+    if (focused) this.root.querySelector('.strip [aria-current="true"]').focus();
+  }
+
+  show() {
+    const view = this.root.querySelector("[data-target]");
+    const strip = this.root.querySelector(".strip");
+    if (!this.matches.length) {
+      strip.replaceChildren();
+      view.replaceChildren(make("p", { class: "missing" }, "No target matches."));
+      this.find("status").textContent = "0 targets";
+      return;
+    }
+    if (this.at < this.first || this.at >= this.first + STRIP) {
+      this.first = Math.max(0, Math.min(this.at - Math.floor(STRIP / 2), this.matches.length - STRIP));
+    }
+    strip.replaceChildren(...this.matches.slice(this.first, this.first + STRIP).map((place, offset) => this.button(place, this.first + offset)));
+    const place = this.matches[this.at];
+    const id = TARGETS.ids[place];
+    this.find("number").value = id;
+    this.find("previous").disabled = this.at === 0;
+    this.find("next").disabled = this.at === this.matches.length - 1;
+    this.find("status").textContent = `Target ${id}, ${count(this.at + 1)} of ${count(this.matches.length)}`;
+    const flat = TARGET_INPUTS.kind !== "images";
+    view.className = flat ? "target flat" : "target";
+    view.replaceChildren(this.card(place, id), make("div", { class: flat ? "ends both" : "ends" }, ...TARGETS.ends.map((end) => this.end(end, place, id))));
+  }
+
+  button(place, at) {
+    const id = TARGETS.ids[place];
+    const label = TARGETS.labels.at(place);
+    const words = label ? `Target ${id}, label ${label}` : `Target ${id}`;
+    const inside = TARGET_INPUTS.kind === "images" && TARGET_INPUTS.has(id)
+      ? [TARGET_INPUTS.thumbnail(id, "", ""), `${label || id}`] : [label ? `${id}: ${label}` : `target ${id}`];
+    return make("li", {}, make("button", {
+      type: "button", "aria-label": words, title: words, "aria-current": at === this.at ? "true" : null, onclick: () => this.go(at),
+    }, ...inside));
+  }
+
+  card(place, id) {
+    const [label, prediction] = [TARGETS.labels.at(place), TARGETS.predictions.at(place)];
+    const facts = make("dl", { class: "facts" });
+    const add = (name, value) => facts.append(make("dt", {}, name), make("dd", {}, value));
+    if (label) add("label", make("b", {}, label));
+    if (prediction) add("model says", prediction === label ? prediction : make("b", { class: "score neg" }, prediction));
+    if (TARGETS.mean) add("mean score", number(TARGETS.mean[place], true));
+    const tokens = DATA.tokens && DATA.tokens.target[id];
+    const shown = tokens ? plainTokens(tokens) : TARGET_INPUTS.show(id, "large", label && `label ${label}`);
+    return make("div", { class: "target-card" }, make("h3", {}, `Target ${id}`), shown, facts);
+  }
+
+  end(end, place, id) {
+    const positive = end.name === "proponents";
+    const first = place * end.k;
+    const rows = end.rows.subarray(first, first + end.k);
+    const scores = end.scores.subarray(first, first + end.k);
+    const largest = Math.max(...TARGETS.ends.map((each) => (each.k ? Math.abs(each.scores[place * each.k]) : 0))) || 1;
+    const title = positive ? "Proponents" : "Opponents";
+    const cards = Array.from(rows, (row, rank) => this.row(row, scores[rank], largest, id));
+    return make("div", {}, make("h3", { class: positive ? "pos" : "neg" }, title),
+      make("ol", { class: TRAIN_INPUTS.kind === "images" ? "grid" : "stack", "aria-label": `${title} of target ${id}` }, ...cards));
+  }
+
+  row(row, score, largest, target) {
+    const label = labelOf(row);
+    const sign = score < 0 ? "neg" : "pos";
+    const known = flagOf("known", row);
+    const meter = make("div", { class: `meter ${sign}`, "aria-hidden": "true" },
+      make("span", { style: `width: ${Math.round(Math.min(1, Math.abs(score) / largest) * 100)}%` }));
+    return make("li", { class: known ? "tile known" : "tile" },
+      make("div", { class: "top" }, make("span", {}, `row ${row}`), make("span", { class: `score ${sign}` }, number(score, true))),
+      weighedTokens(target, row) || TRAIN_INPUTS.show(row, "", label && `label ${label}`), meter,
+      label && make("span", {}, "label ", make("b", {}, label)), " ",
+      known ? make("span", { class: "flag known" }, "mislabelled") : null, " ",
+      flagOf("contradicted", row) && !known ? make("span", { class: "flag contradicted" }, "contradicted") : null);
+  }
+}
