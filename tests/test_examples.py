@@ -21,7 +21,6 @@ def run_example(name: str, *arguments: str) -> str:
 
 
 def test_mislabeled_digits_finds_flipped_labels_and_resumes(tmp_path):
-    pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     arguments = ["--quick", "--output-dir", str(tmp_path / "run")]
     first = run_example("mislabeled_digits.py", *arguments)
@@ -30,7 +29,7 @@ def test_mislabeled_digits_finds_flipped_labels_and_resumes(tmp_path):
     report = tmp_path / "run" / "report"
     assert first.rstrip().endswith(str(report / "index.html"))
     pictures = {path.name for path in report.glob("*.png")}
-    assert pictures == {"influence.png", "recovery.png", "self_influence.png", "top_self_influence.png"}
+    assert pictures >= {"influence.png", "recovery.png", "self_influence.png", "top_self_influence.png"}
     features = tmp_path / "run" / "store" / "checkpoints" / "0" / "features"
     written = max(path.stat().st_mtime_ns for path in features.rglob("*") if path.is_file())
     second = run_example("mislabeled_digits.py", *arguments)
@@ -41,8 +40,6 @@ def test_mislabeled_digits_finds_flipped_labels_and_resumes(tmp_path):
 
 
 def test_mislabeled_digits_refuses_other_settings(tmp_path):
-    pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
     arguments = ["--quick", "--output-dir", str(tmp_path / "run")]
     run_example("mislabeled_digits.py", *arguments)
     with pytest.raises(AssertionError, match="holds checkpoints of other settings"):

@@ -1,0 +1,75 @@
+"""Which checkpoints a run takes, in which order, and with which learning rates."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from tracer.errors import InputError
+from tracer.recording import FILE, load_checkpoints
+
+Found = list[tuple[Path, float | None]]
+"""Paths, each with its learning rate, or None where that is not known."""
+
+
+def find_checkpoints(patterns: Sequence[str], learning_rate: float | Sequence[float] | None) -> Found:
+    """Find the files of checkpoints.
+
+    Args:
+        patterns: Files, globs or directories that a recorder wrote; in this order, those of a glob by their numbers.
+        learning_rate: One for all, or one for each; None: what recorders wrote, else not known.
+
+    Returns:
+        The checkpoints in their order.
+
+    Raises:
+        InputError: A pattern finds nothing, a file comes twice, or there are more or fewer rates than checkpoints.
+    """
+    found: Found = []
+    for pattern in patterns:
+        found.extend(_matches(pattern))
+    seen: set[Path] = set()
+    for path, _ in found:
+        if path.resolve() in seen:
+            raise InputError(f"checkpoints names {path} more than once; each counts once.")
+        seen.add(path.resolve())
+    if learning_rate is None:
+        return found
+    rates = [learning_rate] * len(found) if isinstance(learning_rate, (int, float)) else list(learning_rate)
+    if len(rates) != len(found):
+        names = ", ".join(path.name for path, _ in found)
+        raise InputError(f"learning_rate has {len(rates)} values for {len(found)} checkpoints: {names}.")
+    return [(path, float(rate)) for (path, _), rate in zip(found, rates, strict=True)]
+
+
+def natural_key(path: Path) -> list[tuple[int, int | str]]:
+    """Return what sorts names by the numbers in them.
+
+    >>> sorted(map(Path, ["epoch_10.pt", "epoch_2.pt", "best.pt"]), key=natural_key)[1].name
+    'epoch_2.pt'
+    """
+    parts = re.split(r"(\d+)", str(path))
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
+
+
+def _matches(pattern: str) -> Found:
+    path = Path(pattern)
+    if path.is_dir():
+        if not (path / FILE).exists():
+            raise InputError(
+                f"checkpoints={pattern!r} is a directory that CheckpointRecorder did not write (there is no {FILE} in "
+                f"it); for other files pass a glob, such as '{path}/*.pt'."
+            )
+        return list(load_checkpoints(path))
+    if path.is_file():
+        return [(path, None)]
+    files = sorted((Path(name) for name in glob.glob(pattern, recursive=True)), key=natural_key)
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise InputError(
+            f"checkpoints={pattern!r} finds no file, seen from {Path.cwd()}; expected a file, a glob such as "
+            f"'checkpoints/*.pt', or a directory that CheckpointRecorder wrote."
+        )
+    return [(file, None) for file in files]
