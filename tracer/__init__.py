@@ -24,8 +24,10 @@ from tracer.gradients import LayerCall, register_layer_rule
 from tracer.ideal import IdealRecorder
 from tracer.ideal_record import IdealRecord, read_ideal
 from tracer.projection import Projector, register_projector
+from tracer.recording import CheckpointRecord, CheckpointRecorder, Recording, load_checkpoints, open_recording
 from tracer.store import Verification, verify
 from tracer.tasks import LanguageModeling, Task, loss_outputs
+from tracer.tokens import token_influence
 from tracer.tracer import Tracer
 from tracer.types import SampleOutputs, TopK
 
@@ -36,6 +38,8 @@ __all__ = [
     "BatchError",
     "CallOrderError",
     "CheckpointError",
+    "CheckpointRecord",
+    "CheckpointRecorder",
     "GradientError",
     "IdealRecord",
     "IdealRecorder",
@@ -49,6 +53,7 @@ __all__ = [
     "NonFiniteError",
     "Projector",
     "RankError",
+    "Recording",
     "Regularization",
     "SampleOutputs",
     "StoreError",
@@ -58,9 +63,12 @@ __all__ = [
     "TracerError",
     "Verification",
     "attribute",
+    "load_checkpoints",
     "loss_outputs",
+    "open_recording",
     "read_ideal",
     "register_layer_rule",
     "register_projector",
+    "token_influence",
     "verify",
 ]

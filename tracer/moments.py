@@ -8,8 +8,10 @@ alike, have the inner products ``<Γ g, g'>``.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,10 +121,20 @@ class TrainingCheckpoint:
         return f"{weights_fingerprint(self.state)}+{weights_fingerprint(values | numbers)}"
 
 
+def optimizer_path(path: str | os.PathLike[str]) -> Path:
+    """Return where the optimizer's state lies that belongs to the weights in a ``.safetensors`` file.
+
+    >>> optimizer_path("run/step_00000100.safetensors").name
+    'step_00000100.optimizer.pt'
+    """
+    return Path(path).with_suffix(".optimizer.pt")
+
+
 def read_training_checkpoint(checkpoint: Checkpoint, model: nn.Module, names: Sequence[str]) -> TrainingCheckpoint:
     """Read a model's weights and its optimizer's second moments, without executing anything that a file may contain.
 
-    The two state dicts are recognised by their form, whatever their keys are called.
+    The two state dicts are recognised by their form, whatever their keys are called. A ``.safetensors`` file has the
+    optimizer's beside it, as `optimizer_path` says, where a recorder saved it.
 
     Args:
         checkpoint: A training checkpoint, or the path of one.
@@ -147,6 +159,9 @@ def read_training_checkpoint(checkpoint: Checkpoint, model: nn.Module, names: Se
     tensor([[0.6901, 3.1623]])
     """
     value, where, _ = checkpoint_value(checkpoint)
+    if isinstance(checkpoint, (str, os.PathLike)) and Path(checkpoint).suffix == ".safetensors":
+        beside = optimizer_path(checkpoint)
+        value = {"model": value, "optimizer": checkpoint_value(beside)[0]} if beside.exists() else value
     nested = {key: item for key, item in value.items() if isinstance(item, Mapping)} if _is_mapping(value) else {}
     found = _keys(value) if _is_mapping(value) else f"a value of type {type(value).__name__}"
     optimizer = nested[_only("optimizer", [key for key in nested if is_optimizer_state(nested[key])], where, found)]

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tracer.errors import InputError
-from tracer.recorder import CheckpointRecorder
-from tracer.recording import load_checkpoints
+from tracer.recording import CheckpointRecorder, load_checkpoints
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
 _CHECKPOINT_SHARES = (1 / 15, 1 / 6, 1 / 3, 2 / 3, 1.0)  # of the epochs: early ones too, while the gradients are large

@@ -1,0 +1,1 @@
+"""Callbacks for training loops of other packages; each module needs the package that it is named after."""
