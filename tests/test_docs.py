@@ -27,7 +27,7 @@ DOCS = ROOT / "docs"
 GUIDES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS / "examples").glob("*.md"))]
 PAGES = [*GUIDES, *sorted((DOCS / "api").glob("*.md"))]
 RUNNABLE = [path for path in PAGES if "```python" in path.read_text(encoding="utf-8")]
-OPTIONAL = ("matplotlib", "sklearn", "transformers")
+OPTIONAL = ("captum", "lightning", "matplotlib", "peft", "sklearn", "transformers")
 FENCE = re.compile(r"^```(\w*|\{[\w-]+\}[^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 

@@ -144,7 +144,18 @@ def test_relative_imports_are_found():
 
 
 def test_importing_the_package_imports_no_optional_package():
-    optional = ["captum", "fast_jl", "matplotlib", "pandas", "sklearn", "transformers"]
+    optional = [
+        "captum",
+        "fast_jl",
+        "lightning",
+        "matplotlib",
+        "pandas",
+        "peft",
+        "pyarrow",
+        "selenium",
+        "sklearn",
+        "transformers",
+    ]
     code = f"import sys, tracer; print(*[name for name in {optional} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split() == []
