@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import tracer
+
 PACKAGE = Path(__file__).resolve().parents[1] / "tracer"
 
 # Each room with its floor and its modules; a package stands for all modules in it.
@@ -41,7 +43,7 @@ ROOMS: dict[str, tuple[int, tuple[str, ...]]] = {
     "integrations": (4, ("integrations",)),
     "questions": (4, ("ranker", "tops", "reader")),
     "facade": (5, ("tracer",)),
-    "one call": (6, ("attribute",)),
+    "one call": (6, ("attribution",)),
     "names": (7, ("__init__",)),
     "demo": (8, ("demo",)),
     "command line": (9, ("cli", "__main__")),
@@ -143,19 +145,35 @@ def test_relative_imports_are_found():
         imported_modules("from . import errors")
 
 
-def test_importing_the_package_imports_no_optional_package():
+def run_python(code: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout.split()
+
+
+def test_public_names_import_no_optional_package():
     optional = [
         "captum",
         "fast_jl",
         "lightning",
         "matplotlib",
-        "pandas",
         "peft",
         "pyarrow",
         "selenium",
         "sklearn",
         "transformers",
     ]
-    code = f"import sys, tracer; print(*[name for name in {optional} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.split() == []
+    names = "[getattr(tracer, name) for name in tracer.__all__]"
+    found = run_python(f"import sys, tracer; {names}; print(*[name for name in {optional} if name in sys.modules])")
+    assert found == []
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    assert run_python("import sys, tracer; print(*{'torch', 'numpy', 'zarr'} & set(sys.modules))") == []
+
+
+def test_every_public_name_has_a_home_and_no_other_name_has():
+    assert sorted(name for names in tracer._HOMES.values() for name in names) == sorted(tracer.__all__)
+    assert {module.split(".")[1] for module in tracer._HOMES} & set(tracer.__all__) == set()  # a module would hide it
+    assert set(tracer.__all__) <= set(dir(tracer))
+    with pytest.raises(AttributeError, match="module 'tracer' has no attribute 'trace'"):
+        tracer.trace  # noqa: B018

@@ -1,37 +1,77 @@
 """Tracer: which training examples made a PyTorch model do what it did.
 
 `attribute` is the one call for the usual case; `Tracer` is the scorer it is built on.
+
+Names are imported when they are first used: a second of imports for torch is too long for a command line that is asked
+for its help, or for the completion of a word.
 """
 
-from tracer.attribute import Attribution, attribute
-from tracer.curvature import Regularization
-from tracer.errors import (
-    BatchError,
-    CallOrderError,
-    CheckpointError,
-    GradientError,
-    IncompleteError,
-    InputError,
-    InputTypeError,
-    MismatchError,
-    MissingDependencyError,
-    NonFiniteError,
-    RankError,
-    StoreError,
-    TracerError,
-)
-from tracer.gradients import LayerCall, register_layer_rule
-from tracer.ideal import IdealRecorder
-from tracer.ideal_record import IdealRecord, read_ideal
-from tracer.projection import Projector, register_projector
-from tracer.recording import CheckpointRecord, CheckpointRecorder, Recording, load_checkpoints, open_recording
-from tracer.store import Verification, verify
-from tracer.tasks import LanguageModeling, Task, loss_outputs
-from tracer.tokens import token_influence
-from tracer.tracer import Tracer
-from tracer.types import SampleOutputs, TopK
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tracer.attribution import Attribution, attribute
+    from tracer.curvature import Regularization
+    from tracer.errors import (
+        BatchError,
+        CallOrderError,
+        CheckpointError,
+        GradientError,
+        IncompleteError,
+        InputError,
+        InputTypeError,
+        MismatchError,
+        MissingDependencyError,
+        NonFiniteError,
+        RankError,
+        StoreError,
+        TracerError,
+    )
+    from tracer.gradients import LayerCall, register_layer_rule
+    from tracer.ideal import IdealRecorder
+    from tracer.ideal_record import IdealRecord, read_ideal
+    from tracer.projection import Projector, register_projector
+    from tracer.recording import CheckpointRecord, CheckpointRecorder, Recording, load_checkpoints, open_recording
+    from tracer.store import Verification, verify
+    from tracer.tasks import LanguageModeling, Task, loss_outputs
+    from tracer.tokens import token_influence
+    from tracer.tracer import Tracer
+    from tracer.types import SampleOutputs, TopK
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "tracer.attribution": ("Attribution", "attribute"),
+    "tracer.curvature": ("Regularization",),
+    "tracer.errors": (
+        "BatchError",
+        "CallOrderError",
+        "CheckpointError",
+        "GradientError",
+        "IncompleteError",
+        "InputError",
+        "InputTypeError",
+        "MismatchError",
+        "MissingDependencyError",
+        "NonFiniteError",
+        "RankError",
+        "StoreError",
+        "TracerError",
+    ),
+    "tracer.gradients": ("LayerCall", "register_layer_rule"),
+    "tracer.ideal": ("IdealRecorder",),
+    "tracer.ideal_record": ("IdealRecord", "read_ideal"),
+    "tracer.projection": ("Projector", "register_projector"),
+    "tracer.recording": ("CheckpointRecord", "CheckpointRecorder", "Recording", "load_checkpoints", "open_recording"),
+    "tracer.store": ("Verification", "verify"),
+    "tracer.tasks": ("LanguageModeling", "Task", "loss_outputs"),
+    "tracer.tokens": ("token_influence",),
+    "tracer.tracer": ("Tracer",),
+    "tracer.types": ("SampleOutputs", "TopK"),
+}
+"""Where each public name is defined."""
 
 __all__ = [
     "Attribution",
@@ -72,3 +112,15 @@ __all__ = [
     "token_influence",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            found = globals()[name] = getattr(importlib.import_module(module), name)
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tracer.attribute import Attribution, attribute
+from tracer.attribution import Attribution, attribute
 from tracer.cli.checkpoints import Found, find_checkpoints
 from tracer.cli.references import build, resolve
 from tracer.errors import InputTypeError

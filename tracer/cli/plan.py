@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tracer.attribute import attribute
+from tracer.attribution import attribute
 from tracer.cli.job import Job
 from tracer.cli.output import size_text, table, time_text
 from tracer.processes import this_process

@@ -9,7 +9,7 @@ from typing import Any
 import click
 import numpy as np
 
-from tracer.attribute import Attribution
+from tracer.attribution import Attribution
 from tracer.cli.settings import BY_NAME, read_settings
 from tracer.errors import InputError, nearest_name
 from tracer.reader import Reader

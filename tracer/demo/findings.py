@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from tracer.attribute import Attribution, attribute
+from tracer.attribution import Attribution, attribute
 from tracer.demo.digits import CLASS_NAMES, Digits, Settings, build_model, evaluate, load_data, train_or_reuse
 from tracer.errors import MissingDependencyError
 
