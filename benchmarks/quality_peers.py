@@ -39,6 +39,10 @@ LARGEST_NETWORK = 110_000
 """Parameters up to which methods that take minutes a task are run."""
 
 
+LARGEST_HALF = 50_000
+"""Parameters up to which traker's default of half precision is run, which is slow on processors."""
+
+
 # captum
 
 
@@ -346,7 +350,7 @@ def peer_methods() -> list[Method]:
             at_most(LARGEST_NETWORK),
         ),
         method("captum Naive", captum_naive, [{}, {"projection_dim": 500}], at_most(1_000)),
-        Method("traker TRAK", run_traker("traker TRAK"), "trak", at_most(LARGEST_NETWORK)),
+        Method("traker TRAK", run_traker("traker TRAK"), "trak", at_most(LARGEST_HALF)),
         Method(trak, run_traker(trak, ridges, **projected), "trak"),
         Method(ensemble, run_traker(ensemble, ridges, True, **projected), "trak"),
         *dattri_methods(),
