@@ -165,9 +165,8 @@ def draw_sweeps(rows: Sequence[Row], path: Path) -> bool:
     figure = Figure(figsize=(4.6 * min(3, len(names)), 4.2 * -(-len(names) // 3)), layout="constrained")
     panels = figure.subplots(-(-len(names) // 3), min(3, len(names)), squeeze=False).ravel()
     for axes, name in zip(panels, names, strict=False):
-        lines = [(method, points) for (task, method), points in found.items() if task == name]
-        for (method, points), dash in zip(lines, ["-", "-", "--", "--", ":", ":", "-.", "-."], strict=False):
-            color = GROUPS[group_of(method)]["color"]
+        for method, points in ((method, points) for (task, method), points in found.items() if task == name):
+            color, dash = GROUPS[group_of(method)]["color"], "--" if "3 runs" in method else "-"
             points.sort(key=lambda row: row["setting"]["regularization"])
             values = [row["setting"]["regularization"] for row in points]
             axes.semilogx(values, [row["lds"] for row in points], dash, color=color, label=method, linewidth=1.5)

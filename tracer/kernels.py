@@ -112,13 +112,16 @@ class Kernels:
         return Regularization(self.process.agreed(found.value * used / own), found.rule)
 
     def _choice(self, model_ids: list[int], last: int) -> Regularization:
-        """Return the choice for kernels weighted with curvatures, from the store or made and kept there.
+        """Return the choice for kernels weighted with curvatures; it is kept in the store as these are.
 
         Args:
             model_ids: The checkpoints.
             last: The one that was trained longest: of the lowest mean loss.
         """
         tables = [self.store.checkpoint(model_id) for model_id in (last, *sorted(model_ids))]
+        if tables[0].num_rows < tables[0].dim:
+            found = self._choose(model_ids, last)
+            return Regularization(self.process.agreed(found.value), found.rule)
         path = self.store.kernel_path(last, "regularization")
         inputs = kernel_inputs(tables)
         self.process.wait()
