@@ -35,14 +35,6 @@ RIDGES = (1e-2, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
 """What is tried as the ridge of traker beside its default of 0."""
 
 
-LARGEST_NETWORK = 110_000
-"""Parameters up to which methods that take minutes a task are run."""
-
-
-LARGEST_HALF = 50_000
-"""Parameters up to which traker's default of half precision is run, which is slow on processors."""
-
-
 # captum
 
 
@@ -347,10 +339,10 @@ def peer_methods() -> list[Method]:
             "captum Arnoldi",
             captum_arnoldi,
             [{}, {"projection_dim": 200, "arnoldi_dim": 400}],
-            at_most(LARGEST_NETWORK),
+            at_most(50_000),
         ),
         method("captum Naive", captum_naive, [{}, {"projection_dim": 500}], at_most(1_000)),
-        Method("traker TRAK", run_traker("traker TRAK"), "trak", at_most(LARGEST_HALF)),
+        Method("traker TRAK", run_traker("traker TRAK"), "trak", at_most(50_000)),
         Method(trak, run_traker(trak, ridges, **projected), "trak"),
         Method(ensemble, run_traker(ensemble, ridges, True, **projected), "trak"),
         *dattri_methods(),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tracer.curvature import LAMBDAS, Kernel, choose_regularization, left_out
+from tracer.curvature import LAMBDAS, LEAST_REST, Kernel, choose_regularization, left_out
 
 
 def rows_of(num_rows: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -91,7 +91,7 @@ def slow_left_out(features, w, gain, slope, row, regularization) -> float:
     values, vectors = np.linalg.eigh(features.T @ (w[:, None] * features))
     values = np.maximum(values, 1e-200)
     smoother = features @ (vectors * (-np.expm1(-values / regularization) / values)) @ vectors.T @ features.T
-    return (smoother[row] @ own - smoother[row, row] * own[row]) / max(1 - w[row] * smoother[row, row], 2.2e-16)
+    return (smoother[row] @ own - smoother[row, row] * own[row]) / max(1 - w[row] * smoother[row, row], LEAST_REST)
 
 
 @pytest.mark.parametrize("shape", [(60, 12), (12, 60), (400, 300)])
@@ -121,6 +121,28 @@ def test_predictions_hardly_change_with_the_row_itself():
     assert found == pytest.approx(apart, abs=0.05 * abs(together - apart))
 
 
+def test_where_rows_predict_but_themselves_nothing_is_said():
+    features, w, gain, slope = regression(12, 60)
+    own = w * gain - slope
+    pull, *chosen = (torch.from_numpy(values) for values in (features.T @ own, features, w, own))
+    kernel = kernels(np.sqrt(w)[:, None] * features)[1]
+    found = left_out(kernel, pull, *chosen, torch.tensor([1e-9, 1e3], dtype=torch.float64))
+    assert found[:, 0].isnan().all()
+    assert found[:, 1].isfinite().all()
+
+
+def test_a_correlation_that_noise_could_have_leaves_it_to_the_trace():
+    rng = np.random.default_rng(2)
+    chosen = []
+    for _ in range(40):
+        gains = torch.from_numpy(rng.standard_normal(100))
+        noise, other = torch.from_numpy(rng.standard_normal((2, 100)))
+        angles = torch.linspace(0, 3, len(LAMBDAS), dtype=torch.float64)
+        predictions = noise[:, None] * angles.cos() + other[:, None] * angles.sin()
+        chosen.append(choose_regularization(1.0, predictions, gains).rule)
+    assert chosen.count("trace") > 30
+
+
 def test_the_choice_is_the_best_correlation_over_the_share():
     gains = torch.from_numpy(np.random.default_rng(0).standard_normal(50))
     noise = torch.from_numpy(np.random.default_rng(1).standard_normal(50))
@@ -140,6 +162,14 @@ def test_predictions_that_always_get_better_leave_it_to_the_trace():
     for strengths in (torch.linspace(0, 1, len(LAMBDAS)), torch.linspace(1, 0, len(LAMBDAS))):
         chosen = choose_regularization(3.0, gains[:, None] + strengths * noise[:, None], gains, share=0.25)
         assert (chosen.rule, chosen.value) == ("trace", 12.0)
+
+
+def test_predictions_that_are_wrong_throughout_leave_it_to_the_trace():
+    gains = torch.arange(5, dtype=torch.float64)
+    noise = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0], dtype=torch.float64)
+    strengths = (torch.linspace(-1, 1, len(LAMBDAS)).square() - 1) * 5
+    chosen = choose_regularization(3.0, strengths * noise[:, None] - gains[:, None], gains, share=0.25)
+    assert (chosen.rule, chosen.value) == ("trace", 12.0)
 
 
 def test_where_nothing_is_known_of_what_was_learnt_the_trace_decides():

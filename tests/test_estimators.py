@@ -98,7 +98,7 @@ def learnable(tmp_path, num_rows=60, dim=12):
         table = found.store.checkpoint(model_id)
         rng = np.random.default_rng(7 + model_id)
         features, rows = table.features(0, num_rows), np.arange(num_rows)
-        gain = features @ np.linspace(2, 0, dim) + 9 * rng.standard_normal(num_rows)
+        gain = features @ np.linspace(2, 0, dim) + 5 * rng.standard_normal(num_rows)
         names = ("loss", "slope", "curvature", "gradient_norm", "label", "fingerprint")
         kept = {name: table.column(name) for name in names}
         kept["slope"] = (0.01 * kept["slope"]).astype(np.float32)
@@ -117,7 +117,7 @@ def test_the_chosen_regularization_is_the_one_that_is_used(tmp_path):
         assert_close(auto, np.asarray(found.scores("test", Estimate(estimator, regularization=chosen.value), None)))
 
 
-@pytest.mark.parametrize("shape", [(60, 12), (30, 50)])
+@pytest.mark.parametrize("shape", [(60, 40), (30, 50)])
 def test_the_regularization_is_what_predicts_left_out_rows_best(tmp_path, shape):
     found, model_ids = learnable(tmp_path, *shape)
     tables = [found.store.checkpoint(model_id) for model_id in model_ids]
@@ -159,6 +159,15 @@ def test_a_few_rows_are_enough_to_choose(tmp_path, monkeypatch):
     every = learnable(tmp_path / "all", 600, 200)[0].regularization(model_ids, Estimate("influence"))
     assert few.value != every.value
     assert few.value == pytest.approx(every.value, rel=0.5)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_saturated_model_has_scores_of_zero(tmp_path, estimator):
+    model = torch.nn.Linear(5, 3)
+    state = {"weight": torch.zeros(3, 5), "bias": torch.tensor([1e4, 0.0, 0.0])}
+    x, y = torch.randn(20, 5), torch.zeros(20, dtype=torch.long)
+    found = attribute(model, "image_classification", (x, y), (x[:4], y[:4]), [(state, 0.1)], save_dir=tmp_path)
+    assert (np.asarray(found.tracer.finalize_scores("targets", estimator)) == 0).all()
 
 
 @pytest.mark.parametrize("estimator", ["tracin", "cosine", "trak", "influence"])

@@ -19,6 +19,9 @@ from torch import Tensor
 SHARE_LEFT = 0.5**0.5
 """Scores are to predict models trained on less: on all rows but one up to half of them, and this lies between."""
 
+LEAST_REST = 0.1
+"""How much of a row's own prediction must come from other rows for these to be asked without it."""
+
 LAMBDAS = torch.logspace(-6, 4, 101, dtype=torch.float64)
 """What is tried as λ, in units of the mean of ``w ‖φ‖²``."""
 
@@ -135,7 +138,9 @@ def left_out(kernel: Kernel, pull: Tensor, rows: Tensor, weights: Tensor, own: T
     that sum up to τ, and the mean of N losses, it has come by ``1 − exp(−s/λ)``, ``λ = N/τ`` (Ali et al. 2019). Hence
     the weights ``θ = F pull`` with ``F = (1 − exp(−K/λ)) / K``, and ``p = φᵀθ`` for a row. Without the row itself it is
     ``(p − h (w gain − Q)) / (1 − w h)`` with ``h = φᵀ F φ``, the leave-one-out formula of linear smoothers (Craven &
-    Wahba 1979), which is exact for the ridge ``F = (K + λI)⁻¹``.
+    Wahba 1979), which is exact for the ridge ``F = (K + λI)⁻¹``. It breaks down where a row is predicted by hardly
+    anything but itself. So ``1 − w h`` counts as `LEAST_REST` at least, and a λ for which it is less on average over
+    the rows has no predictions.
 
     Args:
         kernel: ``K = Φᵀ diag(w) Φ``.
@@ -146,7 +151,7 @@ def left_out(kernel: Kernel, pull: Tensor, rows: Tensor, weights: Tensor, own: T
         lambdas: ``[G]``, all positive.
 
     Returns:
-        ``[m, G]``, float64, in units of f.
+        ``[m, G]``, float64, in units of f; NaN for a λ under which rows predict but themselves.
     """
     values, vectors = kernel.spectrum()
     seen, along = kernel.coordinates(rows) @ vectors, kernel.coordinates(pull) @ vectors
@@ -154,7 +159,9 @@ def left_out(kernel: Kernel, pull: Tensor, rows: Tensor, weights: Tensor, own: T
     filters = -torch.expm1(-values / lambdas) / values  # [r, G]
     leverage = seen.square() @ filters
     predicted = seen @ (along.unsqueeze(1) * filters) - leverage * own.unsqueeze(1)
-    return predicted / (1 - weights.unsqueeze(1) * leverage).clamp(min=torch.finfo(values.dtype).eps)
+    rest = 1 - weights.unsqueeze(1) * leverage
+    found = predicted / rest.clamp(min=LEAST_REST)
+    return torch.where(rest.mean(0) < LEAST_REST, torch.nan, found)
 
 
 @dataclass(frozen=True)
@@ -177,8 +184,8 @@ def choose_regularization(unit: float, predictions: Tensor, gains: Tensor, share
       highest correlation with what was learnt. Averages over more checkpoints have less noise, and get a smaller λ. A
       model that is trained on a share of the rows for as many epochs has that share of the kernel and the same λ,
       which is λ over the share for the whole kernel.
-    - ``trace``: where that is not known, or no λ within `LAMBDAS` is better than both ends, the mean of ``w ‖φ‖²`` over
-      the share.
+    - ``trace``: where that is not known, or the correlation could be one of noise (below two standard errors,
+      ``2 / √m``), or no λ within `LAMBDAS` is better than both ends, the mean of ``w ‖φ‖²`` over the share.
 
     Args:
         unit: The mean of ``w ‖φ‖²``.
@@ -191,9 +198,10 @@ def choose_regularization(unit: float, predictions: Tensor, gains: Tensor, share
     """
     predictions, gains = predictions - predictions.mean(0), gains - gains.mean()
     lengths = predictions.norm(dim=0) * gains.norm()
-    found = torch.where(lengths > 0, gains @ predictions / lengths, -1.0).cpu()
-    best = int(found.argmax())
-    if not 0 < best < len(LAMBDAS) - 1:
+    found = torch.where(lengths > 0, gains @ predictions / lengths, torch.nan).cpu()
+    best = int(found.nan_to_num(nan=-1.0).argmax())
+    inside = 0 < best < len(LAMBDAS) - 1 and bool(found[best - 1 : best + 2].isfinite().all())
+    if not inside or found[best] <= 2 / math.sqrt(len(gains)):
         return Regularization(unit / share, "trace")
     before, here, after = found[best - 1 : best + 2]
     bend = 2 * here - before - after

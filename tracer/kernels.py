@@ -47,7 +47,8 @@ class Kernels:
     ) -> None:
         self.store, self.device, self.process, self.progress = store, device, process, progress
         dim, num_rows = store.manifest.feature_dim, store.manifest.train_set_size
-        self._most = max(1, memory_bytes // (16 * dim * min(dim, num_rows)))  # a matrix or rows, and a factor or basis
+        # a matrix or rows, a factor or basis, and the eigenvectors by which λ is chosen
+        self._most = max(1, memory_bytes // (24 * dim * min(dim, num_rows)))
         self._held: dict[tuple[str, ...], tuple[Kernel, Moments]] = {}
         self._chosen: dict[tuple[str, ...], Regularization] = {}
         self._contents: dict[int, str] = {}
@@ -108,7 +109,7 @@ class Kernels:
         if estimate.kernel == "curvature":
             return found
         traces = [self.get(last, weighting, model_ids)[1].trace for weighting in (estimate.kernel, "curvature")]
-        used, own = (max(trace, np.finfo(float).tiny) for trace in traces)
+        used, own = (trace or 1.0 for trace in traces)  # a kernel of zeros has no scale
         return Regularization(self.process.agreed(found.value * used / own), found.rule)
 
     def _choice(self, model_ids: list[int], last: int) -> Regularization:
@@ -139,7 +140,7 @@ class Kernels:
         """Choose λ from how well some rows are predicted by the others."""
         num_rows = self.store.checkpoint(last).num_rows
         _, moments = self.get(last, "curvature", model_ids)
-        unit = max(moments.trace / num_rows, np.finfo(float).tiny)
+        unit = (moments.trace or 1.0) / num_rows
         rows = np.unique(np.linspace(0, num_rows - 1, min(num_rows, MOST_LEFT_OUT)).round().astype(np.int64))
         weights = row_weighting([self.store.checkpoint(model_id) for model_id in sorted(model_ids)], num_rows)
         predictions = torch.zeros(len(rows), len(LAMBDAS), dtype=torch.float64, device=self.device)
