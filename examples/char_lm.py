@@ -28,6 +28,9 @@ from tracer import Attribution, attribute, token_influence
 SHARED = 5
 """How long a run of characters is that counts as shared by two windows."""
 
+LEAST_WINDOW, LEAST_TRAIN = 2 * SHARED, 40
+"""Shorter windows hardly share a run; of fewer training windows the four strongest would be no choice."""
+
 
 class Decoder(nn.Module):
     """A causal transformer over characters.
@@ -63,13 +66,31 @@ def next_character_loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def read_text(options: argparse.Namespace) -> str:
-    """Return the text that was asked for, else Shakespeare where there is one, else made-up sentences."""
+    """Return the text that was asked for, else Shakespeare where there is one, else made-up sentences.
+
+    Args:
+        options: The command line.
+
+    Returns:
+        The text.
+
+    Raises:
+        SystemExit: It cannot be read, or is too short for enough windows.
+    """
     path = options.text or (None if options.quick else find_file("tinyshakespeare.txt", None))
-    if path is not None:
-        print(f"Text: {path.name}")
-        return path.read_text(encoding="utf-8")
-    print("Text: made-up sentences")
-    return ".\n".join(made_up_topics(600, options.seed)[0])
+    name = "made-up sentences" if path is None else path.name
+    try:
+        text = ".\n".join(made_up_topics(600, options.seed)[0]) if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{path} cannot be read as a text in UTF-8: {error}.") from None
+    needed = -(-LEAST_TRAIN * options.window * 10 // 9)  # nine tenths are for training
+    if len(text) < needed:
+        raise SystemExit(
+            f"The text ({name}) has {len(text):,} characters; {LEAST_TRAIN} training windows of {options.window} and "
+            f"later ones as targets need {needed:,}. Pass a longer --text or a shorter --window."
+        )
+    print(f"Text: {name}")
+    return text
 
 
 def windows(text: str, count: int, length: int) -> list[str]:
@@ -107,8 +128,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a tiny model on made-up sentences: a few seconds")
     options = parser.parse_args(arguments)
-    options.num_train = options.num_train or (256 if options.quick else 3000)
-    options.epochs = options.epochs or (8 if options.quick else 10)
+    if options.num_train is None:
+        options.num_train = 256 if options.quick else 3000
+    if options.epochs is None:
+        options.epochs = 8 if options.quick else 10
+    for name, least in (("window", LEAST_WINDOW), ("num_train", LEAST_TRAIN), ("epochs", 1)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be {least} or more; got {getattr(options, name)}")
     options.num_targets = 12 if options.quick else 40
     return options
 

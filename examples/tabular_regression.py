@@ -32,6 +32,12 @@ from tracer.retraining import Recipe, retrain
 
 CHECKED_SHARES = (0.05, 0.1, 0.2, 0.3)
 
+LEAST_ROWS = 20
+"""How many rows a table needs."""
+
+CLAIMED_ROWS = 100
+"""From how many training rows on the script asserts what it found; with fewer, chance decides and it only reports."""
+
 
 class Table(NamedTuple):
     """Standardized rows.
@@ -66,10 +72,13 @@ def read_csv(path: Path, target: str) -> tuple[np.ndarray, np.ndarray, list[str]
         Inputs ``[N, D]``, targets ``[N]`` and the names of the D columns.
 
     Raises:
-        SystemExit: There is no such column, or no row of numbers.
+        SystemExit: The file cannot be read, there is no such column, or there are too few rows of numbers.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SystemExit(f"{path} cannot be read as a CSV file: {error}.") from None
     names = list(lines[0]) if lines else []
     if target not in names:
         raise SystemExit(f"{path} has no column {target!r}; it has {', '.join(names) or 'no rows'}. Pass --target.")
@@ -82,8 +91,10 @@ def read_csv(path: Path, target: str) -> tuple[np.ndarray, np.ndarray, list[str]
 
     numeric = [name for name in names if sum(is_number(line[name]) for line in lines) > len(lines) / 2]
     rows = [[float(line[name]) for name in numeric] for line in lines if all(is_number(line[name]) for name in numeric)]
-    if target not in numeric or len(rows) < 20:
-        raise SystemExit(f"{path} has {len(rows)} rows of numbers, columns {', '.join(numeric)}; 20 rows are needed.")
+    if target not in numeric or len(rows) < LEAST_ROWS:
+        raise SystemExit(
+            f"{path} has {len(rows)} rows of numbers, columns {', '.join(numeric)}; {LEAST_ROWS} rows are needed."
+        )
     values, place = np.array(rows), numeric.index(target)
     return np.delete(values, place, axis=1), values[:, place], [name for name in numeric if name != target]
 
@@ -149,6 +160,23 @@ def print_found(rankings: dict[str, np.ndarray], corrupted: np.ndarray) -> None:
     print(f"{'chance':<34}" + "".join(f"{share:>9.0%}" for share in CHECKED_SHARES))
 
 
+def print_highest(table: Table, scores: np.ndarray, fitted: Tensor, num_rows: int = 10) -> None:
+    """Print the rows that rank highest, in the data's unit: there where none is known to be wrong.
+
+    Args:
+        table: The rows.
+        scores: ``[N]``.
+        fitted: ``[N]``, the predictions of the training rows.
+        num_rows: How many.
+    """
+    spread, mean = table.unit
+    print("\nNo target was corrupted. Training rows of the highest self-influence")
+    print(f"{'row':<8}{'self-influence':>16}{'target':>10}{'predicted':>11}")
+    for row in np.argsort(-scores)[:num_rows]:
+        target, seen = (float(values[row]) * spread + mean for values in (table.train_y, fitted))
+        print(f"{row:<8}{scores[row]:>16.3g}{target:>10.4g}{seen:>11.4g}")
+
+
 def print_movers(table: Table, predicted: Tensor, raises: np.ndarray, num_targets: int = 3) -> None:
     """Print the rows that moved some predictions most, up or down, in the data's unit.
 
@@ -160,7 +188,7 @@ def print_movers(table: Table, predicted: Tensor, raises: np.ndarray, num_target
     """
     spread, mean = table.unit
     print("\nTraining rows whose removal would move a prediction most, by estimate (* corrupted)")
-    for target in range(num_targets):
+    for target in range(min(num_targets, len(predicted))):
         truth, seen = (float(values[target]) * spread + mean for values in (table.test_y, predicted))
         print(f"  test row {target}: target {truth:.0f}, predicted {seen:.0f}")
         for row in np.argsort(-np.abs(raises[:, target]))[:3]:
@@ -168,9 +196,10 @@ def print_movers(table: Table, predicted: Tensor, raises: np.ndarray, num_target
             print(f"    without row {row:>3}{mark} (target {of_row:>4.0f}): {-raises[row, target] * spread:+.1f}")
 
 
-def print_removal(table: Table, raises: np.ndarray, options: argparse.Namespace, removed: int = 20) -> None:
+def print_removal(table: Table, raises: np.ndarray, options: argparse.Namespace) -> None:
     """Remove the rows that raise each of some predictions most, train again, and print what became of it."""
     num_targets, num_seeds = (3, 3) if options.quick else (6, 10)
+    num_targets, removed = min(num_targets, len(table.test_y)), min(20, len(raises) // 5)
     masks = np.ones((num_targets + 1, len(raises)), dtype=bool)
     for target in range(num_targets):
         masks[target + 1, np.argsort(-raises[:, target])[:removed]] = False
@@ -189,7 +218,7 @@ def print_removal(table: Table, raises: np.ndarray, options: argparse.Namespace,
         change = float(truth.outputs[target + 1, target] - truth.outputs[0, target]) * spread
         estimate = -float(raises[~masks[target + 1], target].sum()) * spread
         print(f"{target:<12}{estimate:>+10.1f}{change:>+11.1f}")
-        assert change < 0, "without the rows that raise a prediction it should fall"
+        assert change < 0 or len(raises) < CLAIMED_ROWS, "without the rows that raise a prediction it should fall"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -199,15 +228,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", default="target", help="the column of it that is predicted")
     parser.add_argument("--rows", type=int, help="how many rows, drawn at random (all)")
     parser.add_argument("--loss", choices=sorted(LOSSES), default="squared")
-    parser.add_argument("--corrupt", type=float, default=0.1, help="share of corrupted training targets (0.1)")
+    parser.add_argument("--corrupt", type=float, default=0.1, help="share of corrupted training targets, or 0 (0.1)")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--learning-rate", type=float, default=0.02, help="of plain SGD, constant (0.02)")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/tabular_regression"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="fewer epochs")
     options = parser.parse_args(arguments)
-    if not 0.01 <= options.corrupt <= 0.4:
-        parser.error(f"--corrupt must lie in 0.01 to 0.4; got {options.corrupt}")
+    if options.corrupt != 0 and not 0.01 <= options.corrupt <= 0.4:
+        parser.error(f"--corrupt must be 0 or lie in 0.01 to 0.4; got {options.corrupt}")
+    if options.rows is not None and options.rows < LEAST_ROWS:
+        parser.error(f"--rows must be {LEAST_ROWS} or more, for a quarter of them are test rows; got {options.rows}")
+    if options.epochs < 1:
+        parser.error(f"--epochs must be 1 or more; got {options.epochs}")
     if options.quick:
         options.epochs = 20
     return options
@@ -216,10 +249,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, attribute, and print what is found."""
     options = parse(arguments)
+    table, (task, loss) = load_table(options), LOSSES[options.loss]  # first: a wrong table must not claim the directory
     names = ("target", "rows", "loss", "corrupt", "epochs", "learning_rate", "seed")
     source = "diabetes" if options.csv is None else str(options.csv)
     claim_directory(options.output_dir, {"data": source} | {name: getattr(options, name) for name in names})
-    table, (task, loss) = load_table(options), LOSSES[options.loss]
     num_train, num_columns = table.train_x.shape
     print(
         f"{num_train:,} rows of {num_columns} columns, {table.corrupted.sum()} with corrupted targets; "
@@ -245,19 +278,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     explained = 1 - float((predicted - table.test_y).square().mean() / table.test_y.var(correction=0))
     print(f"Test rows: R² {explained:.2f}")
     self_influence = found.self_influence()
+    wrong = table.corrupted
     rankings = {
         "self-influence": self_influence,
         "residual at the last checkpoint": (fitted - table.train_y).abs().numpy(),
         "target's distance from the mean": table.train_y.abs().numpy(),
     }
-    print_found(rankings, table.corrupted)
+    if wrong.any():
+        print_found(rankings, wrong)
+    else:
+        print_highest(table, self_influence, fitted)
     if options.loss == "squared":  # there the output is the prediction itself
         print_movers(table, predicted, np.asarray(found.scores))
         print_removal(table, np.asarray(found.scores), options)
-    share = mislabel_detection(self_influence, table.corrupted).recall_at(0.2)
-    assert share > 0.4, (
-        f"a fifth of the rows should hold over twice chance's share of corrupted targets, not {share:.0%}"
-    )
+    if wrong.any() and num_train >= CLAIMED_ROWS:
+        share = mislabel_detection(self_influence, wrong).recall_at(0.2)
+        assert share > 0.4, (
+            f"a fifth of the rows should hold over twice chance's share of corrupted targets, not {share:.0%}"
+        )
 
 
 if __name__ == "__main__":

@@ -59,18 +59,22 @@ def digits_targets() -> tuple[Tensor, Tensor]:
     return data.tensors()[1], torch.as_tensor(data.test_labels)
 
 
+SAVED_EPOCHS = (1, 2, 4, 8, 12)
+"""After which epochs on the digits weights are saved."""
+
+
 def train_digits(directory: Path, learning_rate: float) -> None:
     """Train on the digits as anyone might, and save the weights of some epochs under names without leading zeros."""
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model, (x, y) = digits_model(), digits_train()
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
-    for epoch in range(1, 13):
+    for epoch in range(1, SAVED_EPOCHS[-1] + 1):
         for rows in torch.randperm(len(y)).split(16):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
             optimizer.step()
-        if epoch in (1, 2, 4, 8, 12):
+        if epoch in SAVED_EPOCHS:
             torch.save(model.state_dict(), directory / f"epoch_{epoch}.pt")
 
 
@@ -97,6 +101,24 @@ def weights_in_order(directory: Path, pattern: str) -> list[Path]:
             f"{directory} has no file {pattern}; pass --weights-dir, and --pattern if they are named otherwise."
         )
     return found
+
+
+def rates_of(rates: Sequence[float], num_files: int) -> list[float]:
+    """Return a learning rate for each file.
+
+    Args:
+        rates: One, or one for each file.
+        num_files: How many files.
+
+    Returns:
+        As many rates as files.
+
+    Raises:
+        SystemExit: The numbers differ.
+    """
+    if len(rates) not in (1, num_files):
+        raise SystemExit(f"{len(rates)} learning rates came for {num_files} files; pass one, or one for each file.")
+    return list(rates) * num_files if len(rates) == 1 else list(rates)
 
 
 def named_function(name: str) -> Callable[[], Any]:
@@ -187,12 +209,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if folder is None:
         folder = options.output_dir / "weights"
         if not list(folder.glob("*.pt")):
+            names = [Path(f"epoch_{epoch}.pt") for epoch in SAVED_EPOCHS]
+            rates_of(options.learning_rate, sum(name.match(options.pattern) for name in names))  # before any training
             print(f"Training on digits; weights go to {folder}")
             train_digits(folder, options.learning_rate[0])
     paths = weights_in_order(folder, options.pattern)
-    rates = options.learning_rate * len(paths) if len(options.learning_rate) == 1 else options.learning_rate
-    if len(rates) != len(paths):
-        raise SystemExit(f"{len(rates)} learning rates came for {len(paths)} files; pass one, or one for each file.")
+    rates = rates_of(options.learning_rate, len(paths))
     claim_directory(options.output_dir, {"weights": [path.name for path in paths], "learning_rates": rates})
     model, train, targets = (named_function(name)() for name in (options.model, options.train, options.targets))
     checkpoints = list(zip(paths, rates, strict=True))

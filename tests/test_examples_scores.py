@@ -60,6 +60,12 @@ def test_functions_of_ones_own_are_named_by_module(tmp_path, monkeypatch):
         weights_folder.weights_in_order(tmp_path, "*.pt")
 
 
+def test_a_wrong_count_of_learning_rates_is_refused_before_training(tmp_path):
+    with pytest.raises(SystemExit, match="2 learning rates came for 5 files"):
+        example("weights_folder").main(["--learning-rate", "0.1", "0.2", "--output-dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_ensemble_predicts_better_than_one_model(tmp_path):
     arguments = ["--quick", "--output-dir", str(tmp_path)]
     assert "Training 5 models" in run_example("trak_ensemble", *arguments)
@@ -105,6 +111,42 @@ def test_corrupted_targets_of_a_table_are_found(tmp_path, loss):
     assert "self-influence" in printed and ("retrained" in printed) == (loss == "squared")
     again = run_example("tabular_regression", *arguments)
     assert "Reusing" in again and again[again.index("Test rows") :] == printed[printed.index("Test rows") :]
+
+
+def test_a_table_without_corrupted_targets_lists_what_ranks_highest(tmp_path):
+    arguments = ["--quick", "--rows", "24", "--epochs", "1", "--output-dir", str(tmp_path)]
+    printed = run_example("tabular_regression", "--corrupt", "0", *arguments)
+    assert "No target was corrupted. Training rows of the highest self-influence" in printed
+    assert "corrupted targets found" not in printed
+
+
+def test_a_table_of_the_fewest_rows_is_traced(tmp_path):
+    printed = run_example("tabular_regression", "--rows", "20", "--epochs", "2", "--output-dir", str(tmp_path))
+    assert "15 rows of 10 columns, 2 with corrupted targets" in printed and "Without the 3 rows" in printed
+
+
+def test_a_wrong_csv_file_does_not_claim_the_directory(tmp_path):
+    path, run = tmp_path / "houses.csv", tmp_path / "run"
+    path.write_text("\n".join(["rooms,price", *(f"{row},{2 * row}" for row in range(30))]))
+    with pytest.raises(SystemExit, match="no column 'target'"):
+        example("tabular_regression").main(["--csv", str(path), "--output-dir", str(run)])
+    with pytest.raises(SystemExit, match="nothing.csv cannot be read as a CSV file"):
+        example("tabular_regression").main(["--csv", str(tmp_path / "nothing.csv"), "--output-dir", str(run)])
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--rows", "5", "--rows must be 20 or more, for a quarter of them are test rows; got 5"),
+        ("--corrupt", "0.5", "--corrupt must be 0 or lie in 0.01 to 0.4; got 0.5"),
+        ("--epochs", "0", "--epochs must be 1 or more; got 0"),
+    ],
+)
+def test_settings_of_a_table_are_checked(capsys, option, value, message):
+    with pytest.raises(SystemExit):
+        example("tabular_regression").parse([option, value])
+    assert message in capsys.readouterr().err
 
 
 def test_csv_files_are_read_and_gaps_left_out(tmp_path):

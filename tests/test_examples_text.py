@@ -34,6 +34,32 @@ def test_char_lm_reads_a_text(tmp_path):
     assert example("char_lm").read_text(options).startswith("one two")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--num-train", "3", "--num-train must be 40 or more; got 3"),
+        ("--num-train", "0", "--num-train must be 40 or more; got 0"),
+        ("--window", "1", "--window must be 10 or more; got 1"),
+        ("--epochs", "0", "--epochs must be 1 or more; got 0"),
+    ],
+)
+def test_char_lm_checks_its_settings(capsys, option, value, message):
+    with pytest.raises(SystemExit):
+        example("char_lm").parse([option, value])
+    assert message in capsys.readouterr().err
+
+
+def test_char_lm_refuses_texts_too_short_or_not_readable(tmp_path):
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("abcd", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"\(text.txt\) has 4 characters; 40 training windows of 64 .* need 2,845"):
+        example("char_lm").main(["--text", str(text), "--output-dir", str(run)])
+    text.write_bytes(b"\xff\xfe" * 9)
+    with pytest.raises(SystemExit, match="cannot be read as a text in UTF-8"):
+        example("char_lm").main(["--text", str(text), "--output-dir", str(run)])
+    assert not run.exists()
+
+
 def test_char_lm_marks_the_strongest_characters():
     parts = np.array([0.0, 0.0, 3.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     assert example("char_lm").marked("abcdefghij", parts) == "ab[cd]efghij"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import csv
+import html
 import importlib.util
 import json
 import re
 import sys
+import warnings
 from html.parser import HTMLParser
 
 import numpy as np
@@ -20,7 +22,7 @@ from tracer.report import payload as payload_module
 from tracer.report import write_report
 from tracer.report.charts import number
 from tracer.report.health import WrongLabels
-from tracer.report.montage import row_heading
+from tracer.report.montage import influence_montage, row_heading
 from tracer.report.recovery import ranking, recovery_curve
 from tracer.report.samples import Samples
 from tracer.types import TopK
@@ -289,6 +291,14 @@ def test_a_montage_shows_five_of_many_proponents_and_the_page_all(tmp_path):
     assert embedded(index)["targets"]["proponents"]["k"] == 20
 
 
+def test_a_montage_ends_at_zero():
+    images = Samples("train", N, inputs=INPUTS["gray images"])
+    top = TopK(np.array([[0, 1, 2]]), np.array([[2.0, 0.0, -1.0]]))
+    low = TopK(np.array([[3, 4, 5]]), np.array([[-4.0, 0.0, 1.0]]))
+    figure = influence_montage(images, images, top, low, [0], None)
+    assert [axes.get_xlabel() for axes in figure.axes] == ["target 0", "+2", "−4"]
+
+
 def test_an_image_is_headed_by_its_prediction_only_where_it_differs():
     samples = Samples("target", 2, labels=[0, 1], predictions=[0, 0], class_names=["ant", "bee"])
     assert [row_heading(samples, row) for row in range(2)] == ["ant", "bee → ant"]
@@ -327,6 +337,7 @@ def test_numbers_that_call_for_nothing_give_no_advice(tmp_path):
 def test_labels_are_to_be_checked_only_where_the_interval_lies_above_zero(tmp_path, monkeypatch, low, advised):
     estimate = WrongLabels(share=0.03, low=low, high=0.06, contradicted=0.04, error=0.01, num_contradicted=9)
     monkeypatch.setattr("tracer.report.writer.estimate_wrong_labels", lambda classes: estimate)
+    monkeypatch.setattr("tracer.report.health.MIN_CLASSES", 3)
     options = {"scores": SCORES, "train_labels": LABELS, "target_labels": TARGET_LABELS}
     assert ("Check the labels of the 9 contradicted rows" in advice(tmp_path, **options)) == advised
 
@@ -346,7 +357,8 @@ def test_advice_names_the_number_that_it_follows_from(tmp_path):
     )
 
 
-def test_advice_on_wrong_labels_small_classes_and_harmed_targets(tmp_path):
+def test_advice_on_wrong_labels_small_classes_and_harmed_targets(tmp_path, monkeypatch):
+    monkeypatch.setattr("tracer.report.health.MIN_CLASSES", 3)
     num_rows, num_targets = 400, 30
     labels, targets = np.arange(num_rows) % 3, np.arange(num_targets) % 3
     labels[labels == 2] = np.where(np.arange((labels == 2).sum()) < 10, 2, 0)
@@ -365,9 +377,175 @@ def test_advice_on_wrong_labels_small_classes_and_harmed_targets(tmp_path):
     assert "are labelled ant and harm bee most" in text
     assert "Collect more rows of class cat/dog. It has 10 training rows" in text
     assert "20 of 30 targets (67%) have a negative mean score" in text
+    estimate = WrongLabels(share=0.03, low=0.0, high=0.06, contradicted=0.04, error=0.01, num_contradicted=9)
+    monkeypatch.setattr("tracer.report.writer.estimate_wrong_labels", lambda classes: estimate)
+    text = advice(tmp_path, scores=scores, **options)
+    assert "harm bee most" not in text  # the interval holds zero: these may all be right
+    assert "were labelled" not in text
+    monkeypatch.undo()
     text = advice(tmp_path, scores=np.abs(scores), **options)
     assert "Check the labels" not in text
     assert "negative mean score" not in text
+
+
+def clean(num_classes, num_rows=400, num_targets=60):
+    """Scores of rows of which a seventh harms the next class as much as it helps its own, and labels."""
+    labels, targets = np.arange(num_rows) % num_classes, np.arange(num_targets) % num_classes
+    scores = np.where(labels[:, None] == targets[None], 1.0, -0.05) * RNG.uniform(0.8, 1.2, (num_rows, num_targets))
+    hard = np.arange(num_rows) % 7 == 0
+    scores[hard[:, None] & ((labels[:, None] + 1) % num_classes == targets[None])] = -1.0
+    top = TopK(np.zeros((num_targets, 1), dtype=int), np.ones((num_targets, 1)))
+    return {
+        "self_influence": np.ones(num_rows), "proponents": top, "opponents": top, "scores": scores,
+        "train_labels": labels, "target_labels": targets,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("num_classes", "estimated"), [(2, False), (9, False), (10, True)])
+def test_wrong_labels_are_estimated_only_for_as_many_classes_as_were_calibrated(tmp_path, num_classes, estimated):
+    index = report(tmp_path / "report", **clean(num_classes))
+    text, data = words(index), embedded(index)
+    assert ("contradicted rows, highest self-influence first" in text) == estimated
+    assert ("of the labels are likely wrong" in text) == estimated
+    assert (f"calibrated for 10 classes or more, and here {num_classes} have training rows" in text) == (not estimated)
+    assert ("contradicted" in text) == estimated
+    assert ("contradicted" in data["flags"]) == estimated
+    assert (data["suggested"] is not None) == estimated
+    assert ("contradicted" in lines(tmp_path / "report" / "influence_summary.csv")[0]) == estimated
+
+
+def test_a_class_without_targets_does_not_count_for_the_estimate(tmp_path):
+    content = clean(10)
+    content["target_labels"] = np.where(content["target_labels"] == 9, 0, content["target_labels"])
+    assert "here 9 have training rows and targets" in words(report(tmp_path / "report", **content))
+
+
+@pytest.mark.parametrize("kind", [np.float32, bool])
+def test_labels_of_two_classes_as_floats_or_bools_are_class_indices(tmp_path, kind):
+    labels = LABELS % 2
+    index = report(
+        tmp_path, train_labels=labels.astype(kind), train_predictions=labels, class_names=["neg", "pos"],
+    )  # fmt: skip
+    assert "does not predict 0.0%" in re.sub(" +", " ", words(index))
+    rows = lines(tmp_path / "influence_summary.csv")
+    assert [row["label"] for row in rows] == [["neg", "pos"][labels[int(row["row"])]] for row in rows]
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.5], [0.0, 2.0], [0.0, np.nan]])
+def test_floats_that_are_no_class_indices_stay_numbers(values):
+    samples = Samples("train", 2, labels=np.array(values), class_names=["neg", "pos"])
+    assert samples.labels == [f"{value:.4g}" for value in values]
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (3, 1, 4, 4), (3, 3, 4, 4), (3, 4, 4, 4)])
+def test_one_pixel_that_is_nan_is_marked_and_leaves_the_others_as_they_are(shape):
+    whole = RNG.normal(size=shape)
+    broken = whole.copy()
+    place = (1, 2, 2) if len(shape) == 3 else (1, 0, 2, 2)
+    broken[place] = np.nan
+    limits = (np.nanmin(broken), np.nanmax(broken))
+    whole[place] = limits[0]  # the same least and greatest
+    expected, found = Samples("train", 3, inputs=whole), Samples("train", 3, inputs=broken)
+    for row in range(3):
+        right, image = expected.image(row), found.image(row)
+        right = right[..., None].repeat(3, -1) if right.ndim == 2 else right
+        marked = np.zeros((4, 4), dtype=bool)
+        marked[2, 2] = row == 1
+        np.testing.assert_allclose(image[~marked], right[~marked])
+        assert (image[marked][:, :3] == [1.0, 0.0, 1.0]).all()
+
+
+def test_images_without_a_finite_pixel_are_drawn_without_warnings(tmp_path):
+    images = np.full((N, 8, 8), np.nan, dtype=np.float32)
+    images[0] = np.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report(tmp_path, train_inputs=images, target_inputs=images[:M], figures=True)
+
+
+def test_a_number_that_is_missing_in_one_vector_leaves_mean_and_deviation_of_the_others(tmp_path):
+    vectors = RNG.normal(size=(N, 3))
+    vectors[4, 0], vectors[5, 0], vectors[:, 2] = np.nan, np.inf, np.nan
+    packed = embedded(report(tmp_path, train_inputs=vectors))["train"]
+    kept = np.delete(vectors[:, 0], [4, 5])
+    for name, first, second in (
+        ("mean", kept.mean(), vectors[:, 1].mean()),
+        ("deviation", kept.std(), vectors[:, 1].std()),
+    ):
+        found = np.frombuffer(base64.b64decode(packed[name]), "<f4")
+        np.testing.assert_allclose(found, [first, second, 0.0], rtol=1e-5)
+
+
+def test_tokens_may_come_as_arrays(tmp_path):
+    tokens = np.array([["a", f"b{row}"] for row in range(N)])
+    index = report(tmp_path, train_tokens=tokens, target_tokens=tokens[:M], token_scores={(0, 2): [1.0, 2.0]})
+    assert embedded(index)["tokens"]["train"] == {"2": ["a", "b2"]}
+
+
+def test_the_map_as_a_table_shows_the_classes_of_the_map_and_leaves_out_what_is_not_known(tmp_path):
+    labels, targets = np.arange(N) % 2, np.array([0, 0, 0, 2, 2, 2, 2])
+    text = words(report(tmp_path, scores=SCORES, train_labels=labels, target_labels=targets, class_names=NAMES))
+    listed = text[text.index("The map as a table") : text.index("Classes", text.index("The map as a table"))]
+    assert "nan" not in listed
+    assert listed.count("cat/dog") == 2  # a class of targets alone has its column
+
+    many = [f"c{place}" for place in range(N)] + ["most"]
+    codes = np.arange(45) % 41
+    codes[-4:] = 40  # the last class has most rows, so it is on the map of forty
+    scores = RNG.normal(size=(45, M))
+    index = report(
+        tmp_path / "many", self_influence=np.ones(45), scores=scores, train_labels=codes, target_labels=TARGET_LABELS,
+        class_names=many,
+    )  # fmt: skip
+    text = words(index)
+    assert "most" in text[text.index("The map as a table") :].split("c0", 1)[1].split("c0", 1)[0]
+
+
+def test_half_a_surrogate_pair_is_written_as_its_number(tmp_path):
+    names, texts = ["ant\ud800", "bee", "cat"], ["text \udfff"] * N
+    index = report(
+        tmp_path / "report", scores=SCORES, train_labels=LABELS, target_labels=TARGET_LABELS, class_names=names,
+        train_inputs=texts, figures=True,
+    )  # fmt: skip
+    assert "ant\\ud800" in words(index)
+    assert "ant\\ud800" in {row["label"] for row in lines(tmp_path / "report" / "influence_summary.csv")}
+
+
+def test_nothing_is_written_where_a_table_cannot_be_made(tmp_path, monkeypatch):
+    def fail(data):
+        raise RuntimeError("no table")
+
+    monkeypatch.setattr("tracer.report.writer.tables.classes_csv", fail)
+    with pytest.raises(RuntimeError, match="no table"):
+        full(tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "shown", "meaning"),
+    [
+        ({"estimator": "tracin"}, ["target loss"], "lowered the target's loss"),
+        ({"estimator": "tracin", "target": "output"}, ["target output"], "moved the model's output"),
+        (
+            {"estimator": "influence", "regularization": 7.5},
+            ["target output", "regularization 7.5, given"],
+            "moved the model's output",
+        ),
+        ({"estimator": "trak"}, ["target output", "regularization {value:.4g}, rule {rule}"], "moved the model's"),
+    ],
+)
+def test_settings_tell_of_what_scores_are_and_the_regularization(run, tmp_path, options, shown, meaning):
+    found = attribute(
+        run.model, "image_classification", run.train, run.targets, run.checkpoints, save_dir=tmp_path / "store",
+        proj_dim=64, **options,
+    )  # fmt: skip
+    text = html.unescape(words(found.report(tmp_path / "report", figures=False)))
+    rule = found.tracer.regularization("trak")
+    for each in shown:
+        assert each.format(value=rule.value, rule=rule.rule) in text
+    assert ("regularization" in text) == ("regularization" in shown[-1])
+    assert meaning in text
+    assert ("lowered the target's loss" in text) == (shown[0] == "target loss")
 
 
 def test_numbers_are_written_to_three_digits():
@@ -434,6 +612,8 @@ def test_without_all_scores_no_matrix_is_computed(run, tmp_path):
         ({"train_inputs": np.zeros((N - 1, 8, 8))}, "train_inputs has 39 rows; expected 40"),
         ({"train_labels": np.zeros(3)}, "train_labels has 3 rows; expected 40"),
         ({"rankings": {"loss": np.ones(3)}}, "loss"),
+        ({"rankings": {"label": np.ones(N)}}, "rankings has the name 'label', which is that of a column"),
+        ({"rankings": {"self-influence": np.ones(N)}}, "rankings has the name 'self-influence'"),
         ({"known_mislabelled": np.ones(3, dtype=bool)}, "mislabelled"),
         ({"proponents": TopK(np.full((M, K), N), TOP.scores)}, "names train row 40"),
         ({"opponents": TopK(TOP.indices[:2], TOP.scores[:2])}, "opponents has indices [2, 3]"),

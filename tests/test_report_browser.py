@@ -202,6 +202,22 @@ def test_targets_are_chosen_by_button_number_search_and_key(chrome, texts):
     expect(1)
 
 
+def test_proponents_and_opponents_end_at_zero(chrome, tmp_path):
+    scores = np.array([[2.0, -1.0], [0.5, -2.0], [0.0, -0.5], [-1.0, -3.0]])
+    top, low = strongest(scores), strongest(-scores)
+    page = write_report(
+        tmp_path / "report", self_influence=np.ones(4), proponents=top, opponents=TopK(low.indices, -low.scores),
+        figures=False,
+    )  # fmt: skip
+    open_page(chrome, page)
+    assert shown_target(chrome) == ["Target 0", [0, 1], [3]]
+    click(chrome, "#targets [data-control=next]")
+    assert shown_target(chrome) == ["Target 1", [3, 1, 0, 2]]
+    assert "No training row has a score above zero." in chrome.execute_script(
+        "return document.querySelector('.ends').textContent"
+    )
+
+
 def test_tokens_are_coloured_and_listed_with_their_scores(chrome, texts):
     open_page(chrome, texts)
     titles, colours, listed = chrome.execute_script(

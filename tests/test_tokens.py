@@ -357,6 +357,58 @@ def test_a_loss_beside_the_logits_is_refused(name):
         token_influence(model, penalized, x, x, [(model.state_dict(), 1.0)])
 
 
+class Wide(nn.Module):
+    """A model of any vocabulary, large logits, and optionally an operation without a forward-mode formula."""
+
+    def __init__(self, vocabulary, seed, with_function):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.embed = nn.Parameter(torch.randn(vocabulary, 16, generator=generator) / 2)
+        self.head = nn.Linear(16, vocabulary, bias=False)
+        self.head.weight = nn.Parameter(3 * torch.randn(vocabulary, 16, generator=generator))
+        self.with_function = with_function
+
+    def forward(self, x):
+        hidden = self.embed[x]
+        return self.head(_Exponential.apply(hidden) if self.with_function else hidden.exp())
+
+
+def wide_rows(vocabulary, seed):
+    return torch.randint(0, vocabulary, (2, 12), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_gpt2_of_its_whole_vocabulary_is_split(seed):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 50257, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    settings = transformers.GPT2Config(**sizes, initializer_range=0.5, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(settings).eval()
+    ids, mask = torch.randint(0, 50257, (4, 48)), torch.ones(4, 48, dtype=torch.long)
+    mask[0, :10] = 0
+    batch, target = ({"input_ids": ids[:n], "attention_mask": mask[:n]} for n in (4, 1))
+    found = token_influence(model, "language_modeling", batch, target, [model.state_dict()])
+    model.double()
+    exact = token_influence(model, "language_modeling", batch, target, [model.state_dict()])
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-3 * np.abs(exact).max())  # the model's rounding
+
+
+@pytest.mark.parametrize("with_function", [False, True], ids=["forward", "twice"])
+@pytest.mark.parametrize("vocabulary", [50, 50257])
+def test_plain_losses_pass_and_slight_penalties_do_not(vocabulary, with_function):
+    def plain(model, batch):
+        return F.cross_entropy(model(batch)[:, :-1].transpose(1, 2), batch[:, 1:], reduction="none").mean(1)
+
+    def slight(model, batch):
+        return plain(model, batch) + 1e-7 * sum(weights.square().sum() for weights in model.parameters())
+
+    for seed in range(4):
+        model, x = Wide(vocabulary, seed, with_function), wide_rows(vocabulary, seed)
+        assert np.isfinite(token_influence(model, plain, x, x[:1], [model.state_dict()])).all()
+        with pytest.raises(GradientError, match="with these held fixed it still has derivatives, up to"):
+            token_influence(model, slight, x, x[:1], [model.state_dict()])
+
+
 def contrastive(model, batch):
     return (model(batch).log_softmax(-1)[..., 0] - model(batch.flip(1)).log_softmax(-1)[..., 0]).mean(1)
 

@@ -72,6 +72,17 @@ class Attribution:
         """Return each train row's influence on itself, ``[num_train]``, float64; see `Tracer.self_influence`."""
         return self.tracer.self_influence(self.model_ids)
 
+    def _described(self) -> dict[str, Any]:
+        """Return estimator, target and, for estimators with a kernel, λ and its rule, as reports show them."""
+        estimate = Estimate(self.estimator, self.target, self.regularization)
+        shown: dict[str, Any] = {"estimator": estimate.estimator, "target": estimate.target}
+        if estimate.kernel is None:
+            return shown
+        if self.regularization != "auto":
+            return {**shown, "regularization": f"{float(self.regularization):.4g}, given"}
+        found = self.tracer.regularization(self.estimator, self.model_ids)
+        return {**shown, "regularization": f"{found.value:.4g}, rule {found.rule}"}
+
     def report(
         self,
         directory: str | os.PathLike[str],
@@ -106,7 +117,7 @@ class Attribution:
         """
         k = min(k, self.tracer.train_set_size)
         facts = StoreFacts.of(self.tracer.store, self.exp_name, self.model_ids)
-        known = {"estimator": self.estimator, **facts.settings}
+        known = {**self._described(), **facts.settings}
         options["settings"] = {**known, **(options.get("settings") or {})}
         rankings = options.get("rankings")
         if rankings is None and facts.losses is not None:

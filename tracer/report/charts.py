@@ -153,6 +153,15 @@ def recovery_chart(rankings: Mapping[str, np.ndarray], known: np.ndarray) -> str
     return _svg(parts, "Mislabelled rows found", f"Share of {total} mislabelled rows found by share of rows checked.")
 
 
+def map_classes(train_counts: np.ndarray) -> np.ndarray:
+    """Return which classes are on the map, in order: all, or of many those with most training rows.
+
+    >>> map_classes(np.array([3, 0, 5])).tolist()
+    [0, 1, 2]
+    """
+    return np.sort(np.argsort(-train_counts, kind="stable")[:MAX_HEAT_CLASSES])
+
+
 def heat_map(influence: np.ndarray, names: Sequence[str], train_counts: np.ndarray) -> str:
     """Return the class × class map of mean scores, blue where rows of a class help, orange where they harm.
 
@@ -164,7 +173,7 @@ def heat_map(influence: np.ndarray, names: Sequence[str], train_counts: np.ndarr
     Returns:
         SVG, as wide as it needs.
     """
-    kept = np.sort(np.argsort(-train_counts, kind="stable")[:MAX_HEAT_CLASSES])
+    kept = map_classes(train_counts)
     values = influence[np.ix_(kept, kept)]
     count = len(kept)
     labels = [_cut(names[place], 12) for place in kept]

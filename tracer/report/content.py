@@ -10,11 +10,17 @@ import numpy as np
 
 from tracer.errors import InputError
 from tracer.report.health import WrongLabels
-from tracer.report.samples import Samples, as_array
+from tracer.report.samples import Samples, as_array, as_text
 from tracer.summaries import ScoreSummary
 from tracer.types import TopK
 
 NUM_SHOWN_TARGETS = 6
+
+COLUMNS = (
+    "rank", "row", "self_influence", "self-influence", "label", "prediction", "known_mislabelled", "mean_score",
+    "mean_absolute_score", "harm_over_help", "contradicted", "harmed_class",
+)  # fmt: skip
+"""Names that a ranking cannot have: those of the other columns of the summary, and of self-influence on the page."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class ReportContent:
         tokens: Texts in tokens.
         summary: What all scores say; None where they did not come.
         class_names: The classes of ``summary``, by index.
-        health: The estimate of wrong labels; None without classes.
+        health: The estimate of wrong labels; None without classes, or with fewer than it is calibrated for.
     """
 
     self_influence: np.ndarray
@@ -74,6 +80,13 @@ class ReportContent:
     def num_rows(self) -> int:
         """The number of training rows N."""
         return len(self.self_influence)
+
+    @property
+    def contradicted(self) -> np.ndarray | None:
+        """``[N]``, bool, which rows the targets contradict; None without an estimate of wrong labels."""
+        if self.health is None or self.summary is None or self.summary.classes is None:
+            return None
+        return self.summary.classes.contradicted
 
     @property
     def disagrees(self) -> np.ndarray | None:
@@ -181,8 +194,25 @@ def check_mask(mask: Any, num_rows: int) -> np.ndarray | None:
 
 
 def check_rankings(rankings: Mapping[str, Any], num_rows: int) -> dict[str, np.ndarray]:
-    """Return the scores ``[N]`` of each ranking, float64."""
-    return {name: check_scores(scores, f"rankings[{name!r}]", num_rows) for name, scores in rankings.items()}
+    """Return the scores ``[N]`` of each ranking, float64.
+
+    Args:
+        rankings: Scores by name.
+        num_rows: The number of training rows N.
+
+    Returns:
+        The scores by name.
+
+    Raises:
+        InputError: If a name is that of another column, or scores are not N finite numbers.
+    """
+    taken = [name for name in rankings if name in COLUMNS]
+    if taken:
+        raise InputError(
+            f"rankings has the name {taken[0]!r}, which is that of a column of the report; give it another name, for "
+            f"example 'my {taken[0]}'."
+        )
+    return {as_text(name): check_scores(scores, f"rankings[{name!r}]", num_rows) for name, scores in rankings.items()}
 
 
 def check_shown(shown: Sequence[int] | None, num_targets: int) -> list[int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tracer.errors import MissingDependencyError
-from tracer.report.charts import MAX_HEAT_CLASSES, bins
+from tracer.report.charts import bins, map_classes
 from tracer.report.recovery import recovery_curve
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def class_figure(influence: np.ndarray, names: Sequence[str], train_counts: np.n
     Returns:
         The figure.
     """
-    kept = np.sort(np.argsort(-train_counts, kind="stable")[:MAX_HEAT_CLASSES])
+    kept = map_classes(train_counts)
     values = influence[np.ix_(kept, kept)]
     largest = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 0.0
     side = min(9.0, 3.2 + 0.32 * len(kept))

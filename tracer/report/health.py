@@ -11,6 +11,13 @@ from tracer.summaries import ClassSummary
 Z = 1.959964
 """Of a two-sided interval of 95 %."""
 
+MIN_CLASSES = 10
+"""With fewer classes there is no estimate: the rates are those of ten, and with few classes they are others.
+
+With two classes a row harms one whenever it helps the other, so harm over help does not tell a wrong label from a right
+row near the boundary. On three and five classes of digits the rates leave their ranges (docs/report.md).
+"""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -92,6 +99,16 @@ def estimate_wrong_labels(classes: ClassSummary, calibration: Calibration = CALI
         error=error,
         num_contradicted=int(wrong.sum()),
     )
+
+
+def enough_classes(classes: ClassSummary) -> bool:
+    """Tell whether as many classes have training rows and targets as the estimate was calibrated for."""
+    return count_classes(classes) >= MIN_CLASSES
+
+
+def count_classes(classes: ClassSummary) -> int:
+    """Return how many classes have training rows and targets."""
+    return int(np.count_nonzero((classes.train_counts > 0) & (classes.target_counts > 0)))
 
 
 def _corrected(share: float, false_positive: float, detected: float) -> float:

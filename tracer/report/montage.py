@@ -58,9 +58,12 @@ def influence_montage(
         axes = figure.add_subplot(grid[line, 0])
         _tile(axes, target.image(number), row_heading(target, number), f"target {number}")
         column = 1
-        for group in groups:
+        for group, sign in zip(groups, (1, -1), strict=True):
             column += 1
             for row, score in zip(group.indices[number], group.scores[number], strict=True):
+                if sign * score <= 0:  # the strongest that there are, but they do not help, or harm
+                    column += 1
+                    continue
                 axes = figure.add_subplot(grid[line, column])
                 flagged = known_mislabelled is not None and bool(known_mislabelled[row])
                 _tile(axes, train.image(int(row)), train.label(int(row)), _signed(score), flagged=flagged)

@@ -153,8 +153,8 @@ script-src 'unsafe-inline'; img-src data:">
 page hold the same.</p></noscript>
 {cards}
 </main>
-<footer class="wide"><p>Written by tracer. Positive scores are proponents: training on the row lowered the target's \
-loss.</p></footer>
+<footer class="wide"><p>Written by tracer. Positive scores are proponents: training on the row helped the \
+target.</p></footer>
 <script type="application/json" id="report-data">{embedded(data)}</script>
 <script>{scripts}</script>
 </body>

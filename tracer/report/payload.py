@@ -125,17 +125,15 @@ def _columns(data: ReportContent) -> list[tuple[str, str, str, np.ndarray]]:
 
 def _flags(data: ReportContent) -> dict[str, np.ndarray]:
     """Return masks ``[N]`` by name: those of known, contradicted, disagrees that there are."""
-    found = {"known": data.known_mislabelled, "disagrees": data.disagrees}
-    if data.summary is not None and data.summary.classes is not None:
-        found["contradicted"] = data.summary.classes.contradicted
+    found = {"known": data.known_mislabelled, "disagrees": data.disagrees, "contradicted": data.contradicted}
     return {name: mask for name, mask in found.items() if mask is not None}
 
 
 def _suggested(data: ReportContent, rows: np.ndarray) -> dict[str, Any] | None:
     """Return the class that contradicted rows harm most; an empty name for other rows."""
-    if data.summary is None or data.summary.classes is None:
+    if data.summary is None or data.summary.classes is None or data.contradicted is None:
         return None
-    harmed = np.where(data.summary.classes.contradicted, data.summary.classes.harmed + 1, 0)
+    harmed = np.where(data.contradicted, data.summary.classes.harmed + 1, 0)
     return {"names": ["", *data.class_names], "codes": packed(harmed[rows], "i4")}
 
 
@@ -202,21 +200,25 @@ def _within(items: Iterable[tuple[int, str]], budget: int) -> Iterable[tuple[int
 
 
 def _vectors(samples: Samples, rows: list[int], train: Samples) -> dict[str, Any]:
-    """Return the first numbers of vectors, and each number's mean and deviation over the training rows."""
+    """Return the first numbers of vectors, and each number's mean and deviation over training rows that have it."""
     width = len(samples.vector(rows[0]))
     shown = min(width, VECTOR_LENGTH)
     rows = rows[: max(1, NUMBER_BUDGET // max(1, shown))]
     reference = train if train.kind == "vectors" and len(train.vector(0)) == width else samples
     assert reference.inputs is not None
     values = np.asarray(reference.inputs, dtype=np.float64).reshape(reference.size, -1)[:, :shown]
+    finite = np.isfinite(values)
+    counts = np.maximum(1, finite.sum(axis=0))
+    mean = np.where(finite, values, 0.0).sum(axis=0) / counts
+    spread = np.where(finite, values, mean) - mean  # what is missing adds nothing
     names = samples.feature_names or [f"[{place}]" for place in range(shown)]
     return {
         "kind": "vectors",
         "rows": packed(rows, "i4"),
         "width": width,
         "names": names[:shown],
-        "mean": packed(np.nan_to_num(values.mean(axis=0)), "f4"),
-        "deviation": packed(np.nan_to_num(values.std(axis=0)), "f4"),
+        "mean": packed(mean, "f4"),
+        "deviation": packed(np.sqrt(np.square(spread).sum(axis=0) / counts), "f4"),
         "values": packed([samples.vector(row)[:shown] for row in rows], "f4"),
     }
 
@@ -228,9 +230,9 @@ def _tokens(data: ReportContent, targets: np.ndarray) -> Mapping[str, Any] | Non
     if not pairs and tokens.target is None:
         return None
     rows = {row for _, row in pairs}
-    assert tokens.train is not None or not rows
+    train = () if tokens.train is None else tokens.train  # an array of tokens has no truth value
     return {
-        "train": {str(row): [str(token) for token in (tokens.train or ())[row]] for row in rows},
+        "train": {str(row): [str(token) for token in train[row]] for row in rows},
         "target": {}
         if tokens.target is None
         else {str(number): [str(token) for token in tokens.target[number]] for number in shown},

@@ -10,6 +10,7 @@ import numpy as np
 from tracer.report.charts import number
 from tracer.report.content import ReportContent
 from tracer.report.health import Z
+from tracer.summaries import ClassSummary
 
 MIN_ROWS = 5
 """Fewer rows support no advice."""
@@ -68,7 +69,7 @@ def _wrong_labels(data: ReportContent) -> Advice | None:
 
 def _worst_class(data: ReportContent) -> Advice | None:
     """A class stands out where its share of contradicted rows is far above that of the others together."""
-    classes = None if data.summary is None else data.summary.classes
+    classes = _contradicting_classes(data)
     codes = _train_codes(data)
     if classes is None or codes is None:
         return None
@@ -97,9 +98,9 @@ def _worst_class(data: ReportContent) -> Advice | None:
 
 def _confused_pair(data: ReportContent) -> Advice | None:
     """A pair of classes stands out where it holds a large part of all contradicted rows."""
-    classes = None if data.summary is None else data.summary.classes
+    classes = _contradicting_classes(data)
     codes = _train_codes(data)
-    if classes is None or codes is None or len(data.class_names) < 3:
+    if classes is None or codes is None:
         return None
     mask = classes.contradicted & (classes.harmed != codes)
     pairs = codes[mask] * len(data.class_names) + classes.harmed[mask]
@@ -183,6 +184,16 @@ def _harmed_targets(data: ReportContent) -> Advice | None:
         f"the least is {number(float(data.summary.target_mean.min()))}.",
         "targets",
     )
+
+
+def _contradicting_classes(data: ReportContent) -> ClassSummary | None:
+    """Return what scores say by class where the interval of wrong labels lies above zero.
+
+    Below that, contradicted rows may all be rightly labelled, and where they gather says nothing of labels.
+    """
+    if data.health is None or data.health.low <= 0 or data.summary is None:
+        return None
+    return data.summary.classes
 
 
 def _train_codes(data: ReportContent) -> np.ndarray | None:

@@ -19,6 +19,9 @@ MAX_CLASSES = 1000
 MAX_FLOAT_CLASSES = 20
 """Likewise for labels that are floats, as those of two classes often are."""
 
+MISSING_COLOR = (1.0, 0.0, 1.0)
+"""Pixels that are NaN are drawn magenta, which neither gray images nor many photographs have."""
+
 
 class Samples:
     """Inputs, labels and predictions of ``size`` rows, ready to be shown one by one.
@@ -67,6 +70,7 @@ class Samples:
         self._low, self._high = (
             _limits(self.inputs) if self.inputs is not None and self.kind == "images" else (0.0, 1.0)
         )
+        self._has_missing = self.inputs is not None and self.kind == "images" and _has_nan(self.inputs)
         self.feature_names = self._check_names(feature_names)
 
     def _check_names(self, names: Sequence[str] | None) -> list[str] | None:
@@ -90,6 +94,7 @@ class Samples:
         """Return the row as an image between 0 and 1: ``[H, W]`` or ``[H, W, C]`` with C of 3 or 4.
 
         Values are scaled by the least and greatest of all images, unless these lie in [0, 1] (floats) or are bytes.
+        Where pixels of any image are NaN, all images have colours, and these pixels are `MISSING_COLOR`.
 
         Args:
             row: The row's index.
@@ -103,7 +108,8 @@ class Samples:
             pixels = np.moveaxis(pixels, 0, -1)  # [C, H, W] -> [H, W, C]
         if pixels.ndim == 3 and pixels.shape[-1] == 1:
             pixels = pixels[..., 0]
-        return np.clip((pixels - self._low) / (self._high - self._low), 0.0, 1.0)
+        scaled = np.clip((pixels - self._low) / (self._high - self._low), 0.0, 1.0)
+        return _mark_missing(scaled) if self._has_missing else scaled
 
     def text(self, row: int) -> str:
         """Return the row's text, as it came; empty where rows are no texts."""
@@ -145,6 +151,15 @@ def as_array(values: Any, name: str) -> np.ndarray:
     return array
 
 
+def as_text(value: Any) -> str:
+    r"""Return a name as text that can be drawn and written: what UTF-8 cannot hold is replaced by its number.
+
+    >>> as_text("ant \ud800")
+    'ant \\ud800'
+    """
+    return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def class_codes(*groups: Samples, class_names: Sequence[str] | None = None) -> tuple[list[np.ndarray], list[str]]:
     """Return the labels of groups of rows as indices into one list of names.
 
@@ -161,7 +176,7 @@ def class_codes(*groups: Samples, class_names: Sequence[str] | None = None) -> t
     ([array([1, 0, 1])], ['9', '10'])
     """
     found = {name for group in groups for name in (group.labels or ())}
-    names = list(dict.fromkeys(str(name) for name in class_names or ()))
+    names = list(dict.fromkeys(as_text(name) for name in class_names or ()))
     names += sorted(found.difference(names), key=_by_value)
     places = {name: place for place, name in enumerate(names)}
     return [np.array([places[name] for name in group.labels or ()], dtype=np.int64) for group in groups], names
@@ -178,6 +193,13 @@ def _are_classes(labels: np.ndarray) -> bool:
     if labels.dtype.kind == "f" and not (labels == np.round(labels)).all():
         return False
     return 0 < len(np.unique(labels)) <= (MAX_FLOAT_CLASSES if labels.dtype.kind == "f" else MAX_CLASSES)
+
+
+def _are_indices(values: np.ndarray, num_classes: int) -> bool:
+    """Tell whether floats or bools, as labels of two classes often are, are class indices."""
+    if values.dtype.kind not in "fb":
+        return False
+    return bool(((values == np.round(values)) & (values >= 0) & (values < num_classes)).all())
 
 
 def _without_records(inputs: Any, feature_names: Sequence[str] | None) -> Any:
@@ -207,13 +229,33 @@ def _kind(inputs: np.ndarray | None, name: str) -> Kind:
 
 
 def _limits(images: np.ndarray) -> tuple[float, float]:
-    """Return which values are drawn as black and as white."""
+    """Return which values are drawn as black and as white: the least and greatest that are finite, or a usual range."""
     if images.dtype == np.uint8:
         return 0.0, 255.0
-    low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 1.0)
+    low, high = 0.0, 1.0
+    if images.dtype.kind == "f":
+        finite = np.isfinite(images)
+        if finite.any():
+            low = float(np.min(images, where=finite, initial=np.inf))
+            high = float(np.max(images, where=finite, initial=-np.inf))
+    elif images.size:
+        low, high = float(images.min()), float(images.max())
     if low >= 0.0 and high <= 1.0 and high > 0.0:
         return 0.0, 1.0
     return (low, high) if high > low else (low, low + 1.0)
+
+
+def _has_nan(values: np.ndarray) -> bool:
+    """Tell whether any value is NaN."""
+    return values.dtype.kind == "f" and bool(np.isnan(values).any())
+
+
+def _mark_missing(image: np.ndarray) -> np.ndarray:
+    """Return an image with colours in which pixels that are NaN stand out."""
+    if image.ndim == 2:
+        image = np.repeat(image[..., None], 3, axis=-1)
+    image[np.isnan(image).any(axis=-1)] = (*MISSING_COLOR, 1.0)[: image.shape[-1]]
+    return image
 
 
 def _names(values: Any, name: str, class_names: Sequence[str] | None) -> list[str]:
@@ -221,12 +263,15 @@ def _names(values: Any, name: str, class_names: Sequence[str] | None) -> list[st
     array = as_array(values, name)
     if array.ndim != 1:
         raise InputError(f"{name} has shape {list(array.shape)}; expected one value a row.")
+    if class_names is not None and _are_indices(array, len(class_names)):
+        array = array.astype(np.int64)
     if class_names is None or array.dtype.kind not in "iu":
-        return [f"{value:.4g}" if array.dtype.kind == "f" else str(value) for value in array]
+        return [f"{value:.4g}" if array.dtype.kind == "f" else as_text(value) for value in array]
     outside = np.flatnonzero((array < 0) | (array >= len(class_names)))
     if outside.size:
         raise InputError(
             f"{name} holds {array[outside[0]]} at row {outside[0]}, but class_names has {len(class_names)} names "
             f"(0 to {len(class_names) - 1})."
         )
-    return [str(class_names[int(value)]) for value in array]
+    texts = [as_text(name) for name in class_names]
+    return [texts[int(value)] for value in array]

@@ -9,6 +9,7 @@ import numpy as np
 from tracer.report import charts
 from tracer.report.charts import number
 from tracer.report.content import ReportContent
+from tracer.report.health import MIN_CLASSES, count_classes
 from tracer.report.page import (
     Section,
     figure,
@@ -26,27 +27,34 @@ from tracer.report.recovery import SHARES, recovery_curve, rows_checked
 
 SELF = "self-influence"
 
-MEANING = (
-    (
-        "Self-influence adds up, over the checkpoints, learning rate times the squared norm of the row's loss "
-        "gradient: how hard training pulled on this row. Rows that contradict the others stand high: wrong labels, and "
-        "also rare or hard rows that are right."
-    ),
-    (
-        "A proponent is a training row whose steps lowered the target's loss (score above zero), an opponent one whose "
-        "steps raised it (below zero). Scores can be compared within a target, hardly between targets: large "
-        "gradients give large scores."
-    ),
-    (
-        "A contradicted row harms the targets of one class about as much as it helps those of another, far more than "
-        "is usual for these rows: what it teaches goes against what that class says. Its label may be wrong; it may "
-        "also be a hard row that is right."
-    ),
-    (
-        "With the estimators tracin and cosine, scores follow single gradient steps at a few checkpoints. They say "
-        "little about what would happen if a row were left out and the model trained anew; the estimators influence "
-        "and trak aim at that."
-    ),
+SELF_MEANING = (
+    "Self-influence adds up, over the checkpoints, learning rate times the squared norm of the row's loss "
+    "gradient: how hard training pulled on this row. Rows that contradict the others stand high: wrong labels, and "
+    "also rare or hard rows that are right."
+)
+
+LOSS_MEANING = (
+    "A proponent is a training row whose steps lowered the target's loss (score above zero), an opponent one whose "
+    "steps raised it (below zero). Scores can be compared within a target, hardly between targets: large "
+    "gradients give large scores."
+)
+
+OUTPUT_MEANING = (
+    "A proponent is a training row whose steps moved the model's output for the target in the direction in which "
+    "the target's loss falls (score above zero), an opponent one whose steps moved it the other way (below zero). "
+    "Scores can be compared within a target, hardly between targets: large gradients give large scores."
+)
+
+CONTRADICTED_MEANING = (
+    "A contradicted row harms the targets of one class about as much as it helps those of another, far more than "
+    "is usual for these rows: what it teaches goes against what that class says. Its label may be wrong; it may "
+    "also be a hard row that is right."
+)
+
+ESTIMATOR_MEANING = (
+    "With the estimators tracin and cosine, scores follow single gradient steps at a few checkpoints. They say "
+    "little about what would happen if a row were left out and the model trained anew; the estimators influence "
+    "and trak aim at that."
 )
 
 HEALTH = (
@@ -83,9 +91,17 @@ def build(data: ReportContent) -> list[Section]:
         _suspects(data),
         _targets(data),
         _classes(data),
-        Section("reading", "How to read this", "".join(paragraph(text) for text in MEANING) + _files(data)),
+        Section("reading", "How to read this", _meaning(data) + _files(data)),
     ]
     return [part for part in parts if part is not None]
+
+
+def _meaning(data: ReportContent) -> str:
+    """Return what the numbers of this report mean."""
+    texts = [SELF_MEANING, OUTPUT_MEANING if data.settings.get("target") == "output" else LOSS_MEANING]
+    if data.contradicted is not None:
+        texts.append(CONTRADICTED_MEANING)
+    return "".join(paragraph(text) for text in (*texts, ESTIMATOR_MEANING))
 
 
 def _overview(data: ReportContent) -> Section:
@@ -110,6 +126,12 @@ def _health(data: ReportContent) -> str:
     """Return the estimate of wrong labels, or what it would need."""
     heading = subheading("Label health")
     health = data.health
+    if health is None and data.summary is not None and data.summary.classes is not None:
+        return heading + paragraph(
+            f"No estimate of wrong labels: it is calibrated for {MIN_CLASSES} classes or more, and here "
+            f"{count_classes(data.summary.classes)} have training rows and targets; with few classes a right row "
+            "between two of them looks like a wrong label."
+        )
     if health is None:
         return heading + paragraph(
             "No estimate of wrong labels: it needs scores, and labels of training rows and targets."
@@ -213,7 +235,7 @@ def _suspects(data: ReportContent) -> Section:
     if data.num_rows > MAX_TABLE_ROWS:
         note += f" The {MAX_TABLE_ROWS:,} first of {data.num_rows:,}; influence_summary.csv has all."
     flags = [("", "all rows")]
-    if data.summary is not None and data.summary.classes is not None:
+    if data.contradicted is not None:
         note += " Of contradicted rows, “harms” names the class whose targets they harm most."
         flags += [("contradicted", "contradicted")]
     if data.disagrees is not None:
@@ -281,7 +303,9 @@ def _classes(data: ReportContent) -> Section | None:
     classes = None if data.summary is None else data.summary.classes
     if classes is None:
         return None
-    largest = float(np.nanmax(np.abs(classes.influence)))
+    kept = charts.map_classes(classes.train_counts)
+    drawn = np.abs(classes.influence[np.ix_(kept, kept)])
+    largest = float(np.nanmax(drawn)) if np.isfinite(drawn).any() else 0.0
     caption = (
         "Mean score of the training rows of a class on the targets of a class. "
         f"Numbers are in percent of the largest, {number(largest)}; blue helps, orange harms."
@@ -289,31 +313,42 @@ def _classes(data: ReportContent) -> Section | None:
     chart = figure(charts.heat_map(classes.influence, data.class_names, classes.train_counts), caption)
     places = {name: place for place, name in enumerate(data.class_names)}
     codes = np.array([places[name] for name in data.train.labels or ()], dtype=np.int64)
-    wrong = np.bincount(codes[classes.contradicted], minlength=len(classes.train_counts))
+    wrong = (
+        None if data.contradicted is None else np.bincount(codes[data.contradicted], minlength=len(data.class_names))
+    )
     sums = np.bincount(codes, weights=data.self_influence, minlength=len(classes.train_counts))
     rows = []
     for place in np.flatnonzero(classes.train_counts + classes.target_counts).tolist():
         count = int(classes.train_counts[place])
         own = float(classes.influence[place, place])
-        rows.append([
+        line = [
             data.class_names[place], f"{count:,}", f"{int(classes.target_counts[place]):,}",
-            number(sums[place] / count) if count else "", number(own) if np.isfinite(own) else "",
-            f"{wrong[place]:,} ({wrong[place] / count:.1%})" if count else "",
-        ])  # fmt: skip
-    header = ["class", "training rows", "targets", "mean self-influence", "on own class", "contradicted"]
-    listing = table("Classes", header, rows, numeric=range(1, 6))
-    shown = np.flatnonzero(classes.train_counts)[: charts.MAX_HEAT_CLASSES].tolist()
-    cells = [[data.class_names[a], *(number(float(classes.influence[a, b])) for b in shown)] for a in shown]
-    numbers = folded(
-        "The map as a table",
-        table(
-            "Mean scores: training class (line) on target class (column)",
-            ["", *(data.class_names[b] for b in shown)],
-            cells,
-            numeric=range(1, len(shown) + 1),
-        ),
-    )
+            number(sums[place] / count) if count else "", _number_or_empty(own),
+        ]  # fmt: skip
+        if wrong is not None:
+            line.append(f"{wrong[place]:,} ({wrong[place] / count:.1%})" if count else "")
+        rows.append(line)
+    header = ["class", "training rows", "targets", "mean self-influence", "on own class"]
+    header += [] if wrong is None else ["contradicted"]
+    listing = table("Classes", header, rows, numeric=range(1, len(header)))
+    numbers = folded("The map as a table", _map_table(data, classes.influence, kept.tolist()))
     return Section("classes", "Classes", side_by_side(chart + numbers, listing))
+
+
+def _map_table(data: ReportContent, influence: np.ndarray, shown: list[int]) -> str:
+    """Return the mean scores of the classes on the map; cells of classes without rows or targets are empty."""
+    cells = [[data.class_names[a], *(_number_or_empty(float(influence[a, b])) for b in shown)] for a in shown]
+    return table(
+        "Mean scores: training class (line) on target class (column)",
+        ["", *(data.class_names[b] for b in shown)],
+        cells,
+        numeric=range(1, len(shown) + 1),
+    )
+
+
+def _number_or_empty(value: float) -> str:
+    """Return a number as text, and nothing for NaN."""
+    return number(value) if np.isfinite(value) else ""
 
 
 def _files(data: ReportContent) -> str:

@@ -39,7 +39,8 @@ def summary_csv(data: ReportContent) -> str:
         columns["mean_absolute_score"] = _numbers(data.summary.row_mean_abs)
         if data.summary.classes is not None:
             columns["harm_over_help"] = _numbers(data.summary.classes.ratio)
-            columns["contradicted"] = [int(flag) for flag in data.summary.classes.contradicted]
+            if data.contradicted is not None:
+                columns["contradicted"] = [int(flag) for flag in data.contradicted]
             columns["harmed_class"] = [data.class_names[place] for place in data.summary.classes.harmed.tolist()]
     for name, scores in data.rankings.items():
         columns[name] = _numbers(scores)
@@ -137,10 +138,15 @@ def _write_row(path: Path, data: ReportContent, row: int) -> None:
         values = samples.vector(row)
         names = samples.feature_names or [str(place) for place in range(len(values))]
         lines = ([name, repr(value)] for name, value in zip(names, values.tolist(), strict=True))
-        path.with_name(path.name + ".csv").write_text(_csv(["name", "value"], lines), encoding="utf-8")
+        write_text(path.with_name(path.name + ".csv"), _csv(["name", "value"], lines))
     else:
         words = samples.text(row) if samples.kind == "texts" else f"training row {row}, label {samples.label(row)}\n"
-        path.with_name(path.name + ".txt").write_text(words, encoding="utf-8")
+        write_text(path.with_name(path.name + ".txt"), words)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as UTF-8; what UTF-8 cannot hold, as a lone half of a surrogate pair, is written as its number."""
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _numbers(values: np.ndarray) -> list[str]:

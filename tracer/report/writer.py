@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tracer.report import content, drawing, sections, tables
-from tracer.report.health import estimate_wrong_labels
+from tracer.report.health import enough_classes, estimate_wrong_labels
 from tracer.report.montage import influence_montage, ranking_montage
 from tracer.report.page import page
 from tracer.report.payload import payload
@@ -81,7 +81,8 @@ def write_report(
         The path of ``index.html``.
 
     Raises:
-        InputError: If sizes disagree, indices are out of range, or self-influence is NaN or infinite.
+        InputError: If sizes disagree, indices are out of range, self-influence is NaN or infinite, or a ranking has
+            the name of another column.
         NonFiniteError: If scores are NaN or infinite.
         MissingDependencyError: If matplotlib is not installed, or, for images, Pillow.
 
@@ -133,7 +134,8 @@ def _with_scores(data: content.ReportContent, scores: Any, class_names: Sequence
     (train_codes, target_codes), names = class_codes(data.train, data.target, class_names=class_names)
     summary = summarize_scores(scores, train_codes, target_codes, len(names))
     assert summary.classes is not None
-    return replace(data, summary=summary, class_names=names, health=estimate_wrong_labels(summary.classes))
+    health = estimate_wrong_labels(summary.classes) if enough_classes(summary.classes) else None
+    return replace(data, summary=summary, class_names=names, health=health)
 
 
 def _pictures(data: content.ReportContent) -> dict[str, bytes]:
@@ -159,18 +161,19 @@ def _pictures(data: content.ReportContent) -> dict[str, bytes]:
 
 
 def _write(directory: Path, html: str, data: content.ReportContent, pictures: Mapping[str, bytes]) -> Path:
-    """Write all files, the page last, and return its path."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Write all files, the page last, and return its path; what can fail to be made is made before the first."""
     texts = {"influence_summary.csv": tables.summary_csv(data), "influence_scores.csv": tables.scores_csv(data)}
     if data.summary is not None:
         texts["target_summary.csv"] = tables.targets_csv(data)
         if data.summary.classes is not None:
             texts["class_influence.csv"] = tables.classes_csv(data)
-            tables.write_top_influences(directory, data)
+    directory.mkdir(parents=True, exist_ok=True)
+    if data.summary is not None and data.summary.classes is not None:
+        tables.write_top_influences(directory, data)
     for name, picture in pictures.items():
         (directory / f"{name}.png").write_bytes(picture)
     for name, text in texts.items():
-        (directory / name).write_text(text, encoding="utf-8")
+        tables.write_text(directory / name, text)
     index = directory / "index.html"
-    index.write_text(html, encoding="utf-8")
+    tables.write_text(index, html)
     return index

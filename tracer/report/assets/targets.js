@@ -104,12 +104,17 @@ class Targets {
   end(end, place, id) {
     const positive = end.name === "proponents";
     const first = place * end.k;
-    const rows = end.rows.subarray(first, first + end.k);
-    const scores = end.scores.subarray(first, first + end.k);
+    const inside = Array.from({ length: end.k }, (_, rank) => first + rank);
+    // the k strongest go on past zero where fewer rows help, or harm
+    const places = inside.filter((at) => (positive ? end.scores[at] > 0 : end.scores[at] < 0));
     const largest = Math.max(...TARGETS.ends.map((each) => (each.k ? Math.abs(each.scores[place * each.k]) : 0))) || 1;
     const title = positive ? "Proponents" : "Opponents";
-    const cards = Array.from(rows, (row, rank) => this.row(row, scores[rank], largest, id));
-    return make("div", {}, make("h3", { class: positive ? "pos" : "neg" }, title),
+    const heading = make("h3", { class: positive ? "pos" : "neg" }, title);
+    if (!places.length) {
+      return make("div", {}, heading, make("p", { class: "missing" }, `No training row has a score ${positive ? "above" : "below"} zero.`));
+    }
+    const cards = places.map((at) => this.row(end.rows[at], end.scores[at], largest, id));
+    return make("div", {}, heading,
       make("ol", { class: TRAIN_INPUTS.kind === "images" ? "grid" : "stack", "aria-label": `${title} of target ${id}` }, ...cards));
   }
 
