@@ -77,6 +77,13 @@ def test_other_errors_have_their_own_code_and_say_how_to_see_more(monkeypatch):
     assert "Traceback" not in result.output
 
 
+def test_a_program_that_is_ended_by_other_code_says_so(monkeypatch):
+    monkeypatch.setattr(info, "open_store", lambda store: sys.exit(0))
+    result = run_tracer("info", "store")
+    assert result.exit_code == 3
+    assert "Unexpected SystemExit: 0" in result.output
+
+
 def test_errors_of_the_system_are_one_message(monkeypatch):
     def refuse(store):
         raise PermissionError(13, "Permission denied", store)
@@ -122,7 +129,8 @@ def test_the_template_sets_what_is_required_and_shows_all_else(tmp_path):
     assert run_tracer("init").exit_code == 0
     text = (tmp_path / "tracer.toml").read_text()
     required = {setting.name for setting in SETTINGS if setting.required}
-    assert set(tomllib.loads(text)) == required | {"learning_rate"}
+    assert set(tomllib.loads(text)) == required
+    assert "replaces rates that a recorder wrote" in " ".join(text.replace("\n# ", " ").split())
     uncommented = "\n".join(
         line.removeprefix("# ") for line in text.splitlines() if " = " in line and not line.startswith("# Settings")
     )
@@ -149,6 +157,7 @@ def test_init_replaces_a_file_only_by_force(tmp_path):
         ("resume = 1", "resume is 1; expected true or false"),
         ("params = [1]", "params is \\[1\\]; expected a text or a list of texts"),
         ("learning_rate = ['a']", "expected a number or a list of numbers"),
+        ("batch_size = 9223372036854775808", "batch_size is 9223372036854775808; expected at most 9223372036854775807"),
         ("estimator = 'tracing'", "estimator is 'tracing'; did you mean 'tracin'"),
         ("model: x", "is not valid TOML"),
     ],

@@ -31,6 +31,7 @@ from tracer import Attribution, CheckpointRecorder, Tracer, attribute, load_chec
 from tracer.cli.checkpoints import find_checkpoints
 from tracer.cli.interrupts import Interruption
 from tracer.cli.settings import BY_NAME, read_settings
+from tracer.errors import InputError
 from tracer.rowsource import row_source
 
 
@@ -97,6 +98,24 @@ def test_what_it_says_to_do_next_can_be_done(project):
     assert f"tracer report other --exp-name new --train {MODULE}:train_set --targets {MODULE}:test_set" in other
 
 
+def test_what_flags_changed_is_spelled_out_in_what_to_do_next(project):
+    flags = ["--train", f"{MODULE}:other_set", "--estimator", "trak", "--target", "output", "--regularization", "0.5"]
+    output = run_tracer("run", "tracer.toml", *flags).output
+    ranking = "tracer.toml --estimator trak --target output --regularization 0.5"
+    assert f"  tracer top {ranking} -k 5\n" in output
+    assert f"  tracer self-influence {ranking} -k 20\n" in output
+    assert f"  tracer report {ranking} --train {MODULE}:other_set --output-dir report\n" in output
+    commands = [shlex.split(line)[1:] for line in output.splitlines() if line.startswith("  tracer ")]
+    assert [run_tracer(*command).exit_code for command in commands if "report" not in command] == [0, 0, 0]
+
+
+def test_a_file_of_settings_may_have_any_ending(project):
+    (project / "run.cfg").write_text((project / "tracer.toml").read_text())
+    output = run_tracer("run", "run.cfg").output
+    assert "  tracer top run.cfg -k 5\n" in output
+    assert run_tracer("top", "run.cfg", "-k", "5").exit_code == 0
+
+
 def test_json_of_a_run_says_where_the_store_is(project):
     found = printed_json("run", "tracer.toml")
     assert found == {
@@ -105,6 +124,7 @@ def test_json_of_a_run_says_where_the_store_is(project):
         "train_rows": NUM_TRAIN,
         "targets": NUM_TARGETS,
         "complete": True,
+        "notes": [],
     }
 
 
@@ -132,15 +152,52 @@ def test_processes_do_their_shares(project):
         (["--checkpoints", "checkpoints/*.pt", "--checkpoints", "checkpoints/epoch_2.pt"], "more than once"),
         (["--checkpoints", "checkpoints"], "CheckpointRecorder did not write (there is no"),
         (["--model", "build_model"], "model is 'build_model'; expected package.module:callable"),
-        (["--model", "no_such_module:build"], "model: no_such_module:build failed with ModuleNotFoundError"),
+        (["--model", "no_such_module:build"], "model is 'no_such_module:build': No module named 'no_such_module'"),
         (["--model", f"{MODULE}:build_modle"], "has no 'build_modle'; did you mean 'build_model'"),
         (["--model", f"{MODULE}:not_a_model"], "gave a str; expected a torch.nn.Module"),
-        (["--train", f"{MODULE}:fails"], f"train: {MODULE}:fails failed with KeyError: 'no such file'"),
+        (["--batch-size", "0"], "batch_size is 0; expected 1 or more"),
+        (["--batch-size", str(1 << 63)], "expected at most 9223372036854775807"),
     ],
 )
 def test_bad_input_is_explained(project, arguments, message):
     assert message in refused("run", "tracer.toml", *arguments)
     assert not (project / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def make():\n    raise KeyError('gone')", "failed with KeyError: 'gone' (tracer --debug shows"),
+        ("def make():\n    raise OSError('no disk')", "failed with OSError: no disk"),
+        ("raise ValueError('at import')", "failed with ValueError: at import"),
+        ("import no_such_library", "failed with ModuleNotFoundError: No module named 'no_such_library'"),
+        ("import argparse\nargparse.ArgumentParser().parse_args(['x'])", "ended the program (SystemExit: 2)"),
+        ("def make():\n    raise SystemExit(0)", "ended the program (SystemExit: 0)"),
+    ],
+)
+@pytest.mark.parametrize("setting", ["--model", "--train"])
+def test_failures_of_the_users_code_are_3_and_one_message(project, monkeypatch, setting, source, message):
+    (project / "faulty_code.py").write_text(source)
+    monkeypatch.delitem(sys.modules, "faulty_code", raising=False)
+    result = run_tracer("run", "tracer.toml", setting, "faulty_code:make")
+    sys.modules.pop("faulty_code", None)
+    assert result.exit_code == 3
+    assert f"Error: {setting[2:]}: faulty_code:make {message}" in result.output
+    assert not (project / "store").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_json_stands_alone_when_the_users_code_prints(project, monkeypatch, more):
+    (project / "talking.py").write_text(
+        f"import {MODULE}\nprint('importing')\ndef rows():\n    print('loading')\n    return {MODULE}.train_set()\n"
+        f"def loss(model, batch):\n    print('a batch')\n    return {MODULE}.loss(model, batch)\n"
+    )
+    monkeypatch.delitem(sys.modules, "talking", raising=False)
+    flags = ["--train", "talking:rows", "--task", "talking:loss", "--json"]
+    result = run_tracer("run", "tracer.toml", *flags, *more)
+    sys.modules.pop("talking", None)
+    assert json.loads(result.stdout)["train_rows"] == NUM_TRAIN
+    assert [text for text in ("importing", "loading", "a batch") if text not in result.stderr] == []
 
 
 def test_processes_of_torchrun_that_do_not_know_each_other_are_refused(project, monkeypatch):
@@ -176,6 +233,13 @@ def test_a_recorders_directory_brings_its_learning_rates(project):
     (project / "recorded.toml").write_text(settings.replace("checkpoints/*.pt", "recorded"))
     found = printed_json("run", "recorded.toml", "--dry-run")["checkpoints"]
     assert [each["learning_rate"] for each in found] == [1.0, 0.5]
+    note = "replaces recorded rates of 2 checkpoints (1, 0.5) by (0.1, 0.1)"
+    assert note in run_tracer("run", "recorded.toml", "--learning-rate", "0.1", "--dry-run").output
+    assert note in run_tracer("run", "recorded.toml", "--learning-rate", "0.1").output
+    assert printed_json("run", "recorded.toml", "--learning-rate", "1,0.5", "--dry-run")["notes"] == []
+    with pytest.raises(InputError, match="Checkpoints epoch_2.pt have no learning rate and the others have one"):
+        find_checkpoints(["recorded", "checkpoints/epoch_2.pt"], None)
+    assert len(find_checkpoints(["recorded", "checkpoints/epoch_2.pt"], 0.1)) == 3
 
 
 def test_one_learning_rate_is_for_all_checkpoints(project):

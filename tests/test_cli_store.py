@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 import sys
 
@@ -72,6 +73,26 @@ def test_verify_of_a_whole_store_is_0(project):
     assert printed_json("verify", "store")["ok"] is True
 
 
+@pytest.mark.parametrize("repair", [[], ["--repair"]])
+@pytest.mark.parametrize(
+    "content", ["{", '{"zarr_format": 3, "attributes": {"format": "tracer", "format_version": 0.5}}']
+)
+def test_a_damaged_root_is_damage(own, content, repair):
+    (own / "store/zarr.json").write_text(content)
+    result = run_tracer("verify", "tracer.toml", "--json", *repair)
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert found["ok"] is False
+    assert [(each["path"], each["mended"]) for each in found["damage"]] == [(str(own / "store/zarr.json"), False)]
+    assert (own / "store/zarr.json").read_text() == content
+
+
+@pytest.mark.parametrize("attributes", [{}, {"format": "tracer", "format_version": 99}])
+def test_what_is_no_store_of_this_version_is_not_called_damaged(own, attributes):
+    (own / "store/zarr.json").write_text(json.dumps({"zarr_format": 3, "attributes": attributes}))
+    assert refused("verify", "store").startswith("Error: ")
+
+
 def test_verify_of_a_damaged_store_is_1_and_changes_nothing_until_it_is_to_repair(own):
     chunk = next(path for path in (own / "store/checkpoints/1/features/c").rglob("*") if path.is_file())
     content = bytearray(chunk.read_bytes())
@@ -135,6 +156,8 @@ def test_the_file_of_the_run_chooses_estimator_and_targets_and_flags_win(own):
     [
         (["--targets", "7"], "--targets names [7]; the store has targets 0 to 4"),
         (["--targets", "one"], "'one'; expected numbers and ranges such as 0,5,10-12"),
+        (["--targets", "4,3-1"], "'4,3-1' has the range 3-1; expected the lower number first"),
+        (["--targets", "3,1-2,3"], "'3,1-2,3' names [3] more than once; name each once"),
         (["--exp-name", "target"], "exp_name='target' was never scored; did you mean 'targets'"),
         (["--model-ids", "0,9"], "[9] is not in the store"),
     ],
@@ -226,10 +249,21 @@ def test_summaries_are_means_of_scores(project, tmp_path):
     np.testing.assert_allclose([float(row["mean_score"]) for row in targets], wanted.mean(0))
 
 
+def test_self_influence_beside_cosines_is_named_as_what_it_is(project, tmp_path):
+    assert (
+        run_tracer("export", "store", str(tmp_path / "rows.csv"), "--what", "rows", "--estimator", "cosine").exit_code
+        == 0
+    )
+    rows = rows_of(tmp_path / "rows.csv")
+    assert "self_influence" not in rows[0]
+    assert [float(row["self_influence_tracin"]) for row in rows] == library("tracin").self_influence().tolist()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["out.txt"], "out.txt ends with '.txt'; expected one of .csv, .parquet, .npy"),
+        (["nodir/out.csv"], "nodir/out.csv cannot be written: there is no directory nodir; make it first"),
         (["out.npy", "--what", "top"], "A .npy file is the matrix of all scores"),
         (["out.csv", "--what", "rows", "--targets", "1"], "--targets came with --what rows"),
     ],

@@ -45,6 +45,10 @@ Your own model:
 """
 
 
+class OtherCodeError(Exception):
+    """Code of the user that a setting names has failed; the message says which and how."""
+
+
 class Program(click.Group):
     """A group whose commands are modules of this package, and that turns exceptions into messages and exit codes."""
 
@@ -87,7 +91,9 @@ class Program(click.Group):
             if error.errno == errno.EPIPE:  # the reader, such as head, has seen enough; click ends quietly
                 raise
             code = _complain(ctx, f"Error: {error}", BAD_INPUT)
-        except Exception as error:
+        except OtherCodeError as error:
+            code = _complain(ctx, f"Error: {error}", UNEXPECTED)
+        except (Exception, SystemExit) as error:
             what = f"Unexpected {type(error).__name__}: {error}"
             if not ctx.params.get("debug"):
                 what += f"\nFor the traceback: {debug_command(ctx)}"

@@ -25,23 +25,54 @@ def find_checkpoints(patterns: Sequence[str], learning_rate: float | Sequence[fl
         The checkpoints in their order.
 
     Raises:
-        InputError: A pattern finds nothing, a file comes twice, or there are more or fewer rates than checkpoints.
+        InputError: A pattern finds nothing, a file comes twice, there are more or fewer rates than checkpoints, or
+            only some have one.
     """
-    found: Found = []
-    for pattern in patterns:
-        found.extend(_matches(pattern))
+    found = _all_matches(patterns)
     seen: set[Path] = set()
     for path, _ in found:
         if path.resolve() in seen:
             raise InputError(f"checkpoints names {path} more than once; each counts once.")
         seen.add(path.resolve())
     if learning_rate is None:
+        _check_all_or_none(found)
         return found
     rates = [learning_rate] * len(found) if isinstance(learning_rate, (int, float)) else list(learning_rate)
     if len(rates) != len(found):
         names = ", ".join(path.name for path, _ in found)
         raise InputError(f"learning_rate has {len(rates)} values for {len(found)} checkpoints: {names}.")
     return [(path, float(rate)) for (path, _), rate in zip(found, rates, strict=True)]
+
+
+def replaced_rates(patterns: Sequence[str], used: Found) -> tuple[str, ...]:
+    """Tell which recorded learning rates a run does not use, since another one was given.
+
+    Args:
+        patterns: As `find_checkpoints` took them.
+        used: What it returned.
+
+    Returns:
+        A sentence, or nothing where rates are as they were recorded.
+    """
+    pairs = [(before, rate) for (_, before), (_, rate) in zip(_all_matches(patterns), used, strict=True)]
+    replaced = [(before, rate) for before, rate in pairs if before is not None and before != rate]
+    if not replaced:
+        return ()
+    recorded, given = (", ".join(f"{rate:.4g}" for rate in rates) for rates in zip(*replaced, strict=True))
+    return (
+        f"The learning_rate that was given replaces recorded rates of {len(replaced)} checkpoints ({recorded}) by "
+        f"({given}); leave learning_rate out to use what was recorded.",
+    )
+
+
+def _check_all_or_none(found: Found) -> None:
+    """Refuse checkpoints that cannot be weighed against each other."""
+    unknown = [path.name for path, rate in found if rate is None]
+    if 0 < len(unknown) < len(found):
+        raise InputError(
+            f"Checkpoints {', '.join(unknown)} have no learning rate and the others have one: they cannot be weighed "
+            f"against each other. Give learning_rate, one for all or one for each, in the order of the checkpoints."
+        )
 
 
 def natural_key(path: Path) -> list[tuple[int, int | str]]:
@@ -52,6 +83,10 @@ def natural_key(path: Path) -> list[tuple[int, int | str]]:
     """
     parts = re.split(r"(\d+)", str(path))
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
+
+
+def _all_matches(patterns: Sequence[str]) -> Found:
+    return [found for pattern in patterns for found in _matches(pattern)]
 
 
 def _matches(pattern: str) -> Found:

@@ -48,7 +48,8 @@ def command(store: str, out: Path, what: str, targets: list[int] | None, k: int,
 
     OUT's ending says how: .csv, .parquet (needs pyarrow) or .npy (scores only). A file that is there is replaced when
     the new one is complete. All pairs never lie in memory at once; scores that are not in the store yet are computed
-    and stored first.
+    and stored first. With --estimator cosine, self-influence is of tracin and its column self_influence_tracin: each
+    row's cosine with itself is 1.
     """
     suffix = _checked_suffix(out, what, targets)
     choice = choose(store, **options)
@@ -73,6 +74,8 @@ def _checked_suffix(out: Path, what: str, targets: list[int] | None) -> str:
     suffix = out.suffix.lower()
     if suffix not in _SUFFIXES:
         raise InputError(f"{out} ends with {out.suffix!r}; expected one of {', '.join(_SUFFIXES)}.")
+    if not out.parent.is_dir():
+        raise InputError(f"{out} cannot be written: there is no directory {out.parent}; make it first.")
     if suffix == ".npy" and (what != "scores" or targets is not None):
         raise InputError("A .npy file is the matrix of all scores; for anything else write .csv or .parquet.")
     if targets is not None and what in ("rows", "targets"):
@@ -128,7 +131,8 @@ def _row_summary(choice: Choice) -> Block:
     return {
         "train_row": np.arange(scores.shape[0]),
         **_label_column(labels),
-        "self_influence": choice.self_influence(),
+        # cosine has none of its own, each row's would be 1
+        "self_influence" + ("_tracin" if choice.found.estimator == "cosine" else ""): choice.self_influence(),
         "mean_score": mean,
         "mean_absolute_score": absolute,
     }

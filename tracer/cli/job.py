@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from tracer.arguments import check_count
 from tracer.attribution import Attribution, attribute
-from tracer.cli.checkpoints import Found, find_checkpoints
+from tracer.cli.checkpoints import Found, find_checkpoints, replaced_rates
 from tracer.cli.references import build, resolve
 from tracer.errors import InputTypeError
 from tracer.rowsource import RowSource, row_source
@@ -31,6 +32,7 @@ class Job:
         save_dir: Where the store lies or is to be made.
         ranking: ``exp_name``, ``estimator``... as far as they are given.
         options: Options of `Tracer`, as far as they are given.
+        notes: What one should know of the settings, sentences.
     """
 
     model: nn.Module
@@ -41,6 +43,7 @@ class Job:
     save_dir: str
     ranking: Mapping[str, Any]
     options: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, settings: Mapping[str, Any]) -> Job:
@@ -71,6 +74,7 @@ class Job:
             settings["save_dir"],
             {name: settings[name] for name in _RANKING if name in settings},
             {name: value for name, value in settings.items() if name not in (*_LOADED, *_RANKING)},
+            replaced_rates(settings["checkpoints"], checkpoints),
         )
 
     def run(self, train: RowSource, targets: RowSource) -> Attribution:
@@ -98,7 +102,8 @@ def load_rows(settings: Mapping[str, Any], name: str) -> RowSource:
         The rows, batched as ``batch_size`` and ``collate_fn`` say.
     """
     collate = resolve(settings["collate_fn"], "collate_fn") if "collate_fn" in settings else None
-    return row_source(build(settings[name], name), name, settings.get("batch_size", 64), collate)
+    batch_size = check_count(settings.get("batch_size", 64), "batch_size")
+    return row_source(build(settings[name], name), name, batch_size, collate)
 
 
 def load_task(task: str) -> Any:

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+_STDOUT = "tracer.stdout"
+"""Where a command's context keeps the standard output while it is redirected."""
 
 
-def json_option(command: Command) -> Command:
-    """Add ``--json`` to a command, as its argument ``as_json``."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for scripts.")(command)
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--json`` to a command, as its argument ``as_json``.
+
+    With it the standard output has the JSON object alone: what code of the user prints goes to the standard error.
+
+    Args:
+        command: The command's function.
+
+    Returns:
+        The function with the option.
+    """
+
+    @functools.wraps(command)
+    def quiet(*args: Any, as_json: bool, **options: Any) -> Any:
+        if not as_json:
+            return command(*args, as_json=False, **options)
+        click.get_current_context().meta[_STDOUT] = sys.stdout
+        with contextlib.redirect_stdout(sys.stderr):
+            return command(*args, as_json=True, **options)
+
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for scripts.")(quiet)
 
 
 def show(as_json: bool, found: dict[str, Any], text: str) -> None:
@@ -25,7 +47,10 @@ def show(as_json: bool, found: dict[str, Any], text: str) -> None:
         found: The JSON object; numpy values are converted, NaN and infinity become null.
         text: What people read instead.
     """
-    click.echo(json.dumps(plain(found), allow_nan=False) if as_json else text)
+    if as_json:
+        click.echo(json.dumps(plain(found), allow_nan=False), file=click.get_current_context().meta[_STDOUT])
+    else:
+        click.echo(text)
 
 
 def plain(value: Any) -> Any:

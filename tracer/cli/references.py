@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from tracer.cli.app import OtherCodeError
 from tracer.errors import InputError, nearest_name
 
 
@@ -23,6 +24,7 @@ def resolve(reference: str, what: str) -> Any:
 
     Raises:
         InputError: It is no reference, or there is no such module or name.
+        OtherCodeError: The module failed while it was imported.
 
     >>> resolve("math:pi", "train")
     3.141592653589793
@@ -33,7 +35,7 @@ def resolve(reference: str, what: str) -> Any:
     directory = os.getcwd()
     if directory not in sys.path:
         sys.path.insert(0, directory)
-    found = _guarded(lambda: importlib.import_module(module_name), reference, what)
+    found = _imported(module_name, reference, what)
     for part in name.split("."):
         if not hasattr(found, part):
             public = [each for each in vars(found) if not each.startswith("_")] if hasattr(found, "__dict__") else []
@@ -55,7 +57,8 @@ def build(reference: str, what: str) -> Any:
         What the callable returned; or the object itself where it is a list, a tuple, has rows, or cannot be called.
 
     Raises:
-        InputError: It cannot be imported, or the call failed.
+        InputError: It is no reference, or there is no such module or name.
+        OtherCodeError: The module or the call failed.
     """
     found = resolve(reference, what)
     ready = not isinstance(found, type) and (hasattr(found, "__getitem__") or hasattr(found, "parameters"))
@@ -64,11 +67,27 @@ def build(reference: str, what: str) -> Any:
     return _guarded(found, reference, what)
 
 
+def _imported(module_name: str, reference: str, what: str) -> Any:
+    """Import a module; that there is none is bad input, and what it does when it is imported is the user's."""
+    try:
+        return _guarded(lambda: importlib.import_module(module_name), reference, what)
+    except OtherCodeError as error:
+        cause = error.__cause__
+        if isinstance(cause, ModuleNotFoundError) and f"{module_name}.".startswith(f"{cause.name}."):
+            raise InputError(f"{what} is {reference!r}: {cause}, seen from {os.getcwd()}.") from cause
+        raise
+
+
 def _guarded(call: Callable[[], Any], reference: str, what: str) -> Any:
     """Call code of the user; what it raises becomes an error that says where it came from."""
     try:
         return call()
+    except SystemExit as error:  # argparse, or a script without a guard
+        raise OtherCodeError(
+            f"{what}: {reference} ended the program (SystemExit: {error}). What runs when a module is imported, such "
+            f"as the parsing of arguments, belongs under `if __name__ == '__main__':`."
+        ) from error
     except Exception as error:
-        raise InputError(
+        raise OtherCodeError(
             f"{what}: {reference} failed with {type(error).__name__}: {error} (tracer --debug shows the traceback)"
         ) from error

@@ -14,7 +14,7 @@ from tracer.cli.interrupts import Interruption
 from tracer.cli.job import Job
 from tracer.cli.output import json_option, show
 from tracer.cli.plan import make_plan
-from tracer.cli.settings import SettingsCommand, check_required, read_settings, setting_flags
+from tracer.cli.settings import BY_NAME, SettingsCommand, check_required, read_settings, setting_flags
 from tracer.errors import IncompleteError, InputError
 
 EXAMPLES = r"""
@@ -45,13 +45,14 @@ def command(config: str | None, dry_run: bool, as_json: bool, **flags: Any) -> N
     _check_alone(settings)
     if dry_run:
         plan = make_plan(job)
-        show(as_json, plan.as_dict(), plan.as_text())
+        show(as_json, {**plan.as_dict(), "notes": job.notes}, "\n\n".join([plan.as_text(), *job.notes]))
         return
     found = _run(click.get_current_context(), job, settings)
-    store = config if config and not _moved(flags) else job.save_dir
     rows = {"train_rows": found["train_rows"], "targets": found["targets"]}
     summary = {"save_dir": job.save_dir, "checkpoints": len(job.checkpoints), **rows, "complete": found["complete"]}
-    show(as_json, summary, _next_steps(job.save_dir, store, settings, found))
+    done = f"{found['train_rows']:,} training rows and {found['targets']:,} targets are stored in {job.save_dir}."
+    parts = [done, _next_steps(config, flags, settings)] if found["complete"] else [_share_done(job.save_dir)]
+    show(as_json, {**summary, "notes": job.notes}, "\n".join([*job.notes, *parts]))
 
 
 def _run(ctx: click.Context, job: Job, settings: dict[str, Any]) -> dict[str, Any]:
@@ -94,30 +95,29 @@ def _stores_nothing(settings: dict[str, Any]) -> bool:
     return settings.get("storage", "float32" if kernel else "none") == "none"
 
 
-def _moved(flags: dict[str, Any]) -> bool:
-    """Tell whether flags changed what other commands take from the file of settings."""
-    return any(flags[name] for name in ("save_dir", "exp_name", "estimator", "target", "regularization"))
+def _share_done(save_dir: str) -> str:
+    return (
+        f"This process's share is stored in {save_dir}; rows of other processes are missing. When all processes are "
+        f"done, run the same command in each once more."
+    )
 
 
-def _next_steps(save_dir: str, store: str, settings: dict[str, Any], found: dict[str, Any]) -> str:
-    if not found["complete"]:
-        return (
-            f"This process's share is stored in {save_dir}; rows of other processes are missing. When all processes "
-            f"are done, run the same command in each once more."
-        )
-    name, rows = shlex.quote(store), ""
-    if store == save_dir:
-        name += "".join(
-            f" --{key.replace('_', '-')} {settings[key]}" for key in ("estimator", "exp_name") if key in settings
-        )
-        rows = f" --train {settings['train']} --targets {settings['targets']}"
+def _next_steps(config: str | None, flags: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Return commands on the store; they spell out whatever the file that they name does not say, or says otherwise."""
+    in_file = config is not None and not flags["save_dir"]
+    store = shlex.quote(str(config) if in_file else settings["save_dir"])
+
+    def spelled(*names: str) -> str:
+        told = [name for name in names if name in settings and not (in_file and flags[name] is None)]
+        return "".join(f" {BY_NAME[name].flag} {shlex.quote(str(settings[name]))}" for name in told)
+
+    ranking = spelled("exp_name", "estimator", "target", "regularization")
     return "\n".join(
         [
-            f"{found['train_rows']:,} training rows and {found['targets']:,} targets are stored in {save_dir}.",
             "Next:",
-            f"  tracer top {name} -k 5",
-            f"  tracer self-influence {shlex.quote(store)} -k 20",
-            f"  tracer export {name} scores.csv",
-            f"  tracer report {name}{rows} --output-dir report",
+            f"  tracer top {store}{ranking} -k 5",
+            f"  tracer self-influence {store}{ranking} -k 20",
+            f"  tracer export {store}{ranking} scores.csv",
+            f"  tracer report {store}{ranking}{spelled('train', 'targets')} --output-dir report",
         ]
     )

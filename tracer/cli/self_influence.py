@@ -27,7 +27,7 @@ def command(store: str, k: int, lowest: bool, as_json: bool, **options: Any) -> 
     """Show the training rows of highest self-influence.
 
     A row's influence on itself is large where its gradient stays large: wrong labels, and rare or hard rows. STORE is
-    a store's directory or URL, or the TOML file of its run; targets are not needed.
+    a store's directory or URL, or the TOML file of its run; targets are not needed. With cosine it is that of tracin.
     """
     choice = choose(store, needs_targets=False, **options)
     values = choice.self_influence()

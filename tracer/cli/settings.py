@@ -16,6 +16,9 @@ import click
 from tracer.cli.help import TaughtCommand
 from tracer.errors import InputError, InputTypeError, nearest_name
 
+LARGEST_COUNT = (1 << 63) - 1
+"""Whole numbers beyond this are in no tensor's and no file's range."""
+
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "text": ((str,), "a text"),
     "count": ((int,), "a whole number"),
@@ -51,7 +54,7 @@ class Setting:
     @property
     def in_template(self) -> bool:
         """Whether the template sets it, rather than show it in a comment."""
-        return self.required or self.name == "learning_rate"
+        return self.required
 
     @property
     def flag(self) -> str:
@@ -76,7 +79,9 @@ SETTINGS = (
     ),
     Setting(
         "learning_rate", "rates", _WHAT,
-        "One for all checkpoints or one for each, with commas; recorders know theirs.", "0.1",
+        "One for all checkpoints or one for each, with commas; it replaces rates that a recorder wrote. Leave it out "
+        "for a recorder's directory, which has each checkpoint's sum over its steps.",
+        "0.1",
     ),
     Setting("save_dir", "text", _WHAT, "Where the store lies or is to be made.", '"runs/first"', True),
     Setting("exp_name", "text", _WHAT, "The name of the targets in the store.", '"targets"'),
@@ -171,7 +176,7 @@ def read_settings(path: str | None, flags: Mapping[str, Any]) -> dict[str, Any]:
         Those settings that are given, checked for their type, by name.
 
     Raises:
-        InputError: The file cannot be read, or has a key that is not known.
+        InputError: The file cannot be read or has a key that is not known, or a number is out of range.
         InputTypeError: A value is of a type that cannot be used.
     """
     found = {} if path is None else _read_file(path)
@@ -179,6 +184,9 @@ def read_settings(path: str | None, flags: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("checkpoints", "params"):
         if name in found:
             found[name] = [found[name]] if isinstance(found[name], str) else list(found[name])
+    for name, value in found.items():
+        if name in BY_NAME and BY_NAME[name].kind == "count" and abs(value) > LARGEST_COUNT:
+            raise InputError(f"{name} is {value}; expected at most {LARGEST_COUNT}.")
     for name, parse in (("learning_rate", _rates), ("regularization", _number), ("process", _process)):
         if isinstance(found.get(name), str):
             found[name] = parse(found[name])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -101,7 +103,12 @@ class Integers(click.ParamType):
             first, dash, last = part.strip().partition("-")
             if not first.isdecimal() or (dash and not last.isdecimal()):
                 self.fail(f"{value!r}; expected numbers and ranges such as 0,5,10-12.", param, ctx)
+            if int(last or first) < int(first):
+                self.fail(f"{value!r} has the range {part.strip()}; expected the lower number first.", param, ctx)
             numbers.extend(range(int(first), int(last or first) + 1))
+        if len(set(numbers)) < len(numbers):
+            again = sorted(number for number, times in Counter(numbers).items() if times > 1)
+            self.fail(f"{value!r} names {again} more than once; name each once.", param, ctx)
         return numbers
 
 
@@ -109,22 +116,36 @@ def open_store(store: str, device: str = "cpu") -> tuple[Reader, dict[str, Any]]
     """Open a store by its directory, its URL, or the file of settings that it was made with.
 
     Args:
-        store: The directory or URL, or a ``.toml`` file that has ``save_dir``.
+        store: As `find_store` takes it.
         device: Where to multiply.
 
     Returns:
         The store, and the settings of the file.
+    """
+    save_dir, settings = find_store(store)
+    return Reader.open(save_dir, device), settings
+
+
+def find_store(store: str) -> tuple[str, dict[str, Any]]:
+    """Return where a store lies, without looking into it.
+
+    Args:
+        store: The directory or URL, or a file of settings that has ``save_dir``: whatever is a file here, or ends as
+            one and is no directory.
+
+    Returns:
+        The directory or URL, and the settings of the file.
 
     Raises:
         InputError: The file names no store.
     """
-    settings: dict[str, Any] = {}
-    if store.endswith(".toml"):
-        settings = read_settings(store, {})
-        if "save_dir" not in settings:
-            raise InputError(f"{store} has no save_dir; name the store itself.")
-        store = settings["save_dir"]
-    return Reader.open(store, device), settings
+    path = Path(store)
+    if not (path.is_file() or (store.endswith(".toml") and not path.is_dir())):
+        return store, {}
+    settings = read_settings(store, {})
+    if "save_dir" not in settings:
+        raise InputError(f"{store} has no save_dir; name the store itself.")
+    return settings["save_dir"], settings
 
 
 def choose(store: str, *, device: str = "cpu", needs_targets: bool = True, **options: Any) -> Choice:

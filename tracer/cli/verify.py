@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import click
+import numpy as np
 
 from tracer.cli.app import FINDING
 from tracer.cli.help import TaughtCommand
 from tracer.cli.output import json_option, show
-from tracer.cli.stores import open_store
-from tracer.store import verify
+from tracer.cli.stores import find_store
+from tracer.errors import StoreError
+from tracer.store import Damage, Store, Verification, verify
+from tracer.store.documents import NODE, StorePath, read_document
+from tracer.store.manifest import FORMAT, FORMAT_VERSION
+from tracer.store.places import store_path
 
 EXAMPLES = r"""
 tracer verify runs/first || tracer verify runs/first --repair
@@ -24,11 +29,13 @@ tracer run tracer.toml                    computes the rows that were lost
 def command(ctx: click.Context, store: str, repair: bool, as_json: bool) -> None:
     """Read everything that a store holds and say what is damaged.
 
-    Every file, mark and row checksum is checked. Without --repair nothing is changed. Exit code 1 means damage, also
-    when it was repaired. No other process may write the store meanwhile.
+    Checked are the metadata of the store and of each array, that files of rows marked as done are there in full, each
+    such row's checksum, and that of each tile of scores marked as done. Not checked: attributes without a checksum,
+    such as learning rates, and marks that were lost before a checkpoint was finished; such rows only count as work to
+    be done again. Without --repair nothing is changed. Exit code 1 means damage, also when it was repaired. No other
+    process may write the store meanwhile.
     """
-    reader, _ = open_store(store)
-    found = verify(str(reader.store.path), repair=repair)
+    found = _verify(store_path(find_store(store)[0]), repair)
     damage = [{"path": each.path, "what": each.what, "rows": each.rows, "mended": each.mended} for each in found.damage]
     summary = {
         "path": found.save_dir,
@@ -38,8 +45,29 @@ def command(ctx: click.Context, store: str, repair: bool, as_json: bool) -> None
         "damage": damage,
     }
     text = str(found)
-    if not found.ok and not repair:
+    if not found.ok and not repair and any(len(each.rows) for each in found.damage):
         text += "\nTo have lost rows computed again: tracer verify --repair, then the run."
     show(as_json, summary, text)
     if not found.ok:
         ctx.exit(FINDING)
+
+
+def _verify(path: StorePath, repair: bool) -> Verification:
+    """Verify a store; that its root cannot be read is damage too."""
+    try:
+        Store.open_existing(path)
+    except StoreError as error:
+        if not (path / NODE).exists() or _is_foreign(path):
+            raise
+        return Verification(str(path), [Damage(str(path / NODE), str(error), np.empty(0, np.int64), False)], 0, 0)
+    return verify(str(path), repair=repair)
+
+
+def _is_foreign(path: StorePath) -> bool:
+    """Tell whether a root is whole, and that of another program or of another format version."""
+    try:
+        attributes = read_document(path / NODE)["attributes"]
+    except StoreError:
+        return False
+    version = attributes.get("format_version")
+    return attributes.get("format") != FORMAT or (isinstance(version, int) and version != FORMAT_VERSION)
