@@ -19,8 +19,10 @@ from torch import Tensor
 SHARE_LEFT = 0.5**0.5
 """Scores are to predict models trained on less: on all rows but one up to half of them, and this lies between."""
 
-LEAST_REST = 0.1
-"""How much of a row's own prediction must come from other rows for these to be asked without it."""
+LEAST_REST = 0.2
+"""How much of a row's prediction must come from other rows, on average, for these to be asked without it."""
+
+_LEAST_DIVISOR = 1e-4
 
 LAMBDAS = torch.logspace(-6, 4, 101, dtype=torch.float64)
 """What is tried as λ, in units of the mean of ``w ‖φ‖²``."""
@@ -138,9 +140,8 @@ def left_out(kernel: Kernel, pull: Tensor, rows: Tensor, weights: Tensor, own: T
     that sum up to τ, and the mean of N losses, it has come by ``1 − exp(−s/λ)``, ``λ = N/τ`` (Ali et al. 2019). Hence
     the weights ``θ = F pull`` with ``F = (1 − exp(−K/λ)) / K``, and ``p = φᵀθ`` for a row. Without the row itself it is
     ``(p − h (w gain − Q)) / (1 − w h)`` with ``h = φᵀ F φ``, the leave-one-out formula of linear smoothers (Craven &
-    Wahba 1979), which is exact for the ridge ``F = (K + λI)⁻¹``. It breaks down where a row is predicted by hardly
-    anything but itself. So ``1 − w h`` counts as `LEAST_REST` at least, and a λ for which it is less on average over
-    the rows has no predictions.
+    Wahba 1979), which is exact for the ridge ``F = (K + λI)⁻¹``. It breaks down where rows are predicted by hardly
+    anything but themselves, so a λ for which ``1 − w h`` is less than `LEAST_REST` on average has no predictions.
 
     Args:
         kernel: ``K = Φᵀ diag(w) Φ``.
@@ -160,7 +161,7 @@ def left_out(kernel: Kernel, pull: Tensor, rows: Tensor, weights: Tensor, own: T
     leverage = seen.square() @ filters
     predicted = seen @ (along.unsqueeze(1) * filters) - leverage * own.unsqueeze(1)
     rest = 1 - weights.unsqueeze(1) * leverage
-    found = predicted / rest.clamp(min=LEAST_REST)
+    found = predicted / rest.clamp(min=_LEAST_DIVISOR)
     return torch.where(rest.mean(0) < LEAST_REST, torch.nan, found)
 
 
