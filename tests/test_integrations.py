@@ -164,6 +164,25 @@ def test_the_last_state_is_saved_before_the_best_one_is_loaded(tmp_path):
 
 
 @needs_transformers
+def test_early_stopping_keeps_the_last_state(tmp_path, caplog):
+    import transformers
+
+    from tracer.integrations.huggingface import RecorderCallback
+
+    class Stop(transformers.TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step >= 4
+
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = hf_trainer(tmp_path, RecorderCallback(tmp_path / "run", every=100), **options, **best)
+    trainer.add_callback(Stop())
+    trainer.train()
+    assert [one.step for one in open_recording(tmp_path / "run").checkpoints] == [4]
+    assert "the last state is not saved" not in caplog.text
+
+
+@needs_transformers
 def test_logged_losses_decide_in_a_hugging_face_training(tmp_path):
     from tracer.integrations.huggingface import RecorderCallback
     from tracer.recording import LossDecrease

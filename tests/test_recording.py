@@ -338,3 +338,56 @@ def test_a_recording_of_something_else_is_not_continued(tmp_path):
     refuse("came with the state of a recording, and .*empty holds none", "empty", resume=state)
     (tmp_path / "run" / "step_00000003.safetensors").write_bytes(b"damaged")
     refuse("the last checkpoint of .* does not fit: .*cannot be read as safetensors")
+
+
+def test_parameters_that_were_frozen_for_a_while_inside_a_group_are_refused(tmp_path):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with CheckpointRecorder(model, optimizer, tmp_path, every=2) as recorder:
+        for step in range(6):
+            model[0].requires_grad_(step >= 3)
+            backward(model)
+            optimizer.step()
+            recorder.step()
+    match = "frozen for a while .*'0.bias', '0.weight'. Train again with them in groups of their own"
+    for group in (None, 0):
+        with pytest.raises(tracer.InputError, match=match):
+            load_checkpoints(tmp_path, group=group)
+
+
+def test_a_second_recorder_of_one_directory_is_refused(tmp_path):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = CheckpointRecorder(model, optimizer, tmp_path, every=1)
+    with pytest.raises(tracer.StoreError, match="holds a recording of 0 checkpoints up to step 0: pass resume=True"):
+        CheckpointRecorder(model, optimizer, tmp_path, every=1)
+    CheckpointRecorder(model, torch.optim.SGD(model.parameters(), lr=0.1), tmp_path, every=1, resume=True)
+    backward(model)
+    optimizer.step()
+    with pytest.raises(tracer.StoreError, match="is being recorded by another recorder, which began or resumed it"):
+        first.step()
+
+
+def test_files_of_the_users_stay(tmp_path):
+    model, _, _ = record(tmp_path / "run", steps=3)
+    for name in ("step_10.safetensors", "step_best.safetensors"):
+        (tmp_path / "run" / name).write_bytes(b"the user's")
+    record(tmp_path / "run", steps=1, first=3, model=model, resume=True)
+    assert all((tmp_path / "run" / name).exists() for name in ("step_10.safetensors", "step_best.safetensors"))
+    (tmp_path / "step_00000005.safetensors").write_bytes(b"the user's")
+    with pytest.raises(tracer.StoreError, match="files that a recorder would replace: step_00000005.safetensors"):
+        record(tmp_path)
+
+
+def test_weights_that_are_nan_are_those_of_their_checkpoint(tmp_path):
+    model, _, _ = record(tmp_path, steps=2)
+    with torch.no_grad():
+        model[0].weight[0] = math.nan
+    record(tmp_path / "nan", steps=3, model=model)
+    record(tmp_path / "nan", steps=1, first=3, model=model, resume=True)
+    assert [one.step for one in open_recording(tmp_path / "nan").checkpoints] == [3, 4]
+
+
+def test_a_state_that_lacks_something_is_refused(tmp_path):
+    with pytest.raises(tracer.InputError, match="a state without 'step', .*pass all that recorder.state_dict"):
+        record(tmp_path, resume={"recording": "x"})

@@ -210,7 +210,10 @@ def _only(whose: str, keys: list, where: str, found: str) -> Any:
     """
     if not keys:
         form = "a mapping with 'state' and 'param_groups'" if whose == "optimizer" else "names to tensors"
-        raise CheckpointError(f"{_EXPECTED}. {where} has no state dict of the {whose} ({form}), but {found}; {_PASS}")
+        record = ", or record with CheckpointRecorder(second_moments=True)" if whose == "optimizer" else ""
+        raise CheckpointError(
+            f"{_EXPECTED}. {where} has no state dict of the {whose} ({form}), but {found}; {_PASS}{record}"
+        )
     if len(keys) > 1:
         raise CheckpointError(
             f"{where} holds several state dicts of the {whose}, under {listing([repr(key) for key in keys])}; pass a "

@@ -71,8 +71,25 @@ class RecorderCallback(_Callback):
         if self._logged is not None or not self.recorder.needs_loss:
             self.recorder.step(loss=self._logged, epoch=state.epoch)
             self._logged = None
-        if state.global_step >= state.max_steps:
-            self.recorder.save()  # before load_best_model_at_end takes other weights
+        self._save_at_the_end(state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save the last state where the training is about to end."""
+        self._save_at_the_end(state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save the last state where the training is about to end."""
+        self._save_at_the_end(state, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save the last state where the training is about to end, also where a later callback has said so."""
+        self._save_at_the_end(state, control)
+
+    def _save_at_the_end(self, state: Any, control: Any) -> None:
+        """Save before load_best_model_at_end takes other weights."""
+        ends = control.should_training_stop or state.global_step >= state.max_steps
+        if ends and self.recorder is not None and not self.recorder.closed:
+            self.recorder.save()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the last state."""

@@ -78,6 +78,9 @@ class Recording:
         shapes: Of everything in the model's state dict, by name.
         identity: Tells this recording from others.
         next_model_id: What the next checkpoint gets.
+        trained: The parameters of each group, by its number, that the last step trained.
+        owner: Tells which recorder writes on it; another one that takes it over ends the first.
+        uneven: Parameters that were trained at some steps and frozen at others at which their group was trained.
     """
 
     directory: Path
@@ -89,6 +92,9 @@ class Recording:
     shapes: dict[str, list[int]]
     identity: str
     next_model_id: int = 0
+    owner: str = ""
+    uneven: list[str] = field(default_factory=list)
+    trained: dict[str, list[str]] = field(default_factory=dict)
 
     def learning_rates(self, learning_rate: str = "sum", group: int | None = None) -> list[float]:
         """Return the learning rate that each checkpoint stands for.
@@ -104,6 +110,12 @@ class Recording:
             InputError: ``learning_rate`` or ``group`` is not known, or groups had different rates.
             InputTypeError: ``group`` is no int.
         """
+        if self.uneven:
+            raise InputError(
+                f"{self.directory}: parameters were frozen for a while inside a group that was trained, so that the "
+                f"group's rates are not theirs: {listing([repr(name) for name in self.uneven])}. Train again with them "
+                f"in groups of their own, and take the groups one by one: load_checkpoints(..., group=0)"
+            )
         if learning_rate not in RATES:
             raise InputError(f"learning_rate={learning_rate!r} is not known; {nearest_name(learning_rate, RATES)}.")
         rates = [one.learning_rate_sums if learning_rate == "sum" else one.learning_rates for one in self.checkpoints]
@@ -186,11 +198,29 @@ def _from_document(directory: Path, document: dict[str, Any]) -> Recording:
     return Recording(directory=directory, checkpoints=[CheckpointRecord(**entry) for entry in entries], **rest)
 
 
-def write_recording(recording: Recording) -> None:
+def check_owner(recording: Recording) -> None:
+    """Refuse to write on a recording that another recorder has begun or taken over.
+
+    Args:
+        recording: As its recorder knows it.
+
+    Raises:
+        StoreError: The one in its directory is another's.
+    """
+    there = open_recording(recording.directory)
+    if (there.identity, there.owner) != (recording.identity, recording.owner):
+        raise StoreError(
+            f"{recording.directory} is being recorded by another recorder, which began or resumed it after this one: "
+            f"give each recorder a directory of its own"
+        )
+
+
+def write_recording(recording: Recording, replace: bool = True) -> None:
     """Write what was recorded, whole or not at all.
 
     Args:
         recording: The recording; its directory exists.
+        replace: Whether one that is there is replaced; otherwise it stays.
     """
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(recording)}
     directory = document.pop("directory")
@@ -200,7 +230,7 @@ def write_recording(recording: Recording) -> None:
         entry["file"] = str(entry.pop("path").relative_to(directory))
         document["checkpoints"].append(entry)
     text = json.dumps(document, indent=1, allow_nan=False).encode()
-    write_whole(recording.directory / FILE, lambda file: file.write(text))
+    write_whole(recording.directory / FILE, lambda file: file.write(text), replace=replace)
 
 
 def thin(

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tracer.arguments import check_count, check_model
 from tracer.errors import CallOrderError, InputError, StoreError
 from tracer.processes import this_process
-from tracer.recording.record import CheckpointRecord, add_rates, thin, total_rates, write_recording
-from tracer.recording.resuming import begin_recording
+from tracer.recording.record import CheckpointRecord, add_rates, check_owner, thin, total_rates, write_recording
+from tracer.recording.resuming import begin_recording, same_values
 from tracer.recording.schedules import Schedule, make_schedule
 from tracer.recording.snapshots import (
     check_optimizer,
@@ -102,8 +102,12 @@ class CheckpointRecorder:
         self._schedule = make_schedule(every)
         self._loss: float | Tensor | None = None
         self._epoch: float | None = None
-        self._seen_steps = 0  # at the last call of `step`, and what the weights' versions were then
-        self._seen_versions = self._versions()
+        self._seen_steps = 0  # at the last call of `step`, and some of the weights then
+        self._seen_sample = self._sample()
+        self._depth = 0  # of calls of the optimizer's step inside each other
+        self._flags: dict[int, tuple[bool, ...]] = {}  # of each group, at the last step that moved it
+        self._trained: dict[int, set[str]] = {}
+        self._uneven: set[str] = set()
         self._rates: list[Rate] = []
         self._sums: list[Rate] = []  # since the last checkpoint
         self._writes = this_process().rank == 0
@@ -112,7 +116,10 @@ class CheckpointRecorder:
                 self.directory, self.model, self.optimizer, self._schedule.settings(), resume
             )
             self._restore(state)
-            self._handle = self.optimizer.register_step_post_hook(self._count_step)
+            self._handles = [
+                self.optimizer.register_step_pre_hook(self._enter_step),
+                self.optimizer.register_step_post_hook(self._leave_step),
+            ]
 
     @property
     def needs_loss(self) -> bool:
@@ -135,6 +142,7 @@ class CheckpointRecorder:
         """
         if self.closed:
             raise CallOrderError("recorder.step came after recorder.close; make another one with resume=True.")
+        self._depth = 0  # an error may have ended a step in the middle
         if not self._writes or self.steps == self._seen_steps:
             return
         if loss is None and self.needs_loss:
@@ -143,7 +151,7 @@ class CheckpointRecorder:
             self._loss = loss.detach() if isinstance(loss, Tensor) else float(loss)
         if epoch is not None:
             self._epoch = float(epoch)
-        self._seen_steps, self._seen_versions = self.steps, self._versions()
+        self._seen_steps, self._seen_sample = self.steps, self._sample()
         level = self._schedule.level(self.steps, _number(self._loss) if self.needs_loss else None)
         last = self._recording.checkpoints[-1].level if self._recording.checkpoints else 0
         if level // self._recording.stride > last // self._recording.stride:
@@ -174,7 +182,7 @@ class CheckpointRecorder:
         if self.closed:
             return
         try:
-            changed = self.steps == self._seen_steps and self._versions() != self._seen_versions
+            changed = self.steps == self._seen_steps and self._moved()
             if save and changed and any(_numbers(self._sums)):
                 logger.warning(
                     "%s: the last state is not saved, since weights were changed after step %d; close the recorder "
@@ -187,7 +195,8 @@ class CheckpointRecorder:
         finally:
             self.closed = True
             if self._writes:
-                self._handle.remove()
+                for handle in self._handles:
+                    handle.remove()
         if self._writes and not self.steps:
             logger.warning(
                 "%s: nothing was recorded, since the optimizer that the recorder got never stepped", self.directory
@@ -218,13 +227,43 @@ class CheckpointRecorder:
             "schedule": self._schedule.state(),
             "epoch": self._epoch,
             "loss": _finite(self._loss),
+            "trained": self._trained_names(),
+            "uneven": sorted(self._uneven),
         }
 
-    def _versions(self) -> list[int]:
-        """Return how often the first and the last parameter were changed in place, which is quick to tell."""
-        return [held[at]._version for held in [self.optimizer.param_groups[0]["params"]] for at in (0, -1) if held]
+    def _sample(self) -> list[Tensor]:
+        """Return copies of some values of three trained parameters, which is quick and tells states apart."""
+        held = [one for group in self.optimizer.param_groups for one in group["params"] if one.requires_grad]
+        chosen = [held[at] for at in (0, len(held) // 2, -1)] if held else []
+        flat = [one.detach().reshape(-1) for one in chosen]
+        return [one[:: max(one.numel() // 256, 1)].clone() for one in flat]
 
-    def _count_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _trained_names(self) -> dict[str, list[str]]:
+        return {str(number): sorted(names) for number, names in self._trained.items()}
+
+    def _moved(self) -> bool:
+        now = self._sample()
+        pairs = zip(now, self._seen_sample, strict=False)
+        return len(now) != len(self._seen_sample) or not all(same_values(one, other.to(one)) for one, other in pairs)
+
+    def _enter_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth += 1
+
+    def _leave_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth -= 1  # torch calls the hooks of a step that calls super().step() for each of the two
+        if self._depth <= 0:
+            self._depth = 0
+            self._count_step(optimizer)
+
+    def _note_trained(self, number: int, group: dict[str, Any], flags: tuple[bool, ...]) -> None:
+        """Note which parameters of a group move, where these are others than at the step before."""
+        self._flags[number] = flags
+        own = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        names = {own[id(one)] for one in group["params"] if one.requires_grad and id(one) in own}
+        self._uneven |= self._trained.setdefault(number, names) ^ names
+        self._trained[number] = names
+
+    def _count_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the learning rates of the step that the optimizer has just made."""
         self.steps += 1
         overflow = getattr(optimizer, "found_inf", None)  # fused optimizers skip a step by themselves
@@ -233,7 +272,10 @@ class CheckpointRecorder:
             rate = group["lr"]
             rate = rate.detach().to(torch.float64, copy=True) if isinstance(rate, Tensor) else float(rate)
             self._rates.append(rate)
-            if not any(parameter.requires_grad for parameter in group["params"]):
+            flags = tuple(parameter.requires_grad for parameter in group["params"])
+            if flags != self._flags.get(number) and any(flags) and (isinstance(rate, Tensor) or rate):
+                self._note_trained(number, group, flags)
+            if not any(flags):
                 rate = 0.0  # it does not move
             elif overflow is not None:
                 rate = rate * (overflow == 0).double()
@@ -247,6 +289,8 @@ class CheckpointRecorder:
         self.steps = self._seen_steps = int(state["step"])
         self._epoch, self._loss = state["epoch"], state["loss"]
         self._rates = list(state["learning_rates"])
+        self._trained = {int(number): set(names) for number, names in state.get("trained", {}).items()}
+        self._uneven = set(self._recording.uneven)
         self._schedule.restore(state["schedule"])
         totals, kept = list(state["learning_rate_totals"]), self._recording.checkpoints
         if kept and kept[-1].step == self.steps:
@@ -286,6 +330,8 @@ class CheckpointRecorder:
         groups, untrained = parameter_groups(self.optimizer, self.model, old.groups)
         shapes = {name: list(value.shape) for name, value in state.items()}
         recording = replace(old, checkpoints=kept, groups=groups, untrained=untrained, stride=stride, shapes=shapes)
+        recording = replace(recording, uneven=sorted(self._uneven), trained=self._trained_names())
+        check_owner(old)
         try:
             if kept[-1].path == path:
                 moments = moments_state(self.optimizer, self.model) if self.second_moments else None

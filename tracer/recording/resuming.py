@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tracer.checkpoints import fit_state, read_checkpoint
-from tracer.errors import CheckpointError, InputTypeError, MismatchError, StoreError
-from tracer.recording.record import FILE, Recording, open_recording, total_rates, write_recording
+from tracer.errors import CheckpointError, InputError, InputTypeError, MismatchError, StoreError
+from tracer.recording.record import FILE, Recording, check_owner, open_recording, total_rates, write_recording
 from tracer.recording.snapshots import model_state, parameter_groups
 from tracer.store.documents import sweep
 from tracer.store.manifest import listing
 
 logger = logging.getLogger("tracer")
+
+OWN_FILE = re.compile(r"step_\d{8,}\.(safetensors|optimizer\.pt)")
+"""The names of a recorder's files; all others are the user's."""
 
 State = Mapping[str, Any]
 """What `CheckpointRecorder.state_dict` returns."""
@@ -46,11 +50,18 @@ def begin_recording(
 
     Raises:
         InputTypeError: ``resume`` is of another type.
+        InputError: It is a mapping that lacks something.
         StoreError: There is a recording and ``resume`` says nothing, or the directory cannot be read or made.
         MismatchError: The recording is of another model, optimizer, schedule or point of training.
     """
     if not isinstance(resume, (bool, Mapping)):
         raise InputTypeError(f"resume is {resume!r}; expected True, False, or what recorder.state_dict() returned.")
+    if isinstance(resume, Mapping) and resume:
+        lacking = [repr(key) for key in _KEYS if key not in resume]
+        if lacking:
+            raise InputError(
+                f"resume= came with a state without {listing(lacking)}; pass all that recorder.state_dict() returned."
+            )
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -62,8 +73,16 @@ def begin_recording(
                 f"resume= came with the state of a recording, and {directory} holds none: pass the directory that it "
                 f"was recorded in, or resume=False to begin a new one."
             )
+        strange = sorted(path.name for path in directory.iterdir() if OWN_FILE.fullmatch(path.name))
+        if strange:
+            raise StoreError(
+                f"{directory} holds no recording, but files that a recorder would replace: {listing(strange)}; choose "
+                f"another directory, or move them"
+            )
         groups, untrained = parameter_groups(optimizer, model)
-        fresh = Recording(directory, [], groups, untrained, every, 1, {}, uuid.uuid4().hex)
+        shapes = {name: list(value.shape) for name, value in model_state(model).items()}
+        fresh = Recording(directory, [], groups, untrained, every, 1, shapes, uuid.uuid4().hex, owner=uuid.uuid4().hex)
+        _claim(fresh, replace=False)
         return fresh, _first_state(fresh)
     recording = open_recording(directory)
     if not resume:
@@ -79,7 +98,20 @@ def begin_recording(
             f"resume= came with the state of another recording than that in {directory}: pass the directory that it "
             f"was recorded in, or resume=False and another directory to begin a new one."
         )
+    recording = replace(recording, owner=uuid.uuid4().hex, uneven=list(state.get("uneven", recording.uneven)))
+    _claim(recording, replace=True)
     return _back_to(recording, int(state["step"])), state
+
+
+_KEYS = ("recording", "step", "learning_rates", "learning_rate_totals", "schedule", "epoch", "loss")
+
+
+def _claim(recording: Recording, replace: bool) -> None:
+    try:
+        write_recording(recording, replace=replace)
+    except OSError as error:
+        raise StoreError(f"{recording.directory} cannot be written ({error}): choose another directory") from error
+    check_owner(recording)
 
 
 def _first_state(recording: Recording) -> dict[str, Any]:
@@ -107,7 +139,7 @@ def _last_state(recording: Recording, model: nn.Module) -> dict[str, Any]:
         there = fit_state(model, read_checkpoint(last.path))
     except CheckpointError as error:
         raise MismatchError(f"the last checkpoint of {recording.directory} does not fit: {error}") from error
-    if not all(torch.equal(value, there[name].cpu()) for name, value in model_state(model).items()):
+    if not all(same_values(value, there[name].cpu()) for name, value in model_state(model).items()):
         raise MismatchError(
             f"resume=True continues after the last checkpoint, and the model does not have its weights: load "
             f"{last.path} (after {last.step} steps) into the model first, or pass the recorder.state_dict() that was "
@@ -121,7 +153,15 @@ def _last_state(recording: Recording, model: nn.Module) -> dict[str, Any]:
         "schedule": last.schedule,
         "epoch": last.epoch,
         "loss": last.loss,
+        "trained": recording.trained,
     }
+
+
+def same_values(left: Tensor, right: Tensor) -> bool:
+    """Return whether two tensors are equal, NaN being equal to itself."""
+    if left.shape != right.shape:
+        return False
+    return torch.equal(left, right) or bool(((left == right) | ((left != left) & (right != right))).all())
 
 
 def _check_same(
@@ -170,7 +210,7 @@ def _back_to(recording: Recording, step: int) -> Recording:
         recording = replace(recording, checkpoints=kept)
         write_recording(recording)
     named = {path for one in kept for path in one.files}
-    for path in directory.glob("step_*"):
-        if path not in named and path.name.partition(".")[2] in ("safetensors", "optimizer.pt"):
+    for path in list(directory.iterdir()):
+        if path not in named and OWN_FILE.fullmatch(path.name):
             path.unlink(missing_ok=True)
     return recording

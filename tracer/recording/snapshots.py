@@ -63,6 +63,11 @@ def check_optimizer(optimizer: Any, model: nn.Module, second_moments: bool) -> t
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InputTypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}.")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise InputError(
+            "optimizer is LBFGS, whose step is not its learning rate times a gradient; sums of its rates mean nothing. "
+            "Save checkpoints yourself, and pass attribute learning rates of your choice."
+        )
     groups = optimizer.param_groups
     own = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in own for group in groups for parameter in group["params"]):
