@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import pytest
 
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
+
+MOST_SECONDS = 60.0
+"""How long a page may take before its test gives up; a page is ready in a second."""
 
 
 @contextlib.contextmanager
@@ -44,7 +48,11 @@ def open_page(chrome: Any, path: Path, *, width: int = 1280, media: dict[str, st
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     chrome.get(path.as_uri())
-    assert chrome.execute_script("return document.documentElement.dataset.ready") == "yes", console(chrome)
+    # a page of many megabytes may still be read when `get` returns
+    deadline = time.monotonic() + MOST_SECONDS
+    while chrome.execute_script("return document.documentElement.dataset.ready") != "yes":
+        assert time.monotonic() < deadline, f"the page's script did not come to its end: {console(chrome)}"
+        time.sleep(0.05)
     assert console(chrome) == []
 
 
