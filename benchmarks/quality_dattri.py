@@ -181,8 +181,7 @@ def fits_memory(parameters: int) -> Callable[[Case], str]:
     """Return a function that says why Hessian products do not fit into memory, or nothing."""
 
     def unfit(case: Case) -> str:
-        owners = [module for module in case.model.modules() if list(module.parameters(recurse=False))]
-        if not all(isinstance(module, nn.Linear) for module in owners):
+        if not all(isinstance(module, nn.Linear) for module in case.layers):
             return "all rows in one batch, as it wants them, take more than 20 GB with layers that are not linear"
         return at_most(parameters)(case)
 

@@ -165,7 +165,9 @@ def draw_sweeps(rows: Sequence[Row], path: Path) -> bool:
     figure = Figure(figsize=(4.6 * min(3, len(names)), 4.2 * -(-len(names) // 3)), layout="constrained")
     panels = figure.subplots(-(-len(names) // 3), min(3, len(names)), squeeze=False).ravel()
     for axes, name in zip(panels, names, strict=False):
-        for method, points in ((method, points) for (task, method), points in found.items() if task == name):
+        for (task, method), points in found.items():
+            if task != name:
+                continue
             color, dash = GROUPS[group_of(method)]["color"], "--" if "3 runs" in method else "-"
             points.sort(key=lambda row: row["setting"]["regularization"])
             values = [row["setting"]["regularization"] for row in points]

@@ -71,6 +71,11 @@ class Case:
         """The number of parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The modules that have parameters of their own."""
+        return [module for module in self.model.modules() if list(module.parameters(recurse=False))]
+
     def copied(self, **changes: Any) -> Case:
         """Return the case with a model of its own, and with other changes."""
         return replace(self, model=copy.deepcopy(self.model), **changes)

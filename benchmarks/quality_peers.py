@@ -60,8 +60,7 @@ class EachLoss(nn.Module):
 
 def captum_options(case: Case) -> dict[str, Any]:
     """Return what all of captum's classes take: fast mode where its rules own all parameters."""
-    owners = [module for module in case.model.modules() if list(module.parameters(recurse=False))]
-    fast = all(type(module) in (nn.Linear, nn.Conv2d) for module in owners)
+    fast = all(type(module) in (nn.Linear, nn.Conv2d) for module in case.layers)
     return {
         "checkpoints_load_func": load_state(case),
         "loss_fn": SumLoss() if fast else EachLoss(),
@@ -335,12 +334,7 @@ def peer_methods() -> list[Method]:
     return [
         method("captum TracInCP", captum_tracin),
         method("captum TracInCPFast", captum_tracin_fast, unfit=needs_last_layer),
-        method(
-            "captum Arnoldi",
-            captum_arnoldi,
-            [{}, {"projection_dim": 200, "arnoldi_dim": 400}],
-            at_most(50_000),
-        ),
+        method("captum Arnoldi", captum_arnoldi, [{}, {"projection_dim": 200, "arnoldi_dim": 400}], at_most(50_000)),
         method("captum Naive", captum_naive, [{}, {"projection_dim": 500}], at_most(1_000)),
         Method("traker TRAK", run_traker("traker TRAK"), "trak", at_most(50_000)),
         Method(trak, run_traker(trak, ridges, **projected), "trak"),

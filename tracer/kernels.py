@@ -6,8 +6,7 @@ Layout: train rows ``Phi [N, k]``, kernels ``[k, k]``. Sums are float64.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +25,9 @@ from tracer.store.kernels import load_kernel, save_kernel
 
 BLOCK_BYTES = 32 << 20
 """How many bytes of float64 rows are held at once."""
+
+Known = tuple[dict[str, float], dict[str, np.ndarray]]
+"""Sums and arrays by name, as the store keeps them."""
 
 MOST_LEFT_OUT = 4096
 """How many rows are predicted by the others to choose λ, spread evenly."""
@@ -120,21 +122,14 @@ class Kernels:
             last: The one that was trained longest: of the lowest mean loss.
         """
         tables = [self.store.checkpoint(model_id) for model_id in (last, *sorted(model_ids))]
-        if tables[0].num_rows < tables[0].dim:
+
+        def choose() -> Known:
             found = self._choose(model_ids, last)
-            return Regularization(self.process.agreed(found.value), found.rule)
-        path = self.store.kernel_path(last, "regularization")
-        inputs = kernel_inputs(tables)
-        self.process.wait()
-        known = load_kernel(path, inputs)
-        if not self.process.agreed(known is not None):
-            known = None
-        if known is None:
-            found = self._choose(model_ids, last)
-            sums = {"value": self.process.agreed(found.value), "held_out": float(found.rule == "held-out")}
-            self.process.first_only(lambda: save_kernel(path, inputs, sums, {}))
-            known = sums, {}
-        return Regularization(known[0]["value"], "held-out" if known[0]["held_out"] else "trace")
+            return {"value": self.process.agreed(found.value), "held_out": float(found.rule == "held-out")}, {}
+
+        few = tables[0].num_rows < tables[0].dim  # no kernel is kept of these either
+        sums, _ = choose() if few else self._kept(last, "regularization", tables, choose)
+        return Regularization(sums["value"], "held-out" if sums["held_out"] else "trace")
 
     def _choose(self, model_ids: list[int], last: int) -> Regularization:
         """Choose λ from how well some rows are predicted by the others."""
@@ -148,7 +143,7 @@ class Kernels:
         for model_id in model_ids:
             kernel, moments = self.get(model_id, "curvature", model_ids)
             table = self.store.checkpoint(model_id)
-            own = weights * table.column("gain") - table.column("slope").astype(np.float64)
+            own = row_pulls(table, weights)
             some, own_rows = (torch.from_numpy(values[rows]).to(self.device) for values in (weights, own))
             features = true_rows(table, rows, self.device)
             predictions += left_out(kernel, moments.pull, features, some, own_rows, lambdas)
@@ -163,13 +158,8 @@ class Kernels:
         if table.num_rows < table.dim:
             features = torch.cat([rows for rows, _ in sums.read(range(table.num_rows))])
             return Kernel.of_rows(features, torch.from_numpy(sums.weights).to(self.device)), sums.moments()
-        path = self.store.kernel_path(model_id, weighting)
-        inputs = kernel_inputs([table, *tables])
-        self.process.wait()
-        known = load_kernel(path, inputs)
-        if not self.process.agreed(known is not None):
-            known = None
-        if known is None:
+
+        def add_up() -> Known:
             matrix = torch.zeros(table.dim, table.dim, dtype=torch.float64, device=self.device)
             mine, disable = self._own_rows(table), bar_disabled(self.progress)
             with tqdm(total=len(mine), desc=f"kernel {model_id}", unit="row", disable=disable) as bar:
@@ -178,23 +168,41 @@ class Kernels:
                     matrix.addmm_(rows.T, rows)
                     bar.update(len(rows))
             scalars, pull = sums.together(self.process)
-            arrays = {"matrix": self.process.add_up(matrix).cpu().numpy(), "pull": pull.cpu().numpy()[None]}
-            known = scalars, arrays
-            self.process.first_only(lambda: save_kernel(path, inputs, scalars, arrays))
-        found, arrays = known
+            return scalars, {"matrix": self.process.add_up(matrix).cpu().numpy(), "pull": pull.cpu().numpy()[None]}
+
+        found, arrays = self._kept(model_id, weighting, [table, *tables], add_up)
         matrix, pull = (torch.from_numpy(arrays[name]).to(self.device) for name in ("matrix", "pull"))
         return Kernel(matrix), Moments(table.num_rows, found["trace"], pull[0])
+
+    def _kept(self, model_id: int, name: str, tables: Sequence[RowTable], make: Callable[[], Known]) -> Known:
+        """Return what the store keeps beside a checkpoint, or make it and keep it there; all processes do the same.
+
+        Args:
+            model_id: The checkpoint.
+            name: Of what is kept.
+            tables: The train rows that decide it.
+            make: Makes it, in all processes together.
+        """
+        path = self.store.kernel_path(model_id, name)
+        # the version is that of what is kept
+        inputs = {
+            "version": 2,
+            "num_rows": tables[0].num_rows,
+            "tables": [each.attributes["table_id"] for each in tables],
+        }
+        self.process.wait()
+        known = load_kernel(path, inputs)
+        if self.process.agreed(known is not None) and known is not None:
+            return known
+        made = make()
+        self.process.first_only(lambda: save_kernel(path, inputs, *made))
+        return made
 
     def _own_rows(self, table: RowTable) -> range:
         """Return the rows that this process adds up: a share where all run together, else all."""
         if not self.process.together:
             return range(table.num_rows)
         return self.process.rows(table.num_rows, table.block_rows)
-
-
-def kernel_inputs(tables: Sequence[RowTable]) -> dict[str, Any]:
-    """Return what decides a kernel, or what is made from several: the rows, and the version of what is kept of them."""
-    return {"version": 2, "num_rows": tables[0].num_rows, "tables": [table.attributes["table_id"] for table in tables]}
 
 
 def row_weighting(tables: Sequence[RowTable], num_rows: int) -> np.ndarray:
@@ -229,6 +237,11 @@ def row_weighting(tables: Sequence[RowTable], num_rows: int) -> np.ndarray:
     return curvature if curvature.any() else fisher
 
 
+def row_pulls(table: RowTable, weights: np.ndarray) -> np.ndarray:
+    """Return ``w · gain − Q`` of each train row, ``[N]``, float64."""
+    return weights * table.column("gain") - table.column("slope").astype(np.float64)
+
+
 class _KernelSums:
     """Goes through train rows once, giving them out and adding up everything but the kernel.
 
@@ -240,7 +253,7 @@ class _KernelSums:
 
     def __init__(self, table: RowTable, weights: np.ndarray, device: torch.device) -> None:
         self.table, self.weights, self.device = table, weights, device
-        self.own = weights * table.column("gain") - table.column("slope").astype(np.float64)
+        self.own = row_pulls(table, weights)
         self.pull = torch.zeros(table.dim, dtype=torch.float64, device=device)
         self.trace = torch.zeros((), dtype=torch.float64, device=device)
 
