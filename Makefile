@@ -20,10 +20,11 @@ demo: $(STAMP)  ## Find flipped labels among handwritten digits and write runs/m
 test: lint  ## Run every gate, one after another: lint, types, doctests, tests, examples, docs, packages.
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(PYTEST_WORKERS)
 
-lint: $(STAMP)  ## Run ruff and mypy.
+lint: $(STAMP)  ## Run ruff, mypy and import-linter.
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/lint-imports
 
 format: $(STAMP)  ## Sort imports and format the code.
 	$(RUN)/ruff check --select I --fix .

@@ -23,7 +23,7 @@ from torch import nn
 
 from tracer import attribute
 from tracer.report.health import estimate_wrong_labels
-from tracer.summaries import summarize_scores
+from tracer.report.summaries import summarize_scores
 
 FLIP_RATES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3)
 NUM_TRAIN, EPOCHS, SAVED = 1297, 15, (1, 3, 5, 10, 15)

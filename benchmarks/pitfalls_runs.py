@@ -21,9 +21,9 @@ from quality_methods import Rows
 from torch import Tensor, nn
 
 from tracer import Attribution, attribute
-from tracer.ideal import IdealRecorder
 from tracer.metrics import LDS, lds, spearman
 from tracer.retraining import EpochCheckpoint, Recipe, random_subsets, retrain, train_models
+from tracer.training.tracin_ideal import IdealRecorder
 
 TASK = "image_classification"
 RUN_SEED = 1000

@@ -16,7 +16,7 @@ import numpy as np
 from quality_methods import Case, Found, Method
 
 from tracer import attribute
-from tracer.attribution import Attribution
+from tracer.api.attribution import Attribution
 
 FACTORS = tuple(10.0 ** (power / 2) for power in range(-6, 7))
 """What the λ that tracer chooses is multiplied by in a sweep, from 0.001 to 1,000."""

@@ -33,8 +33,8 @@ from timing import machine, synchronize, table, write_results
 from torch import Tensor, nn
 
 from tracer import CheckpointRecorder, open_recording
-from tracer.recording import Even, Geometric, LossDecrease, Schedule, make_schedule
-from tracer.recording.record import CheckpointRecord, thin
+from tracer.training.recording import Even, Geometric, LossDecrease, Schedule, make_schedule
+from tracer.training.recording.record import CheckpointRecord, thin
 
 RESULTS = Path(__file__).parent / "results"
 COST_COLUMNS = {

@@ -43,8 +43,8 @@ from featurize import RESULTS
 from timing import machine, peak_mb, synchronize, table, write_results
 from torch import Tensor
 
-from tracer.ranker import Ranker
-from tracer.scoring import Estimate
+from tracer.scoring.estimators import Estimate
+from tracer.scoring.scorer import Ranker
 from tracer.store import RowTable, Store
 from tracer.store.manifest import Manifest
 

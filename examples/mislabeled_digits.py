@@ -5,8 +5,8 @@ net is trained on them and recorded a few times on the way. From these checkpoin
 training image's self-influence (TracInCP; Pruthi et al. 2020), by which flipped labels stand out, and the proponents
 and opponents of each test image.
 
-This is what ``tracer demo`` runs from an installed package: ``tracer/demo/digits.py`` has the data, the net and its
-training, ``tracer/demo/findings.py`` what is asked of the store.
+This is what ``tracer demo`` runs from an installed package. In ``tracer/cli/demo_digits``, ``digits.py`` has the data,
+the net and its training, and ``findings.py`` what is asked of the store.
 
 Run it: python examples/mislabeled_digits.py
 Running it again with the same settings takes up what is there: the checkpoints and every row already featurized.
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tracer import InputError
-from tracer.demo import Settings, run
+from tracer.cli.demo_digits import Settings, run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,9 +7,9 @@ import copy
 import torch
 from torch import nn
 
-from tracer.batches import select_rows
+from tracer.data.batches import select_rows
+from tracer.data.tasks import make_task
 from tracer.gradients import GradientEngine, isolated
-from tracer.tasks import make_task
 
 
 def selected_names(model: nn.Module) -> list[str]:

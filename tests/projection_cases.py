@@ -1,8 +1,12 @@
 """Per-sample gradients in every form, the explicit matrix of a projector, and measures of its error."""
 
+import sys
+import types
+
+import pytest
 import torch
 
-from tracer.factors import (
+from tracer.gradients.per_sample import (
     DenseGradient,
     OuterGradient,
     PerSampleGradient,
@@ -10,6 +14,7 @@ from tracer.factors import (
     SumGradient,
     matrix_shape,
 )
+from tracer.projection import fast_jl
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -115,3 +120,31 @@ def assert_unbiased(make, rows, num_seeds=250):
     mean, spread = errors.mean(0), errors.std(0)
     assert (mean.abs() <= 5 * spread / num_seeds**0.5).all(), mean.abs() / (spread / num_seeds**0.5)
     assert spread.max() < 1  # or the test would say nothing
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Install a module that behaves like fast_jl and runs on the CPU; functions may be replaced."""
+    module = types.ModuleType("fast_jl")
+    for variant in (8, 16, 32):
+        setattr(module, f"project_rademacher_{variant}", project)
+    monkeypatch.setitem(sys.modules, "fast_jl", module)
+    monkeypatch.setattr(fast_jl, "check_device", lambda device: None)
+    return module
+
+
+def project(rows, k, seed, num_tiles):
+    assert rows.ndim == 2 and rows.is_contiguous() and rows.dtype == torch.float32
+    assert k % 512 == 0 and 0 <= seed < 2**32
+    return rows.half().float() @ signs(rows.shape[1], k, seed, num_tiles)
+
+
+def signs(num_entries, k, seed, num_tiles):
+    """Signs of each feature tile from a generator of its own, as the kernel draws them."""
+    num_tiles = min(num_entries, num_tiles)
+    size = -(-num_entries // num_tiles)
+    tiles = []
+    for tile in range(-(-num_entries // size)):
+        generator = torch.Generator().manual_seed(seed * 1000 + tile)
+        tiles.append(torch.randint(2, (size, k), generator=generator).float() * 2 - 1)
+    return torch.cat(tiles)[:num_entries]

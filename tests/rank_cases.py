@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tracer.ranker import Ranker
+from tracer.scoring.scorer import Ranker
 from tracer.store import RowTable, Store
 from tracer.store.manifest import Manifest
 
@@ -60,3 +60,16 @@ def expected(found: Ranker, estimator: str = "tracin") -> np.ndarray:
             sides.append(table.features(0, table.num_rows).astype(np.float64) * weight[:, None])
         total += rate * sides[0] @ sides[1].T
     return total
+
+
+def slow_left_out(features, w, gain, slope, rows, regularization) -> np.ndarray:
+    """The leave-one-out formula for some rows, from the matrix of the smoother."""
+    own = w * gain - slope
+    values, vectors = np.linalg.eigh(features.T @ (w[:, None] * features))
+    values = np.maximum(values, 1e-200)
+    smoother = features @ (vectors * (-np.expm1(-values / regularization) / values)) @ vectors.T @ features.T
+    leverage = np.diagonal(smoother)[rows]
+    rest = 1 - w[rows] * leverage
+    return (
+        (smoother[rows] @ own - leverage * own[rows]) / np.maximum(rest, 1e-4) if rest.mean() >= 0.2 else np.nan * rest
+    )

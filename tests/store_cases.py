@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tracer.store.manifest import Manifest
-from tracer.store.tables import COLUMNS
+from tracer.store.row_table import COLUMNS
 
 N, DIM = 23, 5
 

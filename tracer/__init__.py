@@ -12,8 +12,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tracer.attribution import Attribution, attribute
-    from tracer.curvature import Regularization
+    from tracer.api.attribution import Attribution, attribute
+    from tracer.api.token_influence import token_influence
+    from tracer.api.tracer import Tracer
+    from tracer.data.tasks import LanguageModeling, Task, loss_outputs
     from tracer.errors import (
         BatchError,
         CallOrderError,
@@ -30,21 +32,25 @@ if TYPE_CHECKING:
         TracerError,
     )
     from tracer.gradients import LayerCall, register_layer_rule
-    from tracer.ideal import IdealRecorder
-    from tracer.ideal_record import IdealRecord, read_ideal
     from tracer.projection import Projector, register_projector
-    from tracer.recording import CheckpointRecord, CheckpointRecorder, Recording, load_checkpoints, open_recording
+    from tracer.scoring.regularization import Regularization
     from tracer.store import Verification, verify
-    from tracer.tasks import LanguageModeling, Task, loss_outputs
-    from tracer.tokens import token_influence
-    from tracer.tracer import Tracer
+    from tracer.training.recording import (
+        CheckpointRecord,
+        CheckpointRecorder,
+        Recording,
+        load_checkpoints,
+        open_recording,
+    )
+    from tracer.training.tracin_ideal import IdealRecorder
+    from tracer.training.tracin_ideal_record import IdealRecord, read_ideal
     from tracer.types import SampleOutputs, TopK
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "tracer.attribution": ("Attribution", "attribute"),
-    "tracer.curvature": ("Regularization",),
+    "tracer.api.attribution": ("Attribution", "attribute"),
+    "tracer.scoring.regularization": ("Regularization",),
     "tracer.errors": (
         "BatchError",
         "CallOrderError",
@@ -61,14 +67,20 @@ _HOMES = {
         "TracerError",
     ),
     "tracer.gradients": ("LayerCall", "register_layer_rule"),
-    "tracer.ideal": ("IdealRecorder",),
-    "tracer.ideal_record": ("IdealRecord", "read_ideal"),
+    "tracer.training.tracin_ideal": ("IdealRecorder",),
+    "tracer.training.tracin_ideal_record": ("IdealRecord", "read_ideal"),
     "tracer.projection": ("Projector", "register_projector"),
-    "tracer.recording": ("CheckpointRecord", "CheckpointRecorder", "Recording", "load_checkpoints", "open_recording"),
+    "tracer.training.recording": (
+        "CheckpointRecord",
+        "CheckpointRecorder",
+        "Recording",
+        "load_checkpoints",
+        "open_recording",
+    ),
     "tracer.store": ("Verification", "verify"),
-    "tracer.tasks": ("LanguageModeling", "Task", "loss_outputs"),
-    "tracer.tokens": ("token_influence",),
-    "tracer.tracer": ("Tracer",),
+    "tracer.data.tasks": ("LanguageModeling", "Task", "loss_outputs"),
+    "tracer.api.token_influence": ("token_influence",),
+    "tracer.api.tracer": ("Tracer",),
     "tracer.types": ("SampleOutputs", "TopK"),
 }
 """Where each public name is defined."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tracer.errors import InputError
-from tracer.recording import FILE, load_checkpoints
+from tracer.training.recording import FILE, load_checkpoints
 
 Found = list[tuple[Path, float | None]]
 """Paths, each with its learning rate, or None where that is not known."""

@@ -14,7 +14,7 @@ from tracer.cli.settings import BY_NAME
 from tracer.cli.stores import Choice, Integers, choose, ranking_options
 from tracer.errors import MismatchError
 from tracer.metrics.ranks import rank_correlation
-from tracer.ranker import KINDS
+from tracer.scoring.scorer import KINDS
 
 EXAMPLES = """
 tracer compare runs/seed0 runs/seed1                      two training runs on the same rows

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
+from tracer.cli.demo_digits import Settings, run
 from tracer.cli.help import TaughtCommand
 from tracer.cli.output import json_option, show
-from tracer.demo import Settings, run
 
 EXAMPLES = """
 tracer demo

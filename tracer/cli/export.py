@@ -14,8 +14,8 @@ from tracer.cli.output import json_option, show
 from tracer.cli.stores import Choice, Integers, check_targets, choose, ranking_options
 from tracer.cli.writers import Block, write_csv, write_matrix, write_parquet
 from tracer.errors import InputError
-from tracer.ranker import KINDS
-from tracer.store.table_layout import NO_LABEL
+from tracer.scoring.scorer import KINDS
+from tracer.store.table_schema import NO_LABEL
 
 EXAMPLES = """
 tracer export runs/first scores.parquet                   one line a pair: train_row, target, score

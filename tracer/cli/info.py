@@ -12,7 +12,7 @@ from tracer.cli.help import TaughtCommand
 from tracer.cli.output import json_option, show, size_text, table
 from tracer.cli.stores import open_store
 from tracer.store import Store
-from tracer.store.remote import RemotePath
+from tracer.store.remote_path import RemotePath
 
 EXAMPLES = r"""
 tracer info runs/first

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import numpy as np
 
-from tracer.rowsource import RowSource
+from tracer.data.datasets import RowSource
 from tracer.types import Batch
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from tracer.arguments import check_count
-from tracer.attribution import Attribution, attribute
+from tracer._core.validation import check_count
+from tracer.api.attribution import Attribution, attribute
 from tracer.cli.checkpoints import Found, find_checkpoints, replaced_rates
 from tracer.cli.references import build, resolve
+from tracer.data.datasets import RowSource, row_source
 from tracer.errors import InputTypeError
-from tracer.rowsource import RowSource, row_source
 
 _LOADED = ("model", "task", "train", "targets", "checkpoints", "learning_rate", "collate_fn", "save_dir", "batch_size")
 _RANKING = ("exp_name", "estimator", "target", "regularization")

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from tracer.attribution import attribute
+from tracer._core.processes import this_process
+from tracer.api.attribution import attribute
 from tracer.cli.job import Job
 from tracer.cli.output import size_text, table, time_text
-from tracer.processes import this_process
-from tracer.rowsource import RowSource, row_source
+from tracer.data.datasets import RowSource, row_source
 from tracer.store import Store
-from tracer.store.documents import NODE
 from tracer.store.manifest import Manifest
-from tracer.store.places import store_path
-from tracer.store.table_layout import table_layouts
+from tracer.store.metadata import NODE
+from tracer.store.paths import store_path
+from tracer.store.table_schema import table_layouts
 from tracer.types import Batch
 
 TRIED_BATCHES, TRIED_CHECKPOINTS = 4, 2

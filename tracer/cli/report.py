@@ -10,14 +10,14 @@ import click
 import numpy as np
 import torch
 
-from tracer.batches import as_tensor
 from tracer.cli.help import TaughtCommand
 from tracer.cli.job import load_rows
 from tracer.cli.output import json_option, show
 from tracer.cli.references import build
 from tracer.cli.stores import choose, ranking_options
+from tracer.data.batches import as_tensor
+from tracer.data.datasets import RowSource
 from tracer.errors import InputError
-from tracer.rowsource import RowSource
 
 EXAMPLES = """
 tracer report tracer.toml --output-dir report             rows as in the file of the run

@@ -11,11 +11,11 @@ from typing import Any
 import click
 import numpy as np
 
-from tracer.attribution import Attribution
+from tracer.api.attribution import Attribution
+from tracer.api.store_reader import Reader
 from tracer.cli.settings import BY_NAME, read_settings
 from tracer.errors import InputError, nearest_name
-from tracer.reader import Reader
-from tracer.store.table_layout import NO_LABEL
+from tracer.store.table_schema import NO_LABEL
 
 _RANKING: tuple[str, ...] = ("exp_name", "estimator", "target", "regularization")
 

@@ -9,7 +9,7 @@ import click
 from tracer.cli.help import TaughtCommand
 from tracer.cli.output import json_option, show, table
 from tracer.cli.stores import Choice, Integers, check_targets, choose, label_of, ranking_options
-from tracer.ranker import KINDS
+from tracer.scoring.scorer import KINDS
 from tracer.types import TopK
 
 SHOWN_TARGETS = 10

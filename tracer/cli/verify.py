@@ -11,9 +11,9 @@ from tracer.cli.output import json_option, show
 from tracer.cli.stores import find_store
 from tracer.errors import StoreError
 from tracer.store import Damage, Store, Verification, verify
-from tracer.store.documents import NODE, StorePath, read_document
 from tracer.store.manifest import FORMAT, FORMAT_VERSION
-from tracer.store.places import store_path
+from tracer.store.metadata import NODE, StorePath, read_document
+from tracer.store.paths import store_path
 
 EXAMPLES = r"""
 tracer verify runs/first || tracer verify runs/first --repair

@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from tracer._core.files import write_whole
 from tracer.errors import MissingDependencyError
-from tracer.store.documents import write_whole
 
 Block = Mapping[str, np.ndarray]
 """Columns of equal length, by name; integers, floats, or texts."""

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from tracer.data.tasks import Task
 from tracer.errors import BatchError, RankError
-from tracer.factors import DenseGradient, PerSampleGradient, add_gradients
 from tracer.gradients.attention import CapturedAttention, attending
 from tracer.gradients.failure import CaptureFailed
 from tracer.gradients.layers import LayerCall, RegisteredRule
-from tracer.tasks import Task
+from tracer.gradients.per_sample import DenseGradient, PerSampleGradient, add_gradients
 from tracer.types import Batch, SampleOutputs
 
 

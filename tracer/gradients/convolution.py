@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tracer.factors import WindowGradient
+from tracer.gradients.per_sample import WindowGradient
 
 
 def conv_weight_gradient(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, g: Tensor) -> WindowGradient:

@@ -17,15 +17,18 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
-from tracer.batches import select_rows
+from tracer._core.sharding import layer_type
+from tracer.data.batches import select_rows
+from tracer.data.tasks import LowerPrecision, Task
 from tracer.errors import BatchError, GradientError, InputError, TracerError, nearest_name
-from tracer.factors import DenseGradient, PerSampleGradient
 from tracer.gradients.attention import CapturedAttention, refuses_attention
 from tracer.gradients.capture import CallPattern, CapturedLayer, CapturedPass, Layout
 from tracer.gradients.failure import CaptureFailed
+from tracer.gradients.fsdp import Ranks
 from tracer.gradients.functional import can_vmap, loop_gradients, vmap_gradients
 from tracer.gradients.isolation import seed_generators
 from tracer.gradients.layers import rule_for
+from tracer.gradients.per_sample import DenseGradient, PerSampleGradient
 from tracer.gradients.selfcheck import (
     Reference,
     WeightedSums,
@@ -34,8 +37,6 @@ from tracer.gradients.selfcheck import (
     sharded_reference_pass,
     tolerance,
 )
-from tracer.sharded import Ranks, layer_type
-from tracer.tasks import LowerPrecision, Task
 from tracer.types import Batch, SampleOutputs
 
 logger = logging.getLogger("tracer.gradients")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracer.batches import is_per_row, leaves, map_leaves, select_rows
-from tracer.tasks import Task
+from tracer.data.batches import is_per_row, leaves, map_leaves, select_rows
+from tracer.data.tasks import Task
 from tracer.types import Batch
 
 

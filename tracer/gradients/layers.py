@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tracer._core.sharding import layer_type
 from tracer.errors import InputTypeError
-from tracer.factors import DenseGradient, OuterGradient, PerSampleGradient, RowsGradient
 from tracer.gradients.convolution import conv_weight_gradient
-from tracer.sharded import layer_type
+from tracer.gradients.per_sample import DenseGradient, OuterGradient, PerSampleGradient, RowsGradient
 
 Gradients = dict[str, PerSampleGradient]
 

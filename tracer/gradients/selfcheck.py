@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from tracer.data.tasks import Task
 from tracer.errors import GradientError
-from tracer.factors import PerSampleGradient
-from tracer.sharded import Ranks
-from tracer.tasks import Task
+from tracer.gradients.fsdp import Ranks
+from tracer.gradients.per_sample import PerSampleGradient
 from tracer.types import Batch
 
 BLOCK_BYTES = 32 << 20

@@ -12,13 +12,14 @@ from typing import TypeVar
 
 import torch
 
+from tracer._core.blocks import row_blocks
 from tracer.errors import InputError, InputTypeError, nearest_name
-from tracer.projection.base import Projector, row_blocks
+from tracer.projection.base import Projector
 from tracer.projection.dense import GaussianProjector, RademacherProjector
 from tracer.projection.exact import ExactProjector
 from tracer.projection.factored import FactoredProjector
 from tracer.projection.fast_jl import FastJLProjector
-from tracer.projection.sketch import SketchProjector
+from tracer.projection.sketch.projector import SketchProjector
 
 __all__ = [
     "ExactProjector",

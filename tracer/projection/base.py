@@ -1,25 +1,22 @@
 """What every projector is: a linear map from the per-parameter gradients of a sample to ``dim`` numbers.
 
 A projector is keyed by parameter name and seed: the numbers it gives for a parameter do not depend on the batch, the
-process, the machine or the device. It sees factors (`tracer.factors`), so that it need not build gradients.
+process, the machine or the device. It sees factors (`tracer.gradients.per_sample`) and need not build gradients.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from tracer._core.random_streams import check_seed, whole_number
 from tracer.errors import InputError, nearest_name
-from tracer.factors import PerSampleGradient
-from tracer.projection.seeds import check_seed, whole_number
+from tracer.gradients.per_sample import PerSampleGradient
 from tracer.types import Projection
-
-BLOCK_BYTES = 8 << 20
-"""How many bytes of built gradient are held at once; a few samples fit while they are hot in cache."""
 
 
 class Projector(ABC):
@@ -204,19 +201,3 @@ class RunningProjection:
     def finish(self) -> Projection:
         """Return the projection of all that was added; nothing may be added after it."""
         return self.result
-
-
-def row_blocks(batch_size: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
-    """Yield ranges of samples whose built gradients take at most ``block_bytes``, one sample at least.
-
-    >>> list(row_blocks(5, 10, 20))
-    [(0, 2), (2, 4), (4, 5)]
-    """
-    step = max(1, block_bytes // max(1, row_bytes))
-    for start in range(0, batch_size, step):
-        yield start, min(start + step, batch_size)
-
-
-def full_precision(values: Tensor) -> Tensor:
-    """Return the values in the dtype of features: float32, or float64 for float64 values."""
-    return values if values.dtype in (torch.float32, torch.float64) else values.float()

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracer.factors import DenseGradient, PerSampleGradient, RowsGradient, SumGradient, matrix_shape
-from tracer.projection import norms
-from tracer.projection.base import Projector, row_blocks
-from tracer.projection.seeds import Stream, unpack_signs
+from tracer._core.blocks import row_blocks
+from tracer._core.random_streams import Stream, unpack_signs
+from tracer.gradients import norms
+from tracer.gradients.per_sample import DenseGradient, PerSampleGradient, RowsGradient, SumGradient, matrix_shape
+from tracer.projection.base import Projector
 
 BLOCK_NUMBERS = 1 << 22
 """How many numbers of P one block holds; blocks are keyed by their index, so changing it changes P."""

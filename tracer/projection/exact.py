@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracer.factors import PerSampleGradient
-from tracer.projection import norms
-from tracer.projection.base import Projector, row_blocks
+from tracer._core.blocks import row_blocks
+from tracer.gradients import norms
+from tracer.gradients.per_sample import PerSampleGradient
+from tracer.projection.base import Projector
 
 
 class ExactProjector(Projector):
@@ -20,7 +21,7 @@ class ExactProjector(Projector):
     ``proj_dim`` and ``seed`` are ignored; `dim` is the number of all entries, and a parameter that has no gradient is
     zeros.
 
-    >>> from tracer.factors import DenseGradient
+    >>> from tracer.gradients.per_sample import DenseGradient
     >>> projector = ExactProjector({"weight": (2, 1), "bias": (2,)})
     >>> projector.project({"bias": DenseGradient(torch.tensor([[3.0, 4.0]]))}).features
     tensor([[0., 0., 3., 4.]])

@@ -17,11 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tracer._core.blocks import full_precision, row_blocks
+from tracer._core.random_streams import Stream
 from tracer.errors import InputError
-from tracer.factors import PerSampleGradient, RowsGradient, SumGradient, matrix_shape
-from tracer.projection import norms
-from tracer.projection.base import Projector, full_precision, row_blocks
-from tracer.projection.seeds import Stream
+from tracer.gradients import norms
+from tracer.gradients.per_sample import PerSampleGradient, RowsGradient, SumGradient, matrix_shape
+from tracer.projection.base import Projector
 
 
 class Columns(NamedTuple):

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tracer._core.blocks import row_blocks
+from tracer._core.random_streams import Stream
 from tracer.errors import InputError, MissingDependencyError
-from tracer.factors import PerSampleGradient
-from tracer.projection import norms
-from tracer.projection.base import Projector, row_blocks
-from tracer.projection.seeds import Stream
+from tracer.gradients import norms
+from tracer.gradients.per_sample import PerSampleGradient
+from tracer.projection.base import Projector
 
 NUM_FEATURE_TILES = 128
 """Passed as ``num_sms``; part of what decides the signs."""

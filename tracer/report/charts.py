@@ -97,7 +97,7 @@ def signed_histogram(edges: np.ndarray, counts: np.ndarray) -> str:
     """Return the distribution of scores: even in the logarithm of their size on both sides of a narrow middle.
 
     Args:
-        edges: ``[B + 1]``, as in `tracer.summaries.ScoreSummary`.
+        edges: ``[B + 1]``, as in `tracer.report.summaries.ScoreSummary`.
         counts: ``[B]``.
 
     Returns:

@@ -11,7 +11,7 @@ import numpy as np
 from tracer.errors import InputError
 from tracer.report.health import WrongLabels
 from tracer.report.samples import Samples, as_array, as_text
-from tracer.summaries import ScoreSummary
+from tracer.report.summaries import ScoreSummary
 from tracer.types import TopK
 
 NUM_SHOWN_TARGETS = 6

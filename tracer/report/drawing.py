@@ -194,7 +194,7 @@ def score_histogram(edges: np.ndarray, counts: np.ndarray) -> Figure:
     """Draw the distribution of scores, logarithmic on both sides of zero.
 
     Args:
-        edges: ``[B + 1]``, as in `tracer.summaries.ScoreSummary`.
+        edges: ``[B + 1]``, as in `tracer.report.summaries.ScoreSummary`.
         counts: ``[B]``.
 
     Returns:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tracer.summaries import ClassSummary
+from tracer.report.summaries import ClassSummary
 
 Z = 1.959964
 """Of a two-sided interval of 95 %."""
@@ -75,7 +75,7 @@ def estimate_wrong_labels(classes: ClassSummary, calibration: Calibration = CALI
     Returns:
         The estimate.
 
-    >>> from tracer.summaries import summarize_scores
+    >>> from tracer.report.summaries import summarize_scores
     >>> scores = np.kron(2 * np.eye(2) - 1, np.ones((10, 4)))  # all rows help their own class
     >>> labels = np.repeat([0, 1], 10), np.repeat([0, 1], 4)
     >>> found = estimate_wrong_labels(summarize_scores(scores, *labels).classes)

@@ -10,7 +10,7 @@ import numpy as np
 from tracer.report.charts import number
 from tracer.report.content import ReportContent
 from tracer.report.health import Z
-from tracer.summaries import ClassSummary
+from tracer.report.summaries import ClassSummary
 
 MIN_ROWS = 5
 """Fewer rows support no advice."""

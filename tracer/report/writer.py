@@ -15,7 +15,7 @@ from tracer.report.page import page
 from tracer.report.payload import payload
 from tracer.report.recovery import ranking
 from tracer.report.samples import Samples, class_codes
-from tracer.summaries import summarize_scores
+from tracer.report.summaries import summarize_scores
 from tracer.types import TopK
 
 

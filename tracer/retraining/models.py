@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tracer.batches import count_rows, is_per_row, leaves, map_leaves, select_rows, to_device
+from tracer.data.batches import count_rows, is_per_row, leaves, map_leaves, select_rows, to_device
+from tracer.data.tasks import Task
 from tracer.errors import BatchError, InputError
-from tracer.tasks import Task
 from tracer.types import Batch
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tracer.arguments import check_count
+from tracer._core.validation import check_count
 from tracer.errors import InputError, InputTypeError, nearest_name
 
 _OPTIMIZERS = ("sgd", "adamw")

@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tracer.batches import leaves
-from tracer.checkpoints import weights_fingerprint
+from tracer._core.files import disk_errors, sweep, write_whole
+from tracer.data.batches import leaves
 from tracer.errors import StoreError
 from tracer.retraining.models import Rows
 from tracer.retraining.subsets import Run, RunKey
 from tracer.retraining.training import Trainer
-from tracer.store.documents import disk_errors, sweep, write_whole
+from tracer.training.checkpoints import weights_fingerprint
 
 _VERSION = 1  # of how models are trained: another number, other results
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracer.arguments import as_list, check_count
+from tracer._core.random_streams import Stream, check_seed
+from tracer._core.validation import as_list, check_count
 from tracer.errors import InputError, InputTypeError
-from tracer.projection.seeds import Stream, check_seed
 
 _VERSION = 1  # of the numbers drawn here
 

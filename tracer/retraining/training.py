@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tracer.arguments import as_list, bar_disabled, check_count
-from tracer.batches import count_rows
+from tracer._core.validation import as_list, bar_disabled, check_count
+from tracer.data.batches import count_rows
+from tracer.data.tasks import Task, make_task
 from tracer.errors import InputError, InputTypeError, NonFiniteError
-from tracer.retraining.building import Builder, seeded
-from tracer.retraining.choice import models_at_once as choose_at_once
+from tracer.retraining.model_factory import Builder, seeded
 from tracer.retraining.models import Models, Rows, SingleModel, StackedModels, quiet_vmap
 from tracer.retraining.recipe import Recipe
+from tracer.retraining.stacking import models_at_once as choose_at_once
 from tracer.retraining.subsets import Run, RunKey, make_runs
-from tracer.tasks import Task, make_task
 from tracer.types import Batch
 
 _MAX_NAMED = 5

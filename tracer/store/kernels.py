@@ -18,11 +18,12 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from tracer._core.files import disk_errors
 from tracer.errors import StoreError
-from tracer.store.documents import NODE, StorePath, disk_errors, read_document, remove, write_group
-from tracer.store.layout import Layout, create_array
+from tracer.store.arrays.layout import Layout, create_array
 from tracer.store.manifest import json_value
-from tracer.store.places import open_array
+from tracer.store.metadata import NODE, StorePath, read_document, remove, write_group
+from tracer.store.paths import open_array
 
 logger = logging.getLogger("tracer")
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from tracer._core.text import listing
 from tracer.errors import InputError, InputTypeError, MismatchError, StoreError
 
 FORMAT = "tracer"
 FORMAT_VERSION = 4
 STORAGES = ("float32", "float16", "int8", "none")
 _REQUIRED = ("train_set_size", "feature_dim", "storage")
-_MAX_NAMED = 6
 
 logger = logging.getLogger("tracer")
 
@@ -259,16 +259,6 @@ def _param_differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> I
             if before != now:
                 yield f"params: in another order, first at position {position}: stored {before!r}, asked {now!r}"
                 return
-
-
-def listing(items: Sequence[Any] | np.ndarray, most: int = _MAX_NAMED) -> str:
-    """Return the first items, joined by commas, and how many more there are.
-
-    >>> listing(["a", "b", "c"], most=2)
-    'a, b, … (1 more)'
-    """
-    more = len(items) - most
-    return ", ".join(str(item) for item in items[:most]) + (f", … ({more} more)" if more > 0 else "")
 
 
 def _short(value: Any) -> str:

@@ -7,7 +7,7 @@ import re
 from typing import SupportsIndex
 
 from tracer.errors import InputError, InputTypeError
-from tracer.store.documents import NODE, StorePath, child_nodes, write_group
+from tracer.store.metadata import NODE, StorePath, child_nodes, write_group
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", re.ASCII)
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from tracer._core.files import disk_errors
 from tracer.errors import CallOrderError, InputError, StoreError
-from tracer.store.documents import StorePath, child_nodes, disk_errors, remove
 from tracer.store.manifest import Manifest, json_value
+from tracer.store.metadata import StorePath, child_nodes, remove
 from tracer.store.nodes import checked_integer, checked_name, ensure_groups, numbered_nodes
-from tracer.store.remote import RemotePath
+from tracer.store.remote_path import RemotePath
 from tracer.store.score_array import DONE_SUFFIX, SUFFIXES, ScoreArray, open_scores, remove_scores
 
 REMOTE_SCORE_BYTES = 32 << 20

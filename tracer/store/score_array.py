@@ -23,13 +23,14 @@ import google_crc32c
 import numpy as np
 import torch
 
+from tracer._core.files import disk_errors
 from tracer.errors import CallOrderError, IncompleteError, InputError, InputTypeError, StoreError
-from tracer.store.completion import FLUSH_SECONDS, Completion
-from tracer.store.documents import NODE, StorePath, disk_errors, remove
-from tracer.store.layout import Layout, create_array
+from tracer.store.arrays.completion_mask import FLUSH_SECONDS, Completion
+from tracer.store.arrays.layout import Layout, create_array
+from tracer.store.lazy_matrix import ScoreMatrix
 from tracer.store.manifest import json_value
-from tracer.store.places import open_array
-from tracer.store.score_matrix import ScoreMatrix
+from tracer.store.metadata import NODE, StorePath, remove
+from tracer.store.paths import open_array
 
 DONE_SUFFIX, CHECKSUM_SUFFIX, SCALE_SUFFIX = SUFFIXES = ("_done", "_checksum", "_scale")
 SCORE_DTYPES = ("float16", "float32")

@@ -25,26 +25,19 @@ from typing import Any
 
 import numpy as np
 
+from tracer._core.files import PARTIAL, disk_errors, sweep
+from tracer._core.text import listing
 from tracer.errors import CallOrderError, InputError, MismatchError, StoreError
-from tracer.store.completion import FLUSH_SECONDS
-from tracer.store.documents import (
-    NODE,
-    PARTIAL,
-    StorePath,
-    child_nodes,
-    disk_errors,
-    read_document,
-    sweep,
-    write_group,
-)
-from tracer.store.layout import BLOCK_BYTES, rows_per_block
-from tracer.store.manifest import Manifest, check_same, json_value, listing
+from tracer.store.arrays.completion_mask import FLUSH_SECONDS
+from tracer.store.arrays.layout import BLOCK_BYTES, rows_per_block
+from tracer.store.manifest import Manifest, check_same, json_value
+from tracer.store.metadata import NODE, StorePath, child_nodes, read_document, write_group
 from tracer.store.nodes import checked_integer, checked_name, ensure_groups, numbered_nodes
-from tracer.store.places import store_path
-from tracer.store.remote import RemotePath
+from tracer.store.paths import store_path
+from tracer.store.remote_path import RemotePath
 from tracer.store.results import Results
-from tracer.store.table_layout import create_table, grow_table, read_attributes
-from tracer.store.tables import RowTable
+from tracer.store.row_table import RowTable
+from tracer.store.table_schema import create_table, grow_table, read_attributes
 
 logger = logging.getLogger("tracer")
 

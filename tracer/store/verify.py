@@ -10,17 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from tracer._core.files import disk_errors
+from tracer._core.text import listing
 from tracer.errors import StoreError
-from tracer.store.arrays import ChunkedArray
-from tracer.store.documents import NODE, StorePath, child_nodes, disk_errors, read_document, remove, write_group
-from tracer.store.layout import Layout, create_array
-from tracer.store.manifest import listing
+from tracer.store.arrays.chunked import ChunkedArray
+from tracer.store.arrays.layout import Layout, create_array
+from tracer.store.metadata import NODE, StorePath, child_nodes, read_document, remove, write_group
 from tracer.store.nodes import numbered_nodes
-from tracer.store.places import open_array
-from tracer.store.remote import RemotePath
+from tracer.store.paths import open_array
+from tracer.store.remote_path import RemotePath
 from tracer.store.score_array import SUFFIXES, ScoreArray, remove_scores
 from tracer.store.store import Store
-from tracer.store.table_layout import COLUMNS, row_checksums, table_layouts
+from tracer.store.table_schema import COLUMNS, row_checksums, table_layouts
 
 logger = logging.getLogger("tracer")
 

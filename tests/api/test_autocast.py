@@ -1,0 +1,92 @@
+"""Lower precision by `autocast`: near full precision, equal to autograd under autocast, recorded, only on demand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from tracer_cases import build, featurize, score
+
+from tracer import InputError, MismatchError, Tracer
+
+
+class Block(nn.Module):
+    """A small transformer for classes, with a convolution before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 8, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.gain = nn.Parameter(torch.ones(8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.norm(self.conv(x).flatten(2).transpose(1, 2))
+        h = h + self.attention(h, h, h, need_weights=False)[0]
+        return self.head((h * self.gain).mean(1))
+
+
+@pytest.mark.parametrize("kind", ["conv net", "transformer"])
+@pytest.mark.parametrize("autocast", ["bfloat16", torch.float16])
+def test_scores_are_near_those_of_full_precision(run, tmp_path, kind, autocast):
+    if kind == "transformer":
+        torch.manual_seed(3)
+        run.model = Block()
+        run.checkpoints = [(run.model.state_dict(), 0.1)]
+    scores = []
+    for name, dtype in (("full", None), ("half", autocast)):
+        tracing = build(run, tmp_path / name, autocast=dtype)
+        featurize(tracing, run)
+        score(tracing, run)
+        scores.append(np.array(tracing.finalize_scores("test")))
+    difference = np.abs(scores[1] - scores[0]).max() / np.abs(scores[0]).max()
+    assert 1e-6 < difference < 0.1
+    general = {"gain"} if kind == "transformer" else set()
+    assert set(tracing._engine.general) == general
+
+
+def test_gradients_are_those_of_autograd_under_autocast(run, tmp_path):
+    tracing = build(run, tmp_path / "store", autocast="bfloat16")
+    state, rate = run.checkpoints[-1]
+    tracing.load_checkpoint(state, 0, rate)
+    tracing.featurize(run.train, num_samples=len(run.x))
+    tracing.flush()
+    run.model.load_state_dict(state)
+    run.model.eval()
+    expected = []
+    for x, y in zip(run.x, run.y, strict=True):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = run.model(x[None]).float()[0]
+        margin = logits[y] - logits[torch.arange(3) != y].logsumexp(0)
+        grads = torch.autograd.grad(margin, list(run.model.parameters()))
+        expected.append(torch.cat([grad.flatten() for grad in grads]))
+    found = torch.from_numpy(tracing.store.checkpoint(0).features(0, len(run.x)))
+    error = (found - torch.stack(expected)).norm(dim=1) / found.norm(dim=1)
+    assert float(error.max()) < 1e-2
+
+
+@pytest.mark.parametrize("autocast", [None, "bfloat16"])
+def test_surrounding_autocast_does_not_count(run, tmp_path, autocast):
+    """Nor do the casts of weights that it keeps, of the model's own or of another checkpoint's."""
+    tracing = build(run, tmp_path / "alone", autocast=autocast)
+    featurize(tracing, run)
+    expected = [tracing.store.checkpoint(number).features(0, len(run.x)) for number in range(3)]
+    run.model.eval()
+    for enabled in (False, True):
+        tracing = build(run, tmp_path / str(enabled), autocast=autocast)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            before = run.model(run.x)
+            featurize(tracing, run)
+            assert torch.equal(run.model(run.x), before)
+        for number in range(3):
+            np.testing.assert_array_equal(tracing.store.checkpoint(number).features(0, len(run.x)), expected[number])
+
+
+def test_precision_is_recorded_and_checked(run, tmp_path):
+    build(run, tmp_path / "store", autocast="bfloat16")
+    with pytest.raises(MismatchError, match="autocast"):
+        build(run, tmp_path / "store")
+    with pytest.raises(InputError, match="expected 'bfloat16', 'float16' or None"):
+        Tracer(run.model, "image_classification", 3, tmp_path / "other", autocast="int8")

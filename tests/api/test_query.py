@@ -1,0 +1,157 @@
+"""Queries: the answer of score and top for fresh targets, with nothing stored and nothing disturbed."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+from tracer_cases import build, featurize, score
+
+import tracer
+
+
+def stored(run, path, **options):
+    tracing = build(run, path, **{"projector": "sketch", "proj_dim": 64, **options})
+    featurize(tracing, run)
+    return tracing
+
+
+def files(tracing):
+    return sorted(str(path.relative_to(tracing.store.path)) for path in tracing.store.path.rglob("*"))
+
+
+@pytest.mark.parametrize("estimator", ["tracin", "cosine", "trak", "influence"])
+@pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
+def test_a_query_is_score_and_top(run, tmp_path, storage, estimator):
+    tracing = stored(run, tmp_path / "store", storage=storage)
+    before = files(tracing)
+    found = {
+        kind: tracing.query(run.targets, 4, kind=kind, estimator=estimator) for kind in ("proponents", "opponents")
+    }
+    assert files(tracing) == before
+    score(tracing, run)
+    for kind, answer in found.items():
+        expected = tracing.top("test", 4, kind, estimator)
+        np.testing.assert_array_equal(answer.indices, expected.indices)
+        np.testing.assert_allclose(answer.scores, expected.scores, rtol=1e-4, atol=1e-5 * np.abs(expected.scores).max())
+
+
+def test_rows_and_checkpoints_can_be_chosen(run, tmp_path):
+    tracing = stored(run, tmp_path / "store")
+    answer = tracing.query(run.targets, 2, model_ids=[1], rows=[3, 8, 20])
+    score(tracing, run)
+    np.testing.assert_array_equal(answer.indices, tracing.top("test", 2, model_ids=[1], rows=[3, 8, 20]).indices)
+    assert set(answer.indices.ravel()) <= {3, 8, 20}
+    for options in ({"k": 24}, {"k": 4, "rows": range(3)}):
+        with pytest.raises(tracer.InputError, match="is more than"):
+            tracing.query(run.targets, **options)
+    with pytest.raises(tracer.InputError, match="did you mean 'proponents'"):
+        tracing.query(run.targets, 2, kind="proponent")
+
+
+def test_a_query_of_one_row(run, tmp_path):
+    tracing = stored(run, tmp_path / "store")
+    whole = tracing.query(run.targets, 3)
+    one = tracing.query((run.target_x[:1], run.target_y[:1]), 3)
+    np.testing.assert_array_equal(one.indices, whole.indices[:1])
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_another_process_reads_weights_from_remembered_paths(run, tmp_path, suffix, monkeypatch):
+    from safetensors.torch import save_file
+
+    paths = [tmp_path / f"{number}{suffix}" for number in range(3)]
+    for path, (state, _) in zip(paths, run.checkpoints, strict=True):
+        (torch.save if suffix == ".pt" else save_file)(state, path)
+    monkeypatch.chdir(tmp_path)
+    run_of_paths = Run()
+    run_of_paths.checkpoints = [(path.name, rate) for path, (_, rate) in zip(paths, run.checkpoints, strict=True)]
+    first = stored(run_of_paths, tmp_path / "store")
+    expected = first.query(run.targets, 4)
+    first.close()
+    assert first.store.checkpoint(1).attributes["source"] == str(paths[1])
+    monkeypatch.chdir("/")
+    other = build(run, tmp_path / "store", projector="sketch", proj_dim=64)
+    np.testing.assert_array_equal(other.query(run.targets, 4).indices, expected.indices)
+    paths[1].unlink()
+    with pytest.raises(tracer.CallOrderError, match=f"checkpoint 1 were in {paths[1]}, which is not there any more"):
+        other.query(run.targets, 4)
+
+
+def test_without_known_weights_it_says_what_to_call(run, tmp_path):
+    stored(run, tmp_path / "store").close()
+    other = build(run, tmp_path / "store", projector="sketch", proj_dim=64)
+    with pytest.raises(tracer.CallOrderError, match=r"checkpoint 0 are not known .* Call tracer\.load_checkpoint"):
+        other.query(run.targets, 4)
+    for model_id, (state, _) in enumerate(run.checkpoints):
+        other.load_checkpoint(state, model_id)
+    assert other.query(run.targets, 4).indices.shape == (5, 4)
+
+
+def test_changed_weights_are_refused(run, tmp_path):
+    path = tmp_path / "0.pt"
+    torch.save(run.checkpoints[0][0], path)
+    run.checkpoints[0] = (path, 0.3)
+    tracing = stored(run, tmp_path / "store")
+    torch.save(run.checkpoints[1][0], path)
+    with pytest.raises(tracer.MismatchError, match="other weights under model_id=0"):
+        tracing.query(run.targets, 4)
+    next(iter(run.checkpoints[2][0].values())).add_(1.0)
+    with pytest.raises(tracer.MismatchError, match="other weights under model_id=2"):
+        tracing.query(run.targets, 4, model_ids=[2])
+
+
+def test_a_query_disturbs_nothing(run, tmp_path):
+    tracing, plain = (stored(run, tmp_path / name) for name in ("asked", "plain"))
+    weights = copy.deepcopy(run.model.state_dict())
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    for each in (tracing, plain):
+        each.start_scoring_checkpoint(run.checkpoints[1][0], 1, 5, "test")
+        for start in (0, 2, 4):
+            each.score(
+                (run.target_x[start : start + 2], run.target_y[start : start + 2]), num_samples=min(2, 5 - start)
+            )
+            if each is tracing:
+                tracing.query(run.targets, 3, model_ids=[0, 2])
+    tables = [each.store.targets("test", 1) for each in (tracing, plain)]
+    assert not len(tracing.remaining(1, "test"))
+    plain.flush()
+    np.testing.assert_array_equal(tables[0].features(0, 5), tables[1].features(0, 5))
+    assert all(torch.equal(value, weights[name]) for name, value in run.model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_unfinished_stores_and_targets_that_do_not_fit_are_refused(run, tmp_path):
+    tracing = build(run, tmp_path / "store")
+    tracing.load_checkpoint(run.checkpoints[0][0], 0, 0.1)
+    with pytest.raises(tracer.CallOrderError, match="Checkpoint 0 is not finalized"):
+        tracing.query(run.targets, 1)
+    tracing.featurize(run.train, num_samples=23)
+    tracing.finalize_features()
+    with pytest.raises(tracer.BatchError):
+        tracing.query((run.target_x, run.target_y[:3]), 1)
+    with pytest.raises(tracer.NonFiniteError, match=r"rows \[1\] of the batch"):
+        tracing.query((run.target_x.index_fill(0, torch.tensor([1]), torch.nan), run.target_y), 1)
+
+
+def test_without_stored_features_it_names_score_exactly(run, tmp_path):
+    tracing = build(run, tmp_path / "store", storage="none")
+    with pytest.raises(tracer.CallOrderError, match="score_exactly"):
+        tracing.query(run.targets, 1)
+
+
+def test_labels_are_those_of_a_checkpoint_that_has_all_rows(run, tmp_path):
+    tracing = build(run, tmp_path / "store", projector="sketch", proj_dim=64)
+    for model_id, count in ((1, len(run.x)), (0, 2)):
+        tracing.load_checkpoint(run.checkpoints[model_id][0], model_id, 0.1)
+        tracing.featurize((run.x[:count], run.y[:count]), inds=range(count))
+    tracing.finalize_features([1])
+    for label in run.y[2:].unique().tolist():
+        found = tracing.query(run.targets, 1, model_ids=[1], labels=label)
+        assert (run.y[found.indices.ravel()] == label).all()
+    with pytest.raises(tracer.CallOrderError, match="not finalized"):
+        tracing.query(run.targets, 1, labels=label)

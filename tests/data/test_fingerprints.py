@@ -1,0 +1,86 @@
+"""Fingerprints: the same for the same inputs whatever the batch, others for others, also for structured inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from batch_cases import X, Y
+
+from tracer.data import fingerprints
+from tracer.data.fingerprints import row_fingerprints
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.bool, torch.int64])
+def test_fingerprints_tell_rows_apart_and_ignore_the_batch(dtype):
+    values = torch.arange(8).reshape(4, 2).remainder(3).to(dtype)
+    values[:, 0] = torch.tensor([0, 1, 0, 1]).to(dtype)
+    values[:, 1] = torch.tensor([0, 0, 1, 1]).to(dtype)
+    whole = row_fingerprints((values, torch.arange(4)), 4)
+    assert len(set(whole.tolist())) == 4
+    parts = [row_fingerprints((values[[i]], torch.tensor([i])), 1)[0] for i in range(4)]
+    np.testing.assert_array_equal(whole, parts)
+    again = row_fingerprints((values.clone().T.contiguous().T, torch.arange(4)), 4)
+    np.testing.assert_array_equal(whole, again)
+
+
+def test_shared_leaves_count_the_same_in_a_batch_of_one_row():
+    batch = {"x": X, "positions": torch.arange(7)[None], "names": ["all"]}
+    whole = row_fingerprints(batch, 3)
+    alone = [row_fingerprints({**batch, "x": X[[row]]}, 1)[0] for row in range(3)]
+    np.testing.assert_array_equal(whole, alone)
+    changed = row_fingerprints({**batch, "positions": 1 + torch.arange(7)[None]}, 3)
+    assert not set(changed.tolist()) & set(whole.tolist())
+
+
+def test_fingerprints_are_pinned():
+    found = row_fingerprints((X, Y, ["a", "b", "c"]), 3)
+    assert found.tolist() == [5295955524171508025, 4141282588365973821, 10834127479087397352]
+
+
+def test_fingerprints_do_not_depend_on_padding():
+    tokens = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]])
+    mask = (tokens > 0).long()
+    labels = tokens.masked_fill(mask == 0, -100)
+    long = row_fingerprints({"input_ids": tokens, "attention_mask": mask, "labels": labels}, 2)
+    short = row_fingerprints({"input_ids": tokens[1:, :2], "attention_mask": mask[1:, :2], "labels": labels[1:, :2]}, 1)
+    left = row_fingerprints(
+        {"input_ids": tokens.flip(1)[:1], "attention_mask": mask.flip(1)[:1], "labels": labels.flip(1)[:1]}, 1
+    )
+    assert long[1] == short[0]
+    assert long[0] != left[0]  # its tokens are in another order
+    class_labels = {"input_ids": tokens, "attention_mask": mask, "labels": torch.tensor([0, 1])}
+    changed = {**class_labels, "labels": torch.tensor([1, 1])}
+    assert row_fingerprints(class_labels, 2)[0] != row_fingerprints(changed, 2)[0]
+
+
+def test_rows_of_structured_values_do_not_collide():
+    """Floats with few bits set: a sum of words times keys alone would mix their high bits alone."""
+    generator = torch.Generator().manual_seed(0)
+    ones = torch.randint(0, 2, (20_000, 24), generator=generator).float()
+    sparse = torch.zeros(20_000, 3, 40).index_put_(
+        (torch.arange(20_000), torch.arange(20_000) % 3, torch.arange(20_000) // 3 % 40), torch.arange(20_000) / 4.0
+    )
+    for values in (ones, ones.half(), ones.bool(), ones.long(), ones.double() * 1024, sparse):
+        distinct = len(torch.unique(values.flatten(1), dim=0))
+        assert len(np.unique(row_fingerprints(values, len(values)))) == distinct
+
+
+def test_words_may_not_change_places():
+    row = torch.arange(1.0, 9.0)
+    swapped = row[[2, 1, 0, 3, 4, 5, 6, 7]]
+    halves = torch.cat([row[4:], row[:4]])
+    found = row_fingerprints(torch.stack([row, swapped, halves, row.flip(0)]), 4)
+    assert len(set(found.tolist())) == 4
+
+
+def test_zeros_at_the_end_count_by_their_number():
+    found = [row_fingerprints(torch.zeros(1, count), 1)[0] for count in range(1, 6)]
+    assert len(set(found)) == 5
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    values = torch.randn(50, 7, 3, generator=torch.Generator().manual_seed(0))
+    whole = row_fingerprints(values, 50)
+    monkeypatch.setattr(fingerprints, "_HASH_BYTES", 1)
+    np.testing.assert_array_equal(row_fingerprints(values, 50), whole)

@@ -1,0 +1,247 @@
+"""Tasks against plain torch losses: f, L, Q and w of each sample."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tracer
+from tracer.data.model_inputs import LABEL_KEYS
+from tracer.data.tasks import LanguageModeling, make_task
+
+
+class Model(nn.Module):
+    """Returns what it is given, in the form asked for."""
+
+    def __init__(self, form="tensor"):
+        super().__init__()
+        self.form = form
+
+    def forward(self, x=None, input_ids=None):
+        x = x if x is not None else input_ids
+        if self.form == "tuple":
+            return x, "more"
+        if self.form == "mapping":
+            return {"logits": x}
+        return type("Output", (), {"logits": x})() if self.form == "object" else x
+
+
+def derivatives(loss_of_output, output):
+    """First and second derivative of a loss of one number, by autograd."""
+    output = output.detach().double().requires_grad_()
+    first = torch.autograd.grad(loss_of_output(output).sum(), output, create_graph=True)[0]
+    second = torch.autograd.grad(first.sum(), output)[0] if first.requires_grad else torch.zeros_like(first)
+    return first.detach(), second
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "mapping", "object"])
+@pytest.mark.parametrize("name", ["image_classification", "text_classification"])
+def test_classification(name, form):
+    logits, labels = 3 * torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 1])
+    found = make_task(name).outputs(Model(form), (logits, labels))
+    torch.testing.assert_close(found.loss, F.cross_entropy(logits, labels, reduction="none"))
+    p = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
+    torch.testing.assert_close(found.output, (p / (1 - p)).log())
+    slope, curvature = derivatives(lambda f: F.softplus(-f), found.output)
+    torch.testing.assert_close(found.slope, slope)
+    torch.testing.assert_close(found.curvature, curvature)
+
+
+def test_classification_of_certain_samples_stays_finite():
+    logits = torch.tensor([[200.0, 0.0], [-200.0, 0.0]], requires_grad=True)
+    found = make_task("image_classification").outputs(Model(), (logits, torch.tensor([0, 0])))
+    assert found.slope.tolist() == [-0.0, -1.0]
+    gradient = torch.autograd.grad(found.output.sum(), logits)[0]
+    torch.testing.assert_close(gradient, torch.tensor([[1.0, -1.0], [1.0, -1.0]]))
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1)])
+def test_binary_classification_with_soft_labels(shape):
+    logits, labels = torch.randn(shape, dtype=torch.float64), torch.tensor([0.0, 1.0, 0.3, 0.9, 1.0])
+    found = make_task("binary_classification").outputs(Model(), (logits, labels))
+    loss = lambda f: F.binary_cross_entropy_with_logits(f, labels.double(), reduction="none")  # noqa: E731
+    torch.testing.assert_close(found.loss, loss(logits.flatten()))
+    slope, curvature = derivatives(loss, found.output)
+    torch.testing.assert_close(found.slope, slope)
+    torch.testing.assert_close(found.curvature, curvature)
+
+
+@pytest.mark.parametrize("shapes", [((5,), (5, 1)), ((5, 1), (5,)), ((5,), (5,))])
+def test_regression_of_one_number(shapes):
+    predicted, target = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    found = make_task("regression").outputs(Model(), (predicted, target))
+    loss = lambda f: (f - target.flatten()).square()  # noqa: E731
+    torch.testing.assert_close(found.loss, loss(predicted.flatten()))
+    slope, curvature = derivatives(loss, found.output)
+    torch.testing.assert_close(found.slope, slope)
+    torch.testing.assert_close(found.curvature, curvature)
+
+
+def test_regression_of_several_numbers():
+    predicted, target = torch.randn(5, 3), torch.randn(5, 3)
+    found = make_task("regression").outputs(Model(), (predicted, target))
+    torch.testing.assert_close(found.loss, F.mse_loss(predicted, target, reduction="none").mean(1))
+    assert found.slope.tolist() == [1.0] * 5
+    assert found.curvature.tolist() == [0.0] * 5
+
+
+def test_language_modeling_as_hugging_face_counts():
+    logits = torch.randn(3, 6, 9, dtype=torch.float64)
+    labels = torch.randint(0, 9, (3, 6))
+    labels[1, 4:] = -100
+    found = make_task("language_modeling").outputs(Model("object"), {"input_ids": logits, "labels": labels})
+    for row in range(3):
+        expected = F.cross_entropy(logits[row, :-1], labels[row, 1:], ignore_index=-100)
+        torch.testing.assert_close(found.loss[row], expected)
+    total = LanguageModeling("sum").outputs(Model("object"), {"input_ids": logits, "labels": labels})
+    torch.testing.assert_close(total.loss, found.loss * torch.tensor([5.0, 3.0, 5.0]))
+
+
+def test_language_modeling_forms_of_batches():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(9, 9)
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.table(input_ids)
+
+    model, tokens = Table(), torch.randint(0, 9, (3, 6))
+    task = make_task("language_modeling")
+    expected = task.outputs(model, {"input_ids": tokens, "labels": tokens}).loss
+    for batch in (tokens, (tokens,), [tokens], {"input_ids": tokens}, (tokens[:, :-1], tokens[:, 1:])):
+        torch.testing.assert_close(task.outputs(model, batch).loss, expected)
+    mask = torch.ones(3, 6)
+    mask[0, 3:] = 0
+    masked = task.outputs(model, {"input_ids": tokens, "attention_mask": mask}).loss
+    torch.testing.assert_close(masked[1:], expected[1:])
+    torch.testing.assert_close(masked[:1], task.outputs(model, tokens[:1, :3]).loss)
+    left = task.outputs(model, {"input_ids": tokens.roll(3, 1), "attention_mask": mask.roll(3, 1)}).loss
+    torch.testing.assert_close(left[:1], masked[:1])
+
+
+def test_language_modeling_row_without_a_token_to_predict():
+    labels = torch.full((2, 4), -100)
+    labels[0] = 1
+    with pytest.raises(tracer.BatchError, match=r"Rows \[1\] of the batch have no token to predict"):
+        make_task("language_modeling").outputs(Model(), {"input_ids": torch.randn(2, 4, 5), "labels": labels})
+
+
+def test_language_modeling_of_wrong_shapes():
+    with pytest.raises(tracer.BatchError, match=r"expects logits \[B, T, vocabulary\]"):
+        make_task("language_modeling").outputs(Model(), (torch.randn(2, 4), torch.ones(2, 4)))
+    with pytest.raises(tracer.BatchError, match="'input_ids' or 'labels'"):
+        make_task("language_modeling").outputs(Model(), {"x": torch.randn(2, 4, 5)})
+    with pytest.raises(tracer.BatchError, match="label 7 "):
+        make_task("language_modeling").outputs(Model(), (torch.randn(1, 2, 5), torch.tensor([[1, 7]])))
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_labels_out_of_range(label):
+    with pytest.raises(tracer.BatchError, match=rf"label {label} at position 2 of the batch is outside 0\.\.\.3"):
+        make_task("image_classification").outputs(Model(), (torch.randn(3, 4), torch.tensor([0, 1, label])))
+
+
+@pytest.mark.parametrize(
+    ("task", "batch", "message"),
+    [
+        ("image_classification", (torch.randn(3, 4), torch.rand(3)), "class indices as integers"),
+        ("image_classification", (torch.randn(3, 4, 2), torch.ones(3).long()), r"logits \[B, num_classes\]"),
+        ("image_classification", (torch.randn(3, 1), torch.zeros(3).long()), "binary_classification"),
+        ("image_classification", torch.randn(3, 4), r"expects a batch \(inputs, labels\)"),
+        ("image_classification", {"x": torch.randn(3, 4)}, "needs labels under one of"),
+        ("image_classification", (torch.randn(3, 4), [1, 2, 3]), "labels as a tensor"),
+        ("binary_classification", (torch.randn(3, 2), torch.rand(3)), "Expected one number a sample"),
+        ("binary_classification", (torch.randn(3), torch.tensor([0.0, 1.0, 2.0])), r"labels in \[0, 1\]; got 0.0 to 2"),
+        ("regression", (torch.randn(3, 2), torch.randn(3)), r"output has shape \(3, 2\)"),
+        ("regression", (torch.randn(3), torch.randn(2)), "Expected one number a sample"),
+    ],
+)
+def test_batches_that_do_not_fit(task, batch, message):
+    with pytest.raises(tracer.BatchError, match=message):
+        make_task(task).outputs(Model(), batch)
+
+
+@pytest.mark.parametrize("key", LABEL_KEYS)
+def test_labels_of_mappings(key):
+    logits, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    found = make_task("image_classification").outputs(Model(), {"pixels": logits, key: labels})
+    torch.testing.assert_close(found.loss, F.cross_entropy(logits, labels, reduction="none"))
+
+
+def test_inputs_as_a_mapping_beside_labels():
+    logits, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    found = make_task("text_classification").outputs(Model(), ({"input_ids": logits}, labels))
+    torch.testing.assert_close(found.loss, F.cross_entropy(logits, labels, reduction="none"))
+
+
+def test_half_precision_logits_give_float32_losses():
+    logits, labels = torch.randn(3, 4).bfloat16(), torch.tensor([0, 1, 2])
+    found = make_task("image_classification").outputs(Model(), (logits, labels))
+    assert found.loss.dtype == torch.float32
+    torch.testing.assert_close(found.loss, F.cross_entropy(logits.float(), labels, reduction="none"))
+
+
+def test_function_as_task():
+    def mine(model, batch):
+        return model(batch).abs()
+
+    found = make_task(mine).outputs(Model(), torch.tensor([-2.0, 3.0]))
+    assert found.loss.tolist() == [2.0, 3.0]
+    assert found.slope.tolist() == [1.0, 1.0]
+    assert make_task(mine).settings()["function"].endswith("mine")
+
+
+def test_bound_arguments_tell_functions_apart():
+    def scaled(model, batch, factor):
+        return factor * model(batch)
+
+    one, two = (make_task(functools.partial(scaled, factor=factor)).settings() for factor in (1, 2))
+    assert one["function"] == two["function"]
+    assert one != two
+
+
+def test_dataclasses_are_read_by_their_fields():
+    @dataclasses.dataclass
+    class Sample:
+        pixels: torch.Tensor
+        label: torch.Tensor
+
+    logits, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    found = make_task("image_classification").outputs(Model(), Sample(logits, labels))
+    torch.testing.assert_close(found.loss, F.cross_entropy(logits, labels, reduction="none"))
+
+
+def test_task_without_a_name():
+    class Mine(tracer.Task):
+        def outputs(self, model, batch):
+            return tracer.loss_outputs(model(batch))
+
+    assert Mine().settings()["class"].endswith("Mine")
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1.0), torch.ones(2, 2), 3.0])
+def test_function_that_does_not_give_one_loss_a_sample(value):
+    with pytest.raises(tracer.BatchError, match="must return the loss of each sample"):
+        make_task(lambda model, batch: value).outputs(Model(), torch.ones(2))
+
+
+@pytest.mark.parametrize("value", [None, 3, tracer.Task])
+def test_things_that_are_no_task(value):
+    with pytest.raises(tracer.InputTypeError, match=r"function \(model, batch\) -> loss"):
+        make_task(value)
+
+
+def test_model_without_logits():
+    with pytest.raises(tracer.BatchError, match="without a tensor 'logits'"):
+        make_task("image_classification").outputs(lambda x: "nothing", (torch.ones(1, 2), torch.zeros(1).long()))
+
+
+def test_unknown_reduction():
+    with pytest.raises(tracer.InputError, match="did you mean 'mean'"):
+        LanguageModeling("men")

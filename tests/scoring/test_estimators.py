@@ -1,0 +1,91 @@
+"""Scores on plain arrays against obvious loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import tracer
+from tracer.scoring.estimators import Estimate, RunningTopK, self_influence
+
+
+def test_train_weights():
+    slope, norm = np.array([-0.5, 2.0, 0.0, 3.0]), np.array([2.0, 4.0, 1.0, 0.0])
+    for estimator in ("tracin", "trak", "influence"):
+        np.testing.assert_array_equal(Estimate(estimator).train_weights(slope, norm), slope)
+    np.testing.assert_array_equal(Estimate("cosine").train_weights(slope, norm), [-0.5, 0.25, 0.0, 0.0])
+
+
+def test_target_weights():
+    slope, norm = np.array([-0.5, 2.0, -0.0, 3.0]), np.array([2.0, 4.0, 1.0, 0.0])
+    for estimator in ("tracin", "trak", "influence"):
+        np.testing.assert_array_equal(Estimate(estimator, "loss").target_weights(slope, norm), slope)
+        np.testing.assert_array_equal(Estimate(estimator, "output").target_weights(slope, norm), [-1, 1, -1, 1])
+    for target in ("loss", "output"):
+        found = Estimate("cosine", target).target_weights(slope, norm)
+        np.testing.assert_array_equal(found, [-0.5, 0.25, 0.0, 0.0])
+
+
+def test_targets_are_the_loss_without_a_kernel_and_the_output_with_one():
+    found = {estimator: Estimate(estimator).target for estimator in ("tracin", "cosine", "trak", "influence")}
+    assert found == {"tracin": "loss", "cosine": "loss", "trak": "output", "influence": "output"}
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (("tracin",), "tracin"),
+        (("tracin", "output"), "tracin-output"),
+        (("cosine", "output"), "cosine"),
+        (("trak", "loss"), "trak-loss"),
+        (("influence", "output", 3.0, 0.0, [0, 1]), "influence-groups"),
+    ],
+)
+def test_variants_have_names_of_their_own(options, name):
+    assert Estimate(*options).name == name
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"estimator": "cosines"}, tracer.InputError, "did you mean 'cosine'"),
+        ({"target": "losses"}, tracer.InputError, "did you mean 'loss'"),
+        ({"regularization": 1.0}, tracer.InputError, "which has no kernel to regularize"),
+        ({"estimator": "trak", "regularization": -1.0}, tracer.InputError, "expected a finite number of 0 or more"),
+        ({"estimator": "trak", "regularization": "best"}, tracer.InputTypeError, "number of 0 or more or 'auto'"),
+        ({"soft_threshold": float("nan")}, tracer.InputError, "soft_threshold is nan"),
+        ({"soft_threshold": None}, tracer.InputTypeError, "soft_threshold is None"),
+        ({"groups": "labels"}, tracer.InputTypeError, "or 'label'"),
+        ({"groups": [0.5]}, tracer.InputTypeError, "expected the group of each target"),
+        ({"groups": [-1, -1]}, tracer.InputError, "expected integers from 0 on"),
+        ({"groups": [-2, 0]}, tracer.InputError, "expected integers from 0 on"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused(options, kind, message):
+    with pytest.raises(kind, match=message):
+        Estimate(**options)
+
+
+def test_self_influence_of_large_and_small_norms():
+    found = self_influence(np.float32([1e-10, -1.0]), np.float32([1e-12, 1e15]))
+    np.testing.assert_allclose(found, [1e-44, 1e30], rtol=1e-6)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("tile", [1, 3, 20])
+def test_running_top_k(largest, tile):
+    scores = torch.randn(17, 4, generator=torch.Generator().manual_seed(0))
+    running = RunningTopK(4, 5, largest)
+    for start in range(0, 17, tile):
+        running.update(start, scores[start : start + tile])
+    found = running.result()
+    values, indices = torch.topk(scores, 5, dim=0, largest=largest)
+    np.testing.assert_array_equal(found.indices, indices.T)
+    np.testing.assert_array_equal(found.scores, values.T)
+
+
+def test_equal_scores_come_in_the_order_of_their_rows():
+    running = RunningTopK(1, 4)
+    running.update(0, torch.tensor([[1.0], [2.0], [1.0], [2.0]]))
+    assert running.result().indices.tolist() == [[1, 3, 0, 2]]

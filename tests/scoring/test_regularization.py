@@ -1,0 +1,179 @@
+"""Kernels against numpy's inverse and pseudo-inverse, and the choice of the regularization against its definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from rank_cases import slow_left_out
+
+from tracer.scoring.regularization import LAMBDAS, Kernel, choose_regularization, left_out
+
+
+def rows_of(num_rows: int, dim: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((num_rows, dim)) * 10.0 ** rng.uniform(-2, 1, dim)
+
+
+def kernels(rows: np.ndarray) -> list[Kernel]:
+    """The kernel as a matrix, and in the basis of its rows."""
+    a = torch.from_numpy(rows)
+    return [Kernel(a.T @ a), Kernel.of_rows(2 * a, torch.full((len(a),), 0.25, dtype=torch.float64))]
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (7, 40), (9, 9), (1, 5)])
+@pytest.mark.parametrize("regularization", [1e-3, 1.0, 1e6])
+def test_solutions_are_those_of_the_inverse_as_far_as_rows_see_them(shape, regularization):
+    rows, x = rows_of(*shape), rows_of(3, shape[1], 1)
+    expected = x @ np.linalg.inv(rows.T @ rows + regularization * np.eye(shape[1])) @ rows.T
+    for kernel in kernels(rows):
+        found = kernel.solve(torch.from_numpy(x), regularization).numpy() @ rows.T
+        np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-7 * np.abs(expected).max())
+
+
+def test_a_matrix_is_solved_for_everything():
+    rows, x = rows_of(7, 40), rows_of(3, 40, 1)
+    expected = x @ np.linalg.inv(rows.T @ rows + 0.1 * np.eye(40))
+    found = kernels(rows)[0].solve(torch.from_numpy(x), 0.1).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-7 * np.abs(expected).max())
+
+
+def test_what_no_row_sees_is_left_out_of_solutions_in_the_basis_of_rows():
+    rows = np.zeros((2, 3))
+    rows[:, :2] = [[1.0, 2.0], [3.0, 4.0]]
+    found = kernels(rows)[1].solve(torch.ones(1, 3, dtype=torch.float64), 0.1)
+    assert abs(float(found[0, 2])) < 1e-12 < float(found.abs().max())
+
+
+def test_rows_of_weight_zero_are_seen():
+    rows, weights = torch.from_numpy(rows_of(3, 9)), torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
+    kernel = rows.T @ (weights[:, None] * rows) + 0.5 * torch.eye(9, dtype=torch.float64)
+    found = Kernel.of_rows(rows, weights).solve(rows, 0.5) @ rows.T
+    torch.testing.assert_close(found, rows @ torch.linalg.inv(kernel) @ rows.T)
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (7, 40), (1, 5)])
+def test_without_regularization_they_are_those_of_the_pseudo_inverse(shape):
+    rows, x = rows_of(*shape), rows_of(3, shape[1], 1)
+    rows[0] = rows[-1]  # two equal rows: the kernel of few rows is singular too
+    expected = x @ np.linalg.pinv(rows) @ np.linalg.pinv(rows).T
+    for kernel in kernels(rows):
+        found = kernel.solve(torch.from_numpy(x), 0.0).numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
+def test_a_regularization_below_rounding_still_gives_finite_solutions():
+    for kernel in kernels(np.ones((3, 4)) * 1e8):
+        assert torch.isfinite(kernel.solve(torch.ones(1, 4, dtype=torch.float64), 1e-30)).all()
+
+
+def test_another_regularization_is_another_solution():
+    kernel, x = kernels(rows_of(20, 4))[0], torch.from_numpy(rows_of(1, 4, 1))
+    first = kernel.solve(x, 1.0)
+    assert not torch.allclose(first, kernel.solve(x, 10.0))
+    torch.testing.assert_close(first, kernel.solve(x, 1.0))
+
+
+def regression(num_rows: int = 60, dim: int = 12, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Features, weights, gains and slopes of a logistic regression that was stopped early."""
+    rng = np.random.default_rng(seed)
+    features = rng.standard_normal((num_rows, dim)) * 10.0 ** rng.uniform(-1.5, 0.5, dim)
+    theta = np.zeros(dim)
+    for _ in range(200):
+        theta += 0.01 * features.T @ (1 / (1 + np.exp(features @ theta)))
+    gain = features @ theta
+    wrong = 1 / (1 + np.exp(gain))
+    return features, wrong * (1 - wrong), gain, -wrong
+
+
+@pytest.mark.parametrize("shape", [(60, 12), (12, 60), (400, 300)])
+def test_rows_are_predicted_by_the_others(shape):
+    features, w, gain, slope = regression(*shape)
+    own = w * gain - slope
+    lambdas = torch.logspace(-1, 3, 5, dtype=torch.float64)
+    rows = np.array([0, 3, 11])
+    expected = np.stack([slow_left_out(features, w, gain, slope, rows, float(x)) for x in lambdas], axis=1)
+    pull, *chosen = (torch.from_numpy(values) for values in (features.T @ own, features[rows], w[rows], own[rows]))
+    for kernel in kernels(np.sqrt(w)[:, None] * features):
+        np.testing.assert_allclose(left_out(kernel, pull, *chosen, lambdas).numpy(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_predictions_hardly_change_with_the_row_itself():
+    features, w, gain, slope = regression(400, 12)
+    own = w * gain - slope
+    theta = {}
+    for kept in (np.arange(400), np.arange(1, 400)):
+        phi = features[kept]
+        values, vectors = np.linalg.eigh(phi.T @ (w[kept, None] * phi))
+        theta[len(kept)] = vectors * (-np.expm1(-values / 2.0) / values) @ vectors.T @ phi.T @ own[kept]
+    kernel = kernels(np.sqrt(w)[:, None] * features)[0]
+    pull, *chosen = (torch.from_numpy(values) for values in (features.T @ own, features[:1], w[:1], own[:1]))
+    found = float(left_out(kernel, pull, *chosen, torch.tensor([2.0], dtype=torch.float64)))
+    apart, together = features[0] @ theta[399], features[0] @ theta[400]
+    assert found == pytest.approx(apart, abs=0.05 * abs(together - apart))
+
+
+def test_where_rows_predict_but_themselves_nothing_is_said():
+    features, w, gain, slope = regression(12, 60)
+    own = w * gain - slope
+    pull, *chosen = (torch.from_numpy(values) for values in (features.T @ own, features, w, own))
+    kernel = kernels(np.sqrt(w)[:, None] * features)[1]
+    found = left_out(kernel, pull, *chosen, torch.tensor([1e-9, 1e3], dtype=torch.float64))
+    assert found[:, 0].isnan().all()
+    assert found[:, 1].isfinite().all()
+
+
+def test_a_correlation_that_noise_could_have_leaves_it_to_the_trace():
+    rng = np.random.default_rng(2)
+    chosen = []
+    for _ in range(40):
+        gains = torch.from_numpy(rng.standard_normal(100))
+        noise, other = torch.from_numpy(rng.standard_normal((2, 100)))
+        angles = torch.linspace(0, 3, len(LAMBDAS), dtype=torch.float64)
+        predictions = noise[:, None] * angles.cos() + other[:, None] * angles.sin()
+        chosen.append(choose_regularization(1.0, predictions, gains).rule)
+    assert chosen.count("trace") > 30
+
+
+def test_the_choice_is_the_best_correlation_over_the_share():
+    gains = torch.from_numpy(np.random.default_rng(0).standard_normal(50))
+    noise = torch.from_numpy(np.random.default_rng(1).standard_normal(50))
+    noise = noise - noise.mean() - (noise @ (gains - gains.mean())) / (gains - gains.mean()).square().sum() * gains
+    logs = torch.log10(LAMBDAS)
+    predictions = (
+        7 * gains[:, None] + 3 + (1 + (logs - 1.03).square()) * noise[:, None]
+    )  # best where the noise is least
+    chosen = choose_regularization(2.0, predictions, gains, share=0.25)
+    assert chosen.rule == "held-out"
+    assert chosen.value == pytest.approx(2.0 * 10**1.03 / 0.25, rel=0.02)
+
+
+def test_predictions_that_always_get_better_leave_it_to_the_trace():
+    gains = torch.arange(5, dtype=torch.float64)
+    noise = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0], dtype=torch.float64)
+    for strengths in (torch.linspace(0, 1, len(LAMBDAS)), torch.linspace(1, 0, len(LAMBDAS))):
+        chosen = choose_regularization(3.0, gains[:, None] + strengths * noise[:, None], gains, share=0.25)
+        assert (chosen.rule, chosen.value) == ("trace", 12.0)
+
+
+def test_predictions_that_are_wrong_throughout_leave_it_to_the_trace():
+    gains = torch.arange(5, dtype=torch.float64)
+    noise = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0], dtype=torch.float64)
+    strengths = (torch.linspace(-1, 1, len(LAMBDAS)).square() - 1) * 5
+    chosen = choose_regularization(3.0, strengths * noise[:, None] - gains[:, None], gains, share=0.25)
+    assert (chosen.rule, chosen.value) == ("trace", 12.0)
+
+
+def test_where_nothing_is_known_of_what_was_learnt_the_trace_decides():
+    nothing = torch.zeros(4, len(LAMBDAS), dtype=torch.float64)
+    chosen = choose_regularization(3.0, nothing, nothing[:, 0], share=0.5)
+    assert (chosen.rule, chosen.value) == ("trace", 6.0)
+
+
+def test_kernels_of_zeros_predict_nothing():
+    zero = torch.zeros(2, dtype=torch.float64)
+    kernel = Kernel.of_rows(torch.zeros(2, 3, dtype=torch.float64), zero)
+    found = left_out(
+        kernel, torch.zeros(3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64), zero, zero, LAMBDAS
+    )
+    assert found.eq(0).all()

@@ -1,0 +1,305 @@
+"""The strongest rows: both ends, filters, ties; kept in the store, continued after a kill, divided over processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from rank_cases import expected, ranker
+
+from tracer.data.indices import chosen_rows
+from tracer.errors import InputError, InputTypeError, NonFiniteError, StoreError
+from tracer.scoring import streaming, top_queries
+from tracer.scoring.estimators import Estimate, RunningTopK
+from tracer.scoring.scorer import KINDS, Ranker
+from tracer.store import Store
+from tracer.store.topk_parts import list_parts
+
+N, M, DIM, K = 300, 4, 16, 7
+
+
+@pytest.fixture
+def found(tmp_path):
+    return ranker(tmp_path / "store", N, M, DIM, memory_bytes=1 << 14)
+
+
+def top(found, k=K, kind="proponents", rows=None):
+    return found.top("test", k, kind, Estimate(), None, rows)
+
+
+def parts(found):
+    return list_parts(found.store.selections_path("test", "tracin"))
+
+
+def ranges(found):
+    return [(part.start, part.stop) for part in parts(found)]
+
+
+def strongest(scores, k, kind, rows=None):
+    """Indices by a stable sort: ``[M, k]``."""
+    rows = np.arange(len(scores)) if rows is None else np.unique(rows)
+    signed = scores[rows] if kind == "opponents" else -scores[rows]
+    return rows[np.argsort(signed, axis=0, kind="stable")[:k]].T
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many train rows were scored."""
+    seen = []
+    score = streaming.BandScorer.score
+
+    def counting(self, band, *args, **options):
+        seen.extend(band)
+        score(self, band, *args, **options)
+
+    monkeypatch.setattr(streaming.BandScorer, "score", counting)
+    return seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_top_is_that_of_all_scores(found, kind):
+    scores = np.array(found.scores("test", Estimate(), None))
+    answer = top(found, kind=kind)
+    np.testing.assert_array_equal(answer.indices, strongest(scores, K, kind))
+    np.testing.assert_allclose(answer.scores, np.take_along_axis(scores.T, answer.indices, 1), rtol=1e-5)
+    assert answer.indices.dtype == np.int64 and answer.scores.dtype == np.float32
+
+
+def test_every_row_can_be_asked_for(found):
+    answer = top(found, k=N)
+    np.testing.assert_array_equal(np.sort(answer.indices), np.tile(np.arange(N), (M, 1)))
+    with pytest.raises(InputError, match=f"k={N + 1} is more than train_set_size={N}"):
+        top(found, k=N + 1)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        range(20, 90),
+        range(0, N, 17),
+        slice(-40, None),
+        [250, 3, 3, 77, 12, 13, 299, 0, 140],
+        np.arange(0, N, 2),
+        torch.arange(10, 30),
+        np.random.default_rng(0).random(N) < 0.2,
+        (torch.arange(N) % 9 == 0),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_chosen_rows_count(found, counted, rows, kind):
+    scores = expected(found)
+    chosen = np.asarray(chosen_rows(rows, N))
+    answer = top(found, kind=kind, rows=rows)
+    np.testing.assert_array_equal(answer.indices, strongest(scores, K, kind, chosen))
+    assert counted == chosen.tolist()
+
+
+def test_files_without_chosen_rows_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("tracer.store.store.BLOCK_BYTES", 10 * DIM * 4)
+    found = ranker(tmp_path, N, M, DIM)
+    scores = expected(found)
+    for model_id in (0, 1):
+        table = found.store.checkpoint(model_id)
+        assert table.block_rows == 10
+        for chunk in set(range(N // 10)) - {2, 25}:
+            table._features.chunk_path(chunk).write_bytes(b"damaged")
+    for rows in ([25, 29, 253], range(20, 30), np.isin(np.arange(N), [20, 255, 259])):
+        answer = top(found, k=3, rows=rows)
+        np.testing.assert_array_equal(answer.indices, strongest(scores, 3, "proponents", chosen_rows(rows, N)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "text"),
+    [
+        (range(5), InputError, "k=7 is more than the 5 train rows that were chosen"),
+        ([], InputError, "k=7 is more than the 0 train rows"),
+        (np.ones(N + 1, bool), InputError, f"rows is a mask of {N + 1} values; expected one for each of the {N} rows"),
+        ([0, N], InputError, rf"rows \[{N}\] are outside the {N} train rows, 0 to {N - 1}"),
+        ([-1, 3], InputError, r"rows \[-1\] are outside"),
+        (range(N - 3, N + 9), InputError, "is not within the 300 train rows"),
+        ("first", InputTypeError, "rows is str of shape"),
+        ([0.5], InputTypeError, "expected a slice or range, row indices, or a bool"),
+        (np.zeros((2, 2), int), InputTypeError, r"of shape \(2, 2\)"),
+    ],
+)
+def test_rows_that_choose_nothing_sensible_are_refused(found, rows, error, text):
+    with pytest.raises(error, match=text):
+        top(found, rows=rows)
+
+
+def test_an_answer_is_read_and_not_computed_again(found, counted):
+    answer = top(found)
+    assert len(counted) == N
+    counted.clear()
+    for k in (K, 3, 1):
+        for kind in KINDS:
+            again = Ranker(Store.open_existing(found.store.path), torch.device("cpu"), False)
+            read = again.top("test", k, kind, Estimate(), None)
+            assert read.indices.shape == (M, k)
+            if kind == "proponents":
+                np.testing.assert_array_equal(read.indices, answer.indices[:, :k])
+                np.testing.assert_array_equal(read.scores, answer.scores[:, :k])
+    assert counted == [] and ranges(found) == [(0, N)]
+    found.top("test", K, "opponents", Estimate("cosine"), None)
+    top(found, k=K + 1)
+    assert len(counted) == 2 * N
+    assert [part.inputs["k"] for part in parts(found)] == [K + 1]  # which answers for smaller ones as well
+
+
+@pytest.mark.parametrize("change", ["learning rate", "targets", "checkpoints", "rows"])
+def test_other_inputs_are_another_question(found, counted, change):
+    top(found)
+    counted.clear()
+    if change == "learning rate":
+        found.store.checkpoint(1).set_attributes(learning_rate=2.0)
+    elif change == "targets":
+        shutil.rmtree(found.store.path / "targets")
+        other = ranker(found.store.path.parent / "other", N, M, DIM)
+        shutil.copytree(other.store.path / "targets", found.store.path / "targets")
+    answer = found.top(
+        "test",
+        K,
+        "proponents",
+        Estimate(),
+        [1] if change == "checkpoints" else None,
+        [*range(50)] if change == "rows" else None,
+    )
+    assert len(counted) == (50 if change == "rows" else N)
+    if change in ("learning rate", "checkpoints"):
+        scores = found.scores("test", Estimate(), [1] if change == "checkpoints" else None)
+        np.testing.assert_array_equal(answer.indices, strongest(np.array(scores), K, "proponents"))
+    assert len(parts(found)) == (1 if change == "targets" else 2)  # of tables that are gone nothing is kept
+
+
+def test_any_zarr_reader_opens_a_part(found):
+    answer = top(found)
+    (part,) = parts(found)
+    group = zarr.open_group(str(found.store.path), mode="r")[str(part.path.relative_to(found.store.path))]
+    np.testing.assert_array_equal(group["proponents_rows"][:], answer.indices)
+    np.testing.assert_array_equal(group["opponents_scores"][:], top(found, kind="opponents").scores)
+    assert group.attrs["inputs"]["model_ids"] == [0, 1] and group.attrs["inputs"]["k"] == K
+
+
+def test_shares_of_the_work_are_merged(found, counted):
+    for share in ([(100, 200)], [(0, 50), (250, N)], [(190, 210)]):
+        found._question("test", K, Estimate(), None, range(N)).cover(share)
+    assert sorted(counted) == [*range(50), *range(100, 210), *range(250, N)]
+    counted.clear()
+    answer = top(found)
+    assert sorted(counted) == [*range(50, 100), *range(210, 250)]
+    np.testing.assert_array_equal(answer.indices, strongest(expected(found), K, "proponents"))
+    assert ranges(found) == [(0, N)]
+
+
+def test_parts_are_saved_now_and_then_and_do_not_pile_up(found, monkeypatch):
+    monkeypatch.setattr(top_queries, "SAVE_SECONDS", 0.0)
+    saved, most = [], []
+    save = top_queries.save_part
+
+    def saving(directory, start, stop, *rest):
+        saved.append((start, stop))
+        part = save(directory, start, stop, *rest)
+        most.append(len(list_parts(directory)))
+        return part
+
+    monkeypatch.setattr(top_queries, "save_part", saving)
+    answer = top(found)
+    assert len(saved) > 3 and {start for start, _ in saved} == {0} and max(most) <= 2
+    np.testing.assert_array_equal(answer.indices, strongest(expected(found), K, "proponents"))
+    assert ranges(found) == [(0, N)]
+
+
+def test_equal_scores_come_by_row_index_also_across_parts(tmp_path):
+    found = ranker(tmp_path, N, M, DIM)
+    for model_id in (0, 1):  # no gradient at all: every score is 0
+        table = found.store.targets("test", model_id)
+        table.set_attributes(finalized=False)
+        table.write(
+            np.arange(M),
+            np.zeros((M, DIM), np.float32),
+            **{name: np.zeros(M, np.float32) for name in ("loss", "slope", "curvature", "gradient_norm")},
+            fingerprint=np.zeros(M, np.uint64),
+        )
+        table.flush()
+    for share in ((200, 300), (3, 50)):
+        found._question("test", K, Estimate(), None, range(N)).cover([share])
+    for kind in KINDS:
+        np.testing.assert_array_equal(top(found, kind=kind).indices, np.tile(np.arange(K), (M, 1)))
+    np.testing.assert_array_equal(top(found, rows=slice(100, None)).indices, np.tile(100 + np.arange(K), (M, 1)))
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("tile", [1, 3, 64])
+def test_ties_within_and_across_tiles(largest, tile):
+    scores = torch.randint(0, 3, (64, 5), generator=torch.Generator().manual_seed(0)).float()
+    running = RunningTopK(5, 9, largest)
+    for start in range(0, 64, tile):
+        running.update(start, scores[start : start + tile])
+    kind = "proponents" if largest else "opponents"
+    np.testing.assert_array_equal(running.result().indices, strongest(scores.numpy(), 9, kind))
+
+
+def test_nan_scores_are_an_error():
+    running = RunningTopK(2, 1)
+    running.update(0, torch.tensor([[float("inf"), 1.0]]))
+    with pytest.raises(NonFiniteError, match="Scores of train rows 5 to 6 are NaN"):
+        running.update(5, torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]))
+
+
+def test_a_damaged_part_is_named(found):
+    top(found)
+    (part,) = parts(found)
+    next((part.path / "opponents_scores").rglob("c/*")).joinpath("0").write_bytes(b"12")
+    with pytest.raises(StoreError, match=r"0-300 is damaged .* remove it to compute it again"):
+        top(found)
+    shutil.rmtree(part.path)
+    assert top(found).indices.shape == (M, K)
+
+
+CHILD = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+import torch
+from tracer import rank, tops
+from tracer.scoring.scorer import Ranker
+from tracer.scoring.estimators import Estimate
+from tracer.store import Store
+tops.SAVE_SECONDS = 0.0
+save = tops.save_part
+
+def saving(*args):
+    part = save(*args)
+    print(part.stop, flush=True)
+    return part
+
+tops.save_part = saving
+found = Ranker(Store.open_existing(sys.argv[1]), torch.device("cpu"), False, 1 << 14)
+found.top("test", 7, "proponents", Estimate(), None)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_killed_run_is_continued(found, counted):
+    command = [sys.executable, "-c", CHILD, str(found.store.path), str(Path(__file__).parents[1])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
+        child.stdout.readline()
+        time.sleep(0.02)
+        child.send_signal(signal.SIGKILL)
+        reported = [int(line) for line in child.stdout if line.endswith("\n")]
+    known = max(part.stop for part in parts(found))
+    assert known >= max(reported, default=1)
+    assert known < N, "the child was done before it was killed"
+    answer = top(found)
+    assert counted == list(range(known, N))
+    np.testing.assert_array_equal(answer.indices, strongest(expected(found), K, "proponents"))
+    assert ranges(found) == [(0, N)]

@@ -1,0 +1,164 @@
+"""Verify finds what was changed behind the library's back, and only that is computed again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from store_cases import DIM, N, batch, manifest
+
+from tracer import Tracer, verify
+from tracer.errors import IncompleteError, StoreError
+from tracer.scoring.scorer import Ranker
+from tracer.store import Store
+from tracer.store.metadata import NODE
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> Store:
+    """Two checkpoints, targets and scores, in blocks of 4 rows, all done."""
+    monkeypatch.setattr("tracer.store.store.BLOCK_BYTES", 4 * DIM * 4)
+    store = Store.open(tmp_path / "run", manifest())
+    for model_id in (0, 1):
+        with store.create_checkpoint(model_id, "abc", 0.1) as table:
+            table.write(**batch(np.arange(N)))
+            table.set_attributes(finalized=True)
+    with store.create_targets("test", 0, 6) as table:
+        table.write(**batch(np.arange(6)))
+    with store.scores("test", "tracin", (N, 6), {}, tile_rows=5) as scores:
+        scores.write(0, np.ones((N, 6), np.float32))
+    return store
+
+
+def flip(path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x10
+    path.write_bytes(data)
+
+
+def test_a_store_as_it_was_written_is_fine(store):
+    before = {path: path.stat().st_mtime_ns for path in store.path.rglob("*") if path.is_file()}
+    found = verify(store.path)
+    assert found.ok and (found.num_rows, found.num_tiles) == (2 * N + 6, 5)
+    assert "52 rows and 5 tiles of scores read, all as they were written" in str(found)
+    assert before == {path: path.stat().st_mtime_ns for path in store.path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "lost"),
+    [
+        ("flipped feature", [9]),
+        ("flipped slope", [9]),
+        ("flipped fingerprint", [9]),
+        ("features missing", [8, 9, 10, 11]),
+        ("features short", [8, 9, 10, 11]),
+        ("slope missing", [8, 9, 10, 11]),
+        ("checksum short", [8, 9, 10, 11]),
+        ("marks short", [8, 9, 10, 11]),
+    ],
+)
+def test_damaged_rows_are_named_and_marked_as_missing(store, damage, lost):
+    table = store.path / "checkpoints" / "0"
+    name, how = {
+        "flipped feature": ("features/c/2/0", lambda path: flip(path, 1 * DIM * 4 + 2)),
+        "flipped slope": ("slope/c/2", lambda path: flip(path, 5)),
+        "flipped fingerprint": ("fingerprint/c/2", lambda path: flip(path, 12)),
+        "features missing": ("features/c/2/0", os.unlink),
+        "features short": ("features/c/2/0", lambda path: os.truncate(path, 7)),
+        "slope missing": ("slope/c/2", os.unlink),
+        "checksum short": ("checksum/c/2", lambda path: os.truncate(path, 7)),
+        "marks short": ("done/c/2", lambda path: os.truncate(path, 1)),
+    }[damage]
+    how(table / name)
+    looked = verify(store.path, repair=False)
+    assert [found.rows.tolist() for found in looked.damage] == [lost] and "(not repaired)" in str(looked)
+    found = verify(store.path)
+    assert not found.ok and str(found.damage[0].rows.tolist()) == str(lost) and "checkpoints/0" in found.damage[0].path
+    assert verify(store.path).ok
+    again = store.checkpoint(0)
+    assert again.remaining().tolist() == lost and not again.attributes["finalized"]
+    assert store.checkpoint(1).remaining().tolist() == [] and store.checkpoint(1).attributes["finalized"]
+    with again:
+        again.write(**batch(np.array(lost)))
+    np.testing.assert_array_equal(store.checkpoint(0).features(0, N), batch(np.arange(N))["features"])
+    scores = store.read_scores("test", "tracin")
+    assert [start for start, _ in scores.remaining()] == sorted({row // 5 * 5 for row in lost})
+
+
+def test_damaged_targets_take_their_scores_with_them(store):
+    flip(store.path / "targets" / "test" / "0" / "features" / "c" / "1" / "0", 0)
+    assert [found.rows.tolist() for found in verify(store.path).damage] == [[3]]
+    assert store.targets("test", 0).remaining().tolist() == [3]
+    assert not store.read_scores("test", "tracin").tile_done.any()
+
+
+def test_metadata_that_follows_from_the_tables_own_is_written_again(store):
+    (store.path / "checkpoints" / "0" / "loss" / NODE).write_text("{")
+    shutil.copy(*(store.path / "checkpoints" / "0" / name / NODE for name in ("slope", "done")))
+    assert len(verify(store.path).damage) == 2
+    assert verify(store.path).ok and store.checkpoint(0).done.all()
+
+
+def test_a_table_without_its_document_is_named_and_left(store):
+    (store.path / "checkpoints" / "1" / NODE).unlink()
+    (damage,) = verify(store.path).damage
+    assert "checkpoints/1" in damage.path and "remove the directory" in damage.what and not damage.mended
+    assert (store.path / "checkpoints" / "1" / "features" / "c" / "0" / "0").exists()
+
+
+def test_damaged_scores_are_computed_again(store):
+    flip(store.path / "scores" / "test" / "tracin" / "c" / "0" / "0", 6 * 6 * 4)
+    (damage,) = verify(store.path).damage
+    assert damage.rows.tolist() == [5, 6, 7, 8, 9]
+    assert store.read_scores("test", "tracin").remaining() == [(5, 10)]
+    os.truncate(store.path / "scores" / "test" / "tracin" / "c" / "0" / "0", 6)
+    assert "computed again" in verify(store.path).damage[0].what
+    assert store.score_names("test") == [] and verify(store.path).ok
+
+
+def test_rows_that_were_never_done_are_no_damage(store):
+    with store.create_checkpoint(2, "abc", 0.1) as table:
+        table.write(**batch(np.array([3])))
+    table = store.checkpoint(2)
+    table.write(**batch(np.array([9])))  # written, and the process ends without a flush
+    assert verify(store.path).ok
+
+
+def test_what_is_no_store_is_refused(tmp_path):
+    with pytest.raises(StoreError, match="holds no store"):
+        verify(tmp_path)
+
+
+def test_only_damaged_rows_are_featurized_again(run, tmp_path):
+    checkpoint, rate = run.checkpoints[0]
+    with Tracer(run.model, "image_classification", 23, tmp_path, proj_dim=32) as tracing:
+        tracing.load_checkpoint(checkpoint, 0, rate)
+        tracing.featurize(run.train, num_samples=23)
+    flip(tmp_path / "checkpoints" / "0" / "features" / "c" / "0" / "0", 3 * 32 * 2)
+    before = Store.open_existing(tmp_path).checkpoint(0).features(0, 23)
+    assert [found.rows.tolist() for found in verify(tmp_path).damage] == [[3]]
+    with Tracer(run.model, "image_classification", 23, tmp_path, proj_dim=32) as tracing:
+        tracing.load_checkpoint(checkpoint, 0, rate)
+        assert tracing.remaining(0).tolist() == [3]
+        tracing.featurize(run.train, num_samples=23)
+        tracing.finalize_features()
+    after = Store.open_existing(tmp_path).checkpoint(0).features(0, 23)
+    others = np.arange(23) != 3
+    np.testing.assert_array_equal(after[others], before[others])
+    assert verify(tmp_path).ok and (after[3] != before[3]).any()
+
+
+def test_a_block_that_is_gone_with_its_marks_is_missed(store):
+    shutil.rmtree(store.path / "checkpoints" / "0" / "features" / "c" / "2")
+    for path in (store.path / "checkpoints" / "0").glob("*/c/2"):
+        path.unlink()
+    with pytest.raises(IncompleteError, match="lacks 4 of"):
+        Ranker(store, torch.device("cpu")).check_finalized(0)
+    found = verify(store.path)
+    assert [damage.rows.tolist() for damage in found.damage] == [[8, 9, 10, 11]]
+    with store.checkpoint(0) as table, store.read_scores("test", "tracin") as scores:
+        assert not table.attributes["finalized"] and scores.tile_done.tolist() == [True, False, False, True, True]
+    assert verify(store.path).ok

@@ -1,0 +1,151 @@
+"""Local files that are complete or absent, whatever interrupts the process that writes them.
+
+Whatever has its final name is complete: it is written under a name that starts with `PARTIAL` and renamed when it is on
+the disk. A process killed at any instant leaves the old file or the new one, and perhaps a partial one that nobody
+reads; `sweep` removes those later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from tracer.errors import StoreError
+
+PARTIAL = ".partial-"
+
+
+_STALE_SECONDS = 600
+
+
+_CANNOT_RESERVE = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, errno.ENODEV}
+
+
+@contextlib.contextmanager
+def disk_errors(path: object) -> Iterator[None]:
+    """Turn the system's errors on files into one of ours that says what to do.
+
+    Args:
+        path: What was written or read.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        StoreError: In place of any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"writing or reading {path} failed: {error}. {_advice(error)}: what was done by then is kept, the rest is "
+            "written again"
+        ) from error
+
+
+def _advice(error: OSError) -> str:
+    """Return what to do about an error of the system."""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Give this user the right to write there, or copy the store to where it may, and open it again"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+        return "The store was removed or moved, or something else is in its way: put it back and open it again"
+    return "Free space or mend the disk and open the store again"
+
+
+def partial_path(directory: Path) -> Path:
+    """Return an unused name in a directory for something unfinished."""
+    return directory / f"{PARTIAL}{uuid.uuid4().hex}"
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object], *, replace: bool = True) -> None:
+    """Write a local file so that readers and crashes see all of it or none.
+
+    Args:
+        path: Where, in a directory that exists.
+        write: Writes the content.
+        replace: Whether a file that is already there is replaced; otherwise it stays.
+    """
+    partial = partial_path(path.parent)
+    try:
+        with partial.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            partial.replace(path)
+        else:
+            publish(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Give a finished file its name; a file that already has the name stays, also when two processes race."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without hard links: only the race is not covered
+        if not path.exists():
+            partial.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a directory, durable.
+
+    Does nothing for a directory where the system cannot sync one.
+    """
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(path: Path) -> None:
+    """Remove unfinished files and directories that a crash left here more than ten minutes ago."""
+    for partial in path.glob(f"{PARTIAL}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def create_file(path: Path, data_bytes: int, tail: bytes = b"") -> None:
+    """Create a file of zeros with a tail, of full size from the first instant that it has its name.
+
+    Its blocks are reserved where the file system can, so that a full disk is an error here and not a signal that ends
+    the process when a page of the map is first written. What is in it becomes durable when its map is flushed; its
+    name, when its directory is synced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path.parent)
+    try:
+        with partial.open("xb") as file:
+            _reserve(file.fileno(), data_bytes + len(tail))
+            file.seek(data_bytes)
+            file.write(tail)
+        publish(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give a new file its size and reserve its blocks; only the size where they cannot be reserved."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except AttributeError:  # macOS, Windows
+        os.truncate(descriptor, size)
+    except OSError as error:
+        if error.errno not in _CANNOT_RESERVE:
+            raise
+        os.truncate(descriptor, size)

@@ -1,0 +1,1 @@
+"""What people call: `attribute`, `Tracer`, the store reader, exact scores and token influence."""

@@ -1,0 +1,227 @@
+"""Exact cosines of the gradients of all train rows with all targets at one checkpoint; no gradient is stored.
+
+The gradients of as many targets as memory allows are held as factors. All train rows pass by, and the inner products
+of their gradients with those of the targets are taken layer by layer during each backward. What is stored are cosines:
+they do not overflow or vanish with the size of gradients, and slopes and norms make scores of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tracer._core.validation import bar_disabled
+from tracer.api.featurizer import Featurizer, NormSink, row_values, write_values
+from tracer.data.batches import map_leaves, select_rows
+from tracer.data.datasets import RowSource
+from tracer.errors import NonFiniteError
+from tracer.gradients.inner_products import TargetGradients
+from tracer.gradients.per_sample import PerSampleGradient
+from tracer.store import RowTable, ScoreArray, Store
+from tracer.types import Batch
+
+TILE_ROWS = 1024
+"""How many train rows are stored at once."""
+
+
+class CosineWriter:
+    """Computes the cosines of an experiment at a checkpoint and stores them with the rows' losses, slopes and norms.
+
+    Args:
+        featurizer: Runs the model at the checkpoint.
+        store: Where everything goes; it has the tables of train rows and of targets.
+        exp_name: The name of the targets.
+        model_id: The checkpoint.
+        memory_bytes: How much of targets' gradients to hold, about; at least those of one batch are held.
+        progress: Show a bar; None: on a terminal only.
+    """
+
+    def __init__(
+        self,
+        featurizer: Featurizer,
+        store: Store,
+        exp_name: str,
+        model_id: int,
+        memory_bytes: int,
+        progress: bool | None = None,
+    ) -> None:
+        self._featurizer, self._store, self._key = featurizer, store, (exp_name, model_id)
+        self._memory_bytes, self._progress = memory_bytes, progress
+        self._train, self._targets = store.checkpoint(model_id), store.targets(exp_name, model_id)
+        self._same_rows = store.other_checkpoint(model_id)
+        self._same_targets = store.other_targets(exp_name, model_id)
+
+    def run(self, train: RowSource, targets: RowSource) -> None:
+        """Compute what is not stored yet, block by block of targets.
+
+        Args:
+            train: All train rows.
+            targets: All targets.
+
+        Raises:
+            MismatchError: A row's inputs differ from those stored for its index.
+            NonFiniteError: A row's gradient is NaN or infinite.
+        """
+        try:
+            with torch.inference_mode(False):
+                self._run_blocks(train, targets)
+        finally:
+            for table in (self._train, self._targets):
+                table.close()
+
+    def _run_blocks(self, train: RowSource, targets: RowSource) -> None:
+        first = 0
+        while first < targets.num_rows:
+            block = self._stored(first)
+            if block is None or not block.complete or block.shape[0] < train.num_rows:
+                held = self._hold(targets, first, None if block is None else block.shape[1])
+                last = first + held.num_rows
+                self._targets.flush()  # a block that is there says that its targets' values are
+                block = self._store.cosine_block(
+                    *self._key,
+                    first,
+                    held.num_rows,
+                    self._inputs(first, held.num_rows),
+                    tile_rows=min(TILE_ROWS, train.num_rows),
+                )
+                self._write_block(block, train, held, f"targets {first}-{last - 1}")
+            first += block.shape[1]
+
+    def _inputs(self, first: int, size: int) -> dict:
+        tables = [table.attributes["table_id"] for table in (self._train, self._targets)]
+        return {"tables": tables, "targets": [first, first + size]}
+
+    def _stored(self, first: int) -> ScoreArray | None:
+        """Return the block that is stored from a target on, None where there is none of these tables."""
+        block = dict(self._store.cosines(*self._key)).get(first)
+        return block if block is not None and block.inputs == self._inputs(first, block.shape[1]) else None
+
+    def _hold(self, targets: RowSource, first: int, size: int | None) -> TargetGradients:
+        """Compute the gradients of ``size`` targets, or of as many as memory allows."""
+        held = TargetGradients()
+        last = targets.num_rows if size is None else first + size
+        for batch, rows in _wanted(targets, np.arange(first, last)):
+            sink = _HoldingSink(len(rows), self._featurizer.device)
+            # Factors may be views of the batch, whose memory a loader may use again.
+            own = map_leaves(batch, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
+            self._run(self._targets, own, rows, sink, self._same_targets)
+            held.append(_lengths(sink.squared_norm), sink.pieces)
+            if size is None and held.num_bytes() > self._memory_bytes:
+                break
+        held.join()
+        return held
+
+    def _write_block(self, block: ScoreArray, train: RowSource, held: TargetGradients, description: str) -> None:
+        """Compute the cosines of all train rows of unfinished tiles with the held targets."""
+        rows = [np.arange(start, stop) for start, stop in block.remaining()]
+        if not rows:
+            return
+        bands: dict[int, np.ndarray] = {}
+        missing: dict[int, int] = {}
+        disable = bar_disabled(self._progress)
+        with block, tqdm(total=train.num_rows, unit="row", desc=description, disable=disable) as bar:
+            bar.update(train.num_rows - sum(map(len, rows)))
+            for batch, inds in _wanted(train, np.concatenate(rows)):
+                sink = _ProductSink(held, len(inds), self._featurizer.device)
+                self._run(self._train, batch, inds, sink, self._same_rows)
+                cosines = (sink.products / _lengths(sink.squared_norm)[:, None]).to("cpu", torch.float32).numpy()
+                _check_finite(cosines, inds)
+                for tile in np.unique(inds // block.tile_rows).tolist():
+                    start = tile * block.tile_rows
+                    stop = min(start + block.tile_rows, train.num_rows)
+                    band = bands.setdefault(tile, np.zeros((stop - start, held.num_rows), np.float32))
+                    mine = inds // block.tile_rows == tile
+                    band[inds[mine] - start] = cosines[mine]
+                    missing[tile] = missing.get(tile, stop - start) - int(mine.sum())
+                    if not missing[tile]:
+                        self._train.flush()  # a tile that is done says that its rows' values are
+                        block.write(start, bands.pop(tile))
+                bar.update(len(inds))
+
+    def _run(
+        self,
+        table: RowTable,
+        batch: Batch,
+        rows: np.ndarray,
+        sink: _HoldingSink | _ProductSink,
+        same_rows: RowTable | None = None,
+    ) -> None:
+        """Run a batch, and write its rows' values where they are not there yet."""
+        fingerprint, known = self._featurizer.check(table, batch, rows, same_rows)
+        outputs = self._featurizer.run(batch, len(rows), sink)
+        new = ~known
+        values = row_values(outputs, sink.squared_norm)
+        write_values(table, rows[new], values.select(new), fingerprint[new])
+
+
+class _HoldingSink(NormSink):
+    """Holds gradients and sums up their squared norms, ``[B]``, float64."""
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        super().__init__(num_rows, device)
+        self.pieces: list[tuple[int, dict[str, PerSampleGradient]]] = []
+
+    def begin(self) -> None:
+        """Start anew."""
+        super().begin()
+        self.pieces.clear()
+
+    def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
+        """Hold the gradients of samples ``start`` to ``stop``."""
+        super().take(start, stop, gradients)
+        self.pieces.append((start, gradients))
+
+
+class _ProductSink:
+    """Sums up inner products with held gradients ``[B, m]``, and squared norms ``[B]``; both float64."""
+
+    def __init__(self, held: TargetGradients, num_rows: int, device: torch.device) -> None:
+        self._held = held
+        self.products = torch.zeros(num_rows, held.num_rows, dtype=torch.float64, device=device)
+        self.squared_norm = torch.zeros(num_rows, dtype=torch.float64, device=device)
+
+    def begin(self) -> None:
+        """Start from zeros."""
+        self.products.zero_()
+        self.squared_norm.zero_()
+
+    def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
+        """Add the gradients of samples ``start`` to ``stop``."""
+        for name, gradient in gradients.items():
+            products = self.products[start:stop]
+            if gradient.device != products.device:  # of a model that lies on several devices
+                products = torch.zeros_like(products, device=gradient.device)
+            squares = self._held.add_products(name, gradient, products)
+            self.squared_norm[start:stop] += squares.to(self.squared_norm.device)
+            if products.device != self.products.device:
+                self.products[start:stop] += products.to(self.products.device)
+
+
+def _lengths(squared_norm: Tensor) -> Tensor:
+    """Return norms ``[B]``, float64, and 1 for a gradient of zero."""
+    return torch.where(squared_norm > 0, squared_norm.sqrt(), 1.0)
+
+
+def _check_finite(cosines: np.ndarray, rows: np.ndarray) -> None:
+    bad = rows[~np.isfinite(cosines).all(axis=1)]
+    if len(bad):
+        raise NonFiniteError(
+            f"Inner products of the gradients of rows {bad[:5].tolist()} with targets are NaN or infinite. Gradient "
+            f"norms beyond about 1e18 are out of range; scale the loss, or leave these rows out."
+        )
+
+
+def _wanted(source: RowSource, rows: np.ndarray) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yield batches of exactly the given rows, ascending, with their indices."""
+    wanted = np.zeros(source.num_rows, dtype=bool)
+    wanted[rows] = True
+    for batch, inds in source.batches(rows):
+        mine = wanted[inds]
+        if not mine.all():
+            batch = select_rows(batch, torch.from_numpy(np.flatnonzero(mine)), len(inds))
+        if mine.any():
+            yield batch, inds[mine]

@@ -1,0 +1,90 @@
+"""What a store knows about its rows and how they were made, for reports: labels, losses and settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tracer.store import RowTable, Store
+from tracer.store.table_schema import NO_LABEL
+
+
+@dataclass(frozen=True)
+class StoreFacts:
+    """Facts of a store, as far as it has them.
+
+    Attributes:
+        train_labels: ``[N]``, int64; None where a train row has no label.
+        target_labels: ``[M]``, likewise.
+        losses: ``[N]``, float64, each train row's loss, mean over checkpoints; None where one is not finite.
+        settings: What scores come from, as text and numbers to be shown.
+    """
+
+    train_labels: np.ndarray | None
+    target_labels: np.ndarray | None
+    losses: np.ndarray | None
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, store: Store, exp_name: str, model_ids: Sequence[int] | None = None) -> StoreFacts:
+        """Read the facts of a store whose features are finalized.
+
+        Args:
+            store: The store.
+            exp_name: The name of the targets.
+            model_ids: The checkpoints; None: all in the store.
+
+        Returns:
+            The facts.
+        """
+        chosen = list(store.checkpoint_ids() if model_ids is None else model_ids)
+        tables = [store.checkpoint(model_id) for model_id in chosen]
+        losses = np.mean([table.column("loss").astype(np.float64) for table in tables], axis=0)
+        return cls(
+            train_labels=_labels(tables[0]),
+            target_labels=_labels(store.targets(exp_name, chosen[0])),
+            losses=losses if np.isfinite(losses).all() else None,
+            settings=_settings(store, chosen),
+        )
+
+
+def _labels(table: RowTable) -> np.ndarray | None:
+    """Return the labels of a table ``[N]``, int64; None where a row has none."""
+    labels = table.column("label")
+    return None if (labels == NO_LABEL).any() else labels.astype(np.int64)
+
+
+def _settings(store: Store, model_ids: Sequence[int]) -> dict[str, Any]:
+    """Return what is worth showing of a store: checkpoints and learning rates, settings, versions."""
+    manifest = store.manifest
+    settings = manifest.settings
+    rates = [store.table_attributes(model_id).get("learning_rate") for model_id in model_ids]
+    shown: dict[str, Any] = {"checkpoints": len(model_ids)}
+    if all(rate is not None for rate in rates):
+        shown["learning rates"] = ", ".join(dict.fromkeys(f"{rate:g}" for rate in rates))
+    for name in ("task", "projector", "preconditioner"):
+        if settings.get(name):
+            shown[name] = _words(settings[name])
+    shown["numbers a row"] = f"{manifest.feature_dim:,}, {manifest.storage}"
+    if settings.get("params"):
+        count = sum(math.prod(shape) for shape in settings["params"].values())
+        shown["parameters"] = f"{count:,} in {len(settings['params'])} tensors"
+    shown |= {name: value for name, value in manifest.info.items() if isinstance(value, str)}
+    shown["versions"] = _words(manifest.versions)
+    shown["store"] = str(store.path)
+    return shown
+
+
+def _words(value: Any) -> str:
+    """Return a setting as text.
+
+    >>> _words({"name": "sketch", "seed": 0})
+    'sketch, seed 0'
+    """
+    if not isinstance(value, Mapping):
+        return str(value)
+    return ", ".join(str(each) if name in ("name", "kind") else f"{name} {each}" for name, each in value.items())

@@ -1,0 +1,362 @@
+"""What can be done with a store alone, without a model: shares of rows, completeness, growth, self-influence."""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Subset
+
+from tracer._core.processes import Process, ProcessChoice, this_process
+from tracer._core.validation import check_count, check_device, check_model_id
+from tracer.data.indices import RowChoice, RowIndices, row_indices
+from tracer.errors import CallOrderError, InputError
+from tracer.scoring.estimators import Estimate
+from tracer.scoring.regularization import Regularization
+from tracer.scoring.scorer import Labels, Ranker
+from tracer.store import Store
+from tracer.types import TopK
+
+logger = logging.getLogger("tracer")
+
+
+class Reader:
+    """A store that answers questions; a `Tracer` is one with a model. Get one from `Tracer.open`.
+
+    Args:
+        store: The store.
+        device: Where to multiply.
+        process: Which of several processes this one is.
+        memory_bytes: How much scoring holds, about.
+        progress: Show progress bars; None: on a terminal only.
+
+    Attributes:
+        store: The store.
+        device: Where to multiply.
+        process: Which of several processes this one is.
+    """
+
+    def __init__(
+        self, store: Store, device: torch.device, process: Process, memory_bytes: int, progress: bool | None
+    ) -> None:
+        self.store, self.device, self.process = store, device, process
+        self._memory_bytes, self._progress = memory_bytes, progress
+        made_for = store.manifest.layout["processes"]
+        if process.count > 1 and process.count != made_for:
+            logger.warning(
+                "%s was made for %d processes and this is one of %d: parts of processes that still work as one of %d "
+                "would overlap with this one's",
+                store.path,
+                made_for,
+                process.count,
+                made_for,
+            )
+        self._ranker = Ranker(store, device, progress, memory_bytes, process)
+
+    @classmethod
+    def open(
+        cls,
+        save_dir: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+        *,
+        memory_bytes: int = 1 << 30,
+        process: ProcessChoice = None,
+        progress: bool | None = None,
+    ) -> Reader:
+        """Open a store without its model, for scores, top rows, self-influence and reports.
+
+        Args:
+            save_dir: The store's directory or URL.
+            device: Where to multiply.
+            memory_bytes: How much scoring holds, about.
+            process: As `Tracer` takes it.
+            progress: Show progress bars; None: on a terminal only.
+
+        Returns:
+            A reader: what a `Tracer` can do except for featurizing and scoring rows.
+
+        Raises:
+            StoreError: There is no store, or it is damaged.
+        """
+        store, chosen = Store.open_existing(save_dir), check_device(device)
+        return Reader(store, chosen, this_process(process), check_count(memory_bytes, "memory_bytes"), progress)
+
+    @property
+    def train_set_size(self) -> int:
+        """The number of train rows ``N``."""
+        return self.store.manifest.train_set_size
+
+    def shard(self, dataset: Any) -> Subset:
+        """Return this process's part of the train rows, or of targets: whole blocks of consecutive rows.
+
+        No two processes get rows of one block, so each writes files of its own. Which rows these are depends on the
+        store, on the number of rows and on the number of processes, and on nothing else: a process that died is
+        started again with the same number and finds its rows.
+
+        Args:
+            dataset: All rows: anything with ``len``. ``train_set_size`` rows are taken for the train rows, except
+                while as many targets are scored.
+
+        Returns:
+            A subset whose ``indices`` are the rows' indices in ``dataset``, a range, as ``inds=`` takes them. It is
+            empty where there are more processes than blocks.
+        """
+        size = len(dataset)
+        return Subset(dataset, self.process.rows(size, self._block_rows_of(size)))
+
+    def _block_rows_of(self, size: int) -> int:
+        """Return the rows of a block of the train rows, if there are so many, else of targets."""
+        return self.store.block_rows if size == self.train_set_size else self.store.target_block_rows(size)
+
+    def remaining(self, model_id: int, exp_name: str | None = None) -> np.ndarray:
+        """Return the indices of the rows that are not durably stored yet at a checkpoint.
+
+        Args:
+            model_id: The checkpoint.
+            exp_name: Targets of this name, instead of train rows.
+
+        Returns:
+            Ascending row indices, int64, of all processes' parts; what is not among them survives a crash.
+
+        Raises:
+            InputError: There are no targets of this name.
+            IncompleteError: These targets were not scored at this checkpoint.
+        """
+        self.flush()
+        if exp_name is not None:
+            return self._ranker.targets(exp_name, model_id).remaining()
+        if not self.store.has_checkpoint(check_model_id(model_id)):
+            return np.arange(self.train_set_size, dtype=np.int64)
+        return self.store.checkpoint(model_id).remaining()
+
+    def grow(self, train_set_size: int) -> None:
+        """Make room for more train rows: they come behind those that are there, and are missing at every checkpoint.
+
+        Featurize them (`remaining` lists them) and finalize again. Scores of the other rows stay as they are; a target
+        set's scores are completed by the new rows' when they are asked for again.
+
+        Args:
+            train_set_size: The new number of train rows.
+
+        Raises:
+            InputError: It is below the present one.
+        """
+        size = check_count(train_set_size, "train_set_size")
+        self.close()
+        self.process.wait()  # what others had pending is in the store
+        self.process.first_only(lambda: self.store.grow(size))
+        self.store = self._ranker.store = Store.open_existing(self.store.path)
+
+    def replace(self, inds: RowIndices, exp_name: str | None = None) -> None:
+        """Forget rows at all checkpoints, so that others can be featurized under their indices; all else stays.
+
+        Scores that come from these rows are computed anew when they are asked for, and no others.
+
+        Args:
+            inds: The indices of train rows.
+            exp_name: Rows of this target set, instead of train rows.
+
+        Raises:
+            InputError: The target set is not known, or rows are out of range.
+            CallOrderError: The store has no rows.
+        """
+        self.close()
+        if exp_name is None:
+            if not self.store.checkpoint_ids():
+                raise CallOrderError("The store has no checkpoint, so there are no rows to replace; featurize first.")
+            rows = row_indices(inds, self.train_set_size, "train_set_size")
+        else:
+            known = self.store.exp_names()
+            if exp_name not in known:
+                raise InputError(f"exp_name={exp_name!r} is not in the store, which has {known}.")
+            num_targets = self.store.targets(exp_name, self.store.target_ids(exp_name)[0]).num_rows
+            rows = row_indices(inds, num_targets, "num_targets")
+        self.process.wait()  # what others had pending is in the store, so that their marks go too
+        self.process.first_only(lambda: self.store.forget_rows(rows, exp_name))
+
+    def finalize_features(self, model_ids: list[int] | None = None) -> None:
+        """Check that every train row is stored at each checkpoint, and open the checkpoints for scoring.
+
+        Processes that run together all call it, and wait here for each other. Of a job array, any later process does.
+
+        Args:
+            model_ids: The checkpoints; None: all in the store.
+
+        Raises:
+            CallOrderError: There is no checkpoint.
+            IncompleteError: Rows are missing; the message says how many and which come first.
+        """
+        self._settle()
+        self.process.wait()
+        self.process.first_only(lambda: self._ranker.finalize_features(model_ids))
+
+    def finalize_scores(
+        self,
+        exp_name: str,
+        estimator: str = "tracin",
+        model_ids: list[int] | None = None,
+        *,
+        dtype: str | None = None,
+        target: str | None = None,
+        regularization: float | str = "auto",
+        soft_threshold: float = 0.0,
+        groups: Any = None,
+    ) -> Any:
+        """Compute the scores of all train rows for all targets of an experiment, tile by tile.
+
+        Tiles that are done are kept: a run that was killed is continued. Processes that run together all call it, and
+        each computes its share. A job of an array computes its own share and returns; reading rows of other jobs that
+        are not done is an error.
+
+        Args:
+            exp_name: The name of the targets.
+            estimator: ``tracin``: the sum over checkpoints of learning rate times the dot product of loss gradients
+                (Pruthi et al. 2020); ``cosine``: the same of normalized gradients; ``influence``: a Newton step of the
+                training loss in feature space (Koh & Liang 2017), averaged over checkpoints, also of independently
+                trained models; ``trak``: the same without the loss's curvature (Park et al. 2023).
+            model_ids: The checkpoints; None: all in the store.
+            dtype: How scores are stored: ``float32``, or ``float16`` relative to each train row's largest score, which
+                takes half the space at a relative error of 0.0005 of that. None: as the same scores are stored already,
+                else float32.
+            target: Of what on the targets' side: ``loss``, or ``output``: the task's f, in the direction in which the
+                loss falls. None: the loss for ``tracin`` and ``cosine``, the output for ``trak`` and ``influence``.
+            regularization: λ of the kernel of ``trak`` and ``influence``, in units of ``Σ w ‖φ‖²`` over train rows; 0
+                is the pseudo-inverse. ``auto``: chosen from what training has done; see `regularization`.
+            soft_threshold: Scores are moved towards zero by this much and end there (Park et al. 2023).
+            groups: The group of each target, ``[M]``, integers from 0 on and -1 for none: scores are those of the sum
+                over each group, ``[N, G]``. ``label``: groups are the targets' classes.
+
+        Returns:
+            ``[train_set_size, num_targets]``, float32, read-only: what is not looked at takes no memory. Positive
+            scores are proponents. A numpy memory map where scores are float32 on a local disk and made by one process;
+            else a matrix that is indexed like one and reads from the store where it is (`numpy.asarray` reads all).
+
+        Raises:
+            InputError: The name, the estimator or a checkpoint is not known.
+            IncompleteError: Targets are missing at a checkpoint.
+            CallOrderError: A checkpoint is not finalized.
+        """
+        estimate = Estimate(estimator, target, regularization, soft_threshold, groups)
+        self._settle()
+        return self._ranker.scores(exp_name, estimate, model_ids, dtype)
+
+    def top(
+        self,
+        exp_name: str,
+        k: int,
+        kind: str = "proponents",
+        estimator: str = "tracin",
+        model_ids: list[int] | None = None,
+        *,
+        rows: RowChoice | None = None,
+        labels: Labels | None = None,
+        target: str | None = None,
+        regularization: float | str = "auto",
+        soft_threshold: float = 0.0,
+        groups: Any = None,
+    ) -> TopK:
+        """Return the strongest train rows of each target, without computing a score matrix.
+
+        What is found is kept in the store, both kinds at once: asked again, also for a smaller ``k``, it is read, and
+        a run that was killed is continued. Processes that run together all call it and divide the work; a job of an
+        array does its share, and raises an error while others' is missing.
+
+        Args:
+            exp_name: The name of the targets.
+            k: How many rows for each target.
+            kind: ``proponents`` (largest scores) or ``opponents`` (smallest, most negative first).
+            estimator: As in `finalize_scores`.
+            model_ids: The checkpoints; None: all in the store.
+            rows: Only these train rows: a slice or range, indices, or a bool for each. Others are not read.
+            labels: Only train rows of these classes, as the task knows them.
+            target: As in `finalize_scores`.
+            regularization: As in `finalize_scores`.
+            soft_threshold: As in `finalize_scores`.
+            groups: As in `finalize_scores`.
+
+        Returns:
+            Indices and scores, ``[num_targets, k]`` each, strongest first; rows of equal score by their index.
+
+        Raises:
+            InputError: A name is not known, or ``k`` or ``rows`` is out of range.
+            IncompleteError: Targets are missing at a checkpoint.
+            CallOrderError: A checkpoint is not finalized.
+        """
+        estimate = Estimate(estimator, target, regularization, soft_threshold, groups)
+        self._settle()
+        return self._ranker.top(exp_name, k, kind, estimate, model_ids, rows, labels)
+
+    def self_influence(
+        self,
+        model_ids: list[int] | None = None,
+        estimator: str = "tracin",
+        *,
+        regularization: float | str = "auto",
+    ) -> np.ndarray:
+        """Return each train row's influence on itself: the sum over checkpoints of ``lr ‖gradient of the loss‖²``.
+
+        It is computed from exact gradient norms, so it has no projection error. Mislabelled and unusual rows have
+        large values (Pruthi et al. 2020, section 4.1). With ``trak`` or ``influence`` it is the square of the mean
+        slope times the mean of ``φᵀ (K + λI)⁻¹ φ``, what the row's own Newton step does to its loss.
+
+        Args:
+            model_ids: The checkpoints; None: all in the store.
+            estimator: ``tracin``, ``trak`` or ``influence``.
+            regularization: As in `finalize_scores`.
+
+        Returns:
+            ``[train_set_size]``, float64.
+
+        Raises:
+            CallOrderError: A checkpoint is not finalized.
+            InputError: The estimator is not known, or is ``cosine``: a gradient's cosine with itself is 1.
+        """
+        estimate = Estimate(estimator, regularization=regularization)
+        if estimator == "cosine":
+            raise InputError("estimator='cosine' came: every gradient's cosine with itself is 1; pass 'tracin'.")
+        self._settle()
+        return self._ranker.self_influence(model_ids, estimate)
+
+    def regularization(self, estimator: str = "influence", model_ids: list[int] | None = None) -> Regularization:
+        """Return the λ that ``regularization="auto"`` stands for, and the rule that it comes from.
+
+        Rule ``held-out``: where what training has taught about a row is best predicted from the other rows, averaged
+        over the checkpoints. Rule ``trace``, where the task does not know what was learnt: √2 times the mean of
+        ``w ‖φ‖²``. See `tracer.scoring.regularization.choose_regularization`.
+
+        Args:
+            estimator: ``influence`` or ``trak``.
+            model_ids: The checkpoints; None: all in the store. There is one λ for all.
+
+        Returns:
+            ``value`` and ``rule``.
+
+        Raises:
+            CallOrderError: A checkpoint is not finalized.
+            InputError: The estimator has no kernel.
+        """
+        estimate = Estimate(estimator)
+        if estimate.kernel is None:
+            raise InputError(f"estimator={estimator!r} has no kernel to regularize; pass 'influence' or 'trak'.")
+        self._settle()
+        return self._ranker.regularization(model_ids, estimate)
+
+    def _settle(self) -> None:
+        """Make durable what was computed, before a question is answered from it."""
+        self.flush()
+
+    def flush(self) -> None:
+        """Make everything that was computed durable."""
+
+    def close(self) -> None:
+        """Flush and release the store's files; they are opened again when they are needed."""
+        self.flush()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

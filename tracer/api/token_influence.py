@@ -1,0 +1,369 @@
+"""Scores of language models token by token: which tokens of a train row a target's score comes from.
+
+The loss of a row depends on the parameters through the model's logits ``z [B, T, V]``, one vector at each position. So
+the inner product of its gradient with any vector v of the parameters' shape is a sum over positions,
+``<∇L_b, v> = Σ_t <∂L_b/∂z_bt, J_bt v>``, where ``J_bt v`` is the change of ``z_bt`` along v. With v the gradient of a
+target's loss it is the TracIn score, split exactly. One forward pass in forward mode gives ``J v`` at all positions of
+all rows of a batch (`torch.autograd.forward_ad`); no per-token gradient is ever built.
+
+Layout: B rows of T positions; logits ``[B, T, V]``; what stands for a position is ``[B, T]``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.autograd.forward_ad as forward_mode
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tracer._core.sharding import fsdp_modules
+from tracer._core.validation import check_device, check_model, check_rate
+from tracer.data.batches import check_batch_size, count_rows, select_rows, to_device
+from tracer.data.model_inputs import logits_of
+from tracer.data.tasks import LanguageModeling, Task, make_task
+from tracer.errors import BatchError, GradientError, InputError, InputTypeError, NonFiniteError
+from tracer.gradients import ParamSelection, isolated, select_parameters
+from tracer.training.adam import check_preconditioner, read_training_checkpoint
+from tracer.training.checkpoints import LoadedWeights, read_checkpoint, weights_in
+from tracer.types import Batch, Checkpoint, SampleOutputs
+
+logger = logging.getLogger("tracer")
+
+
+@torch.inference_mode(False)
+def token_influence(
+    model: nn.Module,
+    task: Any,
+    train_batch: Batch,
+    target_batch: Batch,
+    checkpoints: Sequence[Checkpoint | tuple[Checkpoint, float]],
+    *,
+    params: ParamSelection = None,
+    preconditioner: str | None = None,
+    device: str | torch.device | None = None,
+) -> np.ndarray:
+    """Split the exact TracIn scores of a few train rows on a few targets over the train rows' tokens.
+
+    ``score(z, z') = Σ_c η_c Σ_t <∇l_ct(z), ∇L_c(z')>`` with ``L(z) = Σ_t l_t(z)``: the score of TracInCP (Pruthi et al.
+    2020) with the loss of the train row written as the sum that it is. The sum over tokens is the score that
+    ``attribute(..., projector="none")`` gives, up to rounding; a part is positive where learning to predict that token
+    lowered the target's loss. To split over the *targets'* tokens, swap the two batches.
+
+    It costs a forward and backward a target, and a forward in forward mode of the train batch a target, at each
+    checkpoint. Take the rows that `Attribution.top` found rather than all. The model is left as found.
+
+    Args:
+        model: The model, whose logits are ``[B, T, V]``.
+        task: As `Tracer` takes it: ``"language_modeling"``, or any task whose loss depends on the parameters through
+            the logits of one call of the model alone.
+        train_batch: The train rows, one batch as the task takes it.
+        target_batch: The targets, likewise.
+        checkpoints: State dicts or paths, each alone or as ``(checkpoint, learning rate)``, as for `attribute`.
+        params: Which parameters count, as for `Tracer`; None: all trainable ones.
+        preconditioner: ``adam`` or None, as for `Tracer`.
+        device: Where to compute; by default where the model is.
+
+    Returns:
+        ``[num_targets, num_rows, T]``, float64. For language modelling ``[..., t]`` belongs to the t-th label, that is
+        the token being predicted: the first of a row where labels are shifted inside has no prediction. Tokens that are
+        not predicted (label -100, padding) have 0. For other tasks ``[..., t]`` belongs to the t-th position of the
+        logits.
+
+    Raises:
+        InputError: There are no checkpoints, some have a learning rate and others not, or the model is sharded.
+        BatchError: A batch does not fit the task, or the logits have no position.
+        GradientError: The task's loss does not come from the logits alone, or an operation can be differentiated
+            neither forward nor twice.
+        NonFiniteError: A part is NaN or infinite.
+
+    >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
+    >>> tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    >>> token_influence(model, "language_modeling", tokens, tokens[:1], [(model.state_dict(), 0.1)]).shape
+    (1, 2, 4)
+    """
+    check_model(model)
+    if fsdp_modules(model):
+        raise InputError("model is sharded by fully_shard; token_influence takes the plain model, in one process.")
+    task, place = make_task(task), check_device(device, model)
+    names = select_parameters(model, params)
+    check_preconditioner(preconditioner)
+    pairs = _with_rates(checkpoints)
+    num_rows, num_targets = count_rows(train_batch), count_rows(target_batch)
+    check_batch_size(train_batch, num_rows)
+    check_batch_size(target_batch, num_targets)
+    train_batch, target_batch = to_device(train_batch, place), to_device(target_batch, place)
+    targets = [select_rows(target_batch, torch.tensor([row]), num_targets) for row in range(num_targets)]
+    total: Tensor | None = None
+    for checkpoint, rate in pairs:
+        weights = _load(model, checkpoint, names, preconditioner, place)
+        with weights_in(model, weights), isolated(model, names, place), _differentiable(model, place):
+            parts = torch.stack(
+                [_parts(model, task, train_batch, _direction(model, task, one, names, weights)) for one in targets]
+            )
+        total = rate * parts if total is None else total + rate * parts
+    assert total is not None  # there is a checkpoint
+    _check_finite(total)
+    return _by_label(task, train_batch, total).cpu().numpy()
+
+
+def _with_rates(checkpoints: Any) -> list[tuple[Checkpoint, float]]:
+    """Return checkpoints with their learning rates; 1 for all where none has any."""
+    if isinstance(checkpoints, (str, Mapping)) or not hasattr(checkpoints, "__iter__"):
+        raise InputTypeError(
+            f"checkpoints is a {type(checkpoints).__name__}; expected a list of state dicts or paths, each alone or as "
+            f"(checkpoint, learning_rate)."
+        )
+    pairs = [tuple(item) if isinstance(item, (tuple, list)) else (item, None) for item in checkpoints]
+    if not pairs:
+        raise InputError("checkpoints is empty; pass one checkpoint at least.")
+    wrong = [len(pair) for pair in pairs if len(pair) != 2]
+    if wrong:
+        raise InputTypeError(f"A checkpoint came as {wrong[0]} values; expected (checkpoint, learning_rate).")
+    rates = [check_rate(rate) for _, rate in pairs]
+    missing = [number for number, rate in enumerate(rates) if rate is None]
+    if missing and len(missing) < len(rates):
+        raise InputError(
+            f"Checkpoints {missing} have no learning rate and the others have: they cannot be weighed against each "
+            f"other. Pass (checkpoint, learning_rate) for all, or for none."
+        )
+    return [(checkpoint, 1.0 if rate is None else rate) for (checkpoint, _), rate in zip(pairs, rates, strict=True)]
+
+
+def _load(
+    model: nn.Module, checkpoint: Checkpoint, names: Sequence[str], preconditioner: str | None, device: torch.device
+) -> LoadedWeights:
+    if preconditioner is None:
+        return LoadedWeights(model, read_checkpoint(checkpoint), device)
+    training = read_training_checkpoint(checkpoint, model, list(names))
+    return LoadedWeights(model, training.state, device, training.scales())
+
+
+@contextmanager
+def _differentiable(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Choose kernels that have derivatives of both kinds: fused ones of attention and of LSTMs have not."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            with warnings.catch_warnings():  # torch's own flags() trips over its deprecated settings
+                warnings.simplefilter("ignore")
+                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
+
+
+def _direction(
+    model: nn.Module, task: Task, target: Batch, names: Sequence[str], weights: LoadedWeights
+) -> dict[str, Tensor]:
+    """Return the gradient of a target's loss ``Q ∇f``, ``[*shape]`` for each parameter, preconditioned if asked for."""
+    outputs = task.outputs(model, target)
+    parameters = dict(model.named_parameters())
+    wanted = [parameters[name] for name in names]
+    loss = (outputs.slope * outputs.output).sum()
+    found: Sequence[Tensor | None] = [None] * len(wanted)
+    if loss.requires_grad:  # it does not where no selected parameter is used
+        found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    direction = {}
+    for name, parameter, gradient in zip(names, wanted, found, strict=True):
+        if gradient is None:
+            gradient = torch.zeros_like(parameter)
+        elif gradient.is_sparse:
+            gradient = gradient.to_dense()
+        if weights.scales is not None:  # of the gradients on both sides of an inner product
+            gradient = gradient * weights.scales[name].square()
+        direction[name] = gradient.to(parameter.dtype)
+    return direction
+
+
+def _parts(model: nn.Module, task: Task, batch: Batch, direction: Mapping[str, Tensor]) -> Tensor:
+    """Return ``Q <∂f/∂z_t, J_t v>`` of each position, ``[B, T]``, float64, and check that nothing is left out."""
+    try:
+        outputs, logits, change, beside = _forward(model, task, batch, direction)
+    except NotImplementedError as reason:
+        if not _told(reason):
+            logger.info("no forward-mode derivative (%s); differentiating twice instead", _first_line(reason))
+        outputs, logits, change, beside = _twice(model, task, batch, direction)
+    if logits.ndim < 3:
+        raise BatchError(
+            f"token_influence expects logits [B, T, vocabulary]; the model gave {tuple(logits.shape)}, which have no "
+            f"position to split a loss over. A classifier's loss is one number a row: it has no tokens' parts."
+        )
+    if bool(beside.any()):
+        raise GradientError(
+            f"The task {task.name!r} has a loss that does not come from the logits alone: with these held fixed it "
+            f"still has derivatives, up to {float(beside.abs().max()):.3g}. token_influence takes tasks whose loss "
+            f"depends on the parameters through the logits of one call of the model (no penalty on weights, no hidden "
+            f"states)."
+        )
+    (slope,) = torch.autograd.grad(outputs.output.sum(), logits, allow_unused=True, materialize_grads=True)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    parts = (slope.to(wide) * change.to(wide)).flatten(2).sum(2).double()
+    return parts * outputs.slope.double()[:, None]
+
+
+_Derivative = tuple[SampleOutputs, Tensor, Tensor, Tensor]
+"""Outputs; logits ``[B, T, V]`` that f can be differentiated by; their change along v; the change of f along v where
+the logits are held fixed, ``[B]`` or summed up ``[1]``.
+
+The last is 0 exactly, not up to rounding, where f depends on the parameters through the logits alone: they are cut off
+from the parameters before f is computed. Comparing the parts' sum with f's own derivative would need a tolerance for
+the roundings of sums over the vocabulary."""
+
+
+def _forward(model: nn.Module, task: Task, batch: Batch, direction: Mapping[str, Tensor]) -> _Derivative:
+    """Run a batch in forward mode, where parameters carry a direction; no graph of the model is kept."""
+    parameters = dict(model.named_parameters())
+    found: list[tuple[Tensor, Tensor | None]] = []
+
+    def cut(module: nn.Module, args: Any, output: Any) -> Any:
+        logits, change = forward_mode.unpack_dual(logits_of(output))
+        leaf = logits.detach().requires_grad_()
+        found.append((leaf, change))
+        return _with_logits(output, leaf)
+
+    with forward_mode.dual_level():
+        duals = {
+            f"model.{name}": forward_mode.make_dual(parameters[name].detach(), tangent)
+            for name, tangent in direction.items()
+        }
+        with _hooked(model, cut):
+            outputs = torch.func.functional_call(_TaskModule(model, task), duals, (batch,))
+        logits, change = _only(found, task)
+        beside = forward_mode.unpack_dual(outputs.output).tangent
+        beside = torch.zeros_like(outputs.output) if beside is None else beside.detach().clone()
+        change = torch.zeros_like(logits) if change is None else change.detach().clone()
+    return outputs, logits, change, beside
+
+
+def _twice(model: nn.Module, task: Task, batch: Batch, direction: Mapping[str, Tensor]) -> _Derivative:
+    """Take ``J v`` as the derivative by u of ``<Jᵀu, v>``, for layers without a forward-mode derivative."""
+    parameters = dict(model.named_parameters())
+    wanted = [parameters[name] for name in direction]
+    found: list[tuple[Tensor, Tensor | None]] = []
+
+    def cut(module: nn.Module, args: Any, output: Any) -> Any:
+        logits = logits_of(output)
+        leaf = logits.detach().requires_grad_()
+        found.append((leaf, logits))
+        return _with_logits(output, leaf)
+
+    def along(gradients: Sequence[Tensor | None]) -> Tensor:
+        products = [(g * v).sum() for g, v in zip(gradients, direction.values(), strict=True) if g is not None]
+        return torch.stack(products).sum() if products else torch.zeros(())
+
+    with _hooked(model, cut):
+        outputs = task.outputs(model, batch)
+    leaf, logits = _only(found, task)
+    assert logits is not None  # the hook keeps it
+    # J v does not depend on u; with the loss's own slope, <Jᵀu, v> is a number to check it by.
+    value = outputs.output.sum()
+    (slope,) = torch.autograd.grad(value, leaf, retain_graph=True, allow_unused=True, materialize_grads=True)
+    weights = slope.detach().requires_grad_()
+    try:
+        pulled = torch.autograd.grad(logits, wanted, weights, create_graph=True, allow_unused=True)
+        expected = along(pulled)
+        (change,) = torch.autograd.grad(expected, weights, retain_graph=True)
+        products = (slope * change).double()
+        rounding = torch.finfo(logits.dtype).eps ** 0.5 * float(products.abs().sum())
+        if not torch.allclose(products.sum(), expected.double(), rtol=1e-3, atol=rounding, equal_nan=True):
+            raise RuntimeError("a backward cannot be differentiated")
+    except (RuntimeError, NotImplementedError) as error:
+        raise GradientError(
+            f"The model {type(model).__name__} can be differentiated neither in forward mode nor twice: "
+            f"{_first_line(error)}. Load it with plain attention (attn_implementation='eager'), or choose by params= "
+            f"parameters behind the layer at fault."
+        ) from error
+    beside = along(torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True))
+    return outputs, leaf, change.detach(), beside.detach().reshape(1)
+
+
+class _TaskModule(nn.Module):
+    """A task on a model as a module of the model's parameters, for ``torch.func.functional_call``."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, batch: Batch) -> SampleOutputs:
+        return self.task.outputs(self.model, batch)
+
+
+@contextmanager
+def _hooked(model: nn.Module, hook: Any) -> Iterator[None]:
+    handle = model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _only(found: Sequence[tuple[Tensor, Tensor | None]], task: Task) -> tuple[Tensor, Tensor | None]:
+    if len(found) != 1:
+        raise GradientError(
+            f"The task {task.name!r} called the model {len(found)} times for a batch; token_influence takes tasks that "
+            f"call it once, since positions of several calls are not of one row."
+        )
+    return found[0]
+
+
+def _with_logits(output: Any, logits: Tensor) -> Any:
+    """Return a model's output with other logits, where `logits_of` finds them."""
+    if isinstance(output, Tensor):
+        return logits
+    changed: Any = copy.copy(output)
+    if isinstance(output, Mapping):
+        changed["logits"] = logits
+    elif hasattr(output, "_replace") and "logits" in output._fields:
+        changed = output._replace(logits=logits)
+    elif dataclasses.is_dataclass(output):
+        changed = dataclasses.replace(changed, logits=logits)
+    elif getattr(output, "logits", None) is not None:
+        changed.logits = logits
+    else:
+        changed = (logits, *output[1:])
+    return changed
+
+
+def _by_label(task: Task, batch: Batch, parts: Tensor) -> Tensor:
+    """Move the parts ``[M, B, T]`` of a language model from where a token is predicted from to the token itself."""
+    is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2  # the only batch whose labels are not shifted
+    if not isinstance(task, LanguageModeling) or is_pair:
+        return parts
+    return torch.cat([torch.zeros_like(parts[..., :1]), parts[..., :-1]], dim=-1)
+
+
+def _check_finite(parts: Tensor) -> None:
+    bad = (~parts.isfinite()).any(2).nonzero()
+    if len(bad):
+        target, row = bad[0].tolist()
+        raise NonFiniteError(
+            f"{len(bad)} pairs have scores that are NaN or infinite, first target {target} with train row {row} of the "
+            f"batches; leave such rows out, or look at the checkpoints' losses."
+        )
+
+
+_SEEN: set[str] = set()
+
+
+def _told(reason: BaseException) -> bool:
+    """Tell whether this reason was logged before."""
+    text = _first_line(reason)
+    known = text in _SEEN
+    _SEEN.add(text)
+    return known
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")

@@ -1,0 +1,338 @@
+"""Tasks: what a model outputs for a sample, and what its loss is.
+
+A task gives each sample a scalar output f and the loss L as a function of f, with slope ``Q = dL/df`` and curvature
+``w = d²L/df²``; the gradient of the loss is then ``Q * (gradient of f)``. Gradients are taken of f, which stays well
+scaled where the gradient of the loss vanishes. A task that has only a loss uses ``f = L, Q = 1, w = 0``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tracer.data.model_inputs import (
+    LABEL_KEYS,
+    as_mapping,
+    attended_labels,
+    bind_inputs,
+    check_classes,
+    check_label_range,
+    check_probabilities,
+    is_transformed,
+    logits_of,
+    one_number_a_row,
+    promote,
+    shapes_message,
+    split_labels,
+)
+from tracer.errors import BatchError, InputError, InputTypeError, nearest_name
+from tracer.types import Batch, SampleOutputs
+
+
+class Task(ABC):
+    """What a batch means to a model; subclass it for a task of your own.
+
+    `outputs` must treat every sample alone (no batch statistics) and, where gradients fall back to
+    ``torch.func.vmap``, is called with batches of one sample whose values cannot be inspected.
+
+    >>> class Hinge(Task):
+    ...     name = "hinge"
+    ...     def outputs(self, model, batch):
+    ...         x, sign = batch
+    ...         return loss_outputs(torch.relu(1 - sign * model(x).squeeze(-1)))
+    """
+
+    name: str = "custom"
+
+    @abstractmethod
+    def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
+        """Run the model on a batch of ``B`` samples.
+
+        Args:
+            model: The model, in eval mode, with the weights of a checkpoint.
+            batch: The batch, on the model's device.
+
+        Returns:
+            f, L, Q and w of each sample, ``[B]`` each; f differentiable in the model's parameters.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the numbers, as plain JSON values: the store records it and compares it."""
+        if type(self).__module__ == __name__:
+            return {"name": self.name}
+        return {"name": self.name, "class": f"{type(self).__module__}.{type(self).__qualname__}"}
+
+
+def loss_outputs(loss: Tensor, baseline: Tensor | None = None) -> SampleOutputs:
+    """Return the outputs of a task that has only a loss: ``f = L, Q = 1, w = 0``.
+
+    Args:
+        loss: The loss of each sample, ``[B]``, differentiable.
+        baseline: The loss of a model that has learnt nothing, ``[B]``; None where that is not known.
+
+    Returns:
+        The outputs, with f the loss itself.
+    """
+    detached = loss.detach()
+    return SampleOutputs(loss, detached, torch.ones_like(detached), torch.zeros_like(detached), baseline=baseline)
+
+
+class Classification(Task):
+    """Cross-entropy over classes; f is the margin ``logit_y - logsumexp(other logits)`` (Park et al. 2023, eq. 9).
+
+    Then ``L = softplus(-f)``, ``Q = -(1 - p_y)`` and ``w = p_y (1 - p_y)``. Batches are ``(*inputs, labels)`` or
+    mappings with a key of `LABEL_KEYS`; the model's output is the logits ``[B, C]``, or has them as ``logits``.
+    """
+
+    def __init__(self, name: str = "image_classification") -> None:
+        self.name = name
+
+    def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
+        """Return margins and cross-entropies; see `Task.outputs`."""
+        args, kwargs, labels = split_labels(model, batch, self.name)
+        logits = promote(logits_of(model(*args, **kwargs)))
+        check_classes(logits, labels, self.name)
+        is_label = labels.unsqueeze(1) == torch.arange(logits.shape[1], device=logits.device)
+        chosen = torch.where(is_label, logits, 0.0).sum(1)
+        others = logits.masked_fill(is_label, -torch.inf).logsumexp(1)
+        margin = chosen - others
+        detached = margin.detach()
+        wrong = torch.sigmoid(-detached)
+        baseline = torch.full_like(detached, -math.log(max(logits.shape[1] - 1, 1)))
+        curvature = wrong * torch.sigmoid(detached)
+        return SampleOutputs(margin, F.softplus(-detached), -wrong, curvature, labels, baseline)
+
+
+class BinaryClassification(Task):
+    """Logistic loss on one logit a sample, with float labels in [0, 1] (soft labels too).
+
+    f is the logit, ``L = BCEWithLogits(f, y)``, ``Q = sigmoid(f) - y`` and ``w = sigmoid(f)(1 - sigmoid(f))``.
+    """
+
+    name = "binary_classification"
+
+    def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
+        """Return logits and logistic losses; see `Task.outputs`."""
+        args, kwargs, labels = split_labels(model, batch, self.name)
+        logit = promote(logits_of(model(*args, **kwargs)))
+        logit, labels = one_number_a_row(logit, labels, self.name)
+        check_probabilities(labels)
+        detached = logit.detach()
+        labels = labels.to(detached.dtype)
+        loss = F.binary_cross_entropy_with_logits(detached, labels, reduction="none")
+        probability = torch.sigmoid(detached)
+        curvature = probability * torch.sigmoid(-detached)
+        slope, baseline = probability - labels, torch.zeros_like(detached)
+        return SampleOutputs(logit, loss, slope, curvature, labels.round().long(), baseline)
+
+
+class Regression(Task):
+    """Squared error, as `torch.nn.MSELoss`: the mean over a sample's outputs, no factor of one half.
+
+    With one output a sample f is the prediction, ``L = (f - y)²``, ``Q = 2 (f - y)`` and ``w = 2``; with several,
+    ``f = L``.
+    """
+
+    name = "regression"
+
+    def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
+        """Return predictions and squared errors; see `Task.outputs`."""
+        args, kwargs, targets = split_labels(model, batch, self.name)
+        predicted = promote(logits_of(model(*args, **kwargs)))
+        if predicted.numel() != predicted.shape[0]:
+            if predicted.shape != targets.shape:
+                raise BatchError(shapes_message(self.name, predicted, targets))
+            targets = targets.to(predicted.dtype)
+            loss = (predicted - targets).square().flatten(1).mean(1)
+            return loss_outputs(loss, targets.square().flatten(1).mean(1))
+        predicted, targets = one_number_a_row(predicted, targets, self.name)
+        residual = predicted.detach() - targets.to(predicted.dtype)
+        curvature, baseline = torch.full_like(residual, 2.0), torch.zeros_like(residual)
+        return SampleOutputs(predicted, residual.square(), 2 * residual, curvature, baseline=baseline)
+
+
+class LanguageModeling(Task):
+    """Next-token cross-entropy of a causal language model, the mean over the predicted tokens of each sequence.
+
+    ``f = L``. A mapping has ``input_ids`` and, as Hugging Face collators make them, ``labels`` of the same shape that
+    are shifted here (-100: not predicted; without labels all attended tokens are). A tensor or ``(tokens,)`` is its
+    own label likewise. A pair ``(tokens, next_tokens)`` is taken as it is, position by position.
+
+    Args:
+        reduction: ``"mean"`` or ``"sum"`` over the predicted tokens of a sequence.
+    """
+
+    name = "language_modeling"
+
+    def __init__(self, reduction: str = "mean") -> None:
+        if reduction not in ("mean", "sum"):
+            raise InputError(f"reduction={reduction!r} is not known; {nearest_name(reduction, ('mean', 'sum'))}.")
+        self.reduction = reduction
+
+    def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
+        """Return sequence losses; see `Task.outputs`."""
+        args, kwargs, labels, shifted = self._split(model, batch)
+        logits = promote(logits_of(model(*args, **kwargs)))
+        if logits.ndim != 3 or logits.shape[:2] != labels.shape:
+            raise BatchError(
+                f"language_modeling expects logits [B, T, vocabulary] for labels [B, T]; the model gave "
+                f"{tuple(logits.shape)} for labels {tuple(labels.shape)}."
+            )
+        if shifted:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        self._check(logits, labels)
+        predicted = (labels != -100).to(logits.dtype)
+        loss = F.cross_entropy(logits.transpose(1, 2), labels.long(), reduction="none", ignore_index=-100).sum(1)
+        count = predicted.sum(1)
+        uniform = torch.full_like(count, math.log(logits.shape[-1]))
+        if self.reduction == "mean":
+            return loss_outputs(loss / count, uniform)
+        return loss_outputs(loss, uniform * count)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the name and the reduction."""
+        return {"name": self.name, "reduction": self.reduction}
+
+    def _split(self, model: nn.Module, batch: Batch) -> tuple[tuple, dict, Tensor, bool]:
+        batch = as_mapping(batch)
+        if isinstance(batch, Mapping):
+            kwargs = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+            labels = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+            if labels is None:
+                labels = batch.get("input_ids")
+                mask = batch.get("attention_mask")
+                if labels is None:
+                    raise BatchError(f"language_modeling needs 'input_ids' or 'labels'; the batch has {sorted(batch)}.")
+                labels = labels if mask is None else attended_labels(labels, mask)
+            args, kwargs = bind_inputs(model, kwargs)
+            return args, kwargs, labels, True
+        items = batch if isinstance(batch, (tuple, list)) else (batch,)
+        if len(items) not in (1, 2) or not all(isinstance(item, Tensor) for item in items):
+            raise BatchError(
+                "language_modeling expects tokens, (tokens,), (tokens, next_tokens) or a mapping with 'input_ids'; "
+                f"got {type(batch).__name__} of {len(items)}."
+            )
+        return (items[0],), {}, items[-1], len(items) == 1
+
+    def _check(self, logits: Tensor, labels: Tensor) -> None:
+        if is_transformed(labels):
+            return
+        empty = (labels == -100).all(1).nonzero().flatten()
+        if len(empty):
+            raise BatchError(
+                f"Rows {empty[:5].tolist()} of the batch have no token to predict (one token, or all labels -100): "
+                f"their loss is undefined. Leave such rows out."
+            )
+        check_label_range(labels[labels != -100], logits.shape[-1], self.name)
+
+
+class LossTask(Task):
+    """A task given by a function ``(model, batch) -> loss of each sample [B]``; ``f = L``.
+
+    Args:
+        function: The function; it must not reduce over the batch.
+    """
+
+    name = "callable"
+
+    def __init__(self, function: Callable[[nn.Module, Batch], Tensor]) -> None:
+        self.function = function
+
+    def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
+        """Return the losses that the function gives; see `Task.outputs`."""
+        loss = self.function(model, batch)
+        if isinstance(loss, SampleOutputs):
+            return loss
+        if not isinstance(loss, Tensor) or loss.ndim != 1:
+            came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise BatchError(
+                f"The task {self._label()} must return the loss of each sample as a tensor [B]; it returned {came}. "
+                f"Losses of torch take reduction='none'."
+            )
+        return loss_outputs(loss)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the function's qualified name, and the arguments that `functools.partial` has bound to it."""
+        settings: dict[str, Any] = {"name": self.name, "function": self._label()}
+        if isinstance(self.function, functools.partial):
+            settings["args"] = [repr(value) for value in self.function.args]
+            settings["keywords"] = {key: repr(value) for key, value in sorted(self.function.keywords.items())}
+        return settings
+
+    def _label(self) -> str:
+        function = self.function.func if isinstance(self.function, functools.partial) else self.function
+        owner = function if hasattr(function, "__qualname__") else type(function)
+        return f"{owner.__module__}.{owner.__qualname__}"
+
+
+_TASKS: dict[str, Callable[[], Task]] = {
+    "image_classification": lambda: Classification("image_classification"),
+    "text_classification": lambda: Classification("text_classification"),
+    "binary_classification": BinaryClassification,
+    "regression": Regression,
+    "language_modeling": LanguageModeling,
+}
+
+TASK_NAMES = tuple(_TASKS)
+"""The names that ``task=`` takes."""
+
+
+class LowerPrecision(Task):
+    """Another task, whose forwards run under ``torch.autocast``; sums over positions and projections stay float32.
+
+    Args:
+        task: The task.
+        dtype: ``torch.bfloat16`` or ``torch.float16``.
+        device: Where the model runs.
+    """
+
+    def __init__(self, task: Task, dtype: torch.dtype, device: torch.device) -> None:
+        self.task, self.dtype, self.device = task, dtype, device
+        self.name = task.name
+
+    def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
+        """Return the other task's outputs; see `Task.outputs`."""
+        # Cached casts are keyed by parameters, whose values change with the checkpoint.
+        with torch.autocast(self.device.type, self.dtype, cache_enabled=False):
+            return self.task.outputs(model, batch)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the other task's settings and the dtype."""
+        return self.task.settings() | {"autocast": str(self.dtype).removeprefix("torch.")}
+
+
+def make_task(task: str | Task | Callable[[nn.Module, Batch], Tensor]) -> Task:
+    """Return the task for a name, a function or a `Task`.
+
+    Args:
+        task: A name of `TASK_NAMES`, a function ``(model, batch) -> loss [B]``, or a `Task`.
+
+    Returns:
+        The task.
+
+    Raises:
+        InputError: The name is not known.
+        InputTypeError: It is none of the three.
+
+    >>> make_task("regression").name
+    'regression'
+    """
+    if isinstance(task, Task):
+        return task
+    if isinstance(task, str):
+        if task not in _TASKS:
+            raise InputError(f"task={task!r} is not known; {nearest_name(task, _TASKS)}.")
+        return _TASKS[task]()
+    if isinstance(task, type) or not callable(task):
+        raise InputTypeError(
+            f"task is {task!r}; expected a name ({', '.join(_TASKS)}), a function (model, batch) -> loss [B], or an "
+            f"instance of tracer.Task."
+        )
+    return LossTask(task)

@@ -1,9 +1,0 @@
-"""The demo: flipped labels among handwritten digits, with data that comes with the package.
-
-`tracer demo` runs it from wherever the package is installed; ``examples/mislabeled_digits.py`` is the same.
-"""
-
-from tracer.demo.digits import Settings
-from tracer.demo.findings import run
-
-__all__ = ["Settings", "run"]

@@ -1,0 +1,446 @@
+"""Models that `torch.distributed.fsdp.fully_shard` divides among processes.
+
+Each process, a *rank*, holds a part of every parameter. While a wrapped module runs, its whole parameters are gathered
+from all ranks, which therefore have to run the same modules in the same order: a rank that does not leaves the others
+waiting. So ranks go in step. Before they gather, and wherever a decision changes what runs next, they *vote*: each says
+where it is, and reads where the others are. A rank that fails votes too, once, and then every rank raises; a rank
+without work of its own runs a row of other work (`tracer.api.fsdp_featurizer`).
+
+Votes go through a group of processes of their own, on the CPU. Nothing here runs for models that are not sharded.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from tracer._core.sharding import _roots, _state_of, fsdp_modules, is_sharded, settle
+from tracer.errors import GradientError, RankError
+
+_QUIET = {"reduce_grads": False, "reshard_after_backward": True}
+"""What a group of parameters is set to: nothing is reduced over ranks, and nothing whole is kept behind a backward."""
+
+
+class _At(IntEnum):
+    """Where a rank is when it votes."""
+
+    FAILED = 0
+    BATCH = 1
+    GATHER = 2
+    DECISION = 3
+    WRITTEN = 4
+    TURN = 5
+    CHECKPOINT = 6
+    JOINED = 7
+
+
+_PLACES = {
+    _At.BATCH: "begins a batch, or waits for others to end theirs",
+    _At.GATHER: "gathers the weights of {}",
+    _At.DECISION: "decides what to run next",
+    _At.WRITTEN: "has written its batch",
+    _At.TURN: "opens files of the store",
+    _At.CHECKPOINT: "takes a checkpoint",
+    _At.JOINED: "has flushed its rows",
+}
+
+WORKING, WAITING, ENDED = 2, 1, 0
+"""What a rank says of its batch: to be computed; stored already; or that there are no more."""
+
+
+class Ranks:
+    """The processes that share a sharded model, this one among them.
+
+    All of them must make it, as they must call everything here that votes.
+
+    Args:
+        model: The model, on all ranks the same and divided in the same way.
+
+    Attributes:
+        model: As passed.
+        rank: This process's number among them.
+        device_type: Where the whole parameters are gathered.
+        stand_in: A batch of one row, on the CPU, for rounds in which this rank has no work; None before the first.
+        all_ended: Whether at the last `begin` no rank had batches left.
+
+    Raises:
+        GradientError: The model is sharded in a way that is not supported.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        modules = fsdp_modules(model)
+        for module in modules:
+            _check_policy(module)
+        settle(model)
+        mesh, axis = _one_mesh(model)
+        self.device_type: str = mesh.device_type
+        for module in _roots(modules):
+            _initialize(module)
+        self._states = list({id(state): state for state in map(_state_of, modules)}.values())
+        self._groups = [group for state in self._states for group in state._fsdp_param_groups]
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._slots = [
+            (module, local, names[id(parameter)])
+            for module in model.modules()
+            for local, parameter in module._parameters.items()
+            if parameter is not None and is_sharded(parameter)
+        ]
+        members = distributed.get_process_group_ranks(mesh.get_group(axis))
+        self._group = distributed.new_group(members, backend="gloo", use_local_synchronization=True)
+        self.rank, self.size = distributed.get_rank(self._group), len(members)
+        self.stand_in: Any = None
+        self.all_ended = True
+        self._inside = False
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Make an exception inside one of all ranks: the others raise `RankError` at their next vote.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            RankError: Another rank failed, or is somewhere else.
+        """
+        if self._inside:
+            yield
+            return
+        self._inside = True
+        try:
+            yield
+        except RankError:  # all ranks raise it
+            raise
+        except Exception as error:
+            self._announce(error)
+            raise
+        finally:
+            self._inside = False
+
+    def abandon(self, error: BaseException) -> None:
+        """Tell the other ranks that this one fails, if they do not know; they raise at their next vote.
+
+        An interrupt is not told: the process ends, which the others notice.
+
+        Args:
+            error: Why.
+        """
+        if isinstance(error, Exception) and not isinstance(error, RankError) and not hasattr(error, "_told_to_ranks"):
+            self._announce(error)
+
+    def _announce(self, error: Exception) -> None:
+        error._told_to_ranks = True  # type: ignore[attr-defined]  # not kept here: it holds the batch's tensors
+        try:
+            self._exchange(_At.FAILED, 0)
+            self._tell(f"{type(error).__name__}: {error}")
+        except RuntimeError as lost:
+            error.add_note(f"The other ranks could not be told: {lost}")
+
+    def any(self, flag: bool) -> bool:
+        """Return whether a flag is set on any rank."""
+        return any(self._vote(_At.DECISION, int(flag)))
+
+    def agree(self, what: str, value: object) -> None:
+        """Check that all ranks have the same value.
+
+        Args:
+            what: What it is called.
+            value: The value; its representation is compared.
+
+        Raises:
+            RankError: Values differ.
+        """
+        self._vote(_At.CHECKPOINT)
+        values = self._tell(repr(value))
+        if len(set(values)) > 1:
+            raise RankError(f"All ranks must pass the same {what}; they passed {_by_rank(values)}.")
+
+    def begin(self, state: int, row: Any) -> bool:
+        """Say whether this rank has a batch to compute, and hand a row to ranks that never had one.
+
+        Args:
+            state: `WORKING`, `WAITING` or `ENDED`.
+            row: A function that gives a batch of one row of this rank's work, on the CPU.
+
+        Returns:
+            Whether any rank works, so that all have to run.
+
+        Raises:
+            RankError: A rank failed, or is somewhere else.
+        """
+        lacking = self.stand_in is None and state != WORKING
+        answers = self._vote(_At.BATCH, 2 * state + int(lacking))
+        states = [answer // 2 for answer in answers]
+        if WORKING not in states:
+            self.all_ended = max(states) == ENDED
+            return False
+        self.all_ended = False
+        if any(answer % 2 for answer in answers):
+            donor = states.index(WORKING)
+            sent = pickle.dumps(row()) if self.rank == donor else b""
+            self._vote(_At.DECISION)  # where a row that cannot be sent is told
+            received = self._tell(sent)[donor]
+            if lacking:
+                self.stand_in = pickle.loads(received)  # from a process of the same job
+        return True
+
+    def written(self) -> None:
+        """Wait until every rank has done with its batch."""
+        self._vote(_At.WRITTEN)
+
+    def turn(self) -> None:
+        """Wait for the first rank, or as the first let the others go on."""
+        self._vote(_At.TURN)
+
+    def joined(self) -> None:
+        """Wait until every rank has flushed what it wrote."""
+        self._vote(_At.JOINED)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let the model run: every gathering is voted on, no gradient is reduced; settings are put back.
+
+        Yields:
+            Nothing.
+        """
+        contexts = {id(state._state_ctx): state._state_ctx for state in self._states}
+        with ExitStack() as stack:
+            for number, group in enumerate(self._groups):
+                for name, value in (*_QUIET.items(), ("_all_gather_comm", None)):
+                    stack.callback(setattr, group, name, getattr(group, name))
+                    setattr(
+                        group, name, _VotingGather(self, number, group._all_gather_comm) if value is None else value
+                    )
+            for context in contexts.values():
+                stack.callback(setattr, context, "is_last_backward", context.is_last_backward)
+                context.is_last_backward = True
+            yield
+
+    @contextmanager
+    def whole_parameters(self) -> Iterator[dict[str, Tensor]]:
+        """Collect the whole parameters that a forward inside uses: the leaves of its autograd graph.
+
+        Yields:
+            Names to tensors, filled while modules run; those without memory are gathered again in the backward.
+        """
+        found: dict[str, Tensor] = {
+            name: value for name, value in self.model.named_parameters() if not is_sharded(value)
+        }
+
+        def collect(module: nn.Module, args: Any) -> None:
+            inside = {id(one) for one in module.modules()}
+            for owner, local, name in self._slots:
+                parameter = owner._parameters[local]
+                if id(owner) in inside and parameter is not None and not is_sharded(parameter):
+                    found[name] = parameter
+
+        hooks = [module.register_forward_pre_hook(collect) for module in fsdp_modules(self.model)]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _vote(self, at: _At, number: int = 0) -> list[int]:
+        """Say where this rank is, and return the numbers of all ranks, which must be at the same place."""
+        answers = self._exchange(at, number)
+        if any(place is _At.FAILED for place, _ in answers):
+            self._raise_for_others()
+        places = {place for place, _ in answers}
+        if len(places) > 1 or (at is _At.GATHER and len(set(answers)) > 1):
+            names = {id(module): name for name, module in self.model.named_modules()}
+            units = [names[id(group.modules[0])] or "the outermost module" for group in self._groups]
+            said = [_PLACES[place].format(units[value] if place is _At.GATHER else "") for place, value in answers]
+            raise RankError(
+                f"The ranks of the sharded model are not in step: {_by_rank(said)}. Each rank must make the same calls "
+                f"of the Tracer, batches aside, and the model must run the same modules for every batch."
+            )
+        return [value for _, value in answers]
+
+    def gather_vote(self, number: int) -> None:
+        """Vote before weights are gathered.
+
+        Args:
+            number: Which weights.
+        """
+        self._vote(_At.GATHER, number)
+
+    def _exchange(self, at: _At, number: int) -> list[tuple[_At, int]]:
+        mine = torch.tensor([int(at), number], dtype=torch.int64)
+        answers = [torch.empty_like(mine) for _ in range(self.size)]
+        with _answered():
+            distributed.all_gather(answers, mine, group=self._group)
+        return [(_At(int(place)), int(value)) for place, value in answers]
+
+    def _tell(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        with _answered():
+            distributed.all_gather_object(values, value, group=self._group)
+        return values
+
+    def _raise_for_others(self) -> None:
+        texts = self._tell(None)
+        raise RankError(
+            f"Another rank of the sharded model failed, so all give this step up: {_by_rank(texts)}. Nothing is lost: "
+            f"rows that were written stay, and others can be passed again."
+        )
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            f"Another rank of the sharded model does not answer: its process ended, or it never called the same method "
+            f"of its Tracer ({str(error).strip().partition(chr(10))[0]}). Look at its own output first."
+        ) from error
+
+
+@contextmanager
+def one_by_one(ranks: Ranks | None, what: str = "", value: object = None) -> Iterator[bool]:
+    """Let the first rank through before the others, which find the files that it made.
+
+    Args:
+        ranks: The ranks that share the model; None where it is not sharded.
+        what: What must be the same on all ranks; empty for nothing.
+        value: This rank's.
+
+    Yields:
+        Whether this is the first rank.
+
+    Raises:
+        RankError: Values differ, or another rank failed.
+    """
+    if ranks is None:
+        yield True
+        return
+    with ranks.step():
+        if what:
+            ranks.agree(what, value)
+        if ranks.rank != 0:
+            ranks.turn()
+        yield ranks.rank == 0
+        if ranks.rank == 0:
+            ranks.turn()
+
+
+def find_ranks(model: nn.Module, device: torch.device) -> Ranks | None:
+    """Return the ranks that share a model, or None for a model that is whole.
+
+    Args:
+        model: The model.
+        device: Where it is to run.
+
+    Returns:
+        The ranks; making them is a call that all ranks must make.
+
+    Raises:
+        GradientError: The model is sharded in a way that is not supported, or over another kind of device.
+
+    >>> find_ranks(nn.Linear(2, 2), torch.device("cpu")) is None
+    True
+    """
+    if fsdp_modules(model):
+        ranks = Ranks(model)
+        if ranks.device_type != device.type:
+            raise GradientError(
+                f"The model is sharded over {ranks.device_type!r} devices, device={str(device)!r} came; leave it out."
+            )
+        return ranks
+    spread = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
+    if spread:
+        raise GradientError(
+            f"Parameters {', '.join(spread[:4])} are DTensors, but not by fully_shard (tensor parallelism?): layers "
+            f"then compute with parts of activations. Pass the plain model, or one that fully_shard wrapped."
+        )
+    return None
+
+
+class _VotingGather:
+    """How a group of parameters is gathered, with a vote before it."""
+
+    def __init__(self, ranks: Ranks, number: int, gather: Any) -> None:
+        self._ranks, self._number, self._gather = ranks, number, gather
+
+    def allocate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return memory, as the other way of gathering does."""
+        return self._gather.allocate(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Vote, then gather as the other way does."""
+        self._ranks.gather_vote(self._number)
+        return self._gather(*args, **kwargs)
+
+
+def _by_rank(values: Sequence[str | None]) -> str:
+    return "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(values) if value is not None)
+
+
+def _initialize(module: Any) -> None:
+    """Let FSDP make what it makes at the first forward, now, while the user's requires_grad flags are in force."""
+    state = _state_of(module)
+    if state._is_root is False:
+        raise GradientError(
+            "The model is a part of a larger one to which fully_shard was applied; pass the whole model, and choose "
+            "with params=."
+        )
+    state._lazy_init()
+
+
+def _check_policy(module: Any) -> None:
+    """Refuse a module whose sharding is not supported.
+
+    Raises:
+        GradientError: Which, and why.
+    """
+    if not hasattr(module, "reset_iter_state") or not hasattr(_state_of(module), "_fsdp_param_groups"):
+        raise GradientError(
+            f"The model is sharded by fully_shard, and torch {torch.__version__} lacks FSDPModule.reset_iter_state, "
+            f"by which a model recovers from an error; use torch 2.13 or newer, or pass the plain model."
+        )
+    policy = _state_of(module)._mp_policy
+    lowered = [dtype for dtype in (policy.param_dtype, policy.output_dtype) if dtype is not None]
+    dtypes = {parameter.dtype for parameter in module.parameters()}
+    if any(dtype not in dtypes for dtype in lowered):
+        names = ", ".join(str(dtype) for dtype in lowered)
+        raise GradientError(
+            f"fully_shard was given a MixedPrecisionPolicy that casts to {names}: the store would not know of it. Wrap "
+            f"the model without it, and pass autocast='bfloat16' or 'float16' to the Tracer."
+        )
+
+
+def _one_mesh(model: nn.Module) -> tuple[Any, int]:
+    """Return the mesh over which all parameters are sharded, and the axis along which.
+
+    Raises:
+        GradientError: There are several, parameters have no values yet, or they are divided in another way.
+    """
+    found: dict[tuple, tuple[Any, int]] = {}
+    sharded: Mapping[str, Any] = {name: value for name, value in model.named_parameters() if is_sharded(value)}
+    for name, value in sharded.items():
+        *others, last = value.placements
+        if type(last).__name__ != "Shard" or any(not one.is_replicate() for one in others) or len(others) > 1:
+            raise GradientError(
+                f"Parameter {name!r} has the placements {value.placements}; expected those of fully_shard alone: "
+                f"(Shard,), or (Replicate, Shard). Tensor parallelism and replicate() are not supported."
+            )
+        if value.device.type == "meta":
+            raise GradientError(
+                f"Parameter {name!r} has no memory yet (it is on the meta device); call model.to_empty(device=...) "
+                f"before making the Tracer: the values come from checkpoints."
+            )
+        axis = len(others)
+        members = tuple(distributed.get_process_group_ranks(value.device_mesh.get_group(axis)))
+        found[members] = value.device_mesh, axis
+    if len(found) != 1:
+        raise GradientError(
+            f"The parameters are sharded over {len(found)} sets of ranks; expected one for the whole model."
+        )
+    return next(iter(found.values()))

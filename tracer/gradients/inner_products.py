@@ -1,0 +1,326 @@
+"""Exact inner products of all rows of a batch with all target rows, from factors, without keeping a gradient.
+
+Layout as in `tracer.gradients.per_sample`; ``B`` rows of a batch, ``m`` targets. Two gradients of outer form meet in
+either of two ways, whichever has fewer operations:
+
+- gram: ``sum_{s,t} <left_s, left'_t> <right_s, right'_t>``, two matrix products over all pairs of positions, nothing
+  built; an embedding's touched rows are outer products whose left factors are unit vectors;
+- built: the batch's gradients are built some output channels at a time and multiplied with those of the targets, which
+  are built once and kept.
+
+Built float32 gradients are multiplied in float32, and so are positions where there is one a row. With more, the terms
+of a gram may cancel (inputs with a large common part), so it is float64, as norms are, and sums over parameters too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tracer._core.blocks import full_precision, row_blocks
+from tracer._core.scratch import Scratch
+from tracer.gradients import norms
+from tracer.gradients.per_sample import (
+    DenseGradient,
+    FoldedGradient,
+    OuterGradient,
+    PerSampleGradient,
+    RowsGradient,
+    WindowGradient,
+    matrix_shape,
+)
+
+GRAM_BYTES, FACTOR_BYTES, BUILT_BYTES = 32 << 20, 64 << 20, 32 << 20
+"""How many bytes of products of positions, of factors and of built gradients are held at once."""
+
+
+class TargetGradients:
+    """The gradients of some target rows over their lengths, held as factors, and built where that is cheaper.
+
+    Attributes:
+        num_rows: The number of targets ``m``.
+    """
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self._parts: dict[str, list[tuple[int, PerSampleGradient]]] = {}
+        self._built: dict[tuple[str, int], Tensor] = {}
+        self._scratch = Scratch()
+
+    def append(self, lengths: Tensor, pieces: Sequence[tuple[int, dict[str, PerSampleGradient]]]) -> None:
+        """Add the rows of a batch, each divided by its length, so that products neither overflow nor vanish.
+
+        Args:
+            lengths: ``[rows]``, what each row's gradient is divided by; its norm, or 1 for a gradient of zero.
+            pieces: The gradients by parameter name, of the batch's rows from the given one on.
+        """
+        for start, gradients in pieces:
+            for name, gradient in gradients.items():
+                rows = lengths[start : start + gradient.batch_size].to(gradient.device)
+                for part in norms.flatten_sum(gradient):
+                    self._parts.setdefault(name, []).append((self.num_rows + start, _divided(part, rows)))
+        self.num_rows += len(lengths)
+
+    def num_bytes(self) -> int:
+        """Return how many bytes are held, or will be once batches like these are multiplied with."""
+        storages: dict[int, int] = {}
+        built = 0
+        for parts in self._parts.values():
+            rows = sum(part.batch_size for _, part in parts)
+            for _, part in parts:
+                storages |= {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(part)}
+                if not isinstance(part, DenseGradient) and not _gram_pays(part, part, rows):
+                    built += max(4, part.dtype.itemsize) * part.batch_size * part.numel
+        return sum(storages.values()) + built
+
+    def join(self) -> None:
+        """Put the parts of several batches together where they have the same form: products are faster so."""
+        for name, parts in self._parts.items():
+            runs: list[list[tuple[int, PerSampleGradient]]] = []
+            for first, part in sorted(parts, key=lambda one: one[0]):
+                open_runs = (run for run in runs if run[-1][0] + run[-1][1].batch_size == first)
+                run = next((run for run in open_runs if _same_form(run[-1][1], part)), None)
+                if run is None:
+                    runs.append([(first, part)])
+                else:
+                    run.append((first, part))
+            self._parts[name] = [(run[0][0], _concatenated([part for _, part in run])) for run in runs]
+
+    def add_products(self, name: str, gradient: PerSampleGradient, products: Tensor) -> Tensor:
+        """Add one parameter's inner products with all targets, and return its squared norms.
+
+        Args:
+            name: The parameter's name.
+            gradient: Its gradient, of ``B`` rows.
+            products: ``[B, m]``, float64, where they are added.
+
+        Returns:
+            ``[B]``, float64, exact.
+        """
+        parts = self._parts.get(name, [])
+        num_targets = sum(part.batch_size for _, part in parts)
+        leaves = norms.flatten_sum(gradient) if gradient.numel else []
+        squares = None
+        for leaf in leaves:
+            to_build = []
+            for first, part in parts:
+                if _gram_pays(leaf, part, num_targets):
+                    _add_gram(leaf, part, products[:, first : first + part.batch_size], self._scratch)
+                else:
+                    to_build.append((first, self._built_part(name, part)))
+            if to_build:
+                squares = _add_built(leaf, to_build, products, self._scratch)
+        return norms.squared_norm(gradient) if squares is None or len(leaves) > 1 else squares
+
+    def _built_part(self, name: str, part: PerSampleGradient) -> Tensor:
+        """Return the built gradients of a part, ``[rows, numel]``, kept from their first use on."""
+        if isinstance(part, DenseGradient):
+            return full_precision(part.dense(0, part.batch_size))
+        key = name, id(part)
+        if key not in self._built:
+            dtype = torch.promote_types(part.dtype, torch.float32)
+            built = torch.empty(part.batch_size, part.numel, dtype=dtype, device=part.device)
+            for start, stop, entries, values in _built_blocks(part, self._scratch):
+                built[start:stop, entries] = values
+            self._built[key] = built
+        return self._built[key]
+
+
+def _divided(gradient: PerSampleGradient, lengths: Tensor) -> PerSampleGradient:
+    """Return the gradient of each row over its length ``[B]``."""
+    if isinstance(gradient, FoldedGradient):
+        return FoldedGradient(_divided(gradient.inner, lengths.repeat_interleave(gradient.factor)), gradient.factor)
+
+    def over(values: Tensor) -> Tensor:
+        values = full_precision(values)
+        return (values / lengths.view(-1, *(1 for _ in values.shape[1:]))).to(values.dtype)
+
+    if isinstance(gradient, OuterGradient):
+        return OuterGradient(over(gradient.left), gradient.right, gradient.shape)
+    if isinstance(gradient, RowsGradient):
+        return RowsGradient(gradient.index, over(gradient.values), gradient.shape)
+    if isinstance(gradient, WindowGradient):
+        return _window_like(gradient, gradient.padded, over(gradient.left))
+    built = torch.cat([norms.built(gradient, *rows) for rows in row_blocks(gradient.batch_size, 4 * gradient.numel)])
+    return DenseGradient(over(built).view(-1, *gradient.shape))
+
+
+def _window_like(one: WindowGradient, padded: Tensor, left: Tensor) -> WindowGradient:
+    options: dict[str, Any] = {"stride": one.stride, "dilation": one.dilation, "groups": one.groups}
+    return WindowGradient(padded, left, one.shape, **options)
+
+
+def _tensors(gradient: PerSampleGradient) -> list[Tensor]:
+    """Return the tensors that a gradient made by `_divided` holds."""
+    if isinstance(gradient, FoldedGradient):
+        return _tensors(gradient.inner)
+    return [value for value in vars(gradient).values() if isinstance(value, Tensor)]
+
+
+def _same_form(one: PerSampleGradient, other: PerSampleGradient) -> bool:
+    """Say whether the rows of both can be put together."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, FoldedGradient) and isinstance(other, FoldedGradient):
+        return one.factor == other.factor and _same_form(one.inner, other.inner)
+    if isinstance(one, WindowGradient) and isinstance(other, WindowGradient):
+        if (one.stride, one.dilation, one.groups) != (other.stride, other.dilation, other.groups):
+            return False
+    pairs = zip(_tensors(one), _tensors(other), strict=True)
+    return all(a.shape[1:] == b.shape[1:] and a.dtype == b.dtype and a.device == b.device for a, b in pairs)
+
+
+def _concatenated(parts: Sequence[PerSampleGradient]) -> PerSampleGradient:
+    """Return the rows of all parts, which have one form."""
+    one = parts[0]
+    if len(parts) == 1:
+        return one
+    if isinstance(one, FoldedGradient):
+        return FoldedGradient(
+            _concatenated([part.inner for part in parts if isinstance(part, FoldedGradient)]), one.factor
+        )
+    first, *rest = [torch.cat(tensors) for tensors in zip(*map(_tensors, parts), strict=True)]
+    if isinstance(one, OuterGradient):
+        return OuterGradient(first, rest[0], one.shape)
+    if isinstance(one, RowsGradient):
+        return RowsGradient(first, rest[0], one.shape)
+    if isinstance(one, WindowGradient):
+        return _window_like(one, first, rest[0])
+    return DenseGradient(first)
+
+
+def _positions(gradient: PerSampleGradient) -> int | None:
+    """Return the number of positions of a gradient in outer form, touched rows included; None for others."""
+    return gradient.index.shape[1] if isinstance(gradient, RowsGradient) else norms.num_positions(gradient)
+
+
+def _gram_pays(one: PerSampleGradient, other: PerSampleGradient, num_targets: int) -> bool:
+    """Say whether multiplying positions costs less than building the rows, the targets being built already."""
+    first, second = _positions(one), _positions(other)
+    if first is None or second is None:
+        return False
+    rows, cols = matrix_shape(one.shape)
+    by_index = isinstance(one, RowsGradient) or isinstance(other, RowsGradient)
+    precision = 1 if first * second == 1 else 2  # sums over positions are float64
+    gram = precision * num_targets * first * second * ((1 if by_index else rows) + cols + 4)
+    build = 12 if isinstance(one, RowsGradient) else first + 12
+    return gram <= rows * cols * (num_targets + build)
+
+
+def _add_gram(one: PerSampleGradient, other: PerSampleGradient, products: Tensor, scratch: Scratch) -> None:
+    """Add ``sum_{s,t} <l_s, l'_t> <r_s, r'_t>`` of all pairs to ``products [B, m]``."""
+    first, second = _positions(one) or 0, _positions(other) or 0
+    if not first * second:
+        return
+    rows, cols = matrix_shape(one.shape)
+    dtype = torch.promote_types(one.dtype, torch.float32 if first * second == 1 else torch.float64)
+    pair_bytes = 2 * dtype.itemsize * first * second
+    target_step = max(1, FACTOR_BYTES // (4 * max(1, second) * (rows + cols)))
+    for low in range(0, other.batch_size, target_step):
+        high = min(low + target_step, other.batch_size)
+        row_bytes = max(pair_bytes * (high - low), 4 * first * (rows + cols) // 2)
+        right = _position_rows(other, low, high, dtype, scratch, "targets")
+        for start, stop in row_blocks(one.batch_size, row_bytes, GRAM_BYTES):
+            left = _position_rows(one, start, stop, dtype, scratch, "rows")
+            gram = _left_gram(left, right, scratch)
+            gram *= _matmul(left[1], right[1].T, scratch, "right gram")
+            summed = gram.view(stop - start, first, -1).sum(1).view(stop - start, high - low, second).sum(2)
+            products[start:stop, low:high] += summed
+
+
+def _position_rows(
+    gradient: PerSampleGradient, start: int, stop: int, dtype: torch.dtype, scratch: Scratch, use: str
+) -> tuple[Tensor, Tensor]:
+    """Return ``[b * T, O]``, or the numbers of touched rows ``[b * T]``, and ``[b * T, I]``."""
+
+    def rows(values: Tensor, side: str) -> Tensor:
+        """Copy ``[b, ..., n]`` to ``[b * T, n]`` in the dtype, into memory that is used again."""
+        taken = scratch.take(f"{use} {side}", values.shape, dtype, values.device).copy_(values)
+        return taken.view(-1, values.shape[-1])
+
+    if isinstance(gradient, RowsGradient):
+        return gradient.index[start:stop].reshape(-1), rows(gradient.values[start:stop], "right")
+    if isinstance(gradient, WindowGradient):  # of one group: with more it has no positions
+        windows = gradient.windows(gradient.padded[start:stop])
+        spatial = len(gradient.stride)
+        windows = windows.movedim(tuple(range(-spatial, 0)), tuple(range(1, spatial + 1)))
+        left = rows(gradient.left[start:stop].flatten(2).transpose(1, 2), "left")
+        return left, rows(windows, "right").view(len(left), -1)
+    factors = gradient.outer(start, stop)
+    assert factors is not None
+    return rows(factors[0], "left"), rows(factors[1], "right")
+
+
+def _matmul(left: Tensor, right: Tensor, scratch: Scratch, use: str) -> Tensor:
+    """Multiply matrices into memory that is used again; fresh memory costs more than the product."""
+    out = scratch.take(use, (left.shape[0], right.shape[1]), left.dtype, left.device)
+    return torch.mm(left, right, out=out)
+
+
+def _left_gram(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], scratch: Scratch) -> Tensor:
+    """Return the products of left factors of all pairs of positions: ``[b * T, m * T']``."""
+    left, right = one[0], other[0]
+    if left.ndim == 1 and right.ndim == 1:
+        return (left.unsqueeze(1) == right).to(one[1].dtype)
+    if left.ndim == 1:
+        return right.T.index_select(0, left)
+    if right.ndim == 1:
+        return left.index_select(1, right)
+    return _matmul(left, right.T, scratch, "left gram")
+
+
+def _built_blocks(gradient: PerSampleGradient, scratch: Scratch) -> Iterator[tuple[int, int, slice, Tensor]]:
+    """Build gradients, some rows and some output channels at a time.
+
+    Args:
+        gradient: Gradients of ``B`` rows.
+        scratch: Memory.
+
+    Yields:
+        First row, one past the last, the entries, and their values ``[b, entries]``, float32 or float64, valid until
+        the next.
+    """
+    rows, cols = matrix_shape(gradient.shape)
+    positions = norms.num_positions(gradient)
+    if positions is None:
+        for start, stop in row_blocks(gradient.batch_size, 4 * gradient.numel, BUILT_BYTES):
+            yield start, stop, slice(0, gradient.numel), norms.built(gradient, start, stop)
+        return
+    for start, stop in row_blocks(gradient.batch_size, 4 * positions * (rows + cols), FACTOR_BYTES):
+        left, right = _factors(gradient, start, stop, scratch)
+        step = max(1, BUILT_BYTES // (4 * (stop - start) * cols))
+        for low in range(0, rows, step):
+            high = min(low + step, rows)
+            built = scratch.take("built", (stop - start, high - low, cols), left.dtype, left.device)
+            torch.bmm(left[:, low:high], right, out=built)
+            yield start, stop, slice(low * cols, high * cols), built.flatten(1)
+
+
+def _factors(gradient: PerSampleGradient, start: int, stop: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """Return ``left [b, O, T]`` and ``right [b, T, I]``."""
+    if isinstance(gradient, WindowGradient):
+        windows = gradient.windows(full_precision(gradient.padded[start:stop]))
+        patches = scratch.take("rows", windows.shape, windows.dtype, windows.device).copy_(windows)
+        left = full_precision(gradient.left[start:stop]).flatten(2)
+        return left, patches.view(stop - start, -1, left.shape[2]).transpose(1, 2)
+    factors = gradient.outer(start, stop)
+    assert factors is not None
+    left, right = full_precision(factors[0]), full_precision(factors[1])
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    return left.to(dtype).transpose(1, 2), right.to(dtype)
+
+
+def _add_built(
+    gradient: PerSampleGradient, targets: Sequence[tuple[int, Tensor]], products: Tensor, scratch: Scratch
+) -> Tensor:
+    """Add the products of built gradients to ``products [B, m]`` and return the squared norms: ``[B]``, float64."""
+    total = torch.zeros(gradient.batch_size, dtype=torch.float64, device=gradient.device)
+    for start, stop, entries, values in _built_blocks(gradient, scratch):
+        total[start:stop] += norms.row_squares(values)
+        for first, target in targets:
+            found = values @ target[:, entries].to(values.dtype).T
+            products[start:stop, first : first + len(target)] += found
+    return total

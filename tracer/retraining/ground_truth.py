@@ -1,0 +1,134 @@
+"""Retrain on subsets and say what becomes of the targets: the ground truth of attribution."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from tracer.data.batches import count_rows
+from tracer.data.tasks import Task
+from tracer.errors import InputError
+from tracer.retraining.recipe import Recipe
+from tracer.retraining.results import ResultFiles, settings_of
+from tracer.retraining.subsets import make_runs
+from tracer.retraining.training import Trainer, check_recipe, ordinary_mode, progress_bar
+from tracer.store.paths import store_path
+from tracer.store.remote_path import RemotePath
+from tracer.types import Batch
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """What models trained on S subsets say of M targets.
+
+    Attributes:
+        masks: ``[S, N]``, bool: the rows of each subset.
+        seeds: The seeds of each subset's models.
+        outputs_by_seed: ``[S, seeds, M]``, float64: the task's f of each target: the margin for classification, the
+            loss for a task that has only a loss.
+        losses_by_seed: ``[S, seeds, M]``, float64: its loss.
+    """
+
+    masks: np.ndarray
+    seeds: tuple[int, ...]
+    outputs_by_seed: np.ndarray
+    losses_by_seed: np.ndarray
+
+    @property
+    def outputs(self) -> np.ndarray:
+        """The task's f of each target, mean over seeds: ``[S, M]``, float64."""
+        return self.outputs_by_seed.mean(axis=1)
+
+    @property
+    def losses(self) -> np.ndarray:
+        """The loss of each target, mean over seeds: ``[S, M]``, float64."""
+        return self.losses_by_seed.mean(axis=1)
+
+
+def retrain(
+    make_model: Callable[[], nn.Module],
+    task: str | Task | Callable[[nn.Module, Batch], Tensor],
+    train: Batch,
+    targets: Batch,
+    masks: Any,
+    recipe: Recipe,
+    *,
+    seeds: Iterable[int] = (0, 1),
+    save_dir: str | os.PathLike[str] | None = None,
+    paired: bool = False,
+    stacked: bool | None = None,
+    models_at_once: int | None = None,
+    progress: bool | None = None,
+) -> Retrained:
+    """Train models on subsets of the train rows, and evaluate each on all targets.
+
+    This is the ground truth of the linear datamodeling score (Park et al. 2023, section 2): scores of rows are good
+    where their sums over subsets rank the subsets as ``outputs`` does. As there, each model has its own random
+    initial weights and order of rows; the mean over several seeds takes some of that noise out. Targets are evaluated
+    in eval mode.
+
+    With ``save_dir`` the results of models are kept as they come, and those that are there are not trained again, also
+    when subsets or seeds have been added. They are found by the data, targets, recipe, task, masks, seeds, the model's
+    structure as printed and its initial weights; the code of its forward, or of a task's function, is not seen.
+
+    Args:
+        make_model: Builds an untrained model with torch's global generator, which is put back afterwards.
+        task: As `Tracer` takes it; the loss of a step is the mean of the task's over the rows of its batch.
+        train: All N train rows as one batch, such as ``(x, y)`` or ``(tokens,)``.
+        targets: All M targets, likewise.
+        masks: ``[S, N]``, bool: the rows of each subset, as from `random_subsets`.
+        recipe: How each model is trained.
+        seeds: The seeds of each subset.
+        save_dir: A local folder for the results, which may hold others' too; None: they are not kept.
+        paired: Whether all subsets of a seed begin with the same weights and pass their rows in the same order, so
+            that they differ by their rows alone; for leaving out single rows.
+        stacked: True: several models at once with stacked parameters; False: one after another; None: several where
+            they can be stacked and small steps make it faster.
+        models_at_once: The most at once; by default by their size.
+        progress: Show a progress bar; None: on a terminal only.
+
+    Returns:
+        f and loss of each subset and target.
+
+    Raises:
+        InputError: An argument has a value that cannot be used, or models that cannot be stacked came with
+            ``stacked=True``.
+        InputTypeError: An argument is of a type that cannot be used.
+        NonFiniteError: A model diverged.
+        StoreError: A file in ``save_dir`` is damaged or cannot be written.
+
+    >>> import torch
+    >>> from tracer.retraining import random_subsets
+    >>> x, y = torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8)
+    >>> masks, recipe = random_subsets(6, 32), Recipe(learning_rate=1.0, batch_size=8, epochs=5)
+    >>> truth = retrain(lambda: nn.Linear(4, 4), "image_classification", (x, y), (x[:3], y[:3]), masks, recipe)
+    >>> truth.outputs.shape, truth.outputs_by_seed.shape
+    ((6, 3), (6, 2, 3))
+    """
+    check_recipe(recipe)
+    place = None if save_dir is None else store_path(save_dir)
+    if isinstance(place, RemotePath):
+        raise InputError(f"save_dir={save_dir!r} is remote; expected a folder on this machine.")
+    runs = make_runs(masks, count_rows(train), seeds, paired)
+    with ordinary_mode():
+        trainer = Trainer(make_model, task, train, recipe)
+        rows = trainer.checked_rows(targets, "targets")
+        files = None if place is None else ResultFiles(place, settings_of(trainer, rows, paired))
+        found = {} if files is None else files.read(runs)
+        with progress_bar("retrain", runs, recipe, progress, num_done=len(found)) as bar:
+            for group in trainer.groups(runs, stacked, models_at_once, done=set(found)):
+                models, _ = trainer.train(group, bar)
+                outputs, losses = trainer.evaluate(models, group, rows)
+                if files is not None:
+                    files.write(group, outputs, losses)
+                found.update({run.key: (outputs[model], losses[model]) for model, run in enumerate(group)})
+    of_runs = np.array([found[run.key] for run in runs])  # [S * seeds, 2, M]
+    given = np.stack([run.mask for run in runs if run.seed == runs[0].seed])
+    of_subsets = of_runs.reshape(len(given), -1, *of_runs.shape[1:])
+    used = tuple(run.seed for run in runs if run.subset == 0)
+    return Retrained(given, used, of_subsets[:, :, 0], of_subsets[:, :, 1])

@@ -1,0 +1,1 @@
+"""From stored features to scores: estimators, kernels, streaming products, strongest examples."""

@@ -1,0 +1,1 @@
+"""Chunked arrays on a disk or a remote store, and which of their rows are complete."""

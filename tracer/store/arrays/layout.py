@@ -1,0 +1,180 @@
+"""How an array lies in its files: chunks of whole rows, uncompressed, as zarr version 3 describes them.
+
+An array ``[R, ...]`` is cut into chunks of ``chunk_rows`` rows, the last one padded to full size, so that a chunk's
+file is the rows as they lie in memory. A *tiled* array has shards in the place of chunks: a shard's inner chunks of
+``tile_rows`` rows lie one after another, so that the head of the file is a matrix in row-major order; behind it stands
+the index that zarr readers look up.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+
+from tracer.errors import StoreError
+from tracer.store.metadata import NODE, StorePath, read_document, write_document
+
+BLOCK_BYTES = 64 << 20
+"""How many bytes of features one file holds at most."""
+DTYPES = {
+    "int8": "|i1",
+    "float16": "<f2",
+    "float32": "<f4",
+    "uint32": "<u4",
+    "float64": "<f8",
+    "int64": "<i8",
+    "uint64": "<u8",
+    "bool": "|b1",
+}
+_ONE_BYTE = ("bool", "int8")
+_MANY_BLOCKS, _SMALL_BLOCK = 16, 4096
+
+
+def rows_per_block(num_rows: int, row_bytes: int, processes: int = 1, block_bytes: int = BLOCK_BYTES) -> int:
+    """Return into how long blocks the rows of a table are cut.
+
+    A block is what one process writes at a time and what a remote store uploads at once. So there are as many for each
+    of the processes, and some to share out later even where a single process begins.
+
+    Args:
+        num_rows: N.
+        row_bytes: The stored bytes of a row's features.
+        processes: How many processes are to share the rows.
+        block_bytes: How many bytes of features a block has at most.
+
+    Returns:
+        The rows of a block, 1 at least.
+
+    >>> rows_per_block(1000, 8192), rows_per_block(1000, 8192, processes=4), rows_per_block(10**6, 8192)
+    (1000, 250, 8131)
+    """
+    most = max(1, block_bytes // max(1, row_bytes))
+    wanted = max(-(-num_rows // most), min(_MANY_BLOCKS, num_rows // _SMALL_BLOCK), 1)
+    blocks = -(-wanted // processes) * processes
+    return max(1, -(-num_rows // blocks))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an array lies in its files.
+
+    Attributes:
+        shape: Of the array, ``(R,)`` or ``(R, D)``, every size at least 1.
+        dtype: A key of `DTYPES`.
+        chunk_rows: The rows of one file.
+        tile_rows: The rows of an inner chunk where files are shards, else None.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunk_rows: int
+    tile_rows: int | None = None
+
+    @classmethod
+    def tiled(cls, shape: tuple[int, int], dtype: str, tile_rows: int, tiles_per_file: int | None = None) -> Layout:
+        """Return the layout of shards with inner chunks of ``tile_rows`` rows; of one shard by default."""
+        return cls(shape, dtype, tile_rows * (tiles_per_file or -(-shape[0] // tile_rows)), tile_rows)
+
+    @property
+    def num_chunks(self) -> int:
+        """The number of files."""
+        return -(-self.shape[0] // self.chunk_rows)
+
+    @property
+    def tiles_per_chunk(self) -> int:
+        """The number of inner chunks of a shard; 0 for an array that is not tiled."""
+        return self.chunk_rows // self.tile_rows if self.tile_rows else 0
+
+    @property
+    def num_tiles(self) -> int:
+        """The number of inner chunks that hold rows; 0 for an array that is not tiled."""
+        return -(-self.shape[0] // self.tile_rows) if self.tile_rows else 0
+
+    @property
+    def data_bytes(self) -> int:
+        """The bytes of one file that hold rows."""
+        return self.chunk_rows * math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
+
+    def index(self) -> bytes:
+        """Return what stands behind the rows: a shard's (offset, bytes) pairs and their checksum, else nothing."""
+        if not self.tile_rows:
+            return b""
+        tile_bytes = self.data_bytes // self.tiles_per_chunk
+        pairs = [(tile * tile_bytes, tile_bytes) for tile in range(self.tiles_per_chunk)]
+        index = np.array(pairs, "<u8").tobytes()
+        return index + google_crc32c.value(index).to_bytes(4, "little")
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the parts of zarr's metadata that decide where each number lies."""
+        plain: dict[str, Any] = {"name": "bytes"}
+        if self.dtype not in _ONE_BYTE:
+            plain["configuration"] = {"endian": "little"}
+        outer = [self.chunk_rows, *self.shape[1:]]
+        codecs = [plain]
+        if self.tile_rows:
+            inner = {"chunk_shape": [self.tile_rows, *self.shape[1:]], "codecs": [plain], "index_location": "end"}
+            inner["index_codecs"] = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+            codecs = [{"name": "sharding_indexed", "configuration": inner}]
+        return {
+            "shape": list(self.shape),
+            "data_type": self.dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": outer}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "codecs": codecs,
+        }
+
+    @classmethod
+    def read(cls, path: StorePath) -> tuple[Layout, dict[str, Any]]:
+        """Read the layout and the attributes of an array.
+
+        Args:
+            path: The array's directory.
+
+        Returns:
+            Both.
+
+        Raises:
+            StoreError: The metadata is missing, damaged or says another layout than this package writes.
+        """
+        try:
+            document = read_document(path / NODE)
+            inner = document["codecs"][0].get("configuration", {}).get("chunk_shape")
+            outer = document["chunk_grid"]["configuration"]["chunk_shape"]
+            layout = cls(tuple(document["shape"]), document["data_type"], outer[0], inner[0] if inner else None)
+            same = layout.dtype in DTYPES and layout.metadata() == {key: document[key] for key in layout.metadata()}
+        except (FileNotFoundError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise StoreError(
+                f"{path / NODE} is missing or damaged ({error!r}): restore it, or remove {path.parent} "
+                "to compute it again"
+            ) from error
+        if not same:
+            raise StoreError(
+                f"{path} is not laid out as this package writes it: expected uncompressed little-endian "
+                f"chunks; restore it, or remove {path.parent} to compute it again"
+            )
+        return layout, document["attributes"]
+
+
+def create_array(path: StorePath, layout: Layout, attributes: dict[str, Any] | None = None) -> None:
+    """Write the metadata of an array as zarr makes it, in place of what is there; no chunk is written."""
+    chunks = (layout.chunk_rows, *layout.shape[1:])
+    made: dict[str, Any] = {}
+    zarr.create_array(
+        zarr.storage.MemoryStore(made),
+        shape=layout.shape,
+        dtype=layout.dtype,
+        chunks=(layout.tile_rows, *layout.shape[1:]) if layout.tile_rows else chunks,
+        shards=chunks if layout.tile_rows else None,
+        filters=None,
+        compressors=None,
+        fill_value=0,
+        zarr_format=3,
+        attributes=dict(attributes or {}),
+    )
+    write_document(path / NODE, json.loads(made[NODE].to_bytes()))

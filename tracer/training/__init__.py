@@ -1,0 +1,1 @@
+"""The training run that is explained: its checkpoints, optimizer states and recordings."""

@@ -1,0 +1,307 @@
+"""Second moments: what Adam has gathered of each parameter's gradient, read from a training checkpoint.
+
+Adam moves a parameter along ``m / (sqrt(v̂) + eps)`` (Kingma & Ba 2015), so a gradient g moves it along ``Γ g`` with the
+diagonal ``Γ = 1 / (sqrt(v̂) + eps)``. Gradients multiplied by the entries of ``Γ^{1/2}``, of train rows and targets
+alike, have the inner products ``<Γ g, g'>``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracer._core.sharding import is_sharded
+from tracer._core.text import listing
+from tracer.errors import CheckpointError, InputError, nearest_name
+from tracer.training.checkpoints import as_state, checkpoint_value, fit_state, weights_fingerprint
+from tracer.training.optimizer_states import assign_parameters, is_optimizer_state
+from tracer.types import Checkpoint
+
+PRECONDITIONERS = ("adam",)
+"""What ``preconditioner=`` takes beside None."""
+
+_EXPECTED = (
+    "preconditioner='adam' takes a training checkpoint: a mapping, or the path of one that torch.save wrote, with the "
+    "model's state dict under one key and the optimizer's under another"
+)
+_PASS = 'pass {"model": model.state_dict(), "optimizer": optimizer.state_dict()}'
+
+
+def check_preconditioner(preconditioner: str | None, sharded: bool = False) -> str | None:
+    """Return what ``preconditioner=`` says.
+
+    Args:
+        preconditioner: What the user passed.
+        sharded: Whether the model is divided among processes.
+
+    Returns:
+        The same.
+
+    Raises:
+        InputError: It is not known, or the model is sharded.
+    """
+    if preconditioner is not None and preconditioner not in PRECONDITIONERS:
+        raise InputError(
+            f"preconditioner={preconditioner!r} is not known; {nearest_name(preconditioner, PRECONDITIONERS)}."
+        )
+    if preconditioner is not None and sharded:
+        raise InputError(
+            f"preconditioner={preconditioner!r} came with a model that fully_shard divides among processes, whose "
+            f"optimizer state is divided too; pass the plain model, or preconditioner=None."
+        )
+    return preconditioner
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """What Adam has gathered of one parameter.
+
+    Attributes:
+        values: ``exp_avg_sq``, or ``max_exp_avg_sq`` with amsgrad, ``[*shape]``: a running mean of squared gradients,
+            which begins at zero.
+        step: How many steps went into it.
+        beta2: How much of the mean a step keeps.
+        eps: What is added to the root of the mean.
+    """
+
+    values: Tensor
+    step: float
+    beta2: float
+    eps: float
+
+    def scale(self) -> Tensor:
+        """Return ``Γ^{1/2} = (sqrt(v̂) + eps)^{-1/2}``, ``[*shape]``, float64.
+
+        ``v̂ = values / (1 - beta2^step)`` is the running mean without the zero that it began with, as `torch.optim.Adam`
+        and `torch.optim.AdamW` have it.
+
+        >>> SecondMoment(torch.tensor([0.04]), step=1, beta2=0.99, eps=0.5).scale()
+        tensor([0.6325], dtype=torch.float64)
+        """
+        corrected = self.values.double() / (1.0 - self.beta2**self.step)
+        return corrected.sqrt_().add_(self.eps).reciprocal_().sqrt_()
+
+
+@dataclass(frozen=True)
+class TrainingCheckpoint:
+    """A model's weights and its optimizer's second moments.
+
+    Attributes:
+        state: Fitted to the model.
+        moments: Of each selected parameter, by name.
+    """
+
+    state: dict[str, Tensor]
+    moments: dict[str, SecondMoment]
+
+    def scales(self) -> dict[str, Tensor]:
+        """Return ``Γ^{1/2}`` of each selected parameter; float64 for float64 parameters and else float32."""
+        return {
+            name: moment.scale().to(torch.promote_types(self.state[name].dtype, torch.float32))
+            for name, moment in self.moments.items()
+        }
+
+    def fingerprint(self) -> str:
+        """Return a digest of the weights, ``+``, and one of the second moments and what is made of them.
+
+        The latter covers the moments as they are stored, not ``Γ``, whose last bit may differ between machines.
+        """
+        values = {name: moment.values for name, moment in self.moments.items()}
+        numbers = {
+            f"{name} step, beta2, eps": torch.tensor([moment.step, moment.beta2, moment.eps], dtype=torch.float64)
+            for name, moment in self.moments.items()
+        }
+        return f"{weights_fingerprint(self.state)}+{weights_fingerprint(values | numbers)}"
+
+
+def optimizer_path(path: str | os.PathLike[str]) -> Path:
+    """Return where the optimizer's state lies that belongs to the weights in a ``.safetensors`` file.
+
+    >>> optimizer_path("run/step_00000100.safetensors").name
+    'step_00000100.optimizer.pt'
+    """
+    return Path(path).with_suffix(".optimizer.pt")
+
+
+def read_training_checkpoint(checkpoint: Checkpoint, model: nn.Module, names: Sequence[str]) -> TrainingCheckpoint:
+    """Read a model's weights and its optimizer's second moments, without executing anything that a file may contain.
+
+    The two state dicts are recognised by their form, whatever their keys are called. A ``.safetensors`` file has the
+    optimizer's beside it, as `optimizer_path` says, where a recorder saved it.
+
+    Args:
+        checkpoint: A training checkpoint, or the path of one.
+        model: The model; it is not changed.
+        names: The parameters whose second moments are wanted, as ``model.named_parameters()`` has them.
+
+    Returns:
+        Weights and second moments.
+
+    Raises:
+        InputTypeError: It is neither a mapping nor a path.
+        CheckpointError: It cannot be read safely; it is no training checkpoint, or holds several state dicts that fit;
+            the optimizer keeps no second moments, or they cannot be assigned to the parameters; or a parameter has
+            none.
+
+    >>> model = nn.Linear(2, 1)
+    >>> optimizer = torch.optim.AdamW(model.parameters(), eps=0.1)
+    >>> model(torch.tensor([[2.0, 0.0]])).sum().backward()
+    >>> optimizer.step()
+    >>> whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    >>> read_training_checkpoint(whole, model, ["weight"]).scales()["weight"]
+    tensor([[0.6901, 3.1623]])
+    """
+    value, where, _ = checkpoint_value(checkpoint)
+    if isinstance(checkpoint, (str, os.PathLike)) and Path(checkpoint).suffix == ".safetensors":
+        beside = optimizer_path(checkpoint)
+        value = {"model": value, "optimizer": checkpoint_value(beside)[0]} if beside.exists() else value
+    nested = {key: item for key, item in value.items() if isinstance(item, Mapping)} if _is_mapping(value) else {}
+    found = _keys(value) if _is_mapping(value) else f"a value of type {type(value).__name__}"
+    optimizer = nested[_only("optimizer", [key for key in nested if is_optimizer_state(nested[key])], where, found)]
+    states = [key for key in nested if _is_state(nested[key])]
+    fitted: dict[Any, dict[str, Tensor]] = {}
+    misfits: dict[Any, CheckpointError] = {}
+    for key in states:
+        try:
+            fitted[key] = fit_state(model, as_state(nested[key], f"{where}, key {key!r},", "checkpoint"))
+        except CheckpointError as error:
+            misfits[key] = error
+    if states and not fitted:
+        key, reason = next(iter(misfits.items()))
+        raise CheckpointError(f"{where} has no state dict that fits the model; of key {key!r}: {reason}") from reason
+    state = fitted[_only("model", list(fitted), where, found)]
+    return TrainingCheckpoint(state, _moments(optimizer, model, names))
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _keys(value: Mapping) -> str:
+    return f"the keys {listing([repr(key) for key in value]) or 'none'}"
+
+
+def _is_state(value: Mapping) -> bool:
+    items = [item for key, item in value.items() if not str(key).endswith("_extra_state")]
+    return bool(items) and all(isinstance(item, Tensor) for item in items)
+
+
+def _only(whose: str, keys: list, where: str, found: str) -> Any:
+    """Return the one key under which a state dict lies.
+
+    Args:
+        whose: ``model`` or ``optimizer``.
+        keys: The keys of those that there are.
+        where: What to call the checkpoint in errors.
+        found: What it holds, in words.
+
+    Returns:
+        The key.
+
+    Raises:
+        CheckpointError: There is none, or there are several.
+    """
+    if not keys:
+        form = "a mapping with 'state' and 'param_groups'" if whose == "optimizer" else "names to tensors"
+        record = ", or record with CheckpointRecorder(second_moments=True)" if whose == "optimizer" else ""
+        raise CheckpointError(
+            f"{_EXPECTED}. {where} has no state dict of the {whose} ({form}), but {found}; {_PASS}{record}"
+        )
+    if len(keys) > 1:
+        raise CheckpointError(
+            f"{where} holds several state dicts of the {whose}, under {listing([repr(key) for key in keys])}; pass a "
+            f"mapping that has the one that counts only, such as {{{whose!r}: checkpoint[{keys[0]!r}], ...}}"
+        )
+    return keys[0]
+
+
+def _moments(optimizer: Mapping, model: nn.Module, names: Sequence[str]) -> dict[str, SecondMoment]:
+    """Return the second moments of the named parameters.
+
+    Args:
+        optimizer: The optimizer's state dict.
+        model: The model.
+        names: The parameters.
+
+    Returns:
+        By name.
+
+    Raises:
+        CheckpointError: There are none, or they cannot be assigned, or a parameter has none.
+    """
+    state = optimizer["state"]
+    kept = sorted({str(key) for entry in state.values() if isinstance(entry, Mapping) for key in entry})
+    if "exp_avg_sq" not in kept:
+        raise CheckpointError(
+            f"preconditioner='adam' needs second moments, 'exp_avg_sq', which the optimizer's state does not have: it "
+            f"holds {listing(kept) or 'nothing'}. Expected the state of Adam or AdamW after one step at least; with "
+            f"another optimizer pass preconditioner=None"
+        )
+    assigned, known = assign_parameters(optimizer, model)
+    missing = [repr(name) for name in names if name not in assigned]
+    if missing:
+        raise CheckpointError(
+            f"the optimizer does not hold {len(missing)} selected parameters: {listing(missing)}; it holds {known}. "
+            f"Leave them out with params=, or pass the state of the optimizer that trains them"
+        )
+    idle = [repr(name) for name in names if not _has_stepped(state.get(assigned[name][0]))]
+    if idle:
+        raise CheckpointError(
+            f"the optimizer has never stepped {len(idle)} selected parameters, which so have no second moments: "
+            f"{listing(idle)}. Leave them out with params="
+        )
+    parameters = dict(model.named_parameters())
+    return {
+        name: _moment(state[number], group, parameters[name].shape, name)
+        for name, (number, group) in ((name, assigned[name]) for name in names)
+    }
+
+
+def _has_stepped(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and bool(entry) and float(entry.get("step", 1)) >= 1
+
+
+def _moment(entry: Mapping, group: Mapping, shape: torch.Size, name: str) -> SecondMoment:
+    """Read the second moment of one parameter.
+
+    Args:
+        entry: The optimizer's state of the parameter.
+        group: The parameter's group.
+        shape: The parameter's shape.
+        name: Its name.
+
+    Returns:
+        The moment.
+
+    Raises:
+        CheckpointError: Something is missing, does not fit or cannot be used.
+    """
+    key = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
+    values: Any = entry.get(key)
+    step: Any = entry.get("step")
+    betas: Any = group.get("betas")
+    eps: Any = group.get("eps")
+    wrong = ""
+    if not isinstance(values, Tensor) or step is None or betas is None or eps is None:
+        wrong = f"expected {key!r} and 'step' in it, and 'betas' and 'eps' in its group"
+    elif is_sharded(values) or values.is_meta:
+        wrong = f"{key!r} has no values, or is a part of a sharded tensor; expected all of it"
+    elif values.shape != shape:
+        wrong = f"{key!r} is {list(values.shape)}, the parameter is {list(shape)}"
+    elif not (0 <= float(betas[1]) < 1 and 0 <= float(eps) < math.inf):
+        wrong = f"beta2 is {betas[1]} and eps is {eps}; expected 0 <= beta2 < 1 and eps >= 0"
+    elif not bool((torch.isfinite(values) & (values >= 0 if eps > 0 else values > 0)).all()):
+        wrong = f"{key!r} has values that are NaN, infinite or negative, or zero while eps is 0"
+    if wrong:
+        raise CheckpointError(
+            f"the optimizer's state of {name!r} cannot be used: {wrong}. Pass the whole optimizer.state_dict() of Adam "
+            f"or AdamW, saved with these weights"
+        )
+    return SecondMoment(values.detach(), float(step), float(betas[1]), float(eps))

@@ -1,0 +1,390 @@
+"""`CheckpointRecorder`: keeps what TracIn needs of a training run, from inside the training loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracer._core.processes import this_process
+from tracer._core.validation import check_count, check_model
+from tracer.errors import CallOrderError, InputError, StoreError
+from tracer.training.recording.record import (
+    CheckpointRecord,
+    add_rates,
+    check_owner,
+    thin,
+    total_rates,
+    write_recording,
+)
+from tracer.training.recording.resuming import begin_recording, same_values
+from tracer.training.recording.schedules import Schedule, make_schedule
+from tracer.training.recording.snapshots import (
+    check_optimizer,
+    check_whole,
+    model_state,
+    moments_state,
+    parameter_groups,
+    write_checkpoint,
+)
+
+logger = logging.getLogger("tracer")
+
+Rate = float | Tensor
+"""A learning rate; a tensor stays where it is until a checkpoint is saved, so that training never waits for it."""
+
+
+class CheckpointRecorder:
+    """Records a training run for TracIn: weights, and the learning rates of the steps that led to them.
+
+    Call `step` after each optimizer step, and `close` at the end, or use it in a ``with`` block. Learning rates are
+    read at the moment of each step, by a hook of the optimizer, so that it does not matter whether a scheduler steps
+    before or after the recorder. What does not step the optimizer, such as a batch whose gradients are accumulated or a
+    step that a ``GradScaler`` skips, counts for nothing.
+
+    Training is not touched: weights, gradients, modes, optimizer and the random state are what they would be without
+    it. Under ``torch.distributed`` the first process writes, and the others do nothing. `load_checkpoints` reads what
+    was recorded; it is whole at any time, also when the process is killed.
+
+    Args:
+        model: The model that is trained. The wrappers of ``torch.compile`` and `DistributedDataParallel` are seen
+            through: checkpoints are of the module inside.
+        optimizer: What trains it; its own wrappers (of accelerate, of Lightning) are seen through likewise.
+        directory: Where the recording goes; made where it does not exist.
+        every: A number of steps between checkpoints; ``geometric``: after steps 1, 2, 4, 8...; ``loss``: whenever the
+            smoothed loss has fallen by a tenth; or a schedule of `tracer.training.recording`. The last state is
+            saved too.
+        max_checkpoints: The most that are kept: when there would be more, every second one is left out, and from then
+            on every second one is not saved. What remains stands for the steps of those left out. None: all are kept.
+        second_moments: Save the second moments of Adam too, which ``preconditioner="adam"`` takes.
+        resume: What to do where the directory holds a recording. False: refuse. True: continue after its last
+            checkpoint, whose weights the model must have. What `state_dict` returned: continue from there, and remove
+            checkpoints of later steps.
+
+    Raises:
+        InputTypeError: The model, the optimizer or another argument is of a type that cannot be used.
+        InputError: An argument has a value that cannot be used, the optimizer does not hold the model's parameters or
+            has no learning rates, or the model is sharded.
+        StoreError: The directory holds a recording and ``resume`` is False, or it cannot be read or made.
+        MismatchError: The recording to continue is of another model, optimizer, schedule or point of training.
+
+    >>> import tempfile
+    >>> from tracer import load_checkpoints
+    >>> model = nn.Linear(2, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with CheckpointRecorder(model, optimizer, folder, every=100) as recorder:
+    ...         for _ in range(250):
+    ...             optimizer.step()
+    ...             recorder.step()
+    ...     [rate for _, rate in load_checkpoints(folder)]
+    [50.0, 50.0, 25.0]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        directory: str | os.PathLike[str],
+        *,
+        every: int | str | Schedule = "geometric",
+        max_checkpoints: int | None = None,
+        second_moments: bool = False,
+        resume: bool | Mapping[str, Any] = False,
+    ) -> None:
+        self.model = check_whole(check_model(model))
+        self.optimizer = check_optimizer(optimizer, self.model, second_moments)
+        self.directory = Path(directory)
+        self.max_checkpoints = None if max_checkpoints is None else check_count(max_checkpoints, "max_checkpoints")
+        self.second_moments = second_moments
+        self.steps = 0
+        self.closed = False
+        self._schedule = make_schedule(every)
+        self._loss: float | Tensor | None = None
+        self._epoch: float | None = None
+        self._seen_steps = 0  # at the last call of `step`, and some of the weights then
+        self._seen_sample = self._sample()
+        self._depth = 0  # of calls of the optimizer's step inside each other
+        self._flags: dict[int, tuple[bool, ...]] = {}  # of each group, at the last step that moved it
+        self._trained: dict[int, set[str]] = {}
+        self._uneven: set[str] = set()
+        self._rates: list[Rate] = []
+        self._sums: list[Rate] = []  # since the last checkpoint
+        self._writes = this_process().rank == 0
+        if self._writes:
+            self._recording, state = begin_recording(
+                self.directory, self.model, self.optimizer, self._schedule.settings(), resume
+            )
+            self._restore(state)
+            self._handles = [
+                self.optimizer.register_step_pre_hook(self._enter_step),
+                self.optimizer.register_step_post_hook(self._leave_step),
+            ]
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether `step` has to come with a loss, as the schedule says."""
+        return self._schedule.needs_loss
+
+    def step(self, loss: float | Tensor | None = None, epoch: float | None = None) -> None:
+        """Say that a training step is over; a checkpoint is saved where one is due.
+
+        Nothing happens where the optimizer has not stepped since the last call.
+
+        Args:
+            loss: Of the step; a tensor is read when a checkpoint is saved, with ``every="loss"`` at each step.
+            epoch: Of the step, whole or with a fraction.
+
+        Raises:
+            CallOrderError: The recorder was closed.
+            InputError: The schedule needs a loss, and none came, or it is of more than one number.
+            StoreError: A checkpoint cannot be written.
+        """
+        if self.closed:
+            raise CallOrderError("recorder.step came after recorder.close; make another one with resume=True.")
+        self._depth = 0  # an error may have ended a step in the middle
+        if not self._writes or self.steps == self._seen_steps:
+            return
+        if loss is None and self.needs_loss:
+            raise InputError("every='loss' needs the loss of each step; call recorder.step(loss=loss).")
+        if loss is not None:
+            self._loss = loss.detach() if isinstance(loss, Tensor) else float(loss)
+        if epoch is not None:
+            self._epoch = float(epoch)
+        self._seen_steps, self._seen_sample = self.steps, self._sample()
+        level = self._schedule.level(self.steps, _number(self._loss) if self.needs_loss else None)
+        last = self._recording.checkpoints[-1].level if self._recording.checkpoints else 0
+        if level // self._recording.stride > last // self._recording.stride:
+            self._save(level, keep=False)
+
+    def save(self) -> None:
+        """Save a checkpoint now, whatever the schedule says; nothing where no step was taken since the last one.
+
+        Raises:
+            CallOrderError: The recorder was closed.
+            StoreError: It cannot be written.
+        """
+        if self.closed:
+            raise CallOrderError("recorder.save came after recorder.close; make another one with resume=True.")
+        if self._writes and self.steps:
+            self._save(self._schedule.level(self.steps, None), keep=True)
+
+    def close(self, save: bool = True) -> None:
+        """Stop recording; called again, it does nothing.
+
+        Args:
+            save: Whether to save the last state, so that every step belongs to a checkpoint. Weights that were changed
+                since the last step, by loading the best ones for example, are no state of training and are not saved.
+
+        Raises:
+            StoreError: It cannot be written.
+        """
+        if self.closed:
+            return
+        try:
+            changed = self.steps == self._seen_steps and self._moved()
+            if save and changed and any(_numbers(self._sums)):
+                logger.warning(
+                    "%s: the last state is not saved, since weights were changed after step %d; close the recorder "
+                    "before loading others",
+                    self.directory,
+                    self.steps,
+                )
+            elif save:
+                self.save()
+        finally:
+            self.closed = True
+            if self._writes:
+                for handle in self._handles:
+                    handle.remove()
+        if self._writes and not self.steps:
+            logger.warning(
+                "%s: nothing was recorded, since the optimizer that the recorder got never stepped", self.directory
+            )
+
+    def __enter__(self) -> CheckpointRecorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # An error may have come in the middle of a step, when the weights are of no step.
+        self.close(save=kind is None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what continues the recording from here, as JSON values; save it with a checkpoint of the training.
+
+        In processes that do not write it is empty.
+        """
+        if not self._writes:
+            return {}
+        totals = add_rates(total_rates(self._recording.checkpoints), _numbers(self._sums))
+        return {
+            "recording": self._recording.identity,
+            "step": self.steps,
+            "learning_rates": list(_numbers(self._rates)),
+            "learning_rate_totals": list(totals),
+            "schedule": self._schedule.state(),
+            "epoch": self._epoch,
+            "loss": _finite(self._loss),
+            "trained": self._trained_names(),
+            "uneven": sorted(self._uneven),
+        }
+
+    def _sample(self) -> list[Tensor]:
+        """Return copies of some values of three trained parameters, which is quick and tells states apart."""
+        held = [one for group in self.optimizer.param_groups for one in group["params"] if one.requires_grad]
+        chosen = [held[at] for at in (0, len(held) // 2, -1)] if held else []
+        flat = [one.detach().reshape(-1) for one in chosen]
+        return [one[:: max(one.numel() // 256, 1)].clone() for one in flat]
+
+    def _trained_names(self) -> dict[str, list[str]]:
+        return {str(number): sorted(names) for number, names in self._trained.items()}
+
+    def _moved(self) -> bool:
+        now = self._sample()
+        pairs = zip(now, self._seen_sample, strict=False)
+        return len(now) != len(self._seen_sample) or not all(same_values(one, other.to(one)) for one, other in pairs)
+
+    def _enter_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth += 1
+
+    def _leave_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth -= 1  # torch calls the hooks of a step that calls super().step() for each of the two
+        if self._depth <= 0:
+            self._depth = 0
+            self._count_step(optimizer)
+
+    def _note_trained(self, number: int, group: dict[str, Any], flags: tuple[bool, ...]) -> None:
+        """Note which parameters of a group move, where these are others than at the step before."""
+        self._flags[number] = flags
+        own = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        names = {own[id(one)] for one in group["params"] if one.requires_grad and id(one) in own}
+        self._uneven |= self._trained.setdefault(number, names) ^ names
+        self._trained[number] = names
+
+    def _count_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add the learning rates of the step that the optimizer has just made."""
+        self.steps += 1
+        overflow = getattr(optimizer, "found_inf", None)  # fused optimizers skip a step by themselves
+        self._rates = []
+        for number, group in enumerate(optimizer.param_groups):
+            rate = group["lr"]
+            rate = rate.detach().to(torch.float64, copy=True) if isinstance(rate, Tensor) else float(rate)
+            self._rates.append(rate)
+            flags = tuple(parameter.requires_grad for parameter in group["params"])
+            if flags != self._flags.get(number) and any(flags) and (isinstance(rate, Tensor) or rate):
+                self._note_trained(number, group, flags)
+            if not any(flags):
+                rate = 0.0  # it does not move
+            elif overflow is not None:
+                rate = rate * (overflow == 0).double()
+            if number < len(self._sums):
+                self._sums[number] = self._sums[number] + rate
+            else:
+                self._sums.append(rate)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned when the recording held the checkpoints that it holds now."""
+        self.steps = self._seen_steps = int(state["step"])
+        self._epoch, self._loss = state["epoch"], state["loss"]
+        self._rates = list(state["learning_rates"])
+        self._trained = {int(number): set(names) for number, names in state.get("trained", {}).items()}
+        self._uneven = set(self._recording.uneven)
+        self._schedule.restore(state["schedule"])
+        totals, kept = list(state["learning_rate_totals"]), self._recording.checkpoints
+        if kept and kept[-1].step == self.steps:
+            self._sums = [0.0] * len(totals)  # exactly, whatever rounding says
+        else:
+            done = add_rates(total_rates(kept), [0.0] * len(totals))
+            self._sums = [max(total - one, 0.0) for total, one in zip(totals, done, strict=True)]
+
+    def _save(self, level: int, keep: bool) -> None:
+        """Write a checkpoint, unless nothing moved since the last one.
+
+        Args:
+            level: Of the schedule.
+            keep: Whether to save it also where thinning, which begins with it, would leave it out at once.
+
+        Raises:
+            StoreError: It cannot be written.
+        """
+        sums = _numbers(self._sums)
+        if not any(sums):
+            return
+        old, path = self._recording, self.directory / f"step_{self.steps:08d}.safetensors"
+        new = CheckpointRecord(
+            path,
+            old.next_model_id,
+            self.steps,
+            self._epoch,
+            _finite(self._loss),
+            _numbers(self._rates),
+            sums,
+            self.second_moments,
+            level,
+            self._schedule.state(),
+        )
+        kept, stride, left_out = thin([*old.checkpoints, new], old.stride, self.max_checkpoints, keep)
+        state = model_state(self.model)
+        groups, untrained = parameter_groups(self.optimizer, self.model, old.groups)
+        shapes = {name: list(value.shape) for name, value in state.items()}
+        recording = replace(old, checkpoints=kept, groups=groups, untrained=untrained, stride=stride, shapes=shapes)
+        recording = replace(recording, uneven=sorted(self._uneven), trained=self._trained_names())
+        check_owner(old)
+        try:
+            if kept[-1].path == path:
+                moments = moments_state(self.optimizer, self.model) if self.second_moments else None
+                write_checkpoint(path, state, moments)
+                recording = replace(recording, next_model_id=old.next_model_id + 1)
+            self._recording, self._sums = recording, list(add_rates(left_out, [0.0] * len(sums)))
+            write_recording(recording)
+            _remove(old.checkpoints, kept)
+        except OSError as error:
+            raise StoreError(
+                f"a checkpoint cannot be written to {self.directory} ({error}). Those saved before are whole: free "
+                f"space or mend the disk; to train without recording, close the recorder with close(save=False)"
+            ) from error
+
+
+def _remove(checkpoints: list[CheckpointRecord], kept: list[CheckpointRecord]) -> None:
+    """Remove the files of checkpoints that are not kept."""
+    named = {one.path for one in kept}
+    for one in checkpoints:
+        if one.path not in named:
+            for path in one.files:
+                path.unlink(missing_ok=True)
+
+
+def _number(value: float | Tensor | None) -> float | None:
+    """Return a loss as a float.
+
+    Args:
+        value: The loss.
+
+    Returns:
+        The same, of whatever type it came.
+
+    Raises:
+        InputError: It is of more than one number.
+    """
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise InputError(f"loss has shape {list(value.shape)}; expected one number, such as loss.mean().")
+    return None if value is None else float(value)
+
+
+def _finite(value: float | Tensor | None) -> float | None:
+    number = _number(value)
+    return number if number is not None and math.isfinite(number) else None  # JSON has no other numbers
+
+
+def _numbers(rates: list[Rate]) -> tuple[float, ...]:
+    return tuple(float(rate) for rate in rates)

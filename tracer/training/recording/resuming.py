@@ -1,0 +1,216 @@
+"""Where a recording begins: anew, after its last checkpoint, or at a point that the training went back to."""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracer._core.files import sweep
+from tracer._core.text import listing
+from tracer.errors import CheckpointError, InputError, InputTypeError, MismatchError, StoreError
+from tracer.training.checkpoints import fit_state, read_checkpoint
+from tracer.training.recording.record import FILE, Recording, check_owner, open_recording, total_rates, write_recording
+from tracer.training.recording.snapshots import model_state, parameter_groups
+
+logger = logging.getLogger("tracer")
+
+OWN_FILE = re.compile(r"step_\d{8,}\.(safetensors|optimizer\.pt)")
+"""The names of a recorder's files; all others are the user's."""
+
+State = Mapping[str, Any]
+"""What `CheckpointRecorder.state_dict` returns."""
+
+
+def begin_recording(
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    every: dict[str, Any],
+    resume: bool | State,
+) -> tuple[Recording, State]:
+    """Return the recording that a recorder writes on, and the state that it begins with.
+
+    Args:
+        directory: Where it lies or is to be made.
+        model: What is trained.
+        optimizer: What trains it.
+        every: The schedule's settings.
+        resume: As `CheckpointRecorder` takes it.
+
+    Returns:
+        The recording, without checkpoints of later steps than the state's; and the state.
+
+    Raises:
+        InputTypeError: ``resume`` is of another type.
+        InputError: It is a mapping that lacks something.
+        StoreError: There is a recording and ``resume`` says nothing, or the directory cannot be read or made.
+        MismatchError: The recording is of another model, optimizer, schedule or point of training.
+    """
+    if not isinstance(resume, (bool, Mapping)):
+        raise InputTypeError(f"resume is {resume!r}; expected True, False, or what recorder.state_dict() returned.")
+    if isinstance(resume, Mapping) and resume:
+        lacking = [repr(key) for key in _KEYS if key not in resume]
+        if lacking:
+            raise InputError(
+                f"resume= came with a state without {listing(lacking)}; pass all that recorder.state_dict() returned."
+            )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{directory} cannot be made ({error}): choose another directory") from error
+    sweep(directory)
+    if not (directory / FILE).exists():
+        if isinstance(resume, Mapping) and resume:
+            raise MismatchError(
+                f"resume= came with the state of a recording, and {directory} holds none: pass the directory that it "
+                f"was recorded in, or resume=False to begin a new one."
+            )
+        strange = sorted(path.name for path in directory.iterdir() if OWN_FILE.fullmatch(path.name))
+        if strange:
+            raise StoreError(
+                f"{directory} holds no recording, but files that a recorder would replace: {listing(strange)}; choose "
+                f"another directory, or move them"
+            )
+        groups, untrained = parameter_groups(optimizer, model)
+        shapes = {name: list(value.shape) for name, value in model_state(model).items()}
+        fresh = Recording(directory, [], groups, untrained, every, 1, shapes, uuid.uuid4().hex, owner=uuid.uuid4().hex)
+        _claim(fresh, replace=False)
+        return fresh, _first_state(fresh)
+    recording = open_recording(directory)
+    if not resume:
+        last = recording.checkpoints[-1].step if recording.checkpoints else 0
+        raise StoreError(
+            f"{directory} holds a recording of {len(recording.checkpoints)} checkpoints up to step {last}: pass "
+            f"resume=True to continue it, choose another directory, or remove it"
+        )
+    _check_same(recording, model, optimizer, every)
+    state = resume if isinstance(resume, Mapping) else _last_state(recording, model)
+    if state.get("recording") != recording.identity:
+        raise MismatchError(
+            f"resume= came with the state of another recording than that in {directory}: pass the directory that it "
+            f"was recorded in, or resume=False and another directory to begin a new one."
+        )
+    recording = replace(recording, owner=uuid.uuid4().hex, uneven=list(state.get("uneven", recording.uneven)))
+    _claim(recording, replace=True)
+    return _back_to(recording, int(state["step"])), state
+
+
+_KEYS = ("recording", "step", "learning_rates", "learning_rate_totals", "schedule", "epoch", "loss")
+
+
+def _claim(recording: Recording, replace: bool) -> None:
+    try:
+        write_recording(recording, replace=replace)
+    except OSError as error:
+        raise StoreError(f"{recording.directory} cannot be written ({error}): choose another directory") from error
+    check_owner(recording)
+
+
+def _first_state(recording: Recording) -> dict[str, Any]:
+    rates: dict[str, Any] = {"learning_rates": [], "learning_rate_totals": []}
+    return {"recording": recording.identity, "step": 0, **rates, "schedule": {}, "epoch": None, "loss": None}
+
+
+def _last_state(recording: Recording, model: nn.Module) -> dict[str, Any]:
+    """Return what `CheckpointRecorder.state_dict` returned at the last checkpoint.
+
+    Args:
+        recording: The recording.
+        model: What is trained.
+
+    Returns:
+        The state; the first one where there are no checkpoints.
+
+    Raises:
+        MismatchError: The model does not have the weights of the last checkpoint.
+    """
+    if not recording.checkpoints:
+        return _first_state(recording)
+    last = recording.checkpoints[-1]
+    try:
+        there = fit_state(model, read_checkpoint(last.path))
+    except CheckpointError as error:
+        raise MismatchError(f"the last checkpoint of {recording.directory} does not fit: {error}") from error
+    if not all(same_values(value, there[name].cpu()) for name, value in model_state(model).items()):
+        raise MismatchError(
+            f"resume=True continues after the last checkpoint, and the model does not have its weights: load "
+            f"{last.path} (after {last.step} steps) into the model first, or pass the recorder.state_dict() that was "
+            f"saved with the training's own checkpoint, resume=state."
+        )
+    return {
+        **_first_state(recording),
+        "step": last.step,
+        "learning_rates": last.learning_rates,
+        "learning_rate_totals": total_rates(recording.checkpoints),
+        "schedule": last.schedule,
+        "epoch": last.epoch,
+        "loss": last.loss,
+        "trained": recording.trained,
+    }
+
+
+def same_values(left: Tensor, right: Tensor) -> bool:
+    """Return whether two tensors are equal, NaN being equal to itself."""
+    if left.shape != right.shape:
+        return False
+    return torch.equal(left, right) or bool(((left == right) | ((left != left) & (right != right))).all())
+
+
+def _check_same(
+    recording: Recording, model: nn.Module, optimizer: torch.optim.Optimizer, every: dict[str, Any]
+) -> None:
+    """Refuse to continue a recording of something else.
+
+    Args:
+        recording: The recording.
+        model: What is trained.
+        optimizer: What trains it.
+        every: The schedule's settings.
+
+    Raises:
+        MismatchError: Model, parameter groups or schedule differ.
+    """
+    there = recording.shapes
+    now = {name: list(value.shape) for name, value in model_state(model).items()}
+    differing = [name for name in sorted({*now, *there}) if now.get(name) != there.get(name)]
+    groups, _ = parameter_groups(optimizer, model, recording.groups)
+    if differing:
+        some = [f"{name!r} {there.get(name, 'missing')} there, {now.get(name, 'missing')} now" for name in differing]
+        wrong = f"another model: {listing(some)}"
+    elif len(groups) != len(recording.groups) or not all(
+        set(before) <= set(after) for before, after in zip(recording.groups, groups, strict=True)
+    ):  # parameters may have been unfrozen
+        sizes = [[len(names) for names in some] for some in (recording.groups, groups)]
+        wrong = f"another optimizer: groups of {sizes[0]} parameters there, {sizes[1]} now, or of other names"
+    elif every != recording.every:
+        wrong = f"another schedule: {recording.every} there, {every} now"
+    else:
+        return
+    raise MismatchError(
+        f"{recording.directory} was recorded with {wrong}. Continue it with what it was begun with, or choose another "
+        f"directory."
+    )
+
+
+def _back_to(recording: Recording, step: int) -> Recording:
+    """Remove the checkpoints after a step, and files that a process left which was killed while it removed them."""
+    directory = recording.directory
+    kept = [one for one in recording.checkpoints if one.step <= step]
+    removed = len(recording.checkpoints) - len(kept)
+    if removed:
+        logger.info("%s: %d checkpoints after step %d are removed", directory, removed, step)
+        recording = replace(recording, checkpoints=kept)
+        write_recording(recording)
+    named = {path for one in kept for path in one.files}
+    for path in list(directory.iterdir()):
+        if path not in named and OWN_FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    return recording

@@ -1,0 +1,228 @@
+"""When a recorder saves: schedules turn the course of a training run into levels that only rise.
+
+A run begins at level 0, and a checkpoint is due when it reaches a level that it has not had. To keep fewer, every
+second level is skipped, then three of four, and so on: the stride between levels doubles.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from tracer._core.validation import check_count
+from tracer.errors import InputError, InputTypeError, nearest_name
+
+_MOST_LEVELS = 10**9  # of a loss that is all but zero
+
+
+class Schedule(ABC):
+    """Says how far a run has come.
+
+    Attributes:
+        name: What it is called in recordings.
+        needs_loss: Whether every step has to come with its loss.
+    """
+
+    name: ClassVar[str]
+    needs_loss: ClassVar[bool] = False
+    _seen: Mapping[str, float] = MappingProxyType({})  # replaced, never changed
+
+    @abstractmethod
+    def level(self, step: int, loss: float | None) -> int:
+        """Return the level after a step; it never falls.
+
+        Args:
+            step: How many steps were taken, 1 or more; never fewer than before.
+            loss: Of the step, or None.
+        """
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return what the schedule was made with, as JSON values; equal for equal schedules."""
+
+    def state(self) -> dict[str, float]:
+        """Return what it has seen, as JSON values."""
+        return dict(self._seen)
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Continue from what `state` returned."""
+        self._seen = dict(state)
+
+
+@dataclass
+class Even(Schedule):
+    """Every so many steps: level ``floor(t / steps)`` after step t.
+
+    Attributes:
+        steps: How many steps lie between two checkpoints.
+
+    Raises:
+        InputTypeError: ``steps`` is no int.
+        InputError: It is below 1.
+
+    >>> [Even(3).level(step, None) for step in range(1, 8)]
+    [0, 0, 1, 1, 1, 2, 2]
+    """
+
+    name: ClassVar[str] = "even"
+    steps: int
+
+    def __post_init__(self) -> None:
+        self.steps = check_count(self.steps, "every")
+
+    def level(self, step: int, loss: float | None) -> int:
+        """Return ``floor(t / steps)``."""
+        return step // self.steps
+
+    def settings(self) -> dict[str, Any]:
+        """Return the name and the number of steps."""
+        return {"name": self.name, "steps": self.steps}
+
+
+@dataclass
+class Geometric(Schedule):
+    """At steps whose distance grows in proportion: ``t_1 = 1``, ``t_{i+1} = max(t_i + 1, ceil(ratio * t_i))``.
+
+    Of T steps about ``log(T) / log(ratio)`` are saved, however long the run becomes.
+
+    Attributes:
+        ratio: Of one step to the one before, above 1.
+
+    Raises:
+        InputError: The ratio is not above 1.
+
+    >>> schedule = Geometric()
+    >>> [step for step in range(1, 40) if schedule.level(step, None) > Geometric().level(step - 1, None)]
+    [1, 2, 4, 8, 16, 32]
+    """
+
+    name: ClassVar[str] = "geometric"
+    ratio: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 1 < self.ratio < math.inf:
+            raise InputError(f"ratio is {self.ratio!r}; expected a number above 1, such as 2 or 1.5.")
+
+    def level(self, step: int, loss: float | None) -> int:
+        """Return how many of the steps ``t_i`` were taken."""
+        level, due = int(self._seen.get("level", 0)), int(self._seen.get("due", 1))
+        if step >= due:
+            while step >= due:
+                level, due = level + 1, max(due + 1, math.ceil(self.ratio * due))
+            self._seen = {"level": level, "due": due}
+        return level
+
+    def settings(self) -> dict[str, Any]:
+        """Return the name and the ratio."""
+        return {"name": self.name, "ratio": float(self.ratio)}
+
+
+@dataclass
+class LossDecrease(Schedule):
+    """Whenever the smoothed loss has fallen by a fraction: level ``floor(log(m_1 / m_t) / -log(1 - fraction))``.
+
+    ``m_t`` is the lowest of the exponential moving averages ``(1 - beta) * sum_i beta^i * L_{t-i} / (1 - beta^t)`` so
+    far. Fast progress is seen closely, and a loss that does not fall any more gives no checkpoints.
+
+    Attributes:
+        fraction: By how much of itself the loss falls from one checkpoint to the next, between 0 and 1.
+        beta: How much of the average one step keeps, from 0 to below 1.
+
+    Raises:
+        InputError: One of them is out of its range.
+
+    >>> schedule = LossDecrease(fraction=0.5, beta=0.0)
+    >>> [schedule.level(step, loss) for step, loss in enumerate([8.0, 5.0, 4.0, 9.0, 1.0], start=1)]
+    [0, 0, 1, 1, 3]
+    """
+
+    name: ClassVar[str] = "loss"
+    needs_loss: ClassVar[bool] = True
+    fraction: float = 0.1
+    beta: float = 0.95
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise InputError(f"fraction is {self.fraction!r}; expected a number between 0 and 1, such as 0.1.")
+        if not 0 <= self.beta < 1:
+            raise InputError(f"beta is {self.beta!r}; expected a number from 0 to below 1, such as 0.95.")
+
+    def level(self, step: int, loss: float | None) -> int:
+        """Return how many times the smoothed loss has fallen by the fraction.
+
+        Args:
+            step: How many steps were taken; a loss that comes after several counts for all of them.
+            loss: Of the step; a loss that is NaN or infinite is left out.
+
+        Returns:
+            The level.
+
+        Raises:
+            InputError: The first loss is not positive.
+        """
+        seen = self._seen
+        if loss is not None and math.isfinite(loss):
+            if not seen and loss <= 0:
+                raise InputError(
+                    f"every='loss' came with a first loss of {loss:.6g}, which cannot fall by a fraction of itself; "
+                    f"expected a positive loss. Pass every=100 or every='geometric'."
+                )
+            keep = self.beta ** (step - int(seen.get("step", 0)))
+            weight = keep * seen.get("weight", 0.0) + 1.0 - keep
+            total = keep * seen.get("total", 0.0) + (1.0 - keep) * loss
+            mean = total / weight
+            first = seen.get("first", mean)
+            lowest = min(seen.get("lowest", mean), mean)
+            self._seen = {"step": step, "weight": weight, "total": total, "first": first, "lowest": lowest}
+        return self._level()
+
+    def _level(self) -> int:
+        if not self._seen:
+            return 0
+        first, lowest = self._seen["first"], max(self._seen["lowest"], 1e-300)
+        # A loss of exactly (1 - fraction)^i must reach level i whatever the logarithm's last bit is.
+        return min(int(math.log(first / lowest) / -math.log1p(-self.fraction) + 1e-9), _MOST_LEVELS)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the name, the fraction and beta."""
+        return {"name": self.name, "fraction": float(self.fraction), "beta": float(self.beta)}
+
+
+_NAMED: dict[str, type[Schedule]] = {"geometric": Geometric, "loss": LossDecrease}
+
+
+def make_schedule(every: int | str | Schedule | Mapping[str, Any]) -> Schedule:
+    """Return the schedule that ``every=`` names.
+
+    Args:
+        every: A number of steps, ``geometric``, ``loss``, a schedule, or the settings of one.
+
+    Returns:
+        A schedule of its own, which has seen nothing.
+
+    Raises:
+        InputTypeError: It is of another type.
+        InputError: It is not known, or below 1.
+
+    >>> make_schedule("geometric"), make_schedule(100)
+    (Geometric(ratio=2.0), Even(steps=100))
+    """
+    if isinstance(every, Schedule):
+        fresh = copy.copy(every)
+        fresh.restore({})
+        return fresh
+    if isinstance(every, Mapping):
+        kinds: dict[str, Any] = {"even": Even, **_NAMED}
+        return kinds[every["name"]](**{key: value for key, value in every.items() if key != "name"})
+    if isinstance(every, str):
+        if every not in _NAMED:
+            raise InputError(f"every={every!r} is not known; {nearest_name(every, _NAMED)}, or a number of steps.")
+        return _NAMED[every]()
+    if isinstance(every, bool) or not hasattr(every, "__index__"):
+        raise InputTypeError(f"every is {every!r}; expected a number of steps, 'geometric', 'loss' or a schedule.")
+    return Even(int(every))

@@ -1,0 +1,205 @@
+"""What a checkpoint takes from a model and its optimizer while they are being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tracer._core.files import partial_path, sync, write_whole
+from tracer._core.sharding import fsdp_modules, is_sharded
+from tracer._core.text import listing
+from tracer.errors import CheckpointError, InputError, InputTypeError
+from tracer.training.adam import optimizer_path
+
+
+def check_whole(model: nn.Module) -> nn.Module:
+    """Return a model that this process holds all of.
+
+    Args:
+        model: What the user passed, without wrappers.
+
+    Returns:
+        The same.
+
+    Raises:
+        InputError: It is divided among processes, or has parameters without shapes.
+    """
+    if fsdp_modules(model) or any(is_sharded(parameter) for parameter in model.parameters()):
+        raise InputError(
+            "model is sharded, and each process holds a part of it; CheckpointRecorder needs the whole model. Gather "
+            "it yourself at the moments that you choose, on all ranks: torch.distributed.checkpoint.state_dict."
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)), save it "
+            "on rank 0, and pass attribute the paths with the learning rates"
+        )
+    lazy = [repr(name) for name, value in model.named_parameters() if nn.parameter.is_lazy(value)]
+    if lazy:
+        raise InputError(f"model has parameters without a shape: {listing(lazy)}; run one forward pass first.")
+    return model
+
+
+def check_optimizer(optimizer: Any, model: nn.Module, second_moments: bool) -> torch.optim.Optimizer:
+    """Return the optimizer of torch that steps a model's parameters.
+
+    Args:
+        optimizer: What the user passed; wrappers that keep it as ``.optimizer`` are seen through.
+        model: The model.
+        second_moments: Whether its second moments will be saved.
+
+    Returns:
+        The optimizer inside.
+
+    Raises:
+        InputTypeError: It is no optimizer of torch.
+        InputError: It holds none of the model's parameters, has no learning rates, or no second moments while they are
+            asked for.
+    """
+    while getattr(optimizer, "optimizer", None) is not None:
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputTypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}.")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise InputError(
+            "optimizer is LBFGS, whose step is not its learning rate times a gradient; sums of its rates mean nothing. "
+            "Save checkpoints yourself, and pass attribute learning rates of your choice."
+        )
+    groups = optimizer.param_groups
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in own for group in groups for parameter in group["params"]):
+        raise InputError(
+            "optimizer holds none of the model's parameters; pass the model that it trains, and the same objects: "
+            "optimizers are made after the model was moved or copied."
+        )
+    if any(group.get("lr") is None for group in groups):
+        raise InputError(
+            f"optimizer has no learning rates ({type(optimizer).__name__} sets its steps itself); TracIn needs them. "
+            f"Pass lr= to the optimizer, or save checkpoints yourself and pass attribute learning rates of your choice."
+        )
+    if second_moments and not all("betas" in group and "eps" in group for group in groups):
+        raise InputError(
+            f"second_moments=True came with {type(optimizer).__name__}, which keeps none; expected Adam or AdamW. Pass "
+            f"second_moments=False."
+        )
+    return optimizer
+
+
+def parameter_groups(
+    optimizer: torch.optim.Optimizer, model: nn.Module, before: Sequence[Sequence[str]] = ()
+) -> tuple[list[list[str]], list[str]]:
+    """Return which parameters of a model each group of an optimizer trains.
+
+    Args:
+        optimizer: The optimizer.
+        model: The model; what the optimizer holds beside its parameters is left out.
+        before: What this returned earlier; a parameter that was frozen since stays.
+
+    Returns:
+        The names of the parameters in each group that require a gradient, or did; and those that require one and are
+        in no group.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    >>> parameter_groups(torch.optim.SGD([{"params": net[1].parameters()}], lr=0.1), net)
+    ([['1.weight', '1.bias']], ['0.weight', '0.bias'])
+    """
+    named = {id(parameter): (name, parameter) for name, parameter in model.named_parameters()}
+    groups = []
+    for number, group in enumerate(optimizer.param_groups):
+        known = set(before[number]) if number < len(before) else set()
+        held = [named.pop(id(parameter)) for parameter in group["params"] if id(parameter) in named]
+        groups.append([name for name, parameter in held if parameter.requires_grad or name in known])
+    return groups, [name for name, parameter in named.values() if parameter.requires_grad]
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's state dict as a safetensors file can hold it: on the CPU, contiguous, nothing twice.
+
+    Of tied parameters the first name is kept, which `fit_state` takes for all of them.
+
+    Args:
+        model: The model; it is not changed.
+
+    Returns:
+        Names to tensors: copies, or the model's own where those will do.
+    """
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    memories: set[int] = set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor) or name.endswith("_extra_state") or id(value) in seen:
+            continue
+        seen.add(id(value))
+        value = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        memory = value.untyped_storage().data_ptr()
+        state[name] = value.clone() if memory in memories else value  # views of one memory are refused by the format
+        memories.add(memory)
+    return state
+
+
+def moments_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return the second moments of an optimizer, in the form of its state dict, with parameters numbered by name.
+
+    Args:
+        optimizer: Adam, AdamW or one of their kind.
+        model: The model; parameters that never stepped have none.
+
+    Returns:
+        ``state`` and ``param_groups`` with what `read_training_checkpoint` reads.
+
+    Raises:
+        CheckpointError: The optimizer keeps no second moments.
+    """
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    state: dict[str, dict[str, Any]] = {}
+    groups = []
+    for group in optimizer.param_groups:
+        held = [parameter for parameter in group["params"] if id(parameter) in named]
+        key = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
+        for parameter in held:
+            entry = optimizer.state.get(parameter, {})
+            if key in entry:
+                moment = entry[key].detach().cpu()
+                state[named[id(parameter)]] = {"step": float(entry["step"]), "exp_avg_sq": moment, key: moment}
+        settings = {"betas": tuple(map(float, group["betas"])), "eps": float(group["eps"])}
+        names = [named[id(parameter)] for parameter in held]
+        groups.append({"params": names, "amsgrad": bool(group.get("amsgrad")), **settings})
+    if not state:
+        raise CheckpointError(
+            f"second_moments=True came with {type(optimizer).__name__}, whose state has no 'exp_avg_sq' after a step; "
+            f"expected Adam or AdamW, whole in this process. Pass second_moments=False"
+        )
+    return {"state": state, "param_groups": groups}
+
+
+def write_checkpoint(path: Path, state: dict[str, Tensor], moments: dict[str, Any] | None = None) -> None:
+    """Write a state dict to a safetensors file and second moments beside it, each whole or not at all.
+
+    No second copy of the weights is made in memory. The name of their file is durable when the directory is synced, as
+    it is when the recording that names it is written.
+
+    Args:
+        path: Of the weights; a file that is there is replaced.
+        state: From `model_state`.
+        moments: From `moments_state`, or None.
+
+    Raises:
+        CheckpointError: The format cannot hold a tensor.
+        OSError: The system cannot write it.
+    """
+    if moments is not None:
+        write_whole(optimizer_path(path), lambda file: torch.save(moments, file))
+    partial = partial_path(path.parent)
+    try:
+        save_file(state, partial)
+        sync(partial)
+        partial.replace(path)
+    except SafetensorError as error:
+        if "I/O error" in str(error):
+            raise OSError(str(error)) from error
+        raise CheckpointError(f"the model's state cannot be written as safetensors: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
