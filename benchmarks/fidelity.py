@@ -294,7 +294,7 @@ def run_tracer(case: Case, **options: Any) -> Scored:
         )
         with found.tracer as tracer:
             tables = tracer.store.checkpoint(0), tracer.store.targets(found.exp_name, 0)
-            norms = [np.abs(t.column("slope")[:]) * t.column("gradient_norm")[:] for t in tables]
+            norms = [np.abs(t.column("loss_grad")[:]) * t.column("gradient_norm")[:] for t in tables]
             stored = tables[0].raw_features(0, 1)[0][1][0]
             row_bytes = stored.nbytes + tables[0].column("scale")[:1].nbytes
             return Scored(np.array(found.scores), np.outer(*norms), len(stored), row_bytes)

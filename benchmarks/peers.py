@@ -120,7 +120,7 @@ def run_tracer(case: Case, **options: Any) -> dict[str, Any]:
         )
         tracer: Tracer = found.tracer
         tables = tracer.store.checkpoint(0), tracer.store.targets("targets", 0)
-        norms = [np.abs(t.column("slope")[:]) * t.column("gradient_norm")[:] for t in tables]
+        norms = [np.abs(t.column("loss_grad")[:]) * t.column("gradient_norm")[:] for t in tables]
         width = tables[0].dim * (2 if tables[0].storage == "float16" else 4)  # exact scores store no features
         return {"scores": np.array(found.scores), "bytes": width, "norms": norms}
 
@@ -168,7 +168,7 @@ def run_traker(case: Case, proj_dim: int) -> dict[str, Any]:
     from trak import TRAKer
 
     with tempfile.TemporaryDirectory() as folder:
-        features, slopes = [], []
+        features, loss_grads = [], []
         for part, (x, y) in (("train", case.train), ("targets", case.targets)):
             traker = TRAKer(
                 model=copy.deepcopy(case.model),
@@ -184,8 +184,8 @@ def run_traker(case: Case, proj_dim: int) -> dict[str, Any]:
             for xs, ys in zip(x.split(case.batch_size), y.split(case.batch_size), strict=True):
                 traker.featurize((xs, ys), num_samples=len(xs))
             features.append(np.array(traker.saver.current_store["grads"]))
-            slopes.append(-np.array(traker.saver.current_store["out_to_loss"]).reshape(-1, 1))
-        left, right = (slope * feature for slope, feature in zip(slopes, features, strict=True))
+            loss_grads.append(-np.array(traker.saver.current_store["out_to_loss"]).reshape(-1, 1))
+        left, right = (loss_grad * feature for loss_grad, feature in zip(loss_grads, features, strict=True))
         scores = left @ right.T
     assert case.exact is not None
     return {"scores": scores * (case.exact * scores).sum() / np.square(scores).sum(), "bytes": 4 * proj_dim}

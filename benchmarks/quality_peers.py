@@ -239,7 +239,7 @@ def traker_bytes(folder: Path, case: Case) -> float:
 def trak_formula(
     train: Sequence[np.ndarray],
     targets: Sequence[np.ndarray],
-    slopes: Sequence[np.ndarray],
+    loss_grads: Sequence[np.ndarray],
     ridge: float,
     rescale: bool = False,
 ) -> np.ndarray:
@@ -248,7 +248,7 @@ def trak_formula(
     Args:
         train: Φ of each checkpoint, ``[N, k]``.
         targets: Of each checkpoint, ``[M, k]``.
-        slopes: 1 - p of each checkpoint's training rows, ``[N]``.
+        loss_grads: 1 - p of each checkpoint's training rows, ``[N]``.
         ridge: λ, added to the diagonal of ΦᵀΦ.
         rescale: Divide each inverse by the mean of its absolute values, as traker does.
 
@@ -260,7 +260,7 @@ def trak_formula(
         phi, target = phi.astype(np.float64), target.astype(np.float64)
         inverse = np.linalg.inv(phi.T @ phi + ridge * np.eye(phi.shape[1]))
         kernels.append(phi @ (inverse / np.abs(inverse).mean() if rescale else inverse) @ target.T)
-    return np.mean(kernels, axis=0) * np.mean(slopes, axis=0).reshape(-1, 1)
+    return np.mean(kernels, axis=0) * np.mean(loss_grads, axis=0).reshape(-1, 1)
 
 
 def traker_agreement(case: Case, folder: Path, proj_dim: int = 256, ridge: float = 1.0) -> dict[str, float]:

@@ -44,7 +44,7 @@ from timing import machine, peak_mb, synchronize, table, write_results
 from torch import Tensor
 
 from tracer.scoring.estimators import Estimate
-from tracer.scoring.scorer import Ranker
+from tracer.scoring.scorer import Scorer
 from tracer.store import RowTable, Store
 from tracer.store.manifest import Manifest
 
@@ -111,8 +111,8 @@ def fill(rows: RowTable, base: np.ndarray) -> None:
             np.arange(start, start + len(features)),
             features,
             loss=ones,
-            slope=ones,
-            curvature=ones,
+            loss_grad=ones,
+            loss_hess=ones,
             gradient_norm=ones,
             fingerprint=np.zeros(len(features), np.uint64),
         )
@@ -120,24 +120,24 @@ def fill(rows: RowTable, base: np.ndarray) -> None:
     rows.close()
 
 
-def make_store(folder: Path, storage: str, num_rows: int, base: np.ndarray, targets: Sequence[int]) -> Ranker:
+def make_store(folder: Path, storage: str, num_rows: int, base: np.ndarray, targets: Sequence[int]) -> Scorer:
     """Write a store and return what answers from it."""
     settings = {"train_set_size": num_rows, "feature_dim": base.shape[1], "storage": storage}
     store = Store.open(folder, Manifest(settings))
     fill(store.create_checkpoint(0, "made up", 1.0), base)
     for num_targets in targets:
         fill(store.create_targets(f"m{num_targets}", 0, num_targets), base[::-1])
-    return Ranker(store, torch.device("cpu"), progress=False)
+    return Scorer(store, torch.device("cpu"), progress=False)
 
 
-def feature_files(ranker: Ranker) -> list[Path]:
+def feature_files(scorer: Scorer) -> list[Path]:
     """Return the files of the checkpoint's features."""
-    return sorted(path for path in (ranker.store.path / "checkpoints/0/features/c").rglob("*") if path.is_file())
+    return sorted(path for path in (scorer.store.path / "checkpoints/0/features/c").rglob("*") if path.is_file())
 
 
-def evict(ranker: Ranker) -> None:
+def evict(scorer: Scorer) -> None:
     """Drop the store's features from the page cache."""
-    for path in feature_files(ranker):
+    for path in feature_files(scorer):
         descriptor = os.open(path, os.O_RDWR)
         try:
             os.fsync(descriptor)
@@ -146,18 +146,18 @@ def evict(ranker: Ranker) -> None:
             os.close(descriptor)
 
 
-def read_plainly(ranker: Ranker) -> None:
+def read_plainly(scorer: Scorer) -> None:
     """Read the store's features in pieces of 8 MB, one file after the other."""
     buffer = bytearray(8 << 20)
-    for path in feature_files(ranker):
+    for path in feature_files(scorer):
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
 
 
-def forget(ranker: Ranker, name: str) -> Callable[[], None]:
+def forget(scorer: Scorer, name: str) -> Callable[[], None]:
     """Return what removes earlier answers."""
-    return lambda: shutil.rmtree(ranker.store.path / name, ignore_errors=True)
+    return lambda: shutil.rmtree(scorer.store.path / name, ignore_errors=True)
 
 
 def peers(features: Tensor, targets: Tensor, scale: float) -> Iterator[Contender]:
@@ -178,10 +178,10 @@ def peers(features: Tensor, targets: Tensor, scale: float) -> Iterator[Contender
         yield Contender("captum, _gradient_dot_product", lambda: product((features,), (targets,)), scale=scale)
 
 
-def query(ranker: Ranker, name: str, k: int) -> Any:
+def query(scorer: Scorer, name: str, k: int) -> Any:
     """Answer for targets in memory without storing anything."""
-    rows = ranker.store.targets(name, 0)
-    return ranker.query([rows], [0], k, "proponents", Estimate(), None)  # type: ignore[list-item]
+    rows = scorer.store.targets(name, 0)
+    return scorer.query([rows], [0], k, "proponents", Estimate(), None)  # type: ignore[list-item]
 
 
 def measure(
@@ -201,33 +201,33 @@ def measure(
 
 
 def measure_targets(
-    rankers: dict[str, Ranker], features: Tensor, num_rows: int, num_targets: int, base: np.ndarray, rounds: int
+    rankers: dict[str, Scorer], features: Tensor, num_rows: int, num_targets: int, base: np.ndarray, rounds: int
 ) -> list[dict[str, Any]]:
     """Let all contenders of one size take turns and return rows of the table."""
     name, scale, k = f"m{num_targets}", num_rows / len(features), min(K, num_rows)
     parts = list(features_of(np.ascontiguousarray(base[::-1]), num_targets))
     right = torch.from_numpy(np.concatenate([part for _, part in parts]))
     contenders = [Contender("bare", lambda: features @ right.T, scale=scale), *peers(features, right, scale)]
-    for storage, ranker in rankers.items():
-        size = sum(path.stat().st_size for path in feature_files(ranker))
+    for storage, scorer in rankers.items():
+        size = sum(path.stat().st_size for path in feature_files(scorer))
         contenders += [
             Contender(
                 f"{storage}, scores",
-                lambda r=ranker: r.scores(name, Estimate(), None),
-                prepare=forget(ranker, "scores"),
+                lambda r=scorer: r.scores(name, Estimate(), None),
+                prepare=forget(scorer, "scores"),
             ),
             Contender(
                 f"{storage}, top",
-                lambda r=ranker: r.top(name, k, "proponents", Estimate(), None),
-                prepare=forget(ranker, "top"),
+                lambda r=scorer: r.top(name, k, "proponents", Estimate(), None),
+                prepare=forget(scorer, "top"),
             ),
-            Contender(f"{storage}, query", lambda r=ranker: query(r, name, k)),
+            Contender(f"{storage}, query", lambda r=scorer: query(r, name, k)),
         ]
         if hasattr(os, "posix_fadvise"):
-            drop = lambda r=ranker: evict(r)  # noqa: E731
+            drop = lambda r=scorer: evict(r)  # noqa: E731
             contenders += [
-                Contender(f"{storage}, cold query", lambda r=ranker: query(r, name, k), drop, read_bytes=size),
-                Contender(f"{storage}, cold plain read", lambda r=ranker: read_plainly(r), drop, read_bytes=size),
+                Contender(f"{storage}, cold query", lambda r=scorer: query(r, name, k), drop, read_bytes=size),
+                Contender(f"{storage}, cold plain read", lambda r=scorer: read_plainly(r), drop, read_bytes=size),
             ]
     for number in range(rounds + 1):
         for contender in contenders:

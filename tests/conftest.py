@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from projection_cases import stand_in  # noqa: F401  a fixture
 from torch import nn
 
 torch.set_num_threads(1)  # tests run beside each other, and a child process must train the same weights as its parent

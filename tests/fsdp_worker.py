@@ -178,13 +178,13 @@ def stored(tracing: Tracer) -> dict[str, np.ndarray]:
     """Everything of the second checkpoint's rows, and all scores."""
     alone = Tracer.open(tracing.store.path, process=(0, 1))  # called by one rank or by all
     table = alone.store.checkpoint(1)
-    rows = {name: np.array(table.column(name)) for name in ("loss", "slope", "curvature", "gradient_norm")}
+    rows = {name: np.array(table.column(name)) for name in ("loss", "loss_grad", "loss_hess", "gradient_norm")}
     return rows | {"features": table.features(0, ROWS), "scores": np.array(alone.finalize_scores("test"))}
 
 
 def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     for name, values in expected.items():
-        assert name == "curvature" or np.abs(values).max() > 0.1, name
+        assert name == "loss_hess" or np.abs(values).max() > 0.1, name
         assert np.array_equal(found[name], values), (name, np.abs(found[name] - values).max())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tracer.scoring.scorer import Ranker
+from tracer.scoring.scorer import Scorer
 from tracer.store import RowTable, Store
 from tracer.store.manifest import Manifest
 
@@ -19,15 +19,15 @@ def fill(table: RowTable, seed: int, magnitude: float = 1.0) -> None:
     """Write rows that depend on a seed only, and finalize them."""
     rng, count = np.random.default_rng(seed), table.num_rows
     features = (magnitude * rng.standard_normal((count, table.dim))).astype(np.float32)
-    columns = {name: rng.standard_normal(count).astype(np.float32) for name in ("loss", "slope", "gain")}
-    columns["curvature"] = rng.uniform(0.01, 0.25, count).astype(np.float32)
+    columns = {name: rng.standard_normal(count).astype(np.float32) for name in ("loss", "loss_grad", "output_change")}
+    columns["loss_hess"] = rng.uniform(0.01, 0.25, count).astype(np.float32)
     norm = np.linalg.norm(features.astype(np.float64), axis=1).astype(np.float32)
     columns["label"] = rng.integers(0, 3, count)
     table.write(np.arange(count), features, gradient_norm=norm, fingerprint=np.zeros(count, np.uint64), **columns)
     table.set_attributes(finalized=True)
 
 
-def ranker(
+def scorer(
     path: Path,
     num_rows: int,
     num_targets: int,
@@ -36,7 +36,7 @@ def ranker(
     magnitude: float = 1.0,
     processes: int = 1,
     **options: Any,
-) -> Ranker:
+) -> Scorer:
     """A ranker of a store with two checkpoints and the targets ``test``."""
     manifest = Manifest({"train_set_size": num_rows, "feature_dim": dim, "storage": storage})
     store = Store.open(path, manifest, processes=processes)
@@ -45,16 +45,16 @@ def ranker(
             fill(table, model_id, magnitude)
         with store.create_targets("test", model_id, num_targets) as table:
             fill(table, 100 + model_id, 1 / magnitude)
-    return Ranker(store, torch.device("cpu"), False, **options)
+    return Scorer(store, torch.device("cpu"), False, **options)
 
 
-def expected(found: Ranker, estimator: str = "tracin") -> np.ndarray:
+def expected(found: Scorer, estimator: str = "tracin") -> np.ndarray:
     """Scores of what is stored, in float64."""
     total = np.zeros((found.num_rows, found.store.targets("test", 0).num_rows))
     for model_id, rate in enumerate(RATES):
         sides = []
         for table in (found.store.checkpoint(model_id), found.store.targets("test", model_id)):
-            weight = table.column("slope").astype(np.float64)
+            weight = table.column("loss_grad").astype(np.float64)
             if estimator == "cosine":
                 weight = np.sign(weight) / table.column("gradient_norm")
             sides.append(table.features(0, table.num_rows).astype(np.float64) * weight[:, None])
@@ -62,9 +62,9 @@ def expected(found: Ranker, estimator: str = "tracin") -> np.ndarray:
     return total
 
 
-def slow_left_out(features, w, gain, slope, rows, regularization) -> np.ndarray:
+def slow_left_out(features, w, output_change, loss_grad, rows, regularization) -> np.ndarray:
     """The leave-one-out formula for some rows, from the matrix of the smoother."""
-    own = w * gain - slope
+    own = w * output_change - loss_grad
     values, vectors = np.linalg.eigh(features.T @ (w[:, None] * features))
     values = np.maximum(values, 1e-200)
     smoother = features @ (vectors * (-np.expm1(-values / regularization) / values)) @ vectors.T @ features.T

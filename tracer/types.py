@@ -25,8 +25,8 @@ class SampleOutputs:
     Attributes:
         output: The scalar f of each sample, differentiable in the model's parameters.
         loss: The sample's loss L, detached.
-        slope: Q = dL/df, detached, so that the gradient of the loss is ``slope * gradient of output``.
-        curvature: w = d²L/df², detached.
+        loss_grad: Q = dL/df, detached, so that the gradient of the loss is ``loss_grad * gradient of output``.
+        loss_hess: w = d²L/df², detached.
         label: The sample's class, integers, by which rows can be chosen later; None where samples have none.
         baseline: The f of a model that has learnt nothing (logits or predictions of zero), detached; None where the
             task does not know it. From how far f has come since, the ``influence`` estimator's regularization follows.
@@ -34,8 +34,8 @@ class SampleOutputs:
 
     output: Tensor
     loss: Tensor
-    slope: Tensor
-    curvature: Tensor
+    loss_grad: Tensor
+    loss_hess: Tensor
     label: Tensor | None = None
     baseline: Tensor | None = None
 

@@ -9,49 +9,49 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from rank_cases import RATES, ranker, slow_left_out
+from rank_cases import RATES, scorer, slow_left_out
 
 from tracer import attribute
 from tracer.errors import CallOrderError, InputError
 from tracer.scoring.estimators import Estimate
 from tracer.scoring.preconditioned_targets import DerivedRows
 from tracer.scoring.regularization import LAMBDAS, choose_regularization
-from tracer.scoring.scorer import Ranker
+from tracer.scoring.scorer import Scorer
 from tracer.scoring.streaming import MemoryRows
 
 ESTIMATORS = ("trak", "influence")
 SHAPES = [(60, 5, 12), (12, 5, 60), (33, 1, 33), (1, 2, 3)]
 
 
-def columns(found: Ranker, model_id: int, side: str) -> tuple[np.ndarray, ...]:
+def columns(found: Scorer, model_id: int, side: str) -> tuple[np.ndarray, ...]:
     """Features, slope, curvature, norm of all rows, in float64."""
     table = found.store.checkpoint(model_id) if side == "train" else found.store.targets("test", model_id)
     features = table.features(0, table.num_rows).astype(np.float64)
-    return features, *(table.column(name).astype(np.float64) for name in ("slope", "curvature", "gradient_norm"))
+    return features, *(table.column(name).astype(np.float64) for name in ("loss_grad", "loss_hess", "gradient_norm"))
 
 
-def reference(found: Ranker, estimate: Estimate, regularization: float = 0.0, groups=None) -> np.ndarray:
+def reference(found: Scorer, estimate: Estimate, regularization: float = 0.0, groups=None) -> np.ndarray:
     """The estimator's formula, checkpoint by checkpoint, without any of the library's ways."""
-    total, slopes = 0.0, []
+    total, loss_grads = 0.0, []
     mean_curvature = np.mean([columns(found, model_id, "train")[2] for model_id in range(len(RATES))], axis=0)
     for model_id, rate in enumerate(RATES):
-        train, slope, _, norm = columns(found, model_id, "train")
+        train, loss_grad, _, norm = columns(found, model_id, "train")
         target, target_slope, _, target_norm = columns(found, model_id, "targets")
         side = {"loss": target_slope, "output": np.sign(target_slope)}[estimate.target]
         if estimate.estimator == "cosine":
-            left, right = np.sign(slope)[:, None] * train / norm[:, None], np.sign(target_slope) / target_norm
+            left, right = np.sign(loss_grad)[:, None] * train / norm[:, None], np.sign(target_slope) / target_norm
             total = total + rate * left @ (right[:, None] * target).T
         elif estimate.estimator == "tracin":
-            total = total + rate * (slope[:, None] * train) @ (side[:, None] * target).T
+            total = total + rate * (loss_grad[:, None] * train) @ (side[:, None] * target).T
         else:
-            w = np.ones_like(slope) if estimate.estimator == "trak" else mean_curvature
+            w = np.ones_like(loss_grad) if estimate.estimator == "trak" else mean_curvature
             kernel = train.T @ (w[:, None] * train)
             inverse = np.linalg.pinv(kernel, hermitian=True)
             if regularization:
                 inverse = np.linalg.inv(kernel + regularization * np.eye(len(kernel)))
             total = total + train @ inverse @ (side[:, None] * target).T / len(RATES)
-            slopes.append(slope)
-    scores = total * np.mean(slopes, axis=0)[:, None] if slopes else total
+            loss_grads.append(loss_grad)
+    scores = total * np.mean(loss_grads, axis=0)[:, None] if loss_grads else total
     if estimate.soft_threshold:
         scores = np.sign(scores) * np.maximum(np.abs(scores) - estimate.soft_threshold, 0)
     if groups is not None:
@@ -69,7 +69,7 @@ def assert_close(scores, expected, tolerance=1e-6):
 @pytest.mark.parametrize("target", ["loss", "output"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scores_are_those_of_the_formula(tmp_path, estimator, target, shape):
-    found = ranker(tmp_path, *shape)
+    found = scorer(tmp_path, *shape)
     estimate = Estimate(estimator, target, 0.7)
     assert_close(found.scores("test", estimate, None), reference(found, estimate, 0.7))
 
@@ -77,7 +77,7 @@ def test_scores_are_those_of_the_formula(tmp_path, estimator, target, shape):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("shape", [(60, 5, 12), (12, 5, 60), (1, 2, 3)])
 def test_without_regularization_the_pseudo_inverse_is_taken(tmp_path, estimator, shape):
-    found = ranker(tmp_path, *shape)
+    found = scorer(tmp_path, *shape)
     estimate = Estimate(estimator, regularization=0.0)
     assert_close(found.scores("test", estimate, None), reference(found, estimate), 1e-5)
 
@@ -85,30 +85,30 @@ def test_without_regularization_the_pseudo_inverse_is_taken(tmp_path, estimator,
 @pytest.mark.parametrize("storage", ["float16", "int8"])
 @pytest.mark.parametrize("magnitude", [1e-12, 1e12])
 def test_rounded_rows_of_any_size_are_taken_as_they_are_stored(tmp_path, storage, magnitude):
-    found = ranker(tmp_path, 70, 4, 20, storage, magnitude)
+    found = scorer(tmp_path, 70, 4, 20, storage, magnitude)
     estimate = Estimate("influence", regularization=magnitude**2)
     assert_close(found.scores("test", estimate, None), reference(found, estimate, magnitude**2), 1e-5)
 
 
 def learnable(tmp_path, num_rows=60, dim=12):
     """A store whose gains follow from its features, with noise: a λ in between predicts them best."""
-    found = ranker(tmp_path, num_rows, 5, dim)
+    found = scorer(tmp_path, num_rows, 5, dim)
     for model_id in range(len(RATES)):
         table = found.store.checkpoint(model_id)
         rng = np.random.default_rng(7 + model_id)
         features, rows = table.features(0, num_rows), np.arange(num_rows)
-        gain = features @ np.linspace(2, 0, dim) + 5 * rng.standard_normal(num_rows)
-        names = ("loss", "slope", "curvature", "gradient_norm", "label", "fingerprint")
+        output_change = features @ np.linspace(2, 0, dim) + 5 * rng.standard_normal(num_rows)
+        names = ("loss", "loss_grad", "loss_hess", "gradient_norm", "label", "fingerprint")
         kept = {name: table.column(name) for name in names}
-        kept["slope"] = (0.01 * kept["slope"]).astype(np.float32)
+        kept["loss_grad"] = (0.01 * kept["loss_grad"]).astype(np.float32)
         with found.store.create_checkpoint(10 + model_id, "a", RATES[model_id]) as copy:
-            copy.write(rows, features, gain=gain.astype(np.float32), **kept)
+            copy.write(rows, features, output_change=output_change.astype(np.float32), **kept)
             copy.set_attributes(finalized=True)
     return found, [10, 11]
 
 
 def test_the_chosen_regularization_is_the_one_that_is_used(tmp_path):
-    found = ranker(tmp_path, 60, 5, 12)
+    found = scorer(tmp_path, 60, 5, 12)
     for estimator in ESTIMATORS:
         chosen = found.regularization(None, Estimate(estimator))
         auto = np.array(found.scores("test", Estimate(estimator), None))
@@ -121,17 +121,17 @@ def test_the_regularization_is_what_predicts_left_out_rows_best(tmp_path, shape)
     found, model_ids = learnable(tmp_path, *shape)
     tables = [found.store.checkpoint(model_id) for model_id in model_ids]
     last = tables[int(np.argmin([table.column("loss").mean() for table in tables]))]
-    w = np.mean([table.column("curvature").astype(np.float64) for table in tables], axis=0)
+    w = np.mean([table.column("loss_hess").astype(np.float64) for table in tables], axis=0)
     squares = np.square(last.features(0, shape[0]).astype(np.float64)).sum(1)
     unit, predictions = w @ squares / shape[0], 0
     for table in tables:
         features = table.features(0, shape[0]).astype(np.float64)
-        gain, slope = (table.column(name).astype(np.float64) for name in ("gain", "slope"))
+        output_change, loss_grad = (table.column(name).astype(np.float64) for name in ("output_change", "loss_grad"))
         rows = np.arange(shape[0])
-        columns = [slow_left_out(features, w, gain, slope, rows, float(unit * x)) for x in LAMBDAS]
+        columns = [slow_left_out(features, w, output_change, loss_grad, rows, float(unit * x)) for x in LAMBDAS]
         predictions = predictions + np.stack(columns, axis=1)
-    gains = torch.from_numpy(last.column("gain").astype(np.float64))
-    expected = choose_regularization(unit, torch.from_numpy(predictions), gains)
+    output_changes = torch.from_numpy(last.column("output_change").astype(np.float64))
+    expected = choose_regularization(unit, torch.from_numpy(predictions), output_changes)
     assert expected.rule == "held-out"
     for estimator, trace in (("influence", w @ squares), ("trak", squares.sum())):
         chosen = found.regularization(model_ids, Estimate(estimator))
@@ -142,7 +142,7 @@ def test_the_regularization_is_what_predicts_left_out_rows_best(tmp_path, shape)
 def test_the_choice_is_kept_in_the_store(tmp_path, monkeypatch):
     found, model_ids = learnable(tmp_path)
     chosen = found.regularization(model_ids, Estimate("influence"))
-    again = Ranker(found.store, torch.device("cpu"), False)
+    again = Scorer(found.store, torch.device("cpu"), False)
     monkeypatch.setattr("tracer.scoring.kernels.choose_regularization", None)
     assert again.regularization(model_ids, Estimate("influence")) == chosen
     with pytest.raises(TypeError):
@@ -171,7 +171,7 @@ def test_a_saturated_model_has_scores_of_zero(tmp_path, estimator):
 @pytest.mark.parametrize("estimator", ["tracin", "cosine", "trak", "influence"])
 @pytest.mark.parametrize("target", ["loss", "output"])
 def test_top_is_the_head_of_the_sorted_scores(tmp_path, estimator, target):
-    found = ranker(tmp_path, 60, 5, 12)
+    found = scorer(tmp_path, 60, 5, 12)
     estimate = Estimate(estimator, target, 2.0 if estimator in ESTIMATORS else "auto")
     expected = reference(found, estimate, 2.0)
     for kind, sign in (("proponents", -1), ("opponents", 1)):
@@ -183,7 +183,7 @@ def test_top_is_the_head_of_the_sorted_scores(tmp_path, estimator, target):
 
 @pytest.mark.parametrize("estimator", ["tracin", "trak"])
 def test_a_soft_threshold_moves_scores_to_zero(tmp_path, estimator):
-    found = ranker(tmp_path, 60, 5, 12)
+    found = scorer(tmp_path, 60, 5, 12)
     size = float(np.median(np.abs(reference(found, Estimate(estimator), 1.0))))
     options = {"regularization": 1.0} if estimator == "trak" else {}
     estimate = Estimate(estimator, soft_threshold=size, **options)
@@ -195,7 +195,7 @@ def test_a_soft_threshold_moves_scores_to_zero(tmp_path, estimator):
 @pytest.mark.parametrize("estimator", ["tracin", "cosine", "trak", "influence"])
 @pytest.mark.parametrize("memory_bytes", [1 << 12, 1 << 30])
 def test_groups_are_sums_of_targets(tmp_path, estimator, memory_bytes):
-    found = ranker(tmp_path, 60, 7, 12, memory_bytes=memory_bytes)
+    found = scorer(tmp_path, 60, 7, 12, memory_bytes=memory_bytes)
     groups = np.array([0, 2, -1, 0, 2, 2, 0])  # group 1 has no target
     options = {"regularization": 1.0} if estimator in ESTIMATORS else {}
     estimate = Estimate(estimator, groups=groups, **options)
@@ -205,7 +205,7 @@ def test_groups_are_sums_of_targets(tmp_path, estimator, memory_bytes):
 
 
 def test_groups_may_be_the_classes(tmp_path):
-    found = ranker(tmp_path, 30, 9, 6)
+    found = scorer(tmp_path, 30, 9, 6)
     labels = found.store.targets("test", 0).column("label")
     estimate = Estimate(groups="label")
     assert_close(found.scores("test", estimate, None), reference(found, estimate, groups=np.array(labels)))
@@ -213,34 +213,34 @@ def test_groups_may_be_the_classes(tmp_path):
 
 def test_groups_of_another_number_are_refused(tmp_path):
     with pytest.raises(InputError, match="groups has 2 values; expected one for each of 5 targets"):
-        ranker(tmp_path, 30, 5, 6).scores("test", Estimate(groups=[0, 1]), None)
+        scorer(tmp_path, 30, 5, 6).scores("test", Estimate(groups=[0, 1]), None)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_self_influence_is_the_score_of_a_row_for_its_own_loss(tmp_path, estimator):
-    found = ranker(tmp_path, 40, 5, 12)
-    total, slope = np.zeros(40), np.zeros(40)
+    found = scorer(tmp_path, 40, 5, 12)
+    total, loss_grad = np.zeros(40), np.zeros(40)
     mean_curvature = np.mean([columns(found, model_id, "train")[2] for model_id in range(len(RATES))], axis=0)
     for model_id in range(len(RATES)):
         features, q, _, _ = columns(found, model_id, "train")
         w = np.ones(40) if estimator == "trak" else mean_curvature
         inverse = np.linalg.inv(features.T @ (w[:, None] * features) + 0.3 * np.eye(12))
         total += np.einsum("nk,kl,nl->n", features, inverse, features) / len(RATES)
-        slope += q / len(RATES)
+        loss_grad += q / len(RATES)
     found_values = found.self_influence(None, Estimate(estimator, regularization=0.3))
-    np.testing.assert_allclose(found_values, total * slope**2, rtol=1e-9)
+    np.testing.assert_allclose(found_values, total * loss_grad**2, rtol=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(60, 5, 12), (12, 5, 60)])
 def test_kernels_are_read_when_they_are_there_and_made_again_when_rows_change(tmp_path, monkeypatch, shape):
-    found = ranker(tmp_path, *shape)
+    found = scorer(tmp_path, *shape)
     estimate = Estimate("influence", regularization=1.0)
     first = np.array(found.scores("test", estimate, None))
     shutil.rmtree(found.store.path / "scores")
     with monkeypatch.context() as patched:
         if shape[0] > shape[2]:  # else there is nothing to read
             patched.setattr("tracer.scoring.kernels._KernelSums.read", lambda *args: pytest.fail("computed again"))
-        again = Ranker(found.store, torch.device("cpu"), False)
+        again = Scorer(found.store, torch.device("cpu"), False)
         np.testing.assert_array_equal(again.scores("test", estimate, None), first)
     found.store.forget_rows(np.array([3]))
     for model_id in range(len(RATES)):
@@ -249,7 +249,7 @@ def test_kernels_are_read_when_they_are_there_and_made_again_when_rows_change(tm
                 np.array([3]),
                 np.full((1, shape[2]), 9.0, np.float32),
                 fingerprint=np.zeros(1, np.uint64),
-                **{name: np.ones(1, np.float32) for name in ("loss", "slope", "curvature", "gradient_norm")},
+                **{name: np.ones(1, np.float32) for name in ("loss", "loss_grad", "loss_hess", "gradient_norm")},
             )
             table.set_attributes(finalized=True)
     assert_close(found.scores("test", estimate, None), reference(found, estimate, 1.0))
@@ -257,7 +257,7 @@ def test_kernels_are_read_when_they_are_there_and_made_again_when_rows_change(tm
 
 @pytest.mark.parametrize("shape", [(60, 5, 12), (12, 5, 60)])
 def test_kernels_are_held_for_the_next_question(tmp_path, monkeypatch, shape):
-    found = ranker(tmp_path, *shape)
+    found = scorer(tmp_path, *shape)
     first = found.regularization(None, Estimate("influence"))
     monkeypatch.setattr("tracer.scoring.kernels._KernelSums.read", lambda *args: pytest.fail("computed again"))
     monkeypatch.setattr("tracer.scoring.kernels.load_kernel", lambda *args: pytest.fail("read again"))
@@ -265,32 +265,32 @@ def test_kernels_are_held_for_the_next_question(tmp_path, monkeypatch, shape):
 
 
 def test_kernels_that_do_not_fit_are_made_when_they_are_needed(tmp_path):
-    few, many = (ranker(tmp_path / str(size), 60, 5, 12, memory_bytes=size) for size in (1, 1 << 30))
+    few, many = (scorer(tmp_path / str(size), 60, 5, 12, memory_bytes=size) for size in (1, 1 << 30))
     for estimator in ESTIMATORS:
         scores = [found.scores("test", Estimate(estimator), None) for found in (few, many)]
         np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-6 * np.abs(scores[1]).max())
 
 
 def test_a_damaged_kernel_is_computed_again(tmp_path, caplog):
-    found = ranker(tmp_path, 60, 5, 12)
+    found = scorer(tmp_path, 60, 5, 12)
     estimate = Estimate("trak", regularization=1.0)
     first = np.array(found.scores("test", estimate, None))
     shutil.rmtree(found.store.path / "scores")
     chunk = found.store.path / "kernels" / "0" / "plain" / "matrix" / "c" / "0" / "0"
     chunk.write_bytes(b"\x07" * chunk.stat().st_size)
-    found = Ranker(found.store, torch.device("cpu"), False)
+    found = Scorer(found.store, torch.device("cpu"), False)
     with caplog.at_level(logging.WARNING):
         np.testing.assert_array_equal(found.scores("test", estimate, None), first)
     assert "is damaged" in caplog.text
 
 
 def test_a_loss_that_is_not_convex_is_refused_by_influence_alone(tmp_path):
-    found = ranker(tmp_path, 10, 2, 4)
+    found = scorer(tmp_path, 10, 2, 4)
     with found.store.checkpoint(1) as table:
         table.set_attributes(finalized=False)
-        values = {name: np.ones(1, np.float32) for name in ("loss", "slope", "gradient_norm")}
+        values = {name: np.ones(1, np.float32) for name in ("loss", "loss_grad", "gradient_norm")}
         features = np.ones((1, 4), np.float32)
-        table.write(np.array([6]), features, curvature=-values["loss"], fingerprint=np.zeros(1, np.uint64), **values)
+        table.write(np.array([6]), features, loss_hess=-values["loss"], fingerprint=np.zeros(1, np.uint64), **values)
         table.set_attributes(finalized=True)
     with pytest.raises(InputError, match=r"curvature of 1 train rows is negative, first \[6\]"):
         found.scores("test", Estimate("influence", regularization=1.0), None)
@@ -298,19 +298,19 @@ def test_a_loss_that_is_not_convex_is_refused_by_influence_alone(tmp_path):
 
 
 def test_without_curvatures_the_empirical_fisher_takes_their_place(tmp_path):
-    found = ranker(tmp_path, 20, 2, 6)
+    found = scorer(tmp_path, 20, 2, 6)
     for model_id in range(len(RATES)):
         with found.store.checkpoint(model_id) as table:
-            names = ("loss", "slope", "gradient_norm", "gain")
+            names = ("loss", "loss_grad", "gradient_norm", "output_change")
             kept = {name: np.array(table.column(name)) for name in names}
             features = table.features(0, 20)
             table.set_attributes(finalized=False)
             zero = np.zeros(20, np.float32)
-            table.write(np.arange(20), features, curvature=zero, fingerprint=np.zeros(20, np.uint64), **kept)
+            table.write(np.arange(20), features, loss_hess=zero, fingerprint=np.zeros(20, np.uint64), **kept)
             table.set_attributes(finalized=True)
     chosen = found.regularization(None, Estimate("influence"))
     losses = [found.store.checkpoint(model_id).column("loss").mean() for model_id in range(len(RATES))]
-    features, slope, _, _ = columns(found, int(np.argmin(losses)), "train")
+    features, loss_grad, _, _ = columns(found, int(np.argmin(losses)), "train")
     fisher = np.mean([columns(found, model_id, "train")[1] ** 2 for model_id in range(len(RATES))], axis=0)
     assert chosen.rule == "trace"
     assert chosen.value == pytest.approx(2**0.5 * np.sum(fisher * np.square(features).sum(1)) / 20)
@@ -319,12 +319,12 @@ def test_without_curvatures_the_empirical_fisher_takes_their_place(tmp_path):
         train, target = columns(found, model_id, "train")[0], columns(found, model_id, "targets")
         inverse = np.linalg.inv(train.T @ (fisher[:, None] * train) + chosen.value * np.eye(6))
         expected = expected + train @ inverse @ (np.sign(target[1])[:, None] * target[0]).T / len(RATES)
-    slopes = np.mean([columns(found, model_id, "train")[1] for model_id in range(len(RATES))], axis=0)
-    assert_close(found.scores("test", Estimate("influence"), None), expected * slopes[:, None])
+    loss_grads = np.mean([columns(found, model_id, "train")[1] for model_id in range(len(RATES))], axis=0)
+    assert_close(found.scores("test", Estimate("influence"), None), expected * loss_grads[:, None])
 
 
 def test_stores_without_features_have_no_kernels(tmp_path):
-    found = ranker(tmp_path, 10, 2, 4)
+    found = scorer(tmp_path, 10, 2, 4)
     found.store.manifest.settings["storage"] = "none"
     with pytest.raises(CallOrderError, match="estimator='trak' needs stored features"):
         found._kernels(Estimate("trak"))
@@ -365,7 +365,7 @@ def test_attribute_gives_the_formula_of_autograds_gradients(run, tmp_path, estim
 
 
 def test_another_regularization_gives_other_scores_in_the_same_place(tmp_path):
-    found = ranker(tmp_path, 60, 5, 12)
+    found = scorer(tmp_path, 60, 5, 12)
     for regularization in (0.1, 10.0, 0.1):
         estimate = Estimate("trak", regularization=regularization)
         assert_close(found.scores("test", estimate, None), reference(found, estimate, regularization))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rank_cases import ranker
+from rank_cases import scorer
 
 from tracer import IncompleteError, InputError, InputTypeError, Tracer, attribute
 from tracer._core.processes import Process, this_process
@@ -116,9 +116,9 @@ def torchrun(count: int, tmp_path: Path, *arguments: str) -> subprocess.Complete
 
 @pytest.mark.parametrize("shape", [(60, 5, 12), (12, 5, 60)])
 def test_kernels_are_added_up_over_processes(tmp_path, shape):
-    alone = ranker(tmp_path / "alone", *shape)
+    alone = scorer(tmp_path / "alone", *shape)
     expected = {name: np.array(alone.scores("test", Estimate(name), None)) for name in ("trak", "influence")}
-    ranker(tmp_path / "shared", *shape, processes=2)
+    scorer(tmp_path / "shared", *shape, processes=2)
     done = torchrun(2, tmp_path, "kernels", str(tmp_path / "shared"))
     assert done.returncode == 0, done.stderr
     for rank in range(2):
@@ -141,7 +141,7 @@ def test_torchrun_gives_the_results_of_one_process(run, tmp_path, count, batch_s
     for model_id in store.checkpoint_ids():
         ours, theirs = store.checkpoint(model_id), alone.tracer.store.checkpoint(model_id)
         assert ours.block_rows < 23
-        for name in ("loss", "slope", "gradient_norm", "fingerprint", "label"):
+        for name in ("loss", "loss_grad", "gradient_norm", "fingerprint", "label"):
             np.testing.assert_array_equal(ours.column(name), theirs.column(name))
         np.testing.assert_array_equal(ours.features(0, 23), theirs.features(0, 23))  # bit for bit
     for rank in range(count):

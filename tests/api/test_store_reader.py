@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tracer import Attribution, CallOrderError, InputError, InputTypeError, StoreError, Tracer, attribute
-from tracer.api.store_reader import Reader
+from tracer.api.store_reader import StoreReader
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def found(run, tmp_path) -> Attribution:
 
 def test_a_reader_answers_as_the_tracer_does(found):
     reader = Tracer.open(found.tracer.store.path)
-    assert type(reader) is Reader and reader.train_set_size == 23
+    assert type(reader) is StoreReader and reader.train_set_size == 23
     np.testing.assert_array_equal(reader.finalize_scores("targets"), found.scores)
     for kind in ("proponents", "opponents"):
         np.testing.assert_array_equal(reader.top("targets", 4, kind).indices, found.top(4, kind).indices)
@@ -100,7 +100,7 @@ def test_errors_of_the_system_say_what_to_do(found, monkeypatch):
 
     reader = Tracer.open(found.tracer.store.path)
     with monkeypatch.context() as patch:
-        patch.setattr("tracer.store.metadata.os.link", refused)
+        patch.setattr("tracer._core.files.os.link", refused)
         patch.setattr("pathlib.Path.replace", refused)
         with pytest.raises(StoreError, match="Permission denied.*Give this user the right to write there"):
             reader.finalize_scores("targets")

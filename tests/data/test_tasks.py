@@ -47,15 +47,15 @@ def test_classification(name, form):
     torch.testing.assert_close(found.loss, F.cross_entropy(logits, labels, reduction="none"))
     p = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
     torch.testing.assert_close(found.output, (p / (1 - p)).log())
-    slope, curvature = derivatives(lambda f: F.softplus(-f), found.output)
-    torch.testing.assert_close(found.slope, slope)
-    torch.testing.assert_close(found.curvature, curvature)
+    loss_grad, loss_hess = derivatives(lambda f: F.softplus(-f), found.output)
+    torch.testing.assert_close(found.loss_grad, loss_grad)
+    torch.testing.assert_close(found.loss_hess, loss_hess)
 
 
 def test_classification_of_certain_samples_stays_finite():
     logits = torch.tensor([[200.0, 0.0], [-200.0, 0.0]], requires_grad=True)
     found = make_task("image_classification").outputs(Model(), (logits, torch.tensor([0, 0])))
-    assert found.slope.tolist() == [-0.0, -1.0]
+    assert found.loss_grad.tolist() == [-0.0, -1.0]
     gradient = torch.autograd.grad(found.output.sum(), logits)[0]
     torch.testing.assert_close(gradient, torch.tensor([[1.0, -1.0], [1.0, -1.0]]))
 
@@ -66,9 +66,9 @@ def test_binary_classification_with_soft_labels(shape):
     found = make_task("binary_classification").outputs(Model(), (logits, labels))
     loss = lambda f: F.binary_cross_entropy_with_logits(f, labels.double(), reduction="none")  # noqa: E731
     torch.testing.assert_close(found.loss, loss(logits.flatten()))
-    slope, curvature = derivatives(loss, found.output)
-    torch.testing.assert_close(found.slope, slope)
-    torch.testing.assert_close(found.curvature, curvature)
+    loss_grad, loss_hess = derivatives(loss, found.output)
+    torch.testing.assert_close(found.loss_grad, loss_grad)
+    torch.testing.assert_close(found.loss_hess, loss_hess)
 
 
 @pytest.mark.parametrize("shapes", [((5,), (5, 1)), ((5, 1), (5,)), ((5,), (5,))])
@@ -77,17 +77,17 @@ def test_regression_of_one_number(shapes):
     found = make_task("regression").outputs(Model(), (predicted, target))
     loss = lambda f: (f - target.flatten()).square()  # noqa: E731
     torch.testing.assert_close(found.loss, loss(predicted.flatten()))
-    slope, curvature = derivatives(loss, found.output)
-    torch.testing.assert_close(found.slope, slope)
-    torch.testing.assert_close(found.curvature, curvature)
+    loss_grad, loss_hess = derivatives(loss, found.output)
+    torch.testing.assert_close(found.loss_grad, loss_grad)
+    torch.testing.assert_close(found.loss_hess, loss_hess)
 
 
 def test_regression_of_several_numbers():
     predicted, target = torch.randn(5, 3), torch.randn(5, 3)
     found = make_task("regression").outputs(Model(), (predicted, target))
     torch.testing.assert_close(found.loss, F.mse_loss(predicted, target, reduction="none").mean(1))
-    assert found.slope.tolist() == [1.0] * 5
-    assert found.curvature.tolist() == [0.0] * 5
+    assert found.loss_grad.tolist() == [1.0] * 5
+    assert found.loss_hess.tolist() == [0.0] * 5
 
 
 def test_language_modeling_as_hugging_face_counts():
@@ -193,7 +193,7 @@ def test_function_as_task():
 
     found = make_task(mine).outputs(Model(), torch.tensor([-2.0, 3.0]))
     assert found.loss.tolist() == [2.0, 3.0]
-    assert found.slope.tolist() == [1.0, 1.0]
+    assert found.loss_grad.tolist() == [1.0, 1.0]
     assert make_task(mine).settings()["function"].endswith("mine")
 
 

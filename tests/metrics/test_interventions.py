@@ -90,7 +90,8 @@ def test_one_call_for_all_rows_and_one_for_all_removals():
 def test_batches_give_the_same():
     training = Training()
     whole, parts = flip(training), flip(training, batch_size=5)
-    np.testing.assert_array_equal(whole.margins, parts.margins)
+    # Some processors sum a smaller batch in another order, so the last bit may differ.
+    np.testing.assert_allclose(whole.margins, parts.margins, rtol=1e-13)
     assert [len(keep) for keep in training.asked] == [1, 16, 1, 5, 5, 5, 1]
 
 

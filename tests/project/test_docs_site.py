@@ -132,7 +132,7 @@ def test_every_public_name_has_an_entry(site):
 
 def test_the_callbacks_have_entries(site):
     packages = ("huggingface", "lightning")
-    assert {f"tracer.integrations.{name}.RecorderCallback" for name in packages} <= inventory(site)
+    assert {f"tracer.training.integrations.{name}.RecorderCallback" for name in packages} <= inventory(site)
 
 
 def test_every_page_has_one_title(pages, site):

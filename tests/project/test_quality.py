@@ -360,10 +360,10 @@ def test_traker_computes_the_formula_but_for_its_rescaling(quality, case, tmp_pa
 
 def test_the_formula_of_trak_on_one_row_and_one_value():
     with script("quality_peers") as module:
-        phi, target, slope = np.array([[2.0], [1.0]]), np.array([[3.0]]), np.array([0.5, 0.25])
-        plain = module.trak_formula([phi], [target], [slope], ridge=1.0)
+        phi, target, loss_grad = np.array([[2.0], [1.0]]), np.array([[3.0]]), np.array([0.5, 0.25])
+        plain = module.trak_formula([phi], [target], [loss_grad], ridge=1.0)
         np.testing.assert_allclose(plain, [[2 / 6 * 3 * 0.5], [1 / 6 * 3 * 0.25]])  # 2² + 1² + 1 = 6
-        rescaled = module.trak_formula([phi, 2 * phi], [target] * 2, [slope] * 2, ridge=1.0, rescale=True)
+        rescaled = module.trak_formula([phi, 2 * phi], [target] * 2, [loss_grad] * 2, ridge=1.0, rescale=True)
     np.testing.assert_allclose(rescaled, [[1.5 * 2 * 3 * 0.5], [1.5 * 3 * 0.25]])  # each inverse is divided by itself
 
 

@@ -11,19 +11,19 @@ from tracer.scoring.estimators import Estimate, RunningTopK, self_influence
 
 
 def test_train_weights():
-    slope, norm = np.array([-0.5, 2.0, 0.0, 3.0]), np.array([2.0, 4.0, 1.0, 0.0])
+    loss_grad, norm = np.array([-0.5, 2.0, 0.0, 3.0]), np.array([2.0, 4.0, 1.0, 0.0])
     for estimator in ("tracin", "trak", "influence"):
-        np.testing.assert_array_equal(Estimate(estimator).train_weights(slope, norm), slope)
-    np.testing.assert_array_equal(Estimate("cosine").train_weights(slope, norm), [-0.5, 0.25, 0.0, 0.0])
+        np.testing.assert_array_equal(Estimate(estimator).train_weights(loss_grad, norm), loss_grad)
+    np.testing.assert_array_equal(Estimate("cosine").train_weights(loss_grad, norm), [-0.5, 0.25, 0.0, 0.0])
 
 
 def test_target_weights():
-    slope, norm = np.array([-0.5, 2.0, -0.0, 3.0]), np.array([2.0, 4.0, 1.0, 0.0])
+    loss_grad, norm = np.array([-0.5, 2.0, -0.0, 3.0]), np.array([2.0, 4.0, 1.0, 0.0])
     for estimator in ("tracin", "trak", "influence"):
-        np.testing.assert_array_equal(Estimate(estimator, "loss").target_weights(slope, norm), slope)
-        np.testing.assert_array_equal(Estimate(estimator, "output").target_weights(slope, norm), [-1, 1, -1, 1])
+        np.testing.assert_array_equal(Estimate(estimator, "loss").target_weights(loss_grad, norm), loss_grad)
+        np.testing.assert_array_equal(Estimate(estimator, "output").target_weights(loss_grad, norm), [-1, 1, -1, 1])
     for target in ("loss", "output"):
-        found = Estimate("cosine", target).target_weights(slope, norm)
+        found = Estimate("cosine", target).target_weights(loss_grad, norm)
         np.testing.assert_array_equal(found, [-0.5, 0.25, 0.0, 0.0])
 
 

@@ -81,26 +81,26 @@ def regression(num_rows: int = 60, dim: int = 12, seed: int = 0) -> tuple[np.nda
     theta = np.zeros(dim)
     for _ in range(200):
         theta += 0.01 * features.T @ (1 / (1 + np.exp(features @ theta)))
-    gain = features @ theta
-    wrong = 1 / (1 + np.exp(gain))
-    return features, wrong * (1 - wrong), gain, -wrong
+    output_change = features @ theta
+    wrong = 1 / (1 + np.exp(output_change))
+    return features, wrong * (1 - wrong), output_change, -wrong
 
 
 @pytest.mark.parametrize("shape", [(60, 12), (12, 60), (400, 300)])
 def test_rows_are_predicted_by_the_others(shape):
-    features, w, gain, slope = regression(*shape)
-    own = w * gain - slope
+    features, w, output_change, loss_grad = regression(*shape)
+    own = w * output_change - loss_grad
     lambdas = torch.logspace(-1, 3, 5, dtype=torch.float64)
     rows = np.array([0, 3, 11])
-    expected = np.stack([slow_left_out(features, w, gain, slope, rows, float(x)) for x in lambdas], axis=1)
+    expected = np.stack([slow_left_out(features, w, output_change, loss_grad, rows, float(x)) for x in lambdas], axis=1)
     pull, *chosen = (torch.from_numpy(values) for values in (features.T @ own, features[rows], w[rows], own[rows]))
     for kernel in kernels(np.sqrt(w)[:, None] * features):
         np.testing.assert_allclose(left_out(kernel, pull, *chosen, lambdas).numpy(), expected, rtol=1e-6, atol=1e-9)
 
 
 def test_predictions_hardly_change_with_the_row_itself():
-    features, w, gain, slope = regression(400, 12)
-    own = w * gain - slope
+    features, w, output_change, loss_grad = regression(400, 12)
+    own = w * output_change - loss_grad
     theta = {}
     for kept in (np.arange(400), np.arange(1, 400)):
         phi = features[kept]
@@ -114,8 +114,8 @@ def test_predictions_hardly_change_with_the_row_itself():
 
 
 def test_where_rows_predict_but_themselves_nothing_is_said():
-    features, w, gain, slope = regression(12, 60)
-    own = w * gain - slope
+    features, w, output_change, loss_grad = regression(12, 60)
+    own = w * output_change - loss_grad
     pull, *chosen = (torch.from_numpy(values) for values in (features.T @ own, features, w, own))
     kernel = kernels(np.sqrt(w)[:, None] * features)[1]
     found = left_out(kernel, pull, *chosen, torch.tensor([1e-9, 1e3], dtype=torch.float64))
@@ -127,40 +127,50 @@ def test_a_correlation_that_noise_could_have_leaves_it_to_the_trace():
     rng = np.random.default_rng(2)
     chosen = []
     for _ in range(40):
-        gains = torch.from_numpy(rng.standard_normal(100))
+        output_changes = torch.from_numpy(rng.standard_normal(100))
         noise, other = torch.from_numpy(rng.standard_normal((2, 100)))
         angles = torch.linspace(0, 3, len(LAMBDAS), dtype=torch.float64)
         predictions = noise[:, None] * angles.cos() + other[:, None] * angles.sin()
-        chosen.append(choose_regularization(1.0, predictions, gains).rule)
+        chosen.append(choose_regularization(1.0, predictions, output_changes).rule)
     assert chosen.count("trace") > 30
 
 
 def test_the_choice_is_the_best_correlation_over_the_share():
-    gains = torch.from_numpy(np.random.default_rng(0).standard_normal(50))
+    output_changes = torch.from_numpy(np.random.default_rng(0).standard_normal(50))
     noise = torch.from_numpy(np.random.default_rng(1).standard_normal(50))
-    noise = noise - noise.mean() - (noise @ (gains - gains.mean())) / (gains - gains.mean()).square().sum() * gains
+    noise = (
+        noise
+        - noise.mean()
+        - (noise @ (output_changes - output_changes.mean()))
+        / (output_changes - output_changes.mean()).square().sum()
+        * output_changes
+    )
     logs = torch.log10(LAMBDAS)
     predictions = (
-        7 * gains[:, None] + 3 + (1 + (logs - 1.03).square()) * noise[:, None]
+        7 * output_changes[:, None] + 3 + (1 + (logs - 1.03).square()) * noise[:, None]
     )  # best where the noise is least
-    chosen = choose_regularization(2.0, predictions, gains, share=0.25)
+    chosen = choose_regularization(2.0, predictions, output_changes, share=0.25)
     assert chosen.rule == "held-out"
     assert chosen.value == pytest.approx(2.0 * 10**1.03 / 0.25, rel=0.02)
 
 
 def test_predictions_that_always_get_better_leave_it_to_the_trace():
-    gains = torch.arange(5, dtype=torch.float64)
+    output_changes = torch.arange(5, dtype=torch.float64)
     noise = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0], dtype=torch.float64)
     for strengths in (torch.linspace(0, 1, len(LAMBDAS)), torch.linspace(1, 0, len(LAMBDAS))):
-        chosen = choose_regularization(3.0, gains[:, None] + strengths * noise[:, None], gains, share=0.25)
+        chosen = choose_regularization(
+            3.0, output_changes[:, None] + strengths * noise[:, None], output_changes, share=0.25
+        )
         assert (chosen.rule, chosen.value) == ("trace", 12.0)
 
 
 def test_predictions_that_are_wrong_throughout_leave_it_to_the_trace():
-    gains = torch.arange(5, dtype=torch.float64)
+    output_changes = torch.arange(5, dtype=torch.float64)
     noise = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0], dtype=torch.float64)
     strengths = (torch.linspace(-1, 1, len(LAMBDAS)).square() - 1) * 5
-    chosen = choose_regularization(3.0, strengths * noise[:, None] - gains[:, None], gains, share=0.25)
+    chosen = choose_regularization(
+        3.0, strengths * noise[:, None] - output_changes[:, None], output_changes, share=0.25
+    )
     assert (chosen.rule, chosen.value) == ("trace", 12.0)
 
 

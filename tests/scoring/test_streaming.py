@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rank_cases import expected, ranker
+from rank_cases import expected, scorer
 
 from tracer.errors import InputError, StoreError
 from tracer.scoring import streaming
@@ -22,7 +22,7 @@ from tracer.scoring.matmul import int8_products_are_exact
 @pytest.mark.parametrize("shape", [(1, 1, 1), (70, 3, 33), (67, 130, 5), (2100, 2, 8)])
 @pytest.mark.parametrize("memory_bytes", [1 << 14, 1 << 30])
 def test_scores_equal_products_in_float64(tmp_path, estimator, storage, shape, memory_bytes):
-    found = ranker(tmp_path, *shape, storage, memory_bytes=memory_bytes)
+    found = scorer(tmp_path, *shape, storage, memory_bytes=memory_bytes)
     wanted = expected(found, estimator)
     scores = found.scores("test", Estimate(estimator), None)
     assert np.abs(scores - wanted).max() <= 1e-5 * np.abs(wanted).max()
@@ -31,13 +31,13 @@ def test_scores_equal_products_in_float64(tmp_path, estimator, storage, shape, m
 @pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("magnitude", [1e-15, 1e15])
 def test_small_and_large_gradients_stay_within_float32(tmp_path, storage, magnitude):
-    found = ranker(tmp_path, 40, 3, 64, storage, magnitude)
+    found = scorer(tmp_path, 40, 3, 64, storage, magnitude)
     wanted = expected(found)
     assert np.abs(found.scores("test", Estimate(), None) - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
 def test_integer_products_give_the_same_scores(tmp_path, monkeypatch):
-    found = ranker(tmp_path, 300, 11, 200, "int8")
+    found = scorer(tmp_path, 300, 11, 200, "int8")
     converted = np.array(found.scores("test", Estimate(), None))
     shutil.rmtree(found.store.path / "scores")
     calls = []
@@ -57,7 +57,7 @@ def open_scores(found, **options):
 
 
 def test_ranges_divide_the_work(tmp_path):
-    found = ranker(tmp_path, 95, 3, 16)
+    found = scorer(tmp_path, 95, 3, 16)
     pairs, scores = open_scores(found)
     todo = scores.remaining()
     streaming.write_scores(pairs, Estimate(), scores, torch.device("cpu"), False, ranges=todo[1:3])
@@ -72,7 +72,7 @@ def test_ranges_divide_the_work(tmp_path):
 
 
 def test_a_failed_write_is_an_error_and_marks_nothing(tmp_path, monkeypatch):
-    found = ranker(tmp_path, 95, 3, 16)
+    found = scorer(tmp_path, 95, 3, 16)
     pairs, scores = open_scores(found)
 
     def fails(*args):
@@ -90,7 +90,7 @@ def test_own_memory_grows_with_neither_rows_nor_targets(tmp_path, monkeypatch):
 
     peaks = []
     for number, (num_rows, num_targets) in enumerate([(2_000, 200), (2_000, 4_000), (40_000, 200)]):
-        found = ranker(tmp_path / str(number), num_rows, num_targets, 64, "float16", memory_bytes=8 << 20)
+        found = scorer(tmp_path / str(number), num_rows, num_targets, 64, "float16", memory_bytes=8 << 20)
         found.scores("test", Estimate(), None)
         for name in ("scores", "top"):
             shutil.rmtree(found.store.path / name, ignore_errors=True)
@@ -100,7 +100,7 @@ def test_own_memory_grows_with_neither_rows_nor_targets(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
 def test_rows_are_read_ahead_once_and_in_order(tmp_path, monkeypatch):
-    found = ranker(tmp_path, 400, 3, 16, "float16", memory_bytes=1 << 16)
+    found = scorer(tmp_path, 400, 3, 16, "float16", memory_bytes=1 << 16)
     asked = []
     monkeypatch.setattr("tracer.store.RowTable.prefetch", lambda table, *rows: asked.append((table.path.name, *rows)))
     monkeypatch.setattr(streaming, "_AHEAD_BYTES", 64 * 32)
@@ -113,7 +113,7 @@ def test_rows_are_read_ahead_once_and_in_order(tmp_path, monkeypatch):
 
 
 def test_prefetch_changes_nothing(tmp_path, monkeypatch):
-    found = ranker(tmp_path, 30, 3, 16)
+    found = scorer(tmp_path, 30, 3, 16)
     table = found.store.checkpoint(0)
     before = table.features(0, 30)
     table.prefetch(3, 30)

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from rank_cases import expected, ranker
+from rank_cases import expected, scorer
 
 from tracer.data.indices import chosen_rows
 from tracer.errors import InputError, InputTypeError, NonFiniteError, StoreError
 from tracer.scoring import streaming, top_queries
 from tracer.scoring.estimators import Estimate, RunningTopK
-from tracer.scoring.scorer import KINDS, Ranker
+from tracer.scoring.scorer import KINDS, Scorer
 from tracer.store import Store
 from tracer.store.topk_parts import list_parts
 
@@ -29,7 +29,7 @@ N, M, DIM, K = 300, 4, 16, 7
 
 @pytest.fixture
 def found(tmp_path):
-    return ranker(tmp_path / "store", N, M, DIM, memory_bytes=1 << 14)
+    return scorer(tmp_path / "store", N, M, DIM, memory_bytes=1 << 14)
 
 
 def top(found, k=K, kind="proponents", rows=None):
@@ -105,7 +105,7 @@ def test_only_chosen_rows_count(found, counted, rows, kind):
 
 def test_files_without_chosen_rows_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("tracer.store.store.BLOCK_BYTES", 10 * DIM * 4)
-    found = ranker(tmp_path, N, M, DIM)
+    found = scorer(tmp_path, N, M, DIM)
     scores = expected(found)
     for model_id in (0, 1):
         table = found.store.checkpoint(model_id)
@@ -142,7 +142,7 @@ def test_an_answer_is_read_and_not_computed_again(found, counted):
     counted.clear()
     for k in (K, 3, 1):
         for kind in KINDS:
-            again = Ranker(Store.open_existing(found.store.path), torch.device("cpu"), False)
+            again = Scorer(Store.open_existing(found.store.path), torch.device("cpu"), False)
             read = again.top("test", k, kind, Estimate(), None)
             assert read.indices.shape == (M, k)
             if kind == "proponents":
@@ -163,7 +163,7 @@ def test_other_inputs_are_another_question(found, counted, change):
         found.store.checkpoint(1).set_attributes(learning_rate=2.0)
     elif change == "targets":
         shutil.rmtree(found.store.path / "targets")
-        other = ranker(found.store.path.parent / "other", N, M, DIM)
+        other = scorer(found.store.path.parent / "other", N, M, DIM)
         shutil.copytree(other.store.path / "targets", found.store.path / "targets")
     answer = found.top(
         "test",
@@ -219,14 +219,14 @@ def test_parts_are_saved_now_and_then_and_do_not_pile_up(found, monkeypatch):
 
 
 def test_equal_scores_come_by_row_index_also_across_parts(tmp_path):
-    found = ranker(tmp_path, N, M, DIM)
+    found = scorer(tmp_path, N, M, DIM)
     for model_id in (0, 1):  # no gradient at all: every score is 0
         table = found.store.targets("test", model_id)
         table.set_attributes(finalized=False)
         table.write(
             np.arange(M),
             np.zeros((M, DIM), np.float32),
-            **{name: np.zeros(M, np.float32) for name in ("loss", "slope", "curvature", "gradient_norm")},
+            **{name: np.zeros(M, np.float32) for name in ("loss", "loss_grad", "loss_hess", "gradient_norm")},
             fingerprint=np.zeros(M, np.uint64),
         )
         table.flush()
@@ -269,20 +269,20 @@ CHILD = """
 import sys, time
 sys.path.insert(0, sys.argv[2])
 import torch
-from tracer import rank, tops
-from tracer.scoring.scorer import Ranker
+from tracer.scoring import streaming, top_queries
+from tracer.scoring.scorer import Scorer
 from tracer.scoring.estimators import Estimate
 from tracer.store import Store
-tops.SAVE_SECONDS = 0.0
-save = tops.save_part
+top_queries.SAVE_SECONDS = 0.0
+save = top_queries.save_part
 
 def saving(*args):
     part = save(*args)
     print(part.stop, flush=True)
     return part
 
-tops.save_part = saving
-found = Ranker(Store.open_existing(sys.argv[1]), torch.device("cpu"), False, 1 << 14)
+top_queries.save_part = saving
+found = Scorer(Store.open_existing(sys.argv[1]), torch.device("cpu"), False, 1 << 14)
 found.top("test", 7, "proponents", Estimate(), None)
 """
 

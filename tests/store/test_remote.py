@@ -110,7 +110,7 @@ def test_rows_are_uploaded_in_whole_blocks_and_done_after_that(url, monkeypatch)
     table = store.checkpoint(0)
     assert table.done.all()
     np.testing.assert_array_equal(table.features(0, N), batch(np.arange(N))["features"])
-    for name in ("loss", "slope", "fingerprint"):
+    for name in ("loss", "loss_grad", "fingerprint"):
         np.testing.assert_array_equal(table.column(name), batch(np.arange(N))[name])
 
 

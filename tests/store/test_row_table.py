@@ -115,7 +115,7 @@ def test_batches_may_come_in_any_order_and_size(store):
         ({"rows": np.zeros((1, 2), np.int64)}, InputTypeError, "expected .n. integers"),
         ({"features": np.ones((2, DIM + 1), np.float32)}, InputTypeError, r"features is float32 of shape \(2, 6\)"),
         ({"features": np.ones((2, DIM), np.int64)}, InputTypeError, "features is int64"),
-        ({"slope": np.ones(3, np.float32)}, InputTypeError, r"slope is float32 of shape \(3,\)"),
+        ({"loss_grad": np.ones(3, np.float32)}, InputTypeError, r"loss_grad is float32 of shape \(3,\)"),
         ({"fingerprint": np.ones(2, np.int64)}, InputTypeError, r"fingerprint is int64 of shape \(2,\)"),
         ({"loss": np.array([1, np.nan], np.float32)}, NonFiniteError, "loss of rows 1 is NaN or infinite"),
         ({"features": np.full((2, DIM), 1e300)}, NonFiniteError, "features of rows 0, 1 is NaN or infinite"),

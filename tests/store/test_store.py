@@ -62,7 +62,7 @@ def test_any_zarr_reader_sees_the_layout(store, table):
         "storage": "float32",
         "block_rows": N,
     }
-    for name in ("features", "loss", "slope", "curvature", "gradient_norm", "fingerprint"):
+    for name in ("features", "loss", "loss_grad", "loss_hess", "gradient_norm", "fingerprint"):
         np.testing.assert_array_equal(group[name][:], data[name])
     assert group["done"][:].all() and (group["scale"][:] == 1).all()
     assert not root["targets/test/0/done"][:].any() and root["targets/test/0/features"].shape == (4, DIM)
@@ -255,7 +255,7 @@ def test_a_table_that_does_not_fit_the_store_is_damaged(store, tmp_path):
 def test_a_damaged_table_is_named_and_the_store_still_opens(store, table, damage):
     table.write(**batch(np.arange(N)))
     table.close()
-    path = table.path / "slope"
+    path = table.path / "loss_grad"
     if damage == "metadata":
         (path / NODE).write_text("")
     elif damage == "array":

@@ -37,8 +37,8 @@ def batch(rows: np.ndarray, version: int = 0) -> dict[str, np.ndarray]:
         "rows": rows,
         "features": wave * np.float32(10.0) ** (rows[:, None] % 25 - 12).astype(np.float32),
         "loss": np.full(len(rows), version, np.float32),
-        "slope": columns["slope"],
-        "curvature": columns["curvature"],
+        "loss_grad": columns["loss_grad"],
+        "loss_hess": columns["loss_hess"],
         "gradient_norm": columns["gradient_norm"],
         "fingerprint": rows.astype(np.uint64) * np.uint64(2**40) + np.uint64(version),
     }

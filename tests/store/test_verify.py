@@ -12,7 +12,7 @@ from store_cases import DIM, N, batch, manifest
 
 from tracer import Tracer, verify
 from tracer.errors import IncompleteError, StoreError
-from tracer.scoring.scorer import Ranker
+from tracer.scoring.scorer import Scorer
 from tracer.store import Store
 from tracer.store.metadata import NODE
 
@@ -51,11 +51,11 @@ def test_a_store_as_it_was_written_is_fine(store):
     ("damage", "lost"),
     [
         ("flipped feature", [9]),
-        ("flipped slope", [9]),
+        ("flipped loss_grad", [9]),
         ("flipped fingerprint", [9]),
         ("features missing", [8, 9, 10, 11]),
         ("features short", [8, 9, 10, 11]),
-        ("slope missing", [8, 9, 10, 11]),
+        ("loss_grad missing", [8, 9, 10, 11]),
         ("checksum short", [8, 9, 10, 11]),
         ("marks short", [8, 9, 10, 11]),
     ],
@@ -64,11 +64,11 @@ def test_damaged_rows_are_named_and_marked_as_missing(store, damage, lost):
     table = store.path / "checkpoints" / "0"
     name, how = {
         "flipped feature": ("features/c/2/0", lambda path: flip(path, 1 * DIM * 4 + 2)),
-        "flipped slope": ("slope/c/2", lambda path: flip(path, 5)),
+        "flipped loss_grad": ("loss_grad/c/2", lambda path: flip(path, 5)),
         "flipped fingerprint": ("fingerprint/c/2", lambda path: flip(path, 12)),
         "features missing": ("features/c/2/0", os.unlink),
         "features short": ("features/c/2/0", lambda path: os.truncate(path, 7)),
-        "slope missing": ("slope/c/2", os.unlink),
+        "loss_grad missing": ("loss_grad/c/2", os.unlink),
         "checksum short": ("checksum/c/2", lambda path: os.truncate(path, 7)),
         "marks short": ("done/c/2", lambda path: os.truncate(path, 1)),
     }[damage]
@@ -97,7 +97,7 @@ def test_damaged_targets_take_their_scores_with_them(store):
 
 def test_metadata_that_follows_from_the_tables_own_is_written_again(store):
     (store.path / "checkpoints" / "0" / "loss" / NODE).write_text("{")
-    shutil.copy(*(store.path / "checkpoints" / "0" / name / NODE for name in ("slope", "done")))
+    shutil.copy(*(store.path / "checkpoints" / "0" / name / NODE for name in ("loss_grad", "done")))
     assert len(verify(store.path).damage) == 2
     assert verify(store.path).ok and store.checkpoint(0).done.all()
 
@@ -156,7 +156,7 @@ def test_a_block_that_is_gone_with_its_marks_is_missed(store):
     for path in (store.path / "checkpoints" / "0").glob("*/c/2"):
         path.unlink()
     with pytest.raises(IncompleteError, match="lacks 4 of"):
-        Ranker(store, torch.device("cpu")).check_finalized(0)
+        Scorer(store, torch.device("cpu")).check_finalized(0)
     found = verify(store.path)
     assert [damage.rows.tolist() for damage in found.damage] == [[8, 9, 10, 11]]
     with store.checkpoint(0) as table, store.read_scores("test", "tracin") as scores:

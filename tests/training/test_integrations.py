@@ -337,7 +337,7 @@ def test_what_lightning_cannot_record_says_what_to_do(tmp_path):
     [("huggingface", ["transformers"], "hf"), ("lightning", ["lightning", "pytorch_lightning"], "lightning")],
 )
 def test_a_package_that_is_missing_is_named_with_how_to_install_it(monkeypatch, module, packages, extra):
-    find, name = importlib.util.find_spec, f"tracer.integrations.{module}"
+    find, name = importlib.util.find_spec, f"tracer.training.integrations.{module}"
     monkeypatch.setattr(importlib.util, "find_spec", lambda one, *more: None if one in packages else find(one, *more))
     for package in packages:
         monkeypatch.setitem(sys.modules, package, None)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tracer._core.sharding import fsdp_modules
 from tracer._core.validation import bar_disabled, check_count
 from tracer.api.report_metadata import StoreFacts
-from tracer.api.store_reader import Reader
+from tracer.api.store_reader import StoreReader
 from tracer.api.tracer import Tracer
 from tracer.data.datasets import RowSource, row_source
 from tracer.errors import InputError, InputTypeError
@@ -40,7 +40,7 @@ class Attribution:
         regularization: λ of ``trak`` and ``influence``, likewise.
     """
 
-    tracer: Reader
+    tracer: StoreReader
     exp_name: str
     estimator: str = "tracin"
     model_ids: list[int] | None = None

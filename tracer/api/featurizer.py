@@ -29,26 +29,32 @@ class RowValues:
     Attributes:
         features: ``[n, dim]``, the projected gradient of f; None where features are not stored.
         loss: ``[n]``, L.
-        slope: ``[n]``, Q.
-        curvature: ``[n]``, w.
+        loss_grad: ``[n]``, Q.
+        loss_hess: ``[n]``, w.
         gradient_norm: ``[n]``, the exact norm of the gradient of f.
-        gain: ``[n]``, f minus the f of a model that has learnt nothing; 0 where the task does not know that.
+        output_change: ``[n]``, f minus the f of a model that has learnt nothing; 0 where the task does not know that.
         label: ``[n]``, int64, the class; None where the task gives none.
     """
 
     features: np.ndarray | None
     loss: np.ndarray
-    slope: np.ndarray
-    curvature: np.ndarray
+    loss_grad: np.ndarray
+    loss_hess: np.ndarray
     gradient_norm: np.ndarray
-    gain: np.ndarray
+    output_change: np.ndarray
     label: np.ndarray | None = None
 
     def select(self, rows: np.ndarray) -> RowValues:
         """Return the values of some rows, given by a mask ``[n]`` or by positions."""
         features = None if self.features is None else self.features[rows]
         label = None if self.label is None else self.label[rows]
-        values = self.loss[rows], self.slope[rows], self.curvature[rows], self.gradient_norm[rows], self.gain[rows]
+        values = (
+            self.loss[rows],
+            self.loss_grad[rows],
+            self.loss_hess[rows],
+            self.gradient_norm[rows],
+            self.output_change[rows],
+        )
         return RowValues(features, *values, label)
 
 
@@ -267,14 +273,14 @@ def row_values(outputs: SampleOutputs, squares: Tensor, features: Tensor | None 
     def array(values: Tensor) -> np.ndarray:
         return values.detach().to("cpu", torch.float32).numpy()
 
-    gain = torch.zeros_like(outputs.loss) if outputs.baseline is None else outputs.output - outputs.baseline
+    output_change = torch.zeros_like(outputs.loss) if outputs.baseline is None else outputs.output - outputs.baseline
     return RowValues(
         features=None if features is None else array(features),
         loss=array(outputs.loss),
-        slope=array(outputs.slope),
-        curvature=array(outputs.curvature),
+        loss_grad=array(outputs.loss_grad),
+        loss_hess=array(outputs.loss_hess),
         gradient_norm=array(squares.sqrt()),
-        gain=array(gain),
+        output_change=array(output_change),
         label=None if outputs.label is None else outputs.label.detach().to("cpu", torch.int64).numpy(),
     )
 
@@ -291,7 +297,7 @@ def write_values(table: RowTable, rows: np.ndarray, values: RowValues, fingerpri
     Raises:
         NonFiniteError: A row's gradient, loss or slope is NaN or infinite; nothing is written.
     """
-    for name in ("loss", "slope", "curvature", "gradient_norm", "gain"):
+    for name in ("loss", "loss_grad", "loss_hess", "gradient_norm", "output_change"):
         finite = np.isfinite(getattr(values, name))
         if not finite.all():
             _refuse("gradient" if name == "gradient_norm" else name, rows[~finite])
@@ -299,10 +305,10 @@ def write_values(table: RowTable, rows: np.ndarray, values: RowValues, fingerpri
         rows,
         values.features,
         loss=values.loss,
-        slope=values.slope,
-        curvature=values.curvature,
+        loss_grad=values.loss_grad,
+        loss_hess=values.loss_hess,
         gradient_norm=values.gradient_norm,
-        gain=values.gain,
+        output_change=values.output_change,
         fingerprint=fingerprint,
         label=values.label,
     )

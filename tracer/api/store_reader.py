@@ -17,14 +17,14 @@ from tracer.data.indices import RowChoice, RowIndices, row_indices
 from tracer.errors import CallOrderError, InputError
 from tracer.scoring.estimators import Estimate
 from tracer.scoring.regularization import Regularization
-from tracer.scoring.scorer import Labels, Ranker
+from tracer.scoring.scorer import Labels, Scorer
 from tracer.store import Store
 from tracer.types import TopK
 
 logger = logging.getLogger("tracer")
 
 
-class Reader:
+class StoreReader:
     """A store that answers questions; a `Tracer` is one with a model. Get one from `Tracer.open`.
 
     Args:
@@ -55,7 +55,7 @@ class Reader:
                 process.count,
                 made_for,
             )
-        self._ranker = Ranker(store, device, progress, memory_bytes, process)
+        self._scorer = Scorer(store, device, progress, memory_bytes, process)
 
     @classmethod
     def open(
@@ -66,7 +66,7 @@ class Reader:
         memory_bytes: int = 1 << 30,
         process: ProcessChoice = None,
         progress: bool | None = None,
-    ) -> Reader:
+    ) -> StoreReader:
         """Open a store without its model, for scores, top rows, self-influence and reports.
 
         Args:
@@ -83,7 +83,7 @@ class Reader:
             StoreError: There is no store, or it is damaged.
         """
         store, chosen = Store.open_existing(save_dir), check_device(device)
-        return Reader(store, chosen, this_process(process), check_count(memory_bytes, "memory_bytes"), progress)
+        return StoreReader(store, chosen, this_process(process), check_count(memory_bytes, "memory_bytes"), progress)
 
     @property
     def train_set_size(self) -> int:
@@ -128,7 +128,7 @@ class Reader:
         """
         self.flush()
         if exp_name is not None:
-            return self._ranker.targets(exp_name, model_id).remaining()
+            return self._scorer.targets(exp_name, model_id).remaining()
         if not self.store.has_checkpoint(check_model_id(model_id)):
             return np.arange(self.train_set_size, dtype=np.int64)
         return self.store.checkpoint(model_id).remaining()
@@ -149,7 +149,7 @@ class Reader:
         self.close()
         self.process.wait()  # what others had pending is in the store
         self.process.first_only(lambda: self.store.grow(size))
-        self.store = self._ranker.store = Store.open_existing(self.store.path)
+        self.store = self._scorer.store = Store.open_existing(self.store.path)
 
     def replace(self, inds: RowIndices, exp_name: str | None = None) -> None:
         """Forget rows at all checkpoints, so that others can be featurized under their indices; all else stays.
@@ -192,7 +192,7 @@ class Reader:
         """
         self._settle()
         self.process.wait()
-        self.process.first_only(lambda: self._ranker.finalize_features(model_ids))
+        self.process.first_only(lambda: self._scorer.finalize_features(model_ids))
 
     def finalize_scores(
         self,
@@ -242,7 +242,7 @@ class Reader:
         """
         estimate = Estimate(estimator, target, regularization, soft_threshold, groups)
         self._settle()
-        return self._ranker.scores(exp_name, estimate, model_ids, dtype)
+        return self._scorer.scores(exp_name, estimate, model_ids, dtype)
 
     def top(
         self,
@@ -288,7 +288,7 @@ class Reader:
         """
         estimate = Estimate(estimator, target, regularization, soft_threshold, groups)
         self._settle()
-        return self._ranker.top(exp_name, k, kind, estimate, model_ids, rows, labels)
+        return self._scorer.top(exp_name, k, kind, estimate, model_ids, rows, labels)
 
     def self_influence(
         self,
@@ -319,7 +319,7 @@ class Reader:
         if estimator == "cosine":
             raise InputError("estimator='cosine' came: every gradient's cosine with itself is 1; pass 'tracin'.")
         self._settle()
-        return self._ranker.self_influence(model_ids, estimate)
+        return self._scorer.self_influence(model_ids, estimate)
 
     def regularization(self, estimator: str = "influence", model_ids: list[int] | None = None) -> Regularization:
         """Return the λ that ``regularization="auto"`` stands for, and the rule that it comes from.
@@ -343,7 +343,7 @@ class Reader:
         if estimate.kernel is None:
             raise InputError(f"estimator={estimator!r} has no kernel to regularize; pass 'influence' or 'trak'.")
         self._settle()
-        return self._ranker.regularization(model_ids, estimate)
+        return self._scorer.regularization(model_ids, estimate)
 
     def _settle(self) -> None:
         """Make durable what was computed, before a question is answered from it."""

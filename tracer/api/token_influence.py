@@ -171,7 +171,7 @@ def _direction(
     outputs = task.outputs(model, target)
     parameters = dict(model.named_parameters())
     wanted = [parameters[name] for name in names]
-    loss = (outputs.slope * outputs.output).sum()
+    loss = (outputs.loss_grad * outputs.output).sum()
     found: Sequence[Tensor | None] = [None] * len(wanted)
     if loss.requires_grad:  # it does not where no selected parameter is used
         found = torch.autograd.grad(loss, wanted, allow_unused=True)
@@ -207,10 +207,10 @@ def _parts(model: nn.Module, task: Task, batch: Batch, direction: Mapping[str, T
             f"depends on the parameters through the logits of one call of the model (no penalty on weights, no hidden "
             f"states)."
         )
-    (slope,) = torch.autograd.grad(outputs.output.sum(), logits, allow_unused=True, materialize_grads=True)
+    (loss_grad,) = torch.autograd.grad(outputs.output.sum(), logits, allow_unused=True, materialize_grads=True)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    parts = (slope.to(wide) * change.to(wide)).flatten(2).sum(2).double()
-    return parts * outputs.slope.double()[:, None]
+    parts = (loss_grad.to(wide) * change.to(wide)).flatten(2).sum(2).double()
+    return parts * outputs.loss_grad.double()[:, None]
 
 
 _Derivative = tuple[SampleOutputs, Tensor, Tensor, Tensor]
@@ -269,13 +269,13 @@ def _twice(model: nn.Module, task: Task, batch: Batch, direction: Mapping[str, T
     assert logits is not None  # the hook keeps it
     # J v does not depend on u; with the loss's own slope, <Jᵀu, v> is a number to check it by.
     value = outputs.output.sum()
-    (slope,) = torch.autograd.grad(value, leaf, retain_graph=True, allow_unused=True, materialize_grads=True)
-    weights = slope.detach().requires_grad_()
+    (loss_grad,) = torch.autograd.grad(value, leaf, retain_graph=True, allow_unused=True, materialize_grads=True)
+    weights = loss_grad.detach().requires_grad_()
     try:
         pulled = torch.autograd.grad(logits, wanted, weights, create_graph=True, allow_unused=True)
         expected = along(pulled)
         (change,) = torch.autograd.grad(expected, weights, retain_graph=True)
-        products = (slope * change).double()
+        products = (loss_grad * change).double()
         rounding = torch.finfo(logits.dtype).eps ** 0.5 * float(products.abs().sum())
         if not torch.allclose(products.sum(), expected.double(), rtol=1e-3, atol=rounding, equal_nan=True):
             raise RuntimeError("a backward cannot be differentiated")

@@ -29,7 +29,7 @@ from tracer.api.checkpoint_sources import CheckpointSources
 from tracer.api.exact_scores import CosineWriter
 from tracer.api.featurizer import Featurizer
 from tracer.api.fsdp_featurizer import SharedFeaturizer
-from tracer.api.store_reader import Reader
+from tracer.api.store_reader import StoreReader
 from tracer.data.batches import check_batch_size, count_rows
 from tracer.data.datasets import row_source
 from tracer.data.indices import RowChoice, RowCursor, RowIndices
@@ -67,7 +67,7 @@ def _collective(
     return cast(Any, together)  # mypy: "self" has a name
 
 
-class Tracer(Reader):
+class Tracer(StoreReader):
     """Traces a model's behaviour to its training rows, from checkpoints of its training (TracIn, Pruthi et al. 2020).
 
     First every train row is featurized at every checkpoint, then every target row is scored at the same checkpoints;
@@ -279,7 +279,7 @@ class Tracer(Reader):
         model_id = check_model_id(model_id)
         num_targets = check_count(num_targets, "num_targets")
         self.flush()
-        self._ranker.check_finalized(model_id)
+        self._scorer.check_finalized(model_id)
         weights, fingerprint = self._read(checkpoint)
         self._check_weights(self.store.checkpoint(model_id), fingerprint, model_id)
         with one_by_one(self._ranks, "arguments", (model_id, num_targets, exp_name, fingerprint)):
@@ -422,7 +422,7 @@ class Tracer(Reader):
                 "process, on the same save_dir, or score the targets and call tracer.top."
             )
         self.flush()
-        chosen = self._ranker.check_query(k, kind, estimate, model_ids, rows, labels)
+        chosen = self._scorer.check_query(k, kind, estimate, model_ids, rows, labels)
         num_rows, targets = count_rows(batch), []
         check_batch_size(batch, num_rows)
         for model_id in chosen:
@@ -433,8 +433,8 @@ class Tracer(Reader):
             with self._engine.using_weights(fingerprint):
                 values = featurizer.compute(batch, num_rows)
             assert values.features is not None  # there is a projector
-            targets.append(streaming.MemoryRows.of(values.features, values.slope, values.gradient_norm, storage))
-        return self._ranker.query(targets, chosen, k, kind, estimate, rows, labels)
+            targets.append(streaming.MemoryRows.of(values.features, values.loss_grad, values.gradient_norm, storage))
+        return self._scorer.query(targets, chosen, k, kind, estimate, rows, labels)
 
     def _block_rows_of(self, size: int) -> int:
         """Return the rows of a block, of the targets that are being scored if there are so many of them."""

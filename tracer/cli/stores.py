@@ -12,7 +12,7 @@ import click
 import numpy as np
 
 from tracer.api.attribution import Attribution
-from tracer.api.store_reader import Reader
+from tracer.api.store_reader import StoreReader
 from tracer.cli.settings import BY_NAME, read_settings
 from tracer.errors import InputError, nearest_name
 from tracer.store.table_schema import NO_LABEL
@@ -33,7 +33,7 @@ class Choice:
     settings: Mapping[str, Any]
 
     @property
-    def reader(self) -> Reader:
+    def reader(self) -> StoreReader:
         """The store."""
         return self.found.tracer
 
@@ -112,7 +112,7 @@ class Integers(click.ParamType):
         return numbers
 
 
-def open_store(store: str, device: str = "cpu") -> tuple[Reader, dict[str, Any]]:
+def open_store(store: str, device: str = "cpu") -> tuple[StoreReader, dict[str, Any]]:
     """Open a store by its directory, its URL, or the file of settings that it was made with.
 
     Args:
@@ -123,7 +123,7 @@ def open_store(store: str, device: str = "cpu") -> tuple[Reader, dict[str, Any]]
         The store, and the settings of the file.
     """
     save_dir, settings = find_store(store)
-    return Reader.open(save_dir, device), settings
+    return StoreReader.open(save_dir, device), settings
 
 
 def find_store(store: str) -> tuple[str, dict[str, Any]]:
@@ -171,7 +171,7 @@ def choose(store: str, *, device: str = "cpu", needs_targets: bool = True, **opt
     return Choice(Attribution(reader, model_ids=options.get("model_ids"), **chosen), settings)
 
 
-def _checked_name(reader: Reader, exp_name: str | None) -> str:
+def _checked_name(reader: StoreReader, exp_name: str | None) -> str:
     """Return the name of the targets: what was given if it is known, else the only one there is."""
     known, path = reader.store.exp_names(), reader.store.path
     if not known:

@@ -106,8 +106,8 @@ class Classification(Task):
         detached = margin.detach()
         wrong = torch.sigmoid(-detached)
         baseline = torch.full_like(detached, -math.log(max(logits.shape[1] - 1, 1)))
-        curvature = wrong * torch.sigmoid(detached)
-        return SampleOutputs(margin, F.softplus(-detached), -wrong, curvature, labels, baseline)
+        loss_hess = wrong * torch.sigmoid(detached)
+        return SampleOutputs(margin, F.softplus(-detached), -wrong, loss_hess, labels, baseline)
 
 
 class BinaryClassification(Task):
@@ -128,9 +128,9 @@ class BinaryClassification(Task):
         labels = labels.to(detached.dtype)
         loss = F.binary_cross_entropy_with_logits(detached, labels, reduction="none")
         probability = torch.sigmoid(detached)
-        curvature = probability * torch.sigmoid(-detached)
-        slope, baseline = probability - labels, torch.zeros_like(detached)
-        return SampleOutputs(logit, loss, slope, curvature, labels.round().long(), baseline)
+        loss_hess = probability * torch.sigmoid(-detached)
+        loss_grad, baseline = probability - labels, torch.zeros_like(detached)
+        return SampleOutputs(logit, loss, loss_grad, loss_hess, labels.round().long(), baseline)
 
 
 class Regression(Task):
@@ -154,8 +154,8 @@ class Regression(Task):
             return loss_outputs(loss, targets.square().flatten(1).mean(1))
         predicted, targets = one_number_a_row(predicted, targets, self.name)
         residual = predicted.detach() - targets.to(predicted.dtype)
-        curvature, baseline = torch.full_like(residual, 2.0), torch.zeros_like(residual)
-        return SampleOutputs(predicted, residual.square(), 2 * residual, curvature, baseline=baseline)
+        loss_hess, baseline = torch.full_like(residual, 2.0), torch.zeros_like(residual)
+        return SampleOutputs(predicted, residual.square(), 2 * residual, loss_hess, baseline=baseline)
 
 
 class LanguageModeling(Task):

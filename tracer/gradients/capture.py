@@ -191,7 +191,7 @@ class CapturedPass:
                 hook.remove()
         self._calls, self._batch_size = recorder.calls, batch_size
         self._output: Tensor | None = outputs.output
-        detached = {name: getattr(outputs, name).detach() for name in ("output", "loss", "slope", "curvature")}
+        detached = {name: getattr(outputs, name).detach() for name in ("output", "loss", "loss_grad", "loss_hess")}
         self.outputs = replace(outputs, **detached)
         self.patterns = _patterns(recorder.calls, batch_size)
         self.layers: dict[str, list[str]] = {}

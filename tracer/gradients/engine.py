@@ -300,7 +300,7 @@ class GradientEngine:
         captured.backward(receive)
 
     def _check_outputs(self, outputs: SampleOutputs, batch_size: int) -> None:
-        for name in ("output", "loss", "slope", "curvature", "label", "baseline"):
+        for name in ("output", "loss", "loss_grad", "loss_hess", "label", "baseline"):
             value = getattr(outputs, name)
             if value is not None and value.shape != (batch_size,):
                 raise BatchError(

@@ -125,7 +125,7 @@ class _Objective(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         found = self.task.outputs(self.model, batch)
-        return (found.slope.detach() * found.output).mean(), found.output, found.loss.detach()
+        return (found.loss_grad.detach() * found.output).mean(), found.output, found.loss.detach()
 
 
 class SingleModel:

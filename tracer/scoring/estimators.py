@@ -26,7 +26,7 @@ from tracer.types import TopK
 ESTIMATORS = ("cosine", "influence", "tracin", "trak")
 """The names that ``estimator=`` takes."""
 
-KERNELS = {"trak": "plain", "influence": "curvature"}
+KERNELS = {"trak": "plain", "influence": "loss_hess"}
 """By which weighting of train rows an estimator's kernel is made: 1, or the loss's curvature."""
 
 TARGETS = ("loss", "output")
@@ -112,11 +112,11 @@ class Estimate:
         usual = self.estimator == "cosine" or (self.target == "output") == (self.kernel is not None)
         return self.estimator + ("" if usual else f"-{self.target}") + ("" if self.groups is None else "-groups")
 
-    def train_weights(self, slope: np.ndarray, gradient_norm: np.ndarray) -> np.ndarray:
+    def train_weights(self, loss_grad: np.ndarray, gradient_norm: np.ndarray) -> np.ndarray:
         """Return the factor by which each train row's features enter a dot product.
 
         Args:
-            slope: Q of each row, ``[N]``; for estimators with a kernel its mean over checkpoints.
+            loss_grad: Q of each row, ``[N]``; for estimators with a kernel its mean over checkpoints.
             gradient_norm: The exact norm of the gradient of f, ``[N]``.
 
         Returns:
@@ -125,16 +125,16 @@ class Estimate:
         >>> Estimate("cosine").train_weights(np.array([-0.5, 2.0]), np.array([4.0, 0.0])).tolist()
         [-0.25, 0.0]
         """
-        slope, gradient_norm = np.asarray(slope, np.float64), np.asarray(gradient_norm, np.float64)
+        loss_grad, gradient_norm = np.asarray(loss_grad, np.float64), np.asarray(gradient_norm, np.float64)
         if self.estimator != "cosine":
-            return slope
-        return np.divide(np.sign(slope), gradient_norm, out=np.zeros_like(slope), where=gradient_norm > 0)
+            return loss_grad
+        return np.divide(np.sign(loss_grad), gradient_norm, out=np.zeros_like(loss_grad), where=gradient_norm > 0)
 
-    def target_weights(self, slope: np.ndarray, gradient_norm: np.ndarray) -> np.ndarray:
+    def target_weights(self, loss_grad: np.ndarray, gradient_norm: np.ndarray) -> np.ndarray:
         """Return the factor by which each target row's features enter a dot product.
 
         Args:
-            slope: Q of each row, ``[M]``.
+            loss_grad: Q of each row, ``[M]``.
             gradient_norm: The exact norm of the gradient of f, ``[M]``.
 
         Returns:
@@ -145,8 +145,8 @@ class Estimate:
         [-1.0, 1.0]
         """
         if self.estimator == "cosine" or self.target == "loss":
-            return self.train_weights(slope, gradient_norm)
-        return np.copysign(1.0, np.asarray(slope, np.float64))
+            return self.train_weights(loss_grad, gradient_norm)
+        return np.copysign(1.0, np.asarray(loss_grad, np.float64))
 
 
 def _number(name: str, value: Any, more: str = "") -> float:
@@ -268,14 +268,14 @@ class RunningTopK:
             self._limit = torch.from_numpy(self._held.scores[:, -1].copy())
 
 
-def self_influence(slope: np.ndarray, gradient_norm: np.ndarray) -> np.ndarray:
+def self_influence(loss_grad: np.ndarray, gradient_norm: np.ndarray) -> np.ndarray:
     """Return each row's influence on itself at one checkpoint, ``Q² ‖gradient of f‖²``, without projection error.
 
     Args:
-        slope: Q of each row, ``[N]``.
+        loss_grad: Q of each row, ``[N]``.
         gradient_norm: The exact norm of the gradient of f, ``[N]``.
 
     Returns:
         ``[N]``, float64.
     """
-    return np.square(np.asarray(slope, np.float64) * np.asarray(gradient_norm, np.float64))
+    return np.square(np.asarray(loss_grad, np.float64) * np.asarray(gradient_norm, np.float64))

@@ -108,9 +108,9 @@ class Kernels:
         if key not in self._chosen:
             self._chosen[key] = self._choice(model_ids, last)
         found = self._chosen[key]
-        if estimate.kernel == "curvature":
+        if estimate.kernel == "loss_hess":
             return found
-        traces = [self.get(last, weighting, model_ids)[1].trace for weighting in (estimate.kernel, "curvature")]
+        traces = [self.get(last, weighting, model_ids)[1].trace for weighting in (estimate.kernel, "loss_hess")]
         used, own = (trace or 1.0 for trace in traces)  # a kernel of zeros has no scale
         return Regularization(self.process.agreed(found.value * used / own), found.rule)
 
@@ -134,21 +134,21 @@ class Kernels:
     def _choose(self, model_ids: list[int], last: int) -> Regularization:
         """Choose λ from how well some rows are predicted by the others."""
         num_rows = self.store.checkpoint(last).num_rows
-        _, moments = self.get(last, "curvature", model_ids)
+        _, moments = self.get(last, "loss_hess", model_ids)
         unit = (moments.trace or 1.0) / num_rows
         rows = np.unique(np.linspace(0, num_rows - 1, min(num_rows, MOST_LEFT_OUT)).round().astype(np.int64))
         weights = row_weighting([self.store.checkpoint(model_id) for model_id in sorted(model_ids)], num_rows)
         predictions = torch.zeros(len(rows), len(LAMBDAS), dtype=torch.float64, device=self.device)
         lambdas = (unit * LAMBDAS).to(self.device)
         for model_id in model_ids:
-            kernel, moments = self.get(model_id, "curvature", model_ids)
+            kernel, moments = self.get(model_id, "loss_hess", model_ids)
             table = self.store.checkpoint(model_id)
             own = row_pulls(table, weights)
             some, own_rows = (torch.from_numpy(values[rows]).to(self.device) for values in (weights, own))
             features = true_rows(table, rows, self.device)
             predictions += left_out(kernel, moments.pull, features, some, own_rows, lambdas)
-        gains = torch.from_numpy(self.store.checkpoint(last).column("gain").astype(np.float64)[rows])
-        return choose_regularization(unit, predictions, gains.to(self.device))
+        output_changes = torch.from_numpy(self.store.checkpoint(last).column("output_change").astype(np.float64)[rows])
+        return choose_regularization(unit, predictions, output_changes.to(self.device))
 
     def _make(self, model_id: int, weighting: str, of: list[int]) -> tuple[Kernel, Moments]:
         """Make a kernel: from its rows where there are fewer of them than features, else as a matrix, which is kept."""
@@ -222,9 +222,9 @@ def row_weighting(tables: Sequence[RowTable], num_rows: int) -> np.ndarray:
     """
     if not tables:
         return np.ones(num_rows)
-    curvature, fisher = np.zeros(num_rows), np.zeros(num_rows)
+    loss_hess, fisher = np.zeros(num_rows), np.zeros(num_rows)
     for table in tables:
-        values = table.column("curvature").astype(np.float64)
+        values = table.column("loss_hess").astype(np.float64)
         negative = np.flatnonzero(values < 0)
         if len(negative):
             raise InputError(
@@ -232,14 +232,14 @@ def row_weighting(tables: Sequence[RowTable], num_rows: int) -> np.ndarray:
                 f"loss is not convex in its output f, and estimator='influence' divides by it. Use estimator='trak' "
                 f"with a regularization of your own."
             )
-        curvature += values / len(tables)
-        fisher += np.square(table.column("slope").astype(np.float64)) / len(tables)
-    return curvature if curvature.any() else fisher
+        loss_hess += values / len(tables)
+        fisher += np.square(table.column("loss_grad").astype(np.float64)) / len(tables)
+    return loss_hess if loss_hess.any() else fisher
 
 
 def row_pulls(table: RowTable, weights: np.ndarray) -> np.ndarray:
     """Return ``w · gain − Q`` of each train row, ``[N]``, float64."""
-    return weights * table.column("gain") - table.column("slope").astype(np.float64)
+    return weights * table.column("output_change") - table.column("loss_grad").astype(np.float64)
 
 
 class _KernelSums:

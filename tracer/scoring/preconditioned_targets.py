@@ -114,8 +114,8 @@ class DerivedRows:
 
     def _weighted(self) -> Iterator[tuple[int, Tensor]]:
         """Yield target rows times their weights, ``[n, k]``, float64, with the index of the first."""
-        slope, norm = (self._targets.column(name) for name in ("slope", "gradient_norm"))
-        weights = torch.from_numpy(self._estimate.target_weights(slope, norm)).to(self._device)
+        loss_grad, norm = (self._targets.column(name) for name in ("loss_grad", "gradient_norm"))
+        weights = torch.from_numpy(self._estimate.target_weights(loss_grad, norm)).to(self._device)
         for start, rows in true_blocks(self._targets, range(self._targets.num_rows), self._device):
             yield start, rows.mul_(weights[start : start + len(rows)].unsqueeze(1))
 

@@ -178,7 +178,9 @@ class Regularization:
     rule: str
 
 
-def choose_regularization(unit: float, predictions: Tensor, gains: Tensor, share: float = SHARE_LEFT) -> Regularization:
+def choose_regularization(
+    unit: float, predictions: Tensor, output_changes: Tensor, share: float = SHARE_LEFT
+) -> Regularization:
     """Choose λ, without training anything again.
 
     - ``held-out``: where the predictions of rows that were left out, averaged over checkpoints as scores are, have the
@@ -191,18 +193,18 @@ def choose_regularization(unit: float, predictions: Tensor, gains: Tensor, share
     Args:
         unit: The mean of ``w ‖φ‖²``.
         predictions: ``[m, G]``, as `left_out` gives them, for each of `LAMBDAS` times the unit.
-        gains: What was learnt of each row, ``[m]``, in units of f.
+        output_changes: What was learnt of each row, ``[m]``, in units of f.
         share: Of the rows, of the models that scores are to predict.
 
     Returns:
         λ.
     """
-    predictions, gains = predictions - predictions.mean(0), gains - gains.mean()
-    lengths = predictions.norm(dim=0) * gains.norm()
-    found = torch.where(lengths > 0, gains @ predictions / lengths, torch.nan).cpu()
+    predictions, output_changes = predictions - predictions.mean(0), output_changes - output_changes.mean()
+    lengths = predictions.norm(dim=0) * output_changes.norm()
+    found = torch.where(lengths > 0, output_changes @ predictions / lengths, torch.nan).cpu()
     best = int(found.nan_to_num(nan=-1.0).argmax())
     inside = 0 < best < len(LAMBDAS) - 1 and bool(found[best - 1 : best + 2].isfinite().all())
-    if not inside or found[best] <= 2 / math.sqrt(len(gains)):
+    if not inside or found[best] <= 2 / math.sqrt(len(output_changes)):
         return Regularization(unit / share, "trace")
     before, here, after = found[best - 1 : best + 2]
     bend = 2 * here - before - after

@@ -34,7 +34,7 @@ KINDS = ("proponents", "opponents")
 """What ``kind=`` takes."""
 
 
-class Ranker:
+class Scorer:
     """Answers questions from a store.
 
     Args:
@@ -263,12 +263,12 @@ class Ranker:
             return streaming.summed_self_influence(list(zip(factors, tables, strict=True)))
         kernels = self._kernels(estimate)
         found = kernels.regularization(chosen, estimate)
-        total, slope = np.zeros(self.num_rows), np.zeros(self.num_rows)
+        total, loss_grad = np.zeros(self.num_rows), np.zeros(self.num_rows)
         for factor, model_id, table in zip(factors, chosen, tables, strict=True):
             kernel, _ = kernels.get(model_id, estimate.kernel, chosen)
             total += factor * own_influence(table, kernel, found.value, self.device)
-            slope += factor * table.column("slope")
-        return total * np.square(slope)
+            loss_grad += factor * table.column("loss_grad")
+        return total * np.square(loss_grad)
 
     def regularization(self, model_ids: list[int] | None, estimate: Estimate) -> Regularization:
         """Return the regularization of an estimate with a kernel; see `tracer.Tracer.regularization`."""

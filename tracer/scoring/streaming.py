@@ -90,7 +90,7 @@ class MemoryRows:
     Attributes:
         raw: ``[R, k]``, as they would be stored.
         storage: The dtype's name.
-        columns: ``slope``, ``gradient_norm`` and ``scale`` of each row, ``[R]`` each.
+        columns: ``loss_grad``, ``gradient_norm`` and ``scale`` of each row, ``[R]`` each.
     """
 
     raw: np.ndarray
@@ -98,12 +98,12 @@ class MemoryRows:
     columns: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, features: np.ndarray, slope: np.ndarray, gradient_norm: np.ndarray, storage: str) -> MemoryRows:
+    def of(cls, features: np.ndarray, loss_grad: np.ndarray, gradient_norm: np.ndarray, storage: str) -> MemoryRows:
         """Return rows rounded as they would be in a store, from index 0 on.
 
         Args:
             features: ``[R, k]``, float32.
-            slope: ``[R]``.
+            loss_grad: ``[R]``.
             gradient_norm: ``[R]``.
             storage: ``"float32"``, ``"float16"`` or ``"int8"``.
 
@@ -114,7 +114,7 @@ class MemoryRows:
             NonFiniteError: A value is NaN or infinite.
         """
         largest = np.abs(features).max(1)
-        bad = np.flatnonzero(~np.isfinite(largest) | ~np.isfinite(slope) | ~np.isfinite(gradient_norm))
+        bad = np.flatnonzero(~np.isfinite(largest) | ~np.isfinite(loss_grad) | ~np.isfinite(gradient_norm))
         if len(bad):
             raise NonFiniteError(
                 f"The gradient or slope of rows {bad[:5].tolist()} of the batch is NaN or infinite (in float32). Look "
@@ -122,7 +122,7 @@ class MemoryRows:
             )
         scale = row_scale(largest, storage)
         raw = relative_rows(features, scale, np.arange(len(features)), storage, "targets")
-        columns = {"slope": slope, "gradient_norm": gradient_norm, "scale": scale}
+        columns = {"loss_grad": loss_grad, "gradient_norm": gradient_norm, "scale": scale}
         return cls(raw.astype(storage), storage, columns)
 
     @property
@@ -190,9 +190,9 @@ class BandScorer:
         """
         rows = _indices(band)
         out.zero_()
-        slopes = self._slopes(rows)
+        loss_grads = self._slopes(rows)
         for position, pair in enumerate(self.pairs):
-            sides = self._train_weights(pair, rows, slopes[position]), self._target_weights(pair)
+            sides = self._train_weights(pair, rows, loss_grads[position]), self._target_weights(pair)
             left, right = (torch.from_numpy(weights).to(self.device, torch.float32) for weights in sides)
             for block, inside, place in self._blocks(rows, on_grid):
                 part, weights = out[place], left[place].unsqueeze(1)
@@ -207,21 +207,21 @@ class BandScorer:
 
     def _slopes(self, rows: np.ndarray) -> list[np.ndarray]:
         """Return Q of train rows at each checkpoint, or, for estimators with a kernel, their mean at each."""
-        slopes = [_values(pair.train, "slope", rows).astype(np.float64) for pair in self.pairs]
-        return slopes if self.estimate.kernel is None else [np.mean(slopes, axis=0)] * len(slopes)
+        loss_grads = [_values(pair.train, "loss_grad", rows).astype(np.float64) for pair in self.pairs]
+        return loss_grads if self.estimate.kernel is None else [np.mean(loss_grads, axis=0)] * len(loss_grads)
 
-    def _train_weights(self, pair: CheckpointPair, rows: np.ndarray, slope: np.ndarray) -> np.ndarray:
+    def _train_weights(self, pair: CheckpointPair, rows: np.ndarray, loss_grad: np.ndarray) -> np.ndarray:
         """Return the factor of the products of each train row, ``[n]``, float64."""
         norm = _values(pair.train, "gradient_norm", rows)
         unit = norm if pair.cosines is not None else _values(pair.train, "scale", rows)
-        return self.estimate.train_weights(slope, norm) * unit
+        return self.estimate.train_weights(loss_grad, norm) * unit
 
     def _target_weights(self, pair: CheckpointPair) -> np.ndarray:
         """Return the factor of the products of each target row, ``[M]``, float64."""
         if self.estimate.derives:  # which has put weights in
             return pair.targets.column("scale").astype(np.float64)
         norm = pair.targets.column("gradient_norm")
-        weights = self.estimate.target_weights(pair.targets.column("slope"), norm)
+        weights = self.estimate.target_weights(pair.targets.column("loss_grad"), norm)
         return weights * (norm if pair.cosines is not None else pair.targets.column("scale"))
 
     def _blocks(self, rows: np.ndarray, on_grid: bool) -> Iterator[tuple[np.ndarray, slice, slice]]:
@@ -513,5 +513,5 @@ def summed_self_influence(tables: Sequence[tuple[float, RowTable]]) -> np.ndarra
     """
     total = np.zeros(tables[0][1].num_rows)
     for learning_rate, table in tables:
-        total += learning_rate * self_influence(table.column("slope")[:], table.column("gradient_norm")[:])
+        total += learning_rate * self_influence(table.column("loss_grad")[:], table.column("gradient_norm")[:])
     return total

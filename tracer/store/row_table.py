@@ -162,11 +162,11 @@ class RowTable:
         features: np.ndarray | None,
         *,
         loss: np.ndarray,
-        slope: np.ndarray,
-        curvature: np.ndarray,
+        loss_grad: np.ndarray,
+        loss_hess: np.ndarray,
         gradient_norm: np.ndarray,
         fingerprint: np.ndarray,
-        gain: np.ndarray | None = None,
+        output_change: np.ndarray | None = None,
         label: np.ndarray | None = None,
     ) -> None:
         """Write rows, each at most once in a call; they are pending until the next flush.
@@ -177,11 +177,11 @@ class RowTable:
             rows: ``[n]``, int64, row indices in any order; consecutive ones are fastest.
             features: ``[n, dim]``, float32; None for a table without features.
             loss: ``[n]``, float32, L.
-            slope: ``[n]``, float32, Q = dL/df.
-            curvature: ``[n]``, float32, w = d²L/df².
+            loss_grad: ``[n]``, float32, Q = dL/df.
+            loss_hess: ``[n]``, float32, w = d²L/df².
             gradient_norm: ``[n]``, float32, the exact norm of the gradient of f.
             fingerprint: ``[n]``, uint64, a hash of each row's inputs.
-            gain: ``[n]``, float32, f minus the f of a model that has learnt nothing; None where that is not known.
+            output_change: ``[n]``, float32, f minus the f of a model that has learned nothing; None if not known.
             label: ``[n]``, int64, each row's class; None where rows have none.
 
         Raises:
@@ -191,8 +191,8 @@ class RowTable:
         """
         self._check_open()
         rows = self.checked_rows(rows, unique=True)
-        columns = {"loss": loss, "slope": slope, "curvature": curvature, "gradient_norm": gradient_norm}
-        columns["gain"] = np.zeros(len(rows), np.float32) if gain is None else gain
+        columns = {"loss": loss, "loss_grad": loss_grad, "loss_hess": loss_hess, "gradient_norm": gradient_norm}
+        columns["output_change"] = np.zeros(len(rows), np.float32) if output_change is None else output_change
         checked = {name: self._checked_floats(name, values, rows, (len(rows),)) for name, values in columns.items()}
         checked["fingerprint"] = self._checked_fingerprint(fingerprint, len(rows))
         checked["label"] = np.full(len(rows), NO_LABEL) if label is None else np.asarray(label, np.int64)
@@ -234,8 +234,8 @@ class RowTable:
         """Return a column, or some rows of it: a view that cannot be written where they lie in one file, else a copy.
 
         Args:
-            name: ``loss``, ``slope``, ``curvature``, ``gradient_norm``, ``gain`` or ``scale`` (float32), ``label``
-                (int64, `NO_LABEL` where there is none), ``fingerprint`` or ``checksum`` (uint64), or ``done``
+            name: ``loss``, ``loss_grad``, ``loss_hess``, ``gradient_norm``, ``output_change`` or ``scale`` (float32),
+                ``label`` (int64, `NO_LABEL` where there is none), ``fingerprint`` or ``checksum`` (uint64), or ``done``
                 (bool, where pending rows may already show).
             start: The first row.
             stop: One past the last row; None is N.

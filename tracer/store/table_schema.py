@@ -13,7 +13,7 @@ from tracer.errors import InputError, StoreError
 from tracer.store.arrays.layout import Layout, create_array
 from tracer.store.metadata import NODE, StorePath, read_document, write_group
 
-VALUES = ("loss", "slope", "curvature", "gradient_norm", "gain")
+VALUES = ("loss", "loss_grad", "loss_hess", "gradient_norm", "output_change")
 """The float32 columns that come with a row, all ``[N]``."""
 NO_LABEL = int(np.iinfo(np.int64).min)
 """The label of a row whose task gave none."""
