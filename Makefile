@@ -20,11 +20,12 @@ demo: $(STAMP)  ## Find flipped labels among handwritten digits and write runs/m
 test: lint  ## Run every gate, one after another: lint, types, doctests, tests, examples, docs, packages.
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(PYTEST_WORKERS)
 
-lint: $(STAMP)  ## Run ruff, mypy and import-linter.
+lint: $(STAMP)  ## Run ruff, mypy, import-linter and codespell.
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports
+	$(RUN)/codespell
 
 format: $(STAMP)  ## Sort imports and format the code.
 	$(RUN)/ruff check --select I --fix .
