@@ -24,7 +24,8 @@ from tracer.gradients import layers
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-GUIDES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS / "examples").glob("*.md"))]
+FOLDERS = [DOCS, DOCS / "examples", DOCS / "results"]
+GUIDES = [ROOT / "README.md", *(path for folder in FOLDERS for path in sorted(folder.glob("*.md")))]
 PAGES = [*GUIDES, *sorted((DOCS / "api").glob("*.md"))]
 RUNNABLE = [path for path in PAGES if "```python" in path.read_text(encoding="utf-8")]
 OPTIONAL = ("captum", "lightning", "matplotlib", "peft", "sklearn", "transformers")
@@ -138,6 +139,11 @@ def test_every_exception_has_its_section():
 def test_every_page_is_linked_from_the_index_of_its_folder(folder):
     linked = LINK.findall(prose((folder / "index.md").read_text(encoding="utf-8")))
     assert [path.name for path in folder.glob("*.md") if path.name not in {*linked, "index.md"}] == []
+
+
+def test_every_page_of_results_is_linked_from_the_index():
+    linked = LINK.findall(prose((DOCS / "index.md").read_text(encoding="utf-8")))
+    assert {f"results/{path.name}" for path in (DOCS / "results").glob("*.md")} <= set(linked)
 
 
 def test_every_example_is_in_the_docs():
