@@ -109,7 +109,7 @@ def load_rows(settings: Mapping[str, Any], name: str) -> RowSource:
 def load_task(task: str) -> Any:
     """Return a task: a name as it is; of a reference a class is called, a function or an instance taken as it is.
 
-    >>> load_task("regression"), load_task("tracer.tasks:LanguageModeling").name
+    >>> load_task("regression"), load_task("tracer:LanguageModeling").name
     ('regression', 'language_modeling')
     """
     if ":" not in task:

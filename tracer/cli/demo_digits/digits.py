@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tracer.errors import InputError
+from tracer.training.checkpoints import read_checkpoint
 from tracer.training.recording import CheckpointRecorder, load_checkpoints
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
@@ -221,6 +222,6 @@ def evaluate(path: Path, images: Tensor, labels: Tensor) -> tuple[Tensor, np.nda
         Classes and cross-entropies.
     """
     model = build_model()
-    model.load_state_dict(torch.load(path, weights_only=True))
+    model.load_state_dict(read_checkpoint(path))
     logits = model(images)
     return logits.argmax(dim=1), nn.functional.cross_entropy(logits, labels, reduction="none").numpy()
