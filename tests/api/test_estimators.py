@@ -52,8 +52,6 @@ def reference(found: Scorer, estimate: Estimate, regularization: float = 0.0, gr
             total = total + train @ inverse @ (side[:, None] * target).T / len(RATES)
             loss_grads.append(loss_grad)
     scores = total * np.mean(loss_grads, axis=0)[:, None] if loss_grads else total
-    if estimate.soft_threshold:
-        scores = np.sign(scores) * np.maximum(np.abs(scores) - estimate.soft_threshold, 0)
     if groups is not None:
         scores = np.stack([scores[:, groups == group].sum(1) for group in range(groups.max() + 1)], axis=1)
     return scores
@@ -179,17 +177,6 @@ def test_top_is_the_head_of_the_sorted_scores(tmp_path, estimator, target):
         order = np.argsort(sign * expected, axis=0)[:4].T
         np.testing.assert_array_equal(indices, order)
         np.testing.assert_allclose(scores, np.take_along_axis(expected.T, order, 1), rtol=1e-4)
-
-
-@pytest.mark.parametrize("estimator", ["tracin", "trak"])
-def test_a_soft_threshold_moves_scores_to_zero(tmp_path, estimator):
-    found = scorer(tmp_path, 60, 5, 12)
-    size = float(np.median(np.abs(reference(found, Estimate(estimator), 1.0))))
-    options = {"regularization": 1.0} if estimator == "trak" else {}
-    estimate = Estimate(estimator, soft_threshold=size, **options)
-    scores = found.scores("test", estimate, None)
-    assert_close(scores, reference(found, estimate, 1.0))
-    assert 0.4 < np.mean(np.asarray(scores) == 0) < 0.6
 
 
 @pytest.mark.parametrize("estimator", ["tracin", "cosine", "trak", "influence"])

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import tracer
-from tracer.scoring.estimators import Estimate, RunningTopK, self_influence
+from tracer.scoring.estimators import Estimate, self_influence
+from tracer.scoring.topk import RunningTopK
 
 
 def test_train_weights():
@@ -39,7 +40,7 @@ def test_targets_are_the_loss_without_a_kernel_and_the_output_with_one():
         (("tracin", "output"), "tracin-output"),
         (("cosine", "output"), "cosine"),
         (("trak", "loss"), "trak-loss"),
-        (("influence", "output", 3.0, 0.0, [0, 1]), "influence-groups"),
+        (("influence", "output", 3.0, [0, 1]), "influence-groups"),
     ],
 )
 def test_variants_have_names_of_their_own(options, name):
@@ -53,9 +54,13 @@ def test_variants_have_names_of_their_own(options, name):
         ({"target": "losses"}, tracer.InputError, "did you mean 'loss'"),
         ({"regularization": 1.0}, tracer.InputError, "which has no kernel to regularize"),
         ({"estimator": "trak", "regularization": -1.0}, tracer.InputError, "expected a finite number of 0 or more"),
-        ({"estimator": "trak", "regularization": "best"}, tracer.InputTypeError, "number of 0 or more or 'auto'"),
-        ({"soft_threshold": float("nan")}, tracer.InputError, "soft_threshold is nan"),
-        ({"soft_threshold": None}, tracer.InputTypeError, "soft_threshold is None"),
+        (
+            {"estimator": "trak", "regularization": "best"},
+            tracer.InputTypeError,
+            "finite number of 0 or more, or 'auto'",
+        ),
+        ({"estimator": "trak", "regularization": float("nan")}, tracer.InputError, "regularization is nan"),
+        ({"estimator": "trak", "regularization": None}, tracer.InputTypeError, "regularization is None"),
         ({"groups": "labels"}, tracer.InputTypeError, "or 'label'"),
         ({"groups": [0.5]}, tracer.InputTypeError, "expected the group of each target"),
         ({"groups": [-1, -1]}, tracer.InputError, "expected integers from 0 on"),

@@ -19,8 +19,9 @@ from rank_cases import expected, scorer
 from tracer.data.indices import chosen_rows
 from tracer.errors import InputError, InputTypeError, NonFiniteError, StoreError
 from tracer.scoring import streaming, top_queries
-from tracer.scoring.estimators import Estimate, RunningTopK
+from tracer.scoring.estimators import Estimate
 from tracer.scoring.scorer import KINDS, Scorer
+from tracer.scoring.topk import RunningTopK
 from tracer.store import Store
 from tracer.store.topk_parts import list_parts
 

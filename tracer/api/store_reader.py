@@ -203,7 +203,6 @@ class StoreReader:
         dtype: str | None = None,
         target: str | None = None,
         regularization: float | str = "auto",
-        soft_threshold: float = 0.0,
         groups: Any = None,
     ) -> Any:
         """Compute the scores of all train rows for all targets of an experiment, tile by tile.
@@ -226,7 +225,6 @@ class StoreReader:
                 loss falls. None: the loss for ``tracin`` and ``cosine``, the output for ``trak`` and ``influence``.
             regularization: λ of the kernel of ``trak`` and ``influence``, in units of ``Σ w ‖φ‖²`` over train rows; 0
                 is the pseudo-inverse. ``auto``: chosen from what training has done; see `regularization`.
-            soft_threshold: Scores are moved towards zero by this much and end there (Park et al. 2023).
             groups: The group of each target, ``[M]``, integers from 0 on and -1 for none: scores are those of the sum
                 over each group, ``[N, G]``. ``label``: groups are the targets' classes.
 
@@ -240,7 +238,7 @@ class StoreReader:
             IncompleteError: Targets are missing at a checkpoint.
             CallOrderError: A checkpoint is not finalized.
         """
-        estimate = Estimate(estimator, target, regularization, soft_threshold, groups)
+        estimate = Estimate(estimator, target, regularization, groups)
         self._settle()
         return self._scorer.scores(exp_name, estimate, model_ids, dtype)
 
@@ -256,7 +254,6 @@ class StoreReader:
         labels: Labels | None = None,
         target: str | None = None,
         regularization: float | str = "auto",
-        soft_threshold: float = 0.0,
         groups: Any = None,
     ) -> TopK:
         """Return the strongest train rows of each target, without computing a score matrix.
@@ -275,7 +272,6 @@ class StoreReader:
             labels: Only train rows of these classes, as the task knows them.
             target: As in `finalize_scores`.
             regularization: As in `finalize_scores`.
-            soft_threshold: As in `finalize_scores`.
             groups: As in `finalize_scores`.
 
         Returns:
@@ -286,7 +282,7 @@ class StoreReader:
             IncompleteError: Targets are missing at a checkpoint.
             CallOrderError: A checkpoint is not finalized.
         """
-        estimate = Estimate(estimator, target, regularization, soft_threshold, groups)
+        estimate = Estimate(estimator, target, regularization, groups)
         self._settle()
         return self._scorer.top(exp_name, k, kind, estimate, model_ids, rows, labels)
 

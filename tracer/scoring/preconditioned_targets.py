@@ -120,11 +120,8 @@ class DerivedRows:
             yield start, rows.mul_(weights[start : start + len(rows)].unsqueeze(1))
 
 
-def describe(estimate: Estimate, regularization: Regularization | None) -> dict[str, Any]:
+def describe(regularization: Regularization | None) -> dict[str, Any]:
     """Return what decides scores besides the rows and the estimator's name, as JSON values; empty for plain ones."""
-    described: dict[str, Any] = {}
-    if regularization is not None:
-        described |= {"regularization": regularization.value, "rule": regularization.rule}
-    if estimate.soft_threshold:
-        described["soft_threshold"] = estimate.soft_threshold
-    return described
+    if regularization is None:
+        return {}
+    return {"regularization": regularization.value, "rule": regularization.rule}

@@ -334,11 +334,11 @@ class Scorer:
         """Return the terms of a sum over checkpoints, with derived targets, and what decides them beside the tables."""
         factors = self._factors(model_ids, estimate)
         trains = [self.store.checkpoint(model_id) for model_id in model_ids]
-        if not estimate.derives:
-            return list(map(streaming.CheckpointPair, factors, trains, targets)), describe(estimate, None)
+        if not estimate.transforms_targets:
+            return list(map(streaming.CheckpointPair, factors, trains, targets)), describe(None)
         groups, kernels = group_indices(estimate, targets[0]), self._kernels(estimate)
         found = kernels.regularization(model_ids, estimate) if estimate.kernel else None
-        described = describe(estimate, found)
+        described = describe(found)
         if groups is not None:
             described["groups"] = hashlib.sha256(groups.astype("<i8").tobytes()).hexdigest()
         held = self.memory_bytes // (4 * len(model_ids))

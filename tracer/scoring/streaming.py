@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from tracer._core.validation import bar_disabled
 from tracer.errors import NonFiniteError
-from tracer.scoring.estimators import Estimate, RunningTopK, self_influence
+from tracer.scoring.estimators import Estimate, self_influence
 from tracer.scoring.matmul import Multiplier, Plan
+from tracer.scoring.topk import RunningTopK
 from tracer.store import RowTable, ScoreArray
 from tracer.store.quantization import relative_rows, row_scale
 from tracer.types import TopK
@@ -167,7 +168,9 @@ class BandScorer:
         self.num_targets = pairs[0].targets.num_rows
         dim = max(1, pairs[0].train.dim)
         self._plan = Plan.of(memory_bytes, dim, self.num_targets)
-        self._multiplier = Multiplier(self._plan, device, "float32" if estimate.derives else pairs[0].train.storage)
+        self._multiplier = Multiplier(
+            self._plan, device, "float32" if estimate.transforms_targets else pairs[0].train.storage
+        )
         size = self._multiplier.target_bytes(self.num_targets, dim)
         self._resident: list[Tensor | None] = [None] * len(pairs)
         self._num_resident = min(len(pairs), self._plan.resident_bytes // size)
@@ -202,8 +205,6 @@ class BandScorer:
                     part[:, columns].add_(found.mul_(weights).mul_(right[columns]), alpha=pair.factor)
                 if ahead is not None:
                     ahead.consumed(len(part))
-        if self.estimate.soft_threshold:
-            out.copy_(torch.nn.functional.softshrink(out, self.estimate.soft_threshold))
 
     def _slopes(self, rows: np.ndarray) -> list[np.ndarray]:
         """Return Q of train rows at each checkpoint, or, for estimators with a kernel, their mean at each."""
@@ -218,7 +219,7 @@ class BandScorer:
 
     def _target_weights(self, pair: CheckpointPair) -> np.ndarray:
         """Return the factor of the products of each target row, ``[M]``, float64."""
-        if self.estimate.derives:  # which has put weights in
+        if self.estimate.transforms_targets:  # which has put weights in
             return pair.targets.column("scale").astype(np.float64)
         norm = pair.targets.column("gradient_norm")
         weights = self.estimate.target_weights(pair.targets.column("loss_grad"), norm)
@@ -485,7 +486,7 @@ def select_rows(
     scorer = BandScorer(pairs, estimate, device, memory_bytes)
     proponents, opponents = (RunningTopK(scorer.num_targets, k, largest) for largest in (True, False))
     for running, found in zip((proponents, opponents), begin or (), strict=False):
-        running.add(found)
+        running.merge(found)
     step = scorer.band_rows
     bands = [rows[first : first + step] for first in range(0, len(rows), step)]
     ahead = ReadAhead(pairs, bands)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tracer.scoring.estimators import Estimate, RunningTopK
+from tracer.scoring.estimators import Estimate
 from tracer.scoring.streaming import Band, CheckpointPair, select_rows
+from tracer.scoring.topk import RunningTopK
 from tracer.store import Store
 from tracer.store.topk_parts import Part, list_parts, load_part, remove_part, save_part, usable
 from tracer.types import TopK
@@ -75,7 +76,7 @@ class TopQuestion:
         merged = [RunningTopK(self.pairs[0].targets.num_rows, self.k, largest) for largest in (True, False)]
         for _, ends in loaded:
             for running, found in zip(merged, ends, strict=True):
-                running.add(found)
+                running.merge(found)
         proponents, opponents = (running.result() for running in merged)
         kept = {part.path for part, _ in loaded}
         if len(loaded) > 1:
