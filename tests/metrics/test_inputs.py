@@ -1,4 +1,4 @@
-"""What metrics take for arrays, and how they show their results."""
+"""What metrics take for arrays, and how they show their values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tracer
-from tracer.metrics import inputs, lds, results
+from tracer.metrics import inputs, lds, values
 
 
 def test_ragged_lists_are_named():
@@ -39,12 +39,12 @@ def test_the_first_value_that_is_not_finite_is_named():
 @pytest.mark.parametrize("index", [-1, 3])
 def test_row_indices_out_of_range_are_named(index):
     with pytest.raises(tracer.InputError, match=rf"rows \[k\] must be row indices from 0 to 2, got {index} at \[1\]"):
-        inputs.row_indices("rows", [0, index], "[k]", 3)
+        inputs.checked_indices("rows", [0, index], "[k]", 3)
 
 
 def test_row_indices_must_be_integers():
     with pytest.raises(tracer.InputTypeError, match=r"rows \[k\] must hold row indices, integers, got dtype float64"):
-        inputs.row_indices("rows", [0.0, 1.0], "[k]", 3)
+        inputs.checked_indices("rows", [0.0, 1.0], "[k]", 3)
 
 
 def test_a_target_names_each_row_once():
@@ -67,10 +67,10 @@ def test_results_are_shown_short():
 
 
 def test_short_texts_of_values():
-    assert results.shortened(1 / 3) == "0.3333"
-    assert results.shortened(12) == "12"
-    assert results.shortened(np.array([1.0, np.nan])) == "[1, nan]"
-    assert results.shortened(np.full((2, 2), np.nan)) == "<[2, 2] nan>"
+    assert values.shortened(1 / 3) == "0.3333"
+    assert values.shortened(12) == "12"
+    assert values.shortened(np.array([1.0, np.nan])) == "[1, nan]"
+    assert values.shortened(np.full((2, 2), np.nan)) == "<[2, 2] nan>"
 
 
 def test_results_cannot_be_changed():

@@ -1,8 +1,8 @@
-"""Measures of attribution on plain arrays, so that the scores of any library can be graded.
+"""Measures of attribution on plain arrays, which grade the scores of any library.
 
-Layout: N train rows, M targets, S subsets, R removals. Scores are ``[N, M]``; a positive score means a proponent:
-training on the row raised the target's output (or lowered its loss). Arguments are numpy arrays, torch tensors, lists
-or anything else that ``np.asarray`` takes.
+Layout: N training examples, M targets, S subsets, R removals. Scores are ``[N, M]``. A positive score means a
+proponent: training on the example raised the target's output, or lowered its loss. Arguments can be numpy arrays, torch
+tensors, lists, or anything else that ``np.asarray`` accepts.
 """
 
 from tracer.metrics.datamodels import LDS, lds

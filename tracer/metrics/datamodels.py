@@ -1,7 +1,4 @@
-"""The linear datamodeling score: do scores predict the outputs of models trained on subsets of the train rows?
-
-Layout of the bootstrap: subsets × resamples, ``[S, B]``, so that picking subsets in order copies whole rows.
-"""
+"""The linear datamodeling score: do scores predict the outputs of models trained on subsets of the training set?"""
 
 from __future__ import annotations
 
@@ -12,10 +9,11 @@ import numpy as np
 from tracer.errors import InputError
 from tracer.metrics.inputs import Array, flags, numbers, same_size, whole_number
 from tracer.metrics.ranks import rank_correlation, sorted_ties, subset_sums
-from tracer.metrics.results import Result, mean_over_targets
+from tracer.metrics.values import Result, mean_over_targets
 
+# Layout of the bootstrap: subsets × resamples, [S, B], so that picking subsets in order copies whole rows.
 _BLOCK = 1 << 18
-"""Subsets × resamples at once: what a core's cache holds."""
+"""Subsets × resamples that are computed at once: they fit into a core's cache."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -23,9 +21,9 @@ class LDS(Result):
     """The linear datamodeling score of a matrix of scores.
 
     Attributes:
-        mean: The mean of ``per_target`` over the targets where it is defined.
-        interval: Lower and upper end of the bootstrap interval of ``mean``; NaN without resamples.
-        per_target: ``[M]``, Spearman's correlation; NaN for targets whose outputs are all the same.
+        mean: The mean of ``per_target`` over the targets for which it is defined.
+        interval: The lower and upper end of the bootstrap interval of ``mean``; NaN without resamples.
+        per_target: ``[M]``, Spearman's correlation; NaN for targets whose outputs are all equal.
         resampled: ``[num_resamples]``, the mean on each resample of the subsets; lower than ``mean`` on average.
     """
 
@@ -35,20 +33,20 @@ class LDS(Result):
     resampled: np.ndarray
 
     def difference(self, other: LDS, confidence: float = 0.95) -> tuple[float, float]:
-        """Return the interval of ``self.mean - other.mean``, of two methods on the same subsets and targets.
+        """Return the interval of ``self.mean - other.mean`` for two methods on the same subsets and targets.
 
-        Both are computed on the same resamples, so what the subsets do to both alike cancels: the interval is narrower
-        than the two intervals side by side suggest. If it does not contain 0, the methods differ.
+        Both are computed on the same resamples, so common effects of the subsets cancel, and the interval is narrower
+        than the two intervals suggest. If it does not contain 0, the methods differ.
 
         Args:
-            other: From a call with the same masks, outputs, number of resamples and seed.
-            confidence: As for `lds`.
+            other: The result of a call with the same masks, outputs, number of resamples and seed.
+            confidence: As in `lds`.
 
         Returns:
-            Lower and upper end.
+            The lower and upper end.
 
         Raises:
-            InputError: The numbers of resamples differ or are 0, or ``confidence`` is not between 0 and 1.
+            InputError: If the numbers of resamples differ or are 0, or ``confidence`` is not between 0 and 1.
         """
         if len(self.resampled) != len(other.resampled) or len(self.resampled) == 0:
             raise InputError(
@@ -61,40 +59,37 @@ class LDS(Result):
 def lds(
     scores: Array, masks: Array, outputs: Array, *, num_resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> LDS:
-    """Return the linear datamodeling score (LDS).
+    """Return the linear datamodeling score (LDS) of Park et al. (2023), *TRAK*, definition 2.3.
 
-    Park et al. (2023), *TRAK*, definition 2.3: the model is trained anew on random subsets of the train rows, usually
-    halves. The predicted output on a subset is the sum of its rows' scores; the score of a target is Spearman's
-    correlation over subsets of predicted and true outputs, with average ranks for ties. ``mean`` is the mean over
-    targets. The form of predictions is that of the linear datamodels of Ilyas et al. (2022).
+    The model is retrained on random subsets of the training set, usually halves. The predicted output on a subset is
+    the sum of its examples' scores, as in the linear datamodels of Ilyas et al. (2022). The score of a target is
+    Spearman's correlation of predicted and true outputs over subsets, with average ranks for ties; ``mean`` is its mean
+    over targets.
 
-    The interval is a basic bootstrap over subsets (Davison & Hinkley 1997, section 5.2): subsets are drawn anew with
-    replacement, the same ones for all targets, and the mean is computed again, ranks included; the quantiles of its
-    deviations from ``mean`` are taken off ``mean``. Repeated subsets are ties and lower rank correlations, by more than
-    the interval's width where the LDS is high, which this corrects and the quantiles themselves (percentile bootstrap)
-    would not. The interval says what other subsets would have given on these targets; other targets and another
-    training of the model that was scored are not in it. The paper's code comes without intervals; that of Zheng et al.
-    (2024, D-TRAK) resamples subsets as well.
+    The interval is a basic bootstrap over subsets (Davison & Hinkley 1997, section 5.2): subsets are drawn with
+    replacement, the same ones for all targets, and quantiles of the deviations from ``mean`` are subtracted from
+    ``mean``. Repeated subsets are ties, which lower rank correlations; the percentile bootstrap would not correct that.
+    The interval covers the choice of subsets, not that of targets or of the training run that was scored.
 
-    A target whose predictions are all the same, up to rounding, counts as 0: nothing is predicted. A target whose
-    outputs are all the same has no correlation: NaN, left out of the mean. The same holds within a resample.
+    If the predictions of a target are all equal, up to rounding, it counts as 0. If its outputs are all equal, it is
+    NaN and left out of the mean. The same holds within a resample.
 
     Args:
-        scores: ``[N, M]``, finite; positive where the row raises the output.
-        masks: ``[S, N]``, True or 1 where the subset has the row.
-        outputs: ``[S, M]``, the output of each target after training on each subset: the margin or another quantity
-            that rises with what positive scores promise (minus the loss, not the loss). Of several trainings on one
-            subset give the mean.
-        num_resamples: How many resamples the interval is from; 0 for none.
-        confidence: How sure the interval is to be, such as 0.95.
-        seed: Seed of the resampling, at least 0.
+        scores: ``[N, M]``, finite; positive if the example raises the output.
+        masks: ``[S, N]``, True or 1 for examples in the subset.
+        outputs: ``[S, M]``, the output of each target after training on each subset: the margin, or another quantity
+            that increases as positive scores promise (for example minus the loss). Average over several trainings on
+            one subset.
+        num_resamples: The number of resamples for the interval. Default: 1000; 0 for none.
+        confidence: The confidence level of the interval. Default: 0.95.
+        seed: The seed of the resampling, at least 0.
 
     Returns:
-        Mean, interval and the values of each target.
+        The mean, its interval, and the value of each target.
 
     Raises:
-        InputError: Shapes do not agree, values are NaN, infinite or not 0 or 1, or all outputs are constant.
-        InputTypeError: An array does not hold numbers, or a count is not an integer.
+        InputError: If shapes do not agree, values are NaN, infinite or not 0 or 1, or all outputs are constant.
+        InputTypeError: If an array does not hold numbers, or a count is not an integer.
 
     >>> masks = [[1, 1, 0], [1, 0, 1], [0, 1, 1]]
     >>> lds([[3.0, 1.0], [2.0, 1.0], [1.0, 1.0]], masks, [[9.0, 1.0], [8.0, 2.0], [7.0, 3.0]], num_resamples=0)
@@ -113,7 +108,7 @@ def lds(
 
 
 def _checked(scores: Array, masks: Array, outputs: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the three arrays of `lds`, the masks as booleans, checked to be finite and to agree in shape."""
+    """Return the three arrays of `lds`, checked to be finite and to agree in shape; masks as booleans."""
     scores, masks = numbers("scores", scores, "[N, M]"), flags("masks", masks, "[S, N]")
     outputs = numbers("outputs", outputs, "[S, M]")
     same_size("scores [N, M]", len(scores), "masks [S, N]", masks.shape[1], "N")
@@ -125,20 +120,7 @@ def _checked(scores: Array, masks: Array, outputs: Array) -> tuple[np.ndarray, n
 
 
 def _interval(estimate: float, resampled: np.ndarray, confidence: float, limit: float) -> tuple[float, float]:
-    """Return the basic bootstrap interval of an estimate.
-
-    Args:
-        estimate: The value on all subsets.
-        resampled: ``[num_resamples]``, the value on each resample; NaN where it is not defined.
-        confidence: How sure the interval is to be.
-        limit: The largest absolute value that there can be.
-
-    Returns:
-        Lower and upper end; NaN where no resample is defined.
-
-    Raises:
-        InputError: ``confidence`` is not between 0 and 1.
-    """
+    """Return the basic bootstrap interval, clipped to ``[-limit, limit]``; NaN if no resample is defined."""
     if not 0 < confidence < 1:
         raise InputError(f"confidence must be between 0 and 1, got {confidence}.")
     defined = resampled[~np.isnan(resampled)]
@@ -150,17 +132,7 @@ def _interval(estimate: float, resampled: np.ndarray, confidence: float, limit: 
 
 
 def _resampled_means(predicted: np.ndarray, outputs: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
-    """Return the mean over targets of the rank correlation on each resample of the subsets.
-
-    Args:
-        predicted: ``[S, M]``.
-        outputs: ``[S, M]``.
-        num_resamples: How many resamples.
-        seed: Seed of the draws, which depend on it and on S alone.
-
-    Returns:
-        ``[num_resamples]``; NaN where no target is defined.
-    """
+    """Return the mean over targets of the rank correlation on each resample: ``[num_resamples]``, NaN if undefined."""
     num_subsets, num_targets = outputs.shape
     generator = np.random.default_rng(seed)
     means = np.empty(num_resamples)
@@ -180,16 +152,7 @@ def _resampled_means(predicted: np.ndarray, outputs: np.ndarray, num_resamples: 
 
 
 def _resampled_correlations(times: np.ndarray, predicted: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    """Return the rank correlation of one target on each resample.
-
-    Args:
-        times: ``[S, B]``, float64, how often each resample has each subset.
-        predicted: ``[S]``.
-        outputs: ``[S]``.
-
-    Returns:
-        ``[B]``; 0 where a resample's predictions are constant, NaN where its outputs are.
-    """
+    """Return one target's rank correlation on resamples ``[B]``: 0 if predictions are constant, NaN if outputs are."""
     x, y = _centred_ranks(times, predicted), _centred_ranks(times, outputs)
     weighted = times * x
     product, x_square = (weighted * y).sum(axis=0), (weighted * x).sum(axis=0)
@@ -199,18 +162,9 @@ def _resampled_correlations(times: np.ndarray, predicted: np.ndarray, outputs: n
 
 
 def _centred_ranks(times: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return twice the rank of each subset within each resample, minus the mean.
-
-    A value's copies and its equals share the mean of the places that they take up, which counts summed up in ascending
-    order tell: nothing is sorted again for a resample.
-
-    Args:
-        times: ``[S, B]``, float64, how often each resample has each subset.
-        values: ``[S]``.
-
-    Returns:
-        ``[S, B]``, float64, whole numbers.
-    """
+    """Return twice the rank of each subset within each resample, minus the mean: ``[S, B]``, whole numbers."""
+    # A value's copies and its equals share the mean of the places that they occupy. Counts summed in ascending order
+    # give that mean, so nothing is sorted again for each resample.
     order, first, last = (column[:, 0] for column in sorted_ties(values[:, None]))
     chosen = times[order]
     through = np.cumsum(chosen, axis=0)

@@ -1,4 +1,4 @@
-"""How well scores find mislabelled rows when rows are checked from the top of the ranking."""
+"""Detection of mislabelled examples that are checked in the order of a ranking."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 from tracer.errors import InputError
 from tracer.metrics.inputs import Array, flags, numbers, same_size, whole_number
 from tracer.metrics.ranks import average_ranks
-from tracer.metrics.results import Result
+from tracer.metrics.values import Result
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class MislabelDetection(Result):
-    """What is found when rows are checked by descending score.
+    """The result of checking examples by descending score.
 
     Attributes:
-        auc: The area under ``curve`` over the share of rows that were checked, by trapezoids. With the share p of
-            mislabelled rows it is ``p / 2 + (1 - p) * roc_auc``: a random order has 0.5, the best one ``1 - p / 2``.
-        roc_auc: The probability that a mislabelled row is ranked above a right one, ties counting half.
-        num_mislabelled: How many mislabelled rows there are.
-        curve: ``[N + 1]``, the share of the mislabelled rows that are among the first n rows, for n from 0 to N.
+        auc: The area under ``curve`` over the share of checked examples, by trapezoids. If a share p is mislabelled it
+            is ``p / 2 + (1 - p) * roc_auc``: 0.5 for a random order, ``1 - p / 2`` for the best one.
+        roc_auc: The probability that a mislabelled example is ranked above a correct one; ties count half.
+        num_mislabelled: The number of mislabelled examples.
+        curve: ``[N + 1]``, the share of mislabelled examples among the first n, for n from 0 to N.
     """
 
     auc: float
@@ -30,32 +30,32 @@ class MislabelDetection(Result):
     curve: np.ndarray
 
     def precision_at(self, k: int) -> float:
-        """Return the share of mislabelled rows among the first k.
+        """Return the share of mislabelled examples among the first k.
 
         Args:
-            k: How many rows are checked, from 1 to N.
+            k: The number of examples checked, from 1 to N.
 
         Returns:
             The share, from 0 to 1.
 
         Raises:
-            InputError: k is out of bounds.
-            InputTypeError: k is not an integer.
+            InputError: If k is out of bounds.
+            InputTypeError: If k is not an integer.
         """
         k = whole_number("k", k, 1, len(self.curve) - 1)
         return float(self.curve[k]) * self.num_mislabelled / k
 
     def recall_at(self, share: float) -> float:
-        """Return the share of the mislabelled rows that is found when a share of all rows is checked.
+        """Return the share of the mislabelled examples that is found by checking a share of all examples.
 
         Args:
-            share: From 0 to 1, rounded to the nearest row.
+            share: From 0 to 1, rounded to the nearest example.
 
         Returns:
             The share, from 0 to 1.
 
         Raises:
-            InputError: ``share`` is out of bounds.
+            InputError: If ``share`` is out of bounds.
         """
         if not 0 <= share <= 1:
             raise InputError(f"share must be from 0 to 1, got {share}.")
@@ -63,22 +63,22 @@ class MislabelDetection(Result):
 
 
 def mislabel_detection(scores: Array, is_mislabelled: Array) -> MislabelDetection:
-    """Return how well scores, such as self-influence, find mislabelled rows.
+    """Return how well scores, for example self-influence, find mislabelled examples.
 
-    The curve is that of Pruthi et al. (2020), *TracIn*, section 4: rows are checked by descending score. Rows of
-    equal score are in random order, and everything is the expectation over it. So the order of rows in the arrays does
-    not matter, and scores that are all the same have an area of 0.5.
+    The curve is that of Pruthi et al. (2020), *TracIn*, section 4: examples are checked by descending score. Examples
+    of equal score are in random order, and the result is the expectation over it. So the order of the arrays does not
+    matter, and constant scores have an area of 0.5.
 
     Args:
         scores: ``[N]``, finite; higher is more suspicious.
-        is_mislabelled: ``[N]``, True or 1 for rows whose label is wrong.
+        is_mislabelled: ``[N]``, True or 1 for examples whose label is wrong.
 
     Returns:
-        The curve, its area, and precision and recall at a number of rows.
+        The curve, its area, and precision and recall at any cutoff.
 
     Raises:
-        InputError: Shapes do not agree, a score is NaN or infinite, or all rows or none are mislabelled.
-        InputTypeError: The arrays do not hold numbers.
+        InputError: If shapes do not agree, a score is NaN or infinite, or all or no examples are mislabelled.
+        InputTypeError: If the arrays do not hold numbers.
 
     >>> found = mislabel_detection([0.9, 0.1, 0.5, 0.5], [True, False, True, False])
     >>> found

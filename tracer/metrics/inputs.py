@@ -1,7 +1,4 @@
-"""Arguments of metrics as checked numpy arrays.
-
-Shapes are named in messages by their letters, such as ``[N, M]``.
-"""
+"""Arguments of metrics as checked numpy arrays. Messages name shapes by letters, for example ``[N, M]``."""
 
 from __future__ import annotations
 
@@ -15,23 +12,11 @@ from torch import Tensor
 from tracer.errors import InputError, InputTypeError
 
 Array = npt.ArrayLike | Tensor
-"""What a metric takes for an array."""
+"""Anything that a metric accepts as an array."""
 
 
 def as_array(name: str, value: Array, shape: str) -> np.ndarray:
-    """Return an argument as a numpy array with the right number of dimensions.
-
-    Args:
-        name: The argument's name, for messages.
-        value: What came.
-        shape: The expected shape in letters, such as ``"[N, M]"``.
-
-    Returns:
-        The array, without a copy where there need be none; bfloat16 as float32.
-
-    Raises:
-        InputError: It has another number of dimensions, is ragged or is empty.
-    """
+    """Return a numpy array with as many dimensions as ``shape`` has letters; bfloat16 becomes float32."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         value = value.float() if value.dtype == torch.bfloat16 else value  # numpy has no such dtype
@@ -45,19 +30,11 @@ def as_array(name: str, value: Array, shape: str) -> np.ndarray:
 
 
 def numbers(name: str, value: Array, shape: str) -> np.ndarray:
-    """Return an argument as an array of finite numbers.
-
-    Args:
-        name: The argument's name, for messages.
-        value: What came.
-        shape: The expected shape in letters.
-
-    Returns:
-        An array of booleans, integers or floats, in the dtype that came.
+    """Return an array of finite booleans, integers or floats, in its own dtype, or raise naming the first bad value.
 
     Raises:
-        InputError: A value is NaN or infinite, or the shape is another.
-        InputTypeError: It does not hold real numbers.
+        InputError: If a value is NaN or infinite, or the shape is another.
+        InputTypeError: If it does not hold real numbers.
 
     >>> numbers("scores", [[0.5, float("nan")]], "[N, M]")
     Traceback (most recent call last):
@@ -78,19 +55,11 @@ def numbers(name: str, value: Array, shape: str) -> np.ndarray:
 
 
 def flags(name: str, value: Array, shape: str) -> np.ndarray:
-    """Return an argument that says yes or no as booleans.
-
-    Args:
-        name: The argument's name, for messages.
-        value: Booleans, or numbers that are all 0 or 1.
-        shape: The expected shape in letters.
-
-    Returns:
-        A boolean array.
+    """Return booleans from booleans or from numbers that are all 0 or 1.
 
     Raises:
-        InputError: A number is neither 0 nor 1, or the shape is another.
-        InputTypeError: It does not hold real numbers.
+        InputError: If a number is neither 0 nor 1, or the shape is another.
+        InputTypeError: If it does not hold real numbers.
 
     >>> flags("masks", [[1, 0], [0, 1]], "[S, N]").tolist()
     [[True, False], [False, True]]
@@ -106,22 +75,8 @@ def flags(name: str, value: Array, shape: str) -> np.ndarray:
     return array.astype(np.bool_)
 
 
-def row_indices(name: str, value: Array, shape: str, num_rows: int) -> np.ndarray:
-    """Return an argument that names train rows.
-
-    Args:
-        name: The argument's name, for messages.
-        value: Integers.
-        shape: The expected shape in letters.
-        num_rows: How many train rows there are.
-
-    Returns:
-        An int64 array.
-
-    Raises:
-        InputError: An index is negative or too large, or the shape is another.
-        InputTypeError: It does not hold integers.
-    """
+def checked_indices(name: str, value: Array, shape: str, num_rows: int) -> np.ndarray:
+    """Return int64 indices of training examples, all from 0 to ``num_rows - 1``."""
     array = as_array(name, value, shape)
     if array.dtype.kind not in "iu":
         raise InputTypeError(f"{name} {shape} must hold row indices, integers, got dtype {array.dtype}.")
@@ -134,21 +89,8 @@ def row_indices(name: str, value: Array, shape: str, num_rows: int) -> np.ndarra
 
 
 def proponent_indices(name: str, value: Array, num_rows: int) -> np.ndarray:
-    """Return the train rows of each target, each row once, as ``top(...).indices`` has them.
-
-    Args:
-        name: The argument's name, for messages.
-        value: ``[M, k]``, integers.
-        num_rows: How many train rows there are.
-
-    Returns:
-        ``[M, k]``, int64.
-
-    Raises:
-        InputError: A target names a row twice, an index is out of range, or the shape is another.
-        InputTypeError: It does not hold integers.
-    """
-    array = row_indices(name, value, "[M, k]", num_rows)
+    """Return ``[M, k]``, int64: training examples of each target, none twice, as in ``top(...).indices``."""
+    array = checked_indices(name, value, "[M, k]", num_rows)
     ordered = np.sort(array, axis=1)
     twice = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
     if twice.any():
@@ -157,38 +99,13 @@ def proponent_indices(name: str, value: Array, num_rows: int) -> np.ndarray:
 
 
 def same_size(first: str, first_size: int, second: str, second_size: int, letter: str) -> None:
-    """Check that two arguments agree in the size of an axis.
-
-    Args:
-        first: Name and shape of one argument, such as ``"scores [N, M]"``.
-        first_size: Its size along the axis.
-        second: Name and shape of the other one.
-        second_size: Its size along the axis.
-        letter: The letter of the axis.
-
-    Raises:
-        InputError: The sizes differ.
-    """
+    """Raise InputError if two arguments differ in the size of the axis ``letter``; names include shapes."""
     if first_size != second_size:
         raise InputError(f"{first} and {second} must agree in {letter}, got {first_size} and {second_size}.")
 
 
 def whole_number(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
-    """Return an argument as an int within bounds.
-
-    Args:
-        name: The argument's name, for messages.
-        value: What came.
-        minimum: The smallest value allowed.
-        maximum: The largest value allowed; None for no limit.
-
-    Returns:
-        The number.
-
-    Raises:
-        InputError: It is out of bounds.
-        InputTypeError: It is not an integer.
-    """
+    """Return an int within bounds; ``maximum=None`` means no upper bound."""
     try:
         number = operator.index(value)  # type: ignore[arg-type]  # what does not fit raises TypeError
     except TypeError as error:

@@ -1,7 +1,7 @@
-"""What happens when proponents are acted on: removed before training, or trained on once more.
+"""The effect of acting on proponents: removing them before training, or training on them once more.
 
-Training is the caller's: it comes as a function. For the removals it takes masks of several trainings at once, so that
-models can be trained together.
+The caller trains, through a function. For removals it receives masks of several trainings at once, so that models can
+be trained together.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import numpy as np
 
 from tracer.errors import InputError
 from tracer.metrics.inputs import Array, numbers, proponent_indices, whole_number
-from tracer.metrics.results import Result
+from tracer.metrics.values import Result
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Brittleness(Result):
-    """How many top proponents must go until a target's prediction flips.
+    """The number of top proponents that must be removed to flip a target's prediction.
 
     Attributes:
-        counts: ``[C]``, int64, ascending: how many proponents were removed.
-        share_flipped: ``[C]``, the share of targets whose prediction is wrong without so many proponents, of those
-            that are right with all rows.
-        smallest: ``[M]``, the smallest count that flips the target; infinity where none does, NaN for targets that
-            are wrong with all rows.
-        margins: ``[M, C]``, the margin after each removal; NaN for targets that are wrong with all rows.
-        initial: ``[M]``, the margin with all rows.
+        counts: ``[C]``, int64, ascending: the numbers of proponents removed.
+        share_flipped: ``[C]``, the share of targets whose prediction becomes wrong, among those that are right with all
+            training examples.
+        smallest: ``[M]``, the smallest count that flips the target; infinity if none does, NaN for targets that are
+            wrong with all training examples.
+        margins: ``[M, C]``, the margin after each removal; NaN for targets that are wrong with all training examples.
+        initial: ``[M]``, the margin with all training examples.
     """
 
     counts: np.ndarray
@@ -45,33 +45,34 @@ def brittleness(
     counts: Sequence[int] | None = None,
     batch_size: int | None = None,
 ) -> Brittleness:
-    """Return how many top proponents must be removed, and the model trained again, to flip each target's prediction.
+    """Return how many top proponents must be removed, with retraining, to flip each target's prediction.
 
-    The brittle predictions of Ilyas et al. (2022), *Datamodels*: a target's data support is the smallest set of train
-    rows without which it is misclassified; the first rows of an attribution's ranking bound its size from above. The
-    better the ranking, the fewer rows. Compare with random rows of the target's class: any removal flips some.
+    The brittle predictions of Ilyas et al. (2022), *Datamodels*: a target's data support is the smallest set of
+    training examples without which it is misclassified, and an attribution's ranking bounds its size from above. The
+    better the ranking, the fewer examples. Compare with random examples of the target's class, since any removal flips
+    some.
 
-    All counts are tried for each target, since fewer rows sometimes flip what more do not. Counts between are not
-    interpolated. Training differs from seed to seed, so let ``predict`` average the margin over several.
+    All counts are tried for each target, because fewer examples sometimes flip what more do not. Training varies with
+    the seed, so let ``predict`` average the margin over several.
 
     Args:
-        proponents: ``[M, k]``, train rows of each target, strongest first, as ``tracer.top(...).indices``.
-        predict: Takes ``keep [R, N]``, bool, the train rows of R trainings, and returns the margins ``[R, M]`` of all
-            targets after each: positive where the prediction is still right. It is called first with one mask of all
-            rows, then for the targets that this one gets right.
+        proponents: ``[M, k]``, training examples of each target, strongest first, as in ``tracer.top(...).indices``.
+        predict: A function of ``keep [R, N]``, bool, the training examples of R trainings. It returns the margins ``[R,
+            M]`` of all targets after each: positive if the prediction is right. The first call has one mask of all
+            examples; later calls serve the targets that this one gets right.
         train_set_size: N.
-        counts: How many proponents to remove, each from 1 to k; None for 1, 2, 4, 8 and so on, and k.
-        batch_size: How many trainings to ask for at once; None for all.
+        counts: The numbers of proponents to remove, each from 1 to k. Default: 1, 2, 4, 8, ..., and k.
+        batch_size: The number of trainings per call. Default: all.
 
     Returns:
         The smallest count of each target, and the share flipped at each count.
 
     Raises:
-        InputError: An index is out of range or twice in a row, a count is out of range, ``predict`` returns another
-            shape or a value that is not finite, or no target is right with all rows.
-        InputTypeError: Indices or counts are not integers.
+        InputError: If an index is out of range or repeated, a count is out of range, ``predict`` returns another shape
+            or values that are not finite, or no target is right with all examples.
+        InputTypeError: If indices or counts are not integers.
 
-    >>> def predict(keep):  # two targets that need two of rows 0 to 2, and row 3
+    >>> def predict(keep):  # two targets that need two of examples 0 to 2, and example 3
     ...     return np.stack([keep[:, :3].sum(1) - 1.5, keep[:, 3] - 0.5], axis=1)
     >>> found = brittleness([[0, 1, 2], [2, 3, 0]], predict, train_set_size=5)
     >>> found.counts.tolist(), found.share_flipped.tolist(), found.smallest.tolist()
@@ -101,12 +102,12 @@ def brittleness(
 
 @dataclass(frozen=True, repr=False, eq=False)
 class TailPatch(Result):
-    """What one more training step on proponents does to the target's output.
+    """The effect of one more training step on proponents on the target's output.
 
     Attributes:
         mean: The mean of ``per_target``.
         per_target: ``[M]``, the mean change of the target's output over its steps.
-        changes: ``[M, k]``, the change by a step on each proponent; ``[M, 1]`` by the one step on all of them.
+        changes: ``[M, k]``, the change by a step on each proponent; ``[M, 1]`` for one step on all of them.
     """
 
     mean: float
@@ -120,31 +121,31 @@ def tail_patch(
     """Return how much one training step on a target's proponents raises its output.
 
     The tail-patch score of Chang et al. (2024), *Scalable Influence and Fact Tracing for Large Language Model
-    Pretraining*: from the last checkpoint one step is taken on a proponent, and the increase in the target's
-    probability is averaged over the top proponents. It measures the effect of training on the rows once more, not of
-    having left them out, and needs no other training. It favours what gradients at the last checkpoint favour.
+    Pretraining*: one step is taken from the last checkpoint on each proponent, and the increase in the target's
+    probability is averaged. It measures training on the examples once more, not leaving them out, and needs no
+    retraining. It favors methods that use gradients at the last checkpoint.
 
     Args:
-        proponents: ``[M, k]``, train rows of each target, as ``tracer.top(...).indices``.
-        step: Takes ``rows [n]`` and ``targets [t]``, int64: puts the model and the optimizer back to the checkpoint,
-            takes one training step on the rows, and returns the change of these targets' outputs, ``[t]``, after minus
-            before: of the probability or log-probability of what the target says, or of another output that rises as
-            the prediction gets better.
+        proponents: ``[M, k]``, training examples of each target, as in ``tracer.top(...).indices``.
+        step: A function of ``rows [n]`` and ``targets [t]``, int64. It restores model and optimizer to the checkpoint,
+            takes one training step on the examples, and returns the change of these targets' outputs, ``[t]``, after
+            minus before: of a probability or log-probability, or of another output that increases with a better
+            prediction.
         train_set_size: N.
-        together: One step on all k proponents of a target, instead of a step on each. Single rows that several targets
-            share are stepped on once, for all of them.
+        together: Take one step on all k proponents of a target instead of a step on each. Without it, an example that
+            several targets share is stepped on once, for all of them.
 
     Returns:
-        The mean change, that of each target, and of each step.
+        The mean change, that of each target, and that of each step.
 
     Raises:
-        InputError: An index is out of range or twice in a row, or ``step`` returns another shape or a value that is
-            not finite.
-        InputTypeError: Indices are not integers, or ``step`` does not return numbers.
+        InputError: If an index is out of range or repeated, or ``step`` returns another shape or values that are not
+            finite.
+        InputTypeError: If indices are not integers, or ``step`` does not return numbers.
 
-    >>> gain = np.array([0.5, -0.1, 0.2])  # what a step on each of three rows gives any target
+    >>> effect = np.array([0.5, -0.1, 0.2])  # of a step on each of three examples, on any target
     >>> def step(rows, targets):
-    ...     return np.repeat(gain[rows].sum(), len(targets))
+    ...     return np.repeat(effect[rows].sum(), len(targets))
     >>> tail_patch([[0, 1], [2, 0]], step, train_set_size=3)
     TailPatch(mean=0.275, per_target=[0.2, 0.35], changes=<[2, 2] from -0.1 to 0.5>)
     """
@@ -172,19 +173,7 @@ def _margins_without(
     num_rows: int,
     batch_size: int | None,
 ) -> np.ndarray:
-    """Return each target's margin after training without its first proponents.
-
-    Args:
-        proponents: ``[M, k]``.
-        targets: ``[t]``, which of the M targets are asked for.
-        counts: ``[C]``, how many proponents to remove.
-        predict: See `brittleness`.
-        num_rows: N.
-        batch_size: How many trainings to ask for at once; None for all.
-
-    Returns:
-        ``[t, C]``.
-    """
+    """Return each target's margin ``[t, C]`` after training without its first proponents, for each of C counts."""
     removals = [(target, count) for target in targets for count in counts]
     step = batch_size or len(removals)
     margins: list[float] = []
@@ -204,7 +193,7 @@ def _powers_of_two(k: int) -> list[int]:
 
 
 def _margins(predict: Callable[[np.ndarray], Array], keep: np.ndarray, num_targets: int) -> np.ndarray:
-    """Return what a prediction function says of masks ``[R, N]``, checked to be ``[R, M]``, finite."""
+    """Call ``predict`` with masks ``[R, N]`` and check that it returns finite margins ``[R, M]``."""
     margins = numbers("the margins that predict returns", predict(keep), "[R, M]")
     if margins.shape != (len(keep), num_targets):
         raise InputError(
@@ -215,7 +204,7 @@ def _margins(predict: Callable[[np.ndarray], Array], keep: np.ndarray, num_targe
 
 
 def _changes(step: Callable[[np.ndarray, np.ndarray], Array], rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Return what a step on rows does to the outputs of targets, checked to be ``[t]``, finite."""
+    """Call ``step`` and check that it returns finite changes ``[t]``."""
     changes = numbers("the changes that step returns", step(rows, targets), "[t]")
     if len(changes) != len(targets):
         raise InputError(f"step must return a change for each of its {len(targets)} targets, got {len(changes)}.")

@@ -1,4 +1,4 @@
-"""Ranks with ties, correlations column by column, and sums of scores over subsets of train rows."""
+"""Ranks with ties, correlations by column, and sums of scores over subsets of training examples."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from tracer.errors import InputError
 from tracer.metrics.inputs import Array, numbers
 
 _BLOCK = 1 << 22
-"""How many float64 values of a block are converted and ranked at once."""
+"""The number of float64 values that are converted and ranked at once."""
 
 
 def spearman(x: Array, y: Array) -> np.ndarray:
     """Return Spearman's rank correlation of each column of two arrays.
 
-    Spearman (1904): Pearson's correlation of the ranks, where equal values share the mean of their ranks.
+    Spearman (1904): Pearson's correlation of the ranks, with average ranks for ties.
 
     Args:
         x: ``[S, M]``, finite.
         y: ``[S, M]``, finite.
 
     Returns:
-        ``[M]``, float64, from -1 to 1; NaN where a column of either is constant.
+        ``[M]``, float64, from -1 to 1; NaN if a column of either is constant.
 
     Raises:
-        InputError: The shapes differ, there are fewer than two rows, or a value is NaN or infinite.
+        InputError: If the shapes differ, S is below 2, or a value is NaN or infinite.
 
     >>> spearman([[1, 1], [2, 2], [9, 2]], [[0.1, 5], [0.2, 4], [0.3, 3]]).round(3).tolist()
     [1.0, -0.866]
@@ -36,29 +36,14 @@ def spearman(x: Array, y: Array) -> np.ndarray:
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return what `spearman` does, of arrays that are checked already.
-
-    Args:
-        x: ``[S, M]``.
-        y: ``[S, M]``.
-
-    Returns:
-        ``[M]``, NaN where a column is constant.
-    """
+    """Return `spearman` of checked arrays ``[S, M]``."""
     columns = max(1, _BLOCK // len(x))
     parts = [slice(first, first + columns) for first in range(0, x.shape[1], columns)]
     return np.concatenate([pearson(average_ranks(x[:, part]), average_ranks(y[:, part])) for part in parts])
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return Pearson's correlation of each column of two arrays.
-
-    Args:
-        x: ``[S, M]``.
-        y: ``[S, M]``.
-
-    Returns:
-        ``[M]``, float64; NaN where a column of either is constant.
+    """Return Pearson's correlation of each column of two arrays ``[S, M]``: ``[M]``, NaN if a column is constant.
 
     >>> pearson(np.array([[1.0], [2.0], [3.0]]), np.array([[0.0], [0.0], [1e-200]])).round(3).tolist()
     [0.866]
@@ -71,13 +56,7 @@ def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def average_ranks(values: np.ndarray) -> np.ndarray:
-    """Return the rank of each value in its column; equal values share the mean of their ranks.
-
-    Args:
-        values: ``[S, M]``.
-
-    Returns:
-        ``[S, M]``, float64, from 1 to S.
+    """Return the rank of each value in its column ``[S, M]``, from 1 to S; equal values share their mean rank.
 
     >>> average_ranks(np.array([[5], [1], [5], [7]])).ravel().tolist()
     [2.5, 1.0, 2.5, 4.0]
@@ -89,14 +68,7 @@ def average_ranks(values: np.ndarray) -> np.ndarray:
 
 
 def sorted_ties(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the ascending order of each column, and where the equal values of each place begin and end.
-
-    Args:
-        values: ``[S, M]``.
-
-    Returns:
-        Three ``[S, M]``, int64: the row of each place, and the first and last place whose value is the same.
-    """
+    """Return each column's ascending order, and the first and last place of the value at each place: ``[S, M]``."""
     order = np.argsort(values, axis=0, kind="stable")
     ordered = np.take_along_axis(values, order, axis=0)
     differs = ordered[1:] != ordered[:-1]
@@ -108,18 +80,7 @@ def sorted_ties(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def subset_sums(masks: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sum of the scores of each subset of train rows.
-
-    Args:
-        masks: ``[S, N]``, bool.
-        scores: ``[N, M]``.
-
-    Returns:
-        ``[S, M]``, float64: the sums; ``[M]``, bool: targets whose sums are all equal but for rounding.
-
-    Raises:
-        InputError: A sum is beyond float64.
-    """
+    """Return sums of scores over subsets ``[S, M]``, and the targets whose sums are equal but for rounding ``[M]``."""
     num_subsets, num_rows = masks.shape
     sums = np.zeros((num_subsets, scores.shape[1]))
     magnitudes = np.zeros_like(sums)
@@ -133,26 +94,14 @@ def subset_sums(masks: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def equal_but_for_rounding(sums: np.ndarray, magnitudes: np.ndarray, num_terms: int) -> np.ndarray:
-    """Return for which targets all sums are equal up to the rounding that adding up can have caused.
-
-    Args:
-        sums: ``[S, M]``, float64.
-        magnitudes: ``[S, M]``, the sums of the absolute values.
-        num_terms: The largest number of terms of a sum.
-
-    Returns:
-        ``[M]``, bool.
-
-    Raises:
-        InputError: A sum is beyond float64.
-    """
+    """Return the targets whose ``sums [S, M]`` are equal up to the rounding of adding ``num_terms`` values: ``[M]``."""
     if not np.isfinite(magnitudes).all():
         raise InputError("scores [N, M] are so large that sums of them overflow float64: divide all by one number.")
     return np.ptp(sums, axis=0) <= num_terms * np.finfo(np.float64).eps * magnitudes.max(axis=0)
 
 
 def _centred(values: np.ndarray) -> np.ndarray:
-    """Return columns with mean zero, in units of their largest value; zeros where all values are equal."""
+    """Return columns with mean zero in units of their largest value; zeros if all values are equal."""
     values = values.astype(np.float64)
     largest = np.abs(values).max(axis=0)
     values = values / np.where(largest > 0, largest, 1)  # squares neither overflow nor vanish

@@ -1,4 +1,4 @@
-"""Do scores predict what leaving rows out and training again does? Leave one out, and leave k out."""
+"""Leave-one-out and leave-k-out: do scores predict the effect of leaving examples out and training again?"""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tracer.errors import InputError
-from tracer.metrics.inputs import Array, as_array, numbers, row_indices, same_size
+from tracer.metrics.inputs import Array, as_array, checked_indices, numbers, same_size
 from tracer.metrics.ranks import equal_but_for_rounding, pearson, rank_correlation, subset_sums
-from tracer.metrics.results import Result, mean_over_targets
+from tracer.metrics.values import Result, mean_over_targets
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -18,10 +18,10 @@ class RemovalCorrelation(Result):
     """Correlations of predicted and true changes over removals.
 
     Attributes:
-        pearson: The mean of ``pearson_per_target`` over the targets where it is defined.
+        pearson: The mean of ``pearson_per_target`` over the targets for which it is defined.
         spearman: The mean of ``spearman_per_target`` over the same targets.
-        pearson_per_target: ``[M]``; NaN for targets that no removal changes differently from another.
-        spearman_per_target: ``[M]``, likewise.
+        pearson_per_target: ``[M]``; NaN for targets that all removals change equally.
+        spearman_per_target: ``[M]``; NaN for the same targets.
     """
 
     pearson: float
@@ -31,31 +31,30 @@ class RemovalCorrelation(Result):
 
 
 def removal_correlation(scores: Array, removed: Array | Sequence[Array], changes: Array) -> RemovalCorrelation:
-    """Return how well scores predict the effect of leaving rows out and training again.
+    """Return how well scores predict the effect of leaving examples out and training again.
 
-    For each target the correlation, over removals, of the sum of the removed rows' scores with the true change: the
-    leave-one-out and leave-k-out comparisons of Koh & Liang (2017), section 4.1, there with a scatter plot and
-    Pearson's correlation. Single rows change an output by less than another seed of the training does, unless the
-    model is convex: take the mean over several trainings, or remove more rows at once.
+    For each target, the correlation over removals of the summed scores of the removed examples with the true change:
+    the comparisons of Koh & Liang (2017), section 4.1. Unless the model is convex, a single example changes an output
+    by less than another seed does: average over several trainings, or remove more examples at once.
 
-    Pearson's correlation asks for changes in proportion to scores, whatever the positive factor; Spearman's for their
-    order. A target whose predicted changes are all the same, up to rounding, counts as 0. One whose true changes are
-    all the same has no correlation: NaN, left out of the means.
+    Pearson's correlation tests whether changes are proportional to scores, Spearman's whether they have the same order.
+    If the predicted changes of a target are all equal, up to rounding, it counts as 0. If its true changes are all
+    equal, it is NaN and left out of the means.
 
     Args:
-        scores: ``[N, M]``, finite; positive where the row raises the output.
-        removed: The rows of each of R removals: ``[R]`` integers, one row each; ``[R, k]`` integers or a list of R
-            lists of integers, several rows each; or ``[R, N]`` booleans, True where the row is left out.
-        changes: ``[R, M]``, the output with all rows minus the output without the removed rows. Positive: the rows
-            raised the output. For a loss take minus the loss as the output: the loss without them minus the loss with.
+        scores: ``[N, M]``, finite; positive if the example raises the output.
+        removed: The examples of each of R removals: ``[R]`` integers, one example each; ``[R, k]`` integers or a list
+            of R lists of integers, several each; or ``[R, N]`` booleans, True for examples left out.
+        changes: ``[R, M]``, the output with all examples minus the output without the removed ones, so positive if they
+            raised the output. For a loss: the loss without them minus the loss with them.
 
     Returns:
         Both correlations, of each target and their means.
 
     Raises:
-        InputError: Shapes do not agree, an index is out of range or twice in a removal, values are NaN or infinite, or
-            all changes are constant.
-        InputTypeError: An array does not hold numbers, or ``removed`` neither integers nor booleans.
+        InputError: If shapes do not agree, an index is out of range or repeated within a removal, values are NaN or
+            infinite, or all changes are constant.
+        InputTypeError: If an array does not hold numbers, or ``removed`` holds neither integers nor booleans.
 
     >>> removal_correlation([[3.0], [1.0], [-2.0]], removed=[0, 1, 2], changes=[[0.3], [0.2], [0.0]])
     RemovalCorrelation(pearson=0.9972, spearman=1, pearson_per_target=[0.9972], spearman_per_target=[1])
@@ -77,19 +76,7 @@ def removal_correlation(scores: Array, removed: Array | Sequence[Array], changes
 
 
 def _predicted_changes(removed: Array | Sequence[Array], scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sum of the scores of the rows of each removal.
-
-    Args:
-        removed: See `removal_correlation`.
-        scores: ``[N, M]``.
-
-    Returns:
-        ``[R, M]``, float64: the sums; ``[M]``, bool: targets whose sums are all equal but for rounding.
-
-    Raises:
-        InputError: An index is out of range or twice in a removal, or a removal is empty.
-        InputTypeError: There are neither integers nor booleans.
-    """
+    """Return summed scores of removals ``[R, M]``, and the targets whose sums are equal but for rounding ``[M]``."""
     groups = _groups(removed)
     if all(group.dtype == np.bool_ for group in groups):
         for index, group in enumerate(groups):
@@ -99,7 +86,7 @@ def _predicted_changes(removed: Array | Sequence[Array], scores: np.ndarray) -> 
         return subset_sums(np.stack(groups), scores)
     sums, magnitudes = np.empty((2, len(groups), scores.shape[1]))
     for index, group in enumerate(groups):
-        rows = row_indices(f"removed[{index}]", group, "[k]", len(scores))
+        rows = checked_indices(f"removed[{index}]", group, "[k]", len(scores))
         if len(np.unique(rows)) < len(rows):
             raise InputError(f"removed[{index}] names a row twice. Masks of 0 and 1 must be booleans.")
         chosen = scores[rows].astype(np.float64)
@@ -108,7 +95,7 @@ def _predicted_changes(removed: Array | Sequence[Array], scores: np.ndarray) -> 
 
 
 def _groups(removed: Array | Sequence[Array]) -> list[np.ndarray]:
-    """Return an array for each removal: the indices of its rows, or a mask of all rows."""
+    """Return an array for each removal: indices of its examples, or a mask over all examples."""
     if isinstance(removed, Sequence) and not all(isinstance(row, int | np.integer) for row in removed):
         return [as_array(f"removed[{index}]", rows, "[k]") for index, rows in enumerate(removed)]
     dimensions = np.ndim(removed)  # type: ignore[arg-type]  # torch tensors have dimensions, too

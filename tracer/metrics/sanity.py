@@ -1,4 +1,4 @@
-"""Tests that need no training: are proponents of the target's class, and do scores depend on what was learnt?"""
+"""Checks without training: are proponents of the target's class, and do scores depend on what was learned?"""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 from tracer.errors import InputError
 from tracer.metrics.inputs import Array, as_array, numbers, proponent_indices, same_size
 from tracer.metrics.ranks import rank_correlation
-from tracer.metrics.results import Result, mean_over_targets
+from tracer.metrics.values import Result, mean_over_targets
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class ClassAgreement(Result):
-    """How many proponents are of their target's class.
+    """The share of proponents that are of their target's class.
 
     Attributes:
         mean: The mean of ``per_target``.
-        chance: What ``mean`` would be for train rows drawn at random.
+        chance: The expected ``mean`` for training examples drawn at random.
         per_target: ``[M]``, the share of the k proponents, from 0 to 1.
     """
 
@@ -30,21 +30,21 @@ class ClassAgreement(Result):
 def class_agreement(indices: Array, train_labels: Array, target_labels: Array) -> ClassAgreement:
     """Return the share of proponents that are of their target's class.
 
-    The identical class test of Hanawa et al. (2021), *Evaluation of Similarity-based Explanations*, there for the
-    first proponent (k = 1) and the class that the model predicts for the target. High values are plausible
-    explanations; they do not show that the rows had the effect: a nearest neighbour of the same class passes.
+    The identical class test of Hanawa et al. (2021), *Evaluation of Similarity-based Explanations*, which uses the
+    first proponent (k = 1) and the class predicted for the target. High values mean plausible explanations. They do not
+    show that the examples had the effect: a nearest neighbor of the same class passes.
 
     Args:
-        indices: ``[M, k]``, train rows of each target, each at most once, as ``tracer.top(...).indices``.
+        indices: ``[M, k]``, training examples of each target, each at most once, as in ``tracer.top(...).indices``.
         train_labels: ``[N]``, integers, booleans or strings.
-        target_labels: ``[M]``, the class of each target, likewise: predicted classes for the test as published.
+        target_labels: ``[M]``, of the same kind: the class of each target, for the published test the predicted one.
 
     Returns:
-        The share of each target, the mean, and what chance gives.
+        The share of each target, the mean, and the share by chance.
 
     Raises:
-        InputError: Shapes do not agree, or an index is out of range or twice in a row.
-        InputTypeError: Indices are not integers, or the two kinds of labels cannot be compared.
+        InputError: If shapes do not agree, or an index is out of range or repeated.
+        InputTypeError: If indices are not integers, or the two kinds of labels cannot be compared.
 
     >>> class_agreement([[0, 2], [1, 0]], train_labels=[7, 3, 7], target_labels=[7, 3])
     ClassAgreement(mean=0.75, chance=0.5, per_target=[1, 0.5])
@@ -63,13 +63,13 @@ def class_agreement(indices: Array, train_labels: Array, target_labels: Array) -
 
 @dataclass(frozen=True, repr=False, eq=False)
 class RandomizationCheck(Result):
-    """How far scores are those of a model that has learnt nothing.
+    """The similarity of scores to those of a model that has learned nothing.
 
     Attributes:
-        mean: The mean of ``per_target`` over the targets where it is defined.
-        mean_absolute: The mean of its absolute value, where targets of different sign do not cancel: about
-            ``0.8 / sqrt(N)`` for scores that have nothing in common.
-        per_target: ``[M]``, Spearman's correlation; NaN where the scores of either model are all the same.
+        mean: The mean of ``per_target`` over the targets for which it is defined.
+        mean_absolute: The mean of its absolute value, in which targets of different sign do not cancel: about
+            ``0.8 / sqrt(N)`` for unrelated scores.
+        per_target: ``[M]``, Spearman's correlation; NaN if the scores of either model are all equal.
     """
 
     mean: float
@@ -78,13 +78,12 @@ class RandomizationCheck(Result):
 
 
 def randomization_check(scores: Array, randomized: Array) -> RandomizationCheck:
-    """Return how much scores resemble those from a model with random weights.
+    """Return how similar scores are to those of a model with random weights.
 
     The model randomization test of Adebayo et al. (2018), *Sanity Checks for Saliency Maps*, for attribution as in
-    Hanawa et al. (2021): the same method on the same rows and targets, once with the trained weights and once with
-    random ones, compared by Spearman's correlation over the train rows of each target. Near 0, the scores come from
-    what was learnt. Near 1, they come from the architecture and the inputs: the model might as well not have been
-    trained. Passing is necessary and not sufficient: noise passes.
+    Hanawa et al. (2021): the same method with trained and with random weights, compared by Spearman's correlation over
+    the training examples of each target. Near 0, the scores depend on what was learned. Near 1, they depend on
+    architecture and inputs only. Passing is necessary but not sufficient: noise passes.
 
     Args:
         scores: ``[N, M]``, finite, of the trained model.
@@ -94,9 +93,9 @@ def randomization_check(scores: Array, randomized: Array) -> RandomizationCheck:
         The correlation of each target, the mean, and the mean of absolute values.
 
     Raises:
-        InputError: Shapes do not agree, there is one train row only, values are NaN or infinite, or for each target
-            the scores of one model are all the same.
-        InputTypeError: An array does not hold numbers.
+        InputError: If shapes do not agree, N is 1, values are NaN or infinite, or for each target the scores of one
+            model are all equal.
+        InputTypeError: If an array does not hold numbers.
 
     >>> randomization_check([[1.0, 5.0], [2.0, 6.0], [3.0, 7.0]], [[0.1, 0.0], [0.2, 0.0], [0.3, 0.0]])
     RandomizationCheck(mean=1, mean_absolute=1, per_target=[1, nan])

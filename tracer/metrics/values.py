@@ -1,4 +1,4 @@
-"""What the results of all metrics share."""
+"""The common base of the metrics' results: short representations, and means over targets."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from tracer.errors import InputError
 
 _SHOWN = 4
-"""Arrays of up to so many values are shown whole."""
+"""Arrays with at most this many values are shown in full."""
 
 
 class Result:
-    """A frozen dataclass that shows its numbers rounded and its arrays shortened."""
+    """A frozen dataclass whose representation rounds numbers and shortens arrays."""
 
     def __repr__(self) -> str:
         shown = (f"{field.name}={shortened(getattr(self, field.name))}" for field in fields(self))  # type: ignore[arg-type]
@@ -21,13 +21,7 @@ class Result:
 
 
 def shortened(value: object) -> str:
-    """Return a value as a short text.
-
-    Args:
-        value: A number, a tuple of numbers or an array.
-
-    Returns:
-        Numbers to 4 digits; an array of more than 4 values as its shape and range.
+    """Return a short text: numbers to 4 digits, arrays of more than 4 values as their shape and range.
 
     >>> shortened((0.123456, 2))
     '(0.1235, 2)'
@@ -46,19 +40,7 @@ def shortened(value: object) -> str:
 
 
 def mean_over_targets(name: str, per_target: np.ndarray, undefined: str) -> float:
-    """Return the mean over the targets where a measure is defined.
-
-    Args:
-        name: What is measured, for the message.
-        per_target: ``[M]``, NaN where it is not defined.
-        undefined: When it is not, for the message.
-
-    Returns:
-        The mean.
-
-    Raises:
-        InputError: It is defined for no target.
-    """
+    """Return the mean of a measure over the targets for which it is not NaN, or raise InputError if there are none."""
     defined = ~np.isnan(per_target)
     if not defined.any():
         raise InputError(f"{name} is defined for none of {len(per_target)} targets: {undefined}.")
