@@ -341,7 +341,7 @@ def test_batches_with_lists_are_trained_one_after_another():
     batch = {"x": x, "y": y, "name": ["a", "b"] * 11 + ["a"]}
     recipe = Recipe(batch_size=4, epochs=1)
     assert len(train_models(small_mlp, loss, batch, recipe, random_subsets(8, N))) == 8
-    with pytest.raises(InputError, match="the train rows hold lists, which vmap cannot split"):
+    with pytest.raises(InputError, match="the training examples hold lists, which vmap cannot split"):
         train_models(small_mlp, loss, batch, recipe, random_subsets(8, N), stacked=True)
 
 
@@ -409,7 +409,7 @@ def test_a_model_that_diverges_is_named(stacked):
 def test_targets_without_finite_outputs_are_named():
     x, y = data(4, 1)
     x[2] = torch.inf
-    with pytest.raises(NonFiniteError, match=r"\(subset 0, seed 0\) gives NaN .* 1 targets, rows \[2\]"):
+    with pytest.raises(NonFiniteError, match=r"\(subset 0, seed 0\) gives NaN .* 1 targets, indices \[2\]"):
         retrain(small_mlp, TASK, data(), (x, y), random_subsets(2, N), Recipe(epochs=1))
 
 
@@ -469,9 +469,9 @@ SHARED = small_mlp()
         (lambda: random_subsets(2, 4, seed=-1), InputError, "seed must be an integer from 0"),
         (lambda: trained(masks=np.ones((2, N))), InputTypeError, "masks is of dtype float64; expected bool"),
         (lambda: trained(masks=np.ones((2, 3), bool)), InputError, r"shape \(2, 3\); expected \[subsets, 23\]"),
-        (lambda: trained(masks=np.zeros((2, N), bool)), InputError, r"no rows in the subsets \[0, 1\]"),
-        (lambda: trained(seeds=[]), InputError, r"seeds is \[\]; expected one at least"),
-        (lambda: trained(seeds=[1, 1]), InputError, r"seeds is \[1, 1\]; expected one at least, each one once"),
+        (lambda: trained(masks=np.zeros((2, N), bool)), InputError, r"no examples in subsets \[0, 1\]"),
+        (lambda: trained(seeds=[]), InputError, r"seeds is \[\]; expected at least one"),
+        (lambda: trained(seeds=[1, 1]), InputError, r"seeds is \[1, 1\]; expected at least one seed, each once"),
         (lambda: trained(checkpoint_epochs=[2, 1]), InputError, r"checkpoint_epochs is \[2, 1\]; expected rising ints"),
         (lambda: trained(checkpoint_epochs=[9]), InputError, r"checkpoint_epochs is \[9\]; .* from 0 to 2"),
         (lambda: trained(recipe={}), InputTypeError, "recipe is a dict; expected a Recipe"),
@@ -480,8 +480,8 @@ SHARED = small_mlp()
         (lambda: trained(make_model=lambda: SHARED), InputError, "has parameters or buffers of the last one"),
         (lambda: trained(make_model=nn.Flatten), InputError, "without parameters that require a gradient"),
         (lambda: trained(models_at_once=0), InputError, "models_at_once is 0; expected 1 or more"),
-        (lambda: trained(train=(X, Y[:5])), BatchError, r"train\[1\] has 5 rows .*, the first tensor has 23"),
-        (lambda: trained(train=(X[:0], Y[:0])), BatchError, "train holds no rows"),
+        (lambda: trained(train=(X, Y[:5])), BatchError, r"train\[1\] has 5 examples .*, the first tensor has 23"),
+        (lambda: trained(train=(X[:0], Y[:0])), BatchError, "train holds no examples"),
         (
             lambda: trained(make_model=growing(), stacked=True),
             InputError,

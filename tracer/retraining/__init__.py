@@ -1,4 +1,4 @@
-"""Train hundreds of small models on subsets of the train rows: what attributions are to predict."""
+"""Train hundreds of small models on subsets of the training set: the ground truth that attributions predict."""
 
 from tracer.retraining.ground_truth import Retrained, retrain
 from tracer.retraining.recipe import Recipe

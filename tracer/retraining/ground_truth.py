@@ -1,4 +1,4 @@
-"""Retrain on subsets and say what becomes of the targets: the ground truth of attribution."""
+"""The ground truth of attribution: outputs of targets after retraining on subsets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tracer.data.batches import count_rows
 from tracer.data.tasks import Task
 from tracer.errors import InputError
 from tracer.retraining.recipe import Recipe
-from tracer.retraining.results import ResultFiles, settings_of
+from tracer.retraining.result_files import ResultFiles, settings_of
 from tracer.retraining.subsets import make_runs
 from tracer.retraining.training import Trainer, check_recipe, ordinary_mode, progress_bar
 from tracer.store.paths import store_path
@@ -24,14 +24,14 @@ from tracer.types import Batch
 
 @dataclass(frozen=True)
 class Retrained:
-    """What models trained on S subsets say of M targets.
+    """Outputs and losses of M targets for models trained on S subsets.
 
     Attributes:
-        masks: ``[S, N]``, bool: the rows of each subset.
+        masks: ``[S, N]``, bool: the training examples of each subset.
         seeds: The seeds of each subset's models.
         outputs_by_seed: ``[S, seeds, M]``, float64: the task's f of each target: the margin for classification, the
             loss for a task that has only a loss.
-        losses_by_seed: ``[S, seeds, M]``, float64: its loss.
+        losses_by_seed: ``[S, seeds, M]``, float64: the loss of each target.
     """
 
     masks: np.ndarray
@@ -41,12 +41,12 @@ class Retrained:
 
     @property
     def outputs(self) -> np.ndarray:
-        """The task's f of each target, mean over seeds: ``[S, M]``, float64."""
+        """The task's f of each target, averaged over seeds: ``[S, M]``, float64."""
         return self.outputs_by_seed.mean(axis=1)
 
     @property
     def losses(self) -> np.ndarray:
-        """The loss of each target, mean over seeds: ``[S, M]``, float64."""
+        """The loss of each target, averaged over seeds: ``[S, M]``, float64."""
         return self.losses_by_seed.mean(axis=1)
 
 
@@ -65,42 +65,40 @@ def retrain(
     models_at_once: int | None = None,
     progress: bool | None = None,
 ) -> Retrained:
-    """Train models on subsets of the train rows, and evaluate each on all targets.
+    """Train models on subsets of the training set and evaluate each on all targets.
 
-    This is the ground truth of the linear datamodeling score (Park et al. 2023, section 2): scores of rows are good
-    where their sums over subsets rank the subsets as ``outputs`` does. As there, each model has its own random
-    initial weights and order of rows; the mean over several seeds takes some of that noise out. Targets are evaluated
-    in eval mode.
+    This is the ground truth of the linear datamodeling score (Park et al. 2023, section 2): scores are good if their
+    sums over subsets rank the subsets as ``outputs`` does. Each model has its own initial weights and order of
+    examples; the mean over several seeds reduces that noise. Targets are evaluated in eval mode.
 
-    With ``save_dir`` the results of models are kept as they come, and those that are there are not trained again, also
-    when subsets or seeds have been added. They are found by the data, targets, recipe, task, masks, seeds, the model's
-    structure as printed and its initial weights; the code of its forward, or of a task's function, is not seen.
+    With ``save_dir``, results are stored as they are computed, and stored models are not trained again, also after
+    adding subsets or seeds. Results are identified by data, targets, recipe, task, masks, seeds, the model's printed
+    structure and its initial weights. A change of code in its forward or in a task's function is not detected.
 
     Args:
-        make_model: Builds an untrained model with torch's global generator, which is put back afterwards.
-        task: As `Tracer` takes it; the loss of a step is the mean of the task's over the rows of its batch.
-        train: All N train rows as one batch, such as ``(x, y)`` or ``(tokens,)``.
-        targets: All M targets, likewise.
-        masks: ``[S, N]``, bool: the rows of each subset, as from `random_subsets`.
-        recipe: How each model is trained.
-        seeds: The seeds of each subset.
-        save_dir: A local folder for the results, which may hold others' too; None: they are not kept.
-        paired: Whether all subsets of a seed begin with the same weights and pass their rows in the same order, so
-            that they differ by their rows alone; for leaving out single rows.
-        stacked: True: several models at once with stacked parameters; False: one after another; None: several where
-            they can be stacked and small steps make it faster.
-        models_at_once: The most at once; by default by their size.
-        progress: Show a progress bar; None: on a terminal only.
+        make_model: Builds an untrained model with torch's global generator, whose state is restored afterwards.
+        task: As in `Tracer`; the loss of a step is the mean of the task's loss over the batch.
+        train: All N training examples as one batch, for example ``(x, y)`` or ``(tokens,)``.
+        targets: All M targets as one batch.
+        masks: ``[S, N]``, bool: the training examples of each subset, as from `random_subsets`.
+        recipe: The settings of each training run.
+        seeds: The seeds of each subset. Default: 0 and 1.
+        save_dir: A local folder for the results, which can hold results of other settings too. Default: not stored.
+        paired: Start all subsets of a seed from the same weights and visit examples in the same order, so that they
+            differ by their examples alone; for leaving out single examples.
+        stacked: True: train several models at once with stacked parameters; False: one after another. Default: several
+            if they can be stacked and steps are small enough to profit.
+        models_at_once: The largest number at once. Default: by size.
+        progress: Show a progress bar. Default: on a terminal only.
 
     Returns:
         f and loss of each subset and target.
 
     Raises:
-        InputError: An argument has a value that cannot be used, or models that cannot be stacked came with
-            ``stacked=True``.
-        InputTypeError: An argument is of a type that cannot be used.
-        NonFiniteError: A model diverged.
-        StoreError: A file in ``save_dir`` is damaged or cannot be written.
+        InputError: If an argument has an invalid value, or models cannot be stacked and ``stacked=True``.
+        InputTypeError: If an argument has an invalid type.
+        NonFiniteError: If a model diverged.
+        StoreError: If a file in ``save_dir`` is damaged or cannot be written.
 
     >>> import torch
     >>> from tracer.retraining import random_subsets

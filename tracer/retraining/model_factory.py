@@ -1,4 +1,4 @@
-"""Untrained models, each with random numbers of its own and none of the caller's."""
+"""Untrained models with their own random numbers, independent of the caller's."""
 
 from __future__ import annotations
 
@@ -15,14 +15,7 @@ from tracer.retraining.subsets import Run
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Put torch's random generators in a state that follows from ``seed``, and put the caller's back.
-
-    Args:
-        seed: The seed.
-
-    Yields:
-        Nothing.
-    """
+    """Seed torch's random generators, and restore the caller's state afterwards."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         # Not torch.manual_seed: where CUDA is not in use yet, that would leave it a seed for later.
@@ -31,14 +24,14 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-class Builder:
-    """Builds the untrained model of a run.
+class ModelFactory:
+    """A factory of the untrained model of a run.
 
     Args:
-        make_model: As the user passed it.
+        make_model: The user's function.
 
     Raises:
-        InputTypeError: It cannot be called, or is a model.
+        InputTypeError: If it is not callable, or is a model.
     """
 
     def __init__(self, make_model: Callable[[], nn.Module]) -> None:
@@ -53,15 +46,8 @@ class Builder:
     def __call__(self, run: Run) -> nn.Module:
         """Return a new model, whose weights follow from the run's seed and subset.
 
-        Args:
-            run: The run.
-
-        Returns:
-            The model.
-
         Raises:
-            InputError: It shares with the last one what training changes, or has nothing to train.
-            InputTypeError: It is no model.
+            InputError: If it shares trained tensors with the previous model, or has nothing to train.
         """
         had_cuda = torch.cuda.is_initialized()
         model = self._build(run)

@@ -1,6 +1,6 @@
-"""Models in training behind one face: a single one as users train it, or K at once with stacked parameters.
+"""Models in training behind one interface: a single ordinary one, or K at once with stacked parameters.
 
-Tensor layout: K models first, then the B rows of each one's batch. A single model is K = 1.
+Tensor layout: K models first, then the B examples of each one's batch. A single model is K = 1.
 """
 
 from __future__ import annotations
@@ -21,49 +21,42 @@ from tracer.types import Batch
 
 
 @dataclass(frozen=True)
-class Rows:
-    """All rows of one kind, train or targets, as one batch in memory.
+class Examples:
+    """All training examples, or all targets, as one batch in memory.
 
     Attributes:
         batch: The batch.
-        num_rows: How many rows it has.
+        num_rows: The number of examples.
     """
 
     batch: Batch
     num_rows: int
 
     @classmethod
-    def of(cls, batch: Batch, name: str, device: torch.device) -> Rows:
-        """Return a batch as rows on a device.
-
-        Args:
-            batch: What the user passed.
-            name: The argument's name, for messages.
-            device: Where the models are.
-
-        Returns:
-            The rows.
+    def of(cls, batch: Batch, name: str, device: torch.device) -> Examples:
+        """Return a checked batch on a device.
 
         Raises:
-            BatchError: Its tensors have different numbers of rows, or none.
+            BatchError: If its tensors have different numbers of examples, or none.
         """
         num_rows = count_rows(batch)
         for path, leaf in leaves(batch, name):
             if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] not in (1, num_rows):
                 raise BatchError(
-                    f"{path} has {leaf.shape[0]} rows (shape {tuple(leaf.shape)}), the first tensor has {num_rows}; "
-                    f"expected a batch of all rows, such as (inputs, labels), with one entry a row in each tensor."
+                    f"{path} has {leaf.shape[0]} examples (shape {tuple(leaf.shape)}), the first tensor has "
+                    f"{num_rows}; expected one batch of all examples, such as (inputs, labels), with one entry per "
+                    f"example in each tensor."
                 )
         if not num_rows:
-            raise BatchError(f"{name} holds no rows; expected one at least.")
+            raise BatchError(f"{name} holds no examples; expected at least one.")
         return cls(to_device(batch, device), num_rows)
 
     def take(self, rows: Tensor) -> Batch:
-        """Return the batch of some rows, ``[B]``, int64."""
+        """Return the batch of some examples, ``[B]``, int64."""
         return select_rows(self.batch, rows, self.num_rows)
 
     def slices(self, size: int) -> Iterator[Batch]:
-        """Yield all rows in batches of up to ``size``."""
+        """Yield all examples in batches of up to ``size``."""
         for rows in torch.arange(self.num_rows).split(size):
             yield self.take(rows)
 
@@ -80,44 +73,30 @@ class Models(Protocol):
 
     @property
     def fixed(self) -> dict[str, Tensor]:
-        """See the attributes."""
+        """The other parameters and the buffers by name."""
 
     def train(self, mode: bool) -> None:
-        """Set train mode, or eval mode."""
+        """Set training mode, or eval mode."""
 
-    def objectives(self, data: Rows, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Run each model on its own rows.
-
-        Args:
-            data: The train rows.
-            rows: ``[K, B]``, int64.
+    def objectives(self, data: Examples, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Run each model on its own examples ``rows [K, B]``, int64.
 
         Returns:
-            ``[K]``: what has the gradient of each model's mean loss, differentiable; and ``[K]``: the mean losses.
+            ``[K]``, differentiable, with the gradient of each model's mean loss; and ``[K]``, the mean losses.
         """
 
     def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Run all models on one batch.
-
-        Args:
-            batch: B rows.
-
-        Returns:
-            f and L of each model and row, ``[K, B]`` each, without gradients.
-        """
+        """Return f and L of each model for a batch of B examples, ``[K, B]`` each, without gradients."""
 
     def state(self, model: int) -> dict[str, Tensor]:
         """Return a copy of one model's state dict, on the CPU."""
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer, model: int) -> dict[str, Any]:
-        """Return a copy of the optimizer's state dict as it would be of one model alone, on the CPU."""
+        """Return a copy of the optimizer's state dict as for one model alone, on the CPU."""
 
 
 class _Objective(nn.Module):
-    """A task's numbers as a module of the model's parameters, for ``torch.func.functional_call``.
-
-    L is a function of f alone, so the gradient of the mean of ``Q f``, with Q detached, is that of the mean of L.
-    """
+    """A task's numbers as a module of the model's parameters, for ``torch.func.functional_call``."""
 
     def __init__(self, model: nn.Module, task: Task) -> None:
         super().__init__()
@@ -125,16 +104,12 @@ class _Objective(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         found = self.task.outputs(self.model, batch)
+        # L is a function of f alone, so the gradient of the mean of Q f, with Q detached, is that of the mean of L.
         return (found.loss_grad.detach() * found.output).mean(), found.output, found.loss.detach()
 
 
 class SingleModel:
-    """One model in ordinary training; see `Models`.
-
-    Args:
-        models: The one model, which is trained in place.
-        task: The task.
-    """
+    """One model in ordinary training, trained in place; see `Models`."""
 
     def __init__(self, models: Sequence[nn.Module], task: Task) -> None:
         (self._model,) = models
@@ -143,16 +118,16 @@ class SingleModel:
 
     @property
     def fixed(self) -> dict[str, Tensor]:
-        """The other parameters and the buffers by name, as they are now."""
+        """The other parameters and the buffers by name, with their current values."""
         named = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         return {name: value for name, value in named.items() if name not in self.trained}
 
     def train(self, mode: bool) -> None:
-        """Set train mode, or eval mode."""
+        """Set training mode, or eval mode."""
         self._model.train(mode)
 
-    def objectives(self, data: Rows, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the model on its rows; see `Models.objectives`."""
+    def objectives(self, data: Examples, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the model on its examples; see `Models.objectives`."""
         objective, _, loss = self._objective(data.take(rows[0]))
         return objective.unsqueeze(0), loss.mean().unsqueeze(0)
 
@@ -172,17 +147,14 @@ class SingleModel:
 
 
 class StackedModels:
-    """K models of one architecture whose parameters and buffers are stacked and run by ``torch.func.vmap``.
-
-    The models are independent, so one backward of the sum of their objectives gives the gradients of all. Buffers that
-    a forward changes in place, such as running statistics, change in the stack.
+    """K models of one architecture with stacked parameters and buffers, run by ``torch.func.vmap``; see `Models`.
 
     Args:
-        models: The K models. Their values are copied; the first is kept to run the others' values in.
+        models: The K models. Their values are copied; the first is used to run the values of all.
         task: The task.
 
     Raises:
-        InputError: Their parameters or buffers differ in name, shape or dtype.
+        InputError: If their parameters or buffers differ in name, shape or dtype.
     """
 
     def __init__(self, models: Sequence[nn.Module], task: Task) -> None:
@@ -204,11 +176,11 @@ class StackedModels:
         self._keys = {key: names[id(value)] for key, value in keys if id(value) in names}
 
     def train(self, mode: bool) -> None:
-        """Set train mode, or eval mode."""
+        """Set training mode, or eval mode."""
         self._template.train(mode)
 
-    def objectives(self, data: Rows, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Run each model on its own rows; see `Models.objectives`."""
+    def objectives(self, data: Examples, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Run each model on its own examples; see `Models.objectives`."""
         n = data.num_rows
         own = [leaf[rows.to(leaf.device)] for _, leaf in leaves(data.batch) if is_per_row(leaf, n)]  # [K, B, ...]
 
@@ -218,6 +190,8 @@ class StackedModels:
             objective, _, loss = self._call(trained, fixed, batch)
             return objective, loss.mean()
 
+        # The models are independent, so one backward of the sum of their objectives gives the gradients of all. Buffers
+        # that a forward changes in place, for example running statistics, change in the stack.
         return _vmapped(run)(self.trained, self.fixed, *own)
 
     @torch.no_grad()

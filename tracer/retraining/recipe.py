@@ -1,4 +1,4 @@
-"""How a model is trained: the optimizer, its learning rates, batches and epochs."""
+"""The settings of a training run: the optimizer, its learning rates, batches and epochs."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _SCHEDULES = ("constant", "linear", "cosine")
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of an ordinary training run; the loss of a step is the mean of the task's over the batch's rows.
+    """The settings of an ordinary training run; the loss of a step is the mean of the task's loss over the batch.
 
     Attributes:
         optimizer: ``sgd`` (`torch.optim.SGD`, no dampening) or ``adamw`` (`torch.optim.AdamW`, betas 0.9 and 0.999).
-        learning_rate: Of the first step.
-        momentum: Of SGD.
-        weight_decay: As the optimizer has it: added to SGD's gradient, taken from AdamW's weights; for all parameters.
-        batch_size: Rows a step; an epoch's last step takes those that are left.
-        epochs: How often each row comes.
-        schedule: ``constant``; or step by step to zero, which comes right after the last step: ``linear``, or
+        learning_rate: The learning rate of the first step. Default: 0.1.
+        momentum: The momentum of SGD. Default: 0.
+        weight_decay: As in the optimizer: added to SGD's gradient, subtracted from AdamW's weights; for all parameters.
+        batch_size: Examples per step; an epoch's last step takes the remaining ones. Default: 64.
+        epochs: The number of passes over the examples. Default: 20.
+        schedule: ``constant``; or falling at every step to reach zero right after the last one: ``linear``, or
             ``cosine`` as in `torch.optim.lr_scheduler.CosineAnnealingLR`.
 
     Raises:
-        InputError: A name is not known, a number is out of range, or ``adamw`` came with momentum.
-        InputTypeError: A number is none.
+        InputError: If a name is unknown, a number is out of range, or ``adamw`` has momentum.
+        InputTypeError: If a value is not a number.
 
     >>> Recipe(optimizer="adamw", learning_rate=1e-3, epochs=5).batch_size
     64
@@ -59,15 +59,8 @@ class Recipe:
             raise InputError(f"momentum={self.momentum} came with optimizer='adamw'; expected 0, it is for 'sgd'.")
 
     def make_optimizer(self, parameters: Iterable[tuple[str, Tensor]]) -> torch.optim.Optimizer:
-        """Return the optimizer of named parameters.
-
-        Args:
-            parameters: Names and leaf tensors. Its steps are elementwise, so tensors of many models stacked are moved
-                as each model's own would be.
-
-        Returns:
-            A new optimizer; its state dict has the names as ``param_names``.
-        """
+        """Return a new optimizer of named leaf tensors, whose state dict has the names as ``param_names``."""
+        # Steps are elementwise, so stacked tensors of many models move as each model's own would.
         if self.optimizer == "adamw":
             return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
         return torch.optim.SGD(
@@ -75,11 +68,11 @@ class Recipe:
         )
 
     def rate_at(self, step: int, num_steps: int) -> float:
-        """Return the learning rate of a step.
+        """Return the learning rate of a step, counted from 0.
 
         Args:
-            step: 0 for the first.
-            num_steps: How many the run has.
+            step: The step.
+            num_steps: The number of steps of the run.
 
         Returns:
             The rate.
@@ -95,20 +88,7 @@ class Recipe:
 
 
 def _number_below(value: object, field: str, bound: float) -> float:
-    """Return a number from 0 to below a bound.
-
-    Args:
-        value: What the user passed.
-        field: Its name.
-        bound: The bound.
-
-    Returns:
-        The number as float.
-
-    Raises:
-        InputTypeError: It is none.
-        InputError: It is out of range.
-    """
+    """Return a number as float, at least 0 and below a bound."""
     try:
         number = float(value)  # type: ignore[arg-type]  # what cannot be converted is told below
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""How many models are trained at once: whether stacking them is possible, right and worth it."""
+"""The number of models to train at once: whether stacking them is possible, exact and faster."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tracer.errors import InputError
 from tracer.gradients.functional import can_vmap
 from tracer.gradients.selfcheck import tolerance
 from tracer.retraining.model_factory import seeded
-from tracer.retraining.models import Models, Rows, SingleModel, StackedModels
+from tracer.retraining.models import Examples, Models, SingleModel, StackedModels
 from tracer.retraining.recipe import Recipe
 from tracer.retraining.subsets import Run
 
@@ -24,18 +24,18 @@ logger = logging.getLogger("tracer.retraining")
 
 _FEWEST = 8
 _STEP_FLOPS = {"cpu": 1e7, "cuda": 1e9}
-"""Stacking saves the cost of launching operations, on a CPU about that of 1e7 floating point operations a step. On one
-core an MLP 64-64-10 with 1.3e6 of them trains 4 times as fast in a stack, a small conv net with 3e7 as fast, and a
-ResNet-9 of width 8 with 2e9 half as fast: stacked convolutions are grouped ones. The figure for CUDA is an estimate."""
+"""Stacking saves the cost of launching operations, about 1e7 floating point operations per step on a CPU. On one
+core an MLP 64-64-10 (1.3e6 operations) trains 4 times as fast in a stack, a small conv net (3e7) equally fast, and
+a ResNet-9 of width 8 (2e9) half as fast, as stacked convolutions are grouped. The figure for CUDA is an estimate."""
 _MOST, _MOST_VALUES = 64, 1 << 24
-"""More models at once were hardly faster; with more parameters what a step touches leaves the caches."""
+"""More models at once are hardly faster; with more parameters, a step's data no longer fits into the caches."""
 _NOISE = 1e-2  # of the largest gradient: below it a gradient may be zero but for rounding
 
 
 def models_at_once(
     pair: tuple[nn.Module, nn.Module],
     pair_runs: tuple[Run, Run],
-    data: Rows,
+    data: Examples,
     runs: Sequence[Run],
     task: Task,
     recipe: Recipe,
@@ -43,23 +43,23 @@ def models_at_once(
     stacked: bool | None,
     most: int | None,
 ) -> int:
-    """Return how many models to train at once; the same on every machine with the same kind of device.
+    """Return how many models to train at once; it depends on the kind of device, not on the machine.
 
     Args:
         pair: Two untrained models; they are not changed.
         pair_runs: Their runs.
-        data: The train rows.
-        runs: All runs, also those that are done.
+        data: The training examples.
+        runs: All runs, also finished ones.
         task: The task.
-        recipe: How models are trained.
-        stacked: True: several, or an error; False: one after another; None: several where that saves time.
-        most: The most at once; None: by their size.
+        recipe: The settings of training.
+        stacked: As in `retrain`.
+        most: The largest number at once; None: by size.
 
     Returns:
-        The number; 1 where models are trained one after another.
+        The number.
 
     Raises:
-        InputError: ``stacked`` is True and the models cannot be stacked.
+        InputError: If ``stacked`` is True and the models cannot be stacked.
     """
     if stacked is False or most == 1:
         return 1
@@ -78,9 +78,9 @@ def models_at_once(
 
 
 def _not_worth(
-    model: nn.Module, data: Rows, runs: Sequence[Run], task: Task, recipe: Recipe, at_once: int
+    model: nn.Module, data: Examples, runs: Sequence[Run], task: Task, recipe: Recipe, at_once: int
 ) -> str | None:
-    """Return why stacking saves no time, or None where it does."""
+    """Return why stacking saves no time, or None if it does."""
     together = min(at_once, Counter(run.num_rows for run in runs).most_common(1)[0][1])
     if together < _FEWEST:
         return f"{together} at once would save little"
@@ -91,24 +91,11 @@ def _not_worth(
 
 
 def why_not_stacked(
-    pair: tuple[nn.Module, nn.Module], runs: tuple[Run, Run], data: Rows, task: Task, recipe: Recipe
+    pair: tuple[nn.Module, nn.Module], runs: tuple[Run, Run], data: Examples, task: Task, recipe: Recipe
 ) -> str | None:
-    """Run two models stacked and alone on a batch, and compare losses, gradients and buffers.
-
-    Models that draw random numbers, as dropout does, are compared in eval mode.
-
-    Args:
-        pair: Two untrained models; they are not changed.
-        runs: Their runs.
-        data: The train rows.
-        task: The task.
-        recipe: How they are trained.
-
-    Returns:
-        What hinders or differs, or None.
-    """
+    """Return how losses, gradients or buffers of two models differ in a stack, or what prevents stacking, or None."""
     if not can_vmap(data.batch, data.num_rows):
-        return "the train rows hold lists, which vmap cannot split"
+        return "the training examples hold lists, which vmap cannot split"
     rows, device = first_batches(runs, recipe), _device(pair[0])
 
     def alone(model: int, seed: int = 0, train: bool = True) -> _Found:
@@ -118,6 +105,7 @@ def why_not_stacked(
         return _step(StackedModels(copy.deepcopy(pair), task), data, rows, 0, train)
 
     expected = [alone(model) for model in range(2)]
+    # Models that draw random numbers, for example by dropout, are compared in eval mode.
     is_random = _difference(expected[:1], alone(0, seed=1), device) is not None
     if is_random:
         expected = [alone(model, train=False) for model in range(2)]
@@ -144,7 +132,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _step(models: Models, data: Rows, rows: Tensor, seed: int, train: bool = True) -> _Found:
+def _step(models: Models, data: Examples, rows: Tensor, seed: int, train: bool = True) -> _Found:
     """Return losses, gradients and buffers after one forward and backward."""
     models.train(train)
     with seeded(seed):
@@ -160,7 +148,7 @@ def _step(models: Models, data: Rows, rows: Tensor, seed: int, train: bool = Tru
 
 
 def _difference(expected: Sequence[_Found], found: _Found, device: torch.device) -> str | None:
-    """Return what a step of K models has otherwise than a step of each alone, or None."""
+    """Return where a step of K models differs from a step of each alone, or None."""
     for model, values in enumerate(expected):
         norms = {key: float(value.double().norm()) for key, value in values.items()}
         for (kind, name), value in values.items():

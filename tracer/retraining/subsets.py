@@ -1,4 +1,4 @@
-"""Which rows a model is trained on, and the random numbers that are its own."""
+"""Subsets of the training set, and the random numbers of each run."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _VERSION = 1  # of the numbers drawn here
 
 
 def random_subsets(num_subsets: int, num_rows: int, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
-    """Draw random subsets of equal size, as the linear datamodeling score takes them (Park et al. 2023, section 2).
+    """Draw random subsets of equal size for the linear datamodeling score (Park et al. 2023, section 2).
 
-    A subset depends on its number, not on how many are drawn: the first 100 of 200 are those that 100 would be.
+    A subset depends on its position, not on how many are drawn: the first 100 of 200 are those of a call for 100.
 
     Args:
-        num_subsets: S, how many.
-        num_rows: N, how many rows to choose from.
-        fraction: The part of the rows in each subset, above 0 and up to 1.
-        seed: Another seed gives other subsets.
+        num_subsets: S, the number of subsets.
+        num_rows: N, the number of training examples.
+        fraction: The share of examples in each subset, above 0 and up to 1. Default: 0.5.
+        seed: The seed.
 
     Returns:
-        ``[S, N]``, bool: the rows of each subset, ``round(fraction * N)`` of them.
+        ``[S, N]``, bool: the examples of each subset, ``round(fraction * N)`` of them.
 
     Raises:
-        InputError: A number is out of range, or the fraction leaves no row.
+        InputError: If a number is out of range, or the fraction leaves no example.
 
     >>> random_subsets(3, 10, fraction=0.3).sum(axis=1)
     array([3, 3, 3])
@@ -62,9 +62,9 @@ class Run:
     Attributes:
         subset: The subset's position in the masks.
         seed: The seed.
-        mask: ``[N]``, bool: the rows that it is trained on.
+        mask: ``[N]``, bool: its training examples.
         paired: Whether random numbers depend on the seed alone.
-        num_rows: How many rows the mask has.
+        num_rows: The number of its training examples.
     """
 
     subset: int
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def key(self) -> RunKey:
-        """What tells the run from others with the same masks."""
+        """Subset and seed, which identify the run among others with the same masks."""
         return self.subset, self.seed
 
     def torch_seed(self, purpose: str) -> int:
@@ -86,7 +86,7 @@ class Run:
         return int(self._stream(purpose).words(1)[0]) >> 1
 
     def orders(self) -> _Orders:
-        """Return the run's orders of its rows, a new one each epoch."""
+        """Return the run's orders of its examples, a new one for each epoch."""
         return _Orders(self._stream("order"), self.mask)
 
     def _stream(self, purpose: str) -> Stream:
@@ -94,67 +94,50 @@ class Run:
 
 
 class _Orders:
-    """Random orders of a subset's rows.
-
-    All N rows are permuted and those left out are skipped, so that with one stream subsets that differ by one row are
-    passed in nearly the same order.
-    """
+    """Random orders of a subset's examples."""
 
     def __init__(self, stream: Stream, mask: np.ndarray) -> None:
         self._stream, self._mask = stream, mask
 
     def draw(self) -> Tensor:
-        """Return the next epoch's order: ``[n]``, int64, row indices."""
+        """Return the next epoch's order: ``[n]``, int64, indices of training examples."""
+        # All N examples are permuted and those left out are skipped, so that subsets that differ by one example are
+        # visited in nearly the same order.
         order = self._stream.permutation(len(self._mask))
         return torch.from_numpy(order[self._mask[order]])
 
 
 def make_runs(masks: Any, num_rows: int, seeds: Iterable[int], paired: bool) -> list[Run]:
-    """Return the runs of all subsets and seeds, the seeds of a subset beside each other.
-
-    Args:
-        masks: ``[S, N]``, bool; None: one subset of all rows.
-        num_rows: N.
-        seeds: The seeds, each one once.
-        paired: Whether random numbers depend on the seed alone.
-
-    Returns:
-        S times the number of seeds.
+    """Return the runs of all subsets and seeds, those of a subset next to each other; no masks means all examples.
 
     Raises:
-        InputError: A mask or a seed cannot be used.
-        InputTypeError: They are of types that cannot be used.
+        InputError: If seeds are missing or repeated.
     """
     found = np.ones((1, num_rows), dtype=bool) if masks is None else check_masks(masks, num_rows)
     checked = [check_seed(seed) for seed in as_list(seeds, "seeds")]
     if not checked or len(set(checked)) != len(checked):
-        raise InputError(f"seeds is {checked}; expected one at least, each one once.")
+        raise InputError(f"seeds is {checked}; expected at least one seed, each once.")
     return [Run(subset, seed, mask, paired) for subset, mask in enumerate(found) for seed in checked]
 
 
 def check_masks(masks: Any, num_rows: int) -> np.ndarray:
-    """Return the masks of subsets.
-
-    Args:
-        masks: What the user passed.
-        num_rows: N, the number of train rows.
-
-    Returns:
-        ``[S, N]``, bool.
+    """Return the user's masks as ``[S, N]``, bool.
 
     Raises:
-        InputTypeError: It is no array of bool.
-        InputError: Its shape does not fit, or a subset has no rows.
+        InputTypeError: If they are not bool.
+        InputError: If their shape does not fit, or a subset is empty.
     """
     found = masks.cpu().numpy() if isinstance(masks, Tensor) else np.asarray(masks)
     if found.dtype != bool:
         raise InputTypeError(
-            f"masks is of dtype {found.dtype}; expected bool, True for the rows that a subset has, as random_subsets "
-            f"gives them."
+            f"masks is of dtype {found.dtype}; expected bool, True for the training examples of a subset; call "
+            f"random_subsets(...), or masks.astype(bool)."
         )
     if found.ndim != 2 or found.shape[1] != num_rows or len(found) < 1:
-        raise InputError(f"masks is of shape {found.shape}; expected [subsets, {num_rows}], a column for a train row.")
+        raise InputError(
+            f"masks is of shape {found.shape}; expected [subsets, {num_rows}], a column per training example."
+        )
     empty = np.flatnonzero(~found.any(axis=1))
     if len(empty):
-        raise InputError(f"masks leaves no rows in the subsets {empty[:5].tolist()}; expected one at least in each.")
+        raise InputError(f"masks leaves no examples in subsets {empty[:5].tolist()}; expected at least one in each.")
     return found

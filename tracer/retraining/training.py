@@ -1,4 +1,4 @@
-"""Train the models of runs, in groups of several at once or one after another."""
+"""Training of the models of runs, in groups of several at once or one after another."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tracer._core.validation import as_list, bar_disabled, check_count
 from tracer.data.batches import count_rows
 from tracer.data.tasks import Task, make_task
 from tracer.errors import InputError, InputTypeError, NonFiniteError
-from tracer.retraining.model_factory import Builder, seeded
-from tracer.retraining.models import Models, Rows, SingleModel, StackedModels, quiet_vmap
+from tracer.retraining.model_factory import ModelFactory, seeded
+from tracer.retraining.models import Examples, Models, SingleModel, StackedModels, quiet_vmap
 from tracer.retraining.recipe import Recipe
 from tracer.retraining.stacking import models_at_once as choose_at_once
 from tracer.retraining.subsets import Run, RunKey, make_runs
@@ -27,14 +27,14 @@ _MAX_NAMED = 5
 
 
 class EpochCheckpoint(NamedTuple):
-    """What is kept of a model at the end of an epoch.
+    """The state of a model at the end of an epoch.
 
     Attributes:
         state: The model's state dict.
-        learning_rate: The mean over the steps since the checkpoint before, or since the start; of the first step for
-            the untrained model.
-        optimizer_state: The optimizer's state dict with ``param_names``, as `torch.optim` has it for one model; AdamW's
-            ``exp_avg_sq`` and ``step`` are in it.
+        learning_rate: The mean over the steps since the previous checkpoint, or since the start; the first step's rate
+            for the untrained model.
+        optimizer_state: The optimizer's state dict with ``param_names``, as `torch.optim` has it for one model, with
+            AdamW's ``exp_avg_sq`` and ``step``.
     """
 
     state: dict[str, Tensor]
@@ -43,12 +43,12 @@ class EpochCheckpoint(NamedTuple):
 
 
 class TrainedModel(NamedTuple):
-    """A model that `train_models` trained.
+    """A model trained by `train_models`.
 
     Attributes:
-        subset: The position in the masks of the rows it was trained on; 0 where no masks were given.
+        subset: The position of its subset in the masks; 0 without masks.
         seed: The seed.
-        state: The state dict at the end, on the CPU.
+        state: The final state dict, on the CPU.
         checkpoints: One for each of ``checkpoint_epochs``.
     """
 
@@ -72,34 +72,31 @@ def train_models(
     models_at_once: int | None = None,
     progress: bool | None = None,
 ) -> list[TrainedModel]:
-    """Train a model for each subset and seed, many at once where that saves time.
+    """Train a model for each subset and seed, many at once if that saves time.
 
-    Each model has its own initial weights, order of rows and dropout masks, which follow from its seed and the
-    position of its subset. The first two, and the results up to rounding, do not depend on what else is trained.
+    Each model has its own initial weights, order of examples and dropout masks, which follow from its seed and the
+    position of its subset. Weights and orders, and the results up to rounding, do not depend on the other models.
 
     Args:
-        make_model: Builds an untrained model with torch's global generator, which is put back afterwards.
-        task: As `Tracer` takes it; the loss of a step is the mean of the task's over the rows of its batch.
-        train: All N train rows as one batch, such as ``(x, y)`` or ``(tokens,)``.
-        recipe: How each model is trained.
-        masks: ``[S, N]``, bool: the rows of each subset; None: one model a seed on all rows.
-        seeds: The seeds of each subset.
-        checkpoint_epochs: After which epochs weights are kept: 1 is the first, 0 the untrained model.
-        paired: Whether all subsets of a seed begin with the same weights and pass their rows in the same order, so
-            that they differ by their rows alone; for leaving out single rows.
-        stacked: True: several models at once with stacked parameters; False: one after another; None: several where
-            they can be stacked and small steps make it faster.
-        models_at_once: The most at once; by default by their size.
-        progress: Show a progress bar; None: on a terminal only.
+        make_model: Builds an untrained model with torch's global generator, whose state is restored afterwards.
+        task: As in `Tracer`; the loss of a step is the mean of the task's loss over the batch.
+        train: All N training examples as one batch, for example ``(x, y)`` or ``(tokens,)``.
+        recipe: The settings of each training run.
+        masks: ``[S, N]``, bool: the training examples of each subset. Default: one model per seed on all examples.
+        seeds: The seeds of each subset. Default: 0.
+        checkpoint_epochs: The epochs after which to store a checkpoint: 1 is the first, 0 the untrained model.
+        paired: As in `retrain`.
+        stacked: As in `retrain`.
+        models_at_once: As in `retrain`.
+        progress: Show a progress bar. Default: on a terminal only.
 
     Returns:
-        The models, those of a subset beside each other in the order of the seeds.
+        The models, those of a subset next to each other in the order of the seeds.
 
     Raises:
-        InputError: An argument has a value that cannot be used, or models that cannot be stacked came with
-            ``stacked=True``.
-        InputTypeError: An argument is of a type that cannot be used.
-        NonFiniteError: A model diverged.
+        InputError: If an argument has an invalid value, or models cannot be stacked and ``stacked=True``.
+        InputTypeError: If an argument has an invalid type.
+        NonFiniteError: If a model diverged.
 
     >>> x, y = torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8)
     >>> recipe = Recipe(learning_rate=1.0, batch_size=8, epochs=10)
@@ -120,35 +117,14 @@ def train_models(
 
 
 def check_recipe(recipe: Recipe) -> Recipe:
-    """Return a recipe.
-
-    Args:
-        recipe: What the user passed.
-
-    Returns:
-        The same.
-
-    Raises:
-        InputTypeError: It is none.
-    """
+    """Return the recipe, or raise InputTypeError if it is none."""
     if not isinstance(recipe, Recipe):
         raise InputTypeError(f"recipe is a {type(recipe).__name__}; expected a Recipe, such as Recipe(epochs=20).")
     return recipe
 
 
 def _check_epochs(epochs: Iterable[int] | None, recipe: Recipe) -> list[int]:
-    """Return the epochs whose weights are kept.
-
-    Args:
-        epochs: What the user passed.
-        recipe: Tells how many there are.
-
-    Returns:
-        The epochs.
-
-    Raises:
-        InputError: They are out of range or do not rise.
-    """
+    """Return the epochs to store, ascending and from 0 to the last."""
     found = [] if epochs is None else as_list(epochs, "checkpoint_epochs")
     whole = all(isinstance(epoch, (int, np.integer)) and not isinstance(epoch, bool) for epoch in found)
     if not whole or found != sorted(set(found)) or (found and not 0 <= found[0] <= found[-1] <= recipe.epochs):
@@ -158,7 +134,7 @@ def _check_epochs(epochs: Iterable[int] | None, recipe: Recipe) -> list[int]:
 
 @contextmanager
 def ordinary_mode() -> Iterator[None]:
-    """Record gradients whatever mode the caller is in."""
+    """Record gradients regardless of the caller's mode."""
     with torch.inference_mode(False), torch.enable_grad(), quiet_vmap():
         yield
 
@@ -171,24 +147,13 @@ def progress_bar(label: str, runs: Sequence[Run], recipe: Recipe, progress: bool
 
 
 class Trainer:
-    """Trains models of one architecture, task, data and recipe.
-
-    Args:
-        make_model: Builds an untrained model.
-        task: The task.
-        train: All train rows.
-        recipe: How models are trained.
+    """Training of models of one architecture, task, data set and recipe.
 
     Attributes:
         task: The task.
-        recipe: As passed.
-        reference: An untrained model that is not trained, the same whatever the runs.
-        data: The train rows, where the models are.
-
-    Raises:
-        BatchError: The task cannot take the train rows.
-        InputError: The models cannot be trained.
-        InputTypeError: ``make_model`` or the task is of a type that cannot be used.
+        recipe: The settings of training.
+        reference: An untrained model, the same for all runs.
+        data: The training examples, on the models' device.
     """
 
     def __init__(
@@ -198,16 +163,16 @@ class Trainer:
         train: Batch,
         recipe: Recipe,
     ) -> None:
-        self._build, self.task, self.recipe = Builder(make_model), make_task(task), recipe
+        self._build, self.task, self.recipe = ModelFactory(make_model), make_task(task), recipe
         everything = Run(0, 0, np.ones(count_rows(train), dtype=bool), paired=True)
         self.reference = self._build(everything)
         self._device = next(self.reference.parameters()).device
         self.data = self.checked_rows(train, "train")
         self._are_stacked = False
 
-    def checked_rows(self, batch: Batch, name: str) -> Rows:
-        """Return rows where the models are; the task checks them all, which it cannot do inside ``vmap``."""
-        rows = Rows.of(batch, name, self._device)
+    def checked_rows(self, batch: Batch, name: str) -> Examples:
+        """Return examples on the models' device, checked by the task, which cannot check them inside ``vmap``."""
+        rows = Examples.of(batch, name, self._device)
         self.reference.eval()
         with torch.no_grad(), seeded(0):
             for some in rows.slices(self.recipe.batch_size):
@@ -217,20 +182,7 @@ class Trainer:
     def groups(
         self, runs: Sequence[Run], stacked: bool | None, most: int | None, done: Collection[RunKey] = ()
     ) -> list[list[Run]]:
-        """Choose how many models are trained at once, and divide runs into groups.
-
-        Args:
-            runs: All runs.
-            stacked: Whether several are trained at once; None: where that saves time.
-            most: The most at once; None: by their size.
-            done: Those that are left out. The groups of the others stay what they are without it.
-
-        Returns:
-            The groups; all runs of one have the same number of rows.
-
-        Raises:
-            InputError: An argument has a value that cannot be used.
-        """
+        """Divide runs into groups that train at once, with equal numbers of examples; runs in ``done`` are left out."""
         most = None if most is None else check_count(most, "models_at_once")
         if all(run.key in done for run in runs):
             return []
@@ -243,25 +195,14 @@ class Trainer:
         for run in runs:
             of_size.setdefault(run.num_rows, []).append(run)
         groups = [same[start : start + size] for same in of_size.values() for start in range(0, len(same), size)]
+        # Groups are those of all runs, so that results do not depend on what was done before.
         left = [[run for run in group if run.key not in done] for group in groups]
         return [group for group in left if group]
 
     def train(
         self, group: Sequence[Run], bar: tqdm, checkpoint_epochs: Sequence[int] = ()
     ) -> tuple[Models, list[list[EpochCheckpoint]]]:
-        """Train the models of a group.
-
-        Args:
-            group: Runs with one number of rows.
-            bar: Counts the epochs of all models.
-            checkpoint_epochs: After which epochs weights are kept.
-
-        Returns:
-            The models, and what was kept of each.
-
-        Raises:
-            NonFiniteError: One diverged.
-        """
+        """Train the models of a group of runs; return them, and the checkpoints of each."""
         built = [self._build(run) for run in group]
         models: Models = (StackedModels if self._are_stacked else SingleModel)(built, self.task)
         optimizer = self.recipe.make_optimizer(models.trained.items())
@@ -287,7 +228,7 @@ class Trainer:
     def _epoch(
         self, models: Models, optimizer: torch.optim.Optimizer, rows: Tensor, epoch: int, rates: list[float]
     ) -> Tensor:
-        """Pass each model's rows ``[K, n]`` once; return the sum of its batches' losses, ``[K]``."""
+        """Visit each model's examples ``[K, n]`` once; return the sum of its batches' losses, ``[K]``."""
         batches = rows.split(self.recipe.batch_size, dim=1)
         total = torch.zeros(len(rows), device=self._device)
         for number, batch in enumerate(batches):
@@ -303,19 +244,11 @@ class Trainer:
             total += losses
         return total
 
-    def evaluate(self, models: Models, group: Sequence[Run], targets: Rows) -> tuple[np.ndarray, np.ndarray]:
-        """Evaluate models on all targets in eval mode.
-
-        Args:
-            models: K models.
-            group: Their runs.
-            targets: M rows.
-
-        Returns:
-            f and L, ``[K, M]`` each, float64.
+    def evaluate(self, models: Models, group: Sequence[Run], targets: Examples) -> tuple[np.ndarray, np.ndarray]:
+        """Return f and L of all targets in eval mode, ``[K, M]`` each, float64.
 
         Raises:
-            NonFiniteError: One is not finite.
+            NonFiniteError: If one is not finite.
         """
         models.train(False)
         with seeded(0):
@@ -326,24 +259,14 @@ class Trainer:
             if len(bad):
                 raise NonFiniteError(
                     f"The model of (subset {run.subset}, seed {run.seed}) gives NaN or infinite outputs or losses for "
-                    f"{len(bad)} targets, rows {bad[:_MAX_NAMED].tolist()}: look at these rows, or lower the recipe's "
+                    f"{len(bad)} targets, indices {bad[:_MAX_NAMED].tolist()}: look at these, or lower the recipe's "
                     f"learning_rate."
                 )
         return outputs, losses
 
 
 def _check_finite(models: Models, losses: Tensor, group: Sequence[Run], epoch: int) -> None:
-    """Check that no model diverged.
-
-    Args:
-        models: K models.
-        losses: ``[K]``, the sums of their losses in the epoch.
-        group: Their runs.
-        epoch: The epoch, 1 for the first.
-
-    Raises:
-        NonFiniteError: One did.
-    """
+    """Raise NonFiniteError if one of K models diverged; ``losses [K]`` are sums over the epoch."""
     fine = losses.isfinite()
     for value in models.trained.values():
         fine &= value.detach().reshape(len(group), -1).isfinite().all(1)
@@ -352,5 +275,5 @@ def _check_finite(models: Models, losses: Tensor, group: Sequence[Run], epoch: i
         named = ", ".join(f"(subset {group[model].subset}, seed {group[model].seed})" for model in bad[:_MAX_NAMED])
         raise NonFiniteError(
             f"{len(bad)} of {len(group)} models diverged in epoch {epoch}: {named}; their losses or parameters are NaN "
-            f"or infinite. Lower the recipe's learning_rate, or look for such values in the train rows."
+            f"or infinite. Lower the recipe's learning_rate, or look for such values in the training examples."
         )

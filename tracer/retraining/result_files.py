@@ -1,10 +1,10 @@
-"""Results of runs in files, so that a retraining that was stopped goes on.
+"""Results of runs in files, so that interrupted retraining can be resumed.
 
-    save_dir/<digest of what decides the numbers>/settings.json     what the digest is of, for people
-                                                  <random>.npz      runs [K], outputs [K, M], losses [K, M]
+    save_dir/<digest of the settings>/settings.json     the settings, for people
+                                      <random>.npz      runs [K], outputs [K, M], losses [K, M]
 
-A file is written when a group of models is trained, under another name first, and never changed. Other data, recipes
-or models have another digest, and so another folder.
+A file is written for each group of models, under another name first, and never changed. Other data, recipes or models
+have another digest, and so another folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from tracer._core.files import disk_errors, sweep, write_whole
 from tracer.data.batches import leaves
 from tracer.errors import StoreError
-from tracer.retraining.models import Rows
+from tracer.retraining.models import Examples
 from tracer.retraining.subsets import Run, RunKey
 from tracer.retraining.training import Trainer
 from tracer.training.checkpoints import weights_fingerprint
@@ -33,17 +33,8 @@ from tracer.training.checkpoints import weights_fingerprint
 _VERSION = 1  # of how models are trained: another number, other results
 
 
-def settings_of(trainer: Trainer, targets: Rows, paired: bool) -> dict[str, Any]:
-    """Return what decides the numbers of all runs, beside their masks and seeds, as JSON values.
-
-    Args:
-        trainer: Knows the model, the task, the train rows and the recipe.
-        targets: The targets.
-        paired: Whether random numbers depend on the seed alone.
-
-    Returns:
-        The settings.
-    """
+def settings_of(trainer: Trainer, targets: Examples, paired: bool) -> dict[str, Any]:
+    """Return the settings that determine the results of all runs, apart from masks and seeds, as JSON values."""
     return {
         "version": _VERSION,
         "model": re.sub(r" at 0x[0-9a-f]+", "", repr(trainer.reference)),
@@ -51,13 +42,13 @@ def settings_of(trainer: Trainer, targets: Rows, paired: bool) -> dict[str, Any]
         "task": trainer.task.settings(),
         "recipe": asdict(trainer.recipe),
         "paired": paired,
-        "train": _rows_fingerprint(trainer.data),
-        "targets": _rows_fingerprint(targets),
+        "train": _fingerprint_of(trainer.data),
+        "targets": _fingerprint_of(targets),
     }
 
 
-def _rows_fingerprint(rows: Rows) -> str:
-    """Return a digest of all values of a batch with their places in it."""
+def _fingerprint_of(rows: Examples) -> str:
+    """Return a digest of all values of a batch with their paths."""
     tensors = {path: leaf for path, leaf in leaves(rows.batch) if isinstance(leaf, Tensor)}
     others = [(path, leaf) for path, leaf in leaves(rows.batch) if not isinstance(leaf, Tensor)]
     return _digest(weights_fingerprint(tensors) + repr(others))
@@ -72,12 +63,7 @@ def _name(run: Run) -> str:
 
 
 class ResultFiles:
-    """The results of runs with one setting.
-
-    Args:
-        save_dir: The folder; others' results may be in it.
-        settings: From `settings_of`.
-    """
+    """The results of runs with the same settings, in a folder that may hold results of other settings."""
 
     def __init__(self, save_dir: Path, settings: Mapping[str, Any]) -> None:
         text = json.dumps(settings, indent=2, sort_keys=True)
@@ -90,16 +76,10 @@ class ResultFiles:
                 self._write(described, text.encode())
 
     def read(self, runs: Sequence[Run]) -> dict[RunKey, tuple[np.ndarray, np.ndarray]]:
-        """Return outputs and losses ``[M]`` of those runs that are there, by subset and seed.
-
-        Args:
-            runs: The runs.
-
-        Returns:
-            What was found.
+        """Return outputs and losses ``[M]`` of the stored runs, by subset and seed.
 
         Raises:
-            StoreError: A file is damaged.
+            StoreError: If a file is damaged.
         """
         stored: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for path in sorted(self._folder.glob("*.npz")):
@@ -115,13 +95,7 @@ class ResultFiles:
         return {run.key: stored[_name(run)] for run in runs if _name(run) in stored}
 
     def write(self, runs: Sequence[Run], outputs: np.ndarray, losses: np.ndarray) -> None:
-        """Write the results of a group of runs.
-
-        Args:
-            runs: K runs.
-            outputs: ``[K, M]``, f of each target.
-            losses: ``[K, M]``, L of each target.
-        """
+        """Write outputs ``[K, M]`` and losses ``[K, M]`` of K runs."""
         names = np.array([_name(run) for run in runs])
         buffer = io.BytesIO()
         np.savez(buffer, runs=names, outputs=outputs, losses=losses)
