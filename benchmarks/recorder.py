@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from tracer import CheckpointRecorder, open_recording
 from tracer.training.recording import Even, Geometric, LossDecrease, Schedule, make_schedule
-from tracer.training.recording.record import CheckpointRecord, thin
+from tracer.training.recording.record import CheckpointRecord
+from tracer.training.recording.thinning import thin
 
 RESULTS = Path(__file__).parent / "results"
 COST_COLUMNS = {

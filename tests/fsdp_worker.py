@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 import tracer
 from tracer import Tracer
-from tracer.training.checkpoints import LoadedWeights, weights_in
+from tracer.training.lend_weights import LoadedWeights, weights_in
 
 torch.set_num_threads(1)
 ROWS, TARGETS = 13, 5

@@ -33,7 +33,7 @@ from tracer.gradients.per_sample import (
 )
 from tracer.projection import make_projector
 from tracer.training.adam import check_preconditioner
-from tracer.training.checkpoints import LoadedWeights
+from tracer.training.lend_weights import LoadedWeights
 
 SHAPE = (11, 6)
 SCALE = normal(*SHAPE, seed=11).abs() + 0.1

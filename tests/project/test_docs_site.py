@@ -131,8 +131,8 @@ def test_every_public_name_has_an_entry(site):
 
 
 def test_the_callbacks_have_entries(site):
-    packages = ("huggingface", "lightning")
-    assert {f"tracer.training.integrations.{name}.RecorderCallback" for name in packages} <= inventory(site)
+    names = ("huggingface.HuggingFaceRecorderCallback", "lightning.LightningRecorderCallback")
+    assert {f"tracer.training.integrations.{name}" for name in names} <= inventory(site)
 
 
 def test_every_page_has_one_title(pages, site):

@@ -15,7 +15,8 @@ from tied_model import Tied
 from torch import nn
 
 from tracer.errors import CheckpointError, InputTypeError
-from tracer.training.checkpoints import fit_state, read_checkpoint, weights_fingerprint
+from tracer.training.checkpoints import read_checkpoint, weights_fingerprint
+from tracer.training.fit_state import fit_state
 
 
 @pytest.fixture

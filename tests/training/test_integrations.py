@@ -86,9 +86,9 @@ def logged_rates(trainer):
 
 @needs_transformers
 def test_a_hugging_face_training_is_recorded_up_to_scores(tmp_path):
-    from tracer.training.integrations.huggingface import RecorderCallback
+    from tracer.training.integrations.huggingface import HuggingFaceRecorderCallback
 
-    trainer = hf_trainer(tmp_path, RecorderCallback(tmp_path / "run", every=3))
+    trainer = hf_trainer(tmp_path, HuggingFaceRecorderCallback(tmp_path / "run", every=3))
     trainer.train()
     rates = logged_rates(trainer)
     recording = open_recording(tmp_path / "run")
@@ -107,10 +107,10 @@ def test_a_hugging_face_training_is_recorded_up_to_scores(tmp_path):
 
 @needs_transformers
 def test_a_hugging_face_training_is_what_it_is_without_the_callback(tmp_path):
-    from tracer.training.integrations.huggingface import RecorderCallback
+    from tracer.training.integrations.huggingface import HuggingFaceRecorderCallback
 
     weights = []
-    for callback in (RecorderCallback(tmp_path / "run", every=1, second_moments=True), None):
+    for callback in (HuggingFaceRecorderCallback(tmp_path / "run", every=1, second_moments=True), None):
         trainer = hf_trainer(tmp_path, callback)
         trainer.train()
         weights.append(trainer.model.state_dict())
@@ -120,16 +120,16 @@ def test_a_hugging_face_training_is_what_it_is_without_the_callback(tmp_path):
 @needs_transformers
 @pytest.mark.parametrize("restore", [False, True])
 def test_a_hugging_face_training_that_is_resumed_continues_its_recording(tmp_path, restore):
-    from tracer.training.integrations.huggingface import RecorderCallback
+    from tracer.training.integrations.huggingface import HuggingFaceRecorderCallback
 
-    whole = hf_trainer(tmp_path, RecorderCallback(tmp_path / "whole", every=Even(2)), max_steps=9)
+    whole = hf_trainer(tmp_path, HuggingFaceRecorderCallback(tmp_path / "whole", every=Even(2)), max_steps=9)
     whole.train()
     saving = {"save_strategy": "steps", "save_steps": 5, "max_steps": 9}
-    first = hf_trainer(tmp_path, RecorderCallback(tmp_path / "run", every=Even(2)), **saving)
+    first = hf_trainer(tmp_path, HuggingFaceRecorderCallback(tmp_path / "run", every=Even(2)), **saving)
     first.train()
     again = hf_trainer(
         tmp_path,
-        RecorderCallback(tmp_path / "run", every=Even(2)),
+        HuggingFaceRecorderCallback(tmp_path / "run", every=Even(2)),
         restore_callback_states_from_checkpoint=restore,
         **saving,
     )
@@ -143,11 +143,11 @@ def test_a_hugging_face_training_that_is_resumed_continues_its_recording(tmp_pat
 
 @needs_transformers
 def test_the_last_state_is_saved_before_the_best_one_is_loaded(tmp_path):
-    from tracer.training.integrations.huggingface import RecorderCallback
+    from tracer.training.integrations.huggingface import HuggingFaceRecorderCallback
 
     seen = {}
 
-    class Watch(RecorderCallback):
+    class Watch(HuggingFaceRecorderCallback):
         def on_step_end(self, args, state, control, **kwargs):
             super().on_step_end(args, state, control, **kwargs)
             seen[state.global_step] = copy.deepcopy(kwargs["model"].state_dict())
@@ -167,7 +167,7 @@ def test_the_last_state_is_saved_before_the_best_one_is_loaded(tmp_path):
 def test_early_stopping_keeps_the_last_state(tmp_path, caplog):
     import transformers
 
-    from tracer.training.integrations.huggingface import RecorderCallback
+    from tracer.training.integrations.huggingface import HuggingFaceRecorderCallback
 
     class Stop(transformers.TrainerCallback):
         def on_evaluate(self, args, state, control, **kwargs):
@@ -175,7 +175,7 @@ def test_early_stopping_keeps_the_last_state(tmp_path, caplog):
 
     options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
-    trainer = hf_trainer(tmp_path, RecorderCallback(tmp_path / "run", every=100), **options, **best)
+    trainer = hf_trainer(tmp_path, HuggingFaceRecorderCallback(tmp_path / "run", every=100), **options, **best)
     trainer.add_callback(Stop())
     trainer.train()
     assert [one.step for one in open_recording(tmp_path / "run").checkpoints] == [4]
@@ -184,10 +184,10 @@ def test_early_stopping_keeps_the_last_state(tmp_path, caplog):
 
 @needs_transformers
 def test_logged_losses_decide_in_a_hugging_face_training(tmp_path):
-    from tracer.training.integrations.huggingface import RecorderCallback
+    from tracer.training.integrations.huggingface import HuggingFaceRecorderCallback
     from tracer.training.recording import LossDecrease
 
-    callback = RecorderCallback(tmp_path / "run", every=LossDecrease(fraction=0.001, beta=0.0))
+    callback = HuggingFaceRecorderCallback(tmp_path / "run", every=LossDecrease(fraction=0.001, beta=0.0))
     trainer = hf_trainer(tmp_path, callback, max_steps=12, logging_steps=2)
     trainer.train()
     losses = {line["step"]: line["loss"] for line in trainer.state.log_history if "loss" in line}
@@ -247,9 +247,9 @@ def fit(folder, callback, module=None, ckpt_path=None, callbacks=(), **options):
 
 @needs_lightning
 def test_a_lightning_training_is_recorded_up_to_scores(tmp_path):
-    from tracer.training.integrations.lightning import RecorderCallback
+    from tracer.training.integrations.lightning import LightningRecorderCallback
 
-    module = fit(tmp_path, RecorderCallback(tmp_path / "run", every=2, submodule="net"), max_steps=5)
+    module = fit(tmp_path, LightningRecorderCallback(tmp_path / "run", every=2, submodule="net"), max_steps=5)
     recording = open_recording(tmp_path / "run")
     assert [(one.step, one.epoch) for one in recording.checkpoints] == [(2, 0), (4, 0), (5, 1)]
     found = load_checkpoints(tmp_path / "run")
@@ -265,9 +265,9 @@ def test_a_lightning_training_is_recorded_up_to_scores(tmp_path):
 
 @needs_lightning
 def test_a_lightning_training_is_what_it_is_without_the_callback(tmp_path):
-    from tracer.training.integrations.lightning import RecorderCallback
+    from tracer.training.integrations.lightning import LightningRecorderCallback
 
-    callback = RecorderCallback(tmp_path / "run", every=1)
+    callback = LightningRecorderCallback(tmp_path / "run", every=1)
     recorded = fit(tmp_path, callback, max_steps=5)
     pl, _ = lightning_module()
     plain = fit(tmp_path, pl.Callback(), max_steps=5)
@@ -277,9 +277,9 @@ def test_a_lightning_training_is_what_it_is_without_the_callback(tmp_path):
 
 @needs_lightning
 def test_accumulated_batches_of_lightning_are_one_step(tmp_path):
-    from tracer.training.integrations.lightning import RecorderCallback
+    from tracer.training.integrations.lightning import LightningRecorderCallback
 
-    callback = RecorderCallback(tmp_path / "run", every=1)
+    callback = LightningRecorderCallback(tmp_path / "run", every=1)
     module = fit(tmp_path, callback, max_steps=4, accumulate_grad_batches=2)
     recording = open_recording(tmp_path / "run")
     assert [one.step for one in recording.checkpoints] == [1, 2, 3, 4]
@@ -289,14 +289,14 @@ def test_accumulated_batches_of_lightning_are_one_step(tmp_path):
 
 @needs_lightning
 def test_a_lightning_training_that_is_resumed_continues_its_recording(tmp_path):
-    from tracer.training.integrations.lightning import RecorderCallback
+    from tracer.training.integrations.lightning import LightningRecorderCallback
 
     pl, _ = lightning_module()
     keep = pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=3, save_top_k=-1)
     options = {"max_steps": 7, "enable_checkpointing": True}
-    fit(tmp_path, RecorderCallback(tmp_path / "run", every=2), callbacks=[keep], **options)
+    fit(tmp_path, LightningRecorderCallback(tmp_path / "run", every=2), callbacks=[keep], **options)
     expected = load_checkpoints(tmp_path / "run")
-    again = RecorderCallback(tmp_path / "run", every=2)
+    again = LightningRecorderCallback(tmp_path / "run", every=2)
     fit(tmp_path, again, ckpt_path=tmp_path / "ckpt" / "step=3.ckpt", **options)
     recording = open_recording(tmp_path / "run")
     assert [one.step for one in recording.checkpoints] == [2, 4, 6, 7]
@@ -306,10 +306,10 @@ def test_a_lightning_training_that_is_resumed_continues_its_recording(tmp_path):
 
 @needs_lightning
 def test_an_error_in_a_lightning_training_stops_the_recording(tmp_path):
-    from tracer.training.integrations.lightning import RecorderCallback
+    from tracer.training.integrations.lightning import LightningRecorderCallback
 
     _, module = lightning_module()
-    whole, callback = module.training_step, RecorderCallback(tmp_path / "run", every=2)
+    whole, callback = module.training_step, LightningRecorderCallback(tmp_path / "run", every=2)
 
     def fail(batch, batch_idx):
         return whole(batch, batch_idx) if batch_idx < 3 else 1 / 0
@@ -323,20 +323,23 @@ def test_an_error_in_a_lightning_training_stops_the_recording(tmp_path):
 
 @needs_lightning
 def test_what_lightning_cannot_record_says_what_to_do(tmp_path):
-    from tracer.training.integrations.lightning import RecorderCallback
+    from tracer.training.integrations.lightning import LightningRecorderCallback
 
     with pytest.raises(tracer.InputError, match="submodule='head' is not in the LightningModule .*named_modules"):
-        fit(tmp_path, RecorderCallback(tmp_path / "run", submodule="head"), max_steps=1)
+        fit(tmp_path, LightningRecorderCallback(tmp_path / "run", submodule="head"), max_steps=1)
     _, module = lightning_module(num_optimizers=2)
     with pytest.raises(tracer.InputError, match="2 optimizers came with optimizer=None; choose one by its number"):
-        fit(tmp_path, RecorderCallback(tmp_path / "run"), module, max_steps=1)
+        fit(tmp_path, LightningRecorderCallback(tmp_path / "run"), module, max_steps=1)
 
 
 @pytest.mark.parametrize(
-    ("module", "packages", "extra"),
-    [("huggingface", ["transformers"], "hf"), ("lightning", ["lightning", "pytorch_lightning"], "lightning")],
+    ("module", "callback", "packages", "extra"),
+    [
+        ("huggingface", "HuggingFaceRecorderCallback", ["transformers"], "hf"),
+        ("lightning", "LightningRecorderCallback", ["lightning", "pytorch_lightning"], "lightning"),
+    ],
 )
-def test_a_package_that_is_missing_is_named_with_how_to_install_it(monkeypatch, module, packages, extra):
+def test_a_package_that_is_missing_is_named_with_how_to_install_it(monkeypatch, module, callback, packages, extra):
     find, name = importlib.util.find_spec, f"tracer.training.integrations.{module}"
     monkeypatch.setattr(importlib.util, "find_spec", lambda one, *more: None if one in packages else find(one, *more))
     for package in packages:
@@ -345,4 +348,4 @@ def test_a_package_that_is_missing_is_named_with_how_to_install_it(monkeypatch, 
     del sys.modules[name]
     without = importlib.import_module(name)
     with pytest.raises(tracer.MissingDependencyError, match=rf"needs {packages[0]}: pip install 'tracin\[{extra}\]'"):
-        without.RecorderCallback("run")
+        getattr(without, callback)("run")

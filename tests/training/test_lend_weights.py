@@ -10,7 +10,8 @@ from tied_model import Tied
 from torch import Tensor, nn
 
 from tracer.errors import CheckpointError
-from tracer.training.checkpoints import LoadedWeights, weights_fingerprint, weights_in
+from tracer.training.checkpoints import weights_fingerprint
+from tracer.training.lend_weights import LoadedWeights, weights_in
 
 TOKENS = torch.tensor([0, 3, 6, 3])
 

@@ -24,7 +24,8 @@ from torch import nn
 import tracer
 from tracer import CheckpointRecorder, attribute, load_checkpoints, open_recording
 from tracer._core.processes import Process
-from tracer.training.checkpoints import fit_state, read_checkpoint
+from tracer.training.checkpoints import read_checkpoint
+from tracer.training.fit_state import fit_state
 from tracer.training.recording import Geometric
 
 

@@ -18,7 +18,7 @@ from tracer.gradients.norms import squared_norm
 from tracer.gradients.per_sample import PerSampleGradient, scale_gradient
 from tracer.projection.base import Projector
 from tracer.store import RowTable
-from tracer.training.checkpoints import LoadedWeights, weights_in
+from tracer.training.lend_weights import LoadedWeights, weights_in
 from tracer.types import Batch, Projection, SampleOutputs
 
 

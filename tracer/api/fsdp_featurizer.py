@@ -17,7 +17,7 @@ from tracer.gradients.fsdp import ENDED, WAITING, WORKING, Ranks
 from tracer.gradients.per_sample import PerSampleGradient
 from tracer.projection.base import Projector
 from tracer.store import RowTable
-from tracer.training.checkpoints import LoadedWeights
+from tracer.training.lend_weights import LoadedWeights
 from tracer.types import Batch, SampleOutputs
 
 

@@ -33,7 +33,8 @@ from tracer.data.tasks import LanguageModeling, Task, make_task
 from tracer.errors import BatchError, GradientError, InputError, InputTypeError, NonFiniteError
 from tracer.gradients import ParamSelection, isolated, select_parameters
 from tracer.training.adam import check_preconditioner, read_training_checkpoint
-from tracer.training.checkpoints import LoadedWeights, read_checkpoint, weights_in
+from tracer.training.checkpoints import read_checkpoint
+from tracer.training.lend_weights import LoadedWeights, weights_in
 from tracer.types import Batch, Checkpoint, SampleOutputs
 
 logger = logging.getLogger("tracer")

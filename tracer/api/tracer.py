@@ -44,7 +44,9 @@ from tracer.scoring.scorer import Labels
 from tracer.store import RowTable, Store
 from tracer.store.manifest import Manifest
 from tracer.training.adam import check_preconditioner, read_training_checkpoint
-from tracer.training.checkpoints import LoadedWeights, fit_state, read_checkpoint, weights_fingerprint
+from tracer.training.checkpoints import read_checkpoint, weights_fingerprint
+from tracer.training.fit_state import fit_state
+from tracer.training.lend_weights import LoadedWeights
 from tracer.types import Batch, Checkpoint, TopK
 
 logger = logging.getLogger("tracer")

@@ -1,8 +1,8 @@
-"""Second moments: what Adam has gathered of each parameter's gradient, read from a training checkpoint.
+"""Adam's second moments, read from a training checkpoint, as a diagonal metric of gradients.
 
-Adam moves a parameter along ``m / (sqrt(v̂) + eps)`` (Kingma & Ba 2015), so a gradient g moves it along ``Γ g`` with the
-diagonal ``Γ = 1 / (sqrt(v̂) + eps)``. Gradients multiplied by the entries of ``Γ^{1/2}``, of train rows and targets
-alike, have the inner products ``<Γ g, g'>``.
+Adam moves a parameter along ``m / (sqrt(v̂) + eps)`` (Kingma & Ba 2015), so a gradient g moves it along ``Γ g`` with
+the diagonal ``Γ = 1 / (sqrt(v̂) + eps)``. If the gradients of training examples and targets are multiplied by the
+entries of ``Γ^{1/2}``, their inner products are ``<Γ g, g'>``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from tracer._core.sharding import is_sharded
 from tracer._core.text import listing
 from tracer.errors import CheckpointError, InputError, nearest_name
-from tracer.training.checkpoints import as_state, checkpoint_value, fit_state, weights_fingerprint
+from tracer.training.checkpoints import as_state, checkpoint_value, weights_fingerprint
+from tracer.training.fit_state import fit_state
 from tracer.training.optimizer_states import assign_parameters, is_optimizer_state
 from tracer.types import Checkpoint
 
 PRECONDITIONERS = ("adam",)
-"""What ``preconditioner=`` takes beside None."""
+"""The values of ``preconditioner=`` apart from None."""
 
 _EXPECTED = (
     "preconditioner='adam' takes a training checkpoint: a mapping, or the path of one that torch.save wrote, with the "
@@ -35,18 +36,7 @@ _PASS = 'pass {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
 
 def check_preconditioner(preconditioner: str | None, sharded: bool = False) -> str | None:
-    """Return what ``preconditioner=`` says.
-
-    Args:
-        preconditioner: What the user passed.
-        sharded: Whether the model is divided among processes.
-
-    Returns:
-        The same.
-
-    Raises:
-        InputError: It is not known, or the model is sharded.
-    """
+    """Return a known preconditioner or None; FSDP models, whose optimizer states are divided, can have none."""
     if preconditioner is not None and preconditioner not in PRECONDITIONERS:
         raise InputError(
             f"preconditioner={preconditioner!r} is not known; {nearest_name(preconditioner, PRECONDITIONERS)}."
@@ -61,14 +51,14 @@ def check_preconditioner(preconditioner: str | None, sharded: bool = False) -> s
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """What Adam has gathered of one parameter.
+    """Adam's second moment of one parameter.
 
     Attributes:
-        values: ``exp_avg_sq``, or ``max_exp_avg_sq`` with amsgrad, ``[*shape]``: a running mean of squared gradients,
-            which begins at zero.
-        step: How many steps went into it.
-        beta2: How much of the mean a step keeps.
-        eps: What is added to the root of the mean.
+        values: ``exp_avg_sq``, or ``max_exp_avg_sq`` with amsgrad, ``[*shape]``: a running mean of squared gradients
+            that begins at zero.
+        step: The number of steps in it.
+        beta2: The share of the mean that each step keeps.
+        eps: The number added to the root of the mean.
     """
 
     values: Tensor
@@ -77,10 +67,7 @@ class SecondMoment:
     eps: float
 
     def scale(self) -> Tensor:
-        """Return ``Γ^{1/2} = (sqrt(v̂) + eps)^{-1/2}``, ``[*shape]``, float64.
-
-        ``v̂ = values / (1 - beta2^step)`` is the running mean without the zero that it began with, as `torch.optim.Adam`
-        and `torch.optim.AdamW` have it.
+        """Return ``Γ^{1/2} = (sqrt(v̂) + eps)^{-1/2}``, ``[*shape]``, float64, with v̂ corrected for its start at zero.
 
         >>> SecondMoment(torch.tensor([0.04]), step=1, beta2=0.99, eps=0.5).scale()
         tensor([0.6325], dtype=torch.float64)
@@ -94,8 +81,8 @@ class TrainingCheckpoint:
     """A model's weights and its optimizer's second moments.
 
     Attributes:
-        state: Fitted to the model.
-        moments: Of each selected parameter, by name.
+        state: The state dict, fitted to the model.
+        moments: The second moments of the selected parameters, by name.
     """
 
     state: dict[str, Tensor]
@@ -109,10 +96,8 @@ class TrainingCheckpoint:
         }
 
     def fingerprint(self) -> str:
-        """Return a digest of the weights, ``+``, and one of the second moments and what is made of them.
-
-        The latter covers the moments as they are stored, not ``Γ``, whose last bit may differ between machines.
-        """
+        """Return a digest of the weights, ``+``, and a digest of the second moments and their settings."""
+        # Of the moments as stored, not of Γ, whose last bit may differ between machines.
         values = {name: moment.values for name, moment in self.moments.items()}
         numbers = {
             f"{name} step, beta2, eps": torch.tensor([moment.step, moment.beta2, moment.eps], dtype=torch.float64)
@@ -122,7 +107,7 @@ class TrainingCheckpoint:
 
 
 def optimizer_path(path: str | os.PathLike[str]) -> Path:
-    """Return where the optimizer's state lies that belongs to the weights in a ``.safetensors`` file.
+    """Return the path of the optimizer's state that belongs to the weights in a ``.safetensors`` file.
 
     >>> optimizer_path("run/step_00000100.safetensors").name
     'step_00000100.optimizer.pt'
@@ -133,22 +118,22 @@ def optimizer_path(path: str | os.PathLike[str]) -> Path:
 def read_training_checkpoint(checkpoint: Checkpoint, model: nn.Module, names: Sequence[str]) -> TrainingCheckpoint:
     """Read a model's weights and its optimizer's second moments, without executing anything that a file may contain.
 
-    The two state dicts are recognised by their form, whatever their keys are called. A ``.safetensors`` file has the
-    optimizer's beside it, as `optimizer_path` says, where a recorder saved it.
+    The two state dicts are recognized by their form, under any keys. For a ``.safetensors`` file the optimizer's state
+    is read from `optimizer_path`, if a recorder saved it.
 
     Args:
-        checkpoint: A training checkpoint, or the path of one.
+        checkpoint: A training checkpoint, or its path.
         model: The model; it is not changed.
-        names: The parameters whose second moments are wanted, as ``model.named_parameters()`` has them.
+        names: The parameters whose second moments are needed, as in ``model.named_parameters()``.
 
     Returns:
         Weights and second moments.
 
     Raises:
-        InputTypeError: It is neither a mapping nor a path.
-        CheckpointError: It cannot be read safely; it is no training checkpoint, or holds several state dicts that fit;
-            the optimizer keeps no second moments, or they cannot be assigned to the parameters; or a parameter has
-            none.
+        InputTypeError: If it is neither a mapping nor a path.
+        CheckpointError: If it cannot be read safely, is not a training checkpoint, or holds several state dicts that
+            fit; if the optimizer has no second moments, or they cannot be matched with the parameters; or if a
+            parameter has none.
 
     >>> model = nn.Linear(2, 1)
     >>> optimizer = torch.optim.AdamW(model.parameters(), eps=0.1)
@@ -194,20 +179,7 @@ def _is_state(value: Mapping) -> bool:
 
 
 def _only(whose: str, keys: list, where: str, found: str) -> Any:
-    """Return the one key under which a state dict lies.
-
-    Args:
-        whose: ``model`` or ``optimizer``.
-        keys: The keys of those that there are.
-        where: What to call the checkpoint in errors.
-        found: What it holds, in words.
-
-    Returns:
-        The key.
-
-    Raises:
-        CheckpointError: There is none, or there are several.
-    """
+    """Return the single key of the state dict of the ``model`` or ``optimizer``, or raise CheckpointError."""
     if not keys:
         form = "a mapping with 'state' and 'param_groups'" if whose == "optimizer" else "names to tensors"
         record = ", or record with CheckpointRecorder(second_moments=True)" if whose == "optimizer" else ""
@@ -223,19 +195,7 @@ def _only(whose: str, keys: list, where: str, found: str) -> Any:
 
 
 def _moments(optimizer: Mapping, model: nn.Module, names: Sequence[str]) -> dict[str, SecondMoment]:
-    """Return the second moments of the named parameters.
-
-    Args:
-        optimizer: The optimizer's state dict.
-        model: The model.
-        names: The parameters.
-
-    Returns:
-        By name.
-
-    Raises:
-        CheckpointError: There are none, or they cannot be assigned, or a parameter has none.
-    """
+    """Return the second moments of the named parameters, or raise CheckpointError if one is missing or in doubt."""
     state = optimizer["state"]
     kept = sorted({str(key) for entry in state.values() if isinstance(entry, Mapping) for key in entry})
     if "exp_avg_sq" not in kept:
@@ -269,20 +229,7 @@ def _has_stepped(entry: Any) -> bool:
 
 
 def _moment(entry: Mapping, group: Mapping, shape: torch.Size, name: str) -> SecondMoment:
-    """Read the second moment of one parameter.
-
-    Args:
-        entry: The optimizer's state of the parameter.
-        group: The parameter's group.
-        shape: The parameter's shape.
-        name: Its name.
-
-    Returns:
-        The moment.
-
-    Raises:
-        CheckpointError: Something is missing, does not fit or cannot be used.
-    """
+    """Read and check the second moment of one parameter from its state and group."""
     key = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
     values: Any = entry.get(key)
     step: Any = entry.get("step")

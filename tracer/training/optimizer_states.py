@@ -1,6 +1,6 @@
-"""Which of an optimizer's parameters is which of a model's: by name, or by order and shape where that leaves no doubt.
+"""Match an optimizer's parameters with a model's: by name, or by order and shape if that leaves no doubt.
 
-A state dict of a torch optimizer numbers its parameters. It has their names too where the optimizer was made from
+The state dict of a torch optimizer numbers its parameters. It has their names too if the optimizer was made from
 ``model.named_parameters()``.
 """
 
@@ -24,26 +24,26 @@ Assigned = dict[str, tuple[Any, Mapping]]
 
 
 def is_optimizer_state(value: Mapping) -> bool:
-    """Say whether a mapping has the form of an optimizer's state dict."""
+    """Return whether a mapping has the form of an optimizer's state dict."""
     return isinstance(value.get("state"), Mapping) and isinstance(value.get("param_groups"), (list, tuple))
 
 
 def assign_parameters(optimizer: Mapping, model: nn.Module) -> tuple[Assigned, str]:
-    """Find which of the optimizer's parameters is which of the model's.
+    """Match the optimizer's parameters with the model's.
 
-    Names decide where the groups have them. Without names, the parameters of one group are taken in the model's order,
-    all or those that require a gradient, whichever has their number. Those of several groups, which may have come in
-    any order, are told by their shapes, if all of one shape are in one group.
+    Names decide if the groups have them. Without names, parameters of one group are taken in the model's order: all of
+    them or those that require a gradient, whichever count matches. Parameters of several groups, which may be in any
+    order, are matched by shape if no shape is in two groups.
 
     Args:
         optimizer: An optimizer's state dict.
         model: The model.
 
     Returns:
-        Number and group by the model's name, and what the optimizer holds, in words.
+        The optimizer's number and group by the model's name, and a description of the optimizer's content for errors.
 
     Raises:
-        CheckpointError: It is damaged, or there is doubt.
+        CheckpointError: If it is damaged, or the match is in doubt.
 
     >>> import torch
     >>> model = nn.Linear(2, 1)
@@ -69,17 +69,7 @@ def assign_parameters(optimizer: Mapping, model: nn.Module) -> tuple[Assigned, s
 
 
 def _groups(optimizer: Mapping) -> list[Mapping]:
-    """Return the groups that hold parameters.
-
-    Args:
-        optimizer: An optimizer's state dict.
-
-    Returns:
-        The groups.
-
-    Raises:
-        CheckpointError: One is no group.
-    """
+    """Return the non-empty parameter groups, or raise CheckpointError if one is damaged."""
     groups = list(optimizer["param_groups"])
     if not all(isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple)) for group in groups):
         raise CheckpointError(
@@ -90,19 +80,7 @@ def _groups(optimizer: Mapping) -> list[Mapping]:
 
 
 def _by_name(held: Sequence[tuple[Any, Mapping]], given: Sequence[str], model: nn.Module) -> Assigned:
-    """Return the parameters by the model's names; any name of a tied parameter will do.
-
-    Args:
-        held: Number and group of each parameter of the optimizer.
-        given: Their names.
-        model: The model.
-
-    Returns:
-        Number and group by name; without those that the model does not have.
-
-    Raises:
-        CheckpointError: There are more or fewer names than parameters.
-    """
+    """Match parameters by name; any name of a tied parameter counts, and names unknown to the model are left out."""
     if len(given) != len(held):
         raise CheckpointError(
             f"the optimizer's state dict has {len(given)} 'param_names' for {len(held)} parameters: expected one each; "
@@ -121,19 +99,7 @@ def _shape(entry: Any) -> tuple[int, ...] | None:
 def _by_order(
     held: Sequence[tuple[Any, Mapping]], state: Mapping, named: Sequence[tuple[str, tuple[int, ...]]]
 ) -> Assigned:
-    """Assign the parameters of one group in the model's order, as ``Adam(model.parameters())`` numbers them.
-
-    Args:
-        held: Number and group of each parameter of the optimizer.
-        state: Of the optimizer's state dict.
-        named: Name and shape of as many parameters of the model, in its order.
-
-    Returns:
-        Number and group by name.
-
-    Raises:
-        CheckpointError: A shape does not fit.
-    """
+    """Match the parameters of one group in the model's order, as ``Adam(model.parameters())`` numbers them."""
     for (number, _), (name, shape) in zip(held, named, strict=True):
         came = _shape(state.get(number))
         if came is not None and came != shape:
@@ -147,21 +113,7 @@ def _by_order(
 def _by_shape(
     held: Sequence[tuple[Any, Mapping]], state: Mapping, named: Sequence[tuple[str, tuple[int, ...]]]
 ) -> Assigned:
-    """Assign the parameters of several groups, whose order says nothing: all of one shape must be of one group.
-
-    Within a group they are taken in the model's order.
-
-    Args:
-        held: Number and group of each parameter of the optimizer.
-        state: Of the optimizer's state dict.
-        named: Name and shape of as many parameters of the model, in its order.
-
-    Returns:
-        Number and group by name.
-
-    Raises:
-        CheckpointError: A shape is unknown, is in several groups, or does not fit the model.
-    """
+    """Match the parameters of several groups by shape, within a group in the model's order."""
     unknown = [repr(number) for number, _ in held if _shape(state.get(number)) is None]
     if unknown:
         raise CheckpointError(

@@ -1,8 +1,8 @@
-"""TracInIdeal (Pruthi et al. 2020, section 3.1): what each step of a training run did to the targets' losses.
+"""TracInIdeal (Pruthi et al. 2020, section 3.1): the change of targets' losses at each step of a training run.
 
-``TracInIdeal(z, z') = sum over the steps t that used z of L(w_t, z') - L(w_{t+1}, z')``. It is what TracInCP, which
-sees a few checkpoints and first-order terms only, approximates. `IdealRecorder` measures it in the user's own training
-loop, at the price of one forward of all targets a step.
+``TracInIdeal(z, z') = sum over the steps t that used z of L(w_t, z') - L(w_{t+1}, z')``. TracInCP approximates it from
+a few checkpoints and first-order terms. `IdealRecorder` measures it in the user's own training loop, at the cost of one
+forward of all targets per step.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from tracer.data.indices import RowIndices, row_indices
 from tracer.data.tasks import make_task
 from tracer.errors import BatchError, CallOrderError, InputError, MismatchError, NonFiniteError
 from tracer.gradients.isolation import isolated, seed_generators
-from tracer.training.checkpoints import LoadedWeights, weights_fingerprint, weights_in
-from tracer.training.tracin_ideal_record import IdealRecord, read_ideal, read_recording, write_recording
+from tracer.training.checkpoints import weights_fingerprint
+from tracer.training.lend_weights import LoadedWeights, weights_in
+from tracer.training.tracin_ideal_record import IdealRecord, read_ideal, read_with_context, write_ideal
 from tracer.types import Batch
 
 __all__ = ["IdealRecord", "IdealRecorder", "read_ideal"]
@@ -37,24 +38,28 @@ logger = logging.getLogger("tracer")
 
 
 class IdealRecorder:
-    """Records what each step of a training loop does to the losses of target rows.
+    """Records the effect of each step of a training loop on the losses of targets.
 
     Before the first step and after each one, all targets' losses are computed with the model in eval mode. Training is
-    not touched: weights, buffers, gradients, modes and the random state are afterwards what they were, bit by bit.
-    The targets are read once and kept in memory, where the model is.
+    not affected: weights, buffers, gradients, modes and the random state are restored bit by bit. Targets are read once
+    and held in memory on the model's device.
 
     Args:
-        model: The model that is trained, on its device.
-        task: As `Tracer` takes it; it gives the losses.
-        targets: The target rows: a map-style data set, a tuple of tensors, a `DataLoader` with ``shuffle=False``, or a
-            list of batches.
-        train_set_size: The number of train rows ``N``.
-        batch_size: Of targets, for data sets and tensors.
-        collate_fn: How rows of a data set become a batch.
+        model: The model in training, on its device.
+        task: As in `Tracer`; it gives the losses.
+        targets: The targets: a map-style data set, a tuple of tensors, a `DataLoader` with ``shuffle=False``, or a list
+            of batches.
+        train_set_size: The number of training examples ``N``.
+        batch_size: The batch size of targets, for data sets and tensors. Default: 64.
+        collate_fn: Makes a batch of a data set's examples.
+
+    Attributes:
+        rows: The training examples of each recorded step, ``[B_t]``, int64.
+        num_targets: The number of targets ``M``.
 
     Raises:
-        InputError: There are no targets, or the model is sharded by ``fully_shard``.
-        InputTypeError: The model, the task or the targets are of a type that cannot be used.
+        InputError: If there are no targets, or the model is sharded by ``fully_shard``.
+        InputTypeError: If the model, the task or the targets have an invalid type.
 
     >>> x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([2.0, 4.0])
     >>> model = nn.Linear(1, 1, bias=False)
@@ -102,36 +107,36 @@ class IdealRecorder:
 
     @property
     def loss_changes(self) -> np.ndarray:
-        """Each target's loss before a step minus after it, ``[T, M]``, float64; positive: the step lowered it."""
+        """Each target's loss before a step minus after it, ``[T, M]``, float64; positive if the step lowered it."""
         return np.stack(self._changes) if self._changes else np.zeros((0, self.num_targets))
 
     @property
     def record(self) -> IdealRecord:
-        """What was recorded so far."""
+        """The recorded steps."""
         return IdealRecord(self.train_set_size, list(self.rows), self.loss_changes)
 
     def influence(self, share: str | Sequence[np.ndarray] = "equal") -> np.ndarray:
-        """Return TracInIdeal of all train rows on all targets, ``[N, M]``, float64; see `IdealRecord.influence`."""
+        """Return TracInIdeal of training examples on targets, ``[N, M]``, float64; see `IdealRecord.influence`."""
         return self.record.influence(share)
 
     @contextmanager
     def step(self, inds: RowIndices) -> Iterator[None]:
-        """Record the step that is made inside: forward, backward and ``optimizer.step()`` in any form.
+        """Record the step made inside: forward, backward and ``optimizer.step()`` in any form.
 
-        Whatever changes the weights between two steps belongs to neither. A step that raises is not recorded.
+        A change of the weights between two steps belongs to neither. A step that raises is not recorded.
 
         Args:
-            inds: The train rows of its batch, ``[B]``; with gradients accumulated over several batches, those of all.
-                A row that is in the batch twice is given twice.
+            inds: The training examples of its batch, ``[B]``; with accumulated gradients, those of all its batches. An
+                example that occurs twice is listed twice.
 
         Yields:
             Nothing.
 
         Raises:
-            BatchError: There are no indices, or one is out of range; or the task does not give a loss for each target.
-            InputTypeError: They are no integers.
-            CallOrderError: It came inside another step.
-            NonFiniteError: A target's loss is NaN or infinite; the step is not recorded.
+            BatchError: If there are no indices, one is out of range, or the task does not give a loss for each target.
+            InputTypeError: If they are not integers.
+            CallOrderError: If it is called inside another step.
+            NonFiniteError: If a target's loss is NaN or infinite; the step is not recorded.
         """
         rows = _batch_rows(inds, self.train_set_size)
         if self._stepping:
@@ -151,23 +156,23 @@ class IdealRecorder:
         self._changes.append(before - self._losses)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write what was recorded so far to an ``.npz`` file, whole or not at all.
+        """Write the recorded steps to an ``.npz`` file, whole or not at all.
 
         `load` continues the recording, `read_ideal` reads it without a model. Save it together with a checkpoint of the
-        training, from which both go on.
+        training to resume both.
 
         Args:
-            path: Where; its directory is made where it is missing, and a file that is there is replaced.
+            path: The file, which is replaced if it exists; its directory is created.
 
         Raises:
-            StoreError: It cannot be written.
+            StoreError: If it cannot be written.
         """
         about = {
             "target_fingerprints": self._fingerprint,
             "task": np.array(json.dumps(self.task.settings(), sort_keys=True)),
             "weights_fingerprint": np.array(self._weights_fingerprint()),
         }
-        write_recording(path, self.record, about)
+        write_ideal(path, self.record, about)
 
     @classmethod
     def load(
@@ -179,24 +184,24 @@ class IdealRecorder:
         batch_size: int = 64,
         collate_fn: Callable[[list], Batch] | None = None,
     ) -> IdealRecorder:
-        """Continue a recording that was saved.
+        """Continue a saved recording.
 
         Args:
-            path: What `save` wrote.
-            model: The model, with the weights that it had when the recording was saved.
-            task: As before.
-            targets: As before.
-            batch_size: Of targets, for data sets and tensors.
-            collate_fn: How rows of a data set become a batch.
+            path: A file written by `save`.
+            model: The model, with its weights at the time of saving.
+            task: The same task.
+            targets: The same targets.
+            batch_size: The batch size of targets, for data sets and tensors. Default: 64.
+            collate_fn: Makes a batch of a data set's examples.
 
         Returns:
             The recorder.
 
         Raises:
-            StoreError: The file is missing, damaged, of something else or of a newer version.
-            MismatchError: Targets, task or weights are not those of the recording.
+            StoreError: If the file is missing, damaged, not a recording, or of a newer version.
+            MismatchError: If targets, task or weights differ from those of the recording.
         """
-        about, record = read_recording(path)
+        about, record = read_with_context(path)
         recorder = cls(model, task, targets, record.train_set_size, batch_size, collate_fn)
         found, known = recorder._fingerprint, about["target_fingerprints"]
         if not np.array_equal(found, known):
@@ -225,7 +230,7 @@ class IdealRecorder:
         return weights_fingerprint(weights.parameters | weights.buffers)
 
     def _has_changed(self, weights: LoadedWeights) -> bool:
-        """Say whether the model's parameters and persistent buffers are not those of the last losses."""
+        """Return whether the model's parameters and persistent buffers differ from those of the last losses."""
         now: dict[str, Tensor] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, value in (weights.parameters | weights.buffers).items():
             if name not in now or now[name].device != value.device or not torch.equal(now[name], value):
@@ -233,12 +238,7 @@ class IdealRecorder:
         return False
 
     def _evaluate(self) -> None:
-        """Compute the targets' losses, ``[M]``, at the model's present weights.
-
-        Raises:
-            BatchError: The task does not give a loss for each target.
-            NonFiniteError: A loss is NaN or infinite.
-        """
+        """Compute the targets' losses, ``[M]``, at the model's present weights."""
         self._weights = None
         weights = LoadedWeights(self.model, self.model.state_dict())
         found = []
@@ -263,9 +263,10 @@ class IdealRecorder:
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """Put modes and the random state back, and leave a surrounding autocast, whose cached casts are training's."""
+        """Restore modes and random state afterwards, and leave a surrounding autocast."""
         trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         with ExitStack() as stack:
+            # Casts that autocast has cached are of the training's weights.
             torch.clear_autocast_cache()
             stack.callback(torch.clear_autocast_cache)
             stack.enter_context(torch.autocast(self._device.type, enabled=False))
@@ -274,12 +275,12 @@ class IdealRecorder:
 
 
 def _batch_rows(inds: RowIndices, train_set_size: int) -> np.ndarray:
-    """Return the rows of a batch, ``[B]``, int64, in which one may be more than once."""
+    """Return the indices of a batch, ``[B]``, int64, which may repeat."""
     values = inds.detach().cpu().numpy() if isinstance(inds, Tensor) else np.asarray(inds)
     row_indices(np.unique(values) if values.ndim == 1 else values, train_set_size, "train_set_size")
     return values.astype(np.int64)
 
 
 def _cloned(leaf: Any) -> Any:
-    """Return a copy of a tensor, whose memory the user may use again."""
+    """Return a copy of a tensor, since the user may reuse its memory."""
     return leaf.clone() if isinstance(leaf, Tensor) else leaf

@@ -1,4 +1,4 @@
-"""What TracInIdeal needs of a training run, as plain arrays: the rows of each step and how it changed losses."""
+"""Recorded steps for TracInIdeal as plain arrays: the examples of each step and its effect on losses."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _ABOUT = ("target_fingerprints", "task", "weights_fingerprint")
 
 @dataclass(frozen=True)
 class IdealRecord:
-    """What was recorded of ``T`` steps and ``M`` targets.
+    """The record of ``T`` steps and ``M`` targets.
 
     Attributes:
-        train_set_size: The number of train rows ``N``.
-        rows: The train rows that each step used: ``T`` arrays ``[B_t]``, int64.
-        loss_changes: ``[T, M]``, float64: each target's loss before a step minus after it. Positive: the step lowered
+        train_set_size: The number of training examples ``N``.
+        rows: The training examples that each step used: ``T`` arrays ``[B_t]``, int64.
+        loss_changes: ``[T, M]``, float64: each target's loss before a step minus after it; positive if the step lowered
             it.
     """
 
@@ -35,21 +35,21 @@ class IdealRecord:
     loss_changes: np.ndarray
 
     def influence(self, share: str | Sequence[np.ndarray] = "equal") -> np.ndarray:
-        """Return TracInIdeal: how much the steps that used a train row lowered each target's loss.
+        """Return TracInIdeal: how much the steps that used a training example lowered each target's loss.
 
-        Of a step with one row that is exact. A step with several rows lowered the loss by what they did together, and
-        how that is divided among them is a convention. The sum over all train rows is what all recorded steps lowered
-        the loss by, however it is divided (completeness, Pruthi et al. 2020, lemma 3.1).
+        For steps with one example it is exact. A step with several examples lowered the loss by their joint effect, and
+        its division among them is a convention. The sum over all training examples is the total fall of the loss over
+        the recorded steps, however it is divided (completeness, Pruthi et al. 2020, lemma 3.1).
 
         Args:
-            share: ``equal``: every row of a step's batch has an equal share. Or one array ``[B_t]`` for each step, the
-                shares of its rows, which sum to 1.
+            share: ``equal``: an equal share for every example of a step's batch. Or one array ``[B_t]`` per step, the
+                shares of its examples, which sum to 1.
 
         Returns:
-            ``[N, M]``, float64, in units of the loss. Positive: a proponent. Rows that no step used have zeros.
+            ``[N, M]``, float64, in units of the loss. Positive: a proponent. Examples that no step used have zeros.
 
         Raises:
-            InputError: ``share`` is not known, does not fit the steps, or does not sum to 1.
+            InputError: If ``share`` is unknown, does not fit the steps, or does not sum to 1.
 
         >>> record = IdealRecord(3, [np.array([0, 2]), np.array([2])], np.array([[0.5], [0.25]]))
         >>> record.influence()[:, 0]
@@ -78,31 +78,28 @@ class IdealRecord:
 
 
 def read_ideal(path: str | os.PathLike[str]) -> IdealRecord:
-    """Read what `IdealRecorder.save` wrote, without a model.
+    """Read a file written by `IdealRecorder.save`, without a model.
 
     Args:
         path: The file.
 
     Returns:
-        What was recorded.
+        The recorded steps.
 
     Raises:
-        StoreError: The file is missing, damaged, of something else or of a newer version.
+        StoreError: If the file is missing, damaged, not a recording, or of a newer version.
     """
-    return read_recording(path)[1]
+    return read_with_context(path)[1]
 
 
-def read_recording(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], IdealRecord]:
-    """Read a recording with what it says of its model, task and targets.
-
-    Args:
-        path: The file.
+def read_with_context(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], IdealRecord]:
+    """Read a recording.
 
     Returns:
-        What it says of its targets, task and weights, as arrays; and the record.
+        The arrays that describe its targets, task and weights; and the record.
 
     Raises:
-        StoreError: The file is missing, damaged, of something else or of a newer version.
+        StoreError: If the file is missing, damaged, not a recording, or of a newer version.
     """
     path = Path(path)
     if not path.exists():
@@ -126,16 +123,11 @@ def read_recording(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray],
     return about, record
 
 
-def write_recording(path: str | os.PathLike[str], record: IdealRecord, more: Mapping[str, np.ndarray]) -> None:
-    """Write a record to an ``.npz`` file, whole or not at all.
-
-    Args:
-        path: Where; its directory is made where it is missing, and a file that is there is replaced.
-        record: The record.
-        more: What it says of its targets, task and weights, as arrays.
+def write_ideal(path: str | os.PathLike[str], record: IdealRecord, more: Mapping[str, np.ndarray]) -> None:
+    """Write a record and arrays that describe its targets, task and weights to an ``.npz`` file, whole or not at all.
 
     Raises:
-        StoreError: It cannot be written.
+        StoreError: If it cannot be written.
     """
     arrays: dict[str, Any] = {
         "format_version": np.array(FORMAT_VERSION),

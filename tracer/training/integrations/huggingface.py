@@ -1,4 +1,4 @@
-"""A callback of the Hugging Face `transformers.Trainer` that records its training."""
+"""A callback that records the training of the Hugging Face `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tracer.training.recording import CheckpointRecorder, Schedule, make_schedul
 
 
 def _callback_class() -> Any:
-    """Return the class of callbacks with a state; `object` where transformers is not installed."""
+    """Return the class of callbacks with a state; `object` if transformers is not installed."""
     try:
         from transformers import TrainerCallback
         from transformers.trainer_callback import ExportableState
@@ -22,35 +22,35 @@ def _callback_class() -> Any:
 _Callback: Any = _callback_class()
 
 
-class RecorderCallback(_Callback):
-    """Records what a `transformers.Trainer` does, by a `CheckpointRecorder`; pass it in ``callbacks=[...]``.
+class HuggingFaceRecorderCallback(_Callback):
+    """Records a `transformers.Trainer` by a `CheckpointRecorder`; pass it in ``callbacks=[...]``.
 
-    Training that is taken up with ``resume_from_checkpoint=`` continues the recording from that point. Losses are the
-    means that the trainer logs, every ``logging_steps``; with ``every="loss"`` a checkpoint is due after one of them.
+    Training resumed with ``resume_from_checkpoint=`` continues the recording from that point. Losses are the means that
+    the trainer logs every ``logging_steps``; with ``every="loss"`` a checkpoint is due after one of them.
 
     Args:
-        directory: As `CheckpointRecorder` takes it.
-        every: Likewise.
-        **options: Likewise; ``resume`` is taken from the trainer's checkpoint.
+        directory: As in `CheckpointRecorder`.
+        every: As in `CheckpointRecorder`.
+        **options: As in `CheckpointRecorder`; ``resume`` is taken from the trainer's checkpoint.
 
     Attributes:
-        recorder: The recorder, from the start of training on; None before.
+        recorder: The recorder; None before training starts.
 
     Raises:
-        MissingDependencyError: transformers is not installed.
+        MissingDependencyError: If transformers is not installed.
     """
 
     def __init__(
         self, directory: str | os.PathLike[str], every: int | str | Schedule = "geometric", **options: Any
     ) -> None:
         if _Callback is object:
-            raise MissingDependencyError("RecorderCallback needs transformers: pip install 'tracin[hf]'")
+            raise MissingDependencyError("HuggingFaceRecorderCallback needs transformers: pip install 'tracin[hf]'")
         self.recorder: CheckpointRecorder | None = None
         self._directory, self._every, self._options = os.fspath(directory), every, options
         self._logged: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin a recording, or continue it where the trainer continues."""
+        """Begin a recording, or continue it if the trainer resumes."""
         if self.recorder is not None:
             self.recorder.close(save=False)  # of a training that an error ended
         saved = state.stateful_callbacks.get(type(self).__name__, []) if state.global_step else []
@@ -61,7 +61,7 @@ class RecorderCallback(_Callback):
         )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Keep the loss that was logged."""
+        """Store the logged loss."""
         self._logged = (logs or {}).get("loss", self._logged)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -74,19 +74,19 @@ class RecorderCallback(_Callback):
         self._save_at_the_end(state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the last state where the training is about to end."""
+        """Save the last state if the training is about to end."""
         self._save_at_the_end(state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the last state where the training is about to end."""
+        """Save the last state if the training is about to end."""
         self._save_at_the_end(state, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the last state where the training is about to end, also where a later callback has said so."""
+        """Save the last state if the training is about to end, also if a later callback has decided so."""
         self._save_at_the_end(state, control)
 
     def _save_at_the_end(self, state: Any, control: Any) -> None:
-        """Save before load_best_model_at_end takes other weights."""
+        """Save before load_best_model_at_end loads other weights."""
         ends = control.should_training_stop or state.global_step >= state.max_steps
         if ends and self.recorder is not None and not self.recorder.closed:
             self.recorder.save()
@@ -97,7 +97,7 @@ class RecorderCallback(_Callback):
             self.recorder.close()
 
     def state(self) -> dict[str, Any]:
-        """Return what the trainer keeps in its checkpoints."""
+        """Return the state that the trainer stores in its checkpoints."""
         saved = {} if self.recorder is None else self.recorder.state_dict()
         arguments = {"directory": self._directory, "every": make_schedule(self._every).settings(), **self._options}
         return {"args": arguments, "attributes": {"saved": saved}}

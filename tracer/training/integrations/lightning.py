@@ -1,4 +1,4 @@
-"""A callback of Lightning's `Trainer` that records its training; for ``lightning`` and ``pytorch_lightning``."""
+"""A callback that records the training of Lightning's `Trainer`; for ``lightning`` and ``pytorch_lightning``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tracer.training.recording import CheckpointRecorder, Schedule
 
 
 def _callback_class() -> Any:
-    """Return the class of callbacks of the package in use, or else installed; `object` where there is none."""
+    """Return the class of callbacks of the package in use, or else installed; `object` if there is none."""
     names = ["lightning", "pytorch_lightning"]
     names.sort(key=lambda name: name not in sys.modules)  # the one that the user has imported first
     for name in names:
@@ -27,24 +27,24 @@ def _callback_class() -> Any:
 _Callback: Any = _callback_class()
 
 
-class RecorderCallback(_Callback):
-    """Records what a Lightning `Trainer` does, by a `CheckpointRecorder`; pass it in ``callbacks=[...]``.
+class LightningRecorderCallback(_Callback):
+    """Records a Lightning `Trainer` by a `CheckpointRecorder`; pass it in ``callbacks=[...]``.
 
-    Fitting that is taken up with ``ckpt_path=`` continues the recording from that point.
+    Fitting resumed with ``ckpt_path=`` continues the recording from that point.
 
     Args:
-        directory: As `CheckpointRecorder` takes it.
-        every: Likewise.
-        submodule: What to record of the LightningModule, such as ``"net"`` where attribution will be asked for
-            ``module.net``; None: the whole LightningModule.
-        optimizer: Which of the optimizers trains it, where there are several.
-        **options: As `CheckpointRecorder` takes them; ``resume`` is taken from Lightning's checkpoint.
+        directory: As in `CheckpointRecorder`.
+        every: As in `CheckpointRecorder`.
+        submodule: The part of the LightningModule to record, for example ``"net"`` for attribution of ``module.net``.
+            Default: the whole LightningModule.
+        optimizer: The number of the optimizer that trains it, if there are several.
+        **options: As in `CheckpointRecorder`; ``resume`` is taken from Lightning's checkpoint.
 
     Attributes:
-        recorder: The recorder, from the start of training on; None before.
+        recorder: The recorder; None before training starts.
 
     Raises:
-        MissingDependencyError: Neither lightning nor pytorch-lightning is installed.
+        MissingDependencyError: If neither lightning nor pytorch-lightning is installed.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class RecorderCallback(_Callback):
         **options: Any,
     ) -> None:
         if _Callback is object:
-            raise MissingDependencyError("RecorderCallback needs lightning: pip install 'tracin[lightning]'")
+            raise MissingDependencyError("LightningRecorderCallback needs lightning: pip install 'tracin[lightning]'")
         self.recorder: CheckpointRecorder | None = None
         self._directory, self._every, self._options = directory, every, options
         self._submodule, self._optimizer = submodule, optimizer
@@ -64,24 +64,20 @@ class RecorderCallback(_Callback):
 
     @property
     def state_key(self) -> str:
-        """Tells the callback's state from that of others in Lightning's checkpoints."""
+        """The key of the callback's state in Lightning's checkpoints."""
         return f"{type(self).__qualname__}({os.fspath(self._directory)!r})"
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin a recording, or continue it where Lightning continues.
-
-        Args:
-            trainer: Lightning's.
-            pl_module: The LightningModule.
+        """Begin a recording, or continue it if Lightning resumes.
 
         Raises:
-            InputError: There are several optimizers and none was chosen, or there is no such submodule.
+            InputError: If there are several optimizers and none was chosen, or there is no such submodule.
         """
         optimizers = trainer.optimizers
         if self._optimizer is None and len(optimizers) != 1 or (self._optimizer or 0) >= len(optimizers):
             raise InputError(
                 f"{len(optimizers)} optimizers came with optimizer={self._optimizer}; choose one by its number, "
-                f"RecorderCallback(directory, optimizer=0)."
+                f"LightningRecorderCallback(directory, optimizer=0)."
             )
         try:
             model = pl_module.get_submodule(self._submodule or "")
@@ -114,9 +110,9 @@ class RecorderCallback(_Callback):
             self.recorder.close(save=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what Lightning keeps in its checkpoints."""
+        """Return the state that Lightning stores in its checkpoints."""
         return {} if self.recorder is None else self.recorder.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what Lightning kept."""
+        """Restore the state that Lightning stored."""
         self._saved = state_dict

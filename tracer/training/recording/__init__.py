@@ -1,7 +1,7 @@
-"""Recording: what TracIn needs of a training run, kept from inside the training loop and read again.
+"""Record a training run for TracIn from inside the training loop, and read the recording.
 
-`recorder` watches the loop, `schedules` say when to save, `snapshots` take what is saved, `record` is how it lies in a
-directory, and `resuming` says where a recording goes on.
+`recorder` watches the loop, `schedules` decide when to save, `snapshots` take what is saved, `record` is the format of
+a directory, `thinning` limits the number of checkpoints, and `resuming` decides where a recording continues.
 """
 
 from tracer.training.recording.record import FILE, CheckpointRecord, Recording, load_checkpoints, open_recording

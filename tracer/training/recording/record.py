@@ -1,20 +1,19 @@
-"""What a recorded training run holds, and how it lies in a directory.
+"""The content of a recording and its files.
 
     directory/
-      recording.json                  what was recorded; it names whole files only
+      recording.json                  the record, which names complete files only
       step_00000100.safetensors       the model's state dict after 100 steps
-      step_00000100.optimizer.pt      the optimizer's second moments, where they were asked for
+      step_00000100.optimizer.pt      the optimizer's second moments, if requested
 
-Files are written before ``recording.json`` names them and removed after it stopped doing so.
+Files are written before ``recording.json`` names them, and removed after it stopped doing so.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +26,24 @@ FILE = "recording.json"
 FORMAT = "tracer recording"
 FORMAT_VERSION = 1
 RATES = ("sum", "last")
-"""What ``learning_rate=`` takes."""
+"""The values of ``learning_rate=``."""
 
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """One checkpoint of a recorded run, which stands for the steps since the one before.
+    """One checkpoint of a recorded run, which represents the steps since the previous one.
 
     Attributes:
-        path: Of the weights after the step, ``.safetensors``.
-        model_id: Its number, in the order in which checkpoints were saved; never used for another one.
-        step: How many optimizer steps had been taken.
-        epoch: As it was last given to the recorder, or None.
-        loss: Likewise; None where it was NaN or infinite.
+        path: The weights after the step, ``.safetensors``.
+        model_id: Its number, in the order of saving; never reused.
+        step: The number of optimizer steps taken.
+        epoch: The epoch last passed to the recorder, or None.
+        loss: The loss last passed to the recorder; None if it was NaN or infinite.
         learning_rates: The learning rate of each parameter group at the step.
-        learning_rate_sums: The sum of each group's learning rates over the steps since the checkpoint before.
-        second_moments: Whether the optimizer's second moments lie beside the weights.
-        level: Of the schedule, by which recordings are thinned.
-        schedule: What the schedule had seen by then.
+        learning_rate_sums: The sum of each group's learning rates over the steps since the previous checkpoint.
+        second_moments: Whether the optimizer's second moments were saved too.
+        level: The schedule's level, by which recordings are thinned.
+        schedule: The schedule's state.
     """
 
     path: Path
@@ -66,21 +65,21 @@ class CheckpointRecord:
 
 @dataclass(frozen=True)
 class Recording:
-    """A recorded training run, as `open_recording` reads it.
+    """A recorded training run, as read by `open_recording`.
 
     Attributes:
-        directory: Where it lies.
-        checkpoints: In the order of training.
-        groups: The names of the model's parameters in each parameter group of the optimizer; frozen ones are left out.
-        untrained: Parameters that require a gradient and are in no group: the optimizer never moves them.
+        directory: Its directory.
+        checkpoints: The checkpoints in the order of training.
+        groups: The names of the model's parameters in each parameter group of the optimizer, without frozen ones.
+        untrained: Parameters that require a gradient and are in no group, so the optimizer never moves them.
         every: The schedule's settings.
-        stride: Every how many levels of the schedule a checkpoint is kept.
-        shapes: Of everything in the model's state dict, by name.
-        identity: Tells this recording from others.
-        next_model_id: What the next checkpoint gets.
-        trained: The parameters of each group, by its number, that the last step trained.
-        owner: Tells which recorder writes on it; another one that takes it over ends the first.
-        uneven: Parameters that were trained at some steps and frozen at others at which their group was trained.
+        stride: The number of schedule levels per checkpoint.
+        shapes: The shapes of everything in the model's state dict, by name.
+        identity: The recording's unique name.
+        next_model_id: The ``model_id`` of the next checkpoint.
+        trained: The parameters that the last step trained, by the number of their group.
+        owner: The recorder that writes it; another one that resumes it ends the first.
+        uneven: Parameters that were trained at some steps and frozen at others, while their group was trained.
     """
 
     directory: Path
@@ -97,18 +96,18 @@ class Recording:
     trained: dict[str, list[str]] = field(default_factory=dict)
 
     def learning_rates(self, learning_rate: str = "sum", group: int | None = None) -> list[float]:
-        """Return the learning rate that each checkpoint stands for.
+        """Return the learning rate that each checkpoint represents.
 
         Args:
-            learning_rate: ``sum``: over the steps since the checkpoint before. ``last``: that of the step itself.
-            group: Of which parameter group; None: of all, which must have had the same.
+            learning_rate: ``sum``: over the steps since the previous checkpoint. ``last``: that of the step itself.
+            group: The parameter group. Default: all, which must have had equal rates.
 
         Returns:
-            One for each checkpoint.
+            One rate per checkpoint.
 
         Raises:
-            InputError: ``learning_rate`` or ``group`` is not known, or groups had different rates.
-            InputTypeError: ``group`` is no int.
+            InputError: If ``learning_rate`` or ``group`` is unknown, or groups had different rates.
+            InputTypeError: If ``group`` is not an int.
         """
         if self.uneven:
             raise InputError(
@@ -136,7 +135,7 @@ class Recording:
         return group
 
     def _refusal(self, held: Sequence[int], columns: Sequence[Sequence[float]]) -> str:
-        """Say which parameters had which rates, and what to do."""
+        """Return which parameters had which rates, and what to do."""
         parts = [
             f"group {number} ({listing([repr(name) for name in self.groups[number]])}) from {min(column):.4g} to "
             f"{max(column):.4g}"
@@ -153,16 +152,16 @@ class Recording:
 
 
 def open_recording(directory: str | os.PathLike[str]) -> Recording:
-    """Read what a recorder wrote.
+    """Read a recorder's directory.
 
     Args:
-        directory: The recorder's.
+        directory: The directory.
 
     Returns:
         The recording.
 
     Raises:
-        StoreError: There is none, or it is damaged or of a newer version.
+        StoreError: If there is no recording, or it is damaged or of a newer version.
     """
     directory = Path(directory)
     path = directory / FILE
@@ -199,14 +198,7 @@ def _from_document(directory: Path, document: dict[str, Any]) -> Recording:
 
 
 def check_owner(recording: Recording) -> None:
-    """Refuse to write on a recording that another recorder has begun or taken over.
-
-    Args:
-        recording: As its recorder knows it.
-
-    Raises:
-        StoreError: The one in its directory is another's.
-    """
+    """Raise StoreError if another recorder has begun or resumed the recording."""
     there = open_recording(recording.directory)
     if (there.identity, there.owner) != (recording.identity, recording.owner):
         raise StoreError(
@@ -216,12 +208,7 @@ def check_owner(recording: Recording) -> None:
 
 
 def write_recording(recording: Recording, replace: bool = True) -> None:
-    """Write what was recorded, whole or not at all.
-
-    Args:
-        recording: The recording; its directory exists.
-        replace: Whether one that is there is replaced; otherwise it stays.
-    """
+    """Write a recording whole or not at all; with ``replace=False`` an existing one is left unchanged."""
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(recording)}
     directory = document.pop("directory")
     document["checkpoints"] = []
@@ -233,88 +220,29 @@ def write_recording(recording: Recording, replace: bool = True) -> None:
     write_whole(recording.directory / FILE, lambda file: file.write(text), replace=replace)
 
 
-def thin(
-    checkpoints: Sequence[CheckpointRecord], stride: int, max_checkpoints: int | None, keep_last: bool
-) -> tuple[list[CheckpointRecord], int, tuple[float, ...]]:
-    """Leave out checkpoints until no more than a number remain, evenly in the schedule's levels.
-
-    The stride doubles until there are few enough: a checkpoint remains where it is the first at its
-    ``floor(level / stride)``, from 1 on. What stays stands for the steps of those that were left out before it.
-
-    Args:
-        checkpoints: In the order of training.
-        stride: So far.
-        max_checkpoints: How many may remain; None: all.
-        keep_last: Whether the last one remains in any case.
-
-    Returns:
-        Those that remain; the new stride; and the sums of learning rates, by group, of those that were left out after
-        the last that remains.
-    """
-    kept, left_out = list(checkpoints), add_rates((), ())
-    while max_checkpoints is not None and len(kept) > max_checkpoints:
-        stride *= 2
-        kept, left_out = _at_stride(checkpoints, stride, keep_last)
-    return kept, stride, left_out
-
-
-def _at_stride(
-    checkpoints: Sequence[CheckpointRecord], stride: int, keep_last: bool
-) -> tuple[list[CheckpointRecord], tuple[float, ...]]:
-    kept: list[CheckpointRecord] = []
-    left_out: tuple[float, ...] = ()
-    before = 0
-    for one in checkpoints:
-        sums = add_rates(left_out, one.learning_rate_sums)
-        if one.level // stride > before or (keep_last and one is checkpoints[-1]):
-            kept.append(replace(one, learning_rate_sums=sums))
-            before, left_out = one.level // stride, ()
-        else:
-            left_out = sums
-    return kept, left_out
-
-
-def add_rates(left: Sequence[float], right: Sequence[float]) -> tuple[float, ...]:
-    """Return the sums of two sequences of rates by group, of which one may have fewer groups.
-
-    >>> add_rates((1.0,), (2.0, 3.0))
-    (3.0, 3.0)
-    """
-    size = max(len(left), len(right))
-    padded = ([*rates, *[0.0] * (size - len(rates))] for rates in (left, right))
-    return tuple(one + other for one, other in zip(*padded, strict=True))
-
-
-def total_rates(checkpoints: Sequence[CheckpointRecord]) -> tuple[float, ...]:
-    """Return the sum over checkpoints of each group's learning rates."""
-    size = max((len(one.learning_rate_sums) for one in checkpoints), default=0)
-    columns = zip(*(add_rates(one.learning_rate_sums, [0.0] * size) for one in checkpoints), strict=True)
-    return tuple(math.fsum(column) for column in columns)
-
-
 def load_checkpoints(
     directory: str | os.PathLike[str], learning_rate: str = "sum", group: int | None = None
 ) -> list[tuple[Path, float]]:
-    """Return the checkpoints of a recorded run as `attribute` takes them.
+    """Return the checkpoints of a recorded run in the form that `attribute` accepts.
 
-    A checkpoint stands for the steps since the one before (Pruthi et al. 2020, section 3.3): its weights are those
+    A checkpoint represents the steps since the previous one (Pruthi et al. 2020, section 3.3); its weights are those
     after the last of them.
 
     Args:
-        directory: Of a `CheckpointRecorder`.
-        learning_rate: ``sum``: the sum over those steps, which weighs each checkpoint by what was done, also where they
-            are not even. Scores divided by the number of train rows then estimate, for plain SGD on the mean loss of a
-            batch, by how much a row lowered a target's loss. ``last``: the rate of the step itself, as in the paper,
-            where checkpoints are an epoch apart.
-        group: The parameter group whose rates count; pass its parameters' names as ``params=`` to `attribute`. None:
-            all groups, which must have had the same rates.
+        directory: The directory of a `CheckpointRecorder`.
+        learning_rate: ``sum``: the sum over these steps, which is right for uneven checkpoints too. For plain SGD on
+            the mean loss of a batch, scores divided by the number of training examples then estimate how much an
+            example lowered a target's loss. ``last``: the rate of the step itself, as in the paper with a checkpoint
+            per epoch.
+        group: The parameter group whose rates to use; pass its parameters' names as ``params=`` to `attribute`.
+            Default: all groups, which must have had equal rates.
 
     Returns:
         Paths and learning rates, in the order of training.
 
     Raises:
-        StoreError: There is no recording, it is damaged, or a file of it is missing.
-        InputError: An argument is not known, or parameter groups had different rates.
+        StoreError: If there is no recording, it is damaged, or one of its files is missing.
+        InputError: If an argument is unknown, or parameter groups had different rates.
 
     >>> import tempfile, torch
     >>> from tracer import CheckpointRecorder

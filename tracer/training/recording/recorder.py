@@ -1,4 +1,4 @@
-"""`CheckpointRecorder`: keeps what TracIn needs of a training run, from inside the training loop."""
+"""`CheckpointRecorder`: saves what TracIn needs of a training run, from inside the training loop."""
 
 from __future__ import annotations
 
@@ -17,14 +17,7 @@ from torch import Tensor, nn
 from tracer._core.processes import this_process
 from tracer._core.validation import check_count, check_model
 from tracer.errors import CallOrderError, InputError, StoreError
-from tracer.training.recording.record import (
-    CheckpointRecord,
-    add_rates,
-    check_owner,
-    thin,
-    total_rates,
-    write_recording,
-)
+from tracer.training.recording.record import CheckpointRecord, check_owner, write_recording
 from tracer.training.recording.resuming import begin_recording, same_values
 from tracer.training.recording.schedules import Schedule, make_schedule
 from tracer.training.recording.snapshots import (
@@ -35,46 +28,47 @@ from tracer.training.recording.snapshots import (
     parameter_groups,
     write_checkpoint,
 )
+from tracer.training.recording.thinning import add_rates, thin, total_rates
 
 logger = logging.getLogger("tracer")
 
 Rate = float | Tensor
-"""A learning rate; a tensor stays where it is until a checkpoint is saved, so that training never waits for it."""
+"""A learning rate; a tensor is read only when a checkpoint is saved, so that training never waits for it."""
 
 
 class CheckpointRecorder:
     """Records a training run for TracIn: weights, and the learning rates of the steps that led to them.
 
-    Call `step` after each optimizer step, and `close` at the end, or use it in a ``with`` block. Learning rates are
-    read at the moment of each step, by a hook of the optimizer, so that it does not matter whether a scheduler steps
-    before or after the recorder. What does not step the optimizer, such as a batch whose gradients are accumulated or a
-    step that a ``GradScaler`` skips, counts for nothing.
+    Call `step` after each optimizer step and `close` at the end, or use it in a ``with`` block. A hook of the optimizer
+    reads learning rates at each step, so a scheduler can step before or after the recorder. Calls without an optimizer
+    step, for example while gradients are accumulated or if a ``GradScaler`` skips a step, do not count.
 
-    Training is not touched: weights, gradients, modes, optimizer and the random state are what they would be without
-    it. Under ``torch.distributed`` the first process writes, and the others do nothing. `load_checkpoints` reads what
-    was recorded; it is whole at any time, also when the process is killed.
+    Training is not affected: weights, gradients, modes, optimizer and random state are the same as without the
+    recorder. Under ``torch.distributed`` only the first process writes. `load_checkpoints` reads the recording, which
+    is complete at any time, even if the process is killed.
 
     Args:
-        model: The model that is trained. The wrappers of ``torch.compile`` and `DistributedDataParallel` are seen
-            through: checkpoints are of the module inside.
-        optimizer: What trains it; its own wrappers (of accelerate, of Lightning) are seen through likewise.
-        directory: Where the recording goes; made where it does not exist.
-        every: A number of steps between checkpoints; ``geometric``: after steps 1, 2, 4, 8...; ``loss``: whenever the
-            smoothed loss has fallen by a tenth; or a schedule of `tracer.training.recording`. The last state is
-            saved too.
-        max_checkpoints: The most that are kept: when there would be more, every second one is left out, and from then
-            on every second one is not saved. What remains stands for the steps of those left out. None: all are kept.
-        second_moments: Save the second moments of Adam too, which ``preconditioner="adam"`` takes.
-        resume: What to do where the directory holds a recording. False: refuse. True: continue after its last
-            checkpoint, whose weights the model must have. What `state_dict` returned: continue from there, and remove
-            checkpoints of later steps.
+        model: The model in training. Wrappers of ``torch.compile`` and `DistributedDataParallel` are removed:
+            checkpoints are of the module inside.
+        optimizer: Its optimizer, also inside wrappers of accelerate and Lightning.
+        directory: The directory of the recording, which is created.
+        every: The number of steps between checkpoints; ``geometric`` (default): after steps 1, 2, 4, 8...; ``loss``:
+            whenever the smoothed loss has fallen by a tenth; or a schedule of `tracer.training.recording`. The last
+            state is saved too.
+        max_checkpoints: The largest number of checkpoints. When it is exceeded, every second one is removed, and from
+            then on every second one is not saved. The remaining ones represent the steps of those removed. Default: no
+            limit.
+        second_moments: Also save Adam's second moments, for ``preconditioner="adam"``.
+        resume: What to do if the directory holds a recording. False (default): raise an error. True: continue after its
+            last checkpoint, whose weights the model must have. A dict from `state_dict`: continue from there, and
+            remove checkpoints of later steps.
 
     Raises:
-        InputTypeError: The model, the optimizer or another argument is of a type that cannot be used.
-        InputError: An argument has a value that cannot be used, the optimizer does not hold the model's parameters or
-            has no learning rates, or the model is sharded.
-        StoreError: The directory holds a recording and ``resume`` is False, or it cannot be read or made.
-        MismatchError: The recording to continue is of another model, optimizer, schedule or point of training.
+        InputTypeError: If the model, the optimizer or another argument has an invalid type.
+        InputError: If an argument has an invalid value, the optimizer does not hold the model's parameters or has no
+            learning rates, or the model is sharded.
+        StoreError: If the directory holds a recording and ``resume`` is False, or it cannot be read or created.
+        MismatchError: If the recording is of another model, optimizer, schedule or point of training.
 
     >>> import tempfile
     >>> from tracer import load_checkpoints
@@ -131,22 +125,22 @@ class CheckpointRecorder:
 
     @property
     def needs_loss(self) -> bool:
-        """Whether `step` has to come with a loss, as the schedule says."""
+        """Whether the schedule needs a loss at each `step`."""
         return self._schedule.needs_loss
 
     def step(self, loss: float | Tensor | None = None, epoch: float | None = None) -> None:
-        """Say that a training step is over; a checkpoint is saved where one is due.
+        """Mark the end of a training step, and save a checkpoint if one is due.
 
-        Nothing happens where the optimizer has not stepped since the last call.
+        It does nothing if the optimizer has not stepped since the last call.
 
         Args:
-            loss: Of the step; a tensor is read when a checkpoint is saved, with ``every="loss"`` at each step.
-            epoch: Of the step, whole or with a fraction.
+            loss: The loss of the step. A tensor is read when a checkpoint is saved, with ``every="loss"`` at each step.
+            epoch: The epoch, possibly a fraction.
 
         Raises:
-            CallOrderError: The recorder was closed.
-            InputError: The schedule needs a loss, and none came, or it is of more than one number.
-            StoreError: A checkpoint cannot be written.
+            CallOrderError: If the recorder is closed.
+            InputError: If the schedule needs a loss and none was passed, or it is not a single number.
+            StoreError: If a checkpoint cannot be written.
         """
         if self.closed:
             raise CallOrderError("recorder.step came after recorder.close; make another one with resume=True.")
@@ -166,11 +160,11 @@ class CheckpointRecorder:
             self._save(level, keep=False)
 
     def save(self) -> None:
-        """Save a checkpoint now, whatever the schedule says; nothing where no step was taken since the last one.
+        """Save a checkpoint now, unless no step was taken since the last one.
 
         Raises:
-            CallOrderError: The recorder was closed.
-            StoreError: It cannot be written.
+            CallOrderError: If the recorder is closed.
+            StoreError: If it cannot be written.
         """
         if self.closed:
             raise CallOrderError("recorder.save came after recorder.close; make another one with resume=True.")
@@ -178,14 +172,14 @@ class CheckpointRecorder:
             self._save(self._schedule.level(self.steps, None), keep=True)
 
     def close(self, save: bool = True) -> None:
-        """Stop recording; called again, it does nothing.
+        """Stop recording; further calls do nothing.
 
         Args:
-            save: Whether to save the last state, so that every step belongs to a checkpoint. Weights that were changed
-                since the last step, by loading the best ones for example, are no state of training and are not saved.
+            save: Save the last state, so that every step belongs to a checkpoint. Weights that changed after the last
+                step, for example by loading the best ones, are not saved.
 
         Raises:
-            StoreError: It cannot be written.
+            StoreError: If it cannot be written.
         """
         if self.closed:
             return
@@ -220,9 +214,9 @@ class CheckpointRecorder:
         self.close(save=kind is None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what continues the recording from here, as JSON values; save it with a checkpoint of the training.
+        """Return the state for ``resume``, as JSON values; save it with a checkpoint of the training.
 
-        In processes that do not write it is empty.
+        It is empty in processes that do not write.
         """
         if not self._writes:
             return {}
@@ -240,7 +234,7 @@ class CheckpointRecorder:
         }
 
     def _sample(self) -> list[Tensor]:
-        """Return copies of some values of three trained parameters, which is quick and tells states apart."""
+        """Return copies of some values of three trained parameters, a fast way to tell states apart."""
         held = [one for group in self.optimizer.param_groups for one in group["params"] if one.requires_grad]
         chosen = [held[at] for at in (0, len(held) // 2, -1)] if held else []
         flat = [one.detach().reshape(-1) for one in chosen]
@@ -264,7 +258,7 @@ class CheckpointRecorder:
             self._count_step(optimizer)
 
     def _note_trained(self, number: int, group: dict[str, Any], flags: tuple[bool, ...]) -> None:
-        """Note which parameters of a group move, where these are others than at the step before."""
+        """Update which parameters of a group are trained, after a change."""
         self._flags[number] = flags
         own = {id(parameter): name for name, parameter in self.model.named_parameters()}
         names = {own[id(one)] for one in group["params"] if one.requires_grad and id(one) in own}
@@ -272,7 +266,7 @@ class CheckpointRecorder:
         self._trained[number] = names
 
     def _count_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add the learning rates of the step that the optimizer has just made."""
+        """Add the learning rates of the optimizer's last step."""
         self.steps += 1
         overflow = getattr(optimizer, "found_inf", None)  # fused optimizers skip a step by themselves
         self._rates = []
@@ -293,7 +287,7 @@ class CheckpointRecorder:
                 self._sums.append(rate)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned when the recording held the checkpoints that it holds now."""
+        """Continue from a state at which the recording held the checkpoints that it holds now."""
         self.steps = self._seen_steps = int(state["step"])
         self._epoch, self._loss = state["epoch"], state["loss"]
         self._rates = list(state["learning_rates"])
@@ -308,15 +302,7 @@ class CheckpointRecorder:
             self._sums = [max(total - one, 0.0) for total, one in zip(totals, done, strict=True)]
 
     def _save(self, level: int, keep: bool) -> None:
-        """Write a checkpoint, unless nothing moved since the last one.
-
-        Args:
-            level: Of the schedule.
-            keep: Whether to save it also where thinning, which begins with it, would leave it out at once.
-
-        Raises:
-            StoreError: It cannot be written.
-        """
+        """Write a checkpoint, unless no parameter moved since the last one; ``keep`` protects it from thinning."""
         sums = _numbers(self._sums)
         if not any(sums):
             return
@@ -356,7 +342,7 @@ class CheckpointRecorder:
 
 
 def _remove(checkpoints: list[CheckpointRecord], kept: list[CheckpointRecord]) -> None:
-    """Remove the files of checkpoints that are not kept."""
+    """Remove the files of checkpoints that are no longer listed."""
     named = {one.path for one in kept}
     for one in checkpoints:
         if one.path not in named:
@@ -365,17 +351,7 @@ def _remove(checkpoints: list[CheckpointRecord], kept: list[CheckpointRecord]) -
 
 
 def _number(value: float | Tensor | None) -> float | None:
-    """Return a loss as a float.
-
-    Args:
-        value: The loss.
-
-    Returns:
-        The same, of whatever type it came.
-
-    Raises:
-        InputError: It is of more than one number.
-    """
+    """Return a loss as a float, or raise InputError if it is not a single number."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise InputError(f"loss has shape {list(value.shape)}; expected one number, such as loss.mean().")
     return None if value is None else float(value)

@@ -1,4 +1,4 @@
-"""Where a recording begins: anew, after its last checkpoint, or at a point that the training went back to."""
+"""Begin a recording, or continue one after its last checkpoint or from a point that the training returned to."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from tracer._core.files import sweep
 from tracer._core.text import listing
 from tracer.errors import CheckpointError, InputError, InputTypeError, MismatchError, StoreError
-from tracer.training.checkpoints import fit_state, read_checkpoint
-from tracer.training.recording.record import FILE, Recording, check_owner, open_recording, total_rates, write_recording
+from tracer.training.checkpoints import read_checkpoint
+from tracer.training.fit_state import fit_state
+from tracer.training.recording.record import FILE, Recording, check_owner, open_recording, write_recording
 from tracer.training.recording.snapshots import model_state, parameter_groups
+from tracer.training.recording.thinning import total_rates
 
 logger = logging.getLogger("tracer")
 
 OWN_FILE = re.compile(r"step_\d{8,}\.(safetensors|optimizer\.pt)")
-"""The names of a recorder's files; all others are the user's."""
+"""The names of a recorder's files; all other files are the user's."""
 
 State = Mapping[str, Any]
 """What `CheckpointRecorder.state_dict` returns."""
@@ -36,23 +38,23 @@ def begin_recording(
     every: dict[str, Any],
     resume: bool | State,
 ) -> tuple[Recording, State]:
-    """Return the recording that a recorder writes on, and the state that it begins with.
+    """Return the recording that a recorder writes, without checkpoints of later steps than its state, and the state.
 
     Args:
-        directory: Where it lies or is to be made.
-        model: What is trained.
-        optimizer: What trains it.
+        directory: Its directory.
+        model: The model in training.
+        optimizer: Its optimizer.
         every: The schedule's settings.
-        resume: As `CheckpointRecorder` takes it.
+        resume: As in `CheckpointRecorder`.
 
     Returns:
-        The recording, without checkpoints of later steps than the state's; and the state.
+        The recording and the state.
 
     Raises:
-        InputTypeError: ``resume`` is of another type.
-        InputError: It is a mapping that lacks something.
-        StoreError: There is a recording and ``resume`` says nothing, or the directory cannot be read or made.
-        MismatchError: The recording is of another model, optimizer, schedule or point of training.
+        InputTypeError: If ``resume`` has an invalid type.
+        InputError: If it is a mapping that lacks keys.
+        StoreError: If there is a recording and ``resume`` is False, or the directory cannot be read or created.
+        MismatchError: If the recording is of another model, optimizer, schedule or point of training.
     """
     if not isinstance(resume, (bool, Mapping)):
         raise InputTypeError(f"resume is {resume!r}; expected True, False, or what recorder.state_dict() returned.")
@@ -120,18 +122,7 @@ def _first_state(recording: Recording) -> dict[str, Any]:
 
 
 def _last_state(recording: Recording, model: nn.Module) -> dict[str, Any]:
-    """Return what `CheckpointRecorder.state_dict` returned at the last checkpoint.
-
-    Args:
-        recording: The recording.
-        model: What is trained.
-
-    Returns:
-        The state; the first one where there are no checkpoints.
-
-    Raises:
-        MismatchError: The model does not have the weights of the last checkpoint.
-    """
+    """Return the state at the last checkpoint, whose weights the model must have."""
     if not recording.checkpoints:
         return _first_state(recording)
     last = recording.checkpoints[-1]
@@ -158,7 +149,7 @@ def _last_state(recording: Recording, model: nn.Module) -> dict[str, Any]:
 
 
 def same_values(left: Tensor, right: Tensor) -> bool:
-    """Return whether two tensors are equal, NaN being equal to itself."""
+    """Return whether two tensors are equal, with NaN equal to itself."""
     if left.shape != right.shape:
         return False
     return torch.equal(left, right) or bool(((left == right) | ((left != left) & (right != right))).all())
@@ -167,17 +158,7 @@ def same_values(left: Tensor, right: Tensor) -> bool:
 def _check_same(
     recording: Recording, model: nn.Module, optimizer: torch.optim.Optimizer, every: dict[str, Any]
 ) -> None:
-    """Refuse to continue a recording of something else.
-
-    Args:
-        recording: The recording.
-        model: What is trained.
-        optimizer: What trains it.
-        every: The schedule's settings.
-
-    Raises:
-        MismatchError: Model, parameter groups or schedule differ.
-    """
+    """Raise MismatchError if model, parameter groups or schedule differ from the recording's."""
     there = recording.shapes
     now = {name: list(value.shape) for name, value in model_state(model).items()}
     differing = [name for name in sorted({*now, *there}) if now.get(name) != there.get(name)]
@@ -201,7 +182,7 @@ def _check_same(
 
 
 def _back_to(recording: Recording, step: int) -> Recording:
-    """Remove the checkpoints after a step, and files that a process left which was killed while it removed them."""
+    """Remove the checkpoints after a step, and files left by a process that was killed while it removed them."""
     directory = recording.directory
     kept = [one for one in recording.checkpoints if one.step <= step]
     removed = len(recording.checkpoints) - len(kept)

@@ -1,7 +1,7 @@
-"""When a recorder saves: schedules turn the course of a training run into levels that only rise.
+"""Schedules, which turn a training run into rising levels.
 
-A run begins at level 0, and a checkpoint is due when it reaches a level that it has not had. To keep fewer, every
-second level is skipped, then three of four, and so on: the stride between levels doubles.
+A run begins at level 0, and a checkpoint is due when it reaches a new level. To save fewer, every second level is
+skipped, then three of four, and so on: the stride between levels doubles.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _MOST_LEVELS = 10**9  # of a loss that is all but zero
 
 
 class Schedule(ABC):
-    """Says how far a run has come.
+    """The progress of a run as a level.
 
     Attributes:
-        name: What it is called in recordings.
-        needs_loss: Whether every step has to come with its loss.
+        name: Its name in recordings.
+        needs_loss: Whether it needs the loss of every step.
     """
 
     name: ClassVar[str]
@@ -37,33 +37,33 @@ class Schedule(ABC):
         """Return the level after a step; it never falls.
 
         Args:
-            step: How many steps were taken, 1 or more; never fewer than before.
-            loss: Of the step, or None.
+            step: The number of steps taken, at least 1; never fewer than before.
+            loss: The loss of the step, or None.
         """
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Return what the schedule was made with, as JSON values; equal for equal schedules."""
+        """Return the schedule's arguments as JSON values, equal for equal schedules."""
 
     def state(self) -> dict[str, float]:
-        """Return what it has seen, as JSON values."""
+        """Return its state, as JSON values."""
         return dict(self._seen)
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """Continue from what `state` returned."""
+        """Continue from the return value of `state`."""
         self._seen = dict(state)
 
 
 @dataclass
 class Even(Schedule):
-    """Every so many steps: level ``floor(t / steps)`` after step t.
+    """A checkpoint every few steps: level ``floor(t / steps)`` after step t.
 
     Attributes:
-        steps: How many steps lie between two checkpoints.
+        steps: The number of steps between two checkpoints.
 
     Raises:
-        InputTypeError: ``steps`` is no int.
-        InputError: It is below 1.
+        InputTypeError: If ``steps`` is not an int.
+        InputError: If it is below 1.
 
     >>> [Even(3).level(step, None) for step in range(1, 8)]
     [0, 0, 1, 1, 1, 2, 2]
@@ -86,15 +86,15 @@ class Even(Schedule):
 
 @dataclass
 class Geometric(Schedule):
-    """At steps whose distance grows in proportion: ``t_1 = 1``, ``t_{i+1} = max(t_i + 1, ceil(ratio * t_i))``.
+    """Checkpoints at growing distances: ``t_1 = 1``, ``t_{i+1} = max(t_i + 1, ceil(ratio * t_i))``.
 
-    Of T steps about ``log(T) / log(ratio)`` are saved, however long the run becomes.
+    About ``log(T) / log(ratio)`` of T steps are saved, for any length of the run.
 
     Attributes:
-        ratio: Of one step to the one before, above 1.
+        ratio: The ratio of one step to the previous one, above 1. Default: 2.
 
     Raises:
-        InputError: The ratio is not above 1.
+        InputError: If the ratio is not above 1.
 
     >>> schedule = Geometric()
     >>> [step for step in range(1, 40) if schedule.level(step, None) > Geometric().level(step - 1, None)]
@@ -124,17 +124,17 @@ class Geometric(Schedule):
 
 @dataclass
 class LossDecrease(Schedule):
-    """Whenever the smoothed loss has fallen by a fraction: level ``floor(log(m_1 / m_t) / -log(1 - fraction))``.
+    """Checkpoints as the smoothed loss falls: level ``floor(log(m_1 / m_t) / -log(1 - fraction))``.
 
     ``m_t`` is the lowest of the exponential moving averages ``(1 - beta) * sum_i beta^i * L_{t-i} / (1 - beta^t)`` so
-    far. Fast progress is seen closely, and a loss that does not fall any more gives no checkpoints.
+    far. Checkpoints are dense while progress is fast, and none are saved once the loss stops falling.
 
     Attributes:
-        fraction: By how much of itself the loss falls from one checkpoint to the next, between 0 and 1.
-        beta: How much of the average one step keeps, from 0 to below 1.
+        fraction: The relative fall of the loss between checkpoints, between 0 and 1. Default: 0.1.
+        beta: The weight of the previous average at each step, from 0 to below 1. Default: 0.95.
 
     Raises:
-        InputError: One of them is out of its range.
+        InputError: If one of them is out of range.
 
     >>> schedule = LossDecrease(fraction=0.5, beta=0.0)
     >>> [schedule.level(step, loss) for step, loss in enumerate([8.0, 5.0, 4.0, 9.0, 1.0], start=1)]
@@ -156,14 +156,14 @@ class LossDecrease(Schedule):
         """Return how many times the smoothed loss has fallen by the fraction.
 
         Args:
-            step: How many steps were taken; a loss that comes after several counts for all of them.
-            loss: Of the step; a loss that is NaN or infinite is left out.
+            step: The number of steps taken; a loss that arrives after several steps counts for all of them.
+            loss: The loss of the step; NaN and infinite losses are ignored.
 
         Returns:
             The level.
 
         Raises:
-            InputError: The first loss is not positive.
+            InputError: If the first loss is not positive.
         """
         seen = self._seen
         if loss is not None and math.isfinite(loss):
@@ -197,17 +197,11 @@ _NAMED: dict[str, type[Schedule]] = {"geometric": Geometric, "loss": LossDecreas
 
 
 def make_schedule(every: int | str | Schedule | Mapping[str, Any]) -> Schedule:
-    """Return the schedule that ``every=`` names.
-
-    Args:
-        every: A number of steps, ``geometric``, ``loss``, a schedule, or the settings of one.
-
-    Returns:
-        A schedule of its own, which has seen nothing.
+    """Return a new schedule from ``every=``, or from a schedule's settings.
 
     Raises:
-        InputTypeError: It is of another type.
-        InputError: It is not known, or below 1.
+        InputTypeError: If it has another type.
+        InputError: If it is unknown, or below 1.
 
     >>> make_schedule("geometric"), make_schedule(100)
     (Geometric(ratio=2.0), Even(steps=100))

@@ -1,4 +1,4 @@
-"""What a checkpoint takes from a model and its optimizer while they are being trained."""
+"""Snapshots of a model and its optimizer during training: checks, state dicts, second moments, files."""
 
 from __future__ import annotations
 
@@ -19,17 +19,7 @@ from tracer.training.adam import optimizer_path
 
 
 def check_whole(model: nn.Module) -> nn.Module:
-    """Return a model that this process holds all of.
-
-    Args:
-        model: What the user passed, without wrappers.
-
-    Returns:
-        The same.
-
-    Raises:
-        InputError: It is divided among processes, or has parameters without shapes.
-    """
+    """Return the model, or raise InputError if it is divided among processes or has parameters without shapes."""
     if fsdp_modules(model) or any(is_sharded(parameter) for parameter in model.parameters()):
         raise InputError(
             "model is sharded, and each process holds a part of it; CheckpointRecorder needs the whole model. Gather "
@@ -44,20 +34,11 @@ def check_whole(model: nn.Module) -> nn.Module:
 
 
 def check_optimizer(optimizer: Any, model: nn.Module, second_moments: bool) -> torch.optim.Optimizer:
-    """Return the optimizer of torch that steps a model's parameters.
-
-    Args:
-        optimizer: What the user passed; wrappers that keep it as ``.optimizer`` are seen through.
-        model: The model.
-        second_moments: Whether its second moments will be saved.
-
-    Returns:
-        The optimizer inside.
+    """Return the torch optimizer of a model's parameters, without the wrappers that hold it as ``.optimizer``.
 
     Raises:
-        InputTypeError: It is no optimizer of torch.
-        InputError: It holds none of the model's parameters, has no learning rates, or no second moments while they are
-            asked for.
+        InputTypeError: If it is not a torch optimizer.
+        InputError: If it holds none of the model's parameters, or has no learning rates or required second moments.
     """
     while getattr(optimizer, "optimizer", None) is not None:
         optimizer = optimizer.optimizer
@@ -91,16 +72,15 @@ def check_optimizer(optimizer: Any, model: nn.Module, second_moments: bool) -> t
 def parameter_groups(
     optimizer: torch.optim.Optimizer, model: nn.Module, before: Sequence[Sequence[str]] = ()
 ) -> tuple[list[list[str]], list[str]]:
-    """Return which parameters of a model each group of an optimizer trains.
+    """Return the names of a model's parameters in each group of an optimizer, and trainable ones in no group.
 
     Args:
-        optimizer: The optimizer.
-        model: The model; what the optimizer holds beside its parameters is left out.
-        before: What this returned earlier; a parameter that was frozen since stays.
+        optimizer: The optimizer; parameters of other models in it are ignored.
+        model: The model.
+        before: An earlier result; parameters that were frozen since stay in their groups.
 
     Returns:
-        The names of the parameters in each group that require a gradient, or did; and those that require one and are
-        in no group.
+        The names in each group that require a gradient, or did; and those that require one and are in no group.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     >>> parameter_groups(torch.optim.SGD([{"params": net[1].parameters()}], lr=0.1), net)
@@ -116,22 +96,13 @@ def parameter_groups(
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's state dict as a safetensors file can hold it: on the CPU, contiguous, nothing twice.
-
-    Of tied parameters the first name is kept, which `fit_state` takes for all of them.
-
-    Args:
-        model: The model; it is not changed.
-
-    Returns:
-        Names to tensors: copies, or the model's own where those will do.
-    """
+    """Return a state dict for safetensors: on the CPU, contiguous, tied parameters under their first name."""
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     memories: set[int] = set()
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor) or name.endswith("_extra_state") or id(value) in seen:
-            continue
+            continue  # `fit_state` takes the first name for all tied ones
         seen.add(id(value))
         value = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
         memory = value.untyped_storage().data_ptr()
@@ -141,17 +112,10 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def moments_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """Return the second moments of an optimizer, in the form of its state dict, with parameters numbered by name.
-
-    Args:
-        optimizer: Adam, AdamW or one of their kind.
-        model: The model; parameters that never stepped have none.
-
-    Returns:
-        ``state`` and ``param_groups`` with what `read_training_checkpoint` reads.
+    """Return an optimizer's second moments in the form of its state dict, with parameters numbered by name.
 
     Raises:
-        CheckpointError: The optimizer keeps no second moments.
+        CheckpointError: If the optimizer has no second moments.
     """
     named = {id(parameter): name for name, parameter in model.named_parameters()}
     state: dict[str, dict[str, Any]] = {}
@@ -176,22 +140,16 @@ def moments_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 
 def write_checkpoint(path: Path, state: dict[str, Tensor], moments: dict[str, Any] | None = None) -> None:
-    """Write a state dict to a safetensors file and second moments beside it, each whole or not at all.
-
-    No second copy of the weights is made in memory. The name of their file is durable when the directory is synced, as
-    it is when the recording that names it is written.
-
-    Args:
-        path: Of the weights; a file that is there is replaced.
-        state: From `model_state`.
-        moments: From `moments_state`, or None.
+    """Write a state dict to a safetensors file, and second moments to a file next to it, each whole or not at all.
 
     Raises:
-        CheckpointError: The format cannot hold a tensor.
-        OSError: The system cannot write it.
+        CheckpointError: If the format cannot hold a tensor.
+        OSError: If the system cannot write it.
     """
     if moments is not None:
         write_whole(optimizer_path(path), lambda file: torch.save(moments, file))
+    # No second copy of the weights in memory. The file's name becomes durable when the directory is synced, which
+    # writing the recording that names it does.
     partial = partial_path(path.parent)
     try:
         save_file(state, partial)

@@ -1,0 +1,99 @@
+"""Fit a state dict to a model: the same keys, shapes and dtypes, or an error that says what differs and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tracer._core.text import listing
+from tracer.errors import CheckpointError
+
+
+def fit_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state with exactly the model's keys, shapes and dtypes.
+
+    A key may be missing if the model ties it to one that is present, as in safetensors files of tied models.
+
+    Args:
+        model: The model; it is not changed.
+        state: From `read_checkpoint`.
+
+    Returns:
+        Names to tensors in the model's order and dtypes, on the devices of ``state``; copied only to change the dtype.
+
+    Raises:
+        CheckpointError: If keys are missing or unexpected, shapes or kinds of dtype differ, or tied values differ.
+    """
+    expected = {
+        key: value
+        for key, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor) and not key.endswith("_extra_state")
+    }
+    lazy = [repr(key) for key, value in expected.items() if nn.parameter.is_lazy(value)]
+    if lazy:
+        raise CheckpointError(f"the model has parameters without a shape: {listing(lazy)}; run one forward pass first")
+    given = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+    twins: dict[int, list[str]] = {}
+    for key, value in expected.items():
+        twins.setdefault(id(value), []).append(key)
+    for keys in twins.values():
+        there = [key for key in keys if key in given]
+        given.update({key: given[there[0]] for key in keys if there and key not in given})
+    _check_fit(expected, given)
+    fitted = {key: given[key].detach().to(value.dtype) for key, value in expected.items()}
+    for keys in twins.values():
+        for key in keys[1:]:
+            if fitted[key] is not fitted[keys[0]] and not _same_values(fitted[key], fitted[keys[0]]):
+                raise CheckpointError(
+                    f"the model ties {keys[0]!r} and {key!r}, the checkpoint has different values for them: it is of "
+                    "a model that does not tie them; build the model as it was trained"
+                )
+    return fitted
+
+
+def _check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if keys, shapes or kinds of dtype differ."""
+    missing = [key for key in expected if key not in given]
+    unexpected = [key for key in given if key not in expected]
+    problems = []
+    for keys, what in ((missing, "missing"), (unexpected, "unexpected")):
+        if keys:
+            problems.append(f"{len(keys)} keys are {what}: {listing([repr(key) for key in keys])}")
+    reshaped = []
+    for key, value in expected.items():
+        if key in given and given[key].shape != value.shape:
+            reshaped.append(f"{key!r} is {list(given[key].shape)}, the model has {list(value.shape)}")
+        elif key in given and _kind(given[key]) > _kind(value):
+            reshaped.append(f"{key!r} is {given[key].dtype}, the model has {value.dtype}")
+    if reshaped:
+        problems.append(f"{len(reshaped)} tensors do not fit: {listing(reshaped)}")
+    if problems:
+        hint = _prefix_hint(missing, unexpected) or "build the model as it was trained, or pass its own checkpoint"
+        raise CheckpointError("the checkpoint does not fit the model. " + ". ".join(problems) + f". To do: {hint}")
+
+
+def _kind(value: Tensor) -> int:
+    return 2 if value.is_complex() else int(value.is_floating_point())
+
+
+def _prefix_hint(missing: list[str], unexpected: list[str]) -> str:
+    """Return what to do if one prefix explains all differing keys, else an empty text."""
+    if not missing or not unexpected:
+        return ""
+    for shorter, longer, more in ((missing, unexpected, "checkpoint"), (unexpected, missing, "model")):
+        for key in longer:
+            prefix = key[: -len(shorter[0])]
+            if key.endswith(shorter[0]) and prefix and {prefix + name for name in shorter} <= set(longer):
+                if more == "checkpoint":
+                    only = f" if key.startswith({prefix!r})" if len(longer) > len(shorter) else ""
+                    change = f"key.removeprefix({prefix!r}): value for key, value in state.items(){only}"
+                else:
+                    change = f"{prefix!r} + key: value for key, value in state.items()"
+                return f"keys of the {more} begin with {prefix!r}; pass {{{change}}}"
+    return ""
+
+
+def _same_values(left: Tensor, right: Tensor) -> bool:
+    return torch.equal(left, right.to(left.device))
