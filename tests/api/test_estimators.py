@@ -9,15 +9,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from rank_cases import RATES, scorer, slow_left_out
+from scoring_cases import RATES, scorer, slow_leave_one_out
 
 from tracer import attribute
 from tracer.errors import CallOrderError, InputError
 from tracer.scoring.estimators import Estimate
-from tracer.scoring.preconditioned_targets import DerivedRows
+from tracer.scoring.feature_tables import InMemoryTable
+from tracer.scoring.preconditioned_targets import PreconditionedTargets
 from tracer.scoring.regularization import LAMBDAS, choose_regularization
 from tracer.scoring.scorer import Scorer
-from tracer.scoring.streaming import MemoryRows
 
 ESTIMATORS = ("trak", "influence")
 SHAPES = [(60, 5, 12), (12, 5, 60), (33, 1, 33), (1, 2, 3)]
@@ -126,7 +126,7 @@ def test_the_regularization_is_what_predicts_left_out_rows_best(tmp_path, shape)
         features = table.features(0, shape[0]).astype(np.float64)
         output_change, loss_grad = (table.column(name).astype(np.float64) for name in ("output_change", "loss_grad"))
         rows = np.arange(shape[0])
-        columns = [slow_left_out(features, w, output_change, loss_grad, rows, float(unit * x)) for x in LAMBDAS]
+        columns = [slow_leave_one_out(features, w, output_change, loss_grad, rows, float(unit * x)) for x in LAMBDAS]
         predictions = predictions + np.stack(columns, axis=1)
     output_changes = torch.from_numpy(last.column("output_change").astype(np.float64))
     expected = choose_regularization(unit, torch.from_numpy(predictions), output_changes)
@@ -149,7 +149,7 @@ def test_the_choice_is_kept_in_the_store(tmp_path, monkeypatch):
 
 def test_a_few_rows_are_enough_to_choose(tmp_path, monkeypatch):
     found, model_ids = learnable(tmp_path, 600, 200)
-    monkeypatch.setattr("tracer.scoring.kernels.MOST_LEFT_OUT", 300)
+    monkeypatch.setattr("tracer.scoring.kernels.MAX_LEFT_OUT", 300)
     few = found.regularization(model_ids, Estimate("influence"))
     monkeypatch.undo()
     every = learnable(tmp_path / "all", 600, 200)[0].regularization(model_ids, Estimate("influence"))
@@ -226,7 +226,7 @@ def test_kernels_are_read_when_they_are_there_and_made_again_when_rows_change(tm
     shutil.rmtree(found.store.path / "scores")
     with monkeypatch.context() as patched:
         if shape[0] > shape[2]:  # else there is nothing to read
-            patched.setattr("tracer.scoring.kernels._KernelSums.read", lambda *args: pytest.fail("computed again"))
+            patched.setattr("tracer.scoring.kernels._WeightedPass.blocks", lambda *args: pytest.fail("computed again"))
         again = Scorer(found.store, torch.device("cpu"), False)
         np.testing.assert_array_equal(again.scores("test", estimate, None), first)
     found.store.forget_rows(np.array([3]))
@@ -246,7 +246,7 @@ def test_kernels_are_read_when_they_are_there_and_made_again_when_rows_change(tm
 def test_kernels_are_held_for_the_next_question(tmp_path, monkeypatch, shape):
     found = scorer(tmp_path, *shape)
     first = found.regularization(None, Estimate("influence"))
-    monkeypatch.setattr("tracer.scoring.kernels._KernelSums.read", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr("tracer.scoring.kernels._WeightedPass.blocks", lambda *args: pytest.fail("computed again"))
     monkeypatch.setattr("tracer.scoring.kernels.load_kernel", lambda *args: pytest.fail("read again"))
     assert found.regularization(None, Estimate("influence")) == first
 
@@ -360,11 +360,13 @@ def test_another_regularization_gives_other_scores_in_the_same_place(tmp_path):
 
 def test_many_targets_are_derived_in_a_file(tmp_path):
     features = np.random.default_rng(0).standard_normal((300, 16)).astype(np.float32)
-    rows = MemoryRows.of(features, np.ones(300, np.float32), np.ones(300, np.float32), "float32")
+    rows = InMemoryTable.from_features(features, np.ones(300, np.float32), np.ones(300, np.float32), "float32")
     estimate = Estimate("trak", regularization=1.0)
     found = []
     for memory_bytes in (1 << 10, 1 << 30):
-        derived = DerivedRows(rows, estimate, None, lambda block: 2 * block, torch.device("cpu"), memory_bytes)
+        derived = PreconditionedTargets(
+            rows, estimate, None, lambda block: 2 * block, torch.device("cpu"), memory_bytes
+        )
         ((_, raw),) = derived.raw_features(0, 300)
         found.append((isinstance(raw, np.memmap), raw * derived.column("scale")[:, None]))
     assert [mapped for mapped, _ in found] == [True, False]

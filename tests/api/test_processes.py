@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rank_cases import scorer
+from scoring_cases import scorer
 
 from tracer import IncompleteError, InputError, InputTypeError, Tracer, attribute
 from tracer._core.processes import Process, this_process

@@ -336,7 +336,7 @@ def test_scores_are_the_same_for_any_memory(run, exact, memory_bytes):
 def test_finished_scores_are_not_computed_again(exact, monkeypatch):
     expected = np.array(exact.finalize_scores("test"))
     monkeypatch.setattr(
-        "tracer.scoring.streaming.BandScorer.score", lambda *args, **options: pytest.fail("computed again")
+        "tracer.scoring.streaming.TileScorer.score", lambda *args, **options: pytest.fail("computed again")
     )
     np.testing.assert_array_equal(exact.finalize_scores("test"), expected)
 

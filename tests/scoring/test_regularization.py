@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from rank_cases import slow_left_out
+from scoring_cases import slow_leave_one_out
 
-from tracer.scoring.regularization import LAMBDAS, Kernel, choose_regularization, left_out
+from tracer.scoring.regularization import LAMBDAS, Kernel, choose_regularization, leave_one_out
 
 
 def rows_of(num_rows: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -18,7 +18,7 @@ def rows_of(num_rows: int, dim: int, seed: int = 0) -> np.ndarray:
 def kernels(rows: np.ndarray) -> list[Kernel]:
     """The kernel as a matrix, and in the basis of its rows."""
     a = torch.from_numpy(rows)
-    return [Kernel(a.T @ a), Kernel.of_rows(2 * a, torch.full((len(a),), 0.25, dtype=torch.float64))]
+    return [Kernel(a.T @ a), Kernel.from_features(2 * a, torch.full((len(a),), 0.25, dtype=torch.float64))]
 
 
 @pytest.mark.parametrize("shape", [(40, 7), (7, 40), (9, 9), (1, 5)])
@@ -48,7 +48,7 @@ def test_what_no_row_sees_is_left_out_of_solutions_in_the_basis_of_rows():
 def test_rows_of_weight_zero_are_seen():
     rows, weights = torch.from_numpy(rows_of(3, 9)), torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
     kernel = rows.T @ (weights[:, None] * rows) + 0.5 * torch.eye(9, dtype=torch.float64)
-    found = Kernel.of_rows(rows, weights).solve(rows, 0.5) @ rows.T
+    found = Kernel.from_features(rows, weights).solve(rows, 0.5) @ rows.T
     torch.testing.assert_close(found, rows @ torch.linalg.inv(kernel) @ rows.T)
 
 
@@ -92,10 +92,14 @@ def test_rows_are_predicted_by_the_others(shape):
     own = w * output_change - loss_grad
     lambdas = torch.logspace(-1, 3, 5, dtype=torch.float64)
     rows = np.array([0, 3, 11])
-    expected = np.stack([slow_left_out(features, w, output_change, loss_grad, rows, float(x)) for x in lambdas], axis=1)
+    expected = np.stack(
+        [slow_leave_one_out(features, w, output_change, loss_grad, rows, float(x)) for x in lambdas], axis=1
+    )
     pull, *chosen = (torch.from_numpy(values) for values in (features.T @ own, features[rows], w[rows], own[rows]))
     for kernel in kernels(np.sqrt(w)[:, None] * features):
-        np.testing.assert_allclose(left_out(kernel, pull, *chosen, lambdas).numpy(), expected, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(
+            leave_one_out(kernel, pull, *chosen, lambdas).numpy(), expected, rtol=1e-6, atol=1e-9
+        )
 
 
 def test_predictions_hardly_change_with_the_row_itself():
@@ -108,7 +112,7 @@ def test_predictions_hardly_change_with_the_row_itself():
         theta[len(kept)] = vectors * (-np.expm1(-values / 2.0) / values) @ vectors.T @ phi.T @ own[kept]
     kernel = kernels(np.sqrt(w)[:, None] * features)[0]
     pull, *chosen = (torch.from_numpy(values) for values in (features.T @ own, features[:1], w[:1], own[:1]))
-    found = float(left_out(kernel, pull, *chosen, torch.tensor([2.0], dtype=torch.float64)))
+    found = float(leave_one_out(kernel, pull, *chosen, torch.tensor([2.0], dtype=torch.float64)))
     apart, together = features[0] @ theta[399], features[0] @ theta[400]
     assert found == pytest.approx(apart, abs=0.05 * abs(together - apart))
 
@@ -118,7 +122,7 @@ def test_where_rows_predict_but_themselves_nothing_is_said():
     own = w * output_change - loss_grad
     pull, *chosen = (torch.from_numpy(values) for values in (features.T @ own, features, w, own))
     kernel = kernels(np.sqrt(w)[:, None] * features)[1]
-    found = left_out(kernel, pull, *chosen, torch.tensor([1e-9, 1e3], dtype=torch.float64))
+    found = leave_one_out(kernel, pull, *chosen, torch.tensor([1e-9, 1e3], dtype=torch.float64))
     assert found[:, 0].isnan().all()
     assert found[:, 1].isfinite().all()
 
@@ -182,8 +186,8 @@ def test_where_nothing_is_known_of_what_was_learnt_the_trace_decides():
 
 def test_kernels_of_zeros_predict_nothing():
     zero = torch.zeros(2, dtype=torch.float64)
-    kernel = Kernel.of_rows(torch.zeros(2, 3, dtype=torch.float64), zero)
-    found = left_out(
+    kernel = Kernel.from_features(torch.zeros(2, 3, dtype=torch.float64), zero)
+    found = leave_one_out(
         kernel, torch.zeros(3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64), zero, zero, LAMBDAS
     )
     assert found.eq(0).all()

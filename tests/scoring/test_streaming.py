@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rank_cases import expected, scorer
+from scoring_cases import expected, scorer
 
 from tracer.errors import InputError, StoreError
-from tracer.scoring import streaming
+from tracer.scoring import read_ahead
 from tracer.scoring.estimators import Estimate
 from tracer.scoring.matmul import int8_products_are_exact
+from tracer.scoring.write_scores import write_scores
 
 
 @pytest.mark.parametrize("estimator", ["tracin", "cosine"])
@@ -51,36 +52,36 @@ def test_integer_products_give_the_same_scores(tmp_path, monkeypatch):
 
 
 def open_scores(found, **options):
-    pairs, _ = found._pairs("test", Estimate(), None)
-    shape = found.num_rows, pairs[0].targets.num_rows
-    return pairs, found.store.scores("test", "tracin", shape, {"a": 1}, tile_rows=10)
+    tiles, _ = found._tile_scorer("test", Estimate(), None)
+    shape = found.num_rows, tiles.num_targets
+    return tiles, found.store.scores("test", "tracin", shape, {"a": 1}, tile_rows=10)
 
 
 def test_ranges_divide_the_work(tmp_path):
     found = scorer(tmp_path, 95, 3, 16)
-    pairs, scores = open_scores(found)
+    tiles, scores = open_scores(found)
     todo = scores.remaining()
-    streaming.write_scores(pairs, Estimate(), scores, torch.device("cpu"), False, ranges=todo[1:3])
+    write_scores(tiles, scores, False, ranges=todo[1:3])
     assert np.flatnonzero(scores.tile_done).tolist() == [1, 2]
-    streaming.write_scores(pairs, Estimate(), scores, torch.device("cpu"), False, ranges=[todo[9]])
+    write_scores(tiles, scores, False, ranges=[todo[9]])
     assert [start for start, _ in scores.remaining()] == [0, 30, 40, 50, 60, 70, 80]
-    matrix = streaming.write_scores(pairs, Estimate(), scores, torch.device("cpu"), False)
+    matrix = write_scores(tiles, scores, False)
     assert scores.complete
     np.testing.assert_allclose(matrix, expected(found), rtol=1e-4, atol=1e-4)
     with pytest.raises(InputError, match="rows 5 to 20 are no whole tiles"):
-        streaming.write_scores(pairs, Estimate(), scores, torch.device("cpu"), False, ranges=[(5, 20)])
+        write_scores(tiles, scores, False, ranges=[(5, 20)])
 
 
 def test_a_failed_write_is_an_error_and_marks_nothing(tmp_path, monkeypatch):
     found = scorer(tmp_path, 95, 3, 16)
-    pairs, scores = open_scores(found)
+    tiles, scores = open_scores(found)
 
     def fails(*args):
         raise StoreError("the disk is full")
 
     monkeypatch.setattr(scores, "write", fails)
     with pytest.raises(StoreError, match="the disk is full"):
-        streaming.write_scores(pairs, Estimate(), scores, torch.device("cpu"), False)
+        write_scores(tiles, scores, False)
     assert not scores.tile_done.any()
 
 
@@ -103,8 +104,8 @@ def test_rows_are_read_ahead_once_and_in_order(tmp_path, monkeypatch):
     found = scorer(tmp_path, 400, 3, 16, "float16", memory_bytes=1 << 16)
     asked = []
     monkeypatch.setattr("tracer.store.RowTable.prefetch", lambda table, *rows: asked.append((table.path.name, *rows)))
-    monkeypatch.setattr(streaming, "_AHEAD_BYTES", 64 * 32)
-    monkeypatch.setattr(streaming, "_PIECE_BYTES", 50 * 32)
+    monkeypatch.setattr(read_ahead, "_AHEAD_BYTES", 64 * 32)
+    monkeypatch.setattr(read_ahead, "_READ_BYTES", 50 * 32)
     found.top("test", 3, "proponents", Estimate(), None)
     for name in ("0", "1"):
         ranges = [(start, stop) for table, start, stop in asked if table == name]

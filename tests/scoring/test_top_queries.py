@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from rank_cases import expected, scorer
+from scoring_cases import expected, scorer
 
 from tracer.data.indices import chosen_rows
 from tracer.errors import InputError, InputTypeError, NonFiniteError, StoreError
@@ -56,13 +56,13 @@ def strongest(scores, k, kind, rows=None):
 def counted(monkeypatch):
     """How many train rows were scored."""
     seen = []
-    score = streaming.BandScorer.score
+    score = streaming.TileScorer.score
 
-    def counting(self, band, *args, **options):
-        seen.extend(band)
-        score(self, band, *args, **options)
+    def counting(self, tile, *args, **options):
+        seen.extend(tile)
+        score(self, tile, *args, **options)
 
-    monkeypatch.setattr(streaming.BandScorer, "score", counting)
+    monkeypatch.setattr(streaming.TileScorer, "score", counting)
     return seen
 
 
@@ -192,7 +192,7 @@ def test_any_zarr_reader_opens_a_part(found):
 
 def test_shares_of_the_work_are_merged(found, counted):
     for share in ([(100, 200)], [(0, 50), (250, N)], [(190, 210)]):
-        found._question("test", K, Estimate(), None, range(N)).cover(share)
+        found._topk_query("test", K, Estimate(), None, range(N)).compute(share)
     assert sorted(counted) == [*range(50), *range(100, 210), *range(250, N)]
     counted.clear()
     answer = top(found)
@@ -232,7 +232,7 @@ def test_equal_scores_come_by_row_index_also_across_parts(tmp_path):
         )
         table.flush()
     for share in ((200, 300), (3, 50)):
-        found._question("test", K, Estimate(), None, range(N)).cover([share])
+        found._topk_query("test", K, Estimate(), None, range(N)).compute([share])
     for kind in KINDS:
         np.testing.assert_array_equal(top(found, kind=kind).indices, np.tile(np.arange(K), (M, 1)))
     np.testing.assert_array_equal(top(found, rows=slice(100, None)).indices, np.tile(100 + np.arange(K), (M, 1)))

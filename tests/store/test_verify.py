@@ -7,12 +7,11 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from store_cases import DIM, N, batch, manifest
 
 from tracer import Tracer, verify
 from tracer.errors import IncompleteError, StoreError
-from tracer.scoring.scorer import Scorer
+from tracer.scoring.readiness import check_finalized
 from tracer.store import Store
 from tracer.store.metadata import NODE
 
@@ -156,7 +155,7 @@ def test_a_block_that_is_gone_with_its_marks_is_missed(store):
     for path in (store.path / "checkpoints" / "0").glob("*/c/2"):
         path.unlink()
     with pytest.raises(IncompleteError, match="lacks 4 of"):
-        Scorer(store, torch.device("cpu")).check_finalized(0)
+        check_finalized(store, 0)
     found = verify(store.path)
     assert [damage.rows.tolist() for damage in found.damage] == [[8, 9, 10, 11]]
     with store.checkpoint(0) as table, store.read_scores("test", "tracin") as scores:

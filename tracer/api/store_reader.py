@@ -16,6 +16,7 @@ from tracer._core.validation import check_count, check_device, check_model_id
 from tracer.data.indices import RowChoice, RowIndices, row_indices
 from tracer.errors import CallOrderError, InputError
 from tracer.scoring.estimators import Estimate
+from tracer.scoring.readiness import finalize_features, target_table
 from tracer.scoring.regularization import Regularization
 from tracer.scoring.scorer import Labels, Scorer
 from tracer.store import Store
@@ -128,7 +129,7 @@ class StoreReader:
         """
         self.flush()
         if exp_name is not None:
-            return self._scorer.targets(exp_name, model_id).remaining()
+            return target_table(self.store, exp_name, model_id).remaining()
         if not self.store.has_checkpoint(check_model_id(model_id)):
             return np.arange(self.train_set_size, dtype=np.int64)
         return self.store.checkpoint(model_id).remaining()
@@ -192,7 +193,7 @@ class StoreReader:
         """
         self._settle()
         self.process.wait()
-        self.process.first_only(lambda: self._scorer.finalize_features(model_ids))
+        self.process.first_only(lambda: finalize_features(self.store, model_ids, self._progress))
 
     def finalize_scores(
         self,

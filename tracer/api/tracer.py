@@ -38,8 +38,9 @@ from tracer.errors import CallOrderError, InputError, MismatchError
 from tracer.gradients import GradientEngine, ParamSelection, select_parameters
 from tracer.gradients.fsdp import find_ranks, one_by_one
 from tracer.projection import Projector, make_projector
-from tracer.scoring import streaming
 from tracer.scoring.estimators import Estimate
+from tracer.scoring.feature_tables import InMemoryTable
+from tracer.scoring.readiness import check_finalized
 from tracer.scoring.scorer import Labels
 from tracer.store import RowTable, Store
 from tracer.store.manifest import Manifest
@@ -281,7 +282,7 @@ class Tracer(StoreReader):
         model_id = check_model_id(model_id)
         num_targets = check_count(num_targets, "num_targets")
         self.flush()
-        self._scorer.check_finalized(model_id)
+        check_finalized(self.store, model_id)
         weights, fingerprint = self._read(checkpoint)
         self._check_weights(self.store.checkpoint(model_id), fingerprint, model_id)
         with one_by_one(self._ranks, "arguments", (model_id, num_targets, exp_name, fingerprint)):
@@ -435,7 +436,9 @@ class Tracer(StoreReader):
             with self._engine.using_weights(fingerprint):
                 values = featurizer.compute(batch, num_rows)
             assert values.features is not None  # there is a projector
-            targets.append(streaming.MemoryRows.of(values.features, values.loss_grad, values.gradient_norm, storage))
+            targets.append(
+                InMemoryTable.from_features(values.features, values.loss_grad, values.gradient_norm, storage)
+            )
         return self._scorer.query(targets, chosen, k, kind, estimate, rows, labels)
 
     def _block_rows_of(self, size: int) -> int:

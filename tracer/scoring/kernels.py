@@ -1,47 +1,66 @@
-"""Kernels of stored train rows: read from the store, or added up from the rows, by several processes together.
+"""Kernels of stored training examples: read from the store, or summed over the examples by several processes together.
 
-Layout: train rows ``Phi [N, k]``, kernels ``[k, k]``. Sums are float64.
+Layout: train features ``Φ [N, k]``, kernels ``[k, k]``. Sums are float64.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 from tqdm import tqdm
 
-from tracer._core.blocks import row_blocks
 from tracer._core.processes import Process
 from tracer._core.validation import bar_disabled
 from tracer.errors import InputError
 from tracer.scoring.estimators import Estimate
-from tracer.scoring.regularization import LAMBDAS, Kernel, Moments, Regularization, choose_regularization, left_out
-from tracer.scoring.streaming import Rows
+from tracer.scoring.feature_tables import dequantized_blocks, dequantized_features
+from tracer.scoring.regularization import (
+    LAMBDAS,
+    Kernel,
+    Regularization,
+    choose_regularization,
+    leave_one_out,
+)
 from tracer.store import RowTable, Store
 from tracer.store.kernels import load_kernel, save_kernel
 
-BLOCK_BYTES = 32 << 20
-"""How many bytes of float64 rows are held at once."""
+_VERSION = 3
+"""The version of what is stored with a kernel."""
 
-Known = tuple[dict[str, float], dict[str, np.ndarray]]
-"""Sums and arrays by name, as the store keeps them."""
+_Stored = tuple[dict[str, float], dict[str, np.ndarray]]
 
-MOST_LEFT_OUT = 4096
-"""How many rows are predicted by the others to choose λ, spread evenly."""
+MAX_LEFT_OUT = 4096
+"""The number of examples, spread evenly, that are predicted from the others to choose λ."""
+
+
+@dataclass(frozen=True)
+class KernelSums:
+    """Sums over training examples that are computed together with their kernel.
+
+    Attributes:
+        trace: ``Σ w ‖φ‖²``, the kernel's trace.
+        residual_sum: ``Φᵀ (w · output_change − Q)``, ``[k]``.
+    """
+
+    trace: float
+    residual_sum: Tensor
 
 
 class Kernels:
-    """The kernels of a store's checkpoints, read from the store or made from its train rows.
+    """The kernels of a store's checkpoints.
 
     Args:
         store: The store.
-        device: Where to multiply.
-        process: Which of several processes this one is: those that run together each add up their own rows.
-        progress: Show a bar; None: on a terminal only.
-        memory_bytes: How many bytes of kernels are held, but one at least; also from one question to the next.
+        device: The device that multiplies.
+        process: This process; those that run together each sum over their own shard.
+        progress: Show a progress bar. None: only on a terminal.
+        memory_bytes: The most bytes of kernels to hold, but at least one kernel.
     """
 
     def __init__(
@@ -49,144 +68,125 @@ class Kernels:
     ) -> None:
         self.store, self.device, self.process, self.progress = store, device, process, progress
         dim, num_rows = store.manifest.feature_dim, store.manifest.train_set_size
-        # a matrix or rows, a factor or basis, and the eigenvectors by which λ is chosen
-        self._most = max(1, memory_bytes // (24 * dim * min(dim, num_rows)))
-        self._held: dict[tuple[str, ...], tuple[Kernel, Moments]] = {}
-        self._chosen: dict[tuple[str, ...], Regularization] = {}
-        self._contents: dict[int, str] = {}
+        # of each kernel: a matrix or features, a Cholesky factor or basis, and eigenvectors
+        self._max_kernels = max(1, memory_bytes // (24 * dim * min(dim, num_rows)))
+        self._kernels: dict[tuple[str, ...], tuple[Kernel, KernelSums]] = {}
+        self._regularizations: dict[tuple[str, ...], Regularization] = {}
+        self._digests: dict[int, str] = {}
 
-    def look_again(self) -> None:
-        """Begin a new question: train rows may have changed since the last one."""
-        self._contents = {}
+    def invalidate(self) -> None:
+        """Check again whether training examples have changed, before the next call."""
+        self._digests = {}
 
-    def get(self, model_id: int, weighting: str, of: Sequence[int]) -> tuple[Kernel, Moments]:
-        """Return a checkpoint's kernel and the sums beside it.
+    def get(self, model_id: int, weighting: str, averaged: Sequence[int]) -> tuple[Kernel, KernelSums]:
+        """Return a checkpoint's kernel and the sums computed with it, on the device.
 
         Args:
             model_id: The checkpoint, finalized.
             weighting: A value of `tracer.scoring.estimators.KERNELS`.
-            of: The checkpoints whose curvatures are averaged.
+            averaged: The checkpoints whose ``loss_hess`` are averaged to weights.
 
         Returns:
-            Both, on the device.
-
-        Raises:
-            InputError: The loss is not convex in f.
+            Both.
         """
-        of = [] if weighting == "plain" else sorted(of)
-        key = weighting, *(self._content(each) for each in (model_id, *of))
-        if key not in self._held:
-            while len(self._held) >= self._most:
-                del self._held[next(iter(self._held))]
-            self._held[key] = self._make(model_id, weighting, of)
-        return self._held[key]
+        averaged = [] if weighting == "plain" else sorted(averaged)
+        key = weighting, *(self._digest(each) for each in (model_id, *averaged))
+        if key not in self._kernels:
+            while len(self._kernels) >= self._max_kernels:
+                del self._kernels[next(iter(self._kernels))]
+            self._kernels[key] = self._compute(model_id, weighting, averaged)
+        return self._kernels[key]
 
-    def _content(self, model_id: int) -> str:
-        """Return what tells a checkpoint's rows from others, also from those that were there before."""
-        if model_id not in self._contents:
+    def _digest(self, model_id: int) -> str:
+        """Return a digest of a checkpoint's training examples, which changes when one is replaced."""
+        if model_id not in self._digests:
             checksums = self.store.checkpoint(model_id).column("checksum")
-            self._contents[model_id] = hashlib.sha256(checksums.tobytes()).hexdigest()
-        return self._contents[model_id]
+            self._digests[model_id] = hashlib.sha256(checksums.tobytes()).hexdigest()
+        return self._digests[model_id]
 
     def regularization(self, model_ids: list[int], estimate: Estimate) -> Regularization:
-        """Return the λ with which an estimate is made.
-
-        Args:
-            model_ids: The checkpoints.
-            estimate: What is asked for; its estimator has a kernel.
-
-        Returns:
-            What was given, or the choice of `choose_regularization` for kernels weighted with curvatures, scaled by
-            traces to the kernels that scores are made with.
-        """
+        """Return the given λ, or the one chosen by `choose_regularization`; the estimator has a kernel."""
         assert estimate.kernel is not None
         if estimate.regularization != "auto":
             return Regularization(float(estimate.regularization), "given")
         losses = [float(np.mean(self.store.checkpoint(model_id).column("loss"))) for model_id in model_ids]
-        last = model_ids[int(np.argmin(losses))]
-        key = tuple(self._content(model_id) for model_id in (last, *sorted(model_ids)))
-        if key not in self._chosen:
-            self._chosen[key] = self._choice(model_ids, last)
-        found = self._chosen[key]
+        last = model_ids[int(np.argmin(losses))]  # the lowest loss: trained longest
+        key = tuple(self._digest(model_id) for model_id in (last, *sorted(model_ids)))
+        if key not in self._regularizations:
+            self._regularizations[key] = self._stored_choice(model_ids, last)
+        found = self._regularizations[key]
         if estimate.kernel == "loss_hess":
             return found
+        # λ is chosen for the kernel weighted with loss_hess; another kernel's scale is that of its trace
         traces = [self.get(last, weighting, model_ids)[1].trace for weighting in (estimate.kernel, "loss_hess")]
-        used, own = (trace or 1.0 for trace in traces)  # a kernel of zeros has no scale
-        return Regularization(self.process.agreed(found.value * used / own), found.rule)
+        used, chosen_for = (trace or 1.0 for trace in traces)  # a kernel of zeros has no scale
+        return Regularization(self.process.agreed(found.value * used / chosen_for), found.rule)
 
-    def _choice(self, model_ids: list[int], last: int) -> Regularization:
-        """Return the choice for kernels weighted with curvatures; it is kept in the store as these are.
-
-        Args:
-            model_ids: The checkpoints.
-            last: The one that was trained longest: of the lowest mean loss.
-        """
+    def _stored_choice(self, model_ids: list[int], last: int) -> Regularization:
         tables = [self.store.checkpoint(model_id) for model_id in (last, *sorted(model_ids))]
 
-        def choose() -> Known:
+        def choose() -> _Stored:
             found = self._choose(model_ids, last)
             return {"value": self.process.agreed(found.value), "held_out": float(found.rule == "held-out")}, {}
 
-        few = tables[0].num_rows < tables[0].dim  # no kernel is kept of these either
-        sums, _ = choose() if few else self._kept(last, "regularization", tables, choose)
+        # with so few examples no kernel is stored either, so that a question changes nothing in the store
+        few = tables[0].num_rows < tables[0].dim
+        sums, _ = choose() if few else self._stored(last, "regularization", tables, choose)
         return Regularization(sums["value"], "held-out" if sums["held_out"] else "trace")
 
     def _choose(self, model_ids: list[int], last: int) -> Regularization:
-        """Choose λ from how well some rows are predicted by the others."""
+        """Choose λ by how well training examples are predicted from the others."""
         num_rows = self.store.checkpoint(last).num_rows
-        _, moments = self.get(last, "loss_hess", model_ids)
-        unit = (moments.trace or 1.0) / num_rows
-        rows = np.unique(np.linspace(0, num_rows - 1, min(num_rows, MOST_LEFT_OUT)).round().astype(np.int64))
-        weights = row_weighting([self.store.checkpoint(model_id) for model_id in sorted(model_ids)], num_rows)
-        predictions = torch.zeros(len(rows), len(LAMBDAS), dtype=torch.float64, device=self.device)
+        _, sums = self.get(last, "loss_hess", model_ids)
+        unit = (sums.trace or 1.0) / num_rows
+        chosen = np.unique(np.linspace(0, num_rows - 1, min(num_rows, MAX_LEFT_OUT)).round().astype(np.int64))
+        weights = kernel_weights([self.store.checkpoint(model_id) for model_id in sorted(model_ids)], num_rows)
+        predictions = torch.zeros(len(chosen), len(LAMBDAS), dtype=torch.float64, device=self.device)
         lambdas = (unit * LAMBDAS).to(self.device)
         for model_id in model_ids:
-            kernel, moments = self.get(model_id, "loss_hess", model_ids)
+            kernel, sums = self.get(model_id, "loss_hess", model_ids)
             table = self.store.checkpoint(model_id)
-            own = row_pulls(table, weights)
-            some, own_rows = (torch.from_numpy(values[rows]).to(self.device) for values in (weights, own))
-            features = true_rows(table, rows, self.device)
-            predictions += left_out(kernel, moments.pull, features, some, own_rows, lambdas)
-        output_changes = torch.from_numpy(self.store.checkpoint(last).column("output_change").astype(np.float64)[rows])
-        return choose_regularization(unit, predictions, output_changes.to(self.device))
+            features = dequantized_features(table, chosen, self.device)
+            w, r = (torch.from_numpy(each[chosen]).to(self.device) for each in (weights, residuals(table, weights)))
+            predictions += leave_one_out(kernel, sums.residual_sum, features, w, r, lambdas)
+        output_changes = self.store.checkpoint(last).column("output_change").astype(np.float64)[chosen]
+        return choose_regularization(unit, predictions, torch.from_numpy(output_changes).to(self.device))
 
-    def _make(self, model_id: int, weighting: str, of: list[int]) -> tuple[Kernel, Moments]:
-        """Make a kernel: from its rows where there are fewer of them than features, else as a matrix, which is kept."""
+    def _compute(self, model_id: int, weighting: str, averaged: list[int]) -> tuple[Kernel, KernelSums]:
         table = self.store.checkpoint(model_id)
-        tables = [self.store.checkpoint(each) for each in of]
-        sums = _KernelSums(table, row_weighting(tables, table.num_rows), self.device)
-        if table.num_rows < table.dim:
-            features = torch.cat([rows for rows, _ in sums.read(range(table.num_rows))])
-            return Kernel.of_rows(features, torch.from_numpy(sums.weights).to(self.device)), sums.moments()
+        tables = [self.store.checkpoint(each) for each in averaged]
+        pass_over = _WeightedPass(table, kernel_weights(tables, table.num_rows), self.device)
+        if table.num_rows < table.dim:  # features are smaller than the matrix, and nothing is stored
+            features = torch.cat([rows for rows, _ in pass_over.blocks(range(table.num_rows))])
+            weights = torch.from_numpy(pass_over.weights).to(self.device)
+            return Kernel.from_features(features, weights), pass_over.sums()
 
-        def add_up() -> Known:
+        def compute() -> _Stored:
             matrix = torch.zeros(table.dim, table.dim, dtype=torch.float64, device=self.device)
-            mine, disable = self._own_rows(table), bar_disabled(self.progress)
-            with tqdm(total=len(mine), desc=f"kernel {model_id}", unit="row", disable=disable) as bar:
-                for features, weights in sums.read(mine):
+            shard, disable = self._shard(table), bar_disabled(self.progress)
+            with tqdm(total=len(shard), desc=f"kernel {model_id}", unit="row", disable=disable) as bar:
+                for features, weights in pass_over.blocks(shard):
                     rows = features.mul_(weights.sqrt().unsqueeze(1))
                     matrix.addmm_(rows.T, rows)
                     bar.update(len(rows))
-            scalars, pull = sums.together(self.process)
-            return scalars, {"matrix": self.process.add_up(matrix).cpu().numpy(), "pull": pull.cpu().numpy()[None]}
+            sums = pass_over.sums(self.process)
+            arrays = {"matrix": self.process.add_up(matrix), "residual_sum": sums.residual_sum[None]}
+            return {"trace": sums.trace}, {name: array.cpu().numpy() for name, array in arrays.items()}
 
-        found, arrays = self._kept(model_id, weighting, [table, *tables], add_up)
-        matrix, pull = (torch.from_numpy(arrays[name]).to(self.device) for name in ("matrix", "pull"))
-        return Kernel(matrix), Moments(table.num_rows, found["trace"], pull[0])
+        # The kernel is stored and not its inverse, as λ may change and a Cholesky factor takes a second. It is float64:
+        # the inverse of a float32 sum has few correct digits.
+        numbers, arrays = self._stored(model_id, weighting, [table, *tables], compute)
+        matrix, residual_sum = (torch.from_numpy(arrays[name]).to(self.device) for name in ("matrix", "residual_sum"))
+        return Kernel(matrix), KernelSums(numbers["trace"], residual_sum[0])
 
-    def _kept(self, model_id: int, name: str, tables: Sequence[RowTable], make: Callable[[], Known]) -> Known:
-        """Return what the store keeps beside a checkpoint, or make it and keep it there; all processes do the same.
+    def _stored(self, model_id: int, name: str, tables: Sequence[RowTable], compute: Callable[[], _Stored]) -> _Stored:
+        """Return what the store has under a checkpoint and a name for these tables, or compute and store it.
 
-        Args:
-            model_id: The checkpoint.
-            name: Of what is kept.
-            tables: The train rows that decide it.
-            make: Makes it, in all processes together.
+        All processes that run together make this call.
         """
         path = self.store.kernel_path(model_id, name)
-        # the version is that of what is kept
         inputs = {
-            "version": 2,
+            "version": _VERSION,
             "num_rows": tables[0].num_rows,
             "tables": [each.attributes["table_id"] for each in tables],
         }
@@ -194,31 +194,22 @@ class Kernels:
         known = load_kernel(path, inputs)
         if self.process.agreed(known is not None) and known is not None:
             return known
-        made = make()
-        self.process.first_only(lambda: save_kernel(path, inputs, *made))
-        return made
+        computed = compute()
+        self.process.first_only(lambda: save_kernel(path, inputs, *computed))
+        return computed
 
-    def _own_rows(self, table: RowTable) -> range:
-        """Return the rows that this process adds up: a share where all run together, else all."""
+    def _shard(self, table: RowTable) -> range:
+        """Return the training examples that this process sums over: all of them unless processes run together."""
         if not self.process.together:
             return range(table.num_rows)
         return self.process.rows(table.num_rows, table.block_rows)
 
 
-def row_weighting(tables: Sequence[RowTable], num_rows: int) -> np.ndarray:
-    """Return the weight of each train row in a kernel.
-
-    Args:
-        tables: The train rows at the checkpoints whose curvatures w are averaged; none: the weights are 1. Where w is
-            zero for all rows, since the task has only a loss, the mean of Q²: the empirical Fisher matrix takes the
-            Gauss-Newton matrix's place.
-        num_rows: N.
-
-    Returns:
-        ``[N]``, float64.
+def kernel_weights(tables: Sequence[RowTable], num_rows: int) -> Float64[np.ndarray, " N"]:
+    """Return the weight of each training example: its mean ``loss_hess`` over tables, or 1 without tables.
 
     Raises:
-        InputError: A curvature is negative.
+        InputError: A ``loss_hess`` is negative.
     """
     if not tables:
         return np.ones(num_rows)
@@ -234,90 +225,47 @@ def row_weighting(tables: Sequence[RowTable], num_rows: int) -> np.ndarray:
             )
         loss_hess += values / len(tables)
         fisher += np.square(table.column("loss_grad").astype(np.float64)) / len(tables)
+    # a task that has only a loss stores zeros: the empirical Fisher matrix takes the Gauss-Newton matrix's place
     return loss_hess if loss_hess.any() else fisher
 
 
-def row_pulls(table: RowTable, weights: np.ndarray) -> np.ndarray:
-    """Return ``w · gain − Q`` of each train row, ``[N]``, float64."""
+def residuals(table: RowTable, weights: Float64[np.ndarray, " N"]) -> Float64[np.ndarray, " N"]:
+    """Return ``w · output_change − Q`` of each training example."""
     return weights * table.column("output_change") - table.column("loss_grad").astype(np.float64)
 
 
-class _KernelSums:
-    """Goes through train rows once, giving them out and adding up everything but the kernel.
+class _WeightedPass:
+    """One pass over training examples that yields features and weights, and sums up everything but the kernel."""
 
-    Args:
-        table: The train rows.
-        weights: As `row_weighting` gives them.
-        device: Where to add up.
-    """
-
-    def __init__(self, table: RowTable, weights: np.ndarray, device: torch.device) -> None:
+    def __init__(self, table: RowTable, weights: Float64[np.ndarray, " N"], device: torch.device) -> None:
         self.table, self.weights, self.device = table, weights, device
-        self.own = row_pulls(table, weights)
-        self.pull = torch.zeros(table.dim, dtype=torch.float64, device=device)
+        self.residuals = residuals(table, weights)
+        self.residual_sum = torch.zeros(table.dim, dtype=torch.float64, device=device)
         self.trace = torch.zeros((), dtype=torch.float64, device=device)
 
-    def read(self, rows: range) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield φ and w of rows, ``[n, k]`` and ``[n]``, float64, block by block, and add up what else is wanted."""
-        for start, features in true_blocks(self.table, rows, self.device):
-            weights, own = (
+    def blocks(self, indices: range) -> Iterator[tuple[Float64[Tensor, "n k"], Float64[Tensor, " n"]]]:
+        """Yield φ and w, block by block."""
+        for start, features in dequantized_blocks(self.table, indices, self.device):
+            weights, residuals = (
                 torch.from_numpy(values[start : start + len(features)]).to(self.device)
-                for values in (self.weights, self.own)
+                for values in (self.weights, self.residuals)
             )
-            self.pull += own @ features
+            self.residual_sum += residuals @ features
             self.trace += weights @ features.square().sum(1)
             yield features, weights
 
-    def together(self, process: Process) -> tuple[dict[str, float], Tensor]:
-        """Return the sum by name and the vector, added up over processes."""
-        return {"trace": float(process.add_up(self.trace))}, process.add_up(self.pull)
-
-    def moments(self) -> Moments:
-        """Return what was added up by this process alone."""
-        return Moments(self.table.num_rows, float(self.trace), self.pull)
+    def sums(self, process: Process | None = None) -> KernelSums:
+        """Return the sums over the pass of this process, or of all processes that run together."""
+        process = process or Process()
+        return KernelSums(float(process.add_up(self.trace)), process.add_up(self.residual_sum))
 
 
-def true_blocks(table: Rows, rows: range, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """Yield rows in true units, ``[n, k]``, float64, as many as are held at once, with the index of the first.
-
-    Args:
-        table: Stored rows.
-        rows: Which of them, consecutive ones.
-        device: Where they go.
-
-    Yields:
-        The first row's index, and a copy of the rows.
-    """
-    for low, high in row_blocks(len(rows), 8 * table.dim, BLOCK_BYTES):
-        start, stop = rows.start + low, rows.start + high
-        pieces = [torch.from_numpy(np.array(view)).to(device) for _, view in table.raw_features(start, stop)]
-        scale = torch.from_numpy(table.column("scale", start, stop).astype(np.float64)).to(device)
-        yield start, torch.cat(pieces).to(torch.float64).mul_(scale.unsqueeze(1))
-
-
-def true_rows(table: Rows, rows: np.ndarray, device: torch.device) -> Tensor:
-    """Return some rows in true units, ``[m, k]``, float64, in the order of their indices, which ascend."""
-    pieces = [
-        torch.from_numpy(view[rows[(rows >= start) & (rows < start + len(view))] - start].astype(np.float64))
-        for start, view in table.raw_features(0, table.num_rows)
-    ]
-    scale = torch.from_numpy(table.column("scale").astype(np.float64)[rows]).to(device)
-    return torch.cat(pieces).to(device).mul_(scale.unsqueeze(1))
-
-
-def own_influence(table: RowTable, kernel: Kernel, regularization: float, device: torch.device) -> np.ndarray:
-    """Return ``φᵀ (K + λI)⁻¹ φ`` of each train row: its leverage, without weights.
-
-    Args:
-        table: The train rows.
-        kernel: Their kernel.
-        regularization: λ.
-        device: Where to multiply.
-
-    Returns:
-        ``[N]``, float64.
-    """
+def leverages(
+    table: RowTable, kernel: Kernel, regularization: float, device: torch.device
+) -> Float64[np.ndarray, " N"]:
+    """Return ``φᵀ (K + λI)⁻¹ φ`` of each training example, without weights."""
     found = np.empty(table.num_rows)
-    for start, rows in true_blocks(table, range(table.num_rows), device):
-        found[start : start + len(rows)] = (rows * kernel.solve(rows, regularization)).sum(1).cpu().numpy()
+    for start, features in dequantized_blocks(table, range(table.num_rows), device):
+        solved = (features * kernel.solve(features, regularization)).sum(1)
+        found[start : start + len(features)] = solved.cpu().numpy()
     return found

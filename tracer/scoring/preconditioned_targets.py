@@ -1,6 +1,6 @@
-"""Target rows derived from stored ones: weighted, summed up over groups, solved for.
+"""Target features that are weighted, summed over groups, and multiplied by an inverse kernel before they are scored.
 
-Layout: target rows ``[M, k]``, G groups of them. Sums are float64, derived rows float32.
+Layout: target features ``[M, k]``, G groups of them. Sums are float64, the results float32.
 """
 
 from __future__ import annotations
@@ -8,25 +8,23 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from tracer._core.blocks import row_blocks
 from tracer.errors import InputError
 from tracer.scoring.estimators import Estimate
-from tracer.scoring.kernels import BLOCK_BYTES, true_blocks
-from tracer.scoring.regularization import Regularization
-from tracer.scoring.streaming import Rows
+from tracer.scoring.feature_tables import DEQUANTIZED_BYTES, FeatureTable, dequantized_blocks
 
 
-def group_indices(estimate: Estimate, targets: Rows) -> np.ndarray | None:
-    """Return the group of each target ``[M]``, int64, -1 for none; None where scores are those of single targets.
+def group_indices(estimate: Estimate, targets: FeatureTable) -> Int64[np.ndarray, " M"] | None:
+    """Return the group of each target, -1 for none; None if scores are those of single targets.
 
     Raises:
-        InputError: Their number is not that of the targets, or targets have no classes.
+        InputError: There is not one group for each target, or the targets have no classes.
     """
     groups = estimate.groups
     if groups is None:
@@ -34,34 +32,35 @@ def group_indices(estimate: Estimate, targets: Rows) -> np.ndarray | None:
     if isinstance(groups, str):
         groups = targets.column("label").astype(np.int64)
         if groups.max() < 0:
-            raise InputError("groups='label' came and the targets have no classes; pass groups=[group of each target].")
+            raise InputError("groups='label' needs targets with classes; pass groups=[group of each target].")
         return np.maximum(groups, -1)
     if len(groups) != targets.num_rows:
         raise InputError(f"groups has {len(groups)} values; expected one for each of {targets.num_rows} targets.")
     return groups
 
 
-class DerivedRows:
-    """Target rows derived from stored ones, when they are first used: weighted, summed up over groups, solved for.
-
-    They have `tracer.scoring.streaming.Rows`' interface: float32 rows relative to a ``scale`` of each.
+class PreconditionedTargets:
+    """A `FeatureTable` of transformed targets, computed when it is first used; its only column is ``scale``.
 
     Args:
-        targets: The stored rows.
-        estimate: What scores are to say.
-        groups: As `group_indices` gives them.
-        solve: Gives ``(K + λI)⁻¹`` times rows; None without a kernel.
-        device: Where to multiply.
-        memory_bytes: How many bytes of them may be held; more lie in a temporary file.
+        targets: The stored targets.
+        estimate: The estimator's settings.
+        groups: From `group_indices`.
+        solve: Multiplies features by ``(K + λI)⁻¹``; None without a kernel.
+        device: The device that multiplies.
+        memory_bytes: The most bytes to hold; larger results are in a temporary file.
     """
+
+    # φ(z')ᵀ (K + λI)⁻¹ φ(z) is symmetric. Solving for the targets, of which there are few, leaves train features as
+    # they are stored and the scoring loop as it is. The results are float32 divided by a scale, as they may be 1e-15.
 
     storage = "float32"
 
     def __init__(
         self,
-        targets: Rows,
+        targets: FeatureTable,
         estimate: Estimate,
-        groups: np.ndarray | None,
+        groups: Int64[np.ndarray, " M"] | None,
         solve: Callable[[Tensor], Tensor] | None,
         device: torch.device,
         memory_bytes: int,
@@ -70,58 +69,51 @@ class DerivedRows:
         self._solve, self._device, self._memory_bytes = solve, device, memory_bytes
         self.num_rows = targets.num_rows if groups is None else int(groups.max()) + 1
         self.dim = targets.dim
-        self._made: tuple[np.ndarray, np.ndarray] | None = None
+        self._computed: tuple[np.ndarray, np.ndarray] | None = None
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return the scale of rows, ``[stop - start]``, float64; derived rows have no other column."""
+        """Return the ``scale`` of each target from ``start`` to ``stop``, float64."""
         assert name == "scale", name
-        return self._values()[1][start:stop]
+        return self._features_and_scale()[1][start:stop]
 
     def raw_features(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
-        """Return rows divided by their scale, in one piece."""
-        return [(start, self._values()[0][start:stop])]
+        """Return features divided by their scale as one view, with its first index."""
+        return [(start, self._features_and_scale()[0][start:stop])]
 
-    def _values(self) -> tuple[np.ndarray, np.ndarray]:
-        if self._made is None:
-            raw, scale = self._memory(), np.ones(self.num_rows)
-            for start, rows in self._blocks():
-                rows = rows if self._solve is None else self._solve(rows)
-                largest = rows.abs().amax(1)
+    def _features_and_scale(self) -> tuple[Float32[np.ndarray, "M k"], Float64[np.ndarray, " M"]]:
+        if self._computed is None:
+            raw, scale = self._allocate(), np.ones(self.num_rows)
+            for start, features in self._blocks():
+                features = features if self._solve is None else self._solve(features)
+                largest = features.abs().amax(1)
                 unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-                raw[start : start + len(rows)] = (rows / unit.unsqueeze(1)).float().cpu().numpy()
-                scale[start : start + len(rows)] = unit.cpu().numpy()
-            self._made = raw, scale
-        return self._made
+                raw[start : start + len(features)] = (features / unit.unsqueeze(1)).float().cpu().numpy()
+                scale[start : start + len(features)] = unit.cpu().numpy()
+            self._computed = raw, scale
+        return self._computed
 
-    def _memory(self) -> np.ndarray:
+    def _allocate(self) -> Float32[np.ndarray, "M k"]:
         shape = self.num_rows, self.dim
         if 4 * math.prod(shape) <= self._memory_bytes:
             return np.empty(shape, np.float32)
-        with tempfile.TemporaryFile() as file:  # its name is gone at once, the map stays
+        with tempfile.TemporaryFile() as file:  # the map outlives the file's name, so nothing is left behind
             return np.memmap(file, np.float32, "w+", shape=shape)
 
-    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield rows before they are solved for, ``[n, k]``, float64, with the position of the first."""
+    def _blocks(self) -> Iterator[tuple[int, Float64[Tensor, "n k"]]]:
+        """Yield targets before they are solved for, block by block, each with its first index."""
         if self._groups is None:
             yield from self._weighted()
             return
         summed = torch.zeros(self.num_rows, self.dim, dtype=torch.float64, device=self._device)
-        for start, rows in self._weighted():
-            chosen = torch.from_numpy(self._groups[start : start + len(rows)]).to(self._device)
-            summed.index_add_(0, chosen[chosen >= 0], rows[chosen >= 0])
-        for start, stop in row_blocks(self.num_rows, 8 * self.dim, BLOCK_BYTES):
+        for start, features in self._weighted():
+            groups = torch.from_numpy(self._groups[start : start + len(features)]).to(self._device)
+            summed.index_add_(0, groups[groups >= 0], features[groups >= 0])
+        for start, stop in row_blocks(self.num_rows, 8 * self.dim, DEQUANTIZED_BYTES):
             yield start, summed[start:stop]
 
-    def _weighted(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield target rows times their weights, ``[n, k]``, float64, with the index of the first."""
+    def _weighted(self) -> Iterator[tuple[int, Float64[Tensor, "n k"]]]:
+        """Yield targets times their weights, block by block, each with its first index."""
         loss_grad, norm = (self._targets.column(name) for name in ("loss_grad", "gradient_norm"))
         weights = torch.from_numpy(self._estimate.target_weights(loss_grad, norm)).to(self._device)
-        for start, rows in true_blocks(self._targets, range(self._targets.num_rows), self._device):
-            yield start, rows.mul_(weights[start : start + len(rows)].unsqueeze(1))
-
-
-def describe(regularization: Regularization | None) -> dict[str, Any]:
-    """Return what decides scores besides the rows and the estimator's name, as JSON values; empty for plain ones."""
-    if regularization is None:
-        return {}
-    return {"regularization": regularization.value, "rule": regularization.rule}
+        for start, features in dequantized_blocks(self._targets, range(self._targets.num_rows), self._device):
+            yield start, features.mul_(weights[start : start + len(features)].unsqueeze(1))

@@ -1,10 +1,10 @@
-"""Curvature in feature space: kernels that whiten gradients before they are compared, and how far to regularize them.
+"""Kernels in feature space, by which gradients are preconditioned, and the choice of their regularization λ.
 
-Layout: train features ``Phi [N, k]``, row weights ``w [N]``, kernel ``K = Phiᵀ diag(w) Phi [k, k]``, rows to solve
-for ``[m, k]``; everything in float64.
+Layout: train features ``Φ [N, k]``, weights of training examples ``w [N]``, kernel ``K = Φᵀ diag(w) Φ [k, k]``;
+everything in float64.
 
 With ``w = 1`` the kernel is that of TRAK (Park et al. 2023, section 3). With the loss's second derivative in f as ``w``
-it is the Gauss-Newton matrix of the sum of the losses, in the place of the Hessian that influence functions divide by
+it is the Gauss-Newton matrix of the sum of the losses, in place of the Hessian by which influence functions divide
 (Koh & Liang 2017).
 """
 
@@ -14,74 +14,59 @@ import math
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
-SHARE_LEFT = 0.5**0.5
-"""Scores are to predict models trained on less: on all rows but one up to half of them, and this lies between."""
+TRAINED_SHARE = 0.5**0.5
+"""The share of training examples on which the models to predict are trained: between all but one and half of them."""
 
-LEAST_REST = 0.2
-"""How much of a row's prediction must come from other rows, on average, for these to be asked without it."""
+MIN_MEAN_DIVISOR = 0.2
+"""The least mean of ``1 − w h``: how much of a prediction must come from other examples to be asked without its own."""
 
-_LEAST_DIVISOR = 1e-4
+_MIN_DIVISOR = 1e-4
 
 LAMBDAS = torch.logspace(-6, 4, 101, dtype=torch.float64)
-"""What is tried as λ, in units of the mean of ``w ‖φ‖²``."""
+"""The candidates for λ, in units of the mean of ``w ‖φ‖²``."""
 
 
 class Kernel:
-    """A symmetric positive semi-definite matrix ``K [k, k]``, as a matrix ``M [r, r]`` in a basis ``B [k, r]``.
-
-    ``K = B M Bᵀ``. With fewer train rows than features, B spans them: r is the number of rows. What is orthogonal to
-    all train rows is not in it. It has no inner product with any of them, neither before a solution nor behind it; a
-    solution would divide it by λ, and it would drown the rest in the rounding errors of a float32 product.
+    """A symmetric positive semi-definite matrix ``K [k, k] = B M Bᵀ``, with M ``[r, r]`` in a basis B ``[k, r]``.
 
     Args:
-        matrix: M, ``[r, r]``, float64.
-        basis: B, with orthonormal columns; None: the identity.
+        matrix: M.
+        basis: B, with orthonormal columns. None: the identity.
 
     >>> kernel = Kernel(torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64)))
     >>> kernel.solve(torch.ones(1, 2, dtype=torch.float64), 1.0).round(decimals=6).tolist()
     [[0.5, 0.25]]
     """
 
-    def __init__(self, matrix: Tensor, basis: Tensor | None = None) -> None:
+    # With fewer examples than features, B spans the examples: r is their number. The part of a target that is
+    # orthogonal to all of them has no inner product with any, before a solution or after it; but divided by λ it would
+    # drown the rest in the rounding errors of a float32 product.
+
+    def __init__(self, matrix: Float64[Tensor, "r r"], basis: Float64[Tensor, "k r"] | None = None) -> None:
         self.matrix, self.basis = matrix, basis
         self._factor: tuple[float, Tensor] | None = None
         self._spectrum: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of_rows(cls, features: Tensor, weights: Tensor) -> Kernel:
-        """Return ``Phiᵀ diag(w) Phi`` of fewer rows than features, in the basis that they span.
-
-        Args:
-            features: Phi, ``[n, k]``, float64.
-            weights: w, ``[n]``, float64, 0 or more.
-
-        Returns:
-            The kernel.
-        """
-        basis = torch.linalg.qr(features.T).Q  # of all rows, those of weight zero too
+    def from_features(cls, features: Float64[Tensor, "n k"], weights: Float64[Tensor, " n"]) -> Kernel:
+        """Return ``Φᵀ diag(w) Φ`` of fewer examples than features, in the basis that they span."""
+        basis = torch.linalg.qr(features.T).Q  # of all examples, also those of weight zero: they get scores too
         rows = (features @ basis).mul_(weights.sqrt().unsqueeze(1))
         return cls(rows.T @ rows, basis)
 
-    def coordinates(self, rows: Tensor) -> Tensor:
-        """Return rows ``[..., k]`` in the basis: ``[..., r]``."""
-        return rows if self.basis is None else rows @ self.basis
+    def coordinates(self, features: Float64[Tensor, "*n k"]) -> Float64[Tensor, "*n r"]:
+        """Return features in the basis."""
+        return features if self.basis is None else features @ self.basis
 
-    def solve(self, rows: Tensor, regularization: float) -> Tensor:
-        """Return ``B (M + λI)⁻¹ Bᵀ`` times each row: ``(K + λI)⁻¹`` as far as train rows see it.
-
-        Args:
-            rows: ``[m, k]``, float64.
-            regularization: λ, 0 or more, in the kernel's own units; with 0 it is the pseudo-inverse.
-
-        Returns:
-            ``[m, k]``, float64.
-        """
-        found = self._solve(self.coordinates(rows), regularization)
+    def solve(self, features: Float64[Tensor, "m k"], regularization: float) -> Float64[Tensor, "m k"]:
+        """Return ``(K + λI)⁻¹ φ`` without what no training example sees; with the pseudo-inverse if λ is 0."""
+        found = self._solve(self.coordinates(features), regularization)
         return found if self.basis is None else found @ self.basis.T
 
-    def _solve(self, rows: Tensor, regularization: float) -> Tensor:
+    def _solve(self, rows: Float64[Tensor, "m r"], regularization: float) -> Float64[Tensor, "m r"]:
         if regularization > 0:
             factor = self._cholesky(regularization)
             if factor is not None:
@@ -89,15 +74,15 @@ class Kernel:
         values, vectors = self.spectrum()
         return rows @ vectors * _inverse(values, regularization) @ vectors.T
 
-    def spectrum(self) -> tuple[Tensor, Tensor]:
-        """Return M's eigenvalues ``[r]``, 0 or more and ascending, and its eigenvectors, the columns of ``[r, r]``."""
+    def spectrum(self) -> tuple[Float64[Tensor, " r"], Float64[Tensor, "r r"]]:
+        """Return M's eigenvalues, 0 or more and ascending, and its eigenvectors as columns."""
         if self._spectrum is None:
             values, vectors = torch.linalg.eigh(self.matrix)
             self._spectrum = values.clamp_(min=0), vectors
         return self._spectrum
 
-    def _cholesky(self, regularization: float) -> Tensor | None:
-        """Return the Cholesky factor of ``M + λI``, or None where rounding makes it indefinite."""
+    def _cholesky(self, regularization: float) -> Float64[Tensor, "r r"] | None:
+        """Return the Cholesky factor of ``M + λI``, or None if rounding makes it indefinite."""
         if self._factor is None or self._factor[0] != regularization:
             shifted = self.matrix.clone()
             shifted.diagonal().add_(regularization)
@@ -108,69 +93,62 @@ class Kernel:
         return self._factor[1]
 
 
-def _inverse(values: Tensor, regularization: float) -> Tensor:
-    """Return ``1 / (s + λ)`` of eigenvalues; with λ = 0, zero for those that are rounding errors."""
+def _inverse(values: Float64[Tensor, " r"], regularization: float) -> Float64[Tensor, " r"]:
+    """Return ``1 / (s + λ)`` of eigenvalues; if λ is 0, zero for those that are rounding errors."""
     if regularization > 0:
         return 1 / (values + regularization)
     cutoff = torch.finfo(values.dtype).eps * len(values) * values.max()
     return torch.where(values > cutoff, 1 / values, 0.0)
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Sums over the train rows of a checkpoint, beside its kernel.
+def leave_one_out(
+    kernel: Kernel,
+    residual_sum: Float64[Tensor, " k"],
+    features: Float64[Tensor, "m k"],
+    weights: Float64[Tensor, " m"],
+    residuals: Float64[Tensor, " m"],
+    lambdas: Float64[Tensor, " G"],
+) -> Float64[Tensor, "m G"]:
+    """Predict what a network has learned about examples from the other examples, for each λ.
 
-    Attributes:
-        num_rows: N.
-        trace: ``Σ w ‖φ‖²``, the kernel's.
-        pull: ``Φᵀ (w · gain − Q)``, ``[k]``. A row's gain is its f minus the f of a model that has learnt nothing.
-    """
-
-    num_rows: int
-    trace: float
-    pull: Tensor
-
-
-def left_out(kernel: Kernel, pull: Tensor, rows: Tensor, weights: Tensor, own: Tensor, lambdas: Tensor) -> Tensor:
-    """Predict what a network has learnt about each row from the other rows, for each λ.
-
-    The network is seen as a linear model in its features that began with nothing. One Newton step from its outputs f
-    aims at the working response ``f − Q/w`` of each row, ``y = gain − Q/w`` more than at the beginning. Gradient flow
-    on the weighted squares goes there at a rate of its own in each direction u of curvature s; with learning rates
-    that sum up to τ, and the mean of N losses, it has come by ``1 − exp(−s/λ)``, ``λ = N/τ`` (Ali et al. 2019). Hence
-    the weights ``θ = F pull`` with ``F = (1 − exp(−K/λ)) / K``, and ``p = φᵀθ`` for a row. Without the row itself it is
-    ``(p − h (w gain − Q)) / (1 − w h)`` with ``h = φᵀ F φ``, the leave-one-out formula of linear smoothers (Craven &
-    Wahba 1979), which is exact for the ridge ``F = (K + λI)⁻¹``. It breaks down where rows are predicted by hardly
-    anything but themselves, so a λ for which ``1 − w h`` is less than `LEAST_REST` on average has no predictions.
+    The network is taken for a linear model in its features that began at nothing. One Newton step from its outputs f
+    aims at the working response ``f − Q/w`` of each example: ``output_change − Q/w`` more than at the beginning.
+    Gradient flow on the weighted squares approaches it at a rate of its own in each direction u of curvature s. After
+    learning rates that sum to τ, on the mean of N losses, it has come by ``1 − exp(−s/λ)``, with ``λ = N/τ`` (Ali et
+    al. 2019). So the weights are ``θ = F Φᵀ r`` with ``F = (1 − exp(−K/λ)) / K`` and the residual
+    ``r = w · output_change − Q``, and an example is predicted as ``p = φᵀθ``. Without itself it is
+    ``(p − h r) / (1 − w h)`` with ``h = φᵀ F φ``, the leave-one-out formula of linear smoothers (Craven & Wahba 1979),
+    which is exact for the ridge ``F = (K + λI)⁻¹``.
 
     Args:
         kernel: ``K = Φᵀ diag(w) Φ``.
-        pull: ``Φᵀ (w · gain − Q)``, ``[k]``.
-        rows: φ of some of the kernel's rows, ``[m, k]``.
-        weights: w, ``[m]``.
-        own: ``w · gain − Q`` of each row, ``[m]``.
-        lambdas: ``[G]``, all positive.
+        residual_sum: ``Φᵀ r``, over all training examples.
+        features: φ of the m examples to predict.
+        weights: w of these examples.
+        residuals: r of these examples.
+        lambdas: The λ to try, all positive.
 
     Returns:
-        ``[m, G]``, float64, in units of f; NaN for a λ under which rows predict but themselves.
+        Predictions in units of f; NaN for a λ so small that examples mostly predict themselves: the mean of
+        ``1 − w h`` is below `MIN_MEAN_DIVISOR`.
     """
     values, vectors = kernel.spectrum()
-    seen, along = kernel.coordinates(rows) @ vectors, kernel.coordinates(pull) @ vectors
+    seen, along = kernel.coordinates(features) @ vectors, kernel.coordinates(residual_sum) @ vectors
     values = values.clamp(min=max(1e-30 * float(values.max()), torch.finfo(values.dtype).tiny)).unsqueeze(1)
     filters = -torch.expm1(-values / lambdas) / values  # [r, G]
-    leverage = seen.square() @ filters
-    predicted = seen @ (along.unsqueeze(1) * filters) - leverage * own.unsqueeze(1)
-    rest = 1 - weights.unsqueeze(1) * leverage
-    found = predicted / rest.clamp(min=_LEAST_DIVISOR)
-    return torch.where(rest.mean(0) < LEAST_REST, torch.nan, found)
+    leverage = seen.square() @ filters  # h, [m, G]
+    predicted = seen @ (along.unsqueeze(1) * filters) - leverage * residuals.unsqueeze(1)
+    divisor = 1 - weights.unsqueeze(1) * leverage
+    found = predicted / divisor.clamp(min=_MIN_DIVISOR)
+    return torch.where(divisor.mean(0) < MIN_MEAN_DIVISOR, torch.nan, found)
 
 
 @dataclass(frozen=True)
 class Regularization:
-    """A regularization and where it comes from.
+    """A regularization and how it was chosen.
 
     Attributes:
-        value: λ, in the kernel's units: those of ``Σ w ‖φ‖²``.
+        value: λ, in the kernel's units, those of ``Σ w ‖φ‖²``.
         rule: ``"given"``, ``"held-out"`` or ``"trace"``; see `choose_regularization`.
     """
 
@@ -179,35 +157,39 @@ class Regularization:
 
 
 def choose_regularization(
-    unit: float, predictions: Tensor, output_changes: Tensor, share: float = SHARE_LEFT
+    unit: float,
+    predictions: Float64[Tensor, "m G"],
+    output_changes: Float64[Tensor, " m"],
+    share: float = TRAINED_SHARE,
 ) -> Regularization:
-    """Choose λ, without training anything again.
+    """Choose λ without training again.
 
-    - ``held-out``: where the predictions of rows that were left out, averaged over checkpoints as scores are, have the
-      highest correlation with what was learnt. Averages over more checkpoints have less noise, and get a smaller λ. A
-      model that is trained on a share of the rows for as many epochs has that share of the kernel and the same λ,
-      which is λ over the share for the whole kernel.
-    - ``trace``: where that is not known, or the correlation could be one of noise (below two standard errors,
-      ``2 / √m``), or no λ within `LAMBDAS` is better than both ends, the mean of ``w ‖φ‖²`` over the share.
+    - ``held-out``: the λ under which leave-one-out predictions, averaged over checkpoints as scores are, have the
+      highest correlation with what was learned. A model that is trained on a share of the examples for as many epochs
+      has that share of the kernel and the same λ, which is λ over the share for the whole kernel.
+    - ``trace``: the mean of ``w ‖φ‖²`` over the share, if it is not known what was learned, if noise could have this
+      correlation (it is below two standard errors, ``2 / √m``), or if no λ within `LAMBDAS` is better than both ends.
 
     Args:
         unit: The mean of ``w ‖φ‖²``.
-        predictions: ``[m, G]``, as `left_out` gives them, for each of `LAMBDAS` times the unit.
-        output_changes: What was learnt of each row, ``[m]``, in units of f.
-        share: Of the rows, of the models that scores are to predict.
+        predictions: From `leave_one_out`, for each of `LAMBDAS` times the unit.
+        output_changes: What was learned about each example, in units of f.
+        share: The share of training examples that the models to predict are trained on.
 
     Returns:
-        λ.
+        λ and the rule.
     """
+    # Correlation and not squared error, since an optimizer may change the scale of what is learned. Averages over more
+    # checkpoints have less noise, so their best λ is smaller.
     predictions, output_changes = predictions - predictions.mean(0), output_changes - output_changes.mean()
     lengths = predictions.norm(dim=0) * output_changes.norm()
-    found = torch.where(lengths > 0, output_changes @ predictions / lengths, torch.nan).cpu()
-    best = int(found.nan_to_num(nan=-1.0).argmax())
-    inside = 0 < best < len(LAMBDAS) - 1 and bool(found[best - 1 : best + 2].isfinite().all())
-    if not inside or found[best] <= 2 / math.sqrt(len(output_changes)):
+    correlations = torch.where(lengths > 0, output_changes @ predictions / lengths, torch.nan).cpu()
+    best = int(correlations.nan_to_num(nan=-1.0).argmax())
+    inside = 0 < best < len(LAMBDAS) - 1 and bool(correlations[best - 1 : best + 2].isfinite().all())
+    if not inside or correlations[best] <= 2 / math.sqrt(len(output_changes)):
         return Regularization(unit / share, "trace")
-    before, here, after = found[best - 1 : best + 2]
+    before, here, after = correlations[best - 1 : best + 2]
     bend = 2 * here - before - after
-    place = 0.5 * float((after - before) / bend) if bend > 0 else 0.0  # of the parabola's top, in steps
+    shift = 0.5 * float((after - before) / bend) if bend > 0 else 0.0  # to the top of the parabola, in steps
     step = math.log(float(LAMBDAS[1] / LAMBDAS[0]))
-    return Regularization(unit * float(LAMBDAS[best]) * math.exp(place * step) / share, "held-out")
+    return Regularization(unit * float(LAMBDAS[best]) * math.exp(shift * step) / share, "held-out")

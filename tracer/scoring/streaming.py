@@ -1,518 +1,212 @@
-"""Rank: scores and top rows from the rows of a store, band by band, in bounded memory.
+"""Scores and top-k selections from stored features, tile by tile, in bounded memory.
 
-Layout: train rows ``[N, k]`` and target rows ``[M, k]`` of each checkpoint, scores ``[N, M]``. A *band* is a run of
-train rows with their scores of all targets. Blocks of train rows are read ahead, converted, multiplied while they are
-in the cache, weighted and added up over checkpoints; a finished band goes to the store, or through a running selection.
+Layout: train features ``[N, k]`` and target features ``[M, k]`` of each checkpoint, scores ``[N, M]``. A *tile* is some
+rows of the score matrix. Its train features are read ahead, then converted block by block, multiplied while the block
+is in the cache, weighted, and added up over checkpoints. A finished tile is written to the store, or goes through a
+running top-k selection.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float32, Float64
 from torch import Tensor
 from tqdm import tqdm
 
 from tracer._core.validation import bar_disabled
-from tracer.errors import NonFiniteError
-from tracer.scoring.estimators import Estimate, self_influence
-from tracer.scoring.matmul import Multiplier, Plan
+from tracer.scoring.estimators import Estimate
+from tracer.scoring.feature_tables import (
+    CheckpointPair,
+    TrainIndices,
+    column_at,
+    index_array,
+    is_contiguous,
+    joined_views,
+    raw_features_at,
+)
+from tracer.scoring.matmul import MemoryPlan, Multiplier
+from tracer.scoring.read_ahead import ReadAhead
 from tracer.scoring.topk import RunningTopK
-from tracer.store import RowTable, ScoreArray
-from tracer.store.quantization import relative_rows, row_scale
+from tracer.store.score_array import TILE_BYTES
 from tracer.types import TopK
 
 MEMORY_BYTES = 1 << 30
-"""How many bytes scoring holds at once by default, about; independent of the numbers of rows and targets."""
+"""The approximate memory of scoring by default, whatever the numbers of training examples and targets."""
 
-TILE_BYTES = 16 << 20
-"""The most bytes of scores in a tile of the store."""
+NUM_TILES_HELD = 2
+"""One tile is computed while the one before is written."""
 
-_BAND_ROWS = 16384
-_AHEAD_BYTES, _PIECE_BYTES = 64 << 20, 4 << 20
-_GAP_ROWS = 64
-_BANDS = 2
+_MAX_TILE_ROWS = 16384
 
 
-Band = range | np.ndarray
-"""Ascending train rows."""
-
-
-class Rows(Protocol):
-    """Rows as `tracer.store.RowTable` has them."""
-
-    @property
-    def num_rows(self) -> int:
-        """How many there are."""
-
-    @property
-    def dim(self) -> int:
-        """The values of a row."""
-
-    @property
-    def storage(self) -> str:
-        """The dtype of raw features."""
-
-    def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return a value of each row, or of some: ``[stop - start]``."""
-
-    def raw_features(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
-        """Return rows as stored, in one or more pieces."""
-
-
-@dataclass(frozen=True)
-class CheckpointPair:
-    """The tables of one checkpoint.
-
-    Attributes:
-        factor: The weight of its dot products.
-        train: The table of train rows.
-        targets: The target rows: as they are stored, or derived from them.
-        cosines: In place of features: exact cosines of all train rows with blocks of targets, each with its first.
-    """
-
-    factor: float
-    train: RowTable
-    targets: Rows
-    cosines: Sequence[tuple[int, ScoreArray]] | None = None
-
-
-@dataclass(frozen=True)
-class MemoryRows:
-    """Target rows that are in memory and not in a store.
-
-    Attributes:
-        raw: ``[R, k]``, as they would be stored.
-        storage: The dtype's name.
-        columns: ``loss_grad``, ``gradient_norm`` and ``scale`` of each row, ``[R]`` each.
-    """
-
-    raw: np.ndarray
-    storage: str
-    columns: dict[str, np.ndarray]
-
-    @classmethod
-    def of(cls, features: np.ndarray, loss_grad: np.ndarray, gradient_norm: np.ndarray, storage: str) -> MemoryRows:
-        """Return rows rounded as they would be in a store, from index 0 on.
-
-        Args:
-            features: ``[R, k]``, float32.
-            loss_grad: ``[R]``.
-            gradient_norm: ``[R]``.
-            storage: ``"float32"``, ``"float16"`` or ``"int8"``.
-
-        Returns:
-            The rows.
-
-        Raises:
-            NonFiniteError: A value is NaN or infinite.
-        """
-        largest = np.abs(features).max(1)
-        bad = np.flatnonzero(~np.isfinite(largest) | ~np.isfinite(loss_grad) | ~np.isfinite(gradient_norm))
-        if len(bad):
-            raise NonFiniteError(
-                f"The gradient or slope of rows {bad[:5].tolist()} of the batch is NaN or infinite (in float32). Look "
-                f"at these rows' inputs and labels; if all rows are concerned, at the checkpoint's weights."
-            )
-        scale = row_scale(largest, storage)
-        raw = relative_rows(features, scale, np.arange(len(features)), storage, "targets")
-        columns = {"loss_grad": loss_grad, "gradient_norm": gradient_norm, "scale": scale}
-        return cls(raw.astype(storage), storage, columns)
-
-    @property
-    def num_rows(self) -> int:
-        """How many there are."""
-        return len(self.raw)
-
-    @property
-    def dim(self) -> int:
-        """The values of a row."""
-        return self.raw.shape[1]
-
-    def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return a value of each row, or of some: ``[stop - start]``."""
-        return self.columns[name][start:stop]
-
-    def raw_features(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
-        """Return rows as stored, in one piece."""
-        return [(start, self.raw[start:stop])]
-
-
-class BandScorer:
-    """Computes the scores of bands of train rows.
+class TileScorer:
+    """Computes tiles of the score matrix.
 
     Args:
-        pairs: The tables of each checkpoint; the same numbers of rows in all.
-        estimate: What scores are to say; if it derives targets, those of the pairs are derived.
-        device: Where to multiply.
-        memory_bytes: How much to hold, about.
+        pairs: The tables of each checkpoint, all with the same numbers of examples. Their targets are already
+            transformed if the estimator transforms targets.
+        estimate: The estimator's settings.
+        device: The device that multiplies.
+        memory_bytes: The approximate memory to use.
 
     Attributes:
-        band_rows: The most rows of a band that keep within the memory, a multiple of ``grid_rows``.
-        grid_rows: Consecutive train rows are multiplied in blocks that begin at multiples of this, whatever the band.
-            So scores are the same to the last bit however rows are divided among bands and processes.
-        tile_rows: How many rows a tile of the store's scores best has.
+        num_rows: The number of training examples N.
+        num_targets: The number of targets M.
+        tile_rows: The most rows of a tile that fit the memory, a multiple of ``block_rows``.
+        block_rows: The train rows that are multiplied at once.
+        stored_tile_rows: The best number of rows for the store's tiles.
     """
 
     def __init__(
         self, pairs: Sequence[CheckpointPair], estimate: Estimate, device: torch.device, memory_bytes: int
     ) -> None:
         self.pairs, self.estimate, self.device = pairs, estimate, device
-        self.num_targets = pairs[0].targets.num_rows
+        self.num_rows, self.num_targets = pairs[0].train.num_rows, pairs[0].targets.num_rows
         dim = max(1, pairs[0].train.dim)
-        self._plan = Plan.of(memory_bytes, dim, self.num_targets)
-        self._multiplier = Multiplier(
-            self._plan, device, "float32" if estimate.transforms_targets else pairs[0].train.storage
-        )
+        self._plan = MemoryPlan.of(memory_bytes, dim, self.num_targets)
+        storage = "float32" if estimate.transforms_targets else pairs[0].train.storage
+        self._multiplier = Multiplier(self._plan, device, storage)
         size = self._multiplier.target_bytes(self.num_targets, dim)
         self._resident: list[Tensor | None] = [None] * len(pairs)
         self._num_resident = min(len(pairs), self._plan.resident_bytes // size)
-        # targets that do not stay leave their memory to the bands, in which they are converted less often
-        band_bytes = self._plan.band_bytes if self._num_resident else self._plan.resident_bytes // _BANDS
-        band_rows = int(max(1, min(_BAND_ROWS, band_bytes // (4 * self.num_targets))))
-        self.grid_rows = min(self._plan.rows, band_rows)
-        self.band_rows = band_rows // self.grid_rows * self.grid_rows
-        tile_rows = min(TILE_BYTES // (4 * self.num_targets), self.band_rows)
-        self.tile_rows = max(1, tile_rows // self.grid_rows) * self.grid_rows
+        # targets that are converted again for each tile leave their memory to larger and therefore fewer tiles
+        tile_bytes = self._plan.tile_bytes if self._num_resident else self._plan.resident_bytes // NUM_TILES_HELD
+        tile_rows = int(max(1, min(_MAX_TILE_ROWS, tile_bytes // (4 * self.num_targets))))
+        self.block_rows = min(self._plan.rows, tile_rows)
+        self.tile_rows = tile_rows // self.block_rows * self.block_rows
+        stored_rows = min(TILE_BYTES // (4 * self.num_targets), self.tile_rows)
+        self.stored_tile_rows = max(1, stored_rows // self.block_rows) * self.block_rows
 
-    def score(self, band: Band, out: Tensor, ahead: ReadAhead | None = None, *, on_grid: bool = True) -> None:
-        """Compute the scores of some train rows.
+    def score(
+        self, tile: TrainIndices, out: Float32[Tensor, "n M"], ahead: ReadAhead | None = None, *, aligned: bool = True
+    ) -> None:
+        """Compute a tile.
 
         Args:
-            band: The rows, n of them.
-            out: ``[n, M]``, float32, on the device: overwritten.
-            ahead: Is told what was read.
-            on_grid: Multiply consecutive rows in blocks of the grid, with rows beside the band where it cuts one.
+            tile: The training examples of its n rows.
+            out: Overwritten with the scores, on the device.
+            ahead: The read-ahead to advance.
+            aligned: Multiply consecutive examples in blocks that begin at multiples of ``block_rows``, even if a block
+                reaches beyond the tile. False reads only the tile's own examples.
         """
-        rows = _indices(band)
+        indices = index_array(tile)
         out.zero_()
-        loss_grads = self._slopes(rows)
+        loss_grads = self._train_loss_grads(indices)
         for position, pair in enumerate(self.pairs):
-            sides = self._train_weights(pair, rows, loss_grads[position]), self._target_weights(pair)
-            left, right = (torch.from_numpy(weights).to(self.device, torch.float32) for weights in sides)
-            for block, inside, place in self._blocks(rows, on_grid):
-                part, weights = out[place], left[place].unsqueeze(1)
+            weights = self._train_weights(pair, indices, loss_grads[position]), self._target_weights(pair)
+            left, right = (torch.from_numpy(side).to(self.device, torch.float32) for side in weights)
+            for block, wanted, place in self._blocks(indices, aligned):
+                rows, row_weights = out[place], left[place].unsqueeze(1)
                 for columns, products in self._products(position, pair, block):
-                    found = products[inside]
-                    # one after the other, in stored units: folded into one factor they could leave float32's range
-                    part[:, columns].add_(found.mul_(weights).mul_(right[columns]), alpha=pair.factor)
+                    # Weights may be 1e-15 or 1e15 and stored features are of the order of 1, so products are taken of
+                    # stored features. Weights follow one after the other: their product could leave float32's range.
+                    weighted = products[wanted].mul_(row_weights).mul_(right[columns])
+                    rows[:, columns].add_(weighted, alpha=pair.weight)
                 if ahead is not None:
-                    ahead.consumed(len(part))
+                    ahead.advance(len(rows))
 
-    def _slopes(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Return Q of train rows at each checkpoint, or, for estimators with a kernel, their mean at each."""
-        loss_grads = [_values(pair.train, "loss_grad", rows).astype(np.float64) for pair in self.pairs]
+    def _train_loss_grads(self, indices: np.ndarray) -> list[Float64[np.ndarray, " n"]]:
+        """Return Q of training examples at each checkpoint, or their mean for each if there is a kernel."""
+        loss_grads = [column_at(pair.train, "loss_grad", indices).astype(np.float64) for pair in self.pairs]
         return loss_grads if self.estimate.kernel is None else [np.mean(loss_grads, axis=0)] * len(loss_grads)
 
-    def _train_weights(self, pair: CheckpointPair, rows: np.ndarray, loss_grad: np.ndarray) -> np.ndarray:
-        """Return the factor of the products of each train row, ``[n]``, float64."""
-        norm = _values(pair.train, "gradient_norm", rows)
-        unit = norm if pair.cosines is not None else _values(pair.train, "scale", rows)
+    def _train_weights(
+        self, pair: CheckpointPair, indices: np.ndarray, loss_grad: Float64[np.ndarray, " n"]
+    ) -> Float64[np.ndarray, " n"]:
+        """Return the factor of each training example's products."""
+        norm = column_at(pair.train, "gradient_norm", indices)
+        unit = norm if pair.cosines is not None else column_at(pair.train, "scale", indices)
         return self.estimate.train_weights(loss_grad, norm) * unit
 
-    def _target_weights(self, pair: CheckpointPair) -> np.ndarray:
-        """Return the factor of the products of each target row, ``[M]``, float64."""
-        if self.estimate.transforms_targets:  # which has put weights in
+    def _target_weights(self, pair: CheckpointPair) -> Float64[np.ndarray, " M"]:
+        """Return the factor of each target's products."""
+        if self.estimate.transforms_targets:  # which has applied the estimator's weights
             return pair.targets.column("scale").astype(np.float64)
         norm = pair.targets.column("gradient_norm")
         weights = self.estimate.target_weights(pair.targets.column("loss_grad"), norm)
         return weights * (norm if pair.cosines is not None else pair.targets.column("scale"))
 
-    def _blocks(self, rows: np.ndarray, on_grid: bool) -> Iterator[tuple[np.ndarray, slice, slice]]:
-        """Yield blocks of train rows to multiply, which of their rows are wanted, and where those stand in a band."""
-        step, first, last = self.grid_rows, int(rows[0]), int(rows[-1]) + 1
-        if not on_grid or last - first != len(rows):
-            for start in range(0, len(rows), step):
-                yield rows[start : start + step], slice(None), slice(start, start + step)
+    def _blocks(self, indices: np.ndarray, aligned: bool) -> Iterator[tuple[np.ndarray, slice, slice]]:
+        """Yield blocks to multiply, the slice of each that is wanted, and its place in the tile."""
+        step, first, last = self.block_rows, int(indices[0]), int(indices[-1]) + 1
+        if not aligned or not is_contiguous(indices):
+            for start in range(0, len(indices), step):
+                yield indices[start : start + step], slice(None), slice(start, start + step)
             return
+        # The last bits of a matrix product depend on its shape. With the same blocks whatever the tiles, scores are
+        # the same to the last bit however examples are divided among tiles and processes.
         for start in range(first // step * step, last, step):
             low, high = max(start, first), min(start + step, last)
-            block = np.arange(start, min(start + step, self.pairs[0].train.num_rows))
+            block = np.arange(start, min(start + step, self.num_rows))
             yield block, slice(low - start, high - start), slice(low - first, high - first)
 
-    def _products(self, position: int, pair: CheckpointPair, rows: np.ndarray) -> Iterator[tuple[slice, Tensor]]:
-        """Yield slices of targets and products of rows with them, ``[n, m]``, float32, to be used up at once."""
+    def _products(
+        self, position: int, pair: CheckpointPair, block: np.ndarray
+    ) -> Iterator[tuple[slice, Float32[Tensor, "n m"]]]:
+        """Yield slices of targets and the block's products with them, in memory that is used again."""
         if pair.cosines is not None:
-            for begin, block in pair.cosines:
-                values = torch.from_numpy(np.array(_pick(block.matrix(), rows)))
-                yield slice(begin, begin + block.shape[1]), values.to(self.device)
+            for first, stored in pair.cosines:
+                matrix = stored.matrix()
+                chosen = matrix[block[0] : block[-1] + 1] if is_contiguous(block) else matrix[block]
+                yield slice(first, first + stored.shape[1]), torch.from_numpy(np.array(chosen)).to(self.device)
             return
-        raw = _raw_rows(pair.train, rows)
+        raw = raw_features_at(pair.train, block)
         for first in range(0, self.num_targets, self._plan.targets):
             last = min(first + self._plan.targets, self.num_targets)
             yield slice(first, last), self._multiplier.multiply(raw, self._targets(position, first, last))
 
     def _targets(self, position: int, first: int, last: int) -> Tensor | np.ndarray:
-        """Return target rows, converted where they stay."""
+        """Return target features as stored, or converted if they stay in memory."""
         targets = self.pairs[position].targets
         if position >= self._num_resident:
-            return _joined(targets.raw_features(first, last))
+            return joined_views(targets.raw_features(first, last))
         known = self._resident[position]
         if known is None:
-            known = self._multiplier.convert(_joined(targets.raw_features(0, self.num_targets)))
+            known = self._multiplier.convert(joined_views(targets.raw_features(0, self.num_targets)))
             self._resident[position] = known
         return known[first:last]
 
 
-def _values(table: Rows, name: str, rows: np.ndarray) -> np.ndarray:
-    """Return a column's values of ascending rows."""
-    return table.column(name, int(rows[0]), int(rows[-1]) + 1)[rows - rows[0]]
-
-
-def _joined(pieces: list[tuple[int, np.ndarray]]) -> np.ndarray:
-    return pieces[0][1] if len(pieces) == 1 else np.concatenate([view for _, view in pieces])
-
-
-def _runs(rows: np.ndarray) -> list[np.ndarray]:
-    """Return ascending rows in parts between which many rows are left out."""
-    if rows[-1] - rows[0] + 1 == len(rows):
-        return [rows]
-    return np.split(rows, np.flatnonzero(np.diff(rows) > _GAP_ROWS) + 1)
-
-
-def _raw_rows(table: Rows, rows: np.ndarray) -> np.ndarray:
-    """Return ascending rows as stored, ``[n, k]``: a view where they lie together."""
-    parts = []
-    for run in _runs(rows):
-        view = _joined(table.raw_features(int(run[0]), int(run[-1]) + 1))
-        parts.append(view if len(view) == len(run) else view[run - run[0]])
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _pick(matrix: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    return matrix[rows[0] : rows[-1] + 1] if rows[-1] - rows[0] + 1 == len(rows) else matrix[rows]
-
-
-class ReadAhead:
-    """Lets the system read train rows in the background, some megabytes before they are used.
-
-    Args:
-        pairs: The tables of each checkpoint.
-        bands: The rows of each band in the order in which they are scored.
-    """
-
-    def __init__(self, pairs: Sequence[CheckpointPair], bands: Iterable[Band]) -> None:
-        self._reads = self._in_order([pair.train for pair in pairs if pair.cosines is None], bands)
-        self._rows_ahead = max((_AHEAD_BYTES // _row_bytes(pair.train) for pair in pairs if pair.train.dim), default=0)
-        self._issued = 0
-        self.consumed(0)
-
-    def consumed(self, num_rows: int) -> None:
-        """Take note that so many rows were used, and ask for as many more."""
-        self._issued -= num_rows
-        while self._issued < self._rows_ahead and (read := next(self._reads, None)) is not None:
-            table, rows = read
-            for run in _runs(rows):
-                table.prefetch(int(run[0]), int(run[-1]) + 1)
-            self._issued += len(rows)
-
-    def _in_order(self, tables: list[RowTable], bands: Iterable[Band]) -> Iterator[tuple[RowTable, np.ndarray]]:
-        for band in bands:
-            rows = _indices(band)
-            for table in tables:
-                step = max(1, _PIECE_BYTES // _row_bytes(table))
-                for first in range(0, len(rows), step):
-                    yield table, rows[first : first + step]
-
-
-def _row_bytes(table: Rows) -> int:
-    return table.dim * np.dtype(table.storage).itemsize
-
-
-class _Writer:
-    """Writes bands to the store in a thread, so that syncing them does not stop the computation.
-
-    Args:
-        scores: Where bands go.
-        band_rows: The most rows of a band.
-
-    Its memory is two bands: one is computed while the other is written.
-    """
-
-    def __init__(self, scores: ScoreArray, band_rows: int) -> None:
-        self._scores = scores
-        self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
-        for _ in range(_BANDS):
-            self._free.put(torch.empty(band_rows, scores.shape[1]))
-        self._full: queue.SimpleQueue[tuple[int, int, Tensor] | None] = queue.SimpleQueue()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="tracer-scores", daemon=True)
-
-    def memory(self) -> Tensor:
-        """Return memory for a band as soon as some is free: ``[band rows, M]``."""
-        memory = self._free.get()
-        self._check()
-        return memory
-
-    def write(self, start: int, num_rows: int, memory: Tensor) -> None:
-        """Write the first rows of a band's memory, later."""
-        self._full.put((start, num_rows, memory))
-
-    def __enter__(self) -> _Writer:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._full.put(None)
-        self._thread.join()
-        if error is None:
-            self._check()
-
-    def _check(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        while (item := self._full.get()) is not None:
-            start, num_rows, memory = item
-            try:
-                if self._error is None:
-                    self._scores.write(start, memory[:num_rows].numpy())
-                    if not self._scores.uploads:  # else a file goes when it is full
-                        self._scores.flush()
-            except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for memory
-                self._error = error
-            self._free.put(memory)
-
-
-def write_scores(
-    pairs: Sequence[CheckpointPair],
-    estimate: Estimate,
-    scores: ScoreArray,
-    device: torch.device,
-    progress: bool | None = None,
-    *,
-    memory_bytes: int = MEMORY_BYTES,
-    ranges: Sequence[tuple[int, int]] | None = None,
-) -> np.ndarray:
-    """Compute scores into the store.
-
-    Args:
-        pairs: The tables of each checkpoint.
-        estimate: What scores are to say.
-        scores: Where they go.
-        device: Where to multiply.
-        progress: Show a bar; None: on a terminal only.
-        memory_bytes: How much to hold, about.
-        ranges: The train rows ``(start, stop)`` to compute, whole tiles each; None: all that are not done yet.
-
-    Returns:
-        ``[N, M]``, float32, read-only and mapped from the store.
-    """
-    todo = scores.remaining() if ranges is None else list(ranges)
-    num_rows = scores.shape[0]
-    if todo:
-        scorer = BandScorer(pairs, estimate, device, memory_bytes)
-        step = max(1, scorer.band_rows // scores.tile_rows) * scores.tile_rows
-        bands = [range(start, stop) for start, stop in _pieces(todo, step)]
-        ahead = ReadAhead(pairs, bands)
-        known = num_rows - sum(len(band) for band in bands)
-        bar = tqdm(total=num_rows, initial=known, unit="row", desc="scores", disable=bar_disabled(progress))
-        with bar, _Writer(scores, min(step, num_rows)) as writer:
-            for band in bands:
-                memory = writer.memory()
-                _score_into(scorer, band, memory, ahead)
-                writer.write(band.start, len(band), memory)
-                bar.update(len(band))
-    scores.flush()
-    return scores.matrix()
-
-
-def _score_into(scorer: BandScorer, band: Band, memory: Tensor, ahead: ReadAhead | None) -> None:
-    """Score a band into the CPU's memory."""
-    out = memory[: len(band)]
-    if scorer.device.type == "cpu":
-        scorer.score(band, out, ahead)
-    else:
-        scores = torch.empty(out.shape, device=scorer.device)
-        scorer.score(band, scores, ahead)
-        out.copy_(scores)
-
-
-def _indices(band: Band) -> np.ndarray:
-    return np.arange(band.start, band.stop) if isinstance(band, range) else band
-
-
-def _pieces(ranges: Iterable[tuple[int, int]], step: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges, adjacent ones joined, in pieces of at most ``step`` rows."""
-    waiting: deque[tuple[int, int]] = deque()
-    for start, stop in ranges:
-        if waiting and waiting[-1][1] == start:
-            start = waiting.pop()[0]
-        waiting.append((start, stop))
-    for start, stop in waiting:
-        for first in range(start, stop, step):
-            yield first, min(first + step, stop)
-
-
-def select_rows(
-    pairs: Sequence[CheckpointPair],
-    estimate: Estimate,
-    rows: Band,
+def stream_topk(
+    scorer: TileScorer,
+    indices: TrainIndices,
     k: int,
-    device: torch.device,
     progress: bool | None = None,
     *,
-    memory_bytes: int = MEMORY_BYTES,
     begin: tuple[TopK, TopK] | None = None,
-    on_grid: bool = True,
+    aligned: bool = True,
 ) -> Iterator[tuple[int, RunningTopK, RunningTopK]]:
-    """Find the strongest rows of each target, both ends at once, without holding or storing all scores.
+    """Select the strongest training examples of each target without holding or storing all scores.
 
     Args:
-        pairs: The tables of each checkpoint.
-        estimate: What scores are to say.
-        rows: The train rows that count.
-        k: How many rows for each target and end.
-        device: Where to multiply.
-        progress: Show a bar; None: on a terminal only.
-        memory_bytes: How much to hold, about.
-        begin: Proponents and opponents of earlier rows, with which the selection begins.
-        on_grid: As `BandScorer.score` takes it; not for a choice of rows, of which no others are to be read.
+        scorer: Computes tiles.
+        indices: The training examples to select from.
+        k: The number of training examples for each target.
+        progress: Show a progress bar. None: only on a terminal.
+        begin: Proponents and opponents among other training examples, to begin with.
+        aligned: See `TileScorer.score`. False if the examples are a choice, of which no other may be read.
 
     Yields:
-        After each band: how many of the rows have been seen, and the running selections of proponents and of
-        opponents, the same objects each time.
+        After each tile: the number of examples seen, and the running proponents and opponents, always the same objects.
     """
-    scorer = BandScorer(pairs, estimate, device, memory_bytes)
+    # both ends come from one pass, since reading is what costs
     proponents, opponents = (RunningTopK(scorer.num_targets, k, largest) for largest in (True, False))
     for running, found in zip((proponents, opponents), begin or (), strict=False):
         running.merge(found)
-    step = scorer.band_rows
-    bands = [rows[first : first + step] for first in range(0, len(rows), step)]
-    ahead = ReadAhead(pairs, bands)
-    memory = torch.empty(min(step, len(rows)), scorer.num_targets, device=device)
-    with tqdm(total=len(rows), unit="row", desc="top", disable=bar_disabled(progress)) as bar:
+    step = scorer.tile_rows
+    tiles = [indices[first : first + step] for first in range(0, len(indices), step)]
+    ahead = ReadAhead(scorer.pairs, tiles)
+    memory = torch.empty(min(step, len(indices)), scorer.num_targets, device=scorer.device)
+    with tqdm(total=len(indices), unit="row", desc="top", disable=bar_disabled(progress)) as bar:
         seen = 0
-        for band in bands:
-            scores = memory[: len(band)]
-            scorer.score(band, scores, ahead, on_grid=on_grid)
+        for tile in tiles:
+            scores = memory[: len(tile)]
+            scorer.score(tile, scores, ahead, aligned=aligned)
             for running in (proponents, opponents):
-                running.update(_indices(band), scores)
-            seen += len(band)
-            bar.update(len(band))
+                running.update(index_array(tile), scores)
+            seen += len(tile)
+            bar.update(len(tile))
             yield seen, proponents, opponents
-
-
-def summed_self_influence(tables: Sequence[tuple[float, RowTable]]) -> np.ndarray:
-    """Return ``sum_c lr_c ‖gradient of the loss‖²`` of each train row, from exact norms.
-
-    Args:
-        tables: Learning rate and train table of each checkpoint.
-
-    Returns:
-        ``[N]``, float64.
-    """
-    total = np.zeros(tables[0][1].num_rows)
-    for learning_rate, table in tables:
-        total += learning_rate * self_influence(table.column("loss_grad")[:], table.column("gradient_norm")[:])
-    return total

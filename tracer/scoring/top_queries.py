@@ -1,178 +1,162 @@
-"""The strongest train rows of stored targets: read where they are known, continued where a run was killed."""
+"""Top-k queries: the strongest training examples of stored targets, read if they are known, resumed after a crash."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from tracer.scoring.estimators import Estimate
-from tracer.scoring.streaming import Band, CheckpointPair, select_rows
+from tracer.scoring.feature_tables import TrainIndices
+from tracer.scoring.streaming import TileScorer, stream_topk
 from tracer.scoring.topk import RunningTopK
 from tracer.store import Store
 from tracer.store.topk_parts import Part, list_parts, load_part, remove_part, save_part, usable
 from tracer.types import TopK
 
 SAVE_SECONDS = 10.0
-"""How much work a killed process may lose."""
+"""How much work a killed process loses at most."""
 
 
-def rows_identity(rows: Band, num_rows: int) -> dict[str, Any] | None:
-    """Return what tells a choice of train rows from others, as JSON values; None for all of them.
+def choice_id(indices: TrainIndices, num_rows: int) -> dict[str, Any] | None:
+    """Return JSON values that identify a choice of training examples; None for all of them.
 
-    >>> rows_identity(range(5), 5), rows_identity(np.arange(1, 3), 5)
+    >>> choice_id(range(5), 5), choice_id(np.arange(1, 3), 5)
     (None, {'start': 1, 'stop': 3})
     """
-    if len(rows) == num_rows:
+    if len(indices) == num_rows:
         return None
-    first, last = int(rows[0]), int(rows[-1])
-    if last - first + 1 == len(rows):
+    first, last = int(indices[0]), int(indices[-1])
+    if last - first + 1 == len(indices):
         return {"start": first, "stop": last + 1}
-    digest = hashlib.sha256(np.asarray(rows, "<i8").tobytes()).hexdigest()
-    return {"count": len(rows), "sha256": digest}
+    digest = hashlib.sha256(np.asarray(indices, "<i8").tobytes()).hexdigest()
+    return {"count": len(indices), "sha256": digest}
 
 
 @dataclass(frozen=True)
-class TopQuestion:
-    """Which train rows are strongest, at both ends.
+class TopKQuery:
+    """A search for the strongest training examples of stored targets, at both ends.
+
+    A *part* is the selection among consecutive training examples; parts that cover all of them are the result.
 
     Attributes:
-        store: Where the answer is kept.
+        store: The store that keeps the parts.
         exp_name: The name of the targets.
-        estimate: What scores are to say.
-        inputs: Everything else that decides the answer, JSON values; ``k`` is added.
-        pairs: The tables of each checkpoint.
-        rows: The train rows that count.
-        k: How many for each target and end.
-        device: Where to multiply.
-        memory_bytes: How much to hold, about.
-        progress: Show a bar; None: on a terminal only.
+        inputs: Everything that decides scores besides the estimator's name, JSON values.
+        scorer: Computes tiles.
+        indices: The training examples to select from.
+        k: The number of training examples for each target and end.
+        progress: Show a progress bar. None: only on a terminal.
     """
 
     store: Store
     exp_name: str
-    estimate: Estimate
     inputs: dict[str, Any]
-    pairs: Sequence[CheckpointPair]
-    rows: Band
+    scorer: TileScorer
+    indices: TrainIndices
     k: int
-    device: torch.device
-    memory_bytes: int
     progress: bool | None = None
 
-    def answer(self) -> tuple[TopK, TopK]:
-        """Return proponents and opponents, ``[M, k]`` each; what no part covers is computed."""
-        self.cover([(0, self._num_rows)])
-        directory = self.store.selections_path(self.exp_name, self.estimate.name)
-        parts = list_parts(directory)
-        loaded = self._load(usable(parts, self._inputs))
+    def result(self) -> tuple[TopK, TopK]:
+        """Return proponents and opponents, ``[M, k]`` each, after computing what no part covers."""
+        self.compute([(0, self._num_rows)])
+        parts = list_parts(self._directory)
+        loaded = self._load(usable(parts, self._all_inputs))
         if self._count(self._gaps([part for part, _ in loaded])):  # another process removed a part just now
-            return self.answer()
-        merged = [RunningTopK(self.pairs[0].targets.num_rows, self.k, largest) for largest in (True, False)]
+            return self.result()
+        # ties go to the lower index, so that the merged result is the same whatever the parts
+        merged = [RunningTopK(self.scorer.num_targets, self.k, largest) for largest in (True, False)]
         for _, ends in loaded:
             for running, found in zip(merged, ends, strict=True):
                 running.merge(found)
         proponents, opponents = (running.result() for running in merged)
-        kept = {part.path for part, _ in loaded}
+        used = {part.path for part, _ in loaded}
         if len(loaded) > 1:
-            kept = {self._save(0, self._num_rows, (proponents, opponents)).path}
+            used = {self._save(0, self._num_rows, (proponents, opponents)).path}
         for part in parts:
-            if part.path not in kept and self._is_behind(part):
+            if part.path not in used and self._is_obsolete(part):
                 remove_part(part)
         return proponents, opponents
 
-    def cover(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Compute and store what is not known yet of some train rows.
-
-        Args:
-            ranges: Train rows ``(start, stop)``.
-        """
-        parts = usable(list_parts(self.store.selections_path(self.exp_name, self.estimate.name)), self._inputs)
+    def compute(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Compute and store what no part covers within ranges ``(start, stop)`` of training examples."""
+        parts = self._usable_parts()
         for start, stop in self._gaps(parts):
             for first, last in ranges:
                 if max(start, first) < min(stop, last):
-                    self._compute(max(start, first), min(stop, last), parts)
+                    self._compute_part(max(start, first), min(stop, last), parts)
 
     @property
     def num_missing(self) -> int:
-        """How many of the train rows that count no part covers yet."""
-        parts = usable(list_parts(self.store.selections_path(self.exp_name, self.estimate.name)), self._inputs)
-        return self._count(self._gaps(parts))
+        """The number of training examples to select from that no part covers yet."""
+        return self._count(self._gaps(self._usable_parts()))
 
     @property
     def _num_rows(self) -> int:
-        return self.pairs[0].train.num_rows
+        return self.scorer.num_rows
 
     @property
-    def _inputs(self) -> dict[str, Any]:
-        identity = rows_identity(self.rows, self._num_rows)
-        return {**self.inputs, "estimator": self.estimate.name, "k": self.k, "rows": identity}
+    def _directory(self) -> Any:
+        return self.store.selections_path(self.exp_name, self.scorer.estimate.name)
+
+    @property
+    def _all_inputs(self) -> dict[str, Any]:
+        choice = choice_id(self.indices, self._num_rows)
+        return {**self.inputs, "estimator": self.scorer.estimate.name, "k": self.k, "rows": choice}
+
+    def _usable_parts(self) -> list[Part]:
+        return usable(list_parts(self._directory), self._all_inputs)
 
     def _gaps(self, parts: Sequence[Part]) -> list[tuple[int, int]]:
-        """Return the rows between parts, ascending."""
+        """Return the ranges between parts, ascending."""
         edges = [0, *(edge for part in parts for edge in (part.start, part.stop)), self._num_rows]
         return [(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True) if start < stop]
 
-    def _between(self, start: int, stop: int) -> Band:
-        """Return the rows that count among consecutive ones."""
-        if isinstance(self.rows, range):
-            return range(max(self.rows.start, start), max(min(self.rows.stop, stop), max(self.rows.start, start)))
-        first, last = np.searchsorted(self.rows, [start, stop])
-        return self.rows[first:last]
+    def _within(self, start: int, stop: int) -> TrainIndices:
+        """Return those of the training examples to select from that are in a range."""
+        if isinstance(self.indices, range):
+            first = max(self.indices.start, start)
+            return range(first, max(min(self.indices.stop, stop), first))
+        first, last = np.searchsorted(self.indices, [start, stop])
+        return self.indices[first:last]
 
     def _count(self, ranges: Sequence[tuple[int, int]]) -> int:
-        return sum(len(self._between(*each)) for each in ranges)
+        return sum(len(self._within(*each)) for each in ranges)
 
     def _load(self, parts: Sequence[Part]) -> list[tuple[Part, tuple[TopK, TopK]]]:
         """Read parts; one that another process has removed is left out."""
         loaded = ((part, load_part(part)) for part in parts)
         return [(part, ends) for part, ends in loaded if ends is not None]
 
-    def _compute(self, start: int, stop: int, parts: Sequence[Part]) -> None:
-        """Compute a part and save it now and then, as one with the part before it."""
-        rows = self._between(start, stop)
-        if not len(rows):
+    def _compute_part(self, start: int, stop: int, parts: Sequence[Part]) -> None:
+        """Compute a part, saved every `SAVE_SECONDS` as one with the part before it, so that parts do not pile up."""
+        indices = self._within(start, stop)
+        if not len(indices):
             return
         before = self._load([part for part in parts if part.stop == start])
         begin = before[0][1] if before else None
         first = before[0][0].start if before else start
         last = before[0][0] if before else None
         saved = time.monotonic()
-        for seen, proponents, opponents in self._selections(rows, begin):
-            if seen == len(rows) or time.monotonic() - saved >= SAVE_SECONDS:
-                reached = stop if seen == len(rows) else int(rows[seen])
+        aligned = len(self.indices) == self._num_rows
+        stream = stream_topk(self.scorer, indices, self.k, self.progress, begin=begin, aligned=aligned)
+        for seen, proponents, opponents in stream:
+            if seen == len(indices) or time.monotonic() - saved >= SAVE_SECONDS:
+                reached = stop if seen == len(indices) else int(indices[seen])
                 part = self._save(first, reached, (proponents.result(), opponents.result()))
-                if last is not None and self._is_behind(last):
+                if last is not None and self._is_obsolete(last):
                     remove_part(last)
                 last, saved = part, time.monotonic()
 
-    def _selections(
-        self, rows: Band, begin: tuple[TopK, TopK] | None
-    ) -> Iterator[tuple[int, RunningTopK, RunningTopK]]:
-        return select_rows(
-            self.pairs,
-            self.estimate,
-            rows,
-            self.k,
-            self.device,
-            self.progress,
-            memory_bytes=self.memory_bytes,
-            begin=begin,
-            on_grid=len(self.rows) == self._num_rows,
-        )
-
     def _save(self, start: int, stop: int, ends: tuple[TopK, TopK]) -> Part:
-        directory = self.store.selections_path(self.exp_name, self.estimate.name)
-        return save_part(directory, start, stop, self._inputs, ends)
+        return save_part(self._directory, start, stop, self._all_inputs, ends)
 
-    def _is_behind(self, part: Part) -> bool:
-        """Tell whether a part has no more to say than ours, or comes from tables that are gone."""
-        inputs = self._inputs
-        same = {**part.inputs, "k": self.k} == inputs and part.inputs["k"] <= self.k
+    def _is_obsolete(self, part: Part) -> bool:
+        """Tell whether ours says at least as much as a part, or its tables are gone."""
+        inputs = self._all_inputs
+        covered = {**part.inputs, "k": self.k} == inputs and part.inputs["k"] <= self.k
         gone = part.inputs["model_ids"] == inputs["model_ids"] and part.inputs["tables"] != inputs["tables"]
-        return same or gone
+        return covered or gone

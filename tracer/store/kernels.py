@@ -2,7 +2,7 @@
 
     kernels/<model_id>/<weighting>/     group; its attributes are ``inputs``, sums, and a checksum of the arrays
       matrix     [k, k]  float64        ``Φᵀ diag(w) Φ``
-      pull       [1, k]  float64        ``Φᵀ (w · gain − Q)``
+      residual_sum [1, k] float64       ``Φᵀ (w · output_change − Q)``
     kernels/<model_id>/regularization/  group without arrays: the λ chosen for kernels weighted with curvatures
 
 A kernel exists from the instant that its group's document does, which is written last and removed first. One that is

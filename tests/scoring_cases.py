@@ -1,4 +1,4 @@
-"""Stores with made-up rows, and their scores in float64, for tests of what is asked of a finished store."""
+"""Stores with made-up rows, and their scores in float64, for tests of scoring."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def scorer(
     processes: int = 1,
     **options: Any,
 ) -> Scorer:
-    """A ranker of a store with two checkpoints and the targets ``test``."""
+    """A scorer of a store with two checkpoints and the targets ``test``."""
     manifest = Manifest({"train_set_size": num_rows, "feature_dim": dim, "storage": storage})
     store = Store.open(path, manifest, processes=processes)
     for model_id, rate in enumerate(RATES):
@@ -62,7 +62,7 @@ def expected(found: Scorer, estimator: str = "tracin") -> np.ndarray:
     return total
 
 
-def slow_left_out(features, w, output_change, loss_grad, rows, regularization) -> np.ndarray:
+def slow_leave_one_out(features, w, output_change, loss_grad, rows, regularization) -> np.ndarray:
     """The leave-one-out formula for some rows, from the matrix of the smoother."""
     own = w * output_change - loss_grad
     values, vectors = np.linalg.eigh(features.T @ (w[:, None] * features))

@@ -1,0 +1,168 @@
+"""Checks before scoring: checkpoints are finalized, targets are complete, learning rates are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from tracer._core.validation import as_list, bar_disabled, check_model_id
+from tracer.errors import CallOrderError, IncompleteError, InputError, nearest_name
+from tracer.store import RowTable, ScoreArray, Store
+
+
+def finalize_features(store: Store, model_ids: list[int] | None, progress: bool | None = None) -> None:
+    """Mark checkpoints as finalized; None: all in the store.
+
+    Raises:
+        IncompleteError: Training examples are missing at a checkpoint.
+    """
+    disable = bar_disabled(progress)
+    for model_id in tqdm(checkpoint_ids(store, model_ids), desc="finalize", unit="checkpoint", disable=disable):
+        table = store.checkpoint(model_id)
+        missing = table.remaining()
+        if len(missing):
+            raise IncompleteError(
+                f"Checkpoint {model_id} lacks {len(missing)} of {table.num_rows} train rows, first "
+                f"{missing[:5].tolist()}. Featurize them (tracer.remaining({model_id}) lists them all) and "
+                f"finalize again."
+            )
+        if not table.attributes.get("finalized"):
+            table.set_attributes(finalized=True)
+
+
+def check_finalized(store: Store, model_id: int) -> None:
+    """Check that a checkpoint is ready for scoring.
+
+    Raises:
+        CallOrderError: It is not in the store, or not finalized.
+        IncompleteError: Files that it had when it was finalized are gone.
+    """
+    known = store.checkpoint_ids()
+    if model_id not in known:
+        raise CallOrderError(
+            f"Checkpoint {model_id} is not in the store, which has {known}. Featurize all train rows at it and "
+            f"call tracer.finalize_features() before scoring."
+        )
+    table = store.checkpoint(model_id)
+    if not table.attributes.get("finalized"):
+        raise CallOrderError(
+            f"Checkpoint {model_id} is not finalized; call tracer.finalize_features() once all train rows are "
+            f"featurized ({len(table.remaining())} are missing), or choose other checkpoints by model_ids=. A "
+            f"checkpoint that was loaded by mistake is removed with its directory {table.path}."
+        )
+    missing = table.num_rows - table.num_done
+    if missing:
+        raise IncompleteError(
+            f"Checkpoint {model_id} was finalized and now lacks {missing} of {table.num_rows} train rows: files are "
+            f"gone. Restore them, or call tracer.replace(tracer.remaining({model_id})), which also forgets what was "
+            f"computed from these rows, featurize them and finalize again."
+        )
+
+
+def checkpoint_ids(store: Store, model_ids: list[int] | None) -> list[int]:
+    """Return the chosen checkpoints, or all in the store.
+
+    Raises:
+        CallOrderError: The store has no checkpoint.
+        InputError: A checkpoint is not in the store or chosen twice, or none is chosen.
+    """
+    known = store.checkpoint_ids()
+    if not known:
+        raise CallOrderError("The store has no checkpoint; call load_checkpoint and featurize first.")
+    if model_ids is None:
+        return known
+    chosen = [check_model_id(model_id) for model_id in as_list(model_ids, "model_ids")]
+    unknown = [model_id for model_id in chosen if model_id not in known]
+    if unknown or not chosen:
+        raise InputError(f"model_ids={chosen}: {unknown or 'nothing'} is not in the store, which has {known}.")
+    if len(set(chosen)) < len(chosen):
+        raise InputError(f"model_ids={chosen} has a checkpoint more than once; each counts once.")
+    return chosen
+
+
+def finalized_ids(store: Store, model_ids: list[int] | None) -> list[int]:
+    """Return the chosen checkpoints, or all in the store, after `check_finalized`."""
+    chosen = checkpoint_ids(store, model_ids)
+    for model_id in chosen:
+        check_finalized(store, model_id)
+    return chosen
+
+
+def learning_rates(store: Store, model_ids: Sequence[int]) -> list[float]:
+    """Return each checkpoint's learning rate; 1 if none of them has one.
+
+    Raises:
+        InputError: Some have one.
+    """
+    rates = [store.table_attributes(model_id).get("learning_rate") for model_id in model_ids]
+    unknown = [model_id for model_id, rate in zip(model_ids, rates, strict=True) if rate is None]
+    # Without any schedule equal weights are a plain average. To guess some would weigh checkpoints against each other.
+    if unknown and len(unknown) < len(model_ids):
+        raise InputError(
+            f"Checkpoints {unknown} have no learning rate and the others have: they cannot be weighed against each "
+            f"other. Give it: tracer.load_checkpoint(checkpoint, model_id={unknown[0]}, learning_rate=...)."
+        )
+    return [1.0 if rate is None else float(rate) for rate in rates]
+
+
+def target_table(store: Store, exp_name: str, model_id: int) -> RowTable:
+    """Return the targets of an experiment at a checkpoint.
+
+    Raises:
+        InputError: The name is not known.
+        IncompleteError: These targets were not scored at this checkpoint.
+    """
+    known = store.exp_names()
+    if exp_name not in known:
+        raise InputError(f"exp_name={exp_name!r} was never scored; {nearest_name(exp_name, known)}.")
+    if not store.has_targets(exp_name, model_id):
+        scored = [each for each in store.checkpoint_ids() if store.has_targets(exp_name, each)]
+        raise IncompleteError(
+            f"Targets {exp_name!r} were not scored at checkpoint {model_id}. Call start_scoring_checkpoint and "
+            f"score for it, or choose the checkpoints {scored} by model_ids=."
+        )
+    return store.targets(exp_name, model_id)
+
+
+def complete_targets(store: Store, exp_name: str, model_ids: Sequence[int]) -> list[RowTable]:
+    """Return the targets of an experiment at each checkpoint.
+
+    Raises:
+        IncompleteError: Targets are missing at a checkpoint.
+    """
+    tables = []
+    for model_id in model_ids:
+        targets = target_table(store, exp_name, model_id)
+        missing = targets.remaining()
+        if len(missing):
+            raise IncompleteError(
+                f"{len(missing)} of {targets.num_rows} targets {exp_name!r} are missing at checkpoint {model_id}, "
+                f"first {missing[:5].tolist()}. Score them and finalize again."
+            )
+        tables.append(targets)
+    return tables
+
+
+def complete_cosines(
+    store: Store, exp_name: str, model_id: int, train: RowTable, targets: RowTable
+) -> list[tuple[int, ScoreArray]]:
+    """Return the blocks of exact cosines that were computed from two tables, each with its first target.
+
+    Raises:
+        IncompleteError: Some targets have none.
+    """
+    tables = [table.attributes["table_id"] for table in (train, targets)]
+    blocks, end = [], 0
+    for first, block in store.cosines(exp_name, model_id):
+        whole = block.complete and block.shape[0] == train.num_rows
+        if first == end and whole and block.inputs["tables"] == tables:
+            blocks.append((first, block))
+            end += block.shape[1]
+    if end < targets.num_rows:
+        raise IncompleteError(
+            f"Of {targets.num_rows} targets {exp_name!r} at checkpoint {model_id}, {end} were compared with all "
+            f"train rows. With storage='none' features are not stored, so tracer.score_exactly (or attribute) needs "
+            f"train rows and targets together; call it again for this checkpoint."
+        )
+    return blocks
