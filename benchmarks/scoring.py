@@ -181,7 +181,7 @@ def peers(features: Tensor, targets: Tensor, scale: float) -> Iterator[Contender
 def query(scorer: Scorer, name: str, k: int) -> Any:
     """Answer for targets in memory without storing anything."""
     rows = scorer.store.targets(name, 0)
-    return scorer.query([rows], [0], k, "proponents", Estimate(), None)  # type: ignore[list-item]
+    return scorer.query([rows], [0], range(scorer.num_rows), k, "proponents", Estimate())
 
 
 def measure(
@@ -189,45 +189,45 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Write the stores of one size and return rows of the table."""
     base = made_up(dim)
-    rankers = {each: make_store(folder / each, each, num_rows, base, targets) for each in STORAGES}
+    scorers = {each: make_store(folder / each, each, num_rows, base, targets) for each in STORAGES}
     held = min(num_rows, max(BATCH, int(bare_bytes // (4 * dim))))
     features = torch.empty(held, dim)
     for start, part in features_of(base, held):
         features[start : start + len(part)] = torch.from_numpy(part)
     found = []
     for num_targets in targets:
-        found += measure_targets(rankers, features, num_rows, num_targets, base, rounds)
+        found += measure_targets(scorers, features, num_rows, num_targets, base, rounds)
     return found
 
 
 def measure_targets(
-    rankers: dict[str, Scorer], features: Tensor, num_rows: int, num_targets: int, base: np.ndarray, rounds: int
+    scorers: dict[str, Scorer], features: Tensor, num_rows: int, num_targets: int, base: np.ndarray, rounds: int
 ) -> list[dict[str, Any]]:
     """Let all contenders of one size take turns and return rows of the table."""
     name, scale, k = f"m{num_targets}", num_rows / len(features), min(K, num_rows)
     parts = list(features_of(np.ascontiguousarray(base[::-1]), num_targets))
     right = torch.from_numpy(np.concatenate([part for _, part in parts]))
     contenders = [Contender("bare", lambda: features @ right.T, scale=scale), *peers(features, right, scale)]
-    for storage, scorer in rankers.items():
+    for storage, scorer in scorers.items():
         size = sum(path.stat().st_size for path in feature_files(scorer))
         contenders += [
             Contender(
                 f"{storage}, scores",
-                lambda r=scorer: r.scores(name, Estimate(), None),
+                lambda s=scorer: s.scores(name, Estimate(), None),
                 prepare=forget(scorer, "scores"),
             ),
             Contender(
                 f"{storage}, top",
-                lambda r=scorer: r.top(name, k, "proponents", Estimate(), None),
+                lambda s=scorer: s.top(name, k, "proponents", Estimate(), None),
                 prepare=forget(scorer, "top"),
             ),
-            Contender(f"{storage}, query", lambda r=scorer: query(r, name, k)),
+            Contender(f"{storage}, query", lambda s=scorer: query(s, name, k)),
         ]
         if hasattr(os, "posix_fadvise"):
-            drop = lambda r=scorer: evict(r)  # noqa: E731
+            drop = lambda s=scorer: evict(s)  # noqa: E731
             contenders += [
-                Contender(f"{storage}, cold query", lambda r=scorer: query(r, name, k), drop, read_bytes=size),
-                Contender(f"{storage}, cold plain read", lambda r=scorer: read_plainly(r), drop, read_bytes=size),
+                Contender(f"{storage}, cold query", lambda s=scorer: query(s, name, k), drop, read_bytes=size),
+                Contender(f"{storage}, cold plain read", lambda s=scorer: read_plainly(s), drop, read_bytes=size),
             ]
     for number in range(rounds + 1):
         for contender in contenders:

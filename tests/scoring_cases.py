@@ -73,3 +73,10 @@ def slow_leave_one_out(features, w, output_change, loss_grad, rows, regularizati
     return (
         (smoother[rows] @ own - leverage * own[rows]) / np.maximum(rest, 1e-4) if rest.mean() >= 0.2 else np.nan * rest
     )
+
+
+def strongest(scores: np.ndarray, k: int, kind: str, rows: np.ndarray | None = None) -> np.ndarray:
+    """Indices by a stable sort: ``[M, k]``."""
+    rows = np.arange(len(scores)) if rows is None else np.unique(rows)
+    signed = scores[rows] if kind == "opponents" else -scores[rows]
+    return rows[np.argsort(signed, axis=0, kind="stable")[:k]].T

@@ -134,7 +134,7 @@ def test_unfinished_stores_and_targets_that_do_not_fit_are_refused(run, tmp_path
     tracing.finalize_features()
     with pytest.raises(tracer.BatchError):
         tracing.query((run.target_x, run.target_y[:3]), 1)
-    with pytest.raises(tracer.NonFiniteError, match=r"rows \[1\] of the batch"):
+    with pytest.raises(tracer.NonFiniteError, match=r"examples \[1\] of the batch"):
         tracing.query((run.target_x.index_fill(0, torch.tensor([1]), torch.nan), run.target_y), 1)
 
 

@@ -1,4 +1,4 @@
-"""Products of stored rows: exact integers, float32 otherwise, for every storage and shape."""
+"""Products of stored features: exact integers, float32 otherwise, for every storage and shape."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SHAPES = [(1, 1, 1), (1, 7, 1), (5, 1, 3), (33, 40, 17), (64, 16, 8), (3, 300, 7
 
 
 @pytest.fixture(autouse=True)
-def forgotten():
-    """Each test asks anew what the processor can do."""
+def unchecked():
+    """Each test patches what the processor can do, so the cached check is cleared."""
     int8_products_are_exact.cache_clear()
     yield
     int8_products_are_exact.cache_clear()

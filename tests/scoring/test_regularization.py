@@ -23,7 +23,7 @@ def kernels(rows: np.ndarray) -> list[Kernel]:
 
 @pytest.mark.parametrize("shape", [(40, 7), (7, 40), (9, 9), (1, 5)])
 @pytest.mark.parametrize("regularization", [1e-3, 1.0, 1e6])
-def test_solutions_are_those_of_the_inverse_as_far_as_rows_see_them(shape, regularization):
+def test_scores_of_solutions_are_those_of_the_inverse(shape, regularization):
     rows, x = rows_of(*shape), rows_of(3, shape[1], 1)
     expected = x @ np.linalg.inv(rows.T @ rows + regularization * np.eye(shape[1])) @ rows.T
     for kernel in kernels(rows):
@@ -38,7 +38,7 @@ def test_a_matrix_is_solved_for_everything():
     np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-7 * np.abs(expected).max())
 
 
-def test_what_no_row_sees_is_left_out_of_solutions_in_the_basis_of_rows():
+def test_solutions_in_the_basis_of_the_examples_have_no_part_that_none_of_them_sees():
     rows = np.zeros((2, 3))
     rows[:, :2] = [[1.0, 2.0], [3.0, 4.0]]
     found = kernels(rows)[1].solve(torch.ones(1, 3, dtype=torch.float64), 0.1)
@@ -75,7 +75,7 @@ def test_another_regularization_is_another_solution():
 
 
 def regression(num_rows: int = 60, dim: int = 12, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Features, weights, gains and slopes of a logistic regression that was stopped early."""
+    """Features, weights, output changes and Q of a logistic regression that was stopped early."""
     rng = np.random.default_rng(seed)
     features = rng.standard_normal((num_rows, dim)) * 10.0 ** rng.uniform(-1.5, 0.5, dim)
     theta = np.zeros(dim)
@@ -102,7 +102,7 @@ def test_rows_are_predicted_by_the_others(shape):
         )
 
 
-def test_predictions_hardly_change_with_the_row_itself():
+def test_predictions_hardly_depend_on_the_example_itself():
     features, w, output_change, loss_grad = regression(400, 12)
     own = w * output_change - loss_grad
     theta = {}
@@ -117,7 +117,7 @@ def test_predictions_hardly_change_with_the_row_itself():
     assert found == pytest.approx(apart, abs=0.05 * abs(together - apart))
 
 
-def test_where_rows_predict_but_themselves_nothing_is_said():
+def test_examples_that_mostly_predict_themselves_have_no_prediction():
     features, w, output_change, loss_grad = regression(12, 60)
     own = w * output_change - loss_grad
     pull, *chosen = (torch.from_numpy(values) for values in (features.T @ own, features, w, own))
@@ -127,7 +127,7 @@ def test_where_rows_predict_but_themselves_nothing_is_said():
     assert found[:, 1].isfinite().all()
 
 
-def test_a_correlation_that_noise_could_have_leaves_it_to_the_trace():
+def test_a_correlation_that_noise_could_have_falls_back_to_the_trace():
     rng = np.random.default_rng(2)
     chosen = []
     for _ in range(40):
@@ -158,7 +158,7 @@ def test_the_choice_is_the_best_correlation_over_the_share():
     assert chosen.value == pytest.approx(2.0 * 10**1.03 / 0.25, rel=0.02)
 
 
-def test_predictions_that_always_get_better_leave_it_to_the_trace():
+def test_predictions_that_always_get_better_fall_back_to_the_trace():
     output_changes = torch.arange(5, dtype=torch.float64)
     noise = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0], dtype=torch.float64)
     for strengths in (torch.linspace(0, 1, len(LAMBDAS)), torch.linspace(1, 0, len(LAMBDAS))):
@@ -168,7 +168,7 @@ def test_predictions_that_always_get_better_leave_it_to_the_trace():
         assert (chosen.rule, chosen.value) == ("trace", 12.0)
 
 
-def test_predictions_that_are_wrong_throughout_leave_it_to_the_trace():
+def test_predictions_that_are_wrong_throughout_fall_back_to_the_trace():
     output_changes = torch.arange(5, dtype=torch.float64)
     noise = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0], dtype=torch.float64)
     strengths = (torch.linspace(-1, 1, len(LAMBDAS)).square() - 1) * 5
@@ -178,7 +178,7 @@ def test_predictions_that_are_wrong_throughout_leave_it_to_the_trace():
     assert (chosen.rule, chosen.value) == ("trace", 12.0)
 
 
-def test_where_nothing_is_known_of_what_was_learnt_the_trace_decides():
+def test_without_output_changes_the_trace_decides():
     nothing = torch.zeros(4, len(LAMBDAS), dtype=torch.float64)
     chosen = choose_regularization(3.0, nothing, nothing[:, 0], share=0.5)
     assert (chosen.rule, chosen.value) == ("trace", 6.0)

@@ -1,4 +1,4 @@
-"""The strongest rows: both ends, filters, ties; kept in the store, continued after a kill, divided over processes."""
+"""Top-k queries: both ends, filters, ties; stored, resumed after a kill, divided over processes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from scoring_cases import expected, scorer
+from scoring_cases import expected, scorer, strongest
 
 from tracer.data.indices import chosen_rows
-from tracer.errors import InputError, InputTypeError, NonFiniteError, StoreError
+from tracer.errors import InputError, InputTypeError, StoreError
 from tracer.scoring import streaming, top_queries
 from tracer.scoring.estimators import Estimate
 from tracer.scoring.scorer import KINDS, Scorer
-from tracer.scoring.topk import RunningTopK
 from tracer.store import Store
 from tracer.store.topk_parts import list_parts
 
@@ -45,16 +44,9 @@ def ranges(found):
     return [(part.start, part.stop) for part in parts(found)]
 
 
-def strongest(scores, k, kind, rows=None):
-    """Indices by a stable sort: ``[M, k]``."""
-    rows = np.arange(len(scores)) if rows is None else np.unique(rows)
-    signed = scores[rows] if kind == "opponents" else -scores[rows]
-    return rows[np.argsort(signed, axis=0, kind="stable")[:k]].T
-
-
 @pytest.fixture
 def counted(monkeypatch):
-    """How many train rows were scored."""
+    """The training examples that were scored."""
     seen = []
     score = streaming.TileScorer.score
 
@@ -132,7 +124,7 @@ def test_files_without_chosen_rows_are_not_read(tmp_path, monkeypatch):
         (np.zeros((2, 2), int), InputTypeError, r"of shape \(2, 2\)"),
     ],
 )
-def test_rows_that_choose_nothing_sensible_are_refused(found, rows, error, text):
+def test_choices_of_rows_that_cannot_be_used_are_refused(found, rows, error, text):
     with pytest.raises(error, match=text):
         top(found, rows=rows)
 
@@ -157,7 +149,7 @@ def test_an_answer_is_read_and_not_computed_again(found, counted):
 
 
 @pytest.mark.parametrize("change", ["learning rate", "targets", "checkpoints", "rows"])
-def test_other_inputs_are_another_question(found, counted, change):
+def test_other_inputs_are_another_query(found, counted, change):
     top(found)
     counted.clear()
     if change == "learning rate":
@@ -236,24 +228,6 @@ def test_equal_scores_come_by_row_index_also_across_parts(tmp_path):
     for kind in KINDS:
         np.testing.assert_array_equal(top(found, kind=kind).indices, np.tile(np.arange(K), (M, 1)))
     np.testing.assert_array_equal(top(found, rows=slice(100, None)).indices, np.tile(100 + np.arange(K), (M, 1)))
-
-
-@pytest.mark.parametrize("largest", [True, False])
-@pytest.mark.parametrize("tile", [1, 3, 64])
-def test_ties_within_and_across_tiles(largest, tile):
-    scores = torch.randint(0, 3, (64, 5), generator=torch.Generator().manual_seed(0)).float()
-    running = RunningTopK(5, 9, largest)
-    for start in range(0, 64, tile):
-        running.update(start, scores[start : start + tile])
-    kind = "proponents" if largest else "opponents"
-    np.testing.assert_array_equal(running.result().indices, strongest(scores.numpy(), 9, kind))
-
-
-def test_nan_scores_are_an_error():
-    running = RunningTopK(2, 1)
-    running.update(0, torch.tensor([[float("inf"), 1.0]]))
-    with pytest.raises(NonFiniteError, match="Scores of train rows 5 to 6 are NaN"):
-        running.update(5, torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]))
 
 
 def test_a_damaged_part_is_named(found):

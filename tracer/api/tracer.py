@@ -425,7 +425,7 @@ class Tracer(StoreReader):
                 "process, on the same save_dir, or score the targets and call tracer.top."
             )
         self.flush()
-        chosen = self._scorer.check_query(k, kind, estimate, model_ids, rows, labels)
+        chosen, indices = self._scorer.check_query(k, kind, estimate, model_ids, rows, labels)
         num_rows, targets = count_rows(batch), []
         check_batch_size(batch, num_rows)
         for model_id in chosen:
@@ -436,10 +436,8 @@ class Tracer(StoreReader):
             with self._engine.using_weights(fingerprint):
                 values = featurizer.compute(batch, num_rows)
             assert values.features is not None  # there is a projector
-            targets.append(
-                InMemoryTable.from_features(values.features, values.loss_grad, values.gradient_norm, storage)
-            )
-        return self._scorer.query(targets, chosen, k, kind, estimate, rows, labels)
+            targets.append(InMemoryTable(values.features, values.loss_grad, values.gradient_norm, storage))
+        return self._scorer.query(targets, chosen, indices, k, kind, estimate)
 
     def _block_rows_of(self, size: int) -> int:
         """Return the rows of a block, of the targets that are being scored if there are so many of them."""

@@ -31,12 +31,6 @@ TARGETS = ("loss", "output")
 """The values of ``target=``."""
 
 
-def check_estimator(estimator: str) -> None:
-    """Raise `InputError` with the nearest known name if an estimator is not known."""
-    if estimator not in ESTIMATORS:
-        raise InputError(f"estimator={estimator!r} is not known; {nearest_name(estimator, ESTIMATORS)}.")
-
-
 @dataclass(frozen=True)
 class Estimate:
     """The settings of an estimator.
@@ -51,8 +45,8 @@ class Estimate:
             ``cosine`` (for ``cosine`` both are the same), the output for ``trak`` and ``influence``.
         regularization: λ of the kernel of ``trak`` and ``influence``, in units of ``Σ w ‖φ‖²``, 0 or more; or
             ``"auto"``, which chooses it from what training has done.
-        groups: The group of each target, ``[M]``, integers from 0 on, -1 for none. Scores are then those of the sum
-            over each group, ``[N, G]``. Or ``"label"``: one group for each of the targets' classes.
+        groups: The group of each target, ``[M]``, integers from 0 on, -1 for none; for example ``[0, 0, 1]``. Scores
+            are then those of the sum over each group, ``[N, G]``. Or ``"label"``: the targets' classes.
 
     Raises:
         InputError: A value is not known or out of range.
@@ -77,14 +71,11 @@ class Estimate:
     )
 
     def __post_init__(self) -> None:
-        """Check the settings and complete them.
-
-        Raises:
-            InputError: A value is not known or out of range.
-        """
-        check_estimator(self.estimator)
-        if self.target not in (None, *TARGETS):
-            raise InputError(f"target={self.target!r} is not known; {nearest_name(self.target, TARGETS)}.")
+        """Check the settings and complete them."""
+        for name, choices in (("estimator", ESTIMATORS), ("target", (None, *TARGETS))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise InputError(f"{name}={value!r} is not known; {nearest_name(value, filter(None, choices))}.")
         if self.target is None:
             object.__setattr__(self, "target", "output" if self.kernel else "loss")
         if self.regularization != "auto":

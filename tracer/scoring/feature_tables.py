@@ -32,17 +32,9 @@ TrainIndices = range | np.ndarray
 class FeatureTable(Protocol):
     """The part of `tracer.store.RowTable` that scoring reads."""
 
-    @property
-    def num_rows(self) -> int:
-        """The number of examples."""
-
-    @property
-    def dim(self) -> int:
-        """The number of features k."""
-
-    @property
-    def storage(self) -> str:
-        """The dtype of raw features."""
+    num_rows: int
+    dim: int
+    storage: str
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return one value for each example from ``start`` to ``stop``."""
@@ -68,62 +60,40 @@ class CheckpointPair:
     cosines: Sequence[tuple[int, ScoreArray]] | None = None
 
 
-@dataclass(frozen=True)
 class InMemoryTable:
-    """Target features that are not in a store.
+    """Target features that are not in a store, rounded as a store with this storage dtype rounds them.
 
-    Attributes:
-        raw: ``[m, k]``, as they would be stored.
-        storage: The dtype's name.
-        columns: ``loss_grad``, ``gradient_norm`` and ``scale``, ``[m]`` each.
+    Raises:
+        NonFiniteError: A value is NaN or infinite.
     """
 
-    raw: np.ndarray
-    storage: str
-    columns: dict[str, np.ndarray]
-
-    @classmethod
-    def from_features(
-        cls,
+    def __init__(
+        self,
         features: Float32[np.ndarray, "m k"],
         loss_grad: Shaped[np.ndarray, " m"],
         gradient_norm: Shaped[np.ndarray, " m"],
         storage: str,
-    ) -> InMemoryTable:
-        """Return features rounded as a store with this storage dtype would round them.
-
-        Raises:
-            NonFiniteError: A value is NaN or infinite.
-        """
+    ) -> None:
         largest = np.abs(features).max(1)
         bad = np.flatnonzero(~np.isfinite(largest) | ~np.isfinite(loss_grad) | ~np.isfinite(gradient_norm))
         if len(bad):
             raise NonFiniteError(
-                f"The gradient or slope of rows {bad[:5].tolist()} of the batch is NaN or infinite (in float32). Look "
-                f"at these rows' inputs and labels; if all rows are concerned, at the checkpoint's weights."
+                f"The gradient or ∂L/∂f of examples {bad[:5].tolist()} of the batch is NaN or infinite (in float32). "
+                f"Check the inputs and labels of these examples; if all are affected, the checkpoint's weights."
             )
         scale = row_scale(largest, storage)
-        raw = relative_rows(features, scale, np.arange(len(features)), storage, "targets")
-        columns = {"loss_grad": loss_grad, "gradient_norm": gradient_norm, "scale": scale}
-        return cls(raw.astype(storage), storage, columns)
-
-    @property
-    def num_rows(self) -> int:
-        """The number of examples."""
-        return len(self.raw)
-
-    @property
-    def dim(self) -> int:
-        """The number of features k."""
-        return self.raw.shape[1]
+        self.num_rows, self.dim = features.shape
+        self.storage = storage
+        self._raw = relative_rows(features, scale, np.arange(len(features)), storage, "targets").astype(storage)
+        self._columns = {"loss_grad": loss_grad, "gradient_norm": gradient_norm, "scale": scale}
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return one value for each example from ``start`` to ``stop``."""
-        return self.columns[name][start:stop]
+        return self._columns[name][start:stop]
 
     def raw_features(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
         """Return stored features as one view, with its first index."""
-        return [(start, self.raw[start:stop])]
+        return [(start, self._raw[start:stop])]
 
 
 def index_array(indices: TrainIndices) -> np.ndarray:

@@ -41,27 +41,14 @@ MAX_LEFT_OUT = 4096
 
 @dataclass(frozen=True)
 class KernelSums:
-    """Sums over training examples that are computed together with their kernel.
+    """Sums over training examples that are computed together with their kernel."""
 
-    Attributes:
-        trace: ``Σ w ‖φ‖²``, the kernel's trace.
-        residual_sum: ``Φᵀ (w · output_change − Q)``, ``[k]``.
-    """
-
-    trace: float
-    residual_sum: Tensor
+    trace: float  # Σ w ‖φ‖², the kernel's trace
+    residual_sum: Tensor  # Φᵀ (w · output_change − Q), [k]
 
 
 class Kernels:
-    """The kernels of a store's checkpoints.
-
-    Args:
-        store: The store.
-        device: The device that multiplies.
-        process: This process; those that run together each sum over their own shard.
-        progress: Show a progress bar. None: only on a terminal.
-        memory_bytes: The most bytes of kernels to hold, but at least one kernel.
-    """
+    """The kernels of a store's checkpoints; as many as fit ``memory_bytes``, at least one, stay in memory."""
 
     def __init__(
         self, store: Store, device: torch.device, process: Process, progress: bool | None, memory_bytes: int
@@ -79,16 +66,7 @@ class Kernels:
         self._digests = {}
 
     def get(self, model_id: int, weighting: str, averaged: Sequence[int]) -> tuple[Kernel, KernelSums]:
-        """Return a checkpoint's kernel and the sums computed with it, on the device.
-
-        Args:
-            model_id: The checkpoint, finalized.
-            weighting: A value of `tracer.scoring.estimators.KERNELS`.
-            averaged: The checkpoints whose ``loss_hess`` are averaged to weights.
-
-        Returns:
-            Both.
-        """
+        """Return a checkpoint's kernel for a weighting of `KERNELS`, with ``loss_hess`` averaged over checkpoints."""
         averaged = [] if weighting == "plain" else sorted(averaged)
         key = weighting, *(self._digest(each) for each in (model_id, *averaged))
         if key not in self._kernels:
@@ -96,6 +74,12 @@ class Kernels:
                 del self._kernels[next(iter(self._kernels))]
             self._kernels[key] = self._compute(model_id, weighting, averaged)
         return self._kernels[key]
+
+    def solve(
+        self, model_id: int, weighting: str, averaged: Sequence[int], regularization: float, features: Tensor
+    ) -> Tensor:
+        """Return ``(K + λI)⁻¹`` times features ``[m, k]``."""
+        return self.get(model_id, weighting, averaged)[0].solve(features, regularization)
 
     def _digest(self, model_id: int) -> str:
         """Return a digest of a checkpoint's training examples, which changes when one is replaced."""
@@ -180,10 +164,7 @@ class Kernels:
         return Kernel(matrix), KernelSums(numbers["trace"], residual_sum[0])
 
     def _stored(self, model_id: int, name: str, tables: Sequence[RowTable], compute: Callable[[], _Stored]) -> _Stored:
-        """Return what the store has under a checkpoint and a name for these tables, or compute and store it.
-
-        All processes that run together make this call.
-        """
+        """Return what the store has for these tables, or compute it in all processes together and store it."""
         path = self.store.kernel_path(model_id, name)
         inputs = {
             "version": _VERSION,
@@ -206,11 +187,7 @@ class Kernels:
 
 
 def kernel_weights(tables: Sequence[RowTable], num_rows: int) -> Float64[np.ndarray, " N"]:
-    """Return the weight of each training example: its mean ``loss_hess`` over tables, or 1 without tables.
-
-    Raises:
-        InputError: A ``loss_hess`` is negative.
-    """
+    """Return the weight of each training example: its mean ``loss_hess`` over tables, or 1 without tables."""
     if not tables:
         return np.ones(num_rows)
     loss_hess, fisher = np.zeros(num_rows), np.zeros(num_rows)

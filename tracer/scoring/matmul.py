@@ -30,21 +30,13 @@ logger = logging.getLogger("tracer")
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Sizes that keep scoring within its memory.
+    """Sizes that keep scoring within its memory."""
 
-    Attributes:
-        rows: The number of train rows converted at once.
-        columns: The number of their features converted at once.
-        targets: The number of targets multiplied at once.
-        resident_bytes: The most bytes of converted targets that stay in memory.
-        tile_bytes: The most bytes of a tile of scores; two are held.
-    """
-
-    rows: int
-    columns: int
-    targets: int
-    resident_bytes: int
-    tile_bytes: int
+    rows: int  # of train features that are converted at once
+    columns: int  # of these
+    targets: int  # that are multiplied at once
+    resident_bytes: int  # of converted targets that stay in memory
+    tile_bytes: int  # of a tile of scores, of which two are held
 
     @classmethod
     def of(cls, memory_bytes: int, dim: int, num_targets: int) -> MemoryPlan:
@@ -61,19 +53,11 @@ class MemoryPlan:
 
 
 class Multiplier:
-    """Multiplies stored train features with stored target features.
-
-    Args:
-        plan: The sizes of blocks.
-        device: The device that multiplies.
-        storage: The dtype of both sides: ``"float32"``, ``"float16"`` or ``"int8"``.
-
-    Attributes:
-        integer: Whether int8 features are multiplied without conversion, with exact sums in int32.
-    """
+    """Multiplies stored train features with target features of the same storage dtype, in blocks of a plan's sizes."""
 
     def __init__(self, plan: MemoryPlan, device: torch.device, storage: str) -> None:
         self.plan, self.device, self.storage = plan, device, storage
+        # int8 features are multiplied without conversion, with exact sums in int32, if that is fast and correct
         self.integer = storage == "int8" and has_int8_units(device) and int8_products_are_exact(device)
         self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
 
@@ -89,12 +73,7 @@ class Multiplier:
     def multiply(
         self, train: Shaped[np.ndarray, "n k"], target: Shaped[Tensor, "m k"] | Shaped[np.ndarray, "m k"]
     ) -> Float32[Tensor, "n m"]:
-        """Return the products of all pairs, in memory that the next call overwrites.
-
-        Args:
-            train: As stored, at most as many rows as the plan has.
-            target: From `convert`, or as stored; at most as many rows as the plan has targets.
-        """
+        """Return all products of a block, in memory that the next call overwrites; targets from `convert` or stored."""
         products = self._reused("products", torch.float32, len(train), len(target))
         step = self.plan.columns
         for first in range(0, train.shape[1], step):

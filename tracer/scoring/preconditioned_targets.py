@@ -21,11 +21,7 @@ from tracer.scoring.feature_tables import DEQUANTIZED_BYTES, FeatureTable, dequa
 
 
 def group_indices(estimate: Estimate, targets: FeatureTable) -> Int64[np.ndarray, " M"] | None:
-    """Return the group of each target, -1 for none; None if scores are those of single targets.
-
-    Raises:
-        InputError: There is not one group for each target, or the targets have no classes.
-    """
+    """Return the group of each target, -1 for none; None if scores are those of single targets."""
     groups = estimate.groups
     if groups is None:
         return None
@@ -40,16 +36,7 @@ def group_indices(estimate: Estimate, targets: FeatureTable) -> Int64[np.ndarray
 
 
 class PreconditionedTargets:
-    """A `FeatureTable` of transformed targets, computed when it is first used; its only column is ``scale``.
-
-    Args:
-        targets: The stored targets.
-        estimate: The estimator's settings.
-        groups: From `group_indices`.
-        solve: Multiplies features by ``(K + λI)⁻¹``; None without a kernel.
-        device: The device that multiplies.
-        memory_bytes: The most bytes to hold; larger results are in a temporary file.
-    """
+    """A `FeatureTable` of transformed targets, computed when first used, in a temporary file if beyond memory."""
 
     # φ(z')ᵀ (K + λI)⁻¹ φ(z) is symmetric. Solving for the targets, of which there are few, leaves train features as
     # they are stored and the scoring loop as it is. The results are float32 divided by a scale, as they may be 1e-15.
@@ -61,7 +48,7 @@ class PreconditionedTargets:
         targets: FeatureTable,
         estimate: Estimate,
         groups: Int64[np.ndarray, " M"] | None,
-        solve: Callable[[Tensor], Tensor] | None,
+        solve: Callable[[Tensor], Tensor] | None,  # multiplies by (K + λI)⁻¹
         device: torch.device,
         memory_bytes: int,
     ) -> None:

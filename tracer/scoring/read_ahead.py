@@ -17,12 +17,7 @@ _READ_BYTES = 4 << 20
 
 
 class ReadAhead:
-    """Prefetches train features in the order in which they are scored.
-
-    Args:
-        pairs: The tables of each checkpoint.
-        tiles: The training examples of each tile of scores.
-    """
+    """Prefetches train features in the order in which tiles of scores need them."""
 
     def __init__(self, pairs: Sequence[CheckpointPair], tiles: Iterable[TrainIndices]) -> None:
         self._requests = _requests([pair.train for pair in pairs if pair.cosines is None], tiles)

@@ -12,11 +12,7 @@ from tracer.store import RowTable, ScoreArray, Store
 
 
 def finalize_features(store: Store, model_ids: list[int] | None, progress: bool | None = None) -> None:
-    """Mark checkpoints as finalized; None: all in the store.
-
-    Raises:
-        IncompleteError: Training examples are missing at a checkpoint.
-    """
+    """Mark checkpoints (None: all) as finalized, or raise `IncompleteError` if training examples are missing."""
     disable = bar_disabled(progress)
     for model_id in tqdm(checkpoint_ids(store, model_ids), desc="finalize", unit="checkpoint", disable=disable):
         table = store.checkpoint(model_id)
@@ -32,12 +28,7 @@ def finalize_features(store: Store, model_ids: list[int] | None, progress: bool 
 
 
 def check_finalized(store: Store, model_id: int) -> None:
-    """Check that a checkpoint is ready for scoring.
-
-    Raises:
-        CallOrderError: It is not in the store, or not finalized.
-        IncompleteError: Files that it had when it was finalized are gone.
-    """
+    """Raise `CallOrderError` if a checkpoint is not finalized, `IncompleteError` if files of it are gone since then."""
     known = store.checkpoint_ids()
     if model_id not in known:
         raise CallOrderError(
@@ -61,12 +52,7 @@ def check_finalized(store: Store, model_id: int) -> None:
 
 
 def checkpoint_ids(store: Store, model_ids: list[int] | None) -> list[int]:
-    """Return the chosen checkpoints, or all in the store.
-
-    Raises:
-        CallOrderError: The store has no checkpoint.
-        InputError: A checkpoint is not in the store or chosen twice, or none is chosen.
-    """
+    """Return the chosen checkpoints (None: all in the store), each of which must be in the store and chosen once."""
     known = store.checkpoint_ids()
     if not known:
         raise CallOrderError("The store has no checkpoint; call load_checkpoint and featurize first.")
@@ -90,11 +76,7 @@ def finalized_ids(store: Store, model_ids: list[int] | None) -> list[int]:
 
 
 def learning_rates(store: Store, model_ids: Sequence[int]) -> list[float]:
-    """Return each checkpoint's learning rate; 1 if none of them has one.
-
-    Raises:
-        InputError: Some have one.
-    """
+    """Return each checkpoint's learning rate; 1 if none has one, and an `InputError` if only some have one."""
     rates = [store.table_attributes(model_id).get("learning_rate") for model_id in model_ids]
     unknown = [model_id for model_id, rate in zip(model_ids, rates, strict=True) if rate is None]
     # Without any schedule equal weights are a plain average. To guess some would weigh checkpoints against each other.
@@ -107,12 +89,7 @@ def learning_rates(store: Store, model_ids: Sequence[int]) -> list[float]:
 
 
 def target_table(store: Store, exp_name: str, model_id: int) -> RowTable:
-    """Return the targets of an experiment at a checkpoint.
-
-    Raises:
-        InputError: The name is not known.
-        IncompleteError: These targets were not scored at this checkpoint.
-    """
+    """Return the targets of an experiment at a checkpoint, some of which may be missing."""
     known = store.exp_names()
     if exp_name not in known:
         raise InputError(f"exp_name={exp_name!r} was never scored; {nearest_name(exp_name, known)}.")
@@ -126,11 +103,7 @@ def target_table(store: Store, exp_name: str, model_id: int) -> RowTable:
 
 
 def complete_targets(store: Store, exp_name: str, model_ids: Sequence[int]) -> list[RowTable]:
-    """Return the targets of an experiment at each checkpoint.
-
-    Raises:
-        IncompleteError: Targets are missing at a checkpoint.
-    """
+    """Return the targets of an experiment at each checkpoint, or raise `IncompleteError` if any is missing."""
     tables = []
     for model_id in model_ids:
         targets = target_table(store, exp_name, model_id)
@@ -147,11 +120,7 @@ def complete_targets(store: Store, exp_name: str, model_ids: Sequence[int]) -> l
 def complete_cosines(
     store: Store, exp_name: str, model_id: int, train: RowTable, targets: RowTable
 ) -> list[tuple[int, ScoreArray]]:
-    """Return the blocks of exact cosines that were computed from two tables, each with its first target.
-
-    Raises:
-        IncompleteError: Some targets have none.
-    """
+    """Return the blocks of exact cosines of two tables, each with its first target; all targets must have them."""
     tables = [table.attributes["table_id"] for table in (train, targets)]
     blocks, end = [], 0
     for first, block in store.cosines(exp_name, model_id):

@@ -16,7 +16,7 @@ from tracer._core.validation import check_count
 from tracer.data.indices import RowChoice, chosen_rows
 from tracer.errors import CallOrderError, IncompleteError, InputError, InputTypeError, nearest_name
 from tracer.scoring.estimators import Estimate, self_influence
-from tracer.scoring.feature_tables import CheckpointPair, FeatureTable, InMemoryTable, TrainIndices
+from tracer.scoring.feature_tables import CheckpointPair, FeatureTable, TrainIndices
 from tracer.scoring.kernels import Kernels, leverages
 from tracer.scoring.preconditioned_targets import PreconditionedTargets, group_indices
 from tracer.scoring.readiness import complete_cosines, complete_targets, finalized_ids, learning_rates
@@ -37,15 +37,7 @@ KINDS = ("proponents", "opponents")
 
 
 class Scorer:
-    """Computes scores from a store.
-
-    Args:
-        store: The store.
-        device: The device that multiplies.
-        progress: Show progress bars. None: only on a terminal.
-        memory_bytes: The approximate memory to use.
-        process: This process, if several share the work.
-    """
+    """Computes scores from a store, which may be replaced when it grows; kernels stay in memory for the next call."""
 
     def __init__(
         self,
@@ -114,32 +106,17 @@ class Scorer:
 
     def query(
         self,
-        targets: Sequence[InMemoryTable],
+        targets: Sequence[FeatureTable],
         model_ids: list[int],
+        indices: TrainIndices,
         k: int,
         kind: str,
         estimate: Estimate,
-        rows: RowChoice | None,
-        labels: Labels | None = None,
     ) -> TopK:
-        """Select the strongest training examples of targets in memory; nothing but kernels is stored.
-
-        Args:
-            targets: The targets at each checkpoint.
-            model_ids: The checkpoints, from `check_query`.
-            k: The number of training examples for each target.
-            kind: ``"proponents"`` or ``"opponents"``.
-            estimate: The estimator's settings, without groups.
-            rows: Select only from these training examples.
-            labels: Select only from training examples of these classes.
-
-        Returns:
-            Indices and scores, ``[M, k]`` each.
-        """
-        chosen = self._check_top(k, kind, model_ids, rows, labels)
+        """Select the strongest training examples of targets in memory, given at each checkpoint; see `check_query`."""
         pairs, _ = self._terms(model_ids, targets, estimate)
         scorer = TileScorer(pairs, estimate, self.device, self.memory_bytes)
-        *_, (_, *ends) = stream_topk(scorer, chosen, k, self.progress, aligned=len(chosen) == self.num_rows)
+        *_, (_, *ends) = stream_topk(scorer, indices, k, self.progress, aligned=len(indices) == self.num_rows)
         return ends[KINDS.index(kind)].result()
 
     def check_query(
@@ -150,12 +127,12 @@ class Scorer:
         model_ids: list[int] | None,
         rows: RowChoice | None,
         labels: Labels | None = None,
-    ) -> list[int]:
-        """Check the arguments of a query before gradients are computed, and return its checkpoints."""
-        self._check_top(k, kind, model_ids, rows, labels)
+    ) -> tuple[list[int], TrainIndices]:
+        """Check a query's arguments before gradients are computed; return its checkpoints and training examples."""
+        indices = self._check_top(k, kind, model_ids, rows, labels)
         chosen = finalized_ids(self.store, model_ids)
         self._weights(chosen, estimate)
-        return chosen
+        return chosen, indices
 
     def _check_top(
         self, k: int, kind: str, model_ids: list[int] | None, rows: RowChoice | None, labels: Labels | None
@@ -247,7 +224,7 @@ class Scorer:
         if estimate.kernel:
             found = kernels.regularization(model_ids, estimate)
             described |= {"regularization": found.value, "rule": found.rule}
-            solves = [partial(_solve, kernels, model_id, estimate.kernel, model_ids, found) for model_id in model_ids]
+            solves = [partial(kernels.solve, each, estimate.kernel, model_ids, found.value) for each in model_ids]
         if groups is not None:
             described["groups"] = hashlib.sha256(groups.astype("<i8").tobytes()).hexdigest()
         memory_bytes = self.memory_bytes // (4 * len(model_ids))
@@ -258,11 +235,7 @@ class Scorer:
         return list(map(CheckpointPair, weights, trains, transformed)), described
 
     def _kernels(self, estimate: Estimate) -> Kernels:
-        """Return the kernels of this store.
-
-        Raises:
-            CallOrderError: The store has no features.
-        """
+        """Return the kernels of this store, which must have features."""
         if self.store.manifest.storage == "none":
             what = f"estimator={estimate.estimator!r}" if estimate.kernel else "groups="
             raise CallOrderError(
@@ -281,15 +254,3 @@ class Scorer:
         if estimate.kernel:
             return [1 / len(model_ids)] * len(model_ids)
         return learning_rates(self.store, model_ids)
-
-
-def _solve(
-    kernels: Kernels,
-    model_id: int,
-    weighting: str,
-    model_ids: list[int],
-    regularization: Regularization,
-    features: torch.Tensor,
-) -> torch.Tensor:
-    kernel, _ = kernels.get(model_id, weighting, model_ids)  # looked up for each block, since not all may fit memory
-    return kernel.solve(features, regularization.value)

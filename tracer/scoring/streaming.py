@@ -43,18 +43,9 @@ _MAX_TILE_ROWS = 16384
 
 
 class TileScorer:
-    """Computes tiles of the score matrix.
-
-    Args:
-        pairs: The tables of each checkpoint, all with the same numbers of examples. Their targets are already
-            transformed if the estimator transforms targets.
-        estimate: The estimator's settings.
-        device: The device that multiplies.
-        memory_bytes: The approximate memory to use.
+    """Computes tiles of the score matrix; targets of the pairs are already transformed if the estimator does that.
 
     Attributes:
-        num_rows: The number of training examples N.
-        num_targets: The number of targets M.
         tile_rows: The most rows of a tile that fit the memory, a multiple of ``block_rows``.
         block_rows: The train rows that are multiplied at once.
         stored_tile_rows: The best number of rows for the store's tiles.
@@ -83,15 +74,7 @@ class TileScorer:
     def score(
         self, tile: TrainIndices, out: Float32[Tensor, "n M"], ahead: ReadAhead | None = None, *, aligned: bool = True
     ) -> None:
-        """Compute a tile.
-
-        Args:
-            tile: The training examples of its n rows.
-            out: Overwritten with the scores, on the device.
-            ahead: The read-ahead to advance.
-            aligned: Multiply consecutive examples in blocks that begin at multiples of ``block_rows``, even if a block
-                reaches beyond the tile. False reads only the tile's own examples.
-        """
+        """Compute the scores of some training examples into ``out``; unaligned, no other examples are read."""
         indices = index_array(tile)
         out.zero_()
         loss_grads = self._train_loss_grads(indices)
@@ -179,7 +162,7 @@ def stream_topk(
     begin: tuple[TopK, TopK] | None = None,
     aligned: bool = True,
 ) -> Iterator[tuple[int, RunningTopK, RunningTopK]]:
-    """Select the strongest training examples of each target without holding or storing all scores.
+    """Select the k strongest training examples of each target without holding or storing all scores.
 
     Args:
         scorer: Computes tiles.
@@ -187,7 +170,7 @@ def stream_topk(
         k: The number of training examples for each target.
         progress: Show a progress bar. None: only on a terminal.
         begin: Proponents and opponents among other training examples, to begin with.
-        aligned: See `TileScorer.score`. False if the examples are a choice, of which no other may be read.
+        aligned: False if no examples besides ``indices`` may be read.
 
     Yields:
         After each tile: the number of examples seen, and the running proponents and opponents, always the same objects.

@@ -38,23 +38,14 @@ def choice_id(indices: TrainIndices, num_rows: int) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class TopKQuery:
-    """A search for the strongest training examples of stored targets, at both ends.
+    """A search for the k strongest training examples of stored targets, at both ends.
 
     A *part* is the selection among consecutive training examples; parts that cover all of them are the result.
-
-    Attributes:
-        store: The store that keeps the parts.
-        exp_name: The name of the targets.
-        inputs: Everything that decides scores besides the estimator's name, JSON values.
-        scorer: Computes tiles.
-        indices: The training examples to select from.
-        k: The number of training examples for each target and end.
-        progress: Show a progress bar. None: only on a terminal.
     """
 
     store: Store
     exp_name: str
-    inputs: dict[str, Any]
+    inputs: dict[str, Any]  # what decides scores besides the estimator's name, JSON values
     scorer: TileScorer
     indices: TrainIndices
     k: int
@@ -62,7 +53,7 @@ class TopKQuery:
 
     def result(self) -> tuple[TopK, TopK]:
         """Return proponents and opponents, ``[M, k]`` each, after computing what no part covers."""
-        self.compute([(0, self._num_rows)])
+        self.compute([(0, self.scorer.num_rows)])
         parts = list_parts(self._directory)
         loaded = self._load(usable(parts, self._all_inputs))
         if self._count(self._gaps([part for part, _ in loaded])):  # another process removed a part just now
@@ -75,7 +66,7 @@ class TopKQuery:
         proponents, opponents = (running.result() for running in merged)
         used = {part.path for part, _ in loaded}
         if len(loaded) > 1:
-            used = {self._save(0, self._num_rows, (proponents, opponents)).path}
+            used = {self._save(0, self.scorer.num_rows, (proponents, opponents)).path}
         for part in parts:
             if part.path not in used and self._is_obsolete(part):
                 remove_part(part)
@@ -95,16 +86,12 @@ class TopKQuery:
         return self._count(self._gaps(self._usable_parts()))
 
     @property
-    def _num_rows(self) -> int:
-        return self.scorer.num_rows
-
-    @property
     def _directory(self) -> Any:
         return self.store.selections_path(self.exp_name, self.scorer.estimate.name)
 
     @property
     def _all_inputs(self) -> dict[str, Any]:
-        choice = choice_id(self.indices, self._num_rows)
+        choice = choice_id(self.indices, self.scorer.num_rows)
         return {**self.inputs, "estimator": self.scorer.estimate.name, "k": self.k, "rows": choice}
 
     def _usable_parts(self) -> list[Part]:
@@ -112,7 +99,7 @@ class TopKQuery:
 
     def _gaps(self, parts: Sequence[Part]) -> list[tuple[int, int]]:
         """Return the ranges between parts, ascending."""
-        edges = [0, *(edge for part in parts for edge in (part.start, part.stop)), self._num_rows]
+        edges = [0, *(edge for part in parts for edge in (part.start, part.stop)), self.scorer.num_rows]
         return [(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True) if start < stop]
 
     def _within(self, start: int, stop: int) -> TrainIndices:
@@ -141,7 +128,7 @@ class TopKQuery:
         first = before[0][0].start if before else start
         last = before[0][0] if before else None
         saved = time.monotonic()
-        aligned = len(self.indices) == self._num_rows
+        aligned = len(self.indices) == self.scorer.num_rows
         stream = stream_topk(self.scorer, indices, self.k, self.progress, begin=begin, aligned=aligned)
         for seen, proponents, opponents in stream:
             if seen == len(indices) or time.monotonic() - saved >= SAVE_SECONDS:

@@ -39,15 +39,7 @@ class RunningTopK:
         self._threshold: Tensor | None = None
 
     def update(self, indices: int | Int64[np.ndarray, " n"], scores: Float32[Tensor, "n M"]) -> None:
-        """Add scores of training examples that were not added before.
-
-        Args:
-            indices: Their train indices, ascending; or the first of consecutive ones.
-            scores: Their scores.
-
-        Raises:
-            NonFiniteError: A score is NaN, since infinite terms cancel.
-        """
+        """Add scores of new training examples; ``indices`` ascend, or are the first of consecutive ones."""
         indices = np.arange(indices, indices + len(scores)) if isinstance(indices, int) else indices
         step = max(1, _TILE_SCORES // self.num_targets)
         for first in range(0, len(indices), step):

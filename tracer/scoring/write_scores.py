@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from tracer._core.validation import bar_disabled
@@ -24,40 +22,41 @@ def write_scores(
     progress: bool | None = None,
     ranges: Sequence[tuple[int, int]] | None = None,
 ) -> np.ndarray:
-    """Compute scores into the store.
-
-    Args:
-        scorer: Computes tiles.
-        scores: The matrix to write.
-        progress: Show a progress bar. None: only on a terminal.
-        ranges: Ranges ``(start, stop)`` of training examples to compute, whole stored tiles each. None: all that are
-            not done yet.
-
-    Returns:
-        ``[N, M]``, float32, read-only and mapped from the store.
-    """
+    """Compute ranges of whole stored tiles (None: all that are missing) and return the stored matrix, read-only."""
     todo = scores.remaining() if ranges is None else list(ranges)
     num_rows = scores.shape[0]
-    if todo:
-        step = max(1, scorer.tile_rows // scores.tile_rows) * scores.tile_rows
-        tiles = list(_split(todo, step))
-        ahead = ReadAhead(scorer.pairs, tiles)
-        num_known = num_rows - sum(map(len, tiles))
-        bar = tqdm(total=num_rows, initial=num_known, unit="row", desc="scores", disable=bar_disabled(progress))
-        with bar, _Writer(scores, min(step, num_rows)) as writer:
-            for tile in tiles:
-                buffer = writer.buffer()
-                out = buffer[: len(tile)]
-                if scorer.device.type == "cpu":
-                    scorer.score(tile, out, ahead)
-                else:
-                    on_device = torch.empty(out.shape, device=scorer.device)
-                    scorer.score(tile, on_device, ahead)
-                    out.copy_(on_device)
-                writer.write(tile.start, len(tile), buffer)
-                bar.update(len(tile))
+    step = max(1, scorer.tile_rows // scores.tile_rows) * scores.tile_rows
+    tiles = list(_split(todo, step))
+    ahead = ReadAhead(scorer.pairs, tiles)
+    num_known = num_rows - sum(map(len, tiles))
+    disable = bar_disabled(progress) or not tiles
+    bar = tqdm(total=num_rows, initial=num_known, unit="row", desc="scores", disable=disable)
+    buffers = [torch.empty(min(step, num_rows), scorer.num_targets) for _ in range(NUM_TILES_HELD if tiles else 0)]
+    # Syncing a tile to the disk takes as long as computing one, so a thread does it while the next one is computed.
+    with bar, ThreadPoolExecutor(1, "tracer-scores") as writer:
+        writes: deque[Future[None]] = deque()
+        for number, tile in enumerate(tiles):
+            if len(writes) == NUM_TILES_HELD:
+                writes.popleft().result()  # which frees a buffer, and raises what failed
+            out = buffers[number % NUM_TILES_HELD][: len(tile)]
+            if scorer.device.type == "cpu":
+                scorer.score(tile, out, ahead)
+            else:
+                on_device = torch.empty(out.shape, device=scorer.device)
+                scorer.score(tile, on_device, ahead)
+                out.copy_(on_device)
+            writes.append(writer.submit(_write, scores, tile.start, out.numpy()))
+            bar.update(len(tile))
+        for write in writes:
+            write.result()
     scores.flush()
     return scores.matrix()
+
+
+def _write(scores: ScoreArray, start: int, tile: np.ndarray) -> None:
+    scores.write(start, tile)
+    if not scores.uploads:  # an object cannot be written in part, so it goes when it is full
+        scores.flush()
 
 
 def _split(ranges: Iterable[tuple[int, int]], step: int) -> Iterator[range]:
@@ -70,56 +69,3 @@ def _split(ranges: Iterable[tuple[int, int]], step: int) -> Iterator[range]:
     for start, stop in joined:
         for first in range(start, stop, step):
             yield range(first, min(first + step, stop))
-
-
-class _Writer:
-    """Writes tiles of at most ``tile_rows`` rows to the store in a thread."""
-
-    # syncing a tile to the disk takes as long as computing one, so both go on at the same time in two buffers
-
-    def __init__(self, scores: ScoreArray, tile_rows: int) -> None:
-        self._scores = scores
-        self._free: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
-        for _ in range(NUM_TILES_HELD):
-            self._free.put(torch.empty(tile_rows, scores.shape[1]))
-        self._full: queue.SimpleQueue[tuple[int, int, Tensor] | None] = queue.SimpleQueue()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="tracer-scores", daemon=True)
-
-    def buffer(self) -> Tensor:
-        """Return a buffer ``[tile_rows, M]`` as soon as one is free."""
-        buffer = self._free.get()
-        self._check()
-        return buffer
-
-    def write(self, start: int, num_rows: int, buffer: Tensor) -> None:
-        """Write the first rows of a buffer, later."""
-        self._full.put((start, num_rows, buffer))
-
-    def __enter__(self) -> _Writer:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._full.put(None)
-        self._thread.join()
-        if error is None:
-            self._check()
-
-    def _check(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        while (item := self._full.get()) is not None:
-            start, num_rows, buffer = item
-            try:
-                if self._error is None:
-                    self._scores.write(start, buffer[:num_rows].numpy())
-                    if not self._scores.uploads:  # an object cannot be written in part, so it goes when it is full
-                        self._scores.flush()
-            except BaseException as error:  # noqa: BLE001 - raised in the thread that waits for a buffer
-                self._error = error
-            self._free.put(buffer)

@@ -1,4 +1,4 @@
-"""Estimators with a kernel, targets' sides, groups: made-up rows against their formulas in numpy and float64."""
+"""Estimators with a kernel, outputs as targets, groups: made-up features against the formulas in float64."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ SHAPES = [(60, 5, 12), (12, 5, 60), (33, 1, 33), (1, 2, 3)]
 
 
 def columns(found: Scorer, model_id: int, side: str) -> tuple[np.ndarray, ...]:
-    """Features, slope, curvature, norm of all rows, in float64."""
+    """Features, Q, ∂²L/∂f² and norm of all examples, in float64."""
     table = found.store.checkpoint(model_id) if side == "train" else found.store.targets("test", model_id)
     features = table.features(0, table.num_rows).astype(np.float64)
     return features, *(table.column(name).astype(np.float64) for name in ("loss_grad", "loss_hess", "gradient_norm"))
 
 
 def reference(found: Scorer, estimate: Estimate, regularization: float = 0.0, groups=None) -> np.ndarray:
-    """The estimator's formula, checkpoint by checkpoint, without any of the library's ways."""
+    """The estimator's formula, checkpoint by checkpoint, in plain numpy."""
     total, loss_grads = 0.0, []
-    mean_curvature = np.mean([columns(found, model_id, "train")[2] for model_id in range(len(RATES))], axis=0)
+    mean_loss_hess = np.mean([columns(found, model_id, "train")[2] for model_id in range(len(RATES))], axis=0)
     for model_id, rate in enumerate(RATES):
         train, loss_grad, _, norm = columns(found, model_id, "train")
-        target, target_slope, _, target_norm = columns(found, model_id, "targets")
-        side = {"loss": target_slope, "output": np.sign(target_slope)}[estimate.target]
+        target, target_loss_grad, _, target_norm = columns(found, model_id, "targets")
+        side = {"loss": target_loss_grad, "output": np.sign(target_loss_grad)}[estimate.target]
         if estimate.estimator == "cosine":
-            left, right = np.sign(loss_grad)[:, None] * train / norm[:, None], np.sign(target_slope) / target_norm
+            left, right = np.sign(loss_grad)[:, None] * train / norm[:, None], np.sign(target_loss_grad) / target_norm
             total = total + rate * left @ (right[:, None] * target).T
         elif estimate.estimator == "tracin":
             total = total + rate * (loss_grad[:, None] * train) @ (side[:, None] * target).T
         else:
-            w = np.ones_like(loss_grad) if estimate.estimator == "trak" else mean_curvature
+            w = np.ones_like(loss_grad) if estimate.estimator == "trak" else mean_loss_hess
             kernel = train.T @ (w[:, None] * train)
             inverse = np.linalg.pinv(kernel, hermitian=True)
             if regularization:
@@ -89,7 +89,7 @@ def test_rounded_rows_of_any_size_are_taken_as_they_are_stored(tmp_path, storage
 
 
 def learnable(tmp_path, num_rows=60, dim=12):
-    """A store whose gains follow from its features, with noise: a λ in between predicts them best."""
+    """A store whose output changes follow from its features, with noise: a λ in between predicts them best."""
     found = scorer(tmp_path, num_rows, 5, dim)
     for model_id in range(len(RATES)):
         table = found.store.checkpoint(model_id)
@@ -137,7 +137,7 @@ def test_the_regularization_is_what_predicts_left_out_rows_best(tmp_path, shape)
         assert chosen.value == pytest.approx(expected.value * trace / (w @ squares), rel=1e-4)
 
 
-def test_the_choice_is_kept_in_the_store(tmp_path, monkeypatch):
+def test_the_choice_is_stored(tmp_path, monkeypatch):
     found, model_ids = learnable(tmp_path)
     chosen = found.regularization(model_ids, Estimate("influence"))
     again = Scorer(found.store, torch.device("cpu"), False)
@@ -207,10 +207,10 @@ def test_groups_of_another_number_are_refused(tmp_path):
 def test_self_influence_is_the_score_of_a_row_for_its_own_loss(tmp_path, estimator):
     found = scorer(tmp_path, 40, 5, 12)
     total, loss_grad = np.zeros(40), np.zeros(40)
-    mean_curvature = np.mean([columns(found, model_id, "train")[2] for model_id in range(len(RATES))], axis=0)
+    mean_loss_hess = np.mean([columns(found, model_id, "train")[2] for model_id in range(len(RATES))], axis=0)
     for model_id in range(len(RATES)):
         features, q, _, _ = columns(found, model_id, "train")
-        w = np.ones(40) if estimator == "trak" else mean_curvature
+        w = np.ones(40) if estimator == "trak" else mean_loss_hess
         inverse = np.linalg.inv(features.T @ (w[:, None] * features) + 0.3 * np.eye(12))
         total += np.einsum("nk,kl,nl->n", features, inverse, features) / len(RATES)
         loss_grad += q / len(RATES)
@@ -219,7 +219,7 @@ def test_self_influence_is_the_score_of_a_row_for_its_own_loss(tmp_path, estimat
 
 
 @pytest.mark.parametrize("shape", [(60, 5, 12), (12, 5, 60)])
-def test_kernels_are_read_when_they_are_there_and_made_again_when_rows_change(tmp_path, monkeypatch, shape):
+def test_kernels_are_read_if_stored_and_computed_again_if_examples_change(tmp_path, monkeypatch, shape):
     found = scorer(tmp_path, *shape)
     estimate = Estimate("influence", regularization=1.0)
     first = np.array(found.scores("test", estimate, None))
@@ -243,7 +243,7 @@ def test_kernels_are_read_when_they_are_there_and_made_again_when_rows_change(tm
 
 
 @pytest.mark.parametrize("shape", [(60, 5, 12), (12, 5, 60)])
-def test_kernels_are_held_for_the_next_question(tmp_path, monkeypatch, shape):
+def test_kernels_stay_in_memory_for_the_next_call(tmp_path, monkeypatch, shape):
     found = scorer(tmp_path, *shape)
     first = found.regularization(None, Estimate("influence"))
     monkeypatch.setattr("tracer.scoring.kernels._WeightedPass.blocks", lambda *args: pytest.fail("computed again"))
@@ -251,7 +251,7 @@ def test_kernels_are_held_for_the_next_question(tmp_path, monkeypatch, shape):
     assert found.regularization(None, Estimate("influence")) == first
 
 
-def test_kernels_that_do_not_fit_are_made_when_they_are_needed(tmp_path):
+def test_kernels_that_do_not_fit_memory_are_read_again(tmp_path):
     few, many = (scorer(tmp_path / str(size), 60, 5, 12, memory_bytes=size) for size in (1, 1 << 30))
     for estimator in ESTIMATORS:
         scores = [found.scores("test", Estimate(estimator), None) for found in (few, many)]
@@ -284,7 +284,7 @@ def test_a_loss_that_is_not_convex_is_refused_by_influence_alone(tmp_path):
     assert np.isfinite(found.scores("test", Estimate("trak", regularization=1.0), None)).all()
 
 
-def test_without_curvatures_the_empirical_fisher_takes_their_place(tmp_path):
+def test_without_second_derivatives_the_empirical_fisher_takes_their_place(tmp_path):
     found = scorer(tmp_path, 20, 2, 6)
     for model_id in range(len(RATES)):
         with found.store.checkpoint(model_id) as table:
@@ -358,17 +358,17 @@ def test_another_regularization_gives_other_scores_in_the_same_place(tmp_path):
         assert_close(found.scores("test", estimate, None), reference(found, estimate, regularization))
 
 
-def test_many_targets_are_derived_in_a_file(tmp_path):
+def test_many_targets_are_preconditioned_in_a_file(tmp_path):
     features = np.random.default_rng(0).standard_normal((300, 16)).astype(np.float32)
-    rows = InMemoryTable.from_features(features, np.ones(300, np.float32), np.ones(300, np.float32), "float32")
+    rows = InMemoryTable(features, np.ones(300, np.float32), np.ones(300, np.float32), "float32")
     estimate = Estimate("trak", regularization=1.0)
     found = []
     for memory_bytes in (1 << 10, 1 << 30):
-        derived = PreconditionedTargets(
+        preconditioned = PreconditionedTargets(
             rows, estimate, None, lambda block: 2 * block, torch.device("cpu"), memory_bytes
         )
-        ((_, raw),) = derived.raw_features(0, 300)
-        found.append((isinstance(raw, np.memmap), raw * derived.column("scale")[:, None]))
+        ((_, raw),) = preconditioned.raw_features(0, 300)
+        found.append((isinstance(raw, np.memmap), raw * preconditioned.column("scale")[:, None]))
     assert [mapped for mapped, _ in found] == [True, False]
     for _, values in found:
         np.testing.assert_allclose(values, 2 * features, rtol=1e-6)

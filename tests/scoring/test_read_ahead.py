@@ -1,0 +1,40 @@
+"""Train features are requested in the background, once and in order."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from scoring_cases import scorer
+
+from tracer.errors import InputError
+from tracer.scoring import read_ahead
+from tracer.scoring.estimators import Estimate
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise")
+def test_rows_are_read_ahead_once_and_in_order(tmp_path, monkeypatch):
+    found = scorer(tmp_path, 400, 3, 16, "float16", memory_bytes=1 << 16)
+    asked = []
+    monkeypatch.setattr("tracer.store.RowTable.prefetch", lambda table, *rows: asked.append((table.path.name, *rows)))
+    monkeypatch.setattr(read_ahead, "_AHEAD_BYTES", 64 * 32)
+    monkeypatch.setattr(read_ahead, "_READ_BYTES", 50 * 32)
+    found.top("test", 3, "proponents", Estimate(), None)
+    for name in ("0", "1"):
+        ranges = [(start, stop) for table, start, stop in asked if table == name]
+        assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
+        assert ranges[-1][1] == 400
+
+
+def test_prefetch_changes_nothing(tmp_path, monkeypatch):
+    found = scorer(tmp_path, 30, 3, 16)
+    table = found.store.checkpoint(0)
+    before = table.features(0, 30)
+    table.prefetch(3, 30)
+    table.prefetch(5, 5)
+    with pytest.raises(InputError, match="expected 0 <= start <= stop <= 30"):
+        table.prefetch(0, 31)
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    table.prefetch(0, 30)
+    np.testing.assert_array_equal(table.features(0, 30), before)
