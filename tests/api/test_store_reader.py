@@ -65,11 +65,11 @@ def test_labels_choose_train_rows(found, run, labels):
 
 
 def test_labels_that_choose_nothing_are_refused(found, run, tmp_path):
-    with pytest.raises(InputError, match=r"no train row has them; the store knows \[0, 1, 2\]"):
+    with pytest.raises(InputError, match=r"no training example has them; the store knows \[0, 1, 2\]"):
         found.tracer.top("targets", 1, labels=7)
     with pytest.raises(InputTypeError, match="expected a class index"):
         found.tracer.top("targets", 1, labels="cat")
-    with pytest.raises(InputError, match="more than the .* train rows that were chosen"):
+    with pytest.raises(InputError, match="more than the .* training examples that were chosen"):
         found.tracer.top("targets", 20, labels=1)
     x = torch.randn(9, 4)
     regression = attribute(

@@ -435,7 +435,7 @@ def test_checkpoints_are_checked():
         token_influence(model, "language_modeling", x, x, state)
     with pytest.raises(InputTypeError, match="A checkpoint came as 3 values"):
         token_influence(model, "language_modeling", x, x, [(state, 1.0, 2)])
-    with pytest.raises(InputError, match=r"Checkpoints \[1\] have no learning rate and the others have"):
+    with pytest.raises(InputError, match=r"Checkpoints \[1\] have no learning rate and the other checkpoints have one"):
         token_influence(model, "language_modeling", x, x, [(state, 1.0), state])
 
 

@@ -202,7 +202,7 @@ def test_nan_and_infinite_gradients_name_their_rows(run, loaded, tmp_path, value
 def test_finalizing_with_rows_missing(run, loaded):
     loaded.featurize((run.x[:4], run.y[:4]), num_samples=4)
     with pytest.raises(
-        tracer.IncompleteError, match=r"Checkpoint 0 lacks 19 of 23 train rows, first \[4, 5, 6, 7, 8\]"
+        tracer.IncompleteError, match=r"Checkpoint 0 lacks 19 of 23 training examples, first \[4, 5, 6, 7, 8\]"
     ):
         loaded.finalize_features()
     loaded.featurize((run.x[4:], run.y[4:]), num_samples=19)

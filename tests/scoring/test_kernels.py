@@ -279,7 +279,7 @@ def test_a_loss_that_is_not_convex_is_refused_by_influence_alone(tmp_path):
         features = np.ones((1, 4), np.float32)
         table.write(np.array([6]), features, loss_hess=-values["loss"], fingerprint=np.zeros(1, np.uint64), **values)
         table.set_attributes(finalized=True)
-    with pytest.raises(InputError, match=r"curvature of 1 train rows is negative, first \[6\]"):
+    with pytest.raises(InputError, match=r"∂²L/∂f² of 1 training examples is negative, first \[6\]"):
         found.scores("test", Estimate("influence", regularization=1.0), None)
     assert np.isfinite(found.scores("test", Estimate("trak", regularization=1.0), None)).all()
 

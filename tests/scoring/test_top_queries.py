@@ -113,8 +113,8 @@ def test_files_without_chosen_rows_are_not_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "error", "text"),
     [
-        (range(5), InputError, "k=7 is more than the 5 train rows that were chosen"),
-        ([], InputError, "k=7 is more than the 0 train rows"),
+        (range(5), InputError, "k=7 is more than the 5 training examples that were chosen"),
+        ([], InputError, "k=7 is more than the 0 training examples"),
         (np.ones(N + 1, bool), InputError, f"rows is a mask of {N + 1} values; expected one for each of the {N} rows"),
         ([0, N], InputError, rf"rows \[{N}\] are outside the {N} train rows, 0 to {N - 1}"),
         ([-1, 3], InputError, r"rows \[-1\] are outside"),

@@ -44,5 +44,5 @@ def test_ties_within_and_across_tiles(largest, tile):
 def test_nan_scores_are_an_error():
     running = RunningTopK(2, 1)
     running.update(0, torch.tensor([[float("inf"), 1.0]]))
-    with pytest.raises(NonFiniteError, match="Scores of train rows 5 to 6 are NaN"):
+    with pytest.raises(NonFiniteError, match="Scores of training examples 5 to 6 are NaN"):
         running.update(5, torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -165,6 +165,18 @@ def check_rate(learning_rate: float | None) -> float | None:
     if not 0 <= rate <= 1e30:
         raise InputError(f"learning_rate is {rate}; expected a number from 0 to 1e30, which float32 scores can hold.")
     return rate
+
+
+def complete_rates(names: Sequence[int], rates: Sequence[float | None], advice: str) -> list[float]:
+    """Return learning rates, 1 for all if no checkpoint has one; raise `InputError` if only some have one."""
+    unknown = [name for name, rate in zip(names, rates, strict=True) if rate is None]
+    # Without any rate equal weights are a plain average. To guess some would weigh checkpoints against each other.
+    if unknown and len(unknown) < len(rates):
+        raise InputError(
+            f"Checkpoints {unknown} have no learning rate and the other checkpoints have one: they cannot be weighed "
+            f"against each other. {advice}"
+        )
+    return [1.0 if rate is None else rate for rate in rates]
 
 
 def check_device(device: str | torch.device | None, model: nn.Module | None = None) -> torch.device:

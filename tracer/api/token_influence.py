@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tracer._core.sharding import fsdp_modules
-from tracer._core.validation import check_device, check_model, check_rate
+from tracer._core.validation import check_device, check_model, check_rate, complete_rates
 from tracer.data.batches import check_batch_size, count_rows, select_rows, to_device
 from tracer.data.model_inputs import logits_of
 from tracer.data.tasks import LanguageModeling, Task, make_task
@@ -129,14 +129,9 @@ def _with_rates(checkpoints: Any) -> list[tuple[Checkpoint, float]]:
     wrong = [len(pair) for pair in pairs if len(pair) != 2]
     if wrong:
         raise InputTypeError(f"A checkpoint came as {wrong[0]} values; expected (checkpoint, learning_rate).")
-    rates = [check_rate(rate) for _, rate in pairs]
-    missing = [number for number, rate in enumerate(rates) if rate is None]
-    if missing and len(missing) < len(rates):
-        raise InputError(
-            f"Checkpoints {missing} have no learning rate and the others have: they cannot be weighed against each "
-            f"other. Pass (checkpoint, learning_rate) for all, or for none."
-        )
-    return [(checkpoint, 1.0 if rate is None else rate) for (checkpoint, _), rate in zip(pairs, rates, strict=True)]
+    given = [check_rate(rate) for _, rate in pairs]
+    rates = complete_rates(range(len(pairs)), given, "Pass (checkpoint, learning_rate) for all, or for none.")
+    return [(checkpoint, rate) for (checkpoint, _), rate in zip(pairs, rates, strict=True)]
 
 
 def _load(

@@ -45,18 +45,12 @@ class FeatureTable(Protocol):
 
 @dataclass(frozen=True)
 class CheckpointPair:
-    """The train and target features of one checkpoint, a term of the sum over checkpoints.
-
-    Attributes:
-        weight: The factor of its scores.
-        train: Training examples.
-        targets: Target examples, as stored or preconditioned.
-        cosines: Exact cosines in place of features: blocks of targets, each with the index of its first one.
-    """
+    """The train and target features of one checkpoint, a term of the sum over checkpoints."""
 
     weight: float
     train: RowTable
-    targets: FeatureTable
+    targets: FeatureTable  # as stored, or preconditioned
+    # in place of features: exact cosines with blocks of targets, each with the index of its first target
     cosines: Sequence[tuple[int, ScoreArray]] | None = None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -56,28 +57,26 @@ class PreconditionedTargets:
         self._solve, self._device, self._memory_bytes = solve, device, memory_bytes
         self.num_rows = targets.num_rows if groups is None else int(groups.max()) + 1
         self.dim = targets.dim
-        self._computed: tuple[np.ndarray, np.ndarray] | None = None
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return the ``scale`` of each target from ``start`` to ``stop``, float64."""
         assert name == "scale", name
-        return self._features_and_scale()[1][start:stop]
+        return self._features_and_scale[1][start:stop]
 
     def raw_features(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
         """Return features divided by their scale as one view, with its first index."""
-        return [(start, self._features_and_scale()[0][start:stop])]
+        return [(start, self._features_and_scale[0][start:stop])]
 
+    @cached_property
     def _features_and_scale(self) -> tuple[Float32[np.ndarray, "M k"], Float64[np.ndarray, " M"]]:
-        if self._computed is None:
-            raw, scale = self._allocate(), np.ones(self.num_rows)
-            for start, features in self._blocks():
-                features = features if self._solve is None else self._solve(features)
-                largest = features.abs().amax(1)
-                unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-                raw[start : start + len(features)] = (features / unit.unsqueeze(1)).float().cpu().numpy()
-                scale[start : start + len(features)] = unit.cpu().numpy()
-            self._computed = raw, scale
-        return self._computed
+        raw, scale = self._allocate(), np.ones(self.num_rows)
+        for start, features in self._blocks():
+            features = features if self._solve is None else self._solve(features)
+            largest = features.abs().amax(1)
+            unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+            raw[start : start + len(features)] = (features / unit.unsqueeze(1)).float().cpu().numpy()
+            scale[start : start + len(features)] = unit.cpu().numpy()
+        return raw, scale
 
     def _allocate(self) -> Float32[np.ndarray, "M k"]:
         shape = self.num_rows, self.dim

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from tracer._core.validation import as_list, bar_disabled, check_model_id
+from tracer._core.validation import as_list, bar_disabled, check_model_id, complete_rates
 from tracer.errors import CallOrderError, IncompleteError, InputError, nearest_name
 from tracer.store import RowTable, ScoreArray, Store
 
@@ -19,7 +19,7 @@ def finalize_features(store: Store, model_ids: list[int] | None, progress: bool 
         missing = table.remaining()
         if len(missing):
             raise IncompleteError(
-                f"Checkpoint {model_id} lacks {len(missing)} of {table.num_rows} train rows, first "
+                f"Checkpoint {model_id} lacks {len(missing)} of {table.num_rows} training examples, first "
                 f"{missing[:5].tolist()}. Featurize them (tracer.remaining({model_id}) lists them all) and "
                 f"finalize again."
             )
@@ -32,22 +32,22 @@ def check_finalized(store: Store, model_id: int) -> None:
     known = store.checkpoint_ids()
     if model_id not in known:
         raise CallOrderError(
-            f"Checkpoint {model_id} is not in the store, which has {known}. Featurize all train rows at it and "
+            f"Checkpoint {model_id} is not in the store, which has {known}. Featurize all training examples at it and "
             f"call tracer.finalize_features() before scoring."
         )
     table = store.checkpoint(model_id)
     if not table.attributes.get("finalized"):
         raise CallOrderError(
-            f"Checkpoint {model_id} is not finalized; call tracer.finalize_features() once all train rows are "
+            f"Checkpoint {model_id} is not finalized; call tracer.finalize_features() once all training examples are "
             f"featurized ({len(table.remaining())} are missing), or choose other checkpoints by model_ids=. A "
             f"checkpoint that was loaded by mistake is removed with its directory {table.path}."
         )
     missing = table.num_rows - table.num_done
     if missing:
         raise IncompleteError(
-            f"Checkpoint {model_id} was finalized and now lacks {missing} of {table.num_rows} train rows: files are "
-            f"gone. Restore them, or call tracer.replace(tracer.remaining({model_id})), which also forgets what was "
-            f"computed from these rows, featurize them and finalize again."
+            f"Checkpoint {model_id} was finalized and now lacks {missing} of {table.num_rows} training examples: files "
+            f"are gone. Restore them, or call tracer.replace(tracer.remaining({model_id})), which removes what was "
+            f"computed from these examples too, featurize them and finalize again."
         )
 
 
@@ -76,16 +76,10 @@ def finalized_ids(store: Store, model_ids: list[int] | None) -> list[int]:
 
 
 def learning_rates(store: Store, model_ids: Sequence[int]) -> list[float]:
-    """Return each checkpoint's learning rate; 1 if none has one, and an `InputError` if only some have one."""
+    """Return each checkpoint's learning rate, read now so that a corrected one counts; 1 for all if none has one."""
     rates = [store.table_attributes(model_id).get("learning_rate") for model_id in model_ids]
-    unknown = [model_id for model_id, rate in zip(model_ids, rates, strict=True) if rate is None]
-    # Without any schedule equal weights are a plain average. To guess some would weigh checkpoints against each other.
-    if unknown and len(unknown) < len(model_ids):
-        raise InputError(
-            f"Checkpoints {unknown} have no learning rate and the others have: they cannot be weighed against each "
-            f"other. Give it: tracer.load_checkpoint(checkpoint, model_id={unknown[0]}, learning_rate=...)."
-        )
-    return [1.0 if rate is None else float(rate) for rate in rates]
+    advice = "Pass it: tracer.load_checkpoint(checkpoint, model_id=..., learning_rate=...)."
+    return complete_rates(model_ids, rates, advice)
 
 
 def target_table(store: Store, exp_name: str, model_id: int) -> RowTable:
@@ -131,7 +125,7 @@ def complete_cosines(
     if end < targets.num_rows:
         raise IncompleteError(
             f"Of {targets.num_rows} targets {exp_name!r} at checkpoint {model_id}, {end} were compared with all "
-            f"train rows. With storage='none' features are not stored, so tracer.score_exactly (or attribute) needs "
-            f"train rows and targets together; call it again for this checkpoint."
+            f"training examples. With storage='none' features are not stored, so tracer.score_exactly (or attribute) "
+            f"needs training examples and targets together; call it again for this checkpoint."
         )
     return blocks

@@ -98,8 +98,9 @@ class Scorer:
             missing = 0 if self.process.together else query.num_missing
             if missing:
                 raise IncompleteError(
-                    f"This process has searched its own train rows, {shard.start} to {shard.stop - 1}, and stored the "
-                    f"result; {missing} rows of other processes are missing. Call top again when those are done."
+                    f"This process has searched its shard of the training examples, {shard.start} to {shard.stop - 1}, "
+                    f"and stored the result; {missing} examples of other processes are missing. Call top again when "
+                    f"those are done."
                 )
             self.process.first_only(query.result)
         return query.result()[KINDS.index(kind)]
@@ -144,9 +145,10 @@ class Scorer:
         if labels is not None:
             chosen = self._with_labels(chosen, labels, model_ids)
         if check_count(k, "k") > len(chosen):
-            filtered = rows is not None or labels is not None
-            what = f"the {len(chosen)} train rows that were chosen" if filtered else f"train_set_size={self.num_rows}"
-            raise InputError(f"k={k} is more than {what}.")
+            number = f"train_set_size={self.num_rows}"
+            if rows is not None or labels is not None:
+                number = f"the {len(chosen)} training examples that were chosen"
+            raise InputError(f"k={k} is more than {number}.")
         return chosen
 
     def _with_labels(self, indices: TrainIndices, labels: Labels, model_ids: list[int] | None) -> np.ndarray:
@@ -157,10 +159,12 @@ class Scorer:
         # all finalized checkpoints have the same labels
         known = self.store.checkpoint(finalized_ids(self.store, model_ids)[0]).column("label")
         if (known == NO_LABEL).all():
-            raise InputError("labels= needs labels and the store has none: its task gives none. Choose rows by rows=.")
+            raise InputError("labels= needs a task with labels, and the store knows no labels; choose examples by rows=.")
         chosen = np.asarray(indices)[np.isin(known[np.asarray(indices)], wanted)]
         if not len(chosen):
-            raise InputError(f"labels={labels!r}: no train row has them; the store knows {np.unique(known).tolist()}.")
+            raise InputError(
+                f"labels={labels!r}: no training example has them; the store knows {np.unique(known).tolist()}."
+            )
         return chosen
 
     def _topk_query(

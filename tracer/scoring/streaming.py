@@ -74,7 +74,7 @@ class TileScorer:
     def score(
         self, tile: TrainIndices, out: Float32[Tensor, "n M"], ahead: ReadAhead | None = None, *, aligned: bool = True
     ) -> None:
-        """Compute the scores of some training examples into ``out``; unaligned, no other examples are read."""
+        """Compute the scores of some training examples into ``out``; see `_blocks` for ``aligned``."""
         indices = index_array(tile)
         out.zero_()
         loss_grads = self._train_loss_grads(indices)
@@ -119,8 +119,8 @@ class TileScorer:
             for start in range(0, len(indices), step):
                 yield indices[start : start + step], slice(None), slice(start, start + step)
             return
-        # The last bits of a matrix product depend on its shape. With the same blocks whatever the tiles, scores are
-        # the same to the last bit however examples are divided among tiles and processes.
+        # The last bits of a matrix product depend on its shape. With blocks that begin at multiples of block_rows,
+        # even if one reaches beyond the tile, scores have the same bits however tiles and processes divide examples.
         for start in range(first // step * step, last, step):
             low, high = max(start, first), min(start + step, last)
             block = np.arange(start, min(start + step, self.num_rows))
@@ -162,7 +162,7 @@ def stream_topk(
     begin: tuple[TopK, TopK] | None = None,
     aligned: bool = True,
 ) -> Iterator[tuple[int, RunningTopK, RunningTopK]]:
-    """Select the k strongest training examples of each target without holding or storing all scores.
+    """Yield the number of examples seen and the running proponents and opponents, the same objects, after each tile.
 
     Args:
         scorer: Computes tiles.
@@ -171,9 +171,6 @@ def stream_topk(
         progress: Show a progress bar. None: only on a terminal.
         begin: Proponents and opponents among other training examples, to begin with.
         aligned: False if no examples besides ``indices`` may be read.
-
-    Yields:
-        After each tile: the number of examples seen, and the running proponents and opponents, always the same objects.
     """
     # both ends come from one pass, since reading is what costs
     proponents, opponents = (RunningTopK(scorer.num_targets, k, largest) for largest in (True, False))

@@ -20,11 +20,6 @@ _MAX_CANDIDATES = 1 << 14
 class RunningTopK:
     """The k largest (or smallest) scores of each target over tiles of scores; ties go to the lower train index.
 
-    Args:
-        num_targets: The number of targets ``M``.
-        k: The number of training examples to select for each target.
-        largest: Select the largest scores (proponents), else the smallest (opponents).
-
     >>> running = RunningTopK(1, 2)
     >>> running.update(0, torch.tensor([[1.0], [3.0]]))
     >>> running.update(2, torch.tensor([[2.0]]))
@@ -61,8 +56,8 @@ class RunningTopK:
         # one sum is cheaper than a test of every score, and is NaN or infinite if a score is
         if not bool(torch.isfinite(scores.sum())) and bool(scores.isnan().any()):
             raise NonFiniteError(
-                f"Scores of train rows {indices[0]} to {indices[-1]} are NaN: gradients are so large that their "
-                f"products are beyond float32. Use estimator='cosine', or leave these rows out by rows=."
+                f"Scores of training examples {indices[0]} to {indices[-1]} are NaN: gradients are so large that "
+                f"their products are beyond float32. Use estimator='cosine', or leave these examples out by rows=."
             )
         # only scores beyond the k-th so far can be selected, so a tile costs little more than one comparison
         if self._threshold is not None:
