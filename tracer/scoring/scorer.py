@@ -159,7 +159,7 @@ class Scorer:
         # all finalized checkpoints have the same labels
         known = self.store.checkpoint(finalized_ids(self.store, model_ids)[0]).column("label")
         if (known == NO_LABEL).all():
-            raise InputError("labels= needs a task with labels, and the store knows no labels; choose examples by rows=.")
+            raise InputError("labels= needs a task with labels, but the store knows no labels; choose by rows=.")
         chosen = np.asarray(indices)[np.isin(known[np.asarray(indices)], wanted)]
         if not len(chosen):
             raise InputError(
