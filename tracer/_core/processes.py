@@ -70,7 +70,7 @@ class Process:
         dist.broadcast_object_list(told, src=0)
         return told[0]
 
-    def add_up(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """Return the sum over processes of a tensor that each has of its own, in place; alone the tensor itself."""
         if self.together:
             dist.all_reduce(values)

@@ -157,7 +157,7 @@ class Kernels:
                     matrix.addmm_(rows.T, rows)
                     bar.update(len(rows))
             sums = pass_over.sums(self.process)
-            arrays = {"matrix": self.process.add_up(matrix), "residual_sum": sums.residual_sum[None]}
+            arrays = {"matrix": self.process.all_reduce(matrix), "residual_sum": sums.residual_sum[None]}
             return {"trace": sums.trace}, {name: array.cpu().numpy() for name, array in arrays.items()}
 
         # The kernel is stored and not its inverse, as λ may change and a Cholesky factor takes a second. It is float64:
@@ -237,7 +237,7 @@ class _WeightedPass:
     def sums(self, process: Process | None = None) -> KernelSums:
         """Return the sums over the pass of this process, or of all processes that run together."""
         process = process or Process()
-        return KernelSums(float(process.add_up(self.trace)), process.add_up(self.residual_sum))
+        return KernelSums(float(process.all_reduce(self.trace)), process.all_reduce(self.residual_sum))
 
 
 def leverages(

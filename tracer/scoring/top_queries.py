@@ -124,9 +124,8 @@ class TopKQuery:
         if not len(indices):
             return
         before = self._load([part for part in parts if part.stop == start])
-        begin = before[0][1] if before else None
-        first = before[0][0].start if before else start
-        last = before[0][0] if before else None
+        last, begin = before[0] if before else (None, None)
+        first = start if last is None else last.start
         saved = time.monotonic()
         aligned = len(self.indices) == self.scorer.num_rows
         stream = stream_topk(self.scorer, indices, self.k, self.progress, begin=begin, aligned=aligned)
