@@ -90,7 +90,7 @@ def shown_target(chrome):
     """The number of the shown target, and the rows of its proponents and opponents."""
     return chrome.execute_script(
         "const rows = (list) => Array.from(list.querySelectorAll('.top span:first-child'),"
-        " (each) => Number(each.textContent.replace('row ', '')));"
+        " (each) => Number(each.textContent.replace('example ', '')));"
         "return [document.querySelector('.target-card h3').textContent,"
         " ...Array.from(document.querySelectorAll('.ends ol'), rows)]"
     )
@@ -161,7 +161,9 @@ def test_filters_by_label_text_and_flag(chrome, texts):
     choose(chrome, "suspects", "flag", "not-known")
     assert table_rows(chrome) == [row for row in ORDER.tolist() if not KNOWN[row]][:24]
     choose(chrome, "suspects", "search", "no such words")
-    assert "No row matches" in chrome.execute_script("return document.querySelector('#suspects').textContent")
+    assert "No training example matches" in chrome.execute_script(
+        "return document.querySelector('#suspects').textContent"
+    )
 
 
 def test_pages_go_through_all_rows(chrome, texts):
@@ -213,7 +215,7 @@ def test_proponents_and_opponents_end_at_zero(chrome, tmp_path):
     assert shown_target(chrome) == ["Target 0", [0, 1], [3]]
     click(chrome, "#targets [data-control=next]")
     assert shown_target(chrome) == ["Target 1", [3, 1, 0, 2]]
-    assert "No training row has a score above zero." in chrome.execute_script(
+    assert "No training example has a score above zero." in chrome.execute_script(
         "return document.querySelector('.ends').textContent"
     )
 
@@ -246,14 +248,14 @@ def test_thumbnails_show_the_images(chrome, images):
     )
     row = ORDER[0]
     np.testing.assert_allclose(np.reshape(pixels, (6, 9, 4))[..., :3], IMAGES[row], atol=1)
-    assert words == f"Image of training row {row}, label {NAMES[LABELS[row]]}"
+    assert words == f"Image of training example {row}, label {NAMES[LABELS[row]]}"
 
 
 def test_cards_and_table_are_views_of_the_same_rows(chrome, images):
     open_page(chrome, images)
     cards = chrome.execute_script(
         "return Array.from(document.querySelectorAll('#suspects .tile .top span:first-child'),"
-        " (each) => Number(each.textContent.replace('row ', '')))"
+        " (each) => Number(each.textContent.replace('example ', '')))"
     )
     click(chrome, "#suspects [data-view=table]")
     assert table_rows(chrome) == cards == ORDER[:24].tolist()

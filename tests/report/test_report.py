@@ -20,11 +20,10 @@ import tracer
 from tracer import attribute
 from tracer.report import payload as payload_module
 from tracer.report import write_report
-from tracer.report.charts import number
-from tracer.report.health import WrongLabels
-from tracer.report.montage import influence_montage, row_heading
-from tracer.report.recovery import ranking, recovery_curve
+from tracer.report.health import WrongLabels, descending, recovery_curve
+from tracer.report.montage import heading, influence_montage
 from tracer.report.samples import Samples
+from tracer.report.text import number
 from tracer.types import TopK
 
 pytest.importorskip("matplotlib")
@@ -127,7 +126,7 @@ def test_page_shows_every_kind_of_input_without_a_network(tmp_path, kind):
     assert "http://" not in text
     assert "https://" not in text
     assert [heading for heading in page.headings if heading.strip()] == [
-        "Influence report", "Overview", "Distributions", "Finding mislabelled rows", "Suspects",
+        "Influence report", "Overview", "Distributions", "Finding mislabelled examples", "Suspects",
         "Proponents and opponents", "Classes", "How to read this",
     ]  # fmt: skip
     assert "prefers-color-scheme" in text
@@ -151,7 +150,7 @@ def test_least_report(tmp_path):
         "index.html", "influence_scores.csv", "influence_summary.csv", "self_influence.png",
     ]  # fmt: skip
     headings = Page(index.read_text()).headings
-    assert "Finding mislabelled rows" not in headings
+    assert "Finding mislabelled examples" not in headings
     assert "Classes" not in headings
     assert "No estimate of wrong labels" in words(index)
 
@@ -161,7 +160,7 @@ def test_summary_csv_ranks_all_rows(tmp_path):
     rows = lines(tmp_path / "influence_summary.csv")
     order = np.argsort(-SELF)
     assert [int(row["rank"]) for row in rows] == list(range(1, N + 1))
-    assert [int(row["row"]) for row in rows] == order.tolist()
+    assert [int(row["train_index"]) for row in rows] == order.tolist()
     np.testing.assert_array_equal([float(row["self_influence"]) for row in rows], SELF[order])
     np.testing.assert_allclose([float(row["mean_score"]) for row in rows], SCORES.mean(axis=1)[order])
     np.testing.assert_allclose([float(row["mean_absolute_score"]) for row in rows], np.abs(SCORES).mean(axis=1)[order])
@@ -181,9 +180,9 @@ def test_scores_csv_holds_both_ends_of_every_target(tmp_path):
         for kind, top in (("proponent", TOP), ("opponent", low))
         for rank in range(top.indices.shape[1])
     ]
-    found = [(int(r["target"]), r["kind"], int(r["rank"]), int(r["row"]), float(r["score"])) for r in rows]
+    found = [(int(r["target"]), r["kind"], int(r["rank"]), int(r["train_index"]), float(r["score"])) for r in rows]
     assert found == expected
-    assert all(int(row["label"]) == LABELS[int(row["row"])] for row in rows)
+    assert all(int(row["label"]) == LABELS[int(row["train_index"])] for row in rows)
 
 
 def test_target_and_class_csv(tmp_path):
@@ -202,7 +201,7 @@ def test_top_rows_of_each_class_are_files(tmp_path, kind, ending):
     full(tmp_path, train_inputs=INPUTS[kind])
     means = SCORES[:, TARGET_LABELS == 2].mean(axis=1)
     for sign, order in (("positive", np.argsort(-means)[:10]), ("negative", np.argsort(means)[:10])):
-        expected = [f"{rank:02d}_row{row}_{means[row]:+.3e}.{ending}" for rank, row in enumerate(order, 1)]
+        expected = [f"{rank:02d}_train{row}_{means[row]:+.3e}.{ending}" for rank, row in enumerate(order, 1)]
         found = sorted((tmp_path / "top_influences" / "cat_dog" / sign).iterdir())
         assert [path.name for path in found] == expected
         content = found[0].read_bytes()
@@ -249,7 +248,7 @@ def test_names_with_dollars_are_drawn(tmp_path):
     report(
         tmp_path, scores=SCORES, train_labels=LABELS, target_labels=TARGET_LABELS, class_names=full_names,
         train_inputs=INPUTS["gray images"], known_mislabelled=FLIPPED, rankings={"$": SELF},
-        num_top_rows=2, shown_targets=[0], figures=True,
+        num_top_examples=2, shown_targets=[0], figures=True,
     )  # fmt: skip
     assert (tmp_path / "class_influence.png").exists()
 
@@ -263,7 +262,7 @@ def test_without_figures_matplotlib_is_not_needed(tmp_path, monkeypatch):
 def test_recovery_counts_found_rows():
     mislabelled = np.array([False, True, False, True])
     scores = np.array([0.1, 0.9, 0.5, 0.3])
-    assert ranking(scores).tolist() == [1, 2, 3, 0]
+    assert descending(scores).tolist() == [1, 2, 3, 0]
     assert recovery_curve(scores, mislabelled).tolist() == [0, 1, 1, 2, 2]
 
 
@@ -282,7 +281,7 @@ def test_a_montage_shows_five_of_many_proponents_and_the_page_all(tmp_path):
             "train_inputs": images,
             "target_inputs": images[:M],
             "shown_targets": [0],
-            "num_top_rows": 1,
+            "num_top_examples": 1,
             "figures": True,
         }
         index = report(tmp_path / str(k), proponents=top, opponents=top, **options)
@@ -296,26 +295,27 @@ def test_a_montage_ends_at_zero():
     top = TopK(np.array([[0, 1, 2]]), np.array([[2.0, 0.0, -1.0]]))
     low = TopK(np.array([[3, 4, 5]]), np.array([[-4.0, 0.0, 1.0]]))
     figure = influence_montage(images, images, top, low, [0], None)
-    assert [axes.get_xlabel() for axes in figure.axes] == ["target 0", "+2", "−4"]
+    captions = [mark.text for mark in figure.marks if mark.kind == "text" and mark.color == "muted"]
+    assert captions == ["target 0", "+2", "−4"]
 
 
 def test_an_image_is_headed_by_its_prediction_only_where_it_differs():
     samples = Samples("target", 2, labels=[0, 1], predictions=[0, 0], class_names=["ant", "bee"])
-    assert [row_heading(samples, row) for row in range(2)] == ["ant", "bee → ant"]
+    assert [heading(samples, row) for row in range(2)] == ["ant", "bee → ant"]
 
 
 def test_a_page_of_many_rows_keeps_to_its_budgets(tmp_path, monkeypatch):
-    for name, value in (("MAX_TABLE_ROWS", 10), ("MAX_TARGETS", 4), ("MAX_THUMBNAILS", 6), ("TEXT_BUDGET", 100)):
+    for name, value in (("MAX_TABLE_EXAMPLES", 10), ("MAX_TARGETS", 4), ("MAX_THUMBNAILS", 6), ("TEXT_BUDGET", 100)):
         monkeypatch.setattr(payload_module, name, value)
     images = embedded(
         report(tmp_path / "images", train_inputs=INPUTS["gray images"], shown_targets=[6], train_labels=LABELS)
     )
-    rows = np.frombuffer(base64.b64decode(images["rows"]), "<i4")
+    rows = np.frombuffer(base64.b64decode(images["indices"]), "<i4")
     assert rows.tolist() == np.argsort(-SELF)[:10].tolist()
-    targets = np.frombuffer(base64.b64decode(images["targets"]["ids"]), "<i4")
+    targets = np.frombuffer(base64.b64decode(images["targets"]["indices"]), "<i4")
     assert targets[0] == 6
     assert len(set(targets.tolist())) == 4
-    thumbnails = np.frombuffer(base64.b64decode(images["train"]["rows"]), "<i4")
+    thumbnails = np.frombuffer(base64.b64decode(images["train"]["indices"]), "<i4")
     assert thumbnails[:3].tolist() == rows[:3].tolist()
     assert len(thumbnails) == 6
     texts = embedded(report(tmp_path / "texts", train_inputs=INPUTS["texts"]))["train"]["texts"]
@@ -339,7 +339,7 @@ def test_labels_are_to_be_checked_only_where_the_interval_lies_above_zero(tmp_pa
     monkeypatch.setattr("tracer.report.writer.estimate_wrong_labels", lambda classes: estimate)
     monkeypatch.setattr("tracer.report.health.MIN_CLASSES", 3)
     options = {"scores": SCORES, "train_labels": LABELS, "target_labels": TARGET_LABELS}
-    assert ("Check the labels of the 9 contradicted rows" in advice(tmp_path, **options)) == advised
+    assert ("Check the labels of the 9 contradicted examples" in advice(tmp_path, **options)) == advised
 
 
 def test_advice_names_the_number_that_it_follows_from(tmp_path):
@@ -347,12 +347,12 @@ def test_advice_names_the_number_that_it_follows_from(tmp_path):
     own = np.ones(num_rows)
     own[:6] = 100.0
     text = advice(tmp_path, self_influence=own)
-    assert "Look at the 6 rows of highest self-influence" in text
+    assert "Look at the 6 examples with the highest self-influence" in text
     assert f"{600 / (600 + 594):.0%} of all self-influence" in text
     top = TopK(np.stack([np.full(30, 5), np.arange(30)], axis=1), np.ones((30, 2)))
     text = advice(tmp_path, self_influence=np.ones(num_rows), proponents=top, opponents=top)
-    assert "Row 5 is among the strongest rows of" in text
-    assert "Row 5" not in advice(
+    assert "Training example 5 is among the strongest of" in text
+    assert "Training example 5" not in advice(
         tmp_path, self_influence=np.ones(num_rows), proponents=top, opponents=top, settings={"estimator": "cosine"}
     )
 
@@ -373,9 +373,9 @@ def test_advice_on_wrong_labels_small_classes_and_harmed_targets(tmp_path, monke
         "train_labels": labels, "target_labels": targets, "class_names": NAMES,
     }  # fmt: skip
     text = advice(tmp_path, scores=scores, **options)
-    assert re.search(r"Check the labels of the \d+ contradicted rows", text)
+    assert re.search(r"Check the labels of the \d+ contradicted examples", text)
     assert "are labelled ant and harm bee most" in text
-    assert "Collect more rows of class cat/dog. It has 10 training rows" in text
+    assert "Collect more examples of class cat/dog. It has 10 training examples" in text
     assert "20 of 30 targets (67%) have a negative mean score" in text
     estimate = WrongLabels(share=0.03, low=0.0, high=0.06, contradicted=0.04, error=0.01, num_contradicted=9)
     monkeypatch.setattr("tracer.report.writer.estimate_wrong_labels", lambda classes: estimate)
@@ -405,9 +405,11 @@ def clean(num_classes, num_rows=400, num_targets=60):
 def test_wrong_labels_are_estimated_only_for_as_many_classes_as_were_calibrated(tmp_path, num_classes, estimated):
     index = report(tmp_path / "report", **clean(num_classes))
     text, data = words(index), embedded(index)
-    assert ("contradicted rows, highest self-influence first" in text) == estimated
+    assert ("contradicted examples, highest self-influence first" in text) == estimated
     assert ("of the labels are likely wrong" in text) == estimated
-    assert (f"calibrated for 10 classes or more, and here {num_classes} have training rows" in text) == (not estimated)
+    assert (f"calibrated for 10 classes or more, and here {num_classes} have training examples" in text) == (
+        not estimated
+    )
     assert ("contradicted" in text) == estimated
     assert ("contradicted" in data["flags"]) == estimated
     assert (data["suggested"] is not None) == estimated
@@ -417,7 +419,7 @@ def test_wrong_labels_are_estimated_only_for_as_many_classes_as_were_calibrated(
 def test_a_class_without_targets_does_not_count_for_the_estimate(tmp_path):
     content = clean(10)
     content["target_labels"] = np.where(content["target_labels"] == 9, 0, content["target_labels"])
-    assert "here 9 have training rows and targets" in words(report(tmp_path / "report", **content))
+    assert "here 9 have training examples and targets" in words(report(tmp_path / "report", **content))
 
 
 @pytest.mark.parametrize("kind", [np.float32, bool])
@@ -428,7 +430,7 @@ def test_labels_of_two_classes_as_floats_or_bools_are_class_indices(tmp_path, ki
     )  # fmt: skip
     assert "does not predict 0.0%" in re.sub(" +", " ", words(index))
     rows = lines(tmp_path / "influence_summary.csv")
-    assert [row["label"] for row in rows] == [["neg", "pos"][labels[int(row["row"])]] for row in rows]
+    assert [row["label"] for row in rows] == [["neg", "pos"][labels[int(row["train_index"])]] for row in rows]
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.5], [0.0, 2.0], [0.0, np.nan]])
@@ -558,7 +560,7 @@ def test_labels_and_settings_come_from_the_store(run, tmp_path):
         proj_dim=64, estimator="cosine",
     )  # fmt: skip
     index = found.report(tmp_path / "report", settings={"note": "mine"}, figures=False)
-    rows = {int(row["row"]): row for row in lines(tmp_path / "report" / "influence_summary.csv")}
+    rows = {int(row["train_index"]): row for row in lines(tmp_path / "report" / "influence_summary.csv")}
     assert [int(rows[row]["label"]) for row in range(len(run.y))] == run.y.tolist()
     losses = []
     for checkpoint, _ in run.checkpoints:
@@ -585,7 +587,7 @@ def test_attribution_writes_a_report(run, tmp_path):
         proj_dim=64,
     )
     index = found.report(
-        tmp_path / "report", inputs=run.x[:, :1], labels=run.y, target_inputs=run.target_x[:, :1], num_top_rows=4
+        tmp_path / "report", inputs=run.x[:, :1], labels=run.y, target_inputs=run.target_x[:, :1], num_top_examples=4
     )
     assert index == tmp_path / "report" / "index.html"
     assert (tmp_path / "report" / "influence.png").exists()
@@ -608,24 +610,30 @@ def test_without_all_scores_no_matrix_is_computed(run, tmp_path):
     ("options", "message"),
     [
         ({"self_influence": np.full(N, np.nan)}, "self_influence"),
-        ({"self_influence": np.ones((N, 2))}, "one number a row"),
-        ({"train_inputs": np.zeros((N - 1, 8, 8))}, "train_inputs has 39 rows; expected 40"),
-        ({"train_labels": np.zeros(3)}, "train_labels has 3 rows; expected 40"),
+        ({"self_influence": np.ones((N, 2))}, "one number per training example"),
+        ({"train_inputs": np.zeros((N - 1, 8, 8))}, "train_inputs has 39 examples; expected 40"),
+        ({"train_labels": np.zeros(3)}, "train_labels has 3 examples; expected 40"),
         ({"rankings": {"loss": np.ones(3)}}, "loss"),
         ({"rankings": {"label": np.ones(N)}}, "rankings has the name 'label', which is that of a column"),
         ({"rankings": {"self-influence": np.ones(N)}}, "rankings has the name 'self-influence'"),
         ({"known_mislabelled": np.ones(3, dtype=bool)}, "mislabelled"),
-        ({"proponents": TopK(np.full((M, K), N), TOP.scores)}, "names train row 40"),
+        (
+            {"proponents": TopK(np.full((M, K), N), TOP.scores)},
+            "contains the index 40; expected indices of training examples, 0 to 39",
+        ),
         ({"opponents": TopK(TOP.indices[:2], TOP.scores[:2])}, "opponents has indices [2, 3]"),
         ({"shown_targets": [M]}, "7"),
         ({"train_labels": np.full(N, 5), "class_names": ["a", "b"]}, "class_names"),
         ({"train_inputs": [np.zeros(3), *[np.zeros(4)] * (N - 1)]}, "one shape"),
         ({"train_inputs": np.zeros((N, 2, 2, 2, 2))}, "expected images [N, H, W]"),
-        ({"train_inputs": np.zeros((N, 3)), "feature_names": ["a"]}, "feature_names has 1 names; train_inputs has 3"),
+        (
+            {"train_inputs": np.zeros((N, 3)), "feature_names": ["a"]},
+            "feature_names has 1 names; expected 3, one for each number of train_inputs",
+        ),
         ({"scores": SCORES.T}, "scores have shape [7, 40]; expected [40, 7]"),
-        ({"train_tokens": [["a"]]}, "train_tokens has 1 rows; expected 40"),
-        ({"token_scores": {(0, 0): [1.0]}}, "token_scores came without train_tokens"),
-        ({"train_tokens": [["a"]] * N, "token_scores": {(M, 0): [1.0]}}, "(target 7, train row 0)"),
+        ({"train_tokens": [["a"]]}, "train_tokens has 1 lists; expected 40"),
+        ({"token_scores": {(0, 0): [1.0]}}, "token_scores needs train_tokens"),
+        ({"train_tokens": [["a"]] * N, "token_scores": {(M, 0): [1.0]}}, "(target 7, training example 0)"),
         ({"train_tokens": [["a"]] * N, "token_scores": {(0, 2): [1.0, 2.0]}}, "expected 1 finite numbers"),
     ],
 )

@@ -51,8 +51,8 @@ def ratios(means):
 
 
 def test_means_of_rows_and_targets(found):
-    np.testing.assert_allclose(found.row_mean, SCORES.mean(axis=1), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(found.row_mean_abs, np.abs(SCORES).mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(found.train_mean, SCORES.mean(axis=1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.train_mean_abs, np.abs(SCORES).mean(axis=1), rtol=1e-5)
     np.testing.assert_allclose(found.target_mean, SCORES.mean(axis=0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found.target_rms, np.sqrt((SCORES**2).mean(axis=0)), rtol=1e-5)
 
@@ -108,7 +108,7 @@ def test_the_strongest_rows_of_each_class(found):
 
 
 def test_every_score_is_in_a_bin(found):
-    assert found.row_step == 1
+    assert found.train_step == 1
     assert found.counts.sum() == N * M
     middle = len(found.counts) // 2
     largest = np.abs(SCORES).max()
@@ -120,8 +120,8 @@ def test_bins_hold_every_so_many_rows(monkeypatch):
     monkeypatch.setattr(summaries, "_HISTOGRAM_SCORES", N * M // 4)
     monkeypatch.setattr(summaries, "_BLOCK_BYTES", 8 * M * 7)
     found = summarize_scores(SCORES)
-    assert found.counts.sum() == len(range(0, N, found.row_step)) * M
-    assert found.row_step == 4
+    assert found.counts.sum() == len(range(0, N, found.train_step)) * M
+    assert found.train_step == 4
 
 
 def test_scores_of_zero_are_summarized():
@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_refused(scores, labels, message):
 def test_scores_that_are_not_finite_are_refused_by_row():
     scores = np.zeros((5, 2))
     scores[3, 1] = np.nan
-    with pytest.raises(tracer.NonFiniteError, match=re.escape("train rows [3]")):
+    with pytest.raises(tracer.NonFiniteError, match=re.escape("training examples [3]")):
         summarize_scores(scores)
 
 

@@ -1,4 +1,4 @@
-"""What a store knows about its rows and how they were made, for reports: labels, losses and settings."""
+"""Labels, losses and settings that a store has for a report."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tracer.store.table_schema import NO_LABEL
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """Facts of a store, as far as it has them.
+    """Labels, losses and settings of a store.
 
     Attributes:
-        train_labels: ``[N]``, int64; None where a train row has no label.
-        target_labels: ``[M]``, likewise.
-        losses: ``[N]``, float64, each train row's loss, mean over checkpoints; None where one is not finite.
-        settings: What scores come from, as text and numbers to be shown.
+        train_labels: ``[N]``, int64; None if a training example has no label.
+        target_labels: ``[M]``, int64; None if a target has no label.
+        losses: ``[N]``, float64, the loss of each training example, mean over checkpoints; None if one is not finite.
+        settings: How the scores were computed, as texts and numbers to be shown.
     """
 
     train_labels: np.ndarray | None
@@ -31,16 +31,7 @@ class StoreFacts:
 
     @classmethod
     def of(cls, store: Store, exp_name: str, model_ids: Sequence[int] | None = None) -> StoreFacts:
-        """Read the facts of a store whose features are finalized.
-
-        Args:
-            store: The store.
-            exp_name: The name of the targets.
-            model_ids: The checkpoints; None: all in the store.
-
-        Returns:
-            The facts.
-        """
+        """Read a store whose features are finalized; ``model_ids`` of None means all checkpoints."""
         chosen = list(store.checkpoint_ids() if model_ids is None else model_ids)
         tables = [store.checkpoint(model_id) for model_id in chosen]
         losses = np.mean([table.column("loss").astype(np.float64) for table in tables], axis=0)
@@ -53,13 +44,13 @@ class StoreFacts:
 
 
 def _labels(table: RowTable) -> np.ndarray | None:
-    """Return the labels of a table ``[N]``, int64; None where a row has none."""
+    """Return the labels of a table ``[N]``, int64; None if one is missing."""
     labels = table.column("label")
     return None if (labels == NO_LABEL).any() else labels.astype(np.int64)
 
 
 def _settings(store: Store, model_ids: Sequence[int]) -> dict[str, Any]:
-    """Return what is worth showing of a store: checkpoints and learning rates, settings, versions."""
+    """Return checkpoints, learning rates, settings, versions and the path of a store."""
     manifest = store.manifest
     settings = manifest.settings
     rates = [store.table_attributes(model_id).get("learning_rate") for model_id in model_ids]
@@ -69,7 +60,7 @@ def _settings(store: Store, model_ids: Sequence[int]) -> dict[str, Any]:
     for name in ("task", "projector", "preconditioner"):
         if settings.get(name):
             shown[name] = _words(settings[name])
-    shown["numbers a row"] = f"{manifest.feature_dim:,}, {manifest.storage}"
+    shown["numbers per example"] = f"{manifest.feature_dim:,}, {manifest.storage}"
     if settings.get("params"):
         count = sum(math.prod(shape) for shape in settings["params"].values())
         shown["parameters"] = f"{count:,} in {len(settings['params'])} tensors"
@@ -80,7 +71,7 @@ def _settings(store: Store, model_ids: Sequence[int]) -> dict[str, Any]:
 
 
 def _words(value: Any) -> str:
-    """Return a setting as text.
+    """Return a setting as text, mappings without braces.
 
     >>> _words({"name": "sketch", "seed": 0})
     'sketch, seed 0'

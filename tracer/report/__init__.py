@@ -1,9 +1,8 @@
-"""Reports of influence scores: one self-contained page to look through, CSV tables, PNG figures, top rows as files.
+"""Reports of influence scores: one self-contained page, CSV tables, PNG figures, and the top examples as files.
 
-Plain arrays come in, so scores of any origin can be shown. `samples` knows how an input looks, `content` checks,
-`health` estimates wrong labels and `recommendations` says what follows; `charts`, `sections` and `page` write HTML,
-`payload` and `thumbnails` what its scripts (assets/) work on; `drawing`, `montage` and `tables` make the files beside
-it, and `writer` joins them.
+`write_report` takes plain arrays, so it shows scores of any origin. `samples` and `content` check them, `summaries`,
+`health` and `recommendations` analyze them; `sections`, `page` and ``templates/`` write HTML, `payload` and
+`thumbnails` the data of its scripts (``assets/``); `charts` and `montage` draw figures, `png` and `tables` write files.
 """
 
 from tracer.report.writer import write_report

@@ -1,47 +1,72 @@
-"""Charts as inline SVG: they take the page's colours, light or dark, and are sharp in print.
-
-Every function returns one ``<svg>`` with a title and a description; numbers stand in a table beside it. Colours come
-from CSS classes of assets/report.css alone.
-"""
+"""The charts of a report: distributions, recovery of mislabelled examples, mean scores by class."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tracer.report.recovery import recovery_curve
+from tracer.report.figure import PAGE, Figure, Line, Rect, Size, Text, moved, text_width
+from tracer.report.health import WrongLabels, recovery_curve
+from tracer.report.plot import Axis, Key, Plot, legend_figure, log_ticks, round_ticks
+from tracer.report.text import number, shortened
 
-WIDTH, HEIGHT = 460, 230
-LEFT, RIGHT, TOP, BOTTOM = 42, 14, 10, 40
 NUM_BINS = 44
 DECADES = 8
 """Self-influence that is smaller than the greatest by more powers of ten is drawn at the left edge."""
 
 MAX_CURVE_POINTS = 400
-MAX_HEAT_CLASSES = 40
-"""Of more classes, those with the most training rows are in the heat map; class_influence.csv has all."""
+MAX_NAME = 40
 
-HEAT_NUMBERS = 12
-"""With more classes the cells of the heat map hold no numbers."""
+MAX_MAP_CLASSES = 40
+"""With more classes, those with the most training examples are on the map; class_influence.csv has all."""
+
+MAP_NUMBERS = 12
+"""With more classes the cells of the map hold no numbers."""
+
+BEST, CHANCE = Key("best possible", "muted", 1.3, (6, 5)), Key("chance", "muted", 1.6, (1.5, 4))
+_DASHES: tuple[tuple[float, ...], ...] = ((), (7, 3), (2, 3), (9, 3, 2, 3))
 
 
-def number(value: float) -> str:
-    """Return a number to three digits, with a true minus sign.
+def histogram(groups: Mapping[str, np.ndarray], name: str, share_of: str, size: Size = PAGE) -> Figure:
+    """Draw overlaid histograms of one or two groups; each group's bars add up to 100 %.
 
-    >>> number(-0.012345), number(12345.0)
-    ('−0.0123', '12,345')
+    Args:
+        groups: Values by group name; the second group is drawn in the warning color.
+        name: The name of the values.
+        share_of: The whole of which bars are shares.
+        size: Width and height.
+
+    Returns:
+        The figure.
     """
-    if value != 0 and (abs(value) >= 1e7 or abs(value) < 1e-4):
-        return f"{value:.2e}".replace("-", "−")
-    if abs(value) >= 1000:
-        return f"{value:,.0f}".replace("-", "−")
-    return f"{value:.3g}".replace("-", "−")
+    edges, logarithmic = bins(np.concatenate(list(groups.values())))
+    shares = {
+        group: np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] * 100.0 / max(1, len(values))
+        for group, values in groups.items()
+    }
+
+    def place(value: float) -> float:
+        return float(np.log(value)) if logarithmic else value
+
+    ticks = log_ticks(edges[0], edges[-1]) if logarithmic else round_ticks(edges[0], edges[-1], size[0] // 90)
+    x = Axis(place(edges[0]), place(edges[-1]), [(place(tick), number(tick)) for tick in ticks], name)
+    colors = dict(zip(groups, ("pos", "neg"), strict=False))
+    legend = [Key(f"{group} ({len(values):,})", colors[group]) for group, values in groups.items()]
+    plot = Plot(size, x, _percent_axis(max(share.max() for share in shares.values()), share_of), legend)
+    for group, values in groups.items():
+        for low, high, share in zip(edges[:-1], edges[1:], shares[group], strict=True):
+            title = f"{group}: {share:.2f} % from {number(low)} to {number(high)}"
+            plot.bar(place(low), place(high), share, colors[group], title)
+        if len(values):
+            plot.vertical(place(float(np.clip(np.median(values), edges[0], edges[-1]))), colors[group])
+    medians = ", ".join(f"{group} {number(float(np.median(v)))}" for group, v in groups.items() if len(v))
+    plot.figure.description = f"Histogram of {name}. Medians: {medians}."
+    return plot.figure
 
 
 def bins(values: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Return bin edges, and whether they are logarithmic: so where all is above zero but for few exact zeros."""
+    """Return bin edges, and whether they are logarithmic: if no value is negative and not all are zero."""
     low, high = float(values.min()), float(values.max())
     if low < 0 or high <= 0:
         edges = np.linspace(low, high, NUM_BINS + 1) if high > low else np.array([low - 0.5, low + 0.5])
@@ -52,259 +77,210 @@ def bins(values: np.ndarray) -> tuple[np.ndarray, bool]:
     return np.geomspace(low, high, NUM_BINS + 1), True
 
 
-def histogram(groups: Mapping[str, np.ndarray], label: str) -> str:
-    """Return overlaid histograms; each group's bars add up to 100 %.
-
-    Args:
-        groups: Values by name, one or two groups: the second is drawn in the warning colour.
-        label: What the values are.
-
-    Returns:
-        SVG.
-    """
-    whole = np.concatenate(list(groups.values()))
-    edges, logarithmic = bins(whole)
-    shares = {
-        name: np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] * 100.0 / max(1, len(values))
-        for name, values in groups.items()
-    }
-    top = max(1e-9, max(float(share.max()) for share in shares.values()))
-    across = np.log(edges) if logarithmic else edges
-    x = _scale(across[0], across[-1], LEFT, WIDTH - RIGHT)
-    y = _scale(0.0, top * 1.06, HEIGHT - BOTTOM, TOP)
-    parts = [_y_grid(y, _ticks(0.0, top * 1.06, 4), lambda value: f"{value:.3g} %")]
-    ticks = _log_ticks(edges[0], edges[-1]) if logarithmic else _ticks(edges[0], edges[-1], 4)
-    parts.append(_x_ticks([(x(np.log(tick) if logarithmic else tick), number(tick)) for tick in ticks], label))
-    for place, (name, share) in enumerate(shares.items()):
-        css = "series-alert" if place else "series-main"
-        parts += [
-            f'<rect class="{css} bar" x="{x(a):.1f}" y="{y(value):.1f}" width="{max(0.5, x(b) - x(a) - 0.6):.1f}" '
-            f'height="{y(0.0) - y(value):.1f}"><title>{escape(name)}: {value:.2f} % from {number(low)} to '
-            f"{number(high)}</title></rect>"
-            for a, b, low, high, value in zip(across[:-1], across[1:], edges[:-1], edges[1:], share, strict=True)
-            if value > 0
-        ]
-        values = groups[name]
-        if len(values):
-            middle = float(np.clip(np.median(values), edges[0], edges[-1]))
-            at = x(np.log(middle) if logarithmic else middle)
-            parts.append(f'<line class="{css} median" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-    medians = ", ".join(f"{name} {number(float(np.median(v)))}" for name, v in groups.items() if len(v))
-    return _svg(parts, f"Histogram of {label}", f"Medians: {medians}.")
-
-
-def signed_histogram(edges: np.ndarray, counts: np.ndarray) -> str:
-    """Return the distribution of scores: even in the logarithm of their size on both sides of a narrow middle.
+def signed_histogram(edges: np.ndarray, counts: np.ndarray, size: Size = PAGE) -> Figure:
+    """Draw the distribution of scores, logarithmic on both sides of a narrow bin around zero.
 
     Args:
         edges: ``[B + 1]``, as in `tracer.report.summaries.ScoreSummary`.
         counts: ``[B]``.
+        size: Width and height.
 
     Returns:
-        SVG.
+        The figure.
     """
-    total = max(1, int(counts.sum()))
-    share = counts * 100.0 / total
-    inner = np.flatnonzero(share > 0)
-    first, last = (int(inner[0]), int(inner[-1])) if len(inner) else (0, len(counts) - 1)
-    reach = max(len(counts) // 2 - first, last - len(counts) // 2, 1)
+    share = counts * 100.0 / max(1, int(counts.sum()))
     middle = len(counts) // 2
+    reach = int(np.abs(np.flatnonzero(counts) - middle).max(initial=1))
     first, last = max(0, middle - reach), min(len(counts) - 1, middle + reach)
-    top = max(1e-9, float(share.max()))
-    x = _scale(first, last + 1, LEFT, WIDTH - RIGHT)
-    y = _scale(0.0, top * 1.06, HEIGHT - BOTTOM, TOP)
-    parts = [_y_grid(y, _ticks(0.0, top * 1.06, 4), lambda value: f"{value:.3g} %")]
+    wanted = np.unique(np.linspace(first, last + 1, 5 if size[0] < 500 else 9).round().astype(int)).tolist()
+    ticks = [(middle + 0.5, "0")]
+    ticks += [(edge, number(float(edges[edge]))) for edge in wanted if edge not in (middle, middle + 1)]
+    plot = Plot(
+        size,
+        Axis(first, last + 1, ticks, "score (logarithmic on both sides of 0)"),
+        _percent_axis(share.max(), "% of scores"),
+        [Key("positive", "pos"), Key("negative", "neg")],
+    )
     for place in range(first, last + 1):
-        css = "series-pos" if place > middle else "series-neg" if place < middle else "series-muted"
-        parts.append(
-            f'<rect class="{css} bar" x="{x(place) + 0.3:.1f}" y="{y(share[place]):.1f}" '
-            f'width="{max(0.5, x(place + 1) - x(place) - 0.6):.1f}" height="{y(0.0) - y(share[place]):.1f}">'
-            f"<title>{share[place]:.2f} % from {number(edges[place])} to {number(edges[place + 1])}</title></rect>"
-        )
-    wanted = np.unique(np.linspace(first, last + 1, 5).round().astype(int))
-    ticks = [(x(place), number(float(edges[place]))) for place in wanted.tolist() if place not in (middle, middle + 1)]
-    parts.append(_x_ticks([*ticks, (x(middle + 0.5), "0")], "score (logarithmic on both sides of zero)"))
-    positive = float(share[middle + 1 :].sum())
-    return _svg(parts, "Histogram of scores", f"{positive:.0f} % lie above the middle bin.")
+        color = "pos" if place > middle else "neg" if place < middle else "muted"
+        title = f"{share[place]:.2f} % from {number(edges[place])} to {number(edges[place + 1])}"
+        plot.bar(place, place + 1, share[place], color, title)
+    plot.figure.description = f"Histogram of scores. {share[middle + 1 :].sum():.0f} % are above the middle bin."
+    return plot.figure
 
 
-def recovery_chart(rankings: Mapping[str, np.ndarray], known: np.ndarray) -> str:
-    """Return which share of the mislabelled rows each ranking finds, beside chance and the best possible.
+def recovery_slide(rankings: Mapping[str, np.ndarray], known: np.ndarray) -> Figure:
+    """Draw both views of `recovery_chart` side by side, with one legend above them."""
+    parts = [recovery_chart(rankings, known, (420, 320), enlarged=enlarged) for enlarged in (False, True)]
+    legend = legend_figure(recovery_keys(list(rankings)), 860)
+    joined = Figure(860, legend.height + 346, parts[0].description, legend.marks)
+    for left, part in zip((0, 440), parts, strict=True):
+        joined.marks.append(Text(left + 420, legend.height + 14, part.title, anchor="end"))
+        joined.marks += moved(part.marks, left, legend.height + 10)
+    return joined
+
+
+def recovery_chart(
+    rankings: Mapping[str, np.ndarray],
+    known: np.ndarray,
+    size: Size,
+    legend: Sequence[Key] = (),
+    *,
+    enlarged: bool = False,
+) -> Figure:
+    """Draw the share of mislabelled examples that each ranking finds, with chance and the best possible.
 
     Args:
         rankings: Scores ``[N]`` by name, higher is checked earlier; the first is drawn strongest.
-        known: ``[N]``, bool, with at least one row.
+        known: ``[N]``, bool, at least one of them True.
+        size: Width and height.
+        legend: Entries above the chart.
+        enlarged: Draw only the part around as many checked examples as are mislabelled.
 
     Returns:
-        SVG.
+        The figure.
     """
-    num_rows, total = len(known), int(known.sum())
-    x, y = _scale(0, 100, LEFT, WIDTH - RIGHT), _scale(0, 102, HEIGHT - BOTTOM, TOP)
-    parts = [_y_grid(y, [0, 25, 50, 75, 100], lambda value: f"{value:.0f} %")]
-    parts.append(_x_ticks([(x(value), f"{value} %") for value in (0, 20, 40, 60, 80, 100)], "training rows checked"))
-    best = 100.0 * total / num_rows
-    parts.append(_path([(x(0), y(0)), (x(best), y(100)), (x(100), y(100))], "line muted dashed", "best possible"))
-    parts.append(_path([(x(0), y(0)), (x(100), y(100))], "line muted dotted", "chance"))
-    points = np.unique(np.linspace(0, num_rows, min(num_rows, MAX_CURVE_POINTS) + 1).round().astype(int))
-    for place, (name, scores) in reversed(list(enumerate(rankings.items()))):
-        curve = recovery_curve(scores, known)[points] * 100.0 / total
-        line = [(x(100.0 * at / num_rows), y(found)) for at, found in zip(points, curve, strict=True)]
-        parts.append(_path(line, f"line series{min(place, 3)}", name))
-    return _svg(parts, "Mislabelled rows found", f"Share of {total} mislabelled rows found by share of rows checked.")
+    num_train, total = len(known), int(known.sum())
+    curves = {name: recovery_curve(scores, known) * 100.0 / total for name, scores in rankings.items()}
+    best, left, right, floor = 100.0 * total / num_train, 0.0, 100.0, 0.0
+    if enlarged:
+        left, right = 0.5 * best, min(100.0, 2.5 * best)
+        floor = min(90.0, 0.9 * next(iter(curves.values()))[round(left / 100 * num_train)])
+    keys = recovery_keys(list(rankings))
+    plot = Plot(
+        size,
+        Axis(left, right, [(tick, f"{tick:g} %") for tick in round_ticks(left, right, 5)], "training examples checked"),
+        Axis(floor, 102, [(tick, f"{tick:g} %") for tick in round_ticks(floor, 100, 4)], "mislabelled examples found"),
+        legend,
+    )
+    shown = np.linspace(np.ceil(left / 100 * num_train), np.floor(right / 100 * num_train), MAX_CURVE_POINTS + 1)
+    points = np.unique(shown.round().astype(int))
+    plot.line([(at, min(100.0, 100.0 * at / best)) for at in np.union1d(np.linspace(left, right, 201), [best])], BEST)
+    plot.line([(at, at) for at in np.linspace(left, right, 201)], CHANCE)
+    for name, key in reversed(list(zip(rankings, keys, strict=False))):
+        plot.line([(100.0 * at / num_train, curves[name][at]) for at in points], key)
+    plot.figure.title = "Enlarged" if enlarged else "All training examples"
+    plot.figure.description = f"Share of {total} mislabelled examples found by share of training examples checked."
+    return plot.figure
+
+
+def recovery_keys(names: Sequence[str]) -> list[Key]:
+    """Return the legend of `recovery_chart`: the first ranking has the strongest line, reference lines are last."""
+    keys = [Key(shortened(names[0], MAX_NAME), "pos", 3.0)]
+    for place, name in enumerate(names[1:]):
+        keys.append(Key(shortened(name, MAX_NAME), f"series{place % 3 + 1}", 2.0, _DASHES[min(place + 1, 3)]))
+    return [*keys, BEST, CHANCE]
 
 
 def map_classes(train_counts: np.ndarray) -> np.ndarray:
-    """Return which classes are on the map, in order: all, or of many those with most training rows.
+    """Return the indices of the classes on the map, in order: all, or those with the most training examples.
 
     >>> map_classes(np.array([3, 0, 5])).tolist()
     [0, 1, 2]
     """
-    return np.sort(np.argsort(-train_counts, kind="stable")[:MAX_HEAT_CLASSES])
+    return np.sort(np.argsort(-train_counts, kind="stable")[:MAX_MAP_CLASSES])
 
 
-def heat_map(influence: np.ndarray, names: Sequence[str], train_counts: np.ndarray) -> str:
-    """Return the class × class map of mean scores, blue where rows of a class help, orange where they harm.
+def class_map(influence: np.ndarray, names: Sequence[str], train_counts: np.ndarray, max_label: int = 12) -> Figure:
+    """Draw mean scores by class: blue if training examples of a class help targets of a class, orange if they harm.
 
     Args:
-        influence: ``[C, C]``, train class by target class; NaN is left empty.
+        influence: ``[C, C]``, training class by target class; cells of NaN are empty.
         names: The classes.
-        train_counts: ``[C]``, which classes are kept where there are many.
+        train_counts: ``[C]``, the number of training examples of each class.
+        max_label: Longer names are cut.
 
     Returns:
-        SVG, as wide as it needs.
+        The figure, as wide as it needs to be.
     """
-    kept = map_classes(train_counts)
-    values = influence[np.ix_(kept, kept)]
-    count = len(kept)
-    labels = [_cut(names[place], 12) for place in kept]
-    margin = 32 + 7 * max((len(label) for label in labels), default=1)
-    cell = int(np.clip(420 / max(1, count), 14, 46))
-    wide, high = margin + cell * count + 8, margin + cell * count + 8
+    shown = map_classes(train_counts)
+    values = influence[np.ix_(shown, shown)]
+    labels = [shortened(names[place], max_label) for place in shown]
+    widest = max((text_width(label) for label in labels), default=0.0)
+    margin, cell = 24 + 14 + widest, int(np.clip(420 / max(1, len(shown)), 14, 46))
+    side = cell * len(shown)
     largest = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 0.0
-    parts = []
-    upright = max(map(len, labels), default=0) <= cell // 8
-    for a in range(count):
+    figure = Figure(margin + side + 8, margin + side + 48, "Mean scores by class. A table below has the numbers.")
+    figure.min_width = 380
+    for a, label in enumerate(labels):
         middle = margin + cell * (a + 0.5)
-        parts.append(_label(margin - 7, middle + 4, labels[a], "end"))
-        if upright:
-            parts.append(_label(middle, margin - 7, labels[a], "middle"))
+        figure.marks.append(Text(margin - 7, middle + 4, label, anchor="end"))
+        if widest <= cell:
+            figure.marks.append(Text(middle, margin - 7, label, anchor="middle"))
         else:
-            parts.append(_label(middle + 4, margin - 7, labels[a], "start", turned=True))
-        for b in range(count):
-            where = (margin + b * cell, margin + a * cell, cell)
-            parts.append(_cell(values[a, b], largest, where, count, (labels[a], labels[b])))
-    middle = margin + cell * count / 2
-    parts.append(_label(middle, 11, "targets of class", "middle", css="axis"))
-    parts.append(_label(11, middle, "training rows of class", "middle", css="axis", turned=True))
-    return _svg(parts, "Class by class influence", "The table below has the numbers.", (wide, high), "heat")
+            figure.marks.append(Text(middle + 4, margin - 7, label, turned=True))
+        for b, other in enumerate(labels):
+            title = f"examples of {label} on targets of {other}: {number(values[a, b])}"
+            figure.marks += _cell(values[a, b], largest, (margin + b * cell, margin + a * cell), cell, title)
+            if len(shown) <= MAP_NUMBERS and np.isfinite(values[a, b]):
+                figure.marks.append(_cell_number(values[a, b], largest, margin + b * cell, margin + a * cell, cell))
+    middle = margin + side / 2
+    figure.marks.append(Text(middle, 12, "targets of class", anchor="middle"))
+    figure.marks.append(Text(13, middle, "training examples of class", anchor="middle", turned=True))
+    figure.marks += _color_scale(largest, margin, margin + side + 14, side)
+    return figure
 
 
-def _label(x: float, y: float, text: str, anchor: str, *, css: str = "tick", turned: bool = False) -> str:
-    """Return a text at a place, turned upwards if so wanted."""
-    turn = f' transform="rotate(-90 {x:.0f} {y:.0f})"' if turned else ""
-    return f'<text class="{css}" x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}"{turn}>{escape(text)}</text>'
-
-
-def _cell(value: float, largest: float, where: tuple[float, float, float], count: int, names: tuple[str, str]) -> str:
-    """Return one cell of a heat map, with its number where there is room."""
-    x, y, side = where
+def _cell(value: float, largest: float, corner: tuple[float, float], side: float, title: str) -> list[Rect | Line]:
+    """Return a cell of the map in the color of its value, or a dashed outline for NaN."""
+    x, y, side = corner[0] + 0.5, corner[1] + 0.5, side - 1
     if not np.isfinite(value):
-        return f'<rect class="empty" x="{x + 0.5}" y="{y + 0.5}" width="{side - 1}" height="{side - 1}"/>'
-    part = abs(value) / largest if largest else 0.0
-    css = "series-pos" if value >= 0 else "series-neg"
-    title = f"<title>rows of {escape(names[0])} on targets of {escape(names[1])}: {number(value)}</title>"
-    cell = (
-        f'<rect class="{css}" x="{x + 0.5}" y="{y + 0.5}" width="{side - 1}" height="{side - 1}" rx="2" '
-        f'fill-opacity="{0.04 + 0.86 * part**0.6:.3f}">{title}</rect>'
-    )
-    if count > HEAT_NUMBERS:
-        return cell
-    strong = " strong" if part**0.6 > 0.62 else ""
+        corners = [(x, y), (x + side, y), (x + side, y + side), (x, y + side)]
+        return [Line(corners, "line", 1, (3, 3), closed=True)]
+    return [Rect(x, y, side, side, "pos" if value >= 0 else "neg", _opacity(value, largest), title)]
+
+
+def _cell_number(value: float, largest: float, x: float, y: float, side: float) -> Text:
+    """Return a cell's number in percent of the largest, readable on the cell's color."""
     text = f"{round(value / largest * 100)}".replace("-", "−") if largest else "0"
-    return (
-        f'{cell}<text class="cell{strong}" x="{x + side / 2}" y="{y + side / 2 + 4}" text-anchor="middle">{text}</text>'
-    )
+    strong = _opacity(value, largest) > 0.6
+    return Text(x + side / 2, y + side / 2 + 4, text, "card" if strong else "text", "middle", 11, strong)
 
 
-def interval(low: float, share: float, high: float, known: float | None) -> str:
-    """Return an estimate with its interval on a line from 0 % on, and the true share where it is known."""
-    end = max(0.1, min(1.0, np.ceil(max(high, share, known or 0.0) * 10.5) / 10))
-    x = _scale(0.0, end, 14, 426)
-    parts = [f'<line class="rule" x1="{x(0.0)}" x2="{x(end)}" y1="34" y2="34"/>']
-    for tick in _ticks(0.0, end, 5):
-        parts.append(f'<line class="rule" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="30" y2="38"/>')
-        parts.append(f'<text class="tick" x="{x(tick):.1f}" y="54" text-anchor="middle">{tick * 100:.3g} %</text>')
-    bar = f'x="{x(low):.1f}" y="26" width="{max(2, x(high) - x(low)):.1f}" height="16" rx="4"'
-    parts.append(f'<rect class="series-main" fill-opacity="0.35" {bar}/>')
-    parts.append(f'<circle class="series-main" cx="{x(share):.1f}" cy="34" r="6"/>')
-    words = f"Estimate {share:.1%}, interval {low:.1%} to {high:.1%}."
-    if known is not None:
-        parts.append(
-            f'<path class="series-alert" d="M{x(known):.1f} 22l-6 -10h12z"><title>known: {known:.1%}</title></path>'
-        )
-        words += f" Known: {known:.1%}."
-    return _svg(parts, "Estimated share of wrong labels", words, (440, 60), "interval")
+def _opacity(value: float, largest: float) -> float:
+    """Return how strong the color of a value is; the root lets small values show."""
+    return 0.04 + 0.86 * (abs(value) / largest if largest else 0.0) ** 0.6
 
 
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """Return the map from data to pixels."""
-    span = (high - low) or 1.0
-    return lambda value: float(start + (value - low) / span * (end - start))
-
-
-def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Return round numbers between two bounds, about so many."""
-    rough = (high - low) / max(1, count) or 1.0
-    power = 10.0 ** np.floor(np.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
-    return [
-        float(value) for value in np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step + 0.0
+def _color_scale(largest: float, x: float, y: float, width: float) -> list[Rect | Text]:
+    """Return a strip of the map's colors from the most negative to the most positive, with numbers below."""
+    values = np.linspace(-largest, largest, 41)
+    step = width / len(values)
+    marks: list[Rect | Text] = [
+        Rect(x + place * step, y, step, 10, "pos" if value >= 0 else "neg", _opacity(value, largest))
+        for place, value in enumerate(values.tolist())
     ]
+    ends = [(0.0, "start", number(-largest)), (0.5, "middle", "0"), (1.0, "end", number(largest, signed=True))]
+    return marks + [Text(x + share * width, y + 26, text, anchor=anchor) for share, anchor, text in ends]
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Return powers of ten between two bounds, or round numbers where there are few."""
-    powers = 10.0 ** np.arange(np.ceil(np.log10(low)), np.floor(np.log10(high)) + 1)
-    if len(powers) >= 2:
-        return [float(value) for value in powers[:: -(-len(powers) // 5)]]
-    return [float(value) for value in np.geomspace(low, high, 4)]
+def interval(health: WrongLabels, known: float | None) -> Figure:
+    """Draw the estimate of wrong labels with its interval, and the true share as a triangle if it is known."""
+    end = max(0.1, min(1.0, np.ceil(max(health.high, health.share, known or 0.0) * 10.5) / 10))
+    axis = Axis(0.0, end, [])
+    figure = Figure(440, 60, f"Estimate {health.share:.1%}, interval {health.low:.1%} to {health.high:.1%}.")
+
+    def x(share: float) -> float:
+        return axis.position(share, 18.0, 416.0)
+
+    figure.marks.append(Line([(x(0.0), 34), (x(end), 34)], "muted"))
+    for tick in round_ticks(0.0, end, 5):
+        figure.marks.append(Line([(x(tick), 30), (x(tick), 38)], "muted"))
+        figure.marks.append(Text(x(tick), 56, f"{tick * 100:.3g} %", anchor="middle"))
+    figure.marks.append(Rect(x(health.low), 26, max(2, x(health.high) - x(health.low)), 16, "pos", 0.35))
+    at = x(health.share)
+    turns = np.linspace(0, 2 * np.pi, 33)[:-1]
+    circle = [(at + 6 * float(np.cos(turn)), 34 + 6 * float(np.sin(turn))) for turn in turns]
+    figure.marks.append(Line(circle, "pos", closed=True, filled=True))
+    if known is not None:
+        at = x(known)
+        triangle = [(at, 22), (at - 6, 10), (at + 6, 10)]
+        figure.marks.append(Line(triangle, "neg", title=f"known: {known:.1%}", closed=True, filled=True))
+        figure.description += f" Known: {known:.1%}."
+    return figure
 
 
-def _y_grid(y: Callable[[float], float], ticks: Sequence[float], name: Callable[[float], str]) -> str:
-    """Return horizontal lines with their numbers."""
-    return "".join(
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-        f'<text class="tick" x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{escape(name(tick))}</text>'
-        for tick in ticks
-    )
-
-
-def _x_ticks(ticks: Sequence[tuple[float, str]], label: str) -> str:
-    """Return numbers below the chart and the name of the axis."""
-    numbers = "".join(
-        f'<text class="tick" x="{at:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{escape(text)}</text>'
-        for at, text in ticks
-    )
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    return f'{numbers}<text class="axis" x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escape(label)}</text>'
-
-
-def _path(points: Sequence[tuple[float, float]], css: str, title: str) -> str:
-    """Return a line through points."""
-    line = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    return f'<path class="{css}" d="M{line}"><title>{escape(title)}</title></path>'
-
-
-def _svg(
-    parts: Sequence[str], title: str, words: str, size: tuple[float, float] = (WIDTH, HEIGHT), css: str = "plot"
-) -> str:
-    """Return the picture with what a reader who does not see it needs to know."""
-    return (
-        f'<svg class="chart {css}" viewBox="0 0 {size[0]} {size[1]}" width="{size[0]}" role="img" '
-        f'aria-label="{escape(f"{title}. {words}")}">{"".join(parts)}</svg>'
-    )
-
-
-def _cut(text: str, length: int) -> str:
-    """Shorten a name."""
-    return text if len(text) <= length else text[: length - 1] + "…"
+def _percent_axis(top: float, name: str) -> Axis:
+    """Return a vertical axis from 0 to a little more than the tallest bar, in percent."""
+    top = max(1e-9, float(top)) * 1.06
+    return Axis(0.0, top, [(tick, f"{tick:.3g} %") for tick in round_ticks(0.0, top, 4)], name)

@@ -1,4 +1,4 @@
-"""How many labels are likely wrong: an estimate from influence, with an interval that says what it does not know."""
+"""Label health: the likely share of wrong labels, and how many known wrong labels a ranking finds."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ import numpy as np
 from tracer.report.summaries import ClassSummary
 
 Z = 1.959964
-"""Of a two-sided interval of 95 %."""
+"""Half the width of a two-sided 95 % interval, in standard errors."""
 
 MIN_CLASSES = 10
-"""With fewer classes there is no estimate: the rates are those of ten, and with few classes they are others.
+"""With fewer classes there is no estimate, because the rates were measured with ten.
 
-With two classes a row harms one whenever it helps the other, so harm over help does not tell a wrong label from a right
-row near the boundary. On three and five classes of digits the rates leave their ranges (docs/report.md).
+With two classes an example harms one whenever it helps the other, so harm over help does not tell a wrong label from a
+correct example near the boundary. On three and five classes of digits the rates leave their ranges (docs/report.md).
 """
+
+CHECKED_SHARES = (0.1, 0.2, 0.3)
+"""The shares of checked training examples that tables list."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How often rows are contradicted, as measured on digits with known flips (benchmarks/health.py).
+    """How often examples are contradicted, as measured on digits with known flips (benchmarks/health.py).
 
     Attributes:
-        false_positive: The share of rightly labelled rows that are contradicted.
-        false_positive_range: Its 5 % and 95 % quantiles over runs.
-        detected: The share of wrongly labelled rows that are contradicted.
-        detected_range: Its 5 % and 95 % quantiles over runs.
+        false_positive: The share of correctly labelled examples that are contradicted.
+        false_positive_range: Its 5 % and 95 % quantiles over training runs.
+        detected: The share of wrongly labelled examples that are contradicted.
+        detected_range: Its 5 % and 95 % quantiles over training runs.
     """
 
     false_positive: float
@@ -47,9 +50,9 @@ class WrongLabels:
         share: The estimate, from 0 to 1.
         low: The lower end of its interval.
         high: The upper end.
-        contradicted: The share of contradicted rows that it comes from.
-        error: The standard error of that share: from rows (binomial) and from targets (jackknife).
-        num_contradicted: How many rows are contradicted.
+        contradicted: The share of contradicted examples, from which the estimate is computed.
+        error: The standard error of that share, over examples (binomial) and targets (jackknife).
+        num_contradicted: The number of contradicted examples.
     """
 
     share: float
@@ -61,34 +64,35 @@ class WrongLabels:
 
 
 def estimate_wrong_labels(classes: ClassSummary, calibration: Calibration = CALIBRATION) -> WrongLabels:
-    """Estimate the share of wrong labels from the share of contradicted rows.
+    """Estimate the share of wrong labels from the share of contradicted examples.
 
-    With f the share of contradicted rows, α that of right rows among which it happens and β that of wrong ones, the
-    share of wrong labels is ``(f - α) / (β - α)`` (Rogan & Gladen 1978, eq. 1), cut to [0, 1]. The interval goes over
-    f ± 1.96 standard errors and over the ranges of α and β that were measured, so it holds the method's own error as
-    far as that carries over from the data of the calibration.
+    With f the share of contradicted examples, α the rate among correct labels and β the rate among wrong ones, the
+    share of wrong labels is ``(f - α) / (β - α)`` (Rogan & Gladen 1978, eq. 1), clipped to [0, 1]. The interval covers
+    f ± 1.96 standard errors and the measured ranges of α and β, so it includes the error of the method if the data
+    resemble those of the calibration.
 
     Args:
-        classes: What scores say by class.
-        calibration: α and β and their ranges.
+        classes: The scores by class.
+        calibration: α and β with their ranges.
 
     Returns:
         The estimate.
 
     >>> from tracer.report.summaries import summarize_scores
-    >>> scores = np.kron(2 * np.eye(2) - 1, np.ones((10, 4)))  # all rows help their own class
+    >>> scores = np.kron(2 * np.eye(2) - 1, np.ones((10, 4)))  # every example helps its own class
     >>> labels = np.repeat([0, 1], 10), np.repeat([0, 1], 4)
     >>> found = estimate_wrong_labels(summarize_scores(scores, *labels).classes)
     >>> found.share, found.low, round(found.high, 2)
     (0.0, 0.0, 0.0)
     """
     wrong = classes.contradicted
-    num_rows, share = len(wrong), float(wrong.mean())
-    variance = share * (1 - share) / num_rows
+    num_train, share = len(wrong), float(wrong.mean())
+    variance = share * (1 - share) / num_train
     folds = classes.fold_shares
     if len(folds):
         variance += (len(folds) - 1) / len(folds) * float(np.square(folds - folds.mean()).sum())
     error = variance**0.5
+    # both ends take the rates that move them outwards: many false positives for the low end, few for the high one
     low_rate, high_rate = calibration.false_positive_range
     least, most = calibration.detected_range
     return WrongLabels(
@@ -102,15 +106,38 @@ def estimate_wrong_labels(classes: ClassSummary, calibration: Calibration = CALI
 
 
 def enough_classes(classes: ClassSummary) -> bool:
-    """Tell whether as many classes have training rows and targets as the estimate was calibrated for."""
+    """Return whether there are as many classes as the estimate was calibrated for."""
     return count_classes(classes) >= MIN_CLASSES
 
 
 def count_classes(classes: ClassSummary) -> int:
-    """Return how many classes have training rows and targets."""
+    """Return the number of classes that have both training examples and targets."""
     return int(np.count_nonzero((classes.train_counts > 0) & (classes.target_counts > 0)))
 
 
+def descending(scores: np.ndarray) -> np.ndarray:
+    """Return the indices ``[N]``, int64, by descending score; equal scores stay in order.
+
+    >>> descending(np.array([1.0, 3.0, 3.0])).tolist()
+    [1, 2, 0]
+    """
+    return np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
+
+
+def recovery_curve(scores: np.ndarray, mislabelled: np.ndarray) -> np.ndarray:
+    """Return the number of mislabelled examples among the first n by descending score, ``[N + 1]``, int64.
+
+    >>> recovery_curve(np.array([0.1, 0.9, 0.5]), np.array([False, True, False])).tolist()
+    [0, 1, 1, 1]
+    """
+    return np.concatenate([[0], np.cumsum(mislabelled[descending(scores)], dtype=np.int64)])
+
+
+def num_checked(num_train: int, share: float) -> int:
+    """Return a share of the training examples as a number, rounded."""
+    return round(share * num_train)
+
+
 def _corrected(share: float, false_positive: float, detected: float) -> float:
-    """Return ``(f - α) / (β - α)``, cut to [0, 1]."""
+    """Return ``(f - α) / (β - α)``, clipped to [0, 1]."""
     return min(1.0, max(0.0, (share - false_positive) / (detected - false_positive)))

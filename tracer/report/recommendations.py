@@ -1,4 +1,4 @@
-"""What to do next, as far as the numbers of a report say so: each advice names the number it follows from."""
+"""Recommendations that the numbers of a report support; each states the number it follows from."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tracer.report.charts import number
 from tracer.report.content import ReportContent
 from tracer.report.health import Z
 from tracer.report.summaries import ClassSummary
+from tracer.report.text import number
 
-MIN_ROWS = 5
-"""Fewer rows support no advice."""
+MIN_EXAMPLES = 5
+"""Fewer examples or targets support no recommendation."""
 
 PAIR_SHARE = 0.2
 CLASS_FACTOR = 2.0
@@ -28,177 +28,159 @@ class Advice:
     """One recommendation.
 
     Attributes:
-        what: What to do.
-        why: The number it follows from.
-        link: The part of the page that shows it.
+        action: The recommended action.
+        reason: The number it follows from.
+        link: The anchor of the section that shows it.
     """
 
-    what: str
-    why: str
+    action: str
+    reason: str
     link: str
 
 
 def recommendations(data: ReportContent) -> list[Advice]:
-    """Return the advice that the numbers support, most pressing first; often none.
-
-    Args:
-        data: What is reported.
-
-    Returns:
-        At most one advice of each kind.
-    """
+    """Return at most one recommendation of each kind, the most urgent first; often none."""
     kinds: tuple[Callable[[ReportContent], Advice | None], ...] = (
-        _wrong_labels, _worst_class, _confused_pair, _concentration, _omnipresent_row, _small_class, _harmed_targets,
+        _wrong_labels, _worst_class, _confused_pair, _concentration, _omnipresent_example, _small_class,
+        _harmed_targets,
     )  # fmt: skip
-    found = [kind(data) for kind in kinds]
-    return [advice for advice in found if advice is not None]
+    return [advice for kind in kinds if (advice := kind(data)) is not None]
 
 
 def _wrong_labels(data: ReportContent) -> Advice | None:
-    """Labels are to be checked where the estimate's interval lies above zero."""
+    """Check labels if the interval of the estimate is above zero."""
     health = data.health
-    if health is None or health.low <= 0 or health.num_contradicted < MIN_ROWS:
+    if health is None or health.low <= 0 or health.num_contradicted < MIN_EXAMPLES:
         return None
     return Advice(
-        f"Check the labels of the {health.num_contradicted:,} contradicted rows, highest self-influence first.",
+        f"Check the labels of the {health.num_contradicted:,} contradicted examples, highest self-influence first.",
         f"An estimated {health.share:.1%} of the labels are wrong; the interval, {health.low:.1%} to "
-        f"{health.high:.1%}, lies above zero.",
+        f"{health.high:.1%}, is above zero.",
         "suspects",
     )
 
 
 def _worst_class(data: ReportContent) -> Advice | None:
-    """A class stands out where its share of contradicted rows is far above that of the others together."""
+    """Look at a class if far more of its examples are contradicted than of all other classes together."""
     classes = _contradicting_classes(data)
-    codes = _train_codes(data)
-    if classes is None or codes is None:
+    if classes is None:
         return None
-    wrong = np.bincount(codes[classes.contradicted], minlength=len(classes.train_counts))
     counts = classes.train_counts
-    best: tuple[float, int, float, float] | None = None
-    for place in np.flatnonzero(wrong >= MIN_ROWS).tolist():
-        others = int(counts.sum() - counts[place])
-        if not others:
+    wrong = np.bincount(data.train_codes[classes.contradicted], minlength=len(counts))
+    pooled = wrong.sum() / counts.sum()
+    best: tuple[float, int, float] | None = None
+    for place in np.flatnonzero(wrong >= MIN_EXAMPLES).tolist():
+        rest = int(counts.sum() - counts[place])
+        if not rest:
             continue
-        here, there = wrong[place] / counts[place], (wrong.sum() - wrong[place]) / others
-        pooled = wrong.sum() / counts.sum()
-        error = (pooled * (1 - pooled) * (1 / counts[place] + 1 / others)) ** 0.5
-        # the threshold is divided among the classes that could have stood out (Bonferroni, roughly)
+        here, there = float(wrong[place] / counts[place]), float((wrong.sum() - wrong[place]) / rest)
+        error = (pooled * (1 - pooled) * (1 / counts[place] + 1 / rest)) ** 0.5
+        # every class could have stood out, so the threshold grows with their number (roughly Bonferroni)
         if here > CLASS_FACTOR * there and here - there > (Z + np.log10(len(counts))) * error:
-            best = max(best or (0.0, 0, 0.0, 0.0), (float(here), place, float(here), float(there)))
+            best = max(best or (0.0, 0, 0.0), (here, place, there))
     if best is None:
         return None
-    name = data.class_names[best[1]]
+    here, place, there = best
     return Advice(
-        f"Look at how rows of class {name} were labelled.",
-        f"{best[2]:.1%} of its {counts[best[1]]:,} rows are contradicted, against {best[3]:.1%} of all others.",
+        f"Look at how examples of class {data.class_names[place]} were labelled.",
+        f"{here:.1%} of its {counts[place]:,} examples are contradicted, against {there:.1%} in all other classes.",
         "classes",
     )
 
 
 def _confused_pair(data: ReportContent) -> Advice | None:
-    """A pair of classes stands out where it holds a large part of all contradicted rows."""
+    """Look at a pair of classes if it has a large part of all contradicted examples."""
     classes = _contradicting_classes(data)
-    codes = _train_codes(data)
-    if classes is None or codes is None:
+    if classes is None:
         return None
-    mask = classes.contradicted & (classes.harmed != codes)
-    pairs = codes[mask] * len(data.class_names) + classes.harmed[mask]
+    mask = classes.contradicted & (classes.harmed != data.train_codes)
+    pairs = data.train_codes[mask] * len(data.class_names) + classes.harmed[mask]
     if not len(pairs):
         return None
     values, counts = np.unique(pairs, return_counts=True)
     most = int(counts.argmax())
-    if counts[most] < MIN_ROWS or counts[most] < PAIR_SHARE * len(pairs):
+    if counts[most] < MIN_EXAMPLES or counts[most] < PAIR_SHARE * len(pairs):
         return None
     given, other = (data.class_names[place] for place in divmod(int(values[most]), len(data.class_names)))
     return Advice(
-        f"Settle what tells class {given} from class {other}, and check rows labelled {given}.",
-        f"{counts[most]:,} of the {len(pairs):,} contradicted rows are labelled {given} and harm {other} most.",
+        f"Clarify what distinguishes class {given} from class {other}, and check examples labelled {given}.",
+        f"{counts[most]:,} of the {len(pairs):,} contradicted examples are labelled {given} and harm {other} most.",
         "classes",
     )
 
 
 def _concentration(data: ReportContent) -> Advice | None:
-    """Few rows are to be looked at where they hold a large part of all self-influence."""
+    """Look at the top of the ranking if few examples have a large part of all self-influence."""
     values = np.clip(data.self_influence, 0, None)[data.order]
     count = max(1, len(values) // 100)
     total = float(values.sum())
-    if count < MIN_ROWS or total <= 0 or values[:count].sum() < CONCENTRATION * total:
+    if count < MIN_EXAMPLES or total <= 0 or values[:count].sum() < CONCENTRATION * total:
         return None
     return Advice(
-        f"Look at the {count:,} rows of highest self-influence: wrong, rare or hard.",
-        f"This 1 % of the rows holds {values[:count].sum() / total:.0%} of all self-influence.",
+        f"Look at the {count:,} examples with the highest self-influence: they are wrong, rare or hard.",
+        f"This 1 % of the training examples has {values[:count].sum() / total:.0%} of all self-influence.",
         "suspects",
     )
 
 
-def _omnipresent_row(data: ReportContent) -> Advice | None:
-    """A single row among the strongest of many targets is a sign of its large gradient."""
+def _omnipresent_example(data: ReportContent) -> Advice | None:
+    """Suggest cosine scores if one example with a large gradient is among the strongest of many targets."""
     num_targets = data.target.size
-    if num_targets < 4 * MIN_ROWS or data.settings.get("estimator") == "cosine":
+    if num_targets < 4 * MIN_EXAMPLES or data.settings.get("estimator") == "cosine":
         return None
-    k = data.proponents.indices.shape[1]
-    if k * 10 > data.num_rows:  # with few rows to choose from it means nothing
-        return None
-    rows = np.concatenate([data.proponents.indices, data.opponents.indices], axis=1)
-    counts = np.bincount(rows.ravel(), minlength=data.num_rows)
-    row = int(counts.argmax())
-    if counts[row] < OMNIPRESENT * num_targets:
+    if data.proponents.indices.shape[1] * 10 > data.num_train:
+        return None  # with few examples to choose from, each is often among the strongest
+    strongest = np.concatenate([data.proponents.indices, data.opponents.indices], axis=1)
+    counts = np.bincount(strongest.ravel(), minlength=data.num_train)
+    index = int(counts.argmax())
+    if counts[index] < OMNIPRESENT * num_targets:
         return None
     return Advice(
-        'Compare with estimator="cosine", which divides the size of gradients out.',
-        f"Row {row} is among the strongest rows of {counts[row] / num_targets:.0%} of the targets, which points to its "
-        "large gradient.",
+        'Compare with estimator="cosine", which ignores the size of gradients.',
+        f"Training example {index} is among the strongest of {counts[index] / num_targets:.0%} of the targets, "
+        "probably because its gradient is large.",
         "targets",
     )
 
 
 def _small_class(data: ReportContent) -> Advice | None:
-    """A class with few rows is named where the others have many times more."""
-    classes = None if data.summary is None else data.summary.classes
-    if classes is None:
+    """Collect more data for a class that is far smaller than the average."""
+    if data.classes is None:
         return None
-    present = np.flatnonzero(classes.train_counts)
-    counts = classes.train_counts[present]
+    present = np.flatnonzero(data.classes.train_counts)
+    counts = data.classes.train_counts[present]
     least, mean = int(counts.argmin()), float(counts.mean())
     if len(present) < 2 or counts[least] >= SMALL_CLASS * mean:
         return None
-    name = data.class_names[int(present[least])]
     return Advice(
-        f"Collect more rows of class {name}.",
-        f"It has {counts[least]:,} training rows; the classes have {mean:,.0f} on average.",
+        f"Collect more examples of class {data.class_names[int(present[least])]}.",
+        f"It has {counts[least]:,} training examples; the classes have {mean:,.0f} on average.",
         "classes",
     )
 
 
 def _harmed_targets(data: ReportContent) -> Advice | None:
-    """Targets that training moved the wrong way are named where they are many."""
+    """Look at targets that training moved in the wrong direction if they are many."""
+    # only these two estimators add up steps of training, so only their mean says where training moved a target
     if data.summary is None or data.settings.get("estimator", "tracin") not in ("tracin", "cosine"):
         return None
     harmed = int((data.summary.target_mean < 0).sum())
-    if harmed < MIN_ROWS or harmed < HARMED_TARGETS * data.target.size:
+    if harmed < MIN_EXAMPLES or harmed < HARMED_TARGETS * data.target.size:
         return None
     return Advice(
-        "Look at the targets of negative mean score: their kind may be missing in training, or their label wrong.",
-        f"{harmed:,} of {data.target.size:,} targets ({harmed / data.target.size:.0%}) have a negative mean score: "
-        f"the least is {number(float(data.summary.target_mean.min()))}.",
+        "Look at the targets with a negative mean score: training may lack examples like them, or their labels are "
+        "wrong.",
+        f"{harmed:,} of {data.target.size:,} targets ({harmed / data.target.size:.0%}) have a negative mean score; "
+        f"the lowest is {number(float(data.summary.target_mean.min()))}.",
         "targets",
     )
 
 
 def _contradicting_classes(data: ReportContent) -> ClassSummary | None:
-    """Return what scores say by class where the interval of wrong labels lies above zero.
+    """Return the scores by class if the interval of wrong labels is above zero.
 
-    Below that, contradicted rows may all be rightly labelled, and where they gather says nothing of labels.
+    Otherwise all contradicted examples may have correct labels, and nothing follows from where they are.
     """
-    if data.health is None or data.health.low <= 0 or data.summary is None:
+    if data.health is None or data.health.low <= 0:
         return None
-    return data.summary.classes
-
-
-def _train_codes(data: ReportContent) -> np.ndarray | None:
-    """Return the class of each training row, as the summary counts them."""
-    if data.train.labels is None or not data.class_names:
-        return None
-    places = {name: place for place, name in enumerate(data.class_names)}
-    return np.array([places[name] for name in data.train.labels], dtype=np.int64)
+    return data.classes

@@ -1,375 +1,227 @@
-"""The parts of a report: each joins a chart, its numbers and the words that explain them."""
+"""The sections of a report: the numbers, figures and tables that each template shows."""
 
 from __future__ import annotations
 
-from html import escape
+from typing import Any
 
 import numpy as np
 
 from tracer.report import charts
-from tracer.report.charts import number
 from tracer.report.content import ReportContent
-from tracer.report.health import MIN_CLASSES, count_classes
-from tracer.report.page import (
-    Section,
-    figure,
-    folded,
-    legend,
-    paragraph,
-    side_by_side,
-    subheading,
-    table,
-    tiles,
-)
-from tracer.report.payload import MAX_TABLE_ROWS, MAX_TARGETS
+from tracer.report.figure import Figure
+from tracer.report.health import CHECKED_SHARES, MIN_CLASSES, count_classes, num_checked, recovery_curve
+from tracer.report.page import Section
+from tracer.report.payload import MAX_TABLE_EXAMPLES, MAX_TARGETS
+from tracer.report.plot import legend_figure
 from tracer.report.recommendations import recommendations
-from tracer.report.recovery import SHARES, recovery_curve, rows_checked
+from tracer.report.text import number
 
-SELF = "self-influence"
-
-SELF_MEANING = (
-    "Self-influence adds up, over the checkpoints, learning rate times the squared norm of the row's loss "
-    "gradient: how hard training pulled on this row. Rows that contradict the others stand high: wrong labels, and "
-    "also rare or hard rows that are right."
-)
-
-LOSS_MEANING = (
-    "A proponent is a training row whose steps lowered the target's loss (score above zero), an opponent one whose "
-    "steps raised it (below zero). Scores can be compared within a target, hardly between targets: large "
-    "gradients give large scores."
-)
-
-OUTPUT_MEANING = (
-    "A proponent is a training row whose steps moved the model's output for the target in the direction in which "
-    "the target's loss falls (score above zero), an opponent one whose steps moved it the other way (below zero). "
-    "Scores can be compared within a target, hardly between targets: large gradients give large scores."
-)
-
-CONTRADICTED_MEANING = (
-    "A contradicted row harms the targets of one class about as much as it helps those of another, far more than "
-    "is usual for these rows: what it teaches goes against what that class says. Its label may be wrong; it may "
-    "also be a hard row that is right."
-)
-
-ESTIMATOR_MEANING = (
-    "With the estimators tracin and cosine, scores follow single gradient steps at a few checkpoints. They say "
-    "little about what would happen if a row were left out and the model trained anew; the estimators influence "
-    "and trak aim at that."
-)
-
-HEALTH = (
-    "A row is contradicted where its harm to one class (the negated least of its mean scores on the targets of each "
-    "class, each target's scores divided by their root mean square) over its help (the greatest of them) is above the "
-    "median by more than 1.25 times the distance from the 10 % quantile to the median, in logarithms. The estimate "
-    "corrects the share of contradicted rows for right rows that are contradicted and wrong ones that are not, as "
-    "measured on handwritten digits with known flips (Rogan & Gladen 1978). The interval covers chance and the range "
-    "of these rates there; other data may differ, and labels that are wrong in the same way in training rows and "
-    "targets do not show."
-)
+RECOVERY_SIZE = (420, 260)
+QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
 
-def summary(data: ReportContent) -> str:
+def build_sections(data: ReportContent) -> list[Section]:
+    """Return the sections in order; one whose numbers are missing is left out."""
+    headings = (
+        ("overview", "Overview", _overview(data)),
+        ("distributions", "Distributions", _distributions(data)),
+        ("recovery", "Finding mislabelled examples", _recovery(data)),
+        ("suspects", "Suspects", _suspects(data)),
+        ("targets", "Proponents and opponents", _targets(data)),
+        ("classes", "Classes", _classes(data)),
+        ("reading", "How to read this", _reading(data)),
+    )
+    return [Section(anchor, heading, view) for anchor, heading, view in headings if view is not None]
+
+
+def lead(data: ReportContent) -> str:
     """Return the paragraph below the title."""
-    parts = f"{data.num_rows:,} training rows and {data.target.size:,} targets"
+    sizes = f"{data.num_train:,} training examples and {data.target.size:,} targets"
     if data.known_mislabelled is None:
-        return parts + "."
-    count = rows_checked(data.num_rows, SHARES[0])
-    total = int(data.known_mislabelled.sum())
+        return f"{sizes}."
+    count, total = num_checked(data.num_train, CHECKED_SHARES[0]), int(data.known_mislabelled.sum())
     found = int(recovery_curve(data.self_influence, data.known_mislabelled)[count])
     return (
-        f"{parts}; {total:,} rows are known to be mislabelled. The {count:,} rows of highest self-influence hold "
-        f"{found:,} of them ({found / total:.0%}); by chance they would hold {total * count / data.num_rows:.0f}."
+        f"{sizes}; {total:,} training examples are known to be mislabelled. The {count:,} examples with the highest "
+        f"self-influence contain {found:,} of them ({found / total:.0%}); chance would find "
+        f"{total * count / data.num_train:.0f}."
     )
 
 
-def build(data: ReportContent) -> list[Section]:
-    """Return the sections in order."""
-    parts = [
-        _overview(data),
-        _distributions(data),
-        _recovery(data),
-        _suspects(data),
-        _targets(data),
-        _classes(data),
-        Section("reading", "How to read this", _meaning(data) + _files(data)),
-    ]
-    return [part for part in parts if part is not None]
+def self_influence_groups(data: ReportContent) -> dict[str, np.ndarray]:
+    """Return self-influence of clean and of mislabelled examples if these are known, else of all."""
+    mask, values = data.known_mislabelled, data.self_influence
+    if mask is None or mask.all():
+        return {"all training examples": values}
+    return {"clean": values[~mask], "known mislabelled": values[mask]}
 
 
-def _meaning(data: ReportContent) -> str:
-    """Return what the numbers of this report mean."""
-    texts = [SELF_MEANING, OUTPUT_MEANING if data.settings.get("target") == "output" else LOSS_MEANING]
-    if data.contradicted is not None:
-        texts.append(CONTRADICTED_MEANING)
-    return "".join(paragraph(text) for text in (*texts, ESTIMATOR_MEANING))
+def all_rankings(data: ReportContent) -> dict[str, np.ndarray]:
+    """Return the scores ``[N]`` of self-influence and of the other rankings by name."""
+    return {"self-influence": data.self_influence, **data.rankings}
 
 
-def _overview(data: ReportContent) -> Section:
-    """Build key figures, the state of the labels, what to do, and settings."""
-    figures = [("training rows", f"{data.num_rows:,}"), ("targets", f"{data.target.size:,}")]
+def _overview(data: ReportContent) -> dict[str, Any]:
+    """Return key figures, the state of the labels, recommendations and settings."""
+    figures = [("training examples", f"{data.num_train:,}"), ("targets", f"{data.target.size:,}")]
     figures += [(name, str(data.settings[name])) for name in ("checkpoints", "estimator") if name in data.settings]
     if data.train.has_classes:
         figures.append(("classes", f"{len(set(data.train.labels or ())):,}"))
-    disagrees = data.disagrees
-    if disagrees is not None:
-        figures.append(("rows whose label the model does not predict", f"{disagrees.mean():.1%}"))
+    if data.disagrees is not None:
+        figures.append(("examples whose label the model does not predict", f"{data.disagrees.mean():.1%}"))
     if data.known_mislabelled is not None:
         figures.append(("known mislabelled", f"{int(data.known_mislabelled.sum()):,}"))
-    body = tiles(figures) + side_by_side(_health(data), _advice(data))
-    if data.settings:
-        settings = [[name, value] for name, value in data.settings.items()]
-        body += folded("Settings and the store", table("What the scores come from", ["setting", "value"], settings))
-    return Section("overview", "Overview", body)
-
-
-def _health(data: ReportContent) -> str:
-    """Return the estimate of wrong labels, or what it would need."""
-    heading = subheading("Label health")
-    health = data.health
-    if health is None and data.summary is not None and data.summary.classes is not None:
-        return heading + paragraph(
-            f"No estimate of wrong labels: it is calibrated for {MIN_CLASSES} classes or more, and here "
-            f"{count_classes(data.summary.classes)} have training rows and targets; with few classes a right row "
-            "between two of them looks like a wrong label."
-        )
-    if health is None:
-        return heading + paragraph(
-            "No estimate of wrong labels: it needs scores, and labels of training rows and targets."
-        )
     known = None if data.known_mislabelled is None else float(data.known_mislabelled.mean())
-    chart = charts.interval(health.low, health.share, health.high, known)
-    words = f"of the labels are likely wrong; interval {health.low:.1%} to {health.high:.1%}"
-    line = (
-        f"{health.num_contradicted:,} rows ({health.contradicted:.1%} ± {health.error:.1%}, one standard error) are "
-        "contradicted by the targets."
-    )
-    if known is not None:
-        line += f" Known to be wrong: {known:.1%} (the triangle)."
-    return f'{heading}<p class="big">{health.share:.1%}</p>{paragraph(words)}{chart}{paragraph(line)}' + folded(
-        "How this is estimated", paragraph(HEALTH)
-    )
+    return {
+        "key_figures": figures,
+        "health": data.health,
+        "interval": None if data.health is None else charts.interval(data.health, known),
+        "known": known,
+        "num_classes": None if data.classes is None else count_classes(data.classes),
+        "min_classes": MIN_CLASSES,
+        "advice": recommendations(data),
+        "settings": data.settings,
+    }
 
 
-def _advice(data: ReportContent) -> str:
-    """Return what the numbers recommend."""
-    found = recommendations(data)
-    if not found:
-        return subheading("Recommendations") + paragraph("None of the numbers of this report calls for one.")
-    items = "".join(
-        f"<li><strong>{escape(advice.what)}</strong>"
-        f'<span>{escape(advice.why)} <a href="#{advice.link}">Show</a></span></li>'
-        for advice in found
-    )
-    return f'{subheading("Recommendations")}<ol class="advice">{items}</ol>'
-
-
-def _distributions(data: ReportContent) -> Section:
-    """Build the section on how self-influence, scores and targets are distributed."""
-    mask, values = data.known_mislabelled, data.self_influence
-    groups = {"all rows": values}
-    if mask is not None and not mask.all():
-        groups = {"clean": values[~mask], "known mislabelled": values[mask]}
-    entries = [("series-alert" if place else "series-main", name) for place, name in enumerate(groups)]
-    chart = charts.histogram(groups, "self-influence")
-    caption = "Share of each group's rows by self-influence; dashed: medians."
-    parts = [subheading("Self-influence") + (legend(entries) if len(entries) > 1 else "") + figure(chart, caption)]
+def _distributions(data: ReportContent) -> dict[str, Any]:
+    """Return the histograms of self-influence, scores and targets, and their quantiles."""
+    groups = self_influence_groups(data)
+    figure = charts.histogram(groups, "self-influence", "% of each group")
+    figures = [_titled(figure, "Self-influence", "Dashed: median of each group.")]
+    columns = {f"self-influence, {name}": values for name, values in groups.items()}
     if data.summary is not None:
-        chart = charts.signed_histogram(data.summary.edges, data.summary.counts)
-        every = "" if data.summary.row_step == 1 else f" Of every {data.summary.row_step}th training row."
-        caption = f"Share of all scores; blue helps the target, orange harms it.{every}"
-        parts.append(
-            subheading("Scores")
-            + legend([("series-pos", "positive"), ("series-neg", "negative")])
-            + figure(chart, caption)
+        step = data.summary.train_step
+        sampled = "" if step == 1 else f" One in {step} training examples is counted."
+        figure = charts.signed_histogram(data.summary.edges, data.summary.counts)
+        figures.append(
+            _titled(figure, "Scores", f"A positive score helps the target, a negative one harms it.{sampled}")
         )
-        means = data.summary.target_mean
-        chart = charts.histogram({"targets": means}, "mean score of a target over all training rows")
-        parts.append(
-            subheading("Average influence per target")
-            + figure(chart, "Share of targets; below zero, the scores of all training rows add up to harm.")
-        )
-    body = side_by_side(*parts, narrow=True) + folded("Numbers", _quantiles(data, groups))
-    return Section("distributions", "Distributions", body)
-
-
-def _quantiles(data: ReportContent, groups: dict[str, np.ndarray]) -> str:
-    """Return a table of quantiles."""
-    rows_of = {f"self-influence, {name}": values for name, values in groups.items() if len(values)}
-    if data.summary is not None:
-        rows_of["mean score of a training row"] = data.summary.row_mean
-        rows_of["mean score of a target"] = data.summary.target_mean
-    quantiles = (0.0, 0.1, 0.5, 0.9, 1.0)
-    rows = [
-        [name, f"{len(values):,}", *(number(float(value)) for value in np.quantile(values, quantiles))]
-        for name, values in rows_of.items()
+        figure = charts.histogram({"targets": data.summary.target_mean}, "mean score of a target", "% of targets")
+        caption = "Mean over all training examples. Below zero, their scores add up to harm."
+        figures.append(_titled(figure, "Average influence per target", caption))
+        columns["mean score of a training example"] = data.summary.train_mean
+        columns["mean score of a target"] = data.summary.target_mean
+    lines = [
+        [name, f"{len(values):,}", *(number(float(value)) for value in np.quantile(values, QUANTILES))]
+        for name, values in columns.items()
+        if len(values)
     ]
-    return table(
-        "Quantiles", ["what", "count", "least", "10 %", "median", "90 %", "greatest"], rows, numeric=range(1, 7)
-    )
+    return {"figures": figures, "quantiles": lines}
 
 
-def _recovery(data: ReportContent) -> Section | None:
-    """Build the section that compares rankings by the mislabelled rows they find."""
+def _recovery(data: ReportContent) -> dict[str, Any] | None:
+    """Return how many mislabelled examples each ranking finds, or None if they are not known."""
     mask = data.known_mislabelled
     if mask is None:
         return None
-    rankings = {SELF: data.self_influence, **data.rankings}
-    total, num_rows = int(mask.sum()), len(mask)
-    counts = [rows_checked(num_rows, share) for share in SHARES]
-    curves = {name: recovery_curve(scores, mask)[counts] for name, scores in rankings.items()}
-    rows = [[name, *(f"{found} ({found / total:.0%})" for found in curve)] for name, curve in curves.items()]
-    rows.append(
-        ["chance (expected)", *(f"{total * count / num_rows:.0f} ({count / num_rows:.0%})" for count in counts)]
-    )
-    header = ["ranking", *(f"top {share:.0%} ({count:,})" for share, count in zip(SHARES, counts, strict=True))]
-    entries = [(f"series{min(place, 3)}", name) for place, name in enumerate(rankings)]
-    caption = "Rows are checked from the top of each ranking. Dashed: the best possible; dotted: chance."
-    chart = legend(entries) + figure(charts.recovery_chart(rankings, mask), caption)
-    listing = table(f"Mislabelled rows found, of {total}", header, rows, numeric=range(1, len(header)))
-    return Section("recovery", "Finding mislabelled rows", side_by_side(chart, listing))
+    rankings = all_rankings(data)
+    legend = charts.recovery_keys(list(rankings))
+    size = (RECOVERY_SIZE[0], RECOVERY_SIZE[1] + int(legend_figure(legend, RECOVERY_SIZE[0]).height))
+    total, num_train = int(mask.sum()), len(mask)
+    counts = [num_checked(num_train, share) for share in CHECKED_SHARES]
+    lines = []
+    for name, scores in rankings.items():
+        curve = recovery_curve(scores, mask)[counts]
+        lines.append([name, *(f"{found} ({found / total:.0%})" for found in curve)])
+    chance = [f"{total * count / num_train:.0f} ({count / num_train:.0%})" for count in counts]
+    tops = [f"top {share:.0%} ({count:,})" for share, count in zip(CHECKED_SHARES, counts, strict=True)]
+    return {
+        "figures": [charts.recovery_chart(rankings, mask, size, legend, enlarged=part) for part in (False, True)],
+        "caption": f"Mislabelled examples found, of {total}",
+        "header": ["ranking", *tops],
+        "lines": [*lines, ["chance (expected)", *chance]],
+    }
 
 
-def _suspects(data: ReportContent) -> Section:
-    """Build the controls of the table of training rows; the scripts fill it."""
-    note = "Training rows, those of highest self-influence first."
-    if data.num_rows > MAX_TABLE_ROWS:
-        note += f" The {MAX_TABLE_ROWS:,} first of {data.num_rows:,}; influence_summary.csv has all."
-    flags = [("", "all rows")]
+def _suspects(data: ReportContent) -> dict[str, Any]:
+    """Return the controls of the table of training examples, which the scripts fill."""
+    note = "Training examples, highest self-influence first."
+    if data.num_train > MAX_TABLE_EXAMPLES:
+        note += f" The first {MAX_TABLE_EXAMPLES:,} of {data.num_train:,}; influence_summary.csv has all."
+    flags = [("", "all examples")]
     if data.contradicted is not None:
-        note += " Of contradicted rows, “harms” names the class whose targets they harm most."
-        flags += [("contradicted", "contradicted")]
+        note += " For contradicted examples, “harms” names the class whose targets they harm most."
+        flags.append(("contradicted", "contradicted"))
     if data.disagrees is not None:
-        flags += [("disagrees", "the model says another label")]
+        flags.append(("disagrees", "model predicts another label"))
     if data.known_mislabelled is not None:
         flags += [("known", "known mislabelled"), ("not-known", "not known to be mislabelled")]
-    controls = _field(
-        "Search", '<input type="search" data-control="search" placeholder="row, label or text">', grow=True
-    )
-    if data.train.has_classes:
-        controls += _field("Label", '<select data-control="label"><option value="">all</option></select>')
-    if len(flags) > 1:
-        controls += _field("Show", _select("flag", flags))
-    controls += _field("Sort by", '<select data-control="sort"></select>')
-    controls += _field("Rows a page", _select("size", [("24", "24"), ("60", "60"), ("120", "120")]))
-    if data.train.kind == "images":
-        controls += (
-            '<span class="group" role="group" aria-label="View"><button type="button" data-view="cards">Cards</button>'
-            '<button type="button" data-view="table">Table</button></span>'
-        )
-    pager = (
-        '<div class="pager" role="group" aria-label="Pages of training rows">'
-        '<button type="button" data-control="first">First</button>'
-        '<button type="button" data-control="previous">Previous</button>'
-        '<label>Page <input type="number" min="1" value="1" data-control="page"></label>'
-        '<span class="status" data-control="pages"></span>'
-        '<button type="button" data-control="next">Next</button>'
-        '<button type="button" data-control="last">Last</button></div>'
-    )
-    body = (
-        f'{paragraph(note)}<div class="toolbar" role="search" aria-label="Training rows">{controls}</div>'
-        f'<p class="status" role="status" data-control="status"></p><div data-rows></div>{pager}'
-    )
-    return Section("suspects", "Suspects", body)
+    images = data.train.kind == "images"
+    return {"note": note, "flags": flags, "has_classes": data.train.has_classes, "has_images": images}
 
 
-def _targets(data: ReportContent) -> Section | None:
-    """Build the controls of the view of one target; the scripts fill it."""
+def _targets(data: ReportContent) -> dict[str, Any] | None:
+    """Return the controls of the view of one target, which the scripts fill."""
     if not data.target.size or not (data.proponents.indices.size or data.opponents.indices.size):
         return None
-    note = "Arrow keys go from target to target while this part has the focus."
+    note = "The left and right arrow keys go to the previous and next target while this section has the focus."
     if data.target.size > MAX_TARGETS:
         note = f"{MAX_TARGETS:,} of {data.target.size:,} targets; influence_scores.csv has all. {note}"
-    controls = (
-        '<span class="group"><button type="button" data-control="previous">← Previous</button>'
-        '<button type="button" data-control="next">Next →</button></span>'
-    )
-    controls += _field("Target", f'<input type="number" min="0" max="{data.target.size - 1}" data-control="number">')
-    controls += _field(
-        "Search", '<input type="search" data-control="search" placeholder="number, label or text">', grow=True
-    )
-    if data.target.has_classes and data.target.predictions is not None:
-        options = [("", "all targets"), ("wrong", "model is wrong"), ("right", "model is right")]
-        controls += _field("Show", _select("which", options))
-    body = (
-        f'{paragraph(note)}<div class="toolbar" role="search" aria-label="Targets">{controls}</div>'
-        '<p class="status" role="status" data-control="status"></p><ul class="strip" aria-label="Targets nearby"></ul>'
-        "<div data-target></div>"
-    )
-    return Section("targets", "Proponents and opponents", body)
+    predicted = data.target.has_classes and data.target.predictions is not None
+    return {"note": note, "last": data.target.size - 1, "has_predictions": predicted}
 
 
-def _classes(data: ReportContent) -> Section | None:
-    """Build the class by class map and the table of classes."""
-    classes = None if data.summary is None else data.summary.classes
+def _classes(data: ReportContent) -> dict[str, Any] | None:
+    """Return the map of classes and their table, or None without classes."""
+    classes = data.classes
     if classes is None:
         return None
-    kept = charts.map_classes(classes.train_counts)
-    drawn = np.abs(classes.influence[np.ix_(kept, kept)])
+    names, shown = data.class_names, charts.map_classes(classes.train_counts).tolist()
+    drawn = np.abs(classes.influence[np.ix_(shown, shown)])
     largest = float(np.nanmax(drawn)) if np.isfinite(drawn).any() else 0.0
-    caption = (
-        "Mean score of the training rows of a class on the targets of a class. "
-        f"Numbers are in percent of the largest, {number(largest)}; blue helps, orange harms."
+    figure = charts.class_map(classes.influence, names, classes.train_counts)
+    figure.caption = (
+        "Mean score of the training examples of a class on the targets of a class: blue helps, orange harms."
     )
-    chart = figure(charts.heat_map(classes.influence, data.class_names, classes.train_counts), caption)
-    places = {name: place for place, name in enumerate(data.class_names)}
-    codes = np.array([places[name] for name in data.train.labels or ()], dtype=np.int64)
-    wrong = (
-        None if data.contradicted is None else np.bincount(codes[data.contradicted], minlength=len(data.class_names))
-    )
-    sums = np.bincount(codes, weights=data.self_influence, minlength=len(classes.train_counts))
-    rows = []
+    if len(shown) <= charts.MAP_NUMBERS:
+        figure.caption += f" Numbers are in percent of the largest, {number(largest)}."
+    codes = data.train_codes
+    sums = np.bincount(codes, weights=data.self_influence, minlength=len(names))
+    wrong = None if data.contradicted is None else np.bincount(codes[data.contradicted], minlength=len(names))
+    lines = []
     for place in np.flatnonzero(classes.train_counts + classes.target_counts).tolist():
         count = int(classes.train_counts[place])
-        own = float(classes.influence[place, place])
-        line = [
-            data.class_names[place], f"{count:,}", f"{int(classes.target_counts[place]):,}",
-            number(sums[place] / count) if count else "", _number_or_empty(own),
-        ]  # fmt: skip
+        line = [names[place], f"{count:,}", f"{int(classes.target_counts[place]):,}"]
+        line += [number(sums[place] / count) if count else "", _number_or_empty(classes.influence[place, place])]
         if wrong is not None:
             line.append(f"{wrong[place]:,} ({wrong[place] / count:.1%})" if count else "")
-        rows.append(line)
-    header = ["class", "training rows", "targets", "mean self-influence", "on own class"]
-    header += [] if wrong is None else ["contradicted"]
-    listing = table("Classes", header, rows, numeric=range(1, len(header)))
-    numbers = folded("The map as a table", _map_table(data, classes.influence, kept.tolist()))
-    return Section("classes", "Classes", side_by_side(chart + numbers, listing))
+        lines.append(line)
+    header = ["class", "training examples", "targets", "mean self-influence", "mean score on own class"]
+    return {
+        "map": figure,
+        "map_header": ["", *(names[b] for b in shown)],
+        "map_lines": [[names[a], *(_number_or_empty(classes.influence[a, b]) for b in shown)] for a in shown],
+        "header": header if wrong is None else [*header, "contradicted"],
+        "lines": lines,
+    }
 
 
-def _map_table(data: ReportContent, influence: np.ndarray, shown: list[int]) -> str:
-    """Return the mean scores of the classes on the map; cells of classes without rows or targets are empty."""
-    cells = [[data.class_names[a], *(_number_or_empty(float(influence[a, b])) for b in shown)] for a in shown]
-    return table(
-        "Mean scores: training class (line) on target class (column)",
-        ["", *(data.class_names[b] for b in shown)],
-        cells,
-        numeric=range(1, len(shown) + 1),
-    )
+def _reading(data: ReportContent) -> dict[str, Any]:
+    """Return what the explanations depend on, and the files in the folder of the page."""
+    files = [
+        ("influence_summary.csv", "every training example: self-influence, labels, flags, mean scores"),
+        ("influence_scores.csv", "the proponents and opponents of every target, one a line"),
+    ]
+    if data.summary is not None:
+        files.append(("target_summary.csv", "every target: mean score and root mean square"))
+    if data.classes is not None:
+        files.append(("class_influence.csv", "mean scores by class"))
+        files.append(("top_influences/", "the training examples that help and harm the targets of each class most"))
+    files.append(("*.png", "charts and montages, for slides"))
+    return {
+        "explains_output": data.settings.get("target") == "output",
+        "has_contradicted": data.contradicted is not None,
+        "files": files,
+    }
+
+
+def _titled(figure: Figure, title: str, caption: str) -> Figure:
+    """Return the figure with a heading and a line below it."""
+    figure.title, figure.caption = title, caption
+    return figure
 
 
 def _number_or_empty(value: float) -> str:
-    """Return a number as text, and nothing for NaN."""
-    return number(value) if np.isfinite(value) else ""
-
-
-def _files(data: ReportContent) -> str:
-    """Return the list of the files beside the page."""
-    rows = [["influence_summary.csv", "every training row: self-influence, labels, flags, mean scores"]]
-    rows.append(["influence_scores.csv", "the proponents and opponents of every target, one a line"])
-    if data.summary is not None:
-        rows.append(["target_summary.csv", "every target: mean score and root mean square"])
-    if data.summary is not None and data.summary.classes is not None:
-        rows.append(["class_influence.csv", "the class by class map"])
-        rows.append(["top_influences/", "by class, the training rows that help and harm its targets most, as files"])
-    rows.append(["*.png", "charts and montages, for slides"])
-    return subheading("Files beside this page") + table("", ["file", "what it holds"], rows)
-
-
-def _field(label: str, control: str, *, grow: bool = False) -> str:
-    """Return a control below its label."""
-    return f'<label class="field{" grow" if grow else ""}">{escape(label)}{control}</label>'
-
-
-def _select(name: str, options: list[tuple[str, str]]) -> str:
-    """Return a choice among values with their names."""
-    items = "".join(f'<option value="{escape(value)}">{escape(text)}</option>' for value, text in options)
-    return f'<select data-control="{name}">{items}</select>'
+    """Format a number, and NaN as nothing."""
+    return number(float(value)) if np.isfinite(value) else ""

@@ -1,7 +1,7 @@
-"""Summaries of a score matrix, read block by block: per row, per target, per class, and which rows are contradicted.
+"""Summaries of a score matrix by training example, target and class, and the examples that targets contradict.
 
-Layout: N train rows, M targets, C classes; scores ``[N, M]``, positive for proponents. Arrays in, arrays out. Only
-blocks of rows are held, never the whole matrix.
+Layout: N training examples, M targets, C classes; scores ``[N, M]``, positive for proponents. Scores are read in blocks
+of training examples, so the whole matrix is never in memory.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from tracer.errors import InputError, NonFiniteError
 from tracer.types import TopK
 
 SPREAD_FACTOR = 1.25
-"""How far above the median a row's harm over help must be, in units of the distance from the 10 % quantile to it."""
+"""The distance of the threshold from the median, in units of the distance from the 10 % quantile to the median."""
 
 TOP_PER_CLASS = 10
-"""How many of the rows that help a class most, and of those that harm it most, are kept."""
+"""The number of examples that help a class most, and of those that harm it most, in a summary."""
 
 NUM_FOLDS = 10
-"""Parts of the targets that are left out in turn, for the jackknife."""
+"""Folds of the targets that the jackknife leaves out in turn."""
 
 _BLOCK_BYTES = 64 << 20
 _HISTOGRAM_SCORES = 20_000_000
@@ -31,21 +31,21 @@ _DECADES, _BINS_A_DECADE = 6, 5
 
 @dataclass(frozen=True)
 class ClassSummary:
-    """What scores say by class: labels of train rows on one side, labels of targets on the other.
+    """Scores by the classes of training examples and of targets.
 
     Attributes:
-        influence: ``[C, C]``, the mean score of train rows of class a (first) on targets of class b; NaN where a class
-            has no row or no target.
-        train_counts: ``[C]``, int64, train rows of each class.
-        target_counts: ``[C]``, int64, targets of each class.
-        ratio: ``[N]``, float32, harm over help, see `summarize_scores`; infinite where a row helps no class.
-        harmed: ``[N]``, int64, the class that the row harms most.
-        contradicted: ``[N]``, bool, where ``ratio`` is above `contradiction_threshold`.
-        fold_shares: ``[F]``, the share of contradicted rows with a part of the targets left out; empty where there are
+        influence: ``[C, C]``, the mean score of training examples of class a (first) on targets of class b; NaN if one
+            of the classes is empty.
+        train_counts: ``[C]``, int64, the number of training examples of each class.
+        target_counts: ``[C]``, int64, the number of targets of each class.
+        ratio: ``[N]``, float32, harm over help, see `summarize_scores`; infinite if an example helps no class.
+        harmed: ``[N]``, int64, the class that each example harms most.
+        contradicted: ``[N]``, bool, True if ``ratio`` is above `contradiction_threshold`.
+        fold_shares: ``[F]``, the share of contradicted examples without each fold of the targets; empty if there are
             too few targets to leave any out.
-        helpful: The rows of greatest mean score on the targets of each class, ``[C, k]``, strongest first; rows of -1
-            for classes without targets.
-        harmful: The rows of least mean score, likewise.
+        helpful: The examples of greatest mean score on the targets of each class, ``[C, k]``, strongest first; indices
+            are -1 for classes without targets.
+        harmful: The examples of least mean score, in the same form.
     """
 
     influence: np.ndarray
@@ -61,26 +61,26 @@ class ClassSummary:
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """What is to be known of a score matrix without looking at it again.
+    """Everything that a report needs of a score matrix.
 
     Attributes:
-        row_mean: ``[N]``, float64, the mean score of each train row over targets.
-        row_mean_abs: ``[N]``, float64, the mean of its absolute scores.
-        target_mean: ``[M]``, float64, the mean score of each target over train rows.
+        train_mean: ``[N]``, float64, the mean score of each training example over targets.
+        train_mean_abs: ``[N]``, float64, the mean of its absolute scores.
+        target_mean: ``[M]``, float64, the mean score of each target over training examples.
         target_rms: ``[M]``, float64, the root of its mean squared score.
         edges: ``[B + 1]``, float64, bins of the scores: even in the logarithm on both sides of a bin around zero.
-        counts: ``[B]``, int64, how many scores are in each.
-        row_step: Every how many rows' scores are counted in the bins.
-        classes: What scores say by class; None where labels are not known.
+        counts: ``[B]``, int64, the number of scores in each bin.
+        train_step: The bins count the scores of every ``train_step``-th training example.
+        classes: The scores by class; None without labels.
     """
 
-    row_mean: np.ndarray
-    row_mean_abs: np.ndarray
+    train_mean: np.ndarray
+    train_mean_abs: np.ndarray
     target_mean: np.ndarray
     target_rms: np.ndarray
     edges: np.ndarray
     counts: np.ndarray
-    row_step: int
+    train_step: int
     classes: ClassSummary | None
 
 
@@ -90,92 +90,86 @@ def summarize_scores(
     target_labels: np.ndarray | None = None,
     num_classes: int | None = None,
 ) -> ScoreSummary:
-    """Summarize scores in two passes over blocks of rows.
+    """Summarize scores in two passes over blocks of training examples.
 
-    A row's *help* and *harm* are the largest and the negated smallest of its mean scores on the targets of each class,
-    each target's scores first divided by their root mean square, so that targets with large gradients do not outweigh
-    the others. A row that carries the label of its content helps one class much and harms the others a little. A row
-    of content b with label a harms class b, to whose targets it is similar, about as much as it helps a.
+    The *help* and *harm* of an example are the largest and the negated smallest of its mean scores on the targets of
+    each class. Each target's scores are first divided by their root mean square, so that targets with large gradients
+    do not dominate. An example with a correct label helps one class much and harms the other classes a little. An
+    example of class b with the label a harms class b, to whose targets it is similar, about as much as it helps a.
 
     Args:
-        scores: ``[N, M]``, finite, anything that gives rows as a numpy array when it is sliced.
+        scores: ``[N, M]``, finite; slices of it must be numpy arrays, for example a memory map.
         train_labels: ``[N]``, integers from 0 to C - 1, or None.
-        target_labels: ``[M]``, likewise; both or none.
-        num_classes: C; None: as many as labels have.
+        target_labels: ``[M]``, integers from 0 to C - 1; None if and only if ``train_labels`` is.
+        num_classes: C. Default: one more than the largest label.
 
     Returns:
         The summary; ``classes`` is None without labels.
 
     Raises:
-        InputError: The shapes do not fit each other, or labels are no class indices.
-        NonFiniteError: Scores are NaN or infinite.
+        InputError: If shapes do not fit each other, or labels are not class indices.
+        NonFiniteError: If scores are NaN or infinite.
 
     >>> found = summarize_scores(np.array([[2.0, -1.0], [0.0, 1.0]]), np.array([0, 1]), np.array([0, 1]))
-    >>> found.row_mean.tolist(), found.target_mean.tolist()
+    >>> found.train_mean.tolist(), found.target_mean.tolist()
     ([0.5, 0.5], [1.0, 0.0])
     >>> found.classes.influence.tolist()
     [[2.0, -1.0], [0.0, 1.0]]
     """
-    num_rows, num_targets = (int(size) for size in scores.shape) if len(scores.shape) == 2 else (0, 0)
-    if not num_rows or not num_targets:
-        raise InputError(f"scores have shape {list(scores.shape)}; expected [train rows, targets], at least one each.")
-    row_mean, row_mean_abs = np.zeros(num_rows), np.zeros(num_rows)
+    num_train, num_targets = (int(size) for size in scores.shape) if len(scores.shape) == 2 else (0, 0)
+    if not num_train or not num_targets:
+        raise InputError(f"scores have shape {list(scores.shape)}; expected [N, M], at least one each.")
+    train_mean, train_mean_abs = np.zeros(num_train), np.zeros(num_train)
     total, squares, largest = np.zeros(num_targets), np.zeros(num_targets), 0.0
     for start, block in _blocks(scores):
         if not np.isfinite(block).all():
             bad = start + np.flatnonzero(~np.isfinite(block).all(axis=1))
-            raise NonFiniteError(f"The scores of train rows {bad[:5].tolist()} are NaN or infinite; leave them out.")
+            raise NonFiniteError(
+                f"scores are NaN or infinite for training examples {bad[:5].tolist()}; leave these examples out."
+            )
         rows = slice(start, start + len(block))
-        row_mean[rows], row_mean_abs[rows] = block.mean(axis=1), np.abs(block).mean(axis=1)
+        train_mean[rows], train_mean_abs[rows] = block.mean(axis=1), np.abs(block).mean(axis=1)
         total += block.sum(axis=0)
         squares += np.square(block).sum(axis=0)
         largest = max(largest, float(np.abs(block).max()))
-    rms = np.sqrt(squares / num_rows)
+    rms = np.sqrt(squares / num_train)
     by_class = None
     if train_labels is not None and target_labels is not None:
-        train, target = _labels(train_labels, num_rows, "train"), _labels(target_labels, num_targets, "target")
+        train, target = _labels(train_labels, num_train, "train"), _labels(target_labels, num_targets, "target")
         by_class = _ClassSums(train, target, max(1 + int(max(train.max(), target.max())), num_classes or 0))
-    edges, row_step = _edges(largest), max(1, num_rows * num_targets // _HISTOGRAM_SCORES)
+    edges, train_step = _edges(largest), max(1, num_train * num_targets // _HISTOGRAM_SCORES)
     counts = np.zeros(len(edges) - 1, dtype=np.int64)
     for start, block in _blocks(scores):
-        counts += np.histogram(block[-start % row_step :: row_step], edges)[0]
+        counts += np.histogram(block[-start % train_step :: train_step], edges)[0]
         if by_class is not None:
             by_class.add(start, block, rms)
     classes = None if by_class is None else by_class.result()
-    return ScoreSummary(row_mean, row_mean_abs, total / num_rows, rms, edges, counts, row_step, classes)
+    return ScoreSummary(train_mean, train_mean_abs, total / num_train, rms, edges, counts, train_step, classes)
 
 
 def contradiction_threshold(ratio: np.ndarray) -> float:
-    """Return above which harm over help a row is contradicted: the median, plus a multiple of the lower spread.
-
-    In logarithms, with m the median and l the 10 % quantile, it is ``m + 1.25 (m - l)``. The lower half is that of
-    rightly labelled rows as long as most rows are, so wrong labels hardly move the threshold, and it follows what is
-    usual for the model, the estimator and the number of classes.
-
-    Args:
-        ratio: ``[N]``, harm over help.
-
-    Returns:
-        The threshold.
+    """Return the harm over help above which an example is contradicted: the median plus 1.25 times the lower spread.
 
     >>> round(contradiction_threshold(np.array([0.1, 0.2, 0.2, 0.4, 5.0])), 3)
     0.336
     """
+    # The lower half consists of correct labels as long as most labels are correct, so wrong labels hardly move the
+    # threshold, and it adapts to the model, the estimator and the number of classes.
     logs = np.log(np.clip(ratio, 1e-3, 1e3, dtype=np.float64))
     low, middle = np.quantile(logs, (0.1, 0.5))
     return float(np.exp(middle + SPREAD_FACTOR * (middle - low)))
 
 
 def _blocks(scores: Any) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the first row and the scores of blocks of rows, float64."""
-    num_rows, num_targets = scores.shape
+    """Yield the first index and the scores of blocks of training examples, float64."""
+    num_train, num_targets = scores.shape
     step = max(1, _BLOCK_BYTES // (8 * num_targets))
-    for start in range(0, num_rows, step):
+    for start in range(0, num_train, step):
         yield start, np.asarray(scores[start : start + step], dtype=np.float64)
 
 
 def _edges(largest: float) -> np.ndarray:
-    """Return symmetric bin edges, even in the logarithm but for the middle bin; the outermost lie at the largest."""
+    """Return symmetric bin edges up to ``largest``, even in the logarithm except for the middle bin."""
     if largest == 0.0:
         return np.array([-1.0, 1.0])
     side = largest * 10.0 ** np.linspace(-_DECADES, 0, _DECADES * _BINS_A_DECADE + 1)
@@ -189,19 +183,13 @@ def _labels(labels: Any, size: int, role: str) -> np.ndarray:
     if array.shape != (size,) or array.dtype.kind not in "iu" or array.min() < 0:
         raise InputError(
             f"{role}_labels have shape {list(array.shape)} and dtype {array.dtype}; expected [{size}] class indices "
-            "from 0 on."
+            "of 0 or more."
         )
     return array.astype(np.int64)
 
 
 class _ClassSums:
-    """Adds up scores by class while blocks of rows pass.
-
-    Args:
-        train: ``[N]``, class indices.
-        target: ``[M]``, class indices.
-        num_classes: C.
-    """
+    """Sums of scores by class and fold, from blocks of training examples, in the order of the examples."""
 
     def __init__(self, train: np.ndarray, target: np.ndarray, num_classes: int) -> None:
         self._train, self._num_classes = train, num_classes
@@ -211,7 +199,8 @@ class _ClassSums:
         order = np.argsort(target, kind="stable")
         place = np.arange(len(target)) - np.searchsorted(target[order], target[order])  # within the class
         most = int(self._target_counts[self._present].min())
-        self._num_folds = min(NUM_FOLDS, most) if most > 1 else 0  # without a fold every class must keep targets
+        # every class must have targets outside each fold
+        self._num_folds = min(NUM_FOLDS, most) if most > 1 else 0
         fold = place % max(1, self._num_folds)
         self._order = order[np.lexsort((fold, target[order]))]  # by class, then by fold
         pairs = np.sort(target[order] * NUM_FOLDS + fold)
@@ -225,7 +214,7 @@ class _ClassSums:
         self._ends = [TopK(np.zeros(none, dtype=np.int64), np.zeros(none)) for _ in range(2)]
 
     def add(self, start: int, block: np.ndarray, rms: np.ndarray) -> None:
-        """Add the scores ``[n, M]`` of rows from ``start`` on."""
+        """Add the scores ``[n, M]`` of the training examples from ``start`` on."""
         rows = slice(start, start + len(block))
         plain = np.add.reduceat(block[:, self._order], self._starts, axis=1)  # [n, cells]
         np.add.at(self._sums, (self._train[rows][:, None], self._cells // NUM_FOLDS), plain)
@@ -235,12 +224,12 @@ class _ClassSums:
         self._ratio[rows] = _harm_over_help(means)
         self._harmed[rows] = self._present[means.argmin(axis=1)]
         for fold in range(self._num_folds):
-            kept = self._class_means(cells, self._cells % NUM_FOLDS != fold)
-            self._fold_ratios[fold, rows] = _harm_over_help(kept)
+            outside = self._class_means(cells, self._cells % NUM_FOLDS != fold)
+            self._fold_ratios[fold, rows] = _harm_over_help(outside)
         self._add_ends(start, self._class_means(plain, np.ones(len(self._cells), dtype=bool)))
 
     def _add_ends(self, start: int, means: np.ndarray) -> None:
-        """Keep the rows of greatest and of least mean score ``[n, classes that have targets]`` on each class."""
+        """Merge mean scores ``[n, classes with targets]`` into the greatest and the least of each class."""
         indices = np.arange(start, start + len(means))[:, None].repeat(means.shape[1], axis=1)
         for place, sign in enumerate((-1.0, 1.0)):
             known = self._ends[place]
@@ -250,21 +239,21 @@ class _ClassSums:
             self._ends[place] = TopK(np.take_along_axis(rows, best, 0), np.take_along_axis(values, best, 0))
 
     def _end(self, place: int) -> TopK:
-        """Return one end for all classes, ``[C, k]``."""
+        """Return the greatest (0) or least (1) mean scores of all classes, ``[C, k]``."""
         rows = np.full((self._num_classes, self._num_top), -1, dtype=np.int64)
         values = np.zeros(rows.shape)
         rows[self._present], values[self._present] = self._ends[place].indices.T, self._ends[place].scores.T
         return TopK(rows, values)
 
-    def _class_means(self, cells: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        """Return the mean of the kept cells by class, ``[n, classes that have targets]``."""
-        classes = self._cells[kept] // NUM_FOLDS
+    def _class_means(self, cells: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """Return the mean of the chosen cells by class, ``[n, classes with targets]``."""
+        classes = self._cells[chosen] // NUM_FOLDS
         starts = np.searchsorted(classes, self._present)
-        sizes = np.add.reduceat(self._sizes[kept], starts)
-        return np.add.reduceat(cells[:, kept], starts, axis=1) / sizes
+        sizes = np.add.reduceat(self._sizes[chosen], starts)
+        return np.add.reduceat(cells[:, chosen], starts, axis=1) / sizes
 
     def result(self) -> ClassSummary:
-        """Return what was added up."""
+        """Return the summary of all blocks."""
         pairs = self._train_counts[:, None] * self._target_counts[None, :]
         influence = np.divide(self._sums, pairs, out=np.full_like(self._sums, np.nan), where=pairs > 0)
         above = [ratio > contradiction_threshold(ratio) for ratio in self._fold_ratios]
@@ -282,7 +271,7 @@ class _ClassSums:
 
 
 def _harm_over_help(means: np.ndarray) -> np.ndarray:
-    """Return the negated least over the greatest mean ``[n]``: 0 where nothing is harmed, infinite without help."""
+    """Return the negated least over the greatest mean ``[n]``: 0 without harm, else infinite without help."""
     harm, help_ = np.maximum(-means.min(axis=1), 0.0), np.maximum(means.max(axis=1), 0.0)
     without = np.where(harm > 0, np.inf, 0.0)
     return np.divide(harm, help_, out=without, where=help_ > 0)

@@ -1,7 +1,7 @@
-"""Thumbnails of many images in a few sheets, so that a page of thousands of rows stays small.
+"""Thumbnails of many images in a few sheets, so that a page of thousands of images stays small.
 
-A sheet is one PNG or JPEG with thumbnails side by side, given as an address that holds the picture itself; the page
-decodes a sheet when the first of its thumbnails is shown.
+A sheet is one PNG or JPEG image with thumbnails side by side, as a data URL; the page decodes a sheet when the first of
+its thumbnails is shown.
 """
 
 from __future__ import annotations
@@ -17,32 +17,22 @@ from tracer.errors import MissingDependencyError
 from tracer.report.samples import Samples
 
 MAX_SIDE = 96
-"""Larger images are scaled down to so many pixels."""
+"""Larger images are scaled down to this many pixels."""
 
 MAX_PIXELS = 20_000_000
-"""All thumbnails of one kind of rows together; with more images they are scaled down further."""
+"""The pixels of all training or all target thumbnails; more images are scaled down further."""
 
 MIN_SIDE = 32
 
 LOSSLESS_SIDE = 16
-"""Images up to so many pixels are shown pixel by pixel, so they stay exact."""
+"""Images up to this many pixels stay exact, because the page enlarges their pixels."""
 
 SHEET_PIXELS = 1_000_000
 JPEG_QUALITY = 88
 
 
 def pil_image(pixels: np.ndarray) -> Any:
-    """Return an image between 0 and 1, ``[H, W]`` or ``[H, W, C]``, as a Pillow image of 8 bits a channel.
-
-    Args:
-        pixels: The image.
-
-    Returns:
-        The Pillow image; transparency is laid over white.
-
-    Raises:
-        MissingDependencyError: If Pillow is not installed.
-    """
+    """Return an image between 0 and 1, ``[H, W]`` or ``[H, W, C]``, as a Pillow image on white."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -72,44 +62,40 @@ def thumbnail_size(height: int, width: int, count: int) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def sprite_sheets(samples: Samples, rows: Sequence[int]) -> dict[str, Any]:
-    """Draw thumbnails of rows into sheets.
-
-    Args:
-        samples: Rows that are images.
-        rows: Which of them, in the order of their places.
-
-    Returns:
-        JSON values: ``width`` and ``height`` of a thumbnail, ``columns`` and ``per_sheet``, and ``sheets`` as data
-        addresses. Row number i of ``rows`` is at place ``i % per_sheet`` of sheet ``i // per_sheet``.
-    """
-    first = samples.image(rows[0])
-    height, width = thumbnail_size(first.shape[0], first.shape[1], len(rows))
+def sprite_sheets(samples: Samples, indices: Sequence[int]) -> dict[str, Any]:
+    """Return sheets as data URLs; image ``i`` is at place ``i % per_sheet`` of sheet ``i // per_sheet``."""
+    first = samples.image(indices[0])
+    height, width = thumbnail_size(first.shape[0], first.shape[1], len(indices))
     columns = max(1, int((SHEET_PIXELS / (height * width)) ** 0.5))
     per_sheet = columns * columns
     sheets = [
-        _sheet(samples, rows[start : start + per_sheet], (height, width), columns)
-        for start in range(0, len(rows), per_sheet)
+        _sheet(samples, indices[start : start + per_sheet], (height, width), columns)
+        for start in range(0, len(indices), per_sheet)
     ]
     return {"width": width, "height": height, "columns": columns, "per_sheet": per_sheet, "sheets": sheets}
 
 
-def _sheet(samples: Samples, rows: Sequence[int], size: tuple[int, int], columns: int) -> str:
-    """Return one sheet as a data address: PNG where images are small or it is not much larger than JPEG."""
+def _sheet(samples: Samples, indices: Sequence[int], size: tuple[int, int], columns: int) -> str:
+    """Return one sheet as a data URL."""
     height, width = size
-    pictures = [pil_image(samples.image(row)) for row in rows]
-    lines = -(-len(rows) // columns)
-    sheet = pictures[0].resize((1, 1)).resize((columns * width, lines * height))
-    for place, picture in enumerate(pictures):
-        if picture.size != (width, height):
-            picture = picture.resize((width, height), resample=1)  # Lanczos
-        sheet.paste(picture, ((place % columns) * width, (place // columns) * height))
-    best = b""
-    for kind, allowed in (("PNG", 1.0), ("JPEG", 0.7)):  # JPEG blurs edges, so it must save something
-        if kind == "JPEG" and max(size) <= LOSSLESS_SIDE:
-            break
-        buffer = io.BytesIO()
-        sheet.save(buffer, format=kind, quality=JPEG_QUALITY)
-        if not best or len(buffer.getvalue()) < allowed * len(best):
-            best, chosen = buffer.getvalue(), kind.lower()
+    images = [pil_image(samples.image(index)) for index in indices]
+    lines = -(-len(indices) // columns)
+    sheet = images[0].resize((1, 1)).resize((columns * width, lines * height))
+    for place, image in enumerate(images):
+        if image.size != (width, height):
+            image = image.resize((width, height), resample=1)  # Lanczos
+        sheet.paste(image, ((place % columns) * width, (place // columns) * height))
+    best, chosen = _encoded(sheet, "PNG"), "png"
+    if max(size) > LOSSLESS_SIDE:
+        # JPEG blurs edges, so it must be much smaller
+        smaller = _encoded(sheet, "JPEG")
+        if len(smaller) < 0.7 * len(best):
+            best, chosen = smaller, "jpeg"
     return f"data:image/{chosen};base64,{base64.b64encode(best).decode('ascii')}"
+
+
+def _encoded(image: Any, format_: str) -> bytes:
+    """Return a Pillow image as a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=format_, quality=JPEG_QUALITY)
+    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Write a report: check what came, draw the figures, write the files."""
+"""Write a report: check the arguments, render the page, draw the figures, write the files."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tracer.report import content, drawing, sections, tables
-from tracer.report.health import enough_classes, estimate_wrong_labels
+from tracer.report import charts, content, sections, tables
+from tracer.report.figure import SLIDE, Figure
+from tracer.report.health import descending, enough_classes, estimate_wrong_labels
 from tracer.report.montage import influence_montage, ranking_montage
-from tracer.report.page import page
+from tracer.report.page import render_page
 from tracer.report.payload import payload
-from tracer.report.recovery import ranking
+from tracer.report.png import png
 from tracer.report.samples import Samples, class_codes
 from tracer.report.summaries import summarize_scores
 from tracer.types import TopK
@@ -41,40 +42,42 @@ def write_report(
     token_scores: Mapping[tuple[int, int], Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     shown_targets: Sequence[int] | None = None,
-    num_top_rows: int = 24,
+    num_top_examples: int = 24,
     figures: bool = True,
     title: str = "Influence report",
 ) -> Path:
-    """Write a self-contained ``index.html`` and, beside it, CSV tables, PNG figures and the top rows of each class.
+    """Write a self-contained ``index.html`` and, in the same folder, CSV tables, PNG figures and top examples.
 
-    Files of an earlier report in the directory are replaced. Inputs may be images ``[N, H, W]``, ``[N, C, H, W]`` or
-    ``[N, H, W, C]``, vectors ``[N, D]``, texts, records (mappings), or absent.
+    Files of an earlier report in the folder are replaced. Inputs may be images ``[N, H, W]``, ``[N, C, H, W]`` or
+    ``[N, H, W, C]``, vectors ``[N, D]``, texts, or records (mappings).
 
     Args:
-        directory: Where the files go; made where it does not exist.
+        directory: The folder to write to; created if it does not exist.
         self_influence: ``[N]``, as from `Tracer.self_influence`.
         proponents: The strongest proponents of each target, ``[M, k]``, as from `Tracer.top`.
-        opponents: The strongest opponents, likewise; its k may differ.
-        scores: ``[N, M]``, read block by block, as from `Tracer.finalize_scores`: adds their distribution, averages,
-            and with labels of both sides the classes and the estimate of wrong labels. Or None.
-        train_inputs: The inputs of the N training rows, or None.
+        opponents: The strongest opponents of each target; their k may differ.
+        scores: ``[N, M]``, read in blocks, as from `Tracer.finalize_scores`. Adds the distribution of scores and
+            averages, and, with labels of both sides, the classes and the estimate of wrong labels. Default: None.
+        train_inputs: The inputs of the N training examples, or None.
         target_inputs: The inputs of the M targets, or None.
         train_labels: ``[N]``, class indices, names or numbers, or None.
-        target_labels: ``[M]``, likewise.
-        train_predictions: ``[N]``, what the model predicts, likewise.
-        target_predictions: ``[M]``, likewise.
+        target_labels: ``[M]``, class indices, names or numbers, or None.
+        train_predictions: ``[N]``, the model's predictions, in the form of the labels, or None.
+        target_predictions: ``[M]``, the model's predictions, in the form of the labels, or None.
         class_names: The name of each class index.
         feature_names: The name of each number of a vector.
-        known_mislabelled: ``[N]``, bool, rows whose label is known to be wrong: adds the recovery curve. Or None.
-        rankings: Other scores ``[N]`` by name, higher is checked earlier, to compare self-influence with.
-        train_tokens: The tokens of each training row, for texts, or None.
+        known_mislabelled: ``[N]``, bool, True for training examples whose label is known to be wrong. Adds the
+            recovery curve. Default: None.
+        rankings: Other scores ``[N]`` by name to compare self-influence with, for example the loss; higher is checked
+            earlier.
+        train_tokens: The tokens of each training example, for texts, or None.
         target_tokens: The tokens of each target, or None.
-        token_scores: By (target, training row): one number for each token of the training row, what it adds to the
-            row's score, shown as colours.
-        settings: What the scores come from, shown as a table; ``estimator`` and ``checkpoints`` are shown first.
-        shown_targets: Which targets come first; by default six, spread evenly.
-        num_top_rows: How many rows of highest self-influence are drawn in ``top_self_influence.png``.
-        figures: Draw PNG files with matplotlib; without, it is not needed.
+        token_scores: By (target, training example): one number for each token of the training example, its
+            contribution to the score, shown as a color.
+        settings: How the scores were computed, shown as a table; ``estimator`` and ``checkpoints`` are shown first.
+        shown_targets: Indices of the targets that come first. Default: six, spread evenly.
+        num_top_examples: The number of training examples in ``top_self_influence.png``. Default: 24.
+        figures: Whether to write PNG files, which needs matplotlib. Default: True.
         title: The page's title.
 
     Returns:
@@ -84,7 +87,7 @@ def write_report(
         InputError: If sizes disagree, indices are out of range, self-influence is NaN or infinite, or a ranking has
             the name of another column.
         NonFiniteError: If scores are NaN or infinite.
-        MissingDependencyError: If matplotlib is not installed, or, for images, Pillow.
+        MissingDependencyError: If matplotlib or, for images, Pillow is not installed.
 
     >>> import tempfile
     >>> import numpy as np
@@ -96,38 +99,38 @@ def write_report(
     ['index.html', 'influence_scores.csv', 'influence_summary.csv', 'self_influence.png']
     """
     own = content.check_scores(self_influence, "self_influence")
-    num_rows, num_targets = len(own), len(proponents.indices)
+    num_train, num_targets = len(own), len(proponents.indices)
+    names: dict[str, Any] = {"class_names": class_names, "feature_names": feature_names}
     train = Samples(
-        "train", num_rows, inputs=train_inputs, labels=train_labels, predictions=train_predictions,
-        class_names=class_names, feature_names=feature_names,
-    )  # fmt: skip
+        "train", num_train, inputs=train_inputs, labels=train_labels, predictions=train_predictions, **names
+    )
     target = Samples(
-        "target", num_targets, inputs=target_inputs, labels=target_labels, predictions=target_predictions,
-        class_names=class_names, feature_names=feature_names,
-    )  # fmt: skip
+        "target", num_targets, inputs=target_inputs, labels=target_labels, predictions=target_predictions, **names
+    )
     data = content.ReportContent(
         self_influence=own,
-        order=ranking(own),
-        proponents=content.check_top(proponents, "proponents", num_rows, num_targets),
-        opponents=content.check_top(opponents, "opponents", num_rows, num_targets),
+        order=descending(own),
+        proponents=content.check_top(proponents, "proponents", num_train, num_targets),
+        opponents=content.check_top(opponents, "opponents", num_train, num_targets),
         train=train,
         target=target,
-        known_mislabelled=content.check_mask(known_mislabelled, num_rows),
-        rankings=content.check_rankings(rankings or {}, num_rows),
+        known_mislabelled=content.check_mask(known_mislabelled, num_train),
+        rankings=content.check_rankings(rankings or {}, num_train),
         settings=dict(settings or {}),
         shown_targets=content.check_shown(shown_targets, num_targets),
-        num_top_rows=num_top_rows,
-        tokens=content.check_tokens(train_tokens, target_tokens, token_scores, num_rows, num_targets),
+        num_top_examples=num_top_examples,
+        tokens=content.check_tokens(train_tokens, target_tokens, token_scores, num_train, num_targets),
     )
     if scores is not None and num_targets:
         data = _with_scores(data, scores, class_names)
-    html = page(title, sections.summary(data), sections.build(data), payload(data))
-    return _write(Path(directory), html, data, _pictures(data) if figures else {})
+    html = render_page(title, sections.lead(data), sections.build_sections(data), payload(data))
+    drawn = {name: png(figure) for name, figure in _slides(data).items()} if figures else {}
+    return _write(Path(directory), html, data, drawn)
 
 
 def _with_scores(data: content.ReportContent, scores: Any, class_names: Sequence[str] | None) -> content.ReportContent:
-    """Return the content with what all scores say, by class where both sides have classes."""
-    content.check_matrix(scores, data.num_rows, data.target.size)
+    """Return the content with a summary of all scores, by class if both sides have classes."""
+    content.check_matrix(scores, data.num_train, data.target.size)
     both = data.train.has_classes and data.target.has_classes
     if not both or len(set(data.target.labels or ())) < 2:
         return replace(data, summary=summarize_scores(scores))
@@ -135,43 +138,45 @@ def _with_scores(data: content.ReportContent, scores: Any, class_names: Sequence
     summary = summarize_scores(scores, train_codes, target_codes, len(names))
     assert summary.classes is not None
     health = estimate_wrong_labels(summary.classes) if enough_classes(summary.classes) else None
-    return replace(data, summary=summary, class_names=names, health=health)
+    return replace(data, summary=summary, class_names=names, train_codes=train_codes, health=health)
 
 
-def _pictures(data: content.ReportContent) -> dict[str, bytes]:
-    """Return PNG files by their names without the ending."""
+def _slides(data: content.ReportContent) -> dict[str, Figure]:
+    """Return the figures that become PNG files, by name."""
     known = data.known_mislabelled
-    drawn = {"self_influence": drawing.self_influence_histogram(data.self_influence, known)}
+    groups = sections.self_influence_groups(data)
+    drawn = {"self_influence": charts.histogram(groups, "self-influence (dashed: median)", "% of each group", SLIDE)}
     if known is not None:
-        drawn["recovery"] = drawing.recovery_figure({sections.SELF: data.self_influence, **data.rankings}, known)
+        drawn["recovery"] = charts.recovery_slide(sections.all_rankings(data), known)
     if data.summary is not None:
-        drawn["scores"] = drawing.score_histogram(data.summary.edges, data.summary.counts)
-        if data.summary.classes is not None:
-            classes = data.summary.classes
-            drawn["class_influence"] = drawing.class_figure(classes.influence, data.class_names, classes.train_counts)
+        drawn["scores"] = charts.signed_histogram(data.summary.edges, data.summary.counts, SLIDE)
+    if data.classes is not None:
+        classes = data.classes
+        drawn["class_influence"] = charts.class_map(classes.influence, data.class_names, classes.train_counts, 24)
     if data.train.kind == "images":
-        rows = data.order[: data.num_top_rows]
-        if len(rows):
-            drawn["top_self_influence"] = ranking_montage(data.train, rows, data.self_influence, known)
+        top = data.order[: data.num_top_examples]
+        if len(top):
+            drawn["top_self_influence"] = ranking_montage(data.train, top, data.self_influence, known)
         if data.target.kind == "images" and data.shown_targets:
             drawn["influence"] = influence_montage(
                 data.train, data.target, data.proponents, data.opponents, data.shown_targets, known
             )
-    return {name: drawing.png(figure) for name, figure in drawn.items()}
+    return drawn
 
 
-def _write(directory: Path, html: str, data: content.ReportContent, pictures: Mapping[str, bytes]) -> Path:
-    """Write all files, the page last, and return its path; what can fail to be made is made before the first."""
+def _write(directory: Path, html: str, data: content.ReportContent, pngs: Mapping[str, bytes]) -> Path:
+    """Write all files, the page last, and return its path."""
+    # every table is made before the first file is written, so that an error leaves no half of a report
     texts = {"influence_summary.csv": tables.summary_csv(data), "influence_scores.csv": tables.scores_csv(data)}
     if data.summary is not None:
         texts["target_summary.csv"] = tables.targets_csv(data)
-        if data.summary.classes is not None:
-            texts["class_influence.csv"] = tables.classes_csv(data)
+    if data.classes is not None:
+        texts["class_influence.csv"] = tables.classes_csv(data)
     directory.mkdir(parents=True, exist_ok=True)
-    if data.summary is not None and data.summary.classes is not None:
+    if data.classes is not None:
         tables.write_top_influences(directory, data)
-    for name, picture in pictures.items():
-        (directory / f"{name}.png").write_bytes(picture)
+    for name, image in pngs.items():
+        (directory / f"{name}.png").write_bytes(image)
     for name, text in texts.items():
         tables.write_text(directory / name, text)
     index = directory / "index.html"

@@ -1,6 +1,6 @@
 "use strict";
-// What the page holds: arrays from base64, names of labels, numbers as text. Nothing here touches the document but to
-// read the data element; everything shown is set as text, never as HTML.
+// The data of the page: arrays from base64, names of labels, numbers as text. Only the data element is read from the
+// document. Everything shown is set as text, never as HTML.
 
 const DATA = JSON.parse(document.getElementById("report-data").textContent);
 
@@ -11,7 +11,7 @@ function unpack(text, type) {
   return new type(bytes.buffer);
 }
 
-// A column of names: one code a row, and the names once.
+// A column of names: each name once, and a code for each example.
 class Names {
   constructor(packed) {
     this.names = packed ? packed.names : [];
@@ -22,41 +22,42 @@ class Names {
 }
 
 const TABLE = {
-  rows: unpack(DATA.rows, Int32Array),
+  indices: unpack(DATA.indices, Int32Array),
   columns: DATA.columns.map((column) => ({ ...column, values: unpack(column.values, Float32Array) })),
   labels: new Names(DATA.labels),
   predictions: new Names(DATA.predictions),
   suggested: new Names(DATA.suggested),
   flags: Object.fromEntries(Object.entries(DATA.flags).map(([name, mask]) => [name, unpack(mask, Uint8Array)])),
 };
-TABLE.place = new Map(Array.from(TABLE.rows, (row, place) => [row, place]));
+TABLE.place = new Map(Array.from(TABLE.indices, (index, place) => [index, place]));
 
 const TARGETS = {
-  ids: unpack(DATA.targets.ids, Int32Array),
+  indices: unpack(DATA.targets.indices, Int32Array),
   labels: new Names(DATA.targets.labels),
   predictions: new Names(DATA.targets.predictions),
   mean: DATA.targets.mean && unpack(DATA.targets.mean, Float32Array),
   ends: ["proponents", "opponents"].map((name) => ({
     name,
     k: DATA.targets[name].k,
-    rows: unpack(DATA.targets[name].rows, Int32Array),
+    indices: unpack(DATA.targets[name].indices, Int32Array),
     scores: unpack(DATA.targets[name].scores, Float32Array),
   })),
 };
 
-const OTHERS = { place: new Map(), labels: new Names(null) };
-if (DATA.targets.row_labels) {
-  unpack(DATA.targets.row_labels.rows, Int32Array).forEach((row, place) => OTHERS.place.set(row, place));
-  OTHERS.labels = new Names(DATA.targets.row_labels.labels);
+// Labels of proponents and opponents that are not in the table.
+const OUTSIDE = { place: new Map(), labels: new Names(null) };
+if (DATA.targets.train_labels) {
+  unpack(DATA.targets.train_labels.indices, Int32Array).forEach((index, place) => OUTSIDE.place.set(index, place));
+  OUTSIDE.labels = new Names(DATA.targets.train_labels.labels);
 }
 
-function labelOf(row) {
-  const place = TABLE.place.get(row);
-  return place === undefined ? OTHERS.labels.at(OTHERS.place.get(row)) : TABLE.labels.at(place);
+function labelOf(index) {
+  const place = TABLE.place.get(index);
+  return place === undefined ? OUTSIDE.labels.at(OUTSIDE.place.get(index)) : TABLE.labels.at(place);
 }
 
-function flagOf(name, row) {
-  const place = TABLE.place.get(row);
+function flagOf(name, index) {
+  const place = TABLE.place.get(index);
   return Boolean(place !== undefined && TABLE.flags[name] && TABLE.flags[name][place]);
 }
 

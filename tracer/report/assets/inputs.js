@@ -1,11 +1,11 @@
-// How a row's input is shown: a thumbnail from a sheet, a text, the numbers of a vector, or nothing.
+// The input of an example: a thumbnail from a sheet, a text, the numbers of a vector, or nothing.
 
 class Inputs {
   constructor(packed, noun) {
     this.kind = packed.kind;
     this.noun = noun;
     this.packed = packed;
-    this.place = new Map(Array.from(unpack(packed.rows, Int32Array), (row, place) => [row, place]));
+    this.place = new Map(Array.from(unpack(packed.indices, Int32Array), (index, place) => [index, place]));
     this.sheets = [];
     if (this.kind === "vectors") {
       this.values = unpack(packed.values, Float32Array);
@@ -14,30 +14,30 @@ class Inputs {
     }
   }
 
-  has(row) { return this.place.has(row); }
+  has(index) { return this.place.has(index); }
 
-  text(row) { return this.kind === "texts" && this.has(row) ? this.packed.texts[this.place.get(row)] : ""; }
+  text(index) { return this.kind === "texts" && this.has(index) ? this.packed.texts[this.place.get(index)] : ""; }
 
-  // An element that shows the row; `size` is "", "small" or "large"; null where inputs are absent.
-  show(row, size, words) {
+  // Return an element that shows the input; `size` is "", "small" or "large"; null where inputs are absent.
+  show(index, size, words) {
     if (this.kind === "absent") return null;
-    if (!this.has(row)) return make("span", { class: "missing" }, `${this.noun} ${row}: input not in this page`);
-    if (this.kind === "images") return this.thumbnail(row, size, words);
+    if (!this.has(index)) return make("span", { class: "missing" }, `${this.noun} ${index}: input not in this page`);
+    if (this.kind === "images") return this.thumbnail(index, size, words);
     if (this.kind === "texts") {
-      const text = this.text(row);
+      const text = this.text(index);
       return make("span", { class: size === "large" ? "text" : "text clip", title: size === "large" ? null : text }, text);
     }
-    return this.features(row);
+    return this.features(index);
   }
 
-  thumbnail(row, size, words) {
+  thumbnail(index, size, words) {
     const { width, height } = this.packed;
     const crisp = Math.max(width, height) <= 40;
     const canvas = make("canvas", {
       width, height, class: `thumb ${size} ${crisp ? "crisp" : ""}`, role: "img",
-      "aria-label": [`Image of ${this.noun} ${row}`, words].filter(Boolean).join(", "),
+      "aria-label": [`Image of ${this.noun} ${index}`, words].filter(Boolean).join(", "),
     });
-    this.draw(canvas, this.place.get(row));
+    this.draw(canvas, this.place.get(index));
     return canvas;
   }
 
@@ -57,9 +57,9 @@ class Inputs {
     canvas.dataset.drawn = "yes";
   }
 
-  features(row) {
+  features(index) {
     const { names, width } = this.packed;
-    const first = this.place.get(row) * names.length;
+    const first = this.place.get(index) * names.length;
     const list = make("span", { class: "features" });
     names.forEach((name, place) => {
       const value = this.values[first + place];
@@ -80,7 +80,7 @@ function tint(part) {
   return `background-color: color-mix(in srgb, var(${part > 0 ? "--pos" : "--neg"}) ${Math.round(share * 100)}%, transparent)`;
 }
 
-const TRAIN_INPUTS = new Inputs(DATA.train, "training row");
+const TRAIN_INPUTS = new Inputs(DATA.train, "training example");
 const TARGET_INPUTS = new Inputs(DATA.target, "target");
 
 function plainTokens(tokens) {
@@ -89,11 +89,11 @@ function plainTokens(tokens) {
   return make("span", { class: gap ? "tokens" : "tokens tight" }, ...tokens.flatMap((token) => [make("span", {}, token), between()]));
 }
 
-// The tokens of a training row, coloured by how much each weighs for a target, and the same as a table.
-function weighedTokens(target, row) {
-  const scores = DATA.tokens && DATA.tokens.scores[`${target},${row}`];
+// The tokens of a training example, colored by their scores for a target, and the same as a table.
+function coloredTokens(target, index) {
+  const scores = DATA.tokens && DATA.tokens.scores[`${target},${index}`];
   if (!scores) return null;
-  const tokens = DATA.tokens.train[row];
+  const tokens = DATA.tokens.train[index];
   const largest = Math.max(...scores.map(Math.abs)) || 1;
   const shown = plainTokens(tokens);
   const spans = shown.querySelectorAll("span");
@@ -106,6 +106,6 @@ function weighedTokens(target, row) {
   const body = make("tbody", {}, ...scores.map((score, place) => make("tr", {},
     make("th", { scope: "row" }, tokens[place]), make("td", { class: "number" }, number(score, true)))));
   const head = make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "token"), make("th", { scope: "col", class: "number" }, "score")));
-  const table = make("table", {}, make("caption", {}, `Tokens of training row ${row} for target ${target}`), head, body);
+  const table = make("table", {}, make("caption", {}, `Tokens of training example ${index} for target ${target}`), head, body);
   return make("div", {}, shown, make("details", {}, make("summary", {}, "Scores of the tokens"), make("div", { class: "scroll" }, table)));
 }

@@ -1,4 +1,4 @@
-// Bring the page to life, and mark in the contents the part that is being read.
+// Start the scripts of both sections, and mark the section in view in the contents.
 
 const suspectsRoot = document.getElementById("suspects");
 if (suspectsRoot) new Suspects(suspectsRoot);

@@ -1,4 +1,4 @@
-// The table of training rows: filtered, sorted and paged; as cards where rows are images.
+// The table of training examples: filtered, sorted and paged; images can be shown as cards.
 
 class Suspects {
   constructor(root) {
@@ -7,7 +7,7 @@ class Suspects {
     this.sort = { key: "self", descending: true };
     this.view = TRAIN_INPUTS.kind === "images" ? "cards" : "table";
     this.find = (name) => root.querySelector(`[data-control="${name}"]`);
-    this.order = Int32Array.from(TABLE.rows, (_, place) => place);
+    this.order = Int32Array.from(TABLE.indices, (_, place) => place);
     this.fill();
     for (const name of ["search", "label", "flag", "size", "sort"]) {
       const control = this.find(name);
@@ -23,7 +23,7 @@ class Suspects {
     this.update();
   }
 
-  // Fill the lists of classes and of columns.
+  // Fill the lists of labels and of columns.
   fill() {
     const label = this.find("label");
     if (label) {
@@ -36,7 +36,7 @@ class Suspects {
       sort.append(make("option", { value: `${column.key} down` }, `${column.title}, highest first`));
       sort.append(make("option", { value: `${column.key} up` }, `${column.title}, lowest first`));
     }
-    sort.append(make("option", { value: "row up" }, "Row number"));
+    sort.append(make("option", { value: "index up" }, "Index"));
     if (TABLE.labels.present) sort.append(make("option", { value: "label up" }, "Label"));
   }
 
@@ -54,7 +54,7 @@ class Suspects {
 
   sortBy(key) {
     const same = this.sort.key === key;
-    const numeric = !["row", "label", "prediction"].includes(key);
+    const numeric = !["index", "label", "prediction"].includes(key);
     this.sort = { key, descending: same ? !this.sort.descending : numeric };
     const value = `${key} ${this.sort.descending ? "down" : "up"}`;
     const select = this.find("sort");
@@ -73,11 +73,11 @@ class Suspects {
     const [byLabel, byPrediction] = [named(TABLE.labels), named(TABLE.predictions)];
     const code = Number(label);
     const [flagName, wanted] = flag ? [flag.replace("not-", ""), flag.startsWith("not-") ? 0 : 1] : ["", 0];
-    for (let place = 0; place < TABLE.rows.length; place += 1) {
+    for (let place = 0; place < TABLE.indices.length; place += 1) {
       if (label !== "" && TABLE.labels.codes[place] !== code) continue;
       if (flag && TABLE.flags[flagName][place] !== wanted) continue;
-      if (words && !(String(TABLE.rows[place]) === words || byLabel[TABLE.labels.codes[place]]
-        || byPrediction[TABLE.predictions.codes[place]] || TRAIN_INPUTS.text(TABLE.rows[place]).toLowerCase().includes(words))) continue;
+      if (words && !(String(TABLE.indices[place]) === words || byLabel[TABLE.labels.codes[place]]
+        || byPrediction[TABLE.predictions.codes[place]] || TRAIN_INPUTS.text(TABLE.indices[place]).toLowerCase().includes(words))) continue;
       kept.push(place);
     }
     this.order = Int32Array.from(kept);
@@ -90,9 +90,9 @@ class Suspects {
     const { key, descending } = this.sort;
     const sign = descending ? -1 : 1;
     const column = TABLE.columns.find((each) => each.key === key);
-    let values = column ? column.values : TABLE.rows;
+    let values = column ? column.values : TABLE.indices;
     const names = key === "label" ? TABLE.labels : key === "prediction" ? TABLE.predictions : null;
-    if (names) { // a rank for each name, so that rows compare as numbers
+    if (names) { // a rank for each name, so that names compare as numbers
       const collate = new Intl.Collator("en", { numeric: true });
       const sorted = names.names.map((_, code) => code).sort((a, b) => collate.compare(names.names[a], names.names[b]));
       const rank = new Int32Array(names.names.length);
@@ -110,11 +110,11 @@ class Suspects {
   show() {
     const start = this.page * this.pageSize;
     const places = Array.from(this.order.subarray(start, start + this.pageSize));
-    const body = this.root.querySelector("[data-rows]");
+    const body = this.root.querySelector("[data-examples]");
     body.replaceChildren(this.view === "cards" ? this.cards(places) : this.table(places, start));
-    if (!places.length) body.replaceChildren(make("p", { class: "missing" }, "No row matches these filters."));
+    if (!places.length) body.replaceChildren(make("p", { class: "missing" }, "No training example matches these filters."));
     const total = this.order.length;
-    this.find("status").textContent = `${count(total)} of ${count(TABLE.rows.length)} rows`
+    this.find("status").textContent = `${count(total)} of ${count(TABLE.indices.length)} training examples`
       + (total ? `, ${count(start + 1)} to ${count(start + places.length)} shown` : "");
     this.find("pages").textContent = `of ${count(this.pages)}`;
     this.find("page").value = this.page + 1;
@@ -128,15 +128,15 @@ class Suspects {
 
   cards(places) {
     return make("ul", { class: "grid" }, ...places.map((place) => {
-      const row = TABLE.rows[place];
+      const index = TABLE.indices[place];
       const [label, prediction, suggested] = [TABLE.labels.at(place), TABLE.predictions.at(place), TABLE.suggested.at(place)];
       const column = TABLE.columns.find((each) => each.key === this.sort.key) || TABLE.columns[0];
-      const known = flagOf("known", row);
+      const known = flagOf("known", index);
       return make("li", { class: known ? "tile known" : "tile" },
-        make("div", { class: "top" }, make("span", {}, `row ${row}`), make("span", {}, `#${place + 1}`)),
-        TRAIN_INPUTS.show(row, "", label && `label ${label}`),
+        make("div", { class: "top" }, make("span", {}, `example ${index}`), make("span", {}, `#${place + 1}`)),
+        TRAIN_INPUTS.show(index, "", label && `label ${label}`),
         label && make("div", {}, "label ", make("b", {}, label)),
-        prediction && make("div", {}, "model ", make("b", {}, prediction)),
+        prediction && make("div", {}, "predicted ", make("b", {}, prediction)),
         suggested && make("div", {}, "harms ", make("b", {}, suggested)),
         make("div", { class: "num", title: column.title }, number(column.values[place])),
         known ? make("span", { class: "flag known" }, "mislabelled") : null);
@@ -149,32 +149,32 @@ class Suspects {
       "aria-sort": this.sort.key === key ? (this.sort.descending ? "descending" : "ascending") : "none",
     }, make("button", { type: "button", onclick: () => this.sortBy(key) }, title));
     const plain = (title) => make("th", { scope: "col" }, title);
-    const heads = [make("th", { scope: "col", class: "number" }, "#"), header("row", "Row", "", "number")];
+    const heads = [make("th", { scope: "col", class: "number" }, "#"), header("index", "Example", "", "number")];
     if (TRAIN_INPUTS.kind !== "absent") heads.push(plain("Input"));
     if (TABLE.labels.present) heads.push(header("label", "Label"));
-    if (TABLE.predictions.present) heads.push(header("prediction", "Model says"));
+    if (TABLE.predictions.present) heads.push(header("prediction", "Prediction"));
     if (TABLE.suggested.present) heads.push(plain("Harms class"));
     for (const column of TABLE.columns) heads.push(header(column.key, column.title, column.help, "number"));
     if (Object.keys(TABLE.flags).length) heads.push(plain("Flags"));
     const lines = places.map((place, offset) => make("tr", {}, ...this.cells(place, start + offset + 1)));
-    const table = make("table", { class: "rows" }, make("caption", {}, "Training rows; a column's heading sorts by it"),
+    const table = make("table", { class: "examples" }, make("caption", {}, "Training examples; click a heading to sort by its column"),
       make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...lines));
-    return make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Training rows" }, table);
+    return make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Training examples" }, table);
   }
 
   cells(place, position) {
-    const row = TABLE.rows[place];
-    const cells = [make("td", { class: "number" }, String(position)), make("th", { scope: "row", class: "number" }, String(row))];
+    const index = TABLE.indices[place];
+    const cells = [make("td", { class: "number" }, String(position)), make("th", { scope: "row", class: "number" }, String(index))];
     const label = TABLE.labels.at(place);
     if (TRAIN_INPUTS.kind !== "absent") {
       const css = TRAIN_INPUTS.kind === "images" ? null : "wide-cell";
-      cells.push(make("td", { class: css }, TRAIN_INPUTS.show(row, "small", label && `label ${label}`)));
+      cells.push(make("td", { class: css }, TRAIN_INPUTS.show(index, "small", label && `label ${label}`)));
     }
     if (TABLE.labels.present) cells.push(make("td", {}, label));
     if (TABLE.predictions.present) cells.push(make("td", {}, TABLE.predictions.at(place)));
     if (TABLE.suggested.present) cells.push(make("td", {}, TABLE.suggested.at(place)));
     for (const column of TABLE.columns) cells.push(make("td", { class: "number" }, number(column.values[place])));
-    const words = { known: "mislabelled", contradicted: "contradicted", disagrees: "model differs" };
+    const words = { known: "mislabelled", contradicted: "contradicted", disagrees: "model disagrees" };
     const flags = Object.keys(TABLE.flags).filter((name) => TABLE.flags[name][place]);
     if (Object.keys(TABLE.flags).length) {
       cells.push(make("td", {}, ...flags.flatMap((name) => [make("span", { class: `flag ${name}` }, words[name]), " "])));

@@ -1,4 +1,4 @@
-// One target at a time with its proponents and opponents; chosen by buttons, number, search or arrow keys.
+// One target at a time with its proponents and opponents, chosen by buttons, index, search or arrow keys.
 
 const STRIP = 14;
 
@@ -6,7 +6,7 @@ class Targets {
   constructor(root) {
     this.root = root;
     this.find = (name) => root.querySelector(`[data-control="${name}"]`);
-    this.matches = Array.from(TARGETS.ids, (_, place) => place);
+    this.matches = Array.from(TARGETS.indices, (_, place) => place);
     this.at = 0;
     this.first = 0;
     this.find("previous").addEventListener("click", () => this.go(this.at - 1));
@@ -28,23 +28,23 @@ class Targets {
   filter() {
     const words = this.find("search").value.trim().toLowerCase();
     const which = this.find("which") ? this.find("which").value : "";
-    this.matches = Array.from(TARGETS.ids, (_, place) => place).filter((place) => {
+    this.matches = Array.from(TARGETS.indices, (_, place) => place).filter((place) => {
       const [label, prediction] = [TARGETS.labels.at(place), TARGETS.predictions.at(place)];
       if (which === "wrong" && label === prediction) return false;
       if (which === "right" && label !== prediction) return false;
       if (!words) return true;
-      const id = TARGETS.ids[place];
-      return String(id) === words || [label, prediction, TARGET_INPUTS.text(id)].some((text) => text.toLowerCase().includes(words));
+      const index = TARGETS.indices[place];
+      return String(index) === words || [label, prediction, TARGET_INPUTS.text(index)].some((text) => text.toLowerCase().includes(words));
     });
     this.at = 0;
     this.first = 0;
     this.show();
   }
 
-  jump(id) {
-    const place = this.matches.findIndex((match) => TARGETS.ids[match] === id);
+  jump(index) {
+    const place = this.matches.findIndex((match) => TARGETS.indices[match] === index);
     if (place >= 0) this.go(place);
-    else this.find("status").textContent = `Target ${id} is not among the ${count(this.matches.length)} that match.`;
+    else this.find("status").textContent = `Target ${index} is not among the ${count(this.matches.length)} that match.`;
   }
 
   go(place) {
@@ -68,67 +68,67 @@ class Targets {
     }
     strip.replaceChildren(...this.matches.slice(this.first, this.first + STRIP).map((place, offset) => this.button(place, this.first + offset)));
     const place = this.matches[this.at];
-    const id = TARGETS.ids[place];
-    this.find("number").value = id;
+    const index = TARGETS.indices[place];
+    this.find("number").value = index;
     this.find("previous").disabled = this.at === 0;
     this.find("next").disabled = this.at === this.matches.length - 1;
-    this.find("status").textContent = `Target ${id}, ${count(this.at + 1)} of ${count(this.matches.length)}`;
+    this.find("status").textContent = `Target ${index}, ${count(this.at + 1)} of ${count(this.matches.length)}`;
     const flat = TARGET_INPUTS.kind !== "images";
     view.className = flat ? "target flat" : "target";
-    view.replaceChildren(this.card(place, id), make("div", { class: flat ? "ends both" : "ends" }, ...TARGETS.ends.map((end) => this.end(end, place, id))));
+    view.replaceChildren(this.card(place, index), make("div", { class: flat ? "ends both" : "ends" }, ...TARGETS.ends.map((end) => this.end(end, place, index))));
   }
 
   button(place, at) {
-    const id = TARGETS.ids[place];
+    const index = TARGETS.indices[place];
     const label = TARGETS.labels.at(place);
-    const words = label ? `Target ${id}, label ${label}` : `Target ${id}`;
-    const inside = TARGET_INPUTS.kind === "images" && TARGET_INPUTS.has(id)
-      ? [TARGET_INPUTS.thumbnail(id, "", ""), `${label || id}`] : [label ? `${id}: ${label}` : `target ${id}`];
+    const words = label ? `Target ${index}, label ${label}` : `Target ${index}`;
+    const inside = TARGET_INPUTS.kind === "images" && TARGET_INPUTS.has(index)
+      ? [TARGET_INPUTS.thumbnail(index, "", ""), `${label || index}`] : [label ? `${index}: ${label}` : `target ${index}`];
     return make("li", {}, make("button", {
       type: "button", "aria-label": words, title: words, "aria-current": at === this.at ? "true" : null, onclick: () => this.go(at),
     }, ...inside));
   }
 
-  card(place, id) {
+  card(place, index) {
     const [label, prediction] = [TARGETS.labels.at(place), TARGETS.predictions.at(place)];
     const facts = make("dl", { class: "facts" });
     const add = (name, value) => facts.append(make("dt", {}, name), make("dd", {}, value));
     if (label) add("label", make("b", {}, label));
-    if (prediction) add("model says", prediction === label ? prediction : make("b", { class: "score neg" }, prediction));
+    if (prediction) add("predicted", prediction === label ? prediction : make("b", { class: "score neg" }, prediction));
     if (TARGETS.mean) add("mean score", number(TARGETS.mean[place], true));
-    const tokens = DATA.tokens && DATA.tokens.target[id];
-    const shown = tokens ? plainTokens(tokens) : TARGET_INPUTS.show(id, "large", label && `label ${label}`);
-    return make("div", { class: "target-card" }, make("h3", {}, `Target ${id}`), shown, facts);
+    const tokens = DATA.tokens && DATA.tokens.target[index];
+    const shown = tokens ? plainTokens(tokens) : TARGET_INPUTS.show(index, "large", label && `label ${label}`);
+    return make("div", { class: "target-card" }, make("h3", {}, `Target ${index}`), shown, facts);
   }
 
-  end(end, place, id) {
+  end(end, place, index) {
     const positive = end.name === "proponents";
     const first = place * end.k;
     const inside = Array.from({ length: end.k }, (_, rank) => first + rank);
-    // the k strongest go on past zero where fewer rows help, or harm
+    // the k strongest go on past zero if fewer examples help, or harm
     const places = inside.filter((at) => (positive ? end.scores[at] > 0 : end.scores[at] < 0));
     const largest = Math.max(...TARGETS.ends.map((each) => (each.k ? Math.abs(each.scores[place * each.k]) : 0))) || 1;
     const title = positive ? "Proponents" : "Opponents";
     const heading = make("h3", { class: positive ? "pos" : "neg" }, title);
     if (!places.length) {
-      return make("div", {}, heading, make("p", { class: "missing" }, `No training row has a score ${positive ? "above" : "below"} zero.`));
+      return make("div", {}, heading, make("p", { class: "missing" }, `No training example has a score ${positive ? "above" : "below"} zero.`));
     }
-    const cards = places.map((at) => this.row(end.rows[at], end.scores[at], largest, id));
+    const cards = places.map((at) => this.tile(end.indices[at], end.scores[at], largest, index));
     return make("div", {}, heading,
-      make("ol", { class: TRAIN_INPUTS.kind === "images" ? "grid" : "stack", "aria-label": `${title} of target ${id}` }, ...cards));
+      make("ol", { class: TRAIN_INPUTS.kind === "images" ? "grid" : "stack", "aria-label": `${title} of target ${index}` }, ...cards));
   }
 
-  row(row, score, largest, target) {
-    const label = labelOf(row);
+  tile(index, score, largest, target) {
+    const label = labelOf(index);
     const sign = score < 0 ? "neg" : "pos";
-    const known = flagOf("known", row);
+    const known = flagOf("known", index);
     const meter = make("div", { class: `meter ${sign}`, "aria-hidden": "true" },
       make("span", { style: `width: ${Math.round(Math.min(1, Math.abs(score) / largest) * 100)}%` }));
     return make("li", { class: known ? "tile known" : "tile" },
-      make("div", { class: "top" }, make("span", {}, `row ${row}`), make("span", { class: `score ${sign}` }, number(score, true))),
-      weighedTokens(target, row) || TRAIN_INPUTS.show(row, "", label && `label ${label}`), meter,
+      make("div", { class: "top" }, make("span", {}, `example ${index}`), make("span", { class: `score ${sign}` }, number(score, true))),
+      coloredTokens(target, index) || TRAIN_INPUTS.show(index, "", label && `label ${label}`), meter,
       label && make("span", {}, "label ", make("b", {}, label)), " ",
       known ? make("span", { class: "flag known" }, "mislabelled") : null, " ",
-      flagOf("contradicted", row) && !known ? make("span", { class: "flag contradicted" }, "contradicted") : null);
+      flagOf("contradicted", index) && !known ? make("span", { class: "flag contradicted" }, "contradicted") : null);
   }
 }

@@ -1,0 +1,29 @@
+"""Numbers and names as readers see them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def number(value: float, *, signed: bool = False) -> str:
+    """Format a number to three significant digits, with a true minus sign."""
+    plus = "+" if signed else ""
+    if value != 0 and (abs(value) >= 1e7 or abs(value) < 1e-4):
+        return f"{value:{plus}.2e}".replace("-", "−")
+    if abs(value) >= 1000:
+        return f"{value:{plus},.0f}".replace("-", "−")
+    return f"{value:{plus}.3g}".replace("-", "−")
+
+
+def as_text(value: Any) -> str:
+    r"""Return a name that can be drawn and written; characters that UTF-8 cannot encode become escapes.
+
+    >>> as_text("ant \ud800")
+    'ant \\ud800'
+    """
+    return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def shortened(text: str, length: int) -> str:
+    """Cut a text to ``length`` characters, the last of which is then an ellipsis."""
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
