@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from tracer.data.batches import select_rows
+from tracer.data.batches import select_samples
 from tracer.data.tasks import make_task
 from tracer.gradients import GradientEngine, isolated
 
@@ -26,7 +26,7 @@ def oracle_gradients(model: nn.Module, task, batch, num_rows: int, names=None) -
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     for row in range(num_rows):
-        output = task.outputs(model, select_rows(batch, torch.tensor([row]), num_rows)).output
+        output = task.outputs(model, select_samples(batch, torch.tensor([row]), num_rows)).output
         grads = torch.autograd.grad(output.sum(), wanted, allow_unused=True)
         for name, parameter, grad in zip(names, wanted, grads, strict=True):
             rows[name].append(torch.zeros_like(parameter) if grad is None else grad.to_dense())

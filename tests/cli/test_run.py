@@ -31,7 +31,7 @@ from tracer import Attribution, CheckpointRecorder, Tracer, attribute, load_chec
 from tracer.cli.checkpoints import find_checkpoints
 from tracer.cli.interrupts import Interruption
 from tracer.cli.settings import BY_NAME, read_settings
-from tracer.data.datasets import row_source
+from tracer.data.datasets import as_data_source
 from tracer.errors import InputError
 
 
@@ -295,7 +295,7 @@ def test_missing_learning_rates_are_pointed_out(project):
 
 
 def test_the_first_interruption_ends_rows_after_a_batch_and_the_second_is_at_once():
-    batches = row_source((torch.arange(12.0),), "train", 2)
+    batches = as_data_source((torch.arange(12.0),), "train", 2)
     with Interruption() as interruption:
         rows = interruption.rows(batches, at_once=False)
         seen = 0

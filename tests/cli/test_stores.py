@@ -304,17 +304,17 @@ def test_a_report_refuses_rows_of_another_number(project, tmp_path):
 
 def test_what_a_report_shows_of_batches():
     from tracer.cli.report import displayed
-    from tracer.data.datasets import row_source
+    from tracer.data.datasets import as_data_source
 
     images, labels = torch.rand(4, 1, 2, 2), torch.arange(4)
-    inputs, known = displayed(row_source((images, labels), "train", 3))
+    inputs, known = displayed(as_data_source((images, labels), "train", 3))
     assert np.array_equal(inputs, images.numpy())
     assert known.tolist() == [0, 1, 2, 3]
     tokens = {"input_ids": torch.ones(2, 5, dtype=torch.long), "labels": torch.tensor([1, 0])}
-    inputs, known = displayed(row_source([tokens], "train", 1))
+    inputs, known = displayed(as_data_source([tokens], "train", 1))
     assert inputs is None
     assert known.tolist() == [1, 0]
-    inputs, known = displayed(row_source([{"text": ["a", "b"], "x": torch.rand(2, 3)}], "train", 1))
+    inputs, known = displayed(as_data_source([{"text": ["a", "b"], "x": torch.rand(2, 3)}], "train", 1))
     assert (inputs, known) == (["a", "b"], None)
 
 

@@ -11,8 +11,8 @@ import torch
 from batch_cases import X, Y
 
 import tracer
-from tracer.data.batches import check_batch_size, count_rows, leaves, map_leaves, select_rows, to_device
-from tracer.data.fingerprints import row_fingerprints
+from tracer.data.batches import check_batch_size, count_samples, leaves, map_leaves, select_samples, to_device
+from tracer.data.fingerprints import fingerprint_samples
 
 Pair = namedtuple("Pair", "x y")
 
@@ -38,7 +38,7 @@ BATCHES = [
 
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda batch: type(batch).__name__)
 def test_select_rows_keeps_containers(batch):
-    picked = select_rows(batch, torch.tensor([2, 0]), 3)
+    picked = select_samples(batch, torch.tensor([2, 0]), 3)
     assert type(picked) is type(batch)
     before, after = list(leaves(batch)), list(leaves(picked))
     assert [path for path, _ in before] == [path for path, _ in after]
@@ -52,7 +52,7 @@ def test_select_rows_keeps_containers(batch):
 def test_shared_leaves_stay_whole():
     batch = {"x": X, "scale": torch.tensor(2.0), "positions": torch.arange(7)[None], "name": "all"}
     check_batch_size(batch, 3)
-    picked = select_rows(batch, torch.tensor([1]), 3)
+    picked = select_samples(batch, torch.tensor([1]), 3)
     assert picked["scale"] == 2.0
     assert picked["positions"].shape == (1, 7)
     assert picked["name"] == "all"
@@ -68,16 +68,16 @@ def test_attributes_of_mappings_survive():
 
 
 def test_wrong_sizes_name_the_leaf():
-    with pytest.raises(tracer.BatchError, match=r"batch\['y'\]\[0\] has 3 rows"):
+    with pytest.raises(tracer.BatchError, match=r"batch\['y'\]\[0\] has 3 entries"):
         check_batch_size({"x": X[:2], "y": (Y,)}, 2)
-    with pytest.raises(tracer.BatchError, match="holds no tensor with 4 rows"):
+    with pytest.raises(tracer.BatchError, match="holds no tensor with 4 entries"):
         check_batch_size({"scale": torch.tensor(1.0), "one": X[:1]}, 4)
 
 
 def test_rows_are_counted():
-    assert count_rows(({"x": X}, Y)) == 3
+    assert count_samples(({"x": X}, Y)) == 3
     with pytest.raises(tracer.BatchError, match="holds no tensor"):
-        count_rows({"words": ["a", "b"]})
+        count_samples({"words": ["a", "b"]})
 
 
 @pytest.mark.parametrize(
@@ -87,17 +87,17 @@ def test_rows_are_counted():
 def test_lists_without_tensors_have_one_entry_a_row(values):
     batch = {"x": X, "extra": values}
     check_batch_size(batch, 3)
-    picked = select_rows(batch, torch.tensor([2, 0]), 3)["extra"]
+    picked = select_samples(batch, torch.tensor([2, 0]), 3)["extra"]
     assert list(picked) == [values[2], values[0]]
-    whole = row_fingerprints(batch, 3)
-    assert row_fingerprints({"x": X[[2]], "extra": values[2:]}, 1)[0] == whole[2]
+    whole = fingerprint_samples(batch, 3)
+    assert fingerprint_samples({"x": X[[2]], "extra": values[2:]}, 1)[0] == whole[2]
 
 
 def test_values_whose_rows_are_not_known_are_refused():
     class Record:
         pass
 
-    with pytest.raises(tracer.BatchError, match=r"batch\['r'\] is of type Record, whose rows are not known"):
+    with pytest.raises(tracer.BatchError, match=r"\['r'\] is of type Record, which cannot be assigned to examples"):
         check_batch_size({"x": X, "r": Record()}, 3)
 
 
@@ -111,7 +111,7 @@ def test_arrays_that_torch_cannot_share_are_copied():
 
 
 def test_shared_numbers_are_part_of_a_row():
-    one, other = (row_fingerprints({"x": X, "temperature": torch.tensor(t)}, 3) for t in (1.0, 2.0))
+    one, other = (fingerprint_samples({"x": X, "temperature": torch.tensor(t)}, 3) for t in (1.0, 2.0))
     assert not set(one.tolist()) & set(other.tolist())
 
 

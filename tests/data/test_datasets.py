@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import tracer
-from tracer.data.datasets import row_source
+from tracer.data.datasets import as_data_source
 
 X = torch.arange(10.0)
 SOURCES = {
@@ -22,8 +22,8 @@ SOURCES = {
 @pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("rows", [range(10), [3, 7, 8, 9], [0]])
 def test_rows_and_indices_belong_together(kind, rows):
-    source = row_source(SOURCES[kind](), "train", 4)
-    assert source.num_rows == 10
+    source = as_data_source(SOURCES[kind](), "train", 4)
+    assert len(source) == 10
     seen = []
     for batch, inds in source.batches(np.array(list(rows))):
         np.testing.assert_array_equal(batch[0], inds)
@@ -44,12 +44,12 @@ def test_only_the_rows_that_are_missing_are_loaded():
             loaded.append(row)
             return X[row]
 
-    list(row_source(Recording(), "train", 4).batches(np.array([2, 5])))
+    list(as_data_source(Recording(), "train", 4).batches(np.array([2, 5])))
     assert loaded == [2, 5]
 
 
 def test_collate_functions():
-    source = row_source(TensorDataset(X), "train", 4, lambda rows: {"x": torch.stack([row[0] for row in rows])})
+    source = as_data_source(TensorDataset(X), "train", 4, lambda rows: {"x": torch.stack([row[0] for row in rows])})
     batch, _ = next(source.batches(np.arange(3)))
     assert batch["x"].tolist() == [0.0, 1.0, 2.0]
 
@@ -70,16 +70,16 @@ class Stream(IterableDataset):
 )
 def test_loaders_without_a_fixed_order_are_refused(loader):
     with pytest.raises(tracer.InputError, match="does not go through its data set in order"):
-        row_source(loader(), "train", 4)
+        as_data_source(loader(), "train", 4)
 
 
 def test_a_loader_that_drops_its_last_rows_still_gives_them_all():
     loader = DataLoader(TensorDataset(X), batch_size=4, drop_last=True)
-    rows = np.concatenate([inds for _, inds in row_source(loader, "train", 4).batches(np.arange(10))])
+    rows = np.concatenate([inds for _, inds in as_data_source(loader, "train", 4).batches(np.arange(10))])
     assert rows.tolist() == list(range(10))
 
 
 @pytest.mark.parametrize("data", [3, Stream(), (x for x in X), torch.ones(3), {"x": X}])
 def test_other_types_are_refused(data):
     with pytest.raises(tracer.InputTypeError, match="train is a"):
-        row_source(data, "train", 4)
+        as_data_source(data, "train", 4)

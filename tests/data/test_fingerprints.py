@@ -7,7 +7,7 @@ import pytest
 import torch
 from batch_cases import X, Y
 
-from tracer.data.fingerprints import row_fingerprints
+from tracer.data.fingerprints import fingerprint_samples
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.bool, torch.int64])
@@ -15,25 +15,25 @@ def test_fingerprints_tell_rows_apart_and_ignore_the_batch(dtype):
     values = torch.arange(8).reshape(4, 2).remainder(3).to(dtype)
     values[:, 0] = torch.tensor([0, 1, 0, 1]).to(dtype)
     values[:, 1] = torch.tensor([0, 0, 1, 1]).to(dtype)
-    whole = row_fingerprints((values, torch.arange(4)), 4)
+    whole = fingerprint_samples((values, torch.arange(4)), 4)
     assert len(set(whole.tolist())) == 4
-    parts = [row_fingerprints((values[[i]], torch.tensor([i])), 1)[0] for i in range(4)]
+    parts = [fingerprint_samples((values[[i]], torch.tensor([i])), 1)[0] for i in range(4)]
     np.testing.assert_array_equal(whole, parts)
-    again = row_fingerprints((values.clone().T.contiguous().T, torch.arange(4)), 4)
+    again = fingerprint_samples((values.clone().T.contiguous().T, torch.arange(4)), 4)
     np.testing.assert_array_equal(whole, again)
 
 
 def test_shared_leaves_count_the_same_in_a_batch_of_one_row():
     batch = {"x": X, "positions": torch.arange(7)[None], "names": ["all"]}
-    whole = row_fingerprints(batch, 3)
-    alone = [row_fingerprints({**batch, "x": X[[row]]}, 1)[0] for row in range(3)]
+    whole = fingerprint_samples(batch, 3)
+    alone = [fingerprint_samples({**batch, "x": X[[row]]}, 1)[0] for row in range(3)]
     np.testing.assert_array_equal(whole, alone)
-    changed = row_fingerprints({**batch, "positions": 1 + torch.arange(7)[None]}, 3)
+    changed = fingerprint_samples({**batch, "positions": 1 + torch.arange(7)[None]}, 3)
     assert not set(changed.tolist()) & set(whole.tolist())
 
 
 def test_fingerprints_are_pinned():
-    found = row_fingerprints((X, Y, ["a", "b", "c"]), 3)
+    found = fingerprint_samples((X, Y, ["a", "b", "c"]), 3)
     assert found.tolist() == [5962903768137153258, 8419518452110307475, 3065487623316200419]
 
 
@@ -41,16 +41,18 @@ def test_fingerprints_do_not_depend_on_padding():
     tokens = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]])
     mask = (tokens > 0).long()
     labels = tokens.masked_fill(mask == 0, -100)
-    long = row_fingerprints({"input_ids": tokens, "attention_mask": mask, "labels": labels}, 2)
-    short = row_fingerprints({"input_ids": tokens[1:, :2], "attention_mask": mask[1:, :2], "labels": labels[1:, :2]}, 1)
-    left = row_fingerprints(
+    long = fingerprint_samples({"input_ids": tokens, "attention_mask": mask, "labels": labels}, 2)
+    short = fingerprint_samples(
+        {"input_ids": tokens[1:, :2], "attention_mask": mask[1:, :2], "labels": labels[1:, :2]}, 1
+    )
+    left = fingerprint_samples(
         {"input_ids": tokens.flip(1)[:1], "attention_mask": mask.flip(1)[:1], "labels": labels.flip(1)[:1]}, 1
     )
     assert long[1] == short[0]
     assert long[0] != left[0]  # its tokens are in another order
     class_labels = {"input_ids": tokens, "attention_mask": mask, "labels": torch.tensor([0, 1])}
     changed = {**class_labels, "labels": torch.tensor([1, 1])}
-    assert row_fingerprints(class_labels, 2)[0] != row_fingerprints(changed, 2)[0]
+    assert fingerprint_samples(class_labels, 2)[0] != fingerprint_samples(changed, 2)[0]
 
 
 def test_rows_of_structured_values_do_not_collide():
@@ -62,37 +64,37 @@ def test_rows_of_structured_values_do_not_collide():
     )
     for values in (ones, ones.half(), ones.bool(), ones.long(), ones.double() * 1024, sparse):
         distinct = len(torch.unique(values.flatten(1), dim=0))
-        assert len(np.unique(row_fingerprints(values, len(values)))) == distinct
+        assert len(np.unique(fingerprint_samples(values, len(values)))) == distinct
 
 
 def test_words_may_not_change_places():
     row = torch.arange(1.0, 9.0)
     swapped = row[[2, 1, 0, 3, 4, 5, 6, 7]]
     halves = torch.cat([row[4:], row[:4]])
-    found = row_fingerprints(torch.stack([row, swapped, halves, row.flip(0)]), 4)
+    found = fingerprint_samples(torch.stack([row, swapped, halves, row.flip(0)]), 4)
     assert len(set(found.tolist())) == 4
 
 
 def test_zeros_at_the_end_count_by_their_number():
-    found = [row_fingerprints(torch.zeros(1, count), 1)[0] for count in range(1, 6)]
+    found = [fingerprint_samples(torch.zeros(1, count), 1)[0] for count in range(1, 6)]
     assert len(set(found)) == 5
 
 
 def test_parts_of_a_batch_have_the_hashes_of_the_whole():
     values = torch.randn(50, 7, 3, generator=torch.Generator().manual_seed(0))
-    whole = row_fingerprints(values, 50)
+    whole = fingerprint_samples(values, 50)
     for size in (1, 8, 49):
-        parts = [row_fingerprints(part, len(part)) for part in values.split(size)]
+        parts = [fingerprint_samples(part, len(part)) for part in values.split(size)]
         np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
 def test_byte_order_and_memory_layout_do_not_matter():
     values = np.random.default_rng(0).normal(size=(4, 6))
-    whole = row_fingerprints((values,), 4)
+    whole = fingerprint_samples((values,), 4)
     for same in (values.astype(">f8"), np.asfortranarray(values), values[::-1].copy()[::-1]):
-        np.testing.assert_array_equal(row_fingerprints((same,), 4), whole)
+        np.testing.assert_array_equal(fingerprint_samples((same,), 4), whole)
 
 
 def test_samples_without_values_have_a_hash():
-    found = row_fingerprints((torch.empty(2, 0), torch.arange(2)), 2)
+    found = fingerprint_samples((torch.empty(2, 0), torch.arange(2)), 2)
     assert len(set(found.tolist())) == 2

@@ -128,7 +128,7 @@ def test_language_modeling_forms_of_batches():
 def test_language_modeling_row_without_a_token_to_predict():
     labels = torch.full((2, 4), -100)
     labels[0] = 1
-    with pytest.raises(tracer.BatchError, match=r"Rows \[1\] of the batch have no token to predict"):
+    with pytest.raises(tracer.BatchError, match=r"Examples \[1\] of the batch have no token to predict"):
         make_task("language_modeling").outputs(Model(), {"input_ids": torch.randn(2, 4, 5), "labels": labels})
 
 
@@ -156,10 +156,10 @@ def test_labels_out_of_range(label):
         ("image_classification", torch.randn(3, 4), r"expects a batch \(inputs, labels\)"),
         ("image_classification", {"x": torch.randn(3, 4)}, "needs labels under one of"),
         ("image_classification", (torch.randn(3, 4), [1, 2, 3]), "labels as a tensor"),
-        ("binary_classification", (torch.randn(3, 2), torch.rand(3)), "Expected one number a sample"),
+        ("binary_classification", (torch.randn(3, 2), torch.rand(3)), "Expected one number for each example"),
         ("binary_classification", (torch.randn(3), torch.tensor([0.0, 1.0, 2.0])), r"labels in \[0, 1\]; got 0.0 to 2"),
         ("regression", (torch.randn(3, 2), torch.randn(3)), r"output has shape \(3, 2\)"),
-        ("regression", (torch.randn(3), torch.randn(2)), "Expected one number a sample"),
+        ("regression", (torch.randn(3), torch.randn(2)), "Expected one number for each example"),
     ],
 )
 def test_batches_that_do_not_fit(task, batch, message):
@@ -227,7 +227,7 @@ def test_task_without_a_name():
 
 @pytest.mark.parametrize("value", [torch.tensor(1.0), torch.ones(2, 2), 3.0])
 def test_function_that_does_not_give_one_loss_a_sample(value):
-    with pytest.raises(tracer.BatchError, match="must return the loss of each sample"):
+    with pytest.raises(tracer.BatchError, match="must return the loss of each example"):
         make_task(lambda model, batch: value).outputs(Model(), torch.ones(2))
 
 

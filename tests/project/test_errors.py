@@ -62,16 +62,16 @@ def test_featurize_while_scoring(run, tracing):
 
 @pytest.mark.parametrize("given", [{}, {"inds": [0], "num_samples": 1}])
 def test_both_or_neither_of_inds_and_num_samples(run, loaded, given):
-    with pytest.raises(tracer.InputError, match="exactly one of inds and num_samples; (both|neither) came"):
+    with pytest.raises(tracer.InputError, match="exactly one of inds and num_samples, got (both|neither)"):
         loaded.featurize((run.x[:1], run.y[:1]), **given)
 
 
 @pytest.mark.parametrize(
     ("inds", "message"),
     [
-        ([0, 23], r"\[23\] outside 0\.\.\.22"),
-        ([-1, 0], r"\[-1\] outside"),
-        ([3, 3], r"rows \[3\] more than once"),
+        ([0, 23], r"\[23\], outside 0\.\.\.22"),
+        ([-1, 0], r"\[-1\], outside"),
+        ([3, 3], r"inds has \[3\] more than once"),
     ],
 )
 def test_indices_out_of_range_negative_or_repeated(run, loaded, tmp_path, inds, message):
@@ -89,7 +89,7 @@ def test_indices_of_another_type(run, loaded, inds):
 
 
 @pytest.mark.parametrize(
-    ("given", "error"), [({"num_samples": 0}, "one row at least"), ({"inds": []}, "inds is empty")]
+    ("given", "error"), [({"num_samples": 0}, "num_samples is 0; expected 1 or more"), ({"inds": []}, "inds is empty")]
 )
 def test_no_rows(run, loaded, given, error):
     with pytest.raises(tracer.BatchError, match=error):
@@ -102,9 +102,9 @@ def test_num_samples_of_another_type(run, loaded):
 
 
 def test_sizes_that_disagree_with_the_batch(run, loaded):
-    with pytest.raises(tracer.BatchError, match=r"batch\[0\] has 4 rows .* but 3 were announced"):
+    with pytest.raises(tracer.BatchError, match=r"batch\[0\] has 4 entries .*; expected 3, one for each .* announced"):
         loaded.featurize((run.x[:4], run.y[:4]), num_samples=3)
-    with pytest.raises(tracer.BatchError, match=r"batch\[1\] has 3 rows .* but 4 were announced"):
+    with pytest.raises(tracer.BatchError, match=r"batch\[1\] has 3 entries .*; expected 4, one for each .* announced"):
         loaded.featurize((run.x[:4], run.y[:3]), num_samples=4)
     loaded.featurize((run.x[:4], run.y[:4]), num_samples=4)  # the cursor did not move
     assert loaded.remaining(0)[0] == 4
@@ -461,13 +461,13 @@ def test_one_call_with_bad_arguments(run, tmp_path):
         call(train=loader)
     with pytest.raises(tracer.InputTypeError, match="train is a generator"):
         call(train=(batch for batch in [run.train]))
-    with pytest.raises(tracer.InputError, match="targets holds no rows"):
+    with pytest.raises(tracer.InputError, match="targets has no examples"):
         call(targets=[])
     with pytest.raises(tracer.InputError, match="checkpoints is empty"):
         call(checkpoints=[])
     with pytest.raises(tracer.InputTypeError, match="checkpoints is a OrderedDict"):
         call(checkpoints=run.checkpoints[0][0])
-    with pytest.raises(tracer.InputError, match="whose numbers of rows must agree"):
+    with pytest.raises(tracer.InputError, match="expected one length for all of them, got shapes"):
         call(train=(run.x, run.y[:-1]))
     with pytest.raises(tracer.InputError, match="did you mean 'cosine'"):
         call(estimator="cosin")

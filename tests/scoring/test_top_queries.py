@@ -16,7 +16,7 @@ import torch
 import zarr
 from scoring_cases import expected, scorer, strongest
 
-from tracer.data.indices import chosen_rows
+from tracer.data.indices import resolve_selection
 from tracer.errors import InputError, InputTypeError, StoreError
 from tracer.scoring import streaming, top_queries
 from tracer.scoring.estimators import Estimate
@@ -90,7 +90,7 @@ def test_every_row_can_be_asked_for(found):
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_chosen_rows_count(found, counted, rows, kind):
     scores = expected(found)
-    chosen = np.asarray(chosen_rows(rows, N))
+    chosen = np.asarray(resolve_selection(rows, N))
     answer = top(found, kind=kind, rows=rows)
     np.testing.assert_array_equal(answer.indices, strongest(scores, K, kind, chosen))
     assert counted == chosen.tolist()
@@ -107,7 +107,7 @@ def test_files_without_chosen_rows_are_not_read(tmp_path, monkeypatch):
             table._features.chunk_path(chunk).write_bytes(b"damaged")
     for rows in ([25, 29, 253], range(20, 30), np.isin(np.arange(N), [20, 255, 259])):
         answer = top(found, k=3, rows=rows)
-        np.testing.assert_array_equal(answer.indices, strongest(scores, 3, "proponents", chosen_rows(rows, N)))
+        np.testing.assert_array_equal(answer.indices, strongest(scores, 3, "proponents", resolve_selection(rows, N)))
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,12 @@ def test_files_without_chosen_rows_are_not_read(tmp_path, monkeypatch):
     [
         (range(5), InputError, "k=7 is more than the 5 training examples that were chosen"),
         ([], InputError, "k=7 is more than the 0 training examples"),
-        (np.ones(N + 1, bool), InputError, f"rows is a mask of {N + 1} values; expected one for each of the {N} rows"),
-        ([0, N], InputError, rf"rows \[{N}\] are outside the {N} train rows, 0 to {N - 1}"),
-        ([-1, 3], InputError, r"rows \[-1\] are outside"),
-        (range(N - 3, N + 9), InputError, "is not within the 300 train rows"),
+        (np.ones(N + 1, bool), InputError, f"rows is a mask of {N + 1} values; expected {N}, one a training example"),
+        ([0, N], InputError, rf"rows has \[{N}\], outside the {N} training examples, 0 to {N - 1}"),
+        ([-1, 3], InputError, r"rows has \[-1\], outside"),
+        (range(N - 3, N + 9), InputError, "is outside the 300 training examples"),
         ("first", InputTypeError, "rows is str of shape"),
-        ([0.5], InputTypeError, "expected a slice or range, row indices, or a bool"),
+        ([0.5], InputTypeError, "expected a slice or range, indices, or a bool"),
         (np.zeros((2, 2), int), InputTypeError, r"of shape \(2, 2\)"),
     ],
 )

@@ -396,7 +396,7 @@ def test_shares_that_cannot_be_used(share, message):
 
 
 def test_arguments_that_cannot_be_used(monkeypatch):
-    with pytest.raises(tracer.InputError, match="targets holds no rows"):
+    with pytest.raises(tracer.InputError, match="targets has no examples"):
         IdealRecorder(mlp(), "image_classification", [], 12)
     with pytest.raises(tracer.InputError, match="train_set_size is 0"):
         IdealRecorder(mlp(), "image_classification", TARGETS, 0)

@@ -17,7 +17,7 @@ from tracer._core.validation import bar_disabled, check_count
 from tracer.api.report_metadata import StoreFacts
 from tracer.api.store_reader import StoreReader
 from tracer.api.tracer import Tracer
-from tracer.data.datasets import RowSource, row_source
+from tracer.data.datasets import DataSource, as_data_source
 from tracer.errors import InputError, InputTypeError
 from tracer.report import write_report
 from tracer.report.samples import as_array
@@ -209,11 +209,11 @@ def attribute(
         )
     pairs = [_pair(checkpoint) for checkpoint in _as_list(checkpoints)]
     size = check_count(batch_size, "batch_size")
-    train_rows = row_source(train, "train", size, collate_fn)
-    target_rows = row_source(targets, "targets", size, collate_fn)
+    train_rows = as_data_source(train, "train", size, collate_fn)
+    target_rows = as_data_source(targets, "targets", size, collate_fn)
     if tracer_options.get("projector") == "none":
         tracer_options.setdefault("storage", "float32" if estimate.kernel else "none")
-    tracer = Tracer(model, task, train_rows.num_rows, save_dir, progress=progress, **tracer_options)
+    tracer = Tracer(model, task, len(train_rows), save_dir, progress=progress, **tracer_options)
     chosen = list(range(len(pairs)))
     if tracer.store.manifest.storage == "none":
         for model_id, (checkpoint, learning_rate) in enumerate(pairs):
@@ -229,7 +229,7 @@ def attribute(
         _feed(tracer.featurize, train_rows, missing, {"desc": label, **bar_options})
     tracer.finalize_features(chosen)
     for model_id, (checkpoint, _) in enumerate(pairs):
-        tracer.start_scoring_checkpoint(checkpoint, model_id, target_rows.num_rows, exp_name)
+        tracer.start_scoring_checkpoint(checkpoint, model_id, len(target_rows), exp_name)
         missing = _own(tracer, target_rows, tracer.remaining(model_id, exp_name))
         _feed(tracer.score, target_rows, missing, {"desc": f"score {model_id + 1}/{len(pairs)}", **bar_options})
     tracer.flush()
@@ -237,17 +237,17 @@ def attribute(
     return Attribution(tracer, exp_name, estimator, chosen, target, regularization)
 
 
-def _own(tracer: Tracer, source: RowSource, rows: np.ndarray) -> np.ndarray:
+def _own(tracer: Tracer, source: DataSource, rows: np.ndarray) -> np.ndarray:
     """Return those of the rows that are this process's."""
-    return rows[np.isin(rows, np.asarray(tracer.shard(range(source.num_rows)).indices), assume_unique=True)]
+    return rows[np.isin(rows, np.asarray(tracer.shard(range(len(source))).indices), assume_unique=True)]
 
 
-def _feed(step: Callable[..., None], source: RowSource, rows: np.ndarray, bar_options: Mapping[str, Any]) -> None:
+def _feed(step: Callable[..., None], source: DataSource, rows: np.ndarray, bar_options: Mapping[str, Any]) -> None:
     """Give the missing rows to the tracer, batch by batch, with a progress bar over all rows."""
     if len(rows) == 0:
         return
-    initial = source.num_rows - len(rows)
-    with tqdm(total=source.num_rows, initial=initial, **bar_options) as bar:
+    initial = len(source) - len(rows)
+    with tqdm(total=len(source), initial=initial, **bar_options) as bar:
         for batch, inds in source.batches(rows):
             step(batch, inds=inds)
             bar.update(int(np.isin(inds, rows, assume_unique=True).sum()))

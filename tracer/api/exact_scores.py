@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from tracer._core.validation import bar_disabled
 from tracer.api.featurizer import Featurizer, NormSink, row_values, write_values
-from tracer.data.batches import map_leaves, select_rows
-from tracer.data.datasets import RowSource
+from tracer.data.batches import map_leaves, select_samples
+from tracer.data.datasets import DataSource
 from tracer.errors import NonFiniteError
 from tracer.gradients.inner_products import TargetGradients
 from tracer.gradients.per_sample import PerSampleGradient
@@ -55,7 +55,7 @@ class CosineWriter:
         self._same_rows = store.other_checkpoint(model_id)
         self._same_targets = store.other_targets(exp_name, model_id)
 
-    def run(self, train: RowSource, targets: RowSource) -> None:
+    def run(self, train: DataSource, targets: DataSource) -> None:
         """Compute what is not stored yet, block by block of targets.
 
         Args:
@@ -73,11 +73,11 @@ class CosineWriter:
             for table in (self._train, self._targets):
                 table.close()
 
-    def _run_blocks(self, train: RowSource, targets: RowSource) -> None:
+    def _run_blocks(self, train: DataSource, targets: DataSource) -> None:
         first = 0
-        while first < targets.num_rows:
+        while first < len(targets):
             block = self._stored(first)
-            if block is None or not block.complete or block.shape[0] < train.num_rows:
+            if block is None or not block.complete or block.shape[0] < len(train):
                 held = self._hold(targets, first, None if block is None else block.shape[1])
                 last = first + held.num_rows
                 self._targets.flush()  # a block that is there says that its targets' values are
@@ -86,7 +86,7 @@ class CosineWriter:
                     first,
                     held.num_rows,
                     self._inputs(first, held.num_rows),
-                    tile_rows=min(TILE_ROWS, train.num_rows),
+                    tile_rows=min(TILE_ROWS, len(train)),
                 )
                 self._write_block(block, train, held, f"targets {first}-{last - 1}")
             first += block.shape[1]
@@ -100,10 +100,10 @@ class CosineWriter:
         block = dict(self._store.cosines(*self._key)).get(first)
         return block if block is not None and block.inputs == self._inputs(first, block.shape[1]) else None
 
-    def _hold(self, targets: RowSource, first: int, size: int | None) -> TargetGradients:
+    def _hold(self, targets: DataSource, first: int, size: int | None) -> TargetGradients:
         """Compute the gradients of ``size`` targets, or of as many as memory allows."""
         held = TargetGradients()
-        last = targets.num_rows if size is None else first + size
+        last = len(targets) if size is None else first + size
         for batch, rows in _wanted(targets, np.arange(first, last)):
             sink = _HoldingSink(len(rows), self._featurizer.device)
             # Factors may be views of the batch, whose memory a loader may use again.
@@ -115,7 +115,7 @@ class CosineWriter:
         held.join()
         return held
 
-    def _write_block(self, block: ScoreArray, train: RowSource, held: TargetGradients, description: str) -> None:
+    def _write_block(self, block: ScoreArray, train: DataSource, held: TargetGradients, description: str) -> None:
         """Compute the cosines of all train rows of unfinished tiles with the held targets."""
         rows = [np.arange(start, stop) for start, stop in block.remaining()]
         if not rows:
@@ -123,8 +123,8 @@ class CosineWriter:
         bands: dict[int, np.ndarray] = {}
         missing: dict[int, int] = {}
         disable = bar_disabled(self._progress)
-        with block, tqdm(total=train.num_rows, unit="row", desc=description, disable=disable) as bar:
-            bar.update(train.num_rows - sum(map(len, rows)))
+        with block, tqdm(total=len(train), unit="row", desc=description, disable=disable) as bar:
+            bar.update(len(train) - sum(map(len, rows)))
             for batch, inds in _wanted(train, np.concatenate(rows)):
                 sink = _ProductSink(held, len(inds), self._featurizer.device)
                 self._run(self._train, batch, inds, sink, self._same_rows)
@@ -132,7 +132,7 @@ class CosineWriter:
                 _check_finite(cosines, inds)
                 for tile in np.unique(inds // block.tile_rows).tolist():
                     start = tile * block.tile_rows
-                    stop = min(start + block.tile_rows, train.num_rows)
+                    stop = min(start + block.tile_rows, len(train))
                     band = bands.setdefault(tile, np.zeros((stop - start, held.num_rows), np.float32))
                     mine = inds // block.tile_rows == tile
                     band[inds[mine] - start] = cosines[mine]
@@ -215,13 +215,13 @@ def _check_finite(cosines: np.ndarray, rows: np.ndarray) -> None:
         )
 
 
-def _wanted(source: RowSource, rows: np.ndarray) -> Iterator[tuple[Batch, np.ndarray]]:
+def _wanted(source: DataSource, rows: np.ndarray) -> Iterator[tuple[Batch, np.ndarray]]:
     """Yield batches of exactly the given rows, ascending, with their indices."""
-    wanted = np.zeros(source.num_rows, dtype=bool)
+    wanted = np.zeros(len(source), dtype=bool)
     wanted[rows] = True
     for batch, inds in source.batches(rows):
         mine = wanted[inds]
         if not mine.all():
-            batch = select_rows(batch, torch.from_numpy(np.flatnonzero(mine)), len(inds))
+            batch = select_samples(batch, torch.from_numpy(np.flatnonzero(mine)), len(inds))
         if mine.any():
             yield batch, inds[mine]

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tracer.data.batches import check_batch_size, select_rows, to_device
-from tracer.data.fingerprints import row_fingerprints
+from tracer.data.batches import check_batch_size, select_samples, to_device
+from tracer.data.fingerprints import fingerprint_samples
 from tracer.errors import NonFiniteError
 from tracer.gradients import GradientEngine, Sink, isolated
 from tracer.gradients.norms import squared_norm
@@ -108,7 +108,7 @@ class Featurizer:
         if len(new) == 0:
             return 0
         if len(new) < len(rows):
-            batch = select_rows(batch, torch.from_numpy(new), len(rows))
+            batch = select_samples(batch, torch.from_numpy(new), len(rows))
         write_values(table, rows[new], self.compute(batch, len(new)), fingerprint[new])
         return len(new)
 
@@ -133,7 +133,7 @@ class Featurizer:
         check_batch_size(batch, len(rows))
         fingerprint = np.zeros(len(rows), dtype=np.uint64)
         if self.check_rows:
-            fingerprint = row_fingerprints(batch, len(rows))
+            fingerprint = fingerprint_samples(batch, len(rows))
             if same_rows is not None:
                 same_rows.check_rows(rows, fingerprint)
         return fingerprint, table.check_rows(rows, fingerprint)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tracer.api.featurizer import Featurizer, write_values
-from tracer.data.batches import select_rows, to_device
+from tracer.data.batches import select_samples, to_device
 from tracer.gradients import GradientEngine, Sink
 from tracer.gradients.fsdp import ENDED, WAITING, WORKING, Ranks
 from tracer.gradients.per_sample import PerSampleGradient
@@ -70,14 +70,14 @@ class SharedFeaturizer(Featurizer):
 
             def first_row() -> Batch:
                 row = new[:1] if len(new) else np.zeros(1, dtype=np.int64)
-                return to_device(select_rows(batch, torch.from_numpy(row), len(rows)), torch.device("cpu"))
+                return to_device(select_samples(batch, torch.from_numpy(row), len(rows)), torch.device("cpu"))
 
             if not self.ranks.begin(WORKING if len(new) else WAITING, first_row):
                 return 0
             if len(new) == 0:
                 self._stand_in()
             else:
-                part = batch if len(new) == len(rows) else select_rows(batch, torch.from_numpy(new), len(rows))
+                part = batch if len(new) == len(rows) else select_samples(batch, torch.from_numpy(new), len(rows))
                 values = self.compute(part, len(new))
                 write_values(table, rows[new], values, fingerprint[new])
                 if self.ranks.stand_in is None:

@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 from tracer._core.processes import Process, ProcessChoice, this_process
 from tracer._core.validation import check_count, check_device, check_model_id
-from tracer.data.indices import RowChoice, RowIndices, row_indices
+from tracer.data.indices import ExampleIndices, ExampleSelection, check_indices
 from tracer.errors import CallOrderError, InputError
 from tracer.scoring.estimators import Estimate
 from tracer.scoring.readiness import finalize_features, target_table
@@ -152,7 +152,7 @@ class StoreReader:
         self.process.first_only(lambda: self.store.grow(size))
         self.store = self._scorer.store = Store.open_existing(self.store.path)
 
-    def replace(self, inds: RowIndices, exp_name: str | None = None) -> None:
+    def replace(self, inds: ExampleIndices, exp_name: str | None = None) -> None:
         """Forget rows at all checkpoints, so that others can be featurized under their indices; all else stays.
 
         Scores that come from these rows are computed anew when they are asked for, and no others.
@@ -169,13 +169,13 @@ class StoreReader:
         if exp_name is None:
             if not self.store.checkpoint_ids():
                 raise CallOrderError("The store has no checkpoint, so there are no rows to replace; featurize first.")
-            rows = row_indices(inds, self.train_set_size, "train_set_size")
+            rows = check_indices(inds, self.train_set_size, "train_set_size")
         else:
             known = self.store.exp_names()
             if exp_name not in known:
                 raise InputError(f"exp_name={exp_name!r} is not in the store, which has {known}.")
             num_targets = self.store.targets(exp_name, self.store.target_ids(exp_name)[0]).num_rows
-            rows = row_indices(inds, num_targets, "num_targets")
+            rows = check_indices(inds, num_targets, "num_targets")
         self.process.wait()  # what others had pending is in the store, so that their marks go too
         self.process.first_only(lambda: self.store.forget_rows(rows, exp_name))
 
@@ -251,7 +251,7 @@ class StoreReader:
         estimator: str = "tracin",
         model_ids: list[int] | None = None,
         *,
-        rows: RowChoice | None = None,
+        rows: ExampleSelection | None = None,
         labels: Labels | None = None,
         target: str | None = None,
         regularization: float | str = "auto",

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tracer._core.sharding import fsdp_modules
 from tracer._core.validation import check_device, check_model, check_rate, complete_rates
-from tracer.data.batches import check_batch_size, count_rows, select_rows, to_device
+from tracer.data.batches import check_batch_size, count_samples, select_samples, to_device
 from tracer.data.model_inputs import logits_of
 from tracer.data.tasks import LanguageModeling, Task, make_task
 from tracer.errors import BatchError, GradientError, InputError, InputTypeError, NonFiniteError
@@ -98,11 +98,11 @@ def token_influence(
     names = select_parameters(model, params)
     check_preconditioner(preconditioner)
     pairs = _with_rates(checkpoints)
-    num_rows, num_targets = count_rows(train_batch), count_rows(target_batch)
+    num_rows, num_targets = count_samples(train_batch), count_samples(target_batch)
     check_batch_size(train_batch, num_rows)
     check_batch_size(target_batch, num_targets)
     train_batch, target_batch = to_device(train_batch, place), to_device(target_batch, place)
-    targets = [select_rows(target_batch, torch.tensor([row]), num_targets) for row in range(num_targets)]
+    targets = [select_samples(target_batch, torch.tensor([row]), num_targets) for row in range(num_targets)]
     total: Tensor | None = None
     for checkpoint, rate in pairs:
         weights = _load(model, checkpoint, names, preconditioner, place)

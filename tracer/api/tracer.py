@@ -30,9 +30,9 @@ from tracer.api.exact_scores import CosineWriter
 from tracer.api.featurizer import Featurizer
 from tracer.api.fsdp_featurizer import SharedFeaturizer
 from tracer.api.store_reader import StoreReader
-from tracer.data.batches import check_batch_size, count_rows
-from tracer.data.datasets import row_source
-from tracer.data.indices import RowChoice, RowCursor, RowIndices
+from tracer.data.batches import check_batch_size, count_samples
+from tracer.data.datasets import as_data_source
+from tracer.data.indices import ExampleIndices, ExampleSelection, IndexCursor
 from tracer.data.tasks import LowerPrecision, make_task
 from tracer.errors import CallOrderError, InputError, MismatchError
 from tracer.gradients import GradientEngine, ParamSelection, select_parameters
@@ -172,7 +172,7 @@ class Tracer(StoreReader):
         self._table: RowTable | None = None
         self._same_rows: RowTable | None = None
         self._role = ""
-        self._cursor = RowCursor(self.train_set_size, "train_set_size")
+        self._cursor = IndexCursor(self.train_set_size, "train_set_size")
 
     @_collective
     def load_checkpoint(self, checkpoint: Checkpoint, model_id: int, learning_rate: float | None = None) -> None:
@@ -205,10 +205,10 @@ class Tracer(StoreReader):
             else:
                 table = self.store.create_checkpoint(model_id, fingerprint, rate)
             self._sources.remember(model_id, checkpoint, table)
-        self._start(table, weights, model_id, RowCursor(self.train_set_size, "train_set_size"), "featurize")
+        self._start(table, weights, model_id, IndexCursor(self.train_set_size, "train_set_size"), "featurize")
         self._same_rows = self.store.other_checkpoint(model_id)
 
-    def featurize(self, batch: Batch, inds: RowIndices | None = None, num_samples: int | None = None) -> None:
+    def featurize(self, batch: Batch, inds: ExampleIndices | None = None, num_samples: int | None = None) -> None:
         """Compute and store the features of a batch of train rows at the loaded checkpoint.
 
         Rows that are stored already are recognised and not computed again.
@@ -288,10 +288,10 @@ class Tracer(StoreReader):
         with one_by_one(self._ranks, "arguments", (model_id, num_targets, exp_name, fingerprint)):
             table = self._target_table(exp_name, model_id, num_targets)
             self._sources.remember(model_id, checkpoint, self.store.checkpoint(model_id))
-        self._start(table, weights, model_id, RowCursor(num_targets, "num_targets"), "score")
+        self._start(table, weights, model_id, IndexCursor(num_targets, "num_targets"), "score")
         self._same_rows = self.store.other_targets(exp_name, model_id)
 
-    def score(self, batch: Batch, inds: RowIndices | None = None, num_samples: int | None = None) -> None:
+    def score(self, batch: Batch, inds: ExampleIndices | None = None, num_samples: int | None = None) -> None:
         """Compute and store the features of a batch of target rows; as `featurize`, for targets.
 
         Args:
@@ -358,14 +358,14 @@ class Tracer(StoreReader):
             )
         model_id = check_model_id(model_id)
         batch_size = check_count(batch_size, "batch_size")
-        train_rows = row_source(train, "train", batch_size, collate_fn)
-        target_rows = row_source(targets, "targets", batch_size, collate_fn)
-        if train_rows.num_rows != self.train_set_size:
-            raise InputError(f"train has {train_rows.num_rows} rows; expected train_set_size={self.train_set_size}.")
+        train_rows = as_data_source(train, "train", batch_size, collate_fn)
+        target_rows = as_data_source(targets, "targets", batch_size, collate_fn)
+        if len(train_rows) != self.train_set_size:
+            raise InputError(f"train has {len(train_rows)} rows; expected train_set_size={self.train_set_size}.")
         weights, fingerprint = self._read(checkpoint)
         self._check_weights(self.store.checkpoint(model_id), fingerprint, model_id)
         self.close()
-        self._target_table(exp_name, model_id, target_rows.num_rows)
+        self._target_table(exp_name, model_id, len(target_rows))
         self._engine.use_weights(fingerprint)
         featurizer = Featurizer(self.model, weights, self._engine, None, self.device, self._check_rows)
         writer = CosineWriter(featurizer, self.store, exp_name, model_id, self._memory_bytes, self._progress)
@@ -379,7 +379,7 @@ class Tracer(StoreReader):
         kind: str = "proponents",
         estimator: str = "tracin",
         model_ids: list[int] | None = None,
-        rows: RowChoice | None = None,
+        rows: ExampleSelection | None = None,
         labels: Labels | None = None,
         target: str | None = None,
         regularization: float | str = "auto",
@@ -426,7 +426,7 @@ class Tracer(StoreReader):
             )
         self.flush()
         chosen, indices = self._scorer.check_query(k, kind, estimate, model_ids, rows, labels)
-        num_rows, targets = count_rows(batch), []
+        num_rows, targets = count_samples(batch), []
         check_batch_size(batch, num_rows)
         for model_id in chosen:
             table = self.store.checkpoint(model_id)
@@ -505,7 +505,7 @@ class Tracer(StoreReader):
             return self.store.targets(exp_name, model_id)
         return self.store.create_targets(exp_name, model_id, num_targets)
 
-    def _start(self, table: RowTable, weights: LoadedWeights, model_id: int, cursor: RowCursor, role: str) -> None:
+    def _start(self, table: RowTable, weights: LoadedWeights, model_id: int, cursor: IndexCursor, role: str) -> None:
         self._engine.use_weights(self.store.checkpoint(model_id).attributes["weights_fingerprint"])
         self._featurizer = self._make_featurizer(weights, model_id)
         if self._table is not None:
@@ -521,10 +521,10 @@ class Tracer(StoreReader):
         settings = (weights, self._engine, projector, self.device, self._check_rows)
         return Featurizer(self.model, *settings) if self._ranks is None else SharedFeaturizer(self._ranks, *settings)
 
-    def _write(self, batch: Batch, inds: RowIndices | None, num_samples: int | None) -> None:
+    def _write(self, batch: Batch, inds: ExampleIndices | None, num_samples: int | None) -> None:
         assert self._featurizer is not None and self._table is not None  # both are set with the role
         with nullcontext() if self._ranks is None else self._ranks.step():
-            rows = self._cursor.rows(inds, num_samples)
+            rows = self._cursor.indices(inds, num_samples)
             self._featurizer.write(self._table, batch, rows, self._same_rows)
         self._cursor.advance(num_samples)
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import numpy as np
 
-from tracer.data.datasets import RowSource
+from tracer.data.datasets import DataSource
 from tracer.types import Batch
 
 
@@ -31,7 +31,7 @@ class Interruption:
         """Tell whether Ctrl-C was pressed."""
         return self._asked
 
-    def rows(self, source: RowSource, *, at_once: bool) -> RowSource:
+    def rows(self, source: DataSource, *, at_once: bool) -> DataSource:
         """Return rows that end where Ctrl-C was pressed.
 
         Args:
@@ -61,12 +61,14 @@ class Interruption:
         click.echo("\nStopping after this batch; Ctrl-C again stops at once.", err=True)
 
 
-class _Interruptible(RowSource):
+class _Interruptible(DataSource):
     """Rows of another source, which end at an interruption."""
 
-    def __init__(self, source: RowSource, interruption: Interruption, at_once: bool) -> None:
+    def __init__(self, source: DataSource, interruption: Interruption, at_once: bool) -> None:
         self._source, self._interruption, self._at_once = source, interruption, at_once
-        self.num_rows = source.num_rows
+
+    def __len__(self) -> int:
+        return len(self._source)
 
     def batches(self, rows: np.ndarray) -> Iterator[tuple[Batch, np.ndarray]]:
         """Yield the batches of the source up to an interruption."""

@@ -12,7 +12,7 @@ from tracer._core.validation import check_count
 from tracer.api.attribution import Attribution, attribute
 from tracer.cli.checkpoints import Found, find_checkpoints, replaced_rates
 from tracer.cli.references import build, resolve
-from tracer.data.datasets import RowSource, row_source
+from tracer.data.datasets import DataSource, as_data_source
 from tracer.errors import InputTypeError
 
 _LOADED = ("model", "task", "train", "targets", "checkpoints", "learning_rate", "collate_fn", "save_dir", "batch_size")
@@ -37,8 +37,8 @@ class Job:
 
     model: nn.Module
     task: Any
-    train: RowSource
-    targets: RowSource
+    train: DataSource
+    targets: DataSource
     checkpoints: Found
     save_dir: str
     ranking: Mapping[str, Any]
@@ -77,7 +77,7 @@ class Job:
             replaced_rates(settings["checkpoints"], checkpoints),
         )
 
-    def run(self, train: RowSource, targets: RowSource) -> Attribution:
+    def run(self, train: DataSource, targets: DataSource) -> Attribution:
         """Run `attribute` on these rows, which are the job's, perhaps wrapped."""
         return attribute(
             self.model,
@@ -91,7 +91,7 @@ class Job:
         )
 
 
-def load_rows(settings: Mapping[str, Any], name: str) -> RowSource:
+def load_rows(settings: Mapping[str, Any], name: str) -> DataSource:
     """Return the rows that a setting names.
 
     Args:
@@ -103,7 +103,7 @@ def load_rows(settings: Mapping[str, Any], name: str) -> RowSource:
     """
     collate = resolve(settings["collate_fn"], "collate_fn") if "collate_fn" in settings else None
     batch_size = check_count(settings.get("batch_size", 64), "batch_size")
-    return row_source(build(settings[name], name), name, batch_size, collate)
+    return as_data_source(build(settings[name], name), name, batch_size, collate)
 
 
 def load_task(task: str) -> Any:

@@ -20,7 +20,7 @@ from tracer._core.processes import this_process
 from tracer.api.attribution import attribute
 from tracer.cli.job import Job
 from tracer.cli.output import size_text, table, time_text
-from tracer.data.datasets import RowSource, row_source
+from tracer.data.datasets import DataSource, as_data_source
 from tracer.store import Store
 from tracer.store.manifest import Manifest
 from tracer.store.metadata import NODE
@@ -143,7 +143,7 @@ def make_plan(job: Job) -> Plan:
         ended, reader = time.perf_counter(), found.tracer
         reader.close()
         trial = reader.store.manifest
-    manifest = dataclasses.replace(trial, settings={**trial.settings, "train_set_size": job.train.num_rows})
+    manifest = dataclasses.replace(trial, settings={**trial.settings, "train_set_size": len(job.train)})
     missing = _missing(job, manifest)
     train_seconds, target_seconds = (sample.row_seconds for sample in samples)
     began = min(sample.began for sample in samples)
@@ -152,40 +152,42 @@ def make_plan(job: Job) -> Plan:
     share = this_process(job.options.get("process")).count
     rows, targets = (sum(each) for each in zip(*missing, strict=True))
     once = fixed + (rows * train_seconds + targets * target_seconds) / share
-    passes = math.ceil(job.targets.num_rows / samples[1].num_rows) if manifest.storage == "none" else 1
+    passes = math.ceil(len(job.targets) / len(samples[1])) if manifest.storage == "none" else 1
     return Plan(
         save_dir=job.save_dir,
         manifest=manifest,
         checkpoints=[(str(path), rate, *left) for (path, rate), left in zip(job.checkpoints, missing, strict=True)],
-        num_targets=job.targets.num_rows,
+        num_targets=len(job.targets),
         num_values=sum(math.prod(shape) for shape in manifest.settings["params"].values()),
         seconds=once,
         worst_seconds=once + (passes - 1) * rows * train_seconds / share,
         row_seconds=(train_seconds, target_seconds),
-        disk_bytes=len(missing) * _checkpoint_bytes(manifest, job.targets.num_rows),
-        score_bytes=4 * job.train.num_rows * job.targets.num_rows,
+        disk_bytes=len(missing) * _checkpoint_bytes(manifest, len(job.targets)),
+        score_bytes=4 * len(job.train) * len(job.targets),
         peak_bytes=_peak_bytes(),
         device_bytes=torch.cuda.max_memory_allocated(reader.device) if reader.device.type == "cuda" else None,
         memory_bytes=int(job.options.get("memory_bytes", 1 << 30)),
     )
 
 
-class _Sample(RowSource):
+class _Sample(DataSource):
     """The first batches of some rows, which takes the time until each next one is asked for."""
 
-    def __init__(self, source: RowSource, load_seconds: float) -> None:
+    def __init__(self, source: DataSource, load_seconds: float) -> None:
         self._source, self._load_seconds = source, load_seconds
-        self.num_rows = source.num_rows
         self.began, self.seconds = 0.0, 0.0
         self._timed_rows, self._timed_seconds = 0, 0.0
 
     @classmethod
-    def of(cls, source: RowSource, name: str) -> _Sample:
+    def of(cls, source: DataSource, name: str) -> _Sample:
         """Load the first batches."""
         before = time.perf_counter()
-        batches = [batch for batch, _ in islice(source.batches(np.arange(source.num_rows)), TRIED_BATCHES)]
-        loaded, sample = time.perf_counter() - before, row_source(batches, name, 1)
-        return cls(sample, loaded / sample.num_rows)
+        batches = [batch for batch, _ in islice(source.batches(np.arange(len(source))), TRIED_BATCHES)]
+        loaded, sample = time.perf_counter() - before, as_data_source(batches, name, 1)
+        return cls(sample, loaded / len(sample))
+
+    def __len__(self) -> int:
+        return len(self._source)
 
     def batches(self, rows: np.ndarray) -> Iterator[tuple[Batch, np.ndarray]]:
         """Yield the batches, and time what is done with each."""
@@ -202,13 +204,13 @@ class _Sample(RowSource):
     @property
     def row_seconds(self) -> float:
         """The time that a row takes, with loading it; of the first batch where there is no other."""
-        spent, rows = (self._timed_seconds, self._timed_rows) if self._timed_rows else (self.seconds, self.num_rows)
+        spent, rows = (self._timed_seconds, self._timed_rows) if self._timed_rows else (self.seconds, len(self))
         return self._load_seconds + spent / rows
 
 
 def _missing(job: Job, manifest: Manifest) -> list[tuple[int, int]]:
     """Return the train rows and targets that each checkpoint lacks; a store that is there must have these settings."""
-    sizes, path = (job.train.num_rows, job.targets.num_rows), store_path(job.save_dir)
+    sizes, path = (len(job.train), len(job.targets)), store_path(job.save_dir)
     model_ids = range(len(job.checkpoints))
     if not (path / NODE).exists():
         return [sizes for _ in model_ids]

@@ -15,8 +15,8 @@ from tracer.cli.job import load_rows
 from tracer.cli.output import json_option, show
 from tracer.cli.references import build
 from tracer.cli.stores import choose, ranking_options
-from tracer.data.batches import as_tensor
-from tracer.data.datasets import RowSource
+from tracer.data.batches import tensor_from_numpy
+from tracer.data.datasets import DataSource
 from tracer.errors import InputError
 
 EXAMPLES = """
@@ -102,14 +102,12 @@ def _rows(settings: Mapping[str, Any], name: str, size: int) -> tuple[Any, Any]:
     if name not in settings:
         return None, None
     source = load_rows(settings, name)
-    if source.num_rows != size:
-        raise InputError(
-            f"{name}: {settings[name]} has {source.num_rows} rows; the store has {size} {_MAY_CHANGE[name]}."
-        )
+    if len(source) != size:
+        raise InputError(f"{name}: {settings[name]} has {len(source)} rows; the store has {size} {_MAY_CHANGE[name]}.")
     return displayed(source)
 
 
-def displayed(source: RowSource) -> tuple[Any, Any]:
+def displayed(source: DataSource) -> tuple[Any, Any]:
     """Return what can be shown of rows.
 
     Args:
@@ -121,7 +119,7 @@ def displayed(source: RowSource) -> tuple[Any, Any]:
     """
     inputs: list[Any] = []
     labels: list[Any] = []
-    for batch, _ in source.batches(np.arange(source.num_rows)):
+    for batch, _ in source.batches(np.arange(len(source))):
         one, other = _split(batch)
         inputs.append(one)
         labels.append(other)
@@ -148,7 +146,7 @@ def _joined(parts: list[Any], is_usable: Any) -> Any:
     """Return the parts of all batches as one array or list, or None where they are of another kind."""
     if all(isinstance(part, (list, tuple)) and all(isinstance(text, str) for text in part) for part in parts):
         return [text for part in parts for text in part]
-    arrays = [as_tensor(part) if isinstance(part, np.ndarray) else part for part in parts]
+    arrays = [tensor_from_numpy(part) if isinstance(part, np.ndarray) else part for part in parts]
     if not all(isinstance(part, torch.Tensor) for part in arrays):
         return None
     values = [part.detach().float().numpy() if part.is_floating_point() else part.numpy() for part in arrays]

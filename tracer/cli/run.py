@@ -68,14 +68,14 @@ def _run(ctx: click.Context, job: Job, settings: dict[str, Any]) -> dict[str, An
                     raise KeyboardInterrupt from None
                 if "process" not in settings:
                     raise
-                return {"train_rows": job.train.num_rows, "targets": job.targets.num_rows, "complete": False}
+                return {"train_rows": len(job.train), "targets": len(job.targets), "complete": False}
             if interruption.asked():
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         click.echo(f"Interrupted; what was finished is stored. To go on:\n  {typed_command(ctx)}", err=True)
         ctx.exit(INTERRUPTED)
     missing = [len(found.tracer.remaining(model_id, found.exp_name)) for model_id in range(len(job.checkpoints))]
-    return {"train_rows": job.train.num_rows, "targets": job.targets.num_rows, "complete": not any(missing)}
+    return {"train_rows": len(job.train), "targets": len(job.targets), "complete": not any(missing)}
 
 
 def _check_alone(settings: dict[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""What users hand in: tasks, batches, data sets, indices and the fingerprints by which examples are recognized."""
+"""Inputs from users: tasks, batches, data sets, indices, and fingerprints that recognize examples."""

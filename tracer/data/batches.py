@@ -1,8 +1,8 @@
 """Batches as loaders yield them: tensors inside tuples, lists, mappings and dataclasses.
 
-A leaf is *per row* when its first dimension, or its length, is the number of samples; tensors without dimensions or
-with a first dimension of one are *shared* by all rows, and so are single values. Lists without tensors in them (names,
-ids, records) are leaves. Anything else is refused, since it could only be assigned to rows by a guess.
+A leaf is *per sample* if its first dimension, or its length, is the batch size; tensors without dimensions or with a
+first dimension of one are *shared* by all samples, and so are single values. Lists without tensors in them (names, ids,
+records) are leaves. Anything else is refused, since it could be assigned to samples only by a guess.
 """
 
 from __future__ import annotations
@@ -14,185 +14,156 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from tracer.errors import BatchError
 from tracer.types import Batch
 
-_PLAIN = (str, bytes, int, float, bool, complex, type(None))
+_SINGLE_VALUES = (str, bytes, int, float, bool, complex, type(None))
 
 
-def as_tensor(array: np.ndarray) -> Tensor:
-    """Return a numeric array as a tensor; what torch cannot share (read-only, reversed, foreign byte order) is copied.
-
-    Args:
-        array: The array.
-
-    Returns:
-        A tensor of its values.
-    """
+def tensor_from_numpy(array: np.ndarray) -> Tensor:
+    """Return a numeric array as a tensor, which shares its memory if torch can."""
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
-    strange = not native.flags.writeable or any(stride < 0 for stride in native.strides)
-    return torch.from_numpy(native.copy() if strange else native)
+    # torch refuses negative strides, and a tensor over read-only memory could be written to.
+    must_copy = not native.flags.writeable or any(stride < 0 for stride in native.strides)
+    return torch.from_numpy(native.copy() if must_copy else native)
 
 
 def _is_numeric(array: Any) -> bool:
     return isinstance(array, np.ndarray) and array.dtype.kind in "biuf"
 
 
-def _is_container(value: Any) -> bool:
-    """Tell whether a list or tuple holds tensors, so that its items are leaves of their own."""
+def _holds_tensors(value: Any) -> bool:
     if isinstance(value, Tensor) or _is_numeric(value):
         return True
     items = value.values() if isinstance(value, Mapping) else value
-    return isinstance(value, (Mapping, list, tuple)) and any(_is_container(item) for item in items)
+    return isinstance(value, (Mapping, list, tuple)) and any(_holds_tensors(item) for item in items)
+
+
+def _children(batch: Batch) -> tuple[dict[Any, Any], str] | None:
+    """Return a container's values by key, and the format of a key in a path; None for a leaf."""
+    if isinstance(batch, Mapping):
+        return dict(batch.items()), "[{!r}]"
+    if isinstance(batch, (list, tuple)) and _holds_tensors(batch):
+        return dict(enumerate(batch)), "[{!r}]"
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch) if field.init}, ".{}"
+    return None
 
 
 def map_leaves(batch: Batch, function: Callable[[Any], Any]) -> Batch:
-    """Rebuild a batch with ``function`` applied to each leaf; containers keep their type.
-
-    Args:
-        batch: Any nesting of tuples, named tuples, lists, mappings and dataclasses.
-        function: Called with each leaf; arrays come as tensors, and a list of plain values comes whole.
-
-    Returns:
-        The rebuilt batch; the given one is not changed.
-    """
-    if _is_numeric(batch):
-        return function(as_tensor(batch))
+    """Return a new batch with ``function`` applied to each leaf, arrays as tensors; containers keep their type."""
+    children = _children(batch)
+    if children is None:
+        return function(tensor_from_numpy(batch) if _is_numeric(batch) else batch)
+    values = {key: map_leaves(value, function) for key, value in children[0].items()}
     if isinstance(batch, Mapping):
-        return _rebuild_mapping(batch, {key: map_leaves(value, function) for key, value in batch.items()})
+        return _rebuild_mapping(batch, values)
     if isinstance(batch, (list, tuple)):
-        if not _is_container(batch):
-            return function(batch)
-        items = [map_leaves(item, function) for item in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        values = {f.name: map_leaves(getattr(batch, f.name), function) for f in dataclasses.fields(batch) if f.init}
-        return dataclasses.replace(batch, **values)
-    return function(batch)
+        return type(batch)(*values.values()) if hasattr(batch, "_fields") else type(batch)(values.values())
+    return dataclasses.replace(batch, **values)
 
 
 def _rebuild_mapping(batch: Mapping, values: dict) -> Mapping:
     if type(batch) is dict or not isinstance(batch, MutableMapping):
         return values
-    rebuilt = copy.copy(batch)  # keeps attributes of e.g. transformers' BatchEncoding
+    rebuilt = copy.copy(batch)  # keeps attributes, for example of transformers' BatchEncoding
     for key, value in values.items():
         rebuilt[key] = value
     return rebuilt
 
 
 def leaves(batch: Batch, path: str = "batch") -> Iterator[tuple[str, Any]]:
-    """Yield ``(path, leaf)`` for every leaf, in the order of the containers.
+    """Yield ``(path, leaf)`` for every leaf in the order of the containers, arrays as tensors.
 
     >>> [path for path, _ in leaves({"x": torch.zeros(2), "y": (torch.zeros(2), 1)})]
     ["batch['x']", "batch['y'][0]", "batch['y'][1]"]
     """
-    if isinstance(batch, Mapping):
-        for key, value in batch.items():
-            yield from leaves(value, f"{path}[{key!r}]")
-    elif isinstance(batch, (list, tuple)) and _is_container(batch):
-        for position, value in enumerate(batch):
-            yield from leaves(value, f"{path}[{position}]")
-    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        for field in (field for field in dataclasses.fields(batch) if field.init):
-            yield from leaves(getattr(batch, field.name), f"{path}.{field.name}")
-    elif _is_numeric(batch):
-        yield path, as_tensor(batch)
-    else:
-        yield path, batch
+    children = _children(batch)
+    if children is None:
+        yield path, tensor_from_numpy(batch) if _is_numeric(batch) else batch
+        return
+    for key, value in children[0].items():
+        yield from leaves(value, path + children[1].format(key))
 
 
-def is_per_row(leaf: Any, num_rows: int) -> bool:
-    """Return whether a leaf holds one entry for each of ``num_rows`` samples."""
+def is_per_sample(leaf: Any, batch_size: int) -> bool:
+    """Return whether a leaf has one entry for each sample."""
     if isinstance(leaf, (Tensor, np.ndarray)):
-        return leaf.ndim > 0 and leaf.shape[0] == num_rows
-    return isinstance(leaf, (list, tuple)) and len(leaf) == num_rows
+        return leaf.ndim > 0 and leaf.shape[0] == batch_size
+    return isinstance(leaf, (list, tuple)) and len(leaf) == batch_size
 
 
-def count_rows(batch: Batch) -> int:
-    """Return the number of samples of a batch: the first dimension of its first tensor that has one.
-
-    Args:
-        batch: The batch.
-
-    Returns:
-        The number of rows.
+def count_samples(batch: Batch) -> int:
+    """Return the batch size: the first dimension of the first tensor that has one.
 
     Raises:
-        BatchError: It holds no such tensor.
+        BatchError: The batch has no such tensor.
 
-    >>> count_rows({"x": torch.zeros(3, 2), "y": torch.zeros(3)})
+    >>> count_samples({"x": torch.zeros(3, 2), "y": torch.zeros(3)})
     3
     """
     for _, leaf in leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim:
             return leaf.shape[0]
-    raise BatchError(f"The batch of type {type(batch).__name__} holds no tensor, so its rows cannot be counted.")
+    raise BatchError(
+        f"The batch of type {type(batch).__name__} holds no tensor, so its examples cannot be counted; expected at "
+        f"least one tensor with the batch dimension first."
+    )
 
 
-def check_batch_size(batch: Batch, num_rows: int) -> None:
-    """Check that every tensor of a batch has one entry a row, or is shared by all rows.
-
-    Args:
-        batch: The batch.
-        num_rows: How many rows it was said to hold.
-
-    Raises:
-        BatchError: A tensor has another number of rows, or none has any.
-    """
+def check_batch_size(batch: Batch, batch_size: int) -> None:
+    """Raise `BatchError` unless each tensor has ``batch_size`` entries or is shared, and at least one has them."""
     found = False
     for path, leaf in leaves(batch):
-        if not isinstance(leaf, (Tensor, list, tuple, np.ndarray, *_PLAIN)):
+        if not isinstance(leaf, (Tensor, list, tuple, np.ndarray, *_SINGLE_VALUES)):
             raise BatchError(
-                f"{path} is of type {type(leaf).__name__}, whose rows are not known. A batch is made of tensors, "
-                f"arrays, single values and lists with one entry a row, in tuples, lists, dicts or dataclasses."
+                f"{path} is of type {type(leaf).__name__}, which cannot be assigned to examples; expected tensors, "
+                f"arrays, single values, or lists with one entry for each example, in tuples, lists, dicts or "
+                f"dataclasses."
             )
         if not isinstance(leaf, Tensor) or leaf.ndim == 0:
             continue
-        if leaf.shape[0] == num_rows:
+        if leaf.shape[0] == batch_size:
             found = True
         elif leaf.shape[0] != 1:
             raise BatchError(
-                f"{path} has {leaf.shape[0]} rows (shape {tuple(leaf.shape)}), but {num_rows} were announced by inds "
-                f"or num_samples. Every tensor of a batch needs one entry a row in its first dimension; pass the "
-                f"indices of exactly the rows in the batch."
+                f"{path} has {leaf.shape[0]} entries (shape {tuple(leaf.shape)}); expected {batch_size}, one for each "
+                f"example that inds or num_samples announced. Pass the indices of exactly the examples in the batch."
             )
     if not found:
         raise BatchError(
-            f"The batch of type {type(batch).__name__} holds no tensor with {num_rows} rows, as inds or num_samples "
-            f"announced. Pass tensors, or tuples, lists, dicts or dataclasses of tensors, with rows first."
+            f"The batch of type {type(batch).__name__} holds no tensor with {batch_size} entries, the number of "
+            f"examples that inds or num_samples announced; expected tensors with the batch dimension first, or tuples, "
+            f"lists, dicts or dataclasses of them."
         )
 
 
-def select_rows(batch: Batch, rows: Tensor, num_rows: int) -> Batch:
-    """Return the batch with only the given rows; shared leaves stay whole.
+def select_samples(batch: Batch, positions: Int64[Tensor, " n"], batch_size: int) -> Batch:
+    """Return the batch with only the samples at these positions; shared leaves stay whole."""
 
-    Args:
-        batch: A batch of ``num_rows`` samples.
-        rows: Positions within the batch, int64.
-        num_rows: The number of samples in the batch.
-    """
-
-    def pick(leaf: Any) -> Any:
-        if not is_per_row(leaf, num_rows):
+    def select(leaf: Any) -> Any:
+        if not is_per_sample(leaf, batch_size):
             return leaf
         if isinstance(leaf, Tensor):
-            return leaf[rows.to(leaf.device)]
+            return leaf[positions.to(leaf.device)]
         if isinstance(leaf, np.ndarray):
-            return leaf[rows.numpy()]
-        return type(leaf)(leaf[row] for row in rows.tolist())
+            return leaf[positions.numpy()]
+        return type(leaf)(leaf[position] for position in positions.tolist())
 
-    return map_leaves(batch, pick)
+    return map_leaves(batch, select)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with its tensors on ``device``, usable by autograd also when made in inference mode."""
+    """Return the batch with its tensors on ``device``, detached."""
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         moved = leaf.detach().to(device, non_blocking=True)
+        # autograd refuses tensors that were made in inference mode; their copies are plain tensors
         return moved.clone() if moved.is_inference() else moved
 
     return map_leaves(batch, move)

@@ -11,11 +11,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from tracer.data.batches import is_per_row, leaves
+from tracer.data.batches import is_per_sample, leaves
 from tracer.types import Batch
 
 
-def row_fingerprints(batch: Batch, num_rows: int) -> np.ndarray:
+def fingerprint_samples(batch: Batch, num_rows: int) -> np.ndarray:
     """Return the xxh3 hash of each sample's inputs: the same in any batch, with any padding, and on any machine."""
     # xxh3 is no cryptographic hash: this finds accidents, such as a shuffled loader, not inputs made to collide.
     hashes = [0] * num_rows
@@ -26,7 +26,7 @@ def row_fingerprints(batch: Batch, num_rows: int) -> np.ndarray:
             leaf = leaf.expand(num_rows)
         elif _is_shared(leaf):  # hashed for each sample: in a batch of one it cannot be told from the sample's own
             leaf = leaf.expand(num_rows, *leaf.shape[1:]) if isinstance(leaf, Tensor) else list(leaf) * num_rows
-        if not is_per_row(leaf, num_rows):
+        if not is_per_sample(leaf, num_rows):
             continue
         if isinstance(leaf, Tensor):
             # A collator pads with other values and to other lengths: only attended positions belong to the sample.

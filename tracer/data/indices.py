@@ -1,4 +1,4 @@
-"""Which rows a batch is: explicit indices or a running cursor, checked before anything is computed."""
+"""Indices of examples: a batch's own, a running cursor, and selections; all checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -6,42 +6,36 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from tracer.errors import BatchError, InputError, InputTypeError
 
-RowIndices = Sequence[int] | np.ndarray | Tensor
-"""What ``inds=`` takes."""
+ExampleIndices = Sequence[int] | np.ndarray | Tensor
+"""The type of ``inds=``: the index of each example of a batch."""
 
-RowChoice = slice | range | Sequence[int] | Sequence[bool] | np.ndarray | Tensor
-"""What ``rows=`` takes: a slice or range, indices in any order, or a bool for each train row."""
+ExampleSelection = slice | range | Sequence[int] | Sequence[bool] | np.ndarray | Tensor
+"""The type of ``rows=``: a slice or range, indices in any order, or a bool for each training example."""
 
 
-def chosen_rows(rows: RowChoice | None, num_rows: int) -> range | np.ndarray:
-    """Return the train rows that count.
-
-    Args:
-        rows: What the user passed; None: all.
-        num_rows: N.
-
-    Returns:
-        Ascending row indices, each once: a range, or ``[n]``, int64.
+def resolve_selection(rows: ExampleSelection | None, num_train: int) -> range | Int64[np.ndarray, " n"]:
+    """Return the selected indices in ascending order, each once; None selects all training examples.
 
     Raises:
-        InputTypeError: It is nothing that chooses rows.
-        InputError: A mask has another length than N, or an index is out of range.
+        InputTypeError: ``rows`` is not a selection.
+        InputError: A mask has the wrong length, or an index is out of range.
 
-    >>> chosen_rows([4, 2, 4], 5).tolist(), chosen_rows(slice(-2, None), 5)
+    >>> resolve_selection([4, 2, 4], 5).tolist(), resolve_selection(slice(-2, None), 5)
     ([2, 4], range(3, 5))
     """
     if rows is None:
-        return range(num_rows)
+        return range(num_train)
     if isinstance(rows, slice):
-        rows = range(*rows.indices(num_rows))
+        rows = range(*rows.indices(num_train))
     if isinstance(rows, range):
         rows = rows if rows.step > 0 else rows[::-1]
-        if len(rows) and (rows[0] < 0 or rows[-1] >= num_rows):
-            raise InputError(f"rows={rows} is not within the {num_rows} train rows.")
+        if len(rows) and (rows[0] < 0 or rows[-1] >= num_train):
+            raise InputError(f"rows={rows} is outside the {num_train} training examples, 0 to {num_train - 1}.")
         return rows if rows.step == 1 else np.arange(rows.start, rows.stop, rows.step)
     try:
         found = rows.detach().cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
@@ -50,100 +44,74 @@ def chosen_rows(rows: RowChoice | None, num_rows: int) -> range | np.ndarray:
     if found.ndim != 1 or (found.dtype.kind not in "biu" and found.size):
         raise InputTypeError(
             f"rows is {type(rows).__name__} of shape {found.shape} and dtype {found.dtype}; expected a slice or range, "
-            f"row indices, or a bool for each of the {num_rows} train rows."
+            f"indices, or a bool for each of the {num_train} training examples."
         )
     if found.dtype == bool:
-        if len(found) != num_rows:
-            raise InputError(f"rows is a mask of {len(found)} values; expected one for each of the {num_rows} rows.")
+        if len(found) != num_train:
+            raise InputError(f"rows is a mask of {len(found)} values; expected {num_train}, one a training example.")
         return np.flatnonzero(found)
     found = np.unique(found.astype(np.int64))
-    outside = found[(found < 0) | (found >= num_rows)]
+    outside = found[(found < 0) | (found >= num_train)]
     if len(outside):
-        raise InputError(f"rows {outside[:5].tolist()} are outside the {num_rows} train rows, 0 to {num_rows - 1}.")
+        raise InputError(
+            f"rows has {outside[:5].tolist()}, outside the {num_train} training examples, 0 to {num_train - 1}."
+        )
     return found
 
 
-class RowCursor:
-    """Gives each batch its row indices and remembers how far ``num_samples`` has come.
+class IndexCursor:
+    """Returns the indices of each batch and counts on from the batch before if only ``num_samples`` is given."""
 
-    Args:
-        num_rows: The number of rows that there are.
-        size_name: What the number is called in messages, such as ``"train_set_size"``.
-    """
-
-    def __init__(self, num_rows: int, size_name: str) -> None:
-        self.num_rows, self.size_name = num_rows, size_name
+    def __init__(self, num_examples: int, size_name: str) -> None:
+        self.num_examples, self.size_name = num_examples, size_name
         self.position = 0
 
-    def rows(self, inds: RowIndices | None, num_samples: int | None) -> np.ndarray:
-        """Return the row indices of a batch.
-
-        Args:
-            inds: The indices, or None.
-            num_samples: The number of rows, taken from where the last such batch ended, or None.
-
-        Returns:
-            ``[n]``, int64. `advance` moves the cursor once the batch is done.
-
-        Raises:
-            InputError: Both or neither are given.
-            BatchError: Indices are repeated or out of range, or there are more rows than there should be.
-        """
+    def indices(self, inds: ExampleIndices | None, num_samples: int | None) -> Int64[np.ndarray, " n"]:
+        """Return the indices of a batch; `advance` moves the cursor once the batch is done."""
         if (inds is None) == (num_samples is None):
-            came = "neither" if inds is None else "both"
             raise InputError(
-                f"Pass exactly one of inds and num_samples; {came} came. inds= are the batch's row indices; "
-                f"num_samples=len(batch) counts on from the batch before, for loaders that keep the order."
+                f"expected exactly one of inds and num_samples, got {'neither' if inds is None else 'both'}; pass "
+                f"inds=, the index of each example in the batch, or num_samples=len(batch), which counts on from the "
+                f"batch before, for loaders that keep the order."
             )
-        return self._following(num_samples) if inds is None else row_indices(inds, self.num_rows, self.size_name)
+        return self._following(num_samples) if inds is None else check_indices(inds, self.num_examples, self.size_name)
 
     def advance(self, num_samples: int | None) -> None:
-        """Move the cursor behind a batch that was given by ``num_samples``."""
+        """Move the cursor behind a batch; None, for a batch with explicit indices, does not move it."""
         self.position += num_samples or 0
 
-    def _following(self, num_samples: int | None) -> np.ndarray:
+    def _following(self, num_samples: int | None) -> Int64[np.ndarray, " n"]:
         if isinstance(num_samples, bool) or not isinstance(num_samples, (int, np.integer)):
-            raise InputTypeError(f"num_samples is {num_samples!r}; expected the number of rows in the batch, an int.")
+            raise InputTypeError(f"num_samples is {num_samples!r}; expected the batch size, an int.")
         if num_samples < 1:
-            raise BatchError(f"num_samples is {num_samples}; a batch has one row at least.")
+            raise BatchError(f"num_samples is {num_samples}; expected 1 or more.")
         stop = self.position + int(num_samples)
-        if stop > self.num_rows:
+        if stop > self.num_examples:
             raise BatchError(
-                f"{num_samples} rows after the first {self.position} make {stop}, more than "
-                f"{self.size_name}={self.num_rows}. Loading a checkpoint puts the count back to 0; pass inds= for rows "
-                f"out of order."
+                f"{num_samples} examples after the first {self.position} make {stop}, more than "
+                f"{self.size_name}={self.num_examples}. Loading a checkpoint sets the count back to 0; pass inds= for "
+                f"examples in another order."
             )
         return np.arange(self.position, stop, dtype=np.int64)
 
 
-def row_indices(inds: RowIndices, num_rows: int, size_name: str) -> np.ndarray:
-    """Return row indices as an array after checking them.
-
-    Args:
-        inds: The indices.
-        num_rows: How many rows there are.
-        size_name: What that number is called in messages.
-
-    Returns:
-        ``[n]``, int64, in the given order.
-
-    Raises:
-        InputTypeError: They are no integers.
-        BatchError: There are none, one comes twice, or one is out of range.
-    """
+def check_indices(inds: ExampleIndices, num_examples: int, size_name: str) -> Int64[np.ndarray, " n"]:
+    """Return the indices of a batch in the given order; refuse none, repeated ones, and those out of range."""
     values = inds.detach().cpu().numpy() if isinstance(inds, torch.Tensor) else np.asarray(inds)
     if values.shape == (0,):
-        raise BatchError("inds is empty; a batch has one row at least.")
+        raise BatchError("inds is empty; expected at least one index.")
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise InputTypeError(
-            f"inds must be a one-dimensional list, array or tensor of integers; got "
-            f"{type(inds).__name__} with dtype {values.dtype} and shape {values.shape}."
+            f"inds has type {type(inds).__name__}, dtype {values.dtype} and shape {values.shape}; expected a "
+            f"one-dimensional list, array or tensor of integers."
         )
-    rows = values.astype(np.int64)
-    outside = rows[(rows < 0) | (rows >= num_rows)]
+    indices = values.astype(np.int64)
+    outside = indices[(indices < 0) | (indices >= num_examples)]
     if len(outside):
-        raise BatchError(f"inds has {outside[:5].tolist()} outside 0...{num_rows - 1} ({size_name}={num_rows}).")
-    unique, counts = np.unique(rows, return_counts=True)
-    if len(unique) < len(rows):
-        raise BatchError(f"inds has rows {unique[counts > 1][:5].tolist()} more than once; give each row once.")
-    return rows
+        raise BatchError(
+            f"inds has {outside[:5].tolist()}, outside 0...{num_examples - 1} ({size_name}={num_examples})."
+        )
+    unique, counts = np.unique(indices, return_counts=True)
+    if len(unique) < len(indices):
+        raise BatchError(f"inds has {unique[counts > 1][:5].tolist()} more than once; give each example once.")
+    return indices

@@ -1,4 +1,4 @@
-"""Inputs, labels and logits, as batches and models hold them, with the checks that tell what does not fit."""
+"""Inputs, labels and logits as batches and models hold them, with checks that name what does not fit."""
 
 from __future__ import annotations
 
@@ -8,76 +8,60 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float, Integer, Shaped
 from torch import Tensor, nn
 
 from tracer.errors import BatchError
 from tracer.types import Batch
 
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
-"""Where a mapping holds its labels; the first one that is there counts."""
+"""Keys under which a mapping may hold its labels; the first one present counts."""
 
 
-def split_labels(model: nn.Module, batch: Batch, name: str) -> tuple[tuple, dict[str, Any], Tensor]:
-    """Split a batch into the model's arguments and the labels.
+def label_key(batch: Mapping) -> str | None:
+    """Return the key of a mapping's labels, or None."""
+    return next((key for key in LABEL_KEYS if key in batch), None)
 
-    Args:
-        model: The model, whose forward tells whether a mapping's keys are its arguments.
-        batch: ``(*inputs, labels)``, ``(mapping, labels)``, or a mapping with a key of `LABEL_KEYS`.
-        name: The task's name, for messages.
 
-    Returns:
-        Positional arguments, keyword arguments, labels.
-
-    Raises:
-        BatchError: There are no labels.
-    """
+def split_labels(model: nn.Module, batch: Batch, task: str) -> tuple[tuple, dict[str, Any], Tensor]:
+    """Split ``(*inputs, labels)``, ``(mapping, labels)`` or a mapping into positional and keyword inputs and labels."""
     batch = as_mapping(batch)
     if isinstance(batch, Mapping):
-        key = next((key for key in LABEL_KEYS if key in batch), None)
+        key = label_key(batch)
         if key is None:
-            raise BatchError(f"{name} needs labels under one of {LABEL_KEYS}; the batch has {sorted(map(str, batch))}.")
+            raise BatchError(f"{task} needs labels under one of {LABEL_KEYS}; the batch has {sorted(map(str, batch))}.")
         args, kwargs = bind_inputs(model, {k: value for k, value in batch.items() if k != key})
-        return args, kwargs, _as_labels(batch[key], name)
+        return args, kwargs, _check_labels(batch[key], task)
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         *inputs, labels = batch
         if len(inputs) == 1 and isinstance(inputs[0], Mapping):
-            return (), dict(inputs[0]), _as_labels(labels, name)
-        return tuple(inputs), {}, _as_labels(labels, name)
+            return (), dict(inputs[0]), _check_labels(labels, task)
+        return tuple(inputs), {}, _check_labels(labels, task)
     raise BatchError(
-        f"{name} expects a batch (inputs, labels) or a mapping with labels; got {type(batch).__name__}. For other "
+        f"{task} expects a batch (inputs, labels) or a mapping with labels; got {type(batch).__name__}. For other "
         f"batches pass task=a function (model, batch) -> loss [B]."
     )
 
 
 def as_mapping(batch: Batch) -> Batch:
-    """Return a dataclass as a mapping of its fields, and anything else as it is."""
+    """Return a dataclass as a mapping of its fields; any other batch is returned unchanged."""
     if isinstance(batch, Mapping) or isinstance(batch, type) or not dataclasses.is_dataclass(batch):
         return batch
     return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
 
 
 def bind_inputs(model: nn.Module, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Pass a mapping's only input by position when the model's forward has another name for it."""
+    """Pass a mapping's only input by position if the model's forward has another name for it."""
     if len(kwargs) != 1:
         return (), kwargs
     parameters = inspect.signature(model.forward).parameters
     key, value = next(iter(kwargs.items()))
-    takes = key in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return ((), kwargs) if takes else ((value,), {})
+    is_argument = key in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return ((), kwargs) if is_argument else ((value,), {})
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the tensor that a model's output stands for: itself, its ``logits``, or the first of a tuple.
-
-    Args:
-        output: What the model returned.
-
-    Returns:
-        The tensor.
-
-    Raises:
-        BatchError: There is no tensor to be found.
-    """
+    """Return the tensor in a model's output: itself, its ``logits``, or the first item of a tuple."""
     if isinstance(output, Tensor):
         return output
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -91,110 +75,76 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-def promote(values: Tensor) -> Tensor:
-    """Return half-precision values as float32, so that losses are taken in float32."""
+def upcast_half(values: Tensor) -> Tensor:
+    """Return half-precision values as float32, so that losses are computed in float32."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
-def _as_labels(labels: Any, name: str) -> Tensor:
+def _check_labels(labels: Any, task: str) -> Tensor:
     if not isinstance(labels, Tensor):
-        raise BatchError(f"{name} expects labels as a tensor [B]; got {type(labels).__name__}.")
+        raise BatchError(f"{task} expects labels as a tensor [B]; got {type(labels).__name__}.")
     return labels
 
 
 def is_transformed(values: Tensor) -> bool:
-    """Tell whether values cannot be inspected, being inside a torch.func transform."""
+    """Return whether the values are inside a torch.func transform, so that they cannot be inspected."""
     return torch.func.debug_unwrap(values, recurse=False) is not values
 
 
-def attended_labels(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Return tokens as labels, without padding and without tokens that only padding could predict (left padding)."""
+def attended_labels(tokens: Integer[Tensor, "B T"], mask: Shaped[Tensor, "B T"]) -> Integer[Tensor, "B T"]:
+    """Return tokens as labels, with -100 for padding."""
     attended = mask != 0
+    # With padding on the left, the first token of a sequence would be predicted from padding alone: no label either.
     before = torch.cat([attended[:, :1], attended[:, :-1]], dim=1)
     return tokens.masked_fill(~(attended & before), -100)
 
 
-def shapes_message(name: str, output: Tensor, labels: Tensor) -> str:
-    """Return the sentence that says which shapes came."""
-    return f"{name}: the model's output has shape {tuple(output.shape)} and the labels {tuple(labels.shape)}."
+def shapes_message(task: str, output: Tensor, labels: Tensor) -> str:
+    """Return the sentence of an error that states the shapes of output and labels."""
+    return f"{task}: the model's output has shape {tuple(output.shape)} and the labels {tuple(labels.shape)}."
 
 
-def check_classes(logits: Tensor, labels: Tensor, name: str) -> None:
-    """Check logits ``[B, C]`` and class indices ``[B]``.
-
-    Args:
-        logits: The logits.
-        labels: The labels; their values are checked where they can be inspected.
-        name: The task's name, for messages.
-
-    Raises:
-        BatchError: Shapes, dtypes or values do not fit.
-    """
+def check_classes(logits: Tensor, labels: Tensor, task: str) -> None:
+    """Raise `BatchError` unless these are logits ``[B, C]`` and class indices ``[B]``."""
     if logits.ndim != 2 or labels.ndim != 1 or logits.shape[0] != labels.shape[0]:
         raise BatchError(
-            shapes_message(name, logits, labels)
+            shapes_message(task, logits, labels)
             + " Expected logits [B, num_classes] and labels [B]. For one output a pixel "
             "or token pass task=a function (model, batch) -> loss [B]."
         )
     if logits.shape[1] < 2:
-        raise BatchError(f"{name} needs two logits a sample at least; for one use task='binary_classification'.")
+        raise BatchError(
+            f"{task} expects two or more logits for each example, got one; use task='binary_classification'."
+        )
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise BatchError(
-            f"{name} expects class indices as integers; the labels are {labels.dtype}. For float labels of two "
+            f"{task} expects class indices as integers; the labels are {labels.dtype}. For float labels of two "
             f"classes use task='binary_classification'; for soft labels a function (model, batch) -> loss [B]."
         )
     if not is_transformed(labels):
-        check_label_range(labels, logits.shape[1], name)
+        check_label_range(labels, logits.shape[1], task)
 
 
-def check_label_range(labels: Tensor, num_classes: int, name: str) -> None:
-    """Check that class indices lie in ``0...num_classes - 1``.
-
-    Args:
-        labels: ``[n]``, integers.
-        num_classes: The number of classes.
-        name: The task's name, for messages.
-
-    Raises:
-        BatchError: One does not.
-    """
+def check_label_range(labels: Integer[Tensor, " n"], num_classes: int, task: str) -> None:
+    """Raise `BatchError` if a class index is outside ``0...num_classes - 1``."""
     bad = ((labels < 0) | (labels >= num_classes)).nonzero().flatten()
     if len(bad):
         raise BatchError(
-            f"{name}: label {int(labels[bad[0]])} at position {int(bad[0])} of the batch is outside 0..."
+            f"{task}: label {int(labels[bad[0]])} at position {int(bad[0])} of the batch is outside 0..."
             f"{num_classes - 1} ({len(bad)} such labels); the model has {num_classes} classes."
         )
 
 
-def one_number_a_row(output: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Return outputs and labels of one number a sample, ``[B]`` or ``[B, 1]``, as ``[B]`` each.
-
-    Args:
-        output: The model's output.
-        labels: The labels.
-        name: The task's name, for messages.
-
-    Returns:
-        Both.
-
-    Raises:
-        BatchError: They are not one number a sample, or of different numbers of samples.
-    """
-    rows = output.shape[0] if output.ndim else 0
-    if rows == 0 or output.numel() != rows or labels.numel() != rows:
-        raise BatchError(shapes_message(name, output, labels) + " Expected one number a sample: [B] or [B, 1].")
-    return output.reshape(rows), labels.reshape(rows)
+def flatten_scalars(output: Tensor, labels: Tensor, task: str) -> tuple[Float[Tensor, " B"], Shaped[Tensor, " B"]]:
+    """Return outputs and labels of one number for each example, ``[B]`` or ``[B, 1]``, as ``[B]``."""
+    batch_size = output.shape[0] if output.ndim else 0
+    if batch_size == 0 or output.numel() != batch_size or labels.numel() != batch_size:
+        raise BatchError(shapes_message(task, output, labels) + " Expected one number for each example: [B] or [B, 1].")
+    return output.reshape(batch_size), labels.reshape(batch_size)
 
 
-def check_probabilities(labels: Tensor) -> None:
-    """Check that labels lie in [0, 1], where they can be inspected.
-
-    Args:
-        labels: The labels.
-
-    Raises:
-        BatchError: One does not.
-    """
+def check_probabilities(labels: Shaped[Tensor, " B"]) -> None:
+    """Raise `BatchError` if a label is outside [0, 1]; labels inside a transform are not checked."""
     if not is_transformed(labels) and not bool(((labels >= 0) & (labels <= 1)).all()):
         low, high = float(labels.min()), float(labels.max())
         raise BatchError(f"binary_classification expects labels in [0, 1]; got {low} to {high}.")

@@ -1,8 +1,7 @@
-"""Tasks: what a model outputs for a sample, and what its loss is.
+"""Tasks: a scalar output of a model for each example, and the loss as a function of it.
 
-A task gives each sample a scalar output f and the loss L as a function of f, with slope ``Q = dL/df`` and curvature
-``w = d²L/df²``; the gradient of the loss is then ``Q * (gradient of f)``. Gradients are taken of f, which stays well
-scaled where the gradient of the loss vanishes. A task that has only a loss uses ``f = L, Q = 1, w = 0``.
+A task defines the output f and the loss L of an example, with the derivatives ``Q = dL/df`` and ``w = d²L/df²``; the
+gradient of the loss is then ``Q * (gradient of f)``. A task that has only a loss uses ``f = L, Q = 1, w = 0``.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from tracer.data.model_inputs import (
@@ -25,22 +25,23 @@ from tracer.data.model_inputs import (
     check_classes,
     check_label_range,
     check_probabilities,
+    flatten_scalars,
     is_transformed,
+    label_key,
     logits_of,
-    one_number_a_row,
-    promote,
     shapes_message,
     split_labels,
+    upcast_half,
 )
 from tracer.errors import BatchError, InputError, InputTypeError, nearest_name
 from tracer.types import Batch, SampleOutputs
 
 
 class Task(ABC):
-    """What a batch means to a model; subclass it for a task of your own.
+    """The outputs and losses of a model on a batch; subclass it for a task of your own.
 
-    `outputs` must treat every sample alone (no batch statistics) and, where gradients fall back to
-    ``torch.func.vmap``, is called with batches of one sample whose values cannot be inspected.
+    `outputs` must treat each example alone (no batch statistics). If gradients fall back to ``torch.func.vmap``, it is
+    called with batches of one example whose values cannot be inspected.
 
     >>> class Hinge(Task):
     ...     name = "hinge"
@@ -53,29 +54,29 @@ class Task(ABC):
 
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
-        """Run the model on a batch of ``B`` samples.
+        """Run the model on a batch of ``B`` examples.
 
         Args:
-            model: The model, in eval mode, with the weights of a checkpoint.
+            model: The model in eval mode, with the weights of a checkpoint.
             batch: The batch, on the model's device.
 
         Returns:
-            f, L, Q and w of each sample, ``[B]`` each; f differentiable in the model's parameters.
+            f, L, Q and w of each example, ``[B]`` each; f differentiable with respect to the model's parameters.
         """
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides the numbers, as plain JSON values: the store records it and compares it."""
+        """Return everything that the numbers depend on, as plain JSON values: the store records and compares it."""
         if type(self).__module__ == __name__:
             return {"name": self.name}
         return {"name": self.name, "class": f"{type(self).__module__}.{type(self).__qualname__}"}
 
 
-def loss_outputs(loss: Tensor, baseline: Tensor | None = None) -> SampleOutputs:
+def loss_outputs(loss: Float[Tensor, " B"], baseline: Float[Tensor, " B"] | None = None) -> SampleOutputs:
     """Return the outputs of a task that has only a loss: ``f = L, Q = 1, w = 0``.
 
     Args:
-        loss: The loss of each sample, ``[B]``, differentiable.
-        baseline: The loss of a model that has learnt nothing, ``[B]``; None where that is not known.
+        loss: The loss of each example, ``[B]``, differentiable.
+        baseline: The loss of a model that has learned nothing, ``[B]``; None if that is not known.
 
     Returns:
         The outputs, with f the loss itself.
@@ -88,7 +89,7 @@ class Classification(Task):
     """Cross-entropy over classes; f is the margin ``logit_y - logsumexp(other logits)`` (Park et al. 2023, eq. 9).
 
     Then ``L = softplus(-f)``, ``Q = -(1 - p_y)`` and ``w = p_y (1 - p_y)``. Batches are ``(*inputs, labels)`` or
-    mappings with a key of `LABEL_KEYS`; the model's output is the logits ``[B, C]``, or has them as ``logits``.
+    mappings with a key of `LABEL_KEYS`; the model returns the logits ``[B, C]`` or an object with ``logits``.
     """
 
     def __init__(self, name: str = "image_classification") -> None:
@@ -97,21 +98,21 @@ class Classification(Task):
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
         """Return margins and cross-entropies; see `Task.outputs`."""
         args, kwargs, labels = split_labels(model, batch, self.name)
-        logits = promote(logits_of(model(*args, **kwargs)))
+        logits = upcast_half(logits_of(model(*args, **kwargs)))
         check_classes(logits, labels, self.name)
         is_label = labels.unsqueeze(1) == torch.arange(logits.shape[1], device=logits.device)
         chosen = torch.where(is_label, logits, 0.0).sum(1)
         others = logits.masked_fill(is_label, -torch.inf).logsumexp(1)
         margin = chosen - others
         detached = margin.detach()
-        wrong = torch.sigmoid(-detached)
+        wrong = torch.sigmoid(-detached)  # 1 - p_y without the cancellation that 1 - softmax has for p_y near 1
         baseline = torch.full_like(detached, -math.log(max(logits.shape[1] - 1, 1)))
         loss_hess = wrong * torch.sigmoid(detached)
         return SampleOutputs(margin, F.softplus(-detached), -wrong, loss_hess, labels, baseline)
 
 
 class BinaryClassification(Task):
-    """Logistic loss on one logit a sample, with float labels in [0, 1] (soft labels too).
+    """Logistic loss on one logit for each example, with float labels in [0, 1] (also soft labels).
 
     f is the logit, ``L = BCEWithLogits(f, y)``, ``Q = sigmoid(f) - y`` and ``w = sigmoid(f)(1 - sigmoid(f))``.
     """
@@ -121,8 +122,8 @@ class BinaryClassification(Task):
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
         """Return logits and logistic losses; see `Task.outputs`."""
         args, kwargs, labels = split_labels(model, batch, self.name)
-        logit = promote(logits_of(model(*args, **kwargs)))
-        logit, labels = one_number_a_row(logit, labels, self.name)
+        logit = upcast_half(logits_of(model(*args, **kwargs)))
+        logit, labels = flatten_scalars(logit, labels, self.name)
         check_probabilities(labels)
         detached = logit.detach()
         labels = labels.to(detached.dtype)
@@ -134,10 +135,10 @@ class BinaryClassification(Task):
 
 
 class Regression(Task):
-    """Squared error, as `torch.nn.MSELoss`: the mean over a sample's outputs, no factor of one half.
+    """Squared error as in `torch.nn.MSELoss`: the mean over an example's outputs, without a factor of one half.
 
-    With one output a sample f is the prediction, ``L = (f - y)²``, ``Q = 2 (f - y)`` and ``w = 2``; with several,
-    ``f = L``.
+    With one output for each example, f is the prediction, ``L = (f - y)²``, ``Q = 2 (f - y)`` and ``w = 2``; with
+    several, ``f = L``.
     """
 
     name = "regression"
@@ -145,14 +146,14 @@ class Regression(Task):
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
         """Return predictions and squared errors; see `Task.outputs`."""
         args, kwargs, targets = split_labels(model, batch, self.name)
-        predicted = promote(logits_of(model(*args, **kwargs)))
+        predicted = upcast_half(logits_of(model(*args, **kwargs)))
         if predicted.numel() != predicted.shape[0]:
             if predicted.shape != targets.shape:
                 raise BatchError(shapes_message(self.name, predicted, targets))
             targets = targets.to(predicted.dtype)
             loss = (predicted - targets).square().flatten(1).mean(1)
             return loss_outputs(loss, targets.square().flatten(1).mean(1))
-        predicted, targets = one_number_a_row(predicted, targets, self.name)
+        predicted, targets = flatten_scalars(predicted, targets, self.name)
         residual = predicted.detach() - targets.to(predicted.dtype)
         loss_hess, baseline = torch.full_like(residual, 2.0), torch.zeros_like(residual)
         return SampleOutputs(predicted, residual.square(), 2 * residual, loss_hess, baseline=baseline)
@@ -161,9 +162,9 @@ class Regression(Task):
 class LanguageModeling(Task):
     """Next-token cross-entropy of a causal language model, the mean over the predicted tokens of each sequence.
 
-    ``f = L``. A mapping has ``input_ids`` and, as Hugging Face collators make them, ``labels`` of the same shape that
-    are shifted here (-100: not predicted; without labels all attended tokens are). A tensor or ``(tokens,)`` is its
-    own label likewise. A pair ``(tokens, next_tokens)`` is taken as it is, position by position.
+    ``f = L``. A mapping has ``input_ids`` and, as from Hugging Face collators, ``labels`` of the same shape, which are
+    shifted here (-100: not predicted; without labels all attended tokens are predicted). A tensor or ``(tokens,)`` is
+    its own label in the same way. A pair ``(tokens, next_tokens)`` is used position by position, without a shift.
 
     Args:
         reduction: ``"mean"`` or ``"sum"`` over the predicted tokens of a sequence.
@@ -179,7 +180,7 @@ class LanguageModeling(Task):
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
         """Return sequence losses; see `Task.outputs`."""
         args, kwargs, labels, shifted = self._split(model, batch)
-        logits = promote(logits_of(model(*args, **kwargs)))
+        logits = upcast_half(logits_of(model(*args, **kwargs)))
         if logits.ndim != 3 or logits.shape[:2] != labels.shape:
             raise BatchError(
                 f"language_modeling expects logits [B, T, vocabulary] for labels [B, T]; the model gave "
@@ -204,7 +205,7 @@ class LanguageModeling(Task):
         batch = as_mapping(batch)
         if isinstance(batch, Mapping):
             kwargs = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
-            labels = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+            labels = batch.get(label_key(batch))
             if labels is None:
                 labels = batch.get("input_ids")
                 mask = batch.get("attention_mask")
@@ -227,18 +228,14 @@ class LanguageModeling(Task):
         empty = (labels == -100).all(1).nonzero().flatten()
         if len(empty):
             raise BatchError(
-                f"Rows {empty[:5].tolist()} of the batch have no token to predict (one token, or all labels -100): "
-                f"their loss is undefined. Leave such rows out."
+                f"Examples {empty[:5].tolist()} of the batch have no token to predict (one token, or all labels -100), "
+                f"so their loss is undefined; leave them out."
             )
         check_label_range(labels[labels != -100], logits.shape[-1], self.name)
 
 
 class LossTask(Task):
-    """A task given by a function ``(model, batch) -> loss of each sample [B]``; ``f = L``.
-
-    Args:
-        function: The function; it must not reduce over the batch.
-    """
+    """A task defined by a function ``(model, batch) -> loss of each example [B]``; ``f = L``."""
 
     name = "callable"
 
@@ -246,20 +243,20 @@ class LossTask(Task):
         self.function = function
 
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
-        """Return the losses that the function gives; see `Task.outputs`."""
+        """Return the losses of the function; see `Task.outputs`."""
         loss = self.function(model, batch)
         if isinstance(loss, SampleOutputs):
             return loss
         if not isinstance(loss, Tensor) or loss.ndim != 1:
-            came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise BatchError(
-                f"The task {self._label()} must return the loss of each sample as a tensor [B]; it returned {came}. "
-                f"Losses of torch take reduction='none'."
+                f"The task {self._label()} must return the loss of each example as a tensor [B]; got {got}. Losses of "
+                f"torch take reduction='none'."
             )
         return loss_outputs(loss)
 
     def settings(self) -> dict[str, Any]:
-        """Return the function's qualified name, and the arguments that `functools.partial` has bound to it."""
+        """Return the function's qualified name, and the arguments that `functools.partial` bound to it."""
         settings: dict[str, Any] = {"name": self.name, "function": self._label()}
         if isinstance(self.function, functools.partial):
             settings["args"] = [repr(value) for value in self.function.args]
@@ -281,45 +278,33 @@ _TASKS: dict[str, Callable[[], Task]] = {
 }
 
 TASK_NAMES = tuple(_TASKS)
-"""The names that ``task=`` takes."""
+"""The names that ``task=`` accepts."""
 
 
 class LowerPrecision(Task):
-    """Another task, whose forwards run under ``torch.autocast``; sums over positions and projections stay float32.
-
-    Args:
-        task: The task.
-        dtype: ``torch.bfloat16`` or ``torch.float16``.
-        device: Where the model runs.
-    """
+    """A task whose forwards run under ``torch.autocast``; sums over positions and projections stay float32."""
 
     def __init__(self, task: Task, dtype: torch.dtype, device: torch.device) -> None:
         self.task, self.dtype, self.device = task, dtype, device
         self.name = task.name
 
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
-        """Return the other task's outputs; see `Task.outputs`."""
-        # Cached casts are keyed by parameters, whose values change with the checkpoint.
+        """Return the outputs of the wrapped task; see `Task.outputs`."""
+        # autocast caches casts by parameter object, and the same objects hold other values at the next checkpoint.
         with torch.autocast(self.device.type, self.dtype, cache_enabled=False):
             return self.task.outputs(model, batch)
 
     def settings(self) -> dict[str, Any]:
-        """Return the other task's settings and the dtype."""
+        """Return the settings of the wrapped task and the dtype."""
         return self.task.settings() | {"autocast": str(self.dtype).removeprefix("torch.")}
 
 
 def make_task(task: str | Task | Callable[[nn.Module, Batch], Tensor]) -> Task:
-    """Return the task for a name, a function or a `Task`.
-
-    Args:
-        task: A name of `TASK_NAMES`, a function ``(model, batch) -> loss [B]``, or a `Task`.
-
-    Returns:
-        The task.
+    """Return the task of a name in `TASK_NAMES` or of a function; a `Task` is returned unchanged.
 
     Raises:
-        InputError: The name is not known.
-        InputTypeError: It is none of the three.
+        InputError: The name is unknown.
+        InputTypeError: The task is not a name, a function or a `Task`.
 
     >>> make_task("regression").name
     'regression'

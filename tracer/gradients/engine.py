@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tracer._core.sharding import layer_type
-from tracer.data.batches import select_rows
+from tracer.data.batches import select_samples
 from tracer.data.tasks import LowerPrecision, Task
 from tracer.errors import BatchError, GradientError, InputError, TracerError, nearest_name
 from tracer.gradients.attention import CapturedAttention, refuses_attention
@@ -413,7 +413,7 @@ class GradientEngine:
             stop = min(start + step, batch_size)
             part = batch
             if stop - start < batch_size:
-                part = select_rows(batch, torch.arange(start, stop), batch_size)
+                part = select_samples(batch, torch.arange(start, stop), batch_size)
             alone, gradients = self._general(part, stop - start, names)
             self._check_alone(outputs[start:stop], alone)
             yield start, stop, {name: DenseGradient(value) for name, value in gradients.items()}
@@ -443,7 +443,7 @@ class GradientEngine:
             return
         try:
             with torch.no_grad():
-                alone = self.task.outputs(self.model, select_rows(batch, torch.tensor([0]), batch_size)).output
+                alone = self.task.outputs(self.model, select_samples(batch, torch.tensor([0]), batch_size)).output
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if self.ranks is not None:  # the others run on
                 raise

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracer.data.batches import is_per_row, leaves, map_leaves, select_rows
+from tracer.data.batches import is_per_sample, leaves, map_leaves, select_samples
 from tracer.data.tasks import Task
 from tracer.types import Batch
 
@@ -32,7 +32,7 @@ class _TaskModule(nn.Module):
 
 def can_vmap(batch: Batch, batch_size: int) -> bool:
     """Tell whether all per-row leaves of a batch are tensors, which vmap can split."""
-    return all(isinstance(leaf, Tensor) or not is_per_row(leaf, batch_size) for _, leaf in leaves(batch))
+    return all(isinstance(leaf, Tensor) or not is_per_sample(leaf, batch_size) for _, leaf in leaves(batch))
 
 
 def vmap_gradients(
@@ -53,13 +53,13 @@ def vmap_gradients(
     parameters = dict(model.named_parameters())
     subset = {f"model.{name}": parameters[name].detach() for name in names}
     module = _TaskModule(model, task)
-    rows = [leaf for _, leaf in leaves(batch) if isinstance(leaf, Tensor) and is_per_row(leaf, batch_size)]
+    rows = [leaf for _, leaf in leaves(batch) if isinstance(leaf, Tensor) and is_per_sample(leaf, batch_size)]
 
     def f_of_one(subset: dict[str, Tensor], *one_row: Tensor) -> tuple[Tensor, Tensor]:
         remaining = iter(one_row)
 
         def fill(leaf: Any) -> Any:
-            per_row = isinstance(leaf, Tensor) and is_per_row(leaf, batch_size)
+            per_row = isinstance(leaf, Tensor) and is_per_sample(leaf, batch_size)
             return next(remaining).unsqueeze(0) if per_row else leaf
 
         output = torch.func.functional_call(module, subset, (map_leaves(batch, fill),))
@@ -95,7 +95,7 @@ def loop_gradients(
     gradients = {name: wanted[i].new_zeros((batch_size, *wanted[i].shape)) for i, name in enumerate(names)}
     outputs = []
     for row in range(batch_size):
-        output = task.outputs(model, select_rows(batch, torch.tensor([row]), batch_size)).output
+        output = task.outputs(model, select_samples(batch, torch.tensor([row]), batch_size)).output
         outputs.append(output.detach().reshape(()))
         if not output.requires_grad:
             continue

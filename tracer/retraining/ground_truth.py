@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from tracer.data.batches import count_rows
+from tracer.data.batches import count_samples
 from tracer.data.tasks import Task
 from tracer.errors import InputError
 from tracer.retraining.recipe import Recipe
@@ -112,7 +112,7 @@ def retrain(
     place = None if save_dir is None else store_path(save_dir)
     if isinstance(place, RemotePath):
         raise InputError(f"save_dir={save_dir!r} is remote; expected a folder on this machine.")
-    runs = make_runs(masks, count_rows(train), seeds, paired)
+    runs = make_runs(masks, count_samples(train), seeds, paired)
     with ordinary_mode():
         trainer = Trainer(make_model, task, train, recipe)
         rows = trainer.checked_rows(targets, "targets")

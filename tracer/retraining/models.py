@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tracer.data.batches import count_rows, is_per_row, leaves, map_leaves, select_rows, to_device
+from tracer.data.batches import count_samples, is_per_sample, leaves, map_leaves, select_samples, to_device
 from tracer.data.tasks import Task
 from tracer.errors import BatchError, InputError
 from tracer.types import Batch
@@ -39,7 +39,7 @@ class Examples:
         Raises:
             BatchError: If its tensors have different numbers of examples, or none.
         """
-        num_rows = count_rows(batch)
+        num_rows = count_samples(batch)
         for path, leaf in leaves(batch, name):
             if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] not in (1, num_rows):
                 raise BatchError(
@@ -53,7 +53,7 @@ class Examples:
 
     def take(self, rows: Tensor) -> Batch:
         """Return the batch of some examples, ``[B]``, int64."""
-        return select_rows(self.batch, rows, self.num_rows)
+        return select_samples(self.batch, rows, self.num_rows)
 
     def slices(self, size: int) -> Iterator[Batch]:
         """Yield all examples in batches of up to ``size``."""
@@ -182,11 +182,11 @@ class StackedModels:
     def objectives(self, data: Examples, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Run each model on its own examples; see `Models.objectives`."""
         n = data.num_rows
-        own = [leaf[rows.to(leaf.device)] for _, leaf in leaves(data.batch) if is_per_row(leaf, n)]  # [K, B, ...]
+        own = [leaf[rows.to(leaf.device)] for _, leaf in leaves(data.batch) if is_per_sample(leaf, n)]  # [K, B, ...]
 
         def run(trained: Mapping[str, Tensor], fixed: Mapping[str, Tensor], *columns: Tensor) -> tuple[Tensor, Tensor]:
             remaining = iter(columns)
-            batch = map_leaves(data.batch, lambda leaf: next(remaining) if is_per_row(leaf, n) else leaf)
+            batch = map_leaves(data.batch, lambda leaf: next(remaining) if is_per_sample(leaf, n) else leaf)
             objective, _, loss = self._call(trained, fixed, batch)
             return objective, loss.mean()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tracer._core.validation import as_list, bar_disabled, check_count
-from tracer.data.batches import count_rows
+from tracer.data.batches import count_samples
 from tracer.data.tasks import Task, make_task
 from tracer.errors import InputError, InputTypeError, NonFiniteError
 from tracer.retraining.model_factory import ModelFactory, seeded
@@ -105,7 +105,7 @@ def train_models(
     [(0, 0, ['bias', 'weight']), (0, 1, ['bias', 'weight'])]
     """
     epochs = _check_epochs(checkpoint_epochs, check_recipe(recipe))
-    runs = make_runs(masks, count_rows(train), seeds, paired)
+    runs = make_runs(masks, count_samples(train), seeds, paired)
     found: dict[RunKey, TrainedModel] = {}
     with ordinary_mode(), progress_bar("train", runs, recipe, progress) as bar:
         trainer = Trainer(make_model, task, train, recipe)
@@ -164,7 +164,7 @@ class Trainer:
         recipe: Recipe,
     ) -> None:
         self._build, self.task, self.recipe = ModelFactory(make_model), make_task(task), recipe
-        everything = Run(0, 0, np.ones(count_rows(train), dtype=bool), paired=True)
+        everything = Run(0, 0, np.ones(count_samples(train), dtype=bool), paired=True)
         self.reference = self._build(everything)
         self._device = next(self.reference.parameters()).device
         self.data = self.checked_rows(train, "train")

@@ -13,7 +13,7 @@ import torch
 
 from tracer._core.processes import Process
 from tracer._core.validation import check_count
-from tracer.data.indices import RowChoice, chosen_rows
+from tracer.data.indices import ExampleSelection, resolve_selection
 from tracer.errors import CallOrderError, IncompleteError, InputError, InputTypeError, nearest_name
 from tracer.scoring.estimators import Estimate, self_influence
 from tracer.scoring.feature_tables import CheckpointPair, FeatureTable, TrainIndices
@@ -85,7 +85,7 @@ class Scorer:
         kind: str,
         estimate: Estimate,
         model_ids: list[int] | None,
-        rows: RowChoice | None = None,
+        rows: ExampleSelection | None = None,
         labels: Labels | None = None,
     ) -> TopK:
         """Select the strongest training examples of stored targets; see `tracer.Tracer.top`."""
@@ -126,7 +126,7 @@ class Scorer:
         kind: str,
         estimate: Estimate,
         model_ids: list[int] | None,
-        rows: RowChoice | None,
+        rows: ExampleSelection | None,
         labels: Labels | None = None,
     ) -> tuple[list[int], TrainIndices]:
         """Check a query's arguments before gradients are computed; return its checkpoints and training examples."""
@@ -136,12 +136,12 @@ class Scorer:
         return chosen, indices
 
     def _check_top(
-        self, k: int, kind: str, model_ids: list[int] | None, rows: RowChoice | None, labels: Labels | None
+        self, k: int, kind: str, model_ids: list[int] | None, rows: ExampleSelection | None, labels: Labels | None
     ) -> TrainIndices:
         """Check arguments and return the training examples to select from."""
         if kind not in KINDS:
             raise InputError(f"kind={kind!r} is not known; {nearest_name(kind, KINDS)}.")
-        chosen = chosen_rows(rows, self.num_rows)
+        chosen = resolve_selection(rows, self.num_rows)
         if labels is not None:
             chosen = self._with_labels(chosen, labels, model_ids)
         if check_count(k, "k") > len(chosen):

@@ -29,7 +29,7 @@ def write_scores(
     tiles = list(_split(todo, step))
     ahead = ReadAhead(scorer.pairs, tiles)
     num_known = num_rows - sum(map(len, tiles))
-    disable = bar_disabled(progress) or not tiles
+    disable = bar_disabled(progress) if tiles else True  # None: tqdm shows the bar on a terminal only
     bar = tqdm(total=num_rows, initial=num_known, unit="row", desc="scores", disable=disable)
     buffers = [torch.empty(min(step, num_rows), scorer.num_targets) for _ in range(NUM_TILES_HELD if tiles else 0)]
     # Syncing a tile to the disk takes as long as computing one, so a thread does it while the next one is computed.

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from tracer._core.sharding import fsdp_modules
 from tracer._core.validation import check_count, check_device, check_model
 from tracer.data.batches import map_leaves, to_device
-from tracer.data.datasets import row_source
-from tracer.data.fingerprints import row_fingerprints
-from tracer.data.indices import RowIndices, row_indices
+from tracer.data.datasets import as_data_source
+from tracer.data.fingerprints import fingerprint_samples
+from tracer.data.indices import ExampleIndices, check_indices
 from tracer.data.tasks import make_task
 from tracer.errors import BatchError, CallOrderError, InputError, MismatchError, NonFiniteError
 from tracer.gradients.isolation import isolated, seed_generators
@@ -96,14 +96,14 @@ class IdealRecorder:
         self._weights: LoadedWeights | None = None
         self._losses = np.zeros(0)
         self._stepping = False
-        source = row_source(targets, "targets", check_count(batch_size, "batch_size"), collate_fn)
-        self.num_targets = source.num_rows
+        source = as_data_source(targets, "targets", check_count(batch_size, "batch_size"), collate_fn)
+        self.num_targets = len(source)
         with self._undisturbed():  # data sets may draw random numbers
             self._batches = [
                 (to_device(map_leaves(batch, _cloned), self._device), len(inds))
-                for batch, inds in source.batches(np.arange(source.num_rows))
+                for batch, inds in source.batches(np.arange(len(source)))
             ]
-        self._fingerprint = np.concatenate([row_fingerprints(batch, size) for batch, size in self._batches])
+        self._fingerprint = np.concatenate([fingerprint_samples(batch, size) for batch, size in self._batches])
 
     @property
     def loss_changes(self) -> np.ndarray:
@@ -120,7 +120,7 @@ class IdealRecorder:
         return self.record.influence(share)
 
     @contextmanager
-    def step(self, inds: RowIndices) -> Iterator[None]:
+    def step(self, inds: ExampleIndices) -> Iterator[None]:
         """Record the step made inside: forward, backward and ``optimizer.step()`` in any form.
 
         A change of the weights between two steps belongs to neither. A step that raises is not recorded.
@@ -274,10 +274,10 @@ class IdealRecorder:
             yield
 
 
-def _batch_rows(inds: RowIndices, train_set_size: int) -> np.ndarray:
+def _batch_rows(inds: ExampleIndices, train_set_size: int) -> np.ndarray:
     """Return the indices of a batch, ``[B]``, int64, which may repeat."""
     values = inds.detach().cpu().numpy() if isinstance(inds, Tensor) else np.asarray(inds)
-    row_indices(np.unique(values) if values.ndim == 1 else values, train_set_size, "train_set_size")
+    check_indices(np.unique(values) if values.ndim == 1 else values, train_set_size, "train_set_size")
     return values.astype(np.int64)
 
 
