@@ -338,7 +338,7 @@ def test_files_that_are_no_recording(tmp_path):
     ("inds", "error", "message"),
     [
         ([], tracer.BatchError, "inds is empty"),
-        ([12], tracer.BatchError, r"\[12\] outside 0\.\.\.11"),
+        ([12], tracer.BatchError, r"\[12\], outside 0\.\.\.11"),
         ([0.5], tracer.InputTypeError, "list, array or tensor of integers"),
         ("all", tracer.InputTypeError, "list, array or tensor of integers"),
     ],

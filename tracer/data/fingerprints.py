@@ -9,24 +9,25 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from jaxtyping import UInt64
 from torch import Tensor
 
 from tracer.data.batches import is_per_sample, leaves
 from tracer.types import Batch
 
 
-def fingerprint_samples(batch: Batch, num_rows: int) -> np.ndarray:
+def fingerprint_samples(batch: Batch, batch_size: int) -> UInt64[np.ndarray, " B"]:
     """Return the xxh3 hash of each sample's inputs: the same in any batch, with any padding, and on any machine."""
     # xxh3 is no cryptographic hash: this finds accidents, such as a shuffled loader, not inputs made to collide.
-    hashes = [0] * num_rows
+    hashes = [0] * batch_size
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     attended = mask.bool().cpu().numpy() if isinstance(mask, Tensor) and mask.ndim == 2 else None
     for path, leaf in leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim == 0:
-            leaf = leaf.expand(num_rows)
+            leaf = leaf.expand(batch_size)
         elif _is_shared(leaf):  # hashed for each sample: in a batch of one it cannot be told from the sample's own
-            leaf = leaf.expand(num_rows, *leaf.shape[1:]) if isinstance(leaf, Tensor) else list(leaf) * num_rows
-        if not is_per_sample(leaf, num_rows):
+            leaf = leaf.expand(batch_size, *leaf.shape[1:]) if isinstance(leaf, Tensor) else list(leaf) * batch_size
+        if not is_per_sample(leaf, batch_size):
             continue
         if isinstance(leaf, Tensor):
             # A collator pads with other values and to other lengths: only attended positions belong to the sample.
