@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tracer.report.figure import PAGE, Figure, Line, Rect, Size, Text, moved, text_width
-from tracer.report.health import WrongLabels, recovery_curve
+from tracer.report.health import recovery_curve
 from tracer.report.plot import Axis, Key, Plot, legend_figure, log_ticks, round_ticks
 from tracer.report.text import number, shortened
 
@@ -29,17 +29,7 @@ _DASHES: tuple[tuple[float, ...], ...] = ((), (7, 3), (2, 3), (9, 3, 2, 3))
 
 
 def histogram(groups: Mapping[str, np.ndarray], name: str, share_of: str, size: Size = PAGE) -> Figure:
-    """Draw overlaid histograms of one or two groups; each group's bars add up to 100 %.
-
-    Args:
-        groups: Values by group name; the second group is drawn in the warning color.
-        name: The name of the values.
-        share_of: The whole of which bars are shares.
-        size: Width and height.
-
-    Returns:
-        The figure.
-    """
+    """Draw overlaid histograms of one or two groups; the bars of each group add up to 100 %."""
     edges, logarithmic = bins(np.concatenate(list(groups.values())))
     shares = {
         group: np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] * 100.0 / max(1, len(values))
@@ -78,16 +68,7 @@ def bins(values: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def signed_histogram(edges: np.ndarray, counts: np.ndarray, size: Size = PAGE) -> Figure:
-    """Draw the distribution of scores, logarithmic on both sides of a narrow bin around zero.
-
-    Args:
-        edges: ``[B + 1]``, as in `tracer.report.summaries.ScoreSummary`.
-        counts: ``[B]``.
-        size: Width and height.
-
-    Returns:
-        The figure.
-    """
+    """Draw the bins of a `ScoreSummary`, logarithmic on both sides of a narrow bin around zero."""
     share = counts * 100.0 / max(1, int(counts.sum()))
     middle = len(counts) // 2
     reach = int(np.abs(np.flatnonzero(counts) - middle).max(initial=1))
@@ -128,18 +109,7 @@ def recovery_chart(
     *,
     enlarged: bool = False,
 ) -> Figure:
-    """Draw the share of mislabelled examples that each ranking finds, with chance and the best possible.
-
-    Args:
-        rankings: Scores ``[N]`` by name, higher is checked earlier; the first is drawn strongest.
-        known: ``[N]``, bool, at least one of them True.
-        size: Width and height.
-        legend: Entries above the chart.
-        enlarged: Draw only the part around as many checked examples as are mislabelled.
-
-    Returns:
-        The figure.
-    """
+    """Draw the share of mislabelled examples that each ranking finds, of all or enlarged around their number."""
     num_train, total = len(known), int(known.sum())
     curves = {name: recovery_curve(scores, known) * 100.0 / total for name, scores in rankings.items()}
     best, left, right, floor = 100.0 * total / num_train, 0.0, 100.0, 0.0
@@ -165,7 +135,7 @@ def recovery_chart(
 
 
 def recovery_keys(names: Sequence[str]) -> list[Key]:
-    """Return the legend of `recovery_chart`: the first ranking has the strongest line, reference lines are last."""
+    """Return the legend of `recovery_chart`: the strongest line first, reference lines last."""
     keys = [Key(shortened(names[0], MAX_NAME), "pos", 3.0)]
     for place, name in enumerate(names[1:]):
         keys.append(Key(shortened(name, MAX_NAME), f"series{place % 3 + 1}", 2.0, _DASHES[min(place + 1, 3)]))
@@ -182,17 +152,7 @@ def map_classes(train_counts: np.ndarray) -> np.ndarray:
 
 
 def class_map(influence: np.ndarray, names: Sequence[str], train_counts: np.ndarray, max_label: int = 12) -> Figure:
-    """Draw mean scores by class: blue if training examples of a class help targets of a class, orange if they harm.
-
-    Args:
-        influence: ``[C, C]``, training class by target class; cells of NaN are empty.
-        names: The classes.
-        train_counts: ``[C]``, the number of training examples of each class.
-        max_label: Longer names are cut.
-
-    Returns:
-        The figure, as wide as it needs to be.
-    """
+    """Draw mean scores by class: blue cells help the targets of a class, orange cells harm them, NaN is empty."""
     shown = map_classes(train_counts)
     values = influence[np.ix_(shown, shown)]
     labels = [shortened(names[place], max_label) for place in shown]
@@ -252,32 +212,6 @@ def _color_scale(largest: float, x: float, y: float, width: float) -> list[Rect 
     ]
     ends = [(0.0, "start", number(-largest)), (0.5, "middle", "0"), (1.0, "end", number(largest, signed=True))]
     return marks + [Text(x + share * width, y + 26, text, anchor=anchor) for share, anchor, text in ends]
-
-
-def interval(health: WrongLabels, known: float | None) -> Figure:
-    """Draw the estimate of wrong labels with its interval, and the true share as a triangle if it is known."""
-    end = max(0.1, min(1.0, np.ceil(max(health.high, health.share, known or 0.0) * 10.5) / 10))
-    axis = Axis(0.0, end, [])
-    figure = Figure(440, 60, f"Estimate {health.share:.1%}, interval {health.low:.1%} to {health.high:.1%}.")
-
-    def x(share: float) -> float:
-        return axis.position(share, 18.0, 416.0)
-
-    figure.marks.append(Line([(x(0.0), 34), (x(end), 34)], "muted"))
-    for tick in round_ticks(0.0, end, 5):
-        figure.marks.append(Line([(x(tick), 30), (x(tick), 38)], "muted"))
-        figure.marks.append(Text(x(tick), 56, f"{tick * 100:.3g} %", anchor="middle"))
-    figure.marks.append(Rect(x(health.low), 26, max(2, x(health.high) - x(health.low)), 16, "pos", 0.35))
-    at = x(health.share)
-    turns = np.linspace(0, 2 * np.pi, 33)[:-1]
-    circle = [(at + 6 * float(np.cos(turn)), 34 + 6 * float(np.sin(turn))) for turn in turns]
-    figure.marks.append(Line(circle, "pos", closed=True, filled=True))
-    if known is not None:
-        at = x(known)
-        triangle = [(at, 22), (at - 6, 10), (at + 6, 10)]
-        figure.marks.append(Line(triangle, "neg", title=f"known: {known:.1%}", closed=True, filled=True))
-        figure.description += f" Known: {known:.1%}."
-    return figure
 
 
 def _percent_axis(top: float, name: str) -> Axis:

@@ -18,10 +18,10 @@ Point = tuple[float, float]
 Size = tuple[int, int]
 
 PAGE: Size = (352, 216)
-"""Width and height of a chart in the page: text keeps its size on a phone and in three columns on a desktop."""
+"""The size of a chart in the page, at which it fits on a phone and in three columns on a desktop."""
 
 SLIDE: Size = (640, 320)
-"""Width and height of a chart as a PNG file, before `png.SCALE`."""
+"""The size of a chart as a PNG file, before `png.SCALE`."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Rect:
 
 @dataclass(frozen=True)
 class Line:
-    """A line through points or, if ``closed``, the outline of a polygon; ``filled`` polygons have no outline."""
+    """A line through points, back to the first of them if ``closed``."""
 
     points: Sequence[Point]
     color: str
@@ -48,7 +48,6 @@ class Line:
     dash: tuple[float, ...] = ()
     title: str = ""
     closed: bool = False
-    filled: bool = False
     kind: ClassVar[str] = "line"
 
 
@@ -84,30 +83,20 @@ Mark = Rect | Line | Text | Picture
 
 @dataclass
 class Figure:
-    """A figure.
-
-    Attributes:
-        width: In pixels.
-        height: In pixels.
-        description: Its content for readers who do not see it.
-        marks: In drawing order.
-        caption: The line below it in the page.
-        title: The heading above it in the page.
-        min_width: If positive, the page scrolls sideways rather than shrink the figure below this width.
-    """
+    """Marks in drawing order, with the figure's heading and caption in the page."""
 
     width: float
     height: float
-    description: str = ""
+    description: str = ""  # for readers who do not see the figure
     marks: list[Mark] = field(default_factory=list)
     caption: str = ""
     title: str = ""
-    min_width: int = 0
+    min_width: int = 0  # on narrower screens the figure scrolls sideways
 
 
 def text_width(text: str, size: float = FONT_SIZE) -> float:
     """Return about how wide a text will be; fonts differ, so leave some room."""
-    return 0.56 * size * len(text)
+    return size * (0.64 * len(text) + 0.3 * text.count("%"))
 
 
 def moved(marks: Iterable[Mark], right: float, down: float) -> list[Mark]:

@@ -28,19 +28,7 @@ def influence_montage(
     shown: Sequence[int],
     known_mislabelled: np.ndarray | None,
 ) -> Figure:
-    """Draw each target with its five strongest proponents and opponents.
-
-    Args:
-        train: The training examples, images.
-        target: The targets, images.
-        proponents: Indices and scores, ``[M, k]``.
-        opponents: Indices and scores, ``[M, k']``.
-        shown: The targets to draw, one a line.
-        known_mislabelled: ``[N]``, bool, training examples to frame; or None.
-
-    Returns:
-        The figure.
-    """
+    """Draw each shown target with its five strongest proponents and opponents; known mislabelled ones are framed."""
     counts = [min(MAX_TILES, top.indices.shape[1]) for top in (proponents, opponents)]
     starts = [0.0, PITCH + GAP, PITCH + GAP + counts[0] * PITCH + GAP]
     figure = Figure(starts[2] + counts[1] * PITCH, 30 + LINE_HEIGHT * len(shown))
@@ -65,18 +53,7 @@ def influence_montage(
 def ranking_montage(
     train: Samples, indices: np.ndarray, scores: np.ndarray, known_mislabelled: np.ndarray | None, num_columns: int = 8
 ) -> Figure:
-    """Draw training examples in the order given, each with its label, prediction and score.
-
-    Args:
-        train: The training examples, images.
-        indices: The examples to draw, ``[R]``, at least one.
-        scores: ``[N]``, the score of each training example.
-        known_mislabelled: ``[N]``, bool, examples to frame; or None.
-        num_columns: The number of images in a line.
-
-    Returns:
-        The figure.
-    """
+    """Draw training examples in the order given, each with its label, prediction and score."""
     pitch = TILE + 24  # headings are wider than images: label → prediction
     figure = Figure(num_columns * pitch, LINE_HEIGHT * -(-len(indices) // num_columns))
     for place, index in enumerate(indices.tolist()):

@@ -24,7 +24,7 @@ class Section:
     Attributes:
         anchor: Its id, for links; ``templates/<anchor>.html`` is its body.
         heading: Its title.
-        view: The values that its template shows.
+        view: The values that its template shows besides the content of the report.
     """
 
     anchor: str
@@ -38,22 +38,13 @@ def asset(name: str) -> str:
     return files("tracer.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def render_page(title: str, lead: str, sections: Sequence[Section], data: Any) -> str:
-    """Return the HTML document.
-
-    Args:
-        title: The page's title.
-        lead: The paragraph below the title.
-        sections: The sections, in order.
-        data: JSON values for the scripts.
-
-    Returns:
-        A document that loads nothing.
-    """
+def render_page(title: str, lead: str, sections: Sequence[Section], report: Any, data: Any) -> str:
+    """Return an HTML document that loads nothing, of a `ReportContent` and of JSON values for the scripts."""
     return _environment().get_template("page.html").render(
         title=title,
         lead=lead,
         sections=sections,
+        report=report,
         data=data,
         style=Markup(asset("report.css")),
         script=Markup("\n".join(asset(name) for name in SCRIPTS)),

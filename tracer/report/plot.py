@@ -39,14 +39,7 @@ class Key:
 
 
 class Plot:
-    """A figure with axes, to which bars and lines are added in data units.
-
-    Args:
-        size: Width and height of the figure.
-        x: The horizontal axis.
-        y: The vertical axis.
-        legend: Entries above the plot.
-    """
+    """A figure with a legend and axes, to which bars and lines are added in data units."""
 
     def __init__(self, size: Size, x: Axis, y: Axis, legend: Sequence[Key] = ()) -> None:
         self.figure = Figure(*size)
@@ -125,7 +118,7 @@ def legend_figure(keys: Sequence[Key], width: float) -> Figure:
         else:
             figure.marks.append(Rect(x, y + 3, KEY_WIDTH, 9, key.color, 0.75))
         figure.marks.append(Text(x + KEY_WIDTH + 6, y + FONT_SIZE, key.name))
-        x += needed + 14
+        x += needed + 4
         figure.height = y + LINE_HEIGHT
     return figure
 

@@ -29,17 +29,7 @@ def light_colors() -> dict[str, str]:
 
 
 def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG file; equal figures give equal bytes.
-
-    Args:
-        figure: The figure.
-
-    Returns:
-        The content of the file.
-
-    Raises:
-        MissingDependencyError: If matplotlib is not installed.
-    """
+    """Return a figure as a PNG file; equal figures give equal bytes."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Canvas
@@ -88,7 +78,7 @@ def _draw_text(axes: Axes, mark: Text) -> None:
 def _draw_shape(axes: Axes, mark: Rect | Line) -> None:
     """Draw a rectangle, a line or a polygon."""
     from matplotlib.lines import Line2D
-    from matplotlib.patches import Polygon, Rectangle
+    from matplotlib.patches import Rectangle
 
     color = light_colors()[mark.color]
     if isinstance(mark, Rect):
@@ -98,13 +88,7 @@ def _draw_shape(axes: Axes, mark: Rect | Line) -> None:
     width = mark.width * _POINTS
     # matplotlib counts dashes in widths of the line, SVG in pixels
     dash = (0.0, [length / mark.width for length in mark.dash]) if mark.dash else None
-    if mark.closed:
-        axes.add_patch(
-            Polygon(
-                mark.points, fill=mark.filled, facecolor=color, edgecolor=color,
-                linewidth=0 if mark.filled else width, linestyle=dash,
-            )
-        )  # fmt: skip
-    else:
-        across, down = zip(*mark.points, strict=True)
-        axes.add_line(Line2D(across, down, color=color, linewidth=width, linestyle=dash, solid_capstyle="butt"))
+    across, down = zip(*mark.points, *mark.points[: mark.closed], strict=True)
+    line = Line2D(across, down, color=color, linewidth=width, linestyle=dash)
+    line.set_solid_capstyle("projecting" if mark.closed else "butt")
+    axes.add_line(line)

@@ -1,4 +1,4 @@
-"""The sections of a report: the numbers, figures and tables that each template shows."""
+"""The sections of a report: the figures, and tables of numbers, that templates show."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tracer.report.figure import Figure
 from tracer.report.health import CHECKED_SHARES, MIN_CLASSES, count_classes, num_checked, recovery_curve
 from tracer.report.page import Section
 from tracer.report.payload import MAX_TABLE_EXAMPLES, MAX_TARGETS
-from tracer.report.plot import legend_figure
+from tracer.report.plot import legend_figure, round_ticks
 from tracer.report.recommendations import recommendations
 from tracer.report.text import number
 
@@ -21,15 +21,16 @@ QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
 
 def build_sections(data: ReportContent) -> list[Section]:
-    """Return the sections in order; one whose numbers are missing is left out."""
-    headings = (
+    """Return the sections in order, without those whose numbers are missing."""
+    has_top = data.target.size and (data.proponents.indices.size or data.opponents.indices.size)
+    headings: tuple[tuple[str, str, dict[str, Any] | None], ...] = (
         ("overview", "Overview", _overview(data)),
         ("distributions", "Distributions", _distributions(data)),
         ("recovery", "Finding mislabelled examples", _recovery(data)),
-        ("suspects", "Suspects", _suspects(data)),
-        ("targets", "Proponents and opponents", _targets(data)),
+        ("suspects", "Suspects", {"limit": MAX_TABLE_EXAMPLES}),
+        ("targets", "Proponents and opponents", {"limit": MAX_TARGETS} if has_top else None),
         ("classes", "Classes", _classes(data)),
-        ("reading", "How to read this", _reading(data)),
+        ("reading", "How to read this", {}),
     )
     return [Section(anchor, heading, view) for anchor, heading, view in headings if view is not None]
 
@@ -62,25 +63,17 @@ def all_rankings(data: ReportContent) -> dict[str, np.ndarray]:
 
 
 def _overview(data: ReportContent) -> dict[str, Any]:
-    """Return key figures, the state of the labels, recommendations and settings."""
-    figures = [("training examples", f"{data.num_train:,}"), ("targets", f"{data.target.size:,}")]
-    figures += [(name, str(data.settings[name])) for name in ("checkpoints", "estimator") if name in data.settings]
-    if data.train.has_classes:
-        figures.append(("classes", f"{len(set(data.train.labels or ())):,}"))
-    if data.disagrees is not None:
-        figures.append(("examples whose label the model does not predict", f"{data.disagrees.mean():.1%}"))
-    if data.known_mislabelled is not None:
-        figures.append(("known mislabelled", f"{int(data.known_mislabelled.sum()):,}"))
+    """Return recommendations, and the scale of the estimate of wrong labels."""
     known = None if data.known_mislabelled is None else float(data.known_mislabelled.mean())
+    largest = max(data.health.high if data.health else 0.0, known or 0.0)
+    end = max(0.1, min(1.0, np.ceil(largest * 10.5) / 10))
     return {
-        "key_figures": figures,
-        "health": data.health,
-        "interval": None if data.health is None else charts.interval(data.health, known),
         "known": known,
+        "end": end,
+        "ticks": round_ticks(0.0, end, 5),
         "num_classes": None if data.classes is None else count_classes(data.classes),
         "min_classes": MIN_CLASSES,
         "advice": recommendations(data),
-        "settings": data.settings,
     }
 
 
@@ -134,34 +127,6 @@ def _recovery(data: ReportContent) -> dict[str, Any] | None:
     }
 
 
-def _suspects(data: ReportContent) -> dict[str, Any]:
-    """Return the controls of the table of training examples, which the scripts fill."""
-    note = "Training examples, highest self-influence first."
-    if data.num_train > MAX_TABLE_EXAMPLES:
-        note += f" The first {MAX_TABLE_EXAMPLES:,} of {data.num_train:,}; influence_summary.csv has all."
-    flags = [("", "all examples")]
-    if data.contradicted is not None:
-        note += " For contradicted examples, “harms” names the class whose targets they harm most."
-        flags.append(("contradicted", "contradicted"))
-    if data.disagrees is not None:
-        flags.append(("disagrees", "model predicts another label"))
-    if data.known_mislabelled is not None:
-        flags += [("known", "known mislabelled"), ("not-known", "not known to be mislabelled")]
-    images = data.train.kind == "images"
-    return {"note": note, "flags": flags, "has_classes": data.train.has_classes, "has_images": images}
-
-
-def _targets(data: ReportContent) -> dict[str, Any] | None:
-    """Return the controls of the view of one target, which the scripts fill."""
-    if not data.target.size or not (data.proponents.indices.size or data.opponents.indices.size):
-        return None
-    note = "The left and right arrow keys go to the previous and next target while this section has the focus."
-    if data.target.size > MAX_TARGETS:
-        note = f"{MAX_TARGETS:,} of {data.target.size:,} targets; influence_scores.csv has all. {note}"
-    predicted = data.target.has_classes and data.target.predictions is not None
-    return {"note": note, "last": data.target.size - 1, "has_predictions": predicted}
-
-
 def _classes(data: ReportContent) -> dict[str, Any] | None:
     """Return the map of classes and their table, or None without classes."""
     classes = data.classes
@@ -194,25 +159,6 @@ def _classes(data: ReportContent) -> dict[str, Any] | None:
         "map_lines": [[names[a], *(_number_or_empty(classes.influence[a, b]) for b in shown)] for a in shown],
         "header": header if wrong is None else [*header, "contradicted"],
         "lines": lines,
-    }
-
-
-def _reading(data: ReportContent) -> dict[str, Any]:
-    """Return what the explanations depend on, and the files in the folder of the page."""
-    files = [
-        ("influence_summary.csv", "every training example: self-influence, labels, flags, mean scores"),
-        ("influence_scores.csv", "the proponents and opponents of every target, one a line"),
-    ]
-    if data.summary is not None:
-        files.append(("target_summary.csv", "every target: mean score and root mean square"))
-    if data.classes is not None:
-        files.append(("class_influence.csv", "mean scores by class"))
-        files.append(("top_influences/", "the training examples that help and harm the targets of each class most"))
-    files.append(("*.png", "charts and montages, for slides"))
-    return {
-        "explains_output": data.settings.get("target") == "output",
-        "has_contradicted": data.contradicted is not None,
-        "files": files,
     }
 
 

@@ -123,7 +123,7 @@ def write_report(
     )
     if scores is not None and num_targets:
         data = _with_scores(data, scores, class_names)
-    html = render_page(title, sections.lead(data), sections.build_sections(data), payload(data))
+    html = render_page(title, sections.lead(data), sections.build_sections(data), data, payload(data))
     drawn = {name: png(figure) for name, figure in _slides(data).items()} if figures else {}
     return _write(Path(directory), html, data, drawn)
 
