@@ -643,6 +643,11 @@ def test_what_does_not_fit_is_refused(tmp_path, options, message):
     assert not (tmp_path / "report").exists()
 
 
+def test_an_unknown_option_is_refused(tmp_path):
+    with pytest.raises(tracer.InputTypeError, match=re.escape("unknown option 'num_top_rows'; expected train_pred")):
+        report(tmp_path / "report", num_top_rows=3)
+
+
 @pytest.mark.parametrize(
     ("module", "options"), [("matplotlib", {"figures": True}), ("PIL", {"train_inputs": INPUTS["gray images"]})]
 )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from torch import nn
@@ -19,7 +19,7 @@ from tracer.api.store_reader import StoreReader
 from tracer.api.tracer import Tracer
 from tracer.data.datasets import DataSource, as_data_source
 from tracer.errors import InputError, InputTypeError
-from tracer.report import write_report
+from tracer.report import ReportOptions, write_report
 from tracer.report.samples import as_array
 from tracer.scoring.estimators import Estimate
 from tracer.types import Batch, Checkpoint, TopK
@@ -94,7 +94,9 @@ class Attribution:
         target_labels: Any = None,
         k: int = 8,
         all_scores: bool = True,
-        **options: Any,
+        figures: bool = True,
+        title: str = "Influence report",
+        **options: Unpack[ReportOptions],
     ) -> Path:
         """Write a page that shows what was found, and files beside it.
 
@@ -110,7 +112,9 @@ class Attribution:
             k: How many proponents and opponents to show of each target.
             all_scores: Take in all scores: their distribution, averages, classes and the estimate of wrong labels.
                 They are computed into the store where they are not there yet, 4 bytes a train row and target.
-            **options: As `tracer.report.write_report` takes them.
+            figures: Whether to write PNG files, which needs matplotlib. Default: True.
+            title: The page's title.
+            **options: As in `tracer.report.ReportOptions`.
 
         Returns:
             The path of ``index.html``.
@@ -133,6 +137,8 @@ class Attribution:
             train_labels=_labels_or(facts.train_labels, labels, target_labels),
             target_labels=_labels_or(facts.target_labels, target_labels, labels),
             class_names=class_names,
+            figures=figures,
+            title=title,
             **options,
         )
 

@@ -5,6 +5,6 @@
 `thumbnails` the data of its scripts (``assets/``); `charts` and `montage` draw figures, `png` and `tables` write files.
 """
 
-from tracer.report.writer import write_report
+from tracer.report.writer import ReportOptions, write_report
 
-__all__ = ["write_report"]
+__all__ = ["ReportOptions", "write_report"]

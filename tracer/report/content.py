@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float64, Int64
 
 from tracer.errors import InputError
 from tracer.report.health import WrongLabels
@@ -26,58 +27,33 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Tokens:
-    """Texts in tokens, and the score of each token of a training example for a target.
-
-    Attributes:
-        train: The tokens of each training example, or None.
-        target: The tokens of each target, or None.
-        scores: By (target, training example): one number for each token of the training example.
-    """
+    """Texts in tokens, and scores of tokens by (target, training example)."""
 
     train: Sequence[Sequence[str]] | None
     target: Sequence[Sequence[str]] | None
-    scores: Mapping[tuple[int, int], np.ndarray]
+    scores: Mapping[tuple[int, int], np.ndarray]  # a number for each token of the training example
 
 
 @dataclass(frozen=True)
 class ReportContent:
-    """Arrays of N training examples and M targets that fit each other.
+    """Arrays of N training examples and M targets that fit each other; without scores there is no summary."""
 
-    Attributes:
-        self_influence: ``[N]``, float64.
-        order: ``[N]``, int64, indices by descending self-influence.
-        proponents: ``[M, k]``.
-        opponents: ``[M, k']``.
-        train: The inputs and labels of training examples.
-        target: The inputs and labels of targets.
-        known_mislabelled: ``[N]``, bool, at least one of them True; or None.
-        rankings: Scores ``[N]`` by name, float64.
-        settings: The entries of the table of settings.
-        shown_targets: The targets that come first and are drawn in ``influence.png``.
-        num_top_examples: The number of examples in ``top_self_influence.png``.
-        tokens: Texts in tokens.
-        summary: A summary of all scores; None without them.
-        class_names: The classes of ``summary``, by index.
-        train_codes: ``[N]``, int64, the class of each training example; empty without classes.
-        health: The estimate of wrong labels; None without classes, or with fewer than it is calibrated for.
-    """
-
-    self_influence: np.ndarray
-    order: np.ndarray
+    self_influence: Float64[np.ndarray, " N"]
+    order: Int64[np.ndarray, " N"]  # indices by descending self-influence
     proponents: TopK
     opponents: TopK
     train: Samples
     target: Samples
-    known_mislabelled: np.ndarray | None
-    rankings: Mapping[str, np.ndarray]
+    known_mislabelled: Bool[np.ndarray, " N"] | None  # at least one is True
+    rankings: Mapping[str, np.ndarray]  # [N] each
     settings: Mapping[str, Any]
-    shown_targets: Sequence[int]
-    num_top_examples: int
+    shown_targets: Sequence[int]  # first in the page, and drawn in influence.png
+    num_top_examples: int  # drawn in top_self_influence.png
     tokens: Tokens
     summary: ScoreSummary | None = None
-    class_names: Sequence[str] = ()
-    train_codes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    health: WrongLabels | None = None
+    class_names: Sequence[str] = ()  # of the class indices in summary
+    train_codes: Int64[np.ndarray, " _"] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    health: WrongLabels | None = None  # None also with too few classes
 
     @property
     def num_train(self) -> int:

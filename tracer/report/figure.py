@@ -95,8 +95,15 @@ class Figure:
 
 
 def text_width(text: str, size: float = FONT_SIZE) -> float:
-    """Return about how wide a text will be; fonts differ, so leave some room."""
-    return size * (0.64 * len(text) + 0.3 * text.count("%"))
+    """Return about how wide a text will be; fonts differ, so this leaves some room."""
+    return size * sum(map(_em, text))
+
+
+def _em(char: str) -> float:
+    """Return about how wide a character is, in font sizes: signs and CJK, capitals and digits, small letters."""
+    if char in "%−+→" or ord(char) >= 0x2E80:
+        return 0.96
+    return 0.68 if char.isupper() or char.isdigit() else 0.58
 
 
 def moved(marks: Iterable[Mark], right: float, down: float) -> list[Mark]:

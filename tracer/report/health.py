@@ -24,18 +24,11 @@ CHECKED_SHARES = (0.1, 0.2, 0.3)
 
 @dataclass(frozen=True)
 class Calibration:
-    """How often examples are contradicted, as measured on digits with known flips (benchmarks/health.py).
+    """Shares of contradicted examples on digits with known flips (benchmarks/health.py); ranges are 5 % to 95 %."""
 
-    Attributes:
-        false_positive: The share of correctly labelled examples that are contradicted.
-        false_positive_range: Its 5 % and 95 % quantiles over training runs.
-        detected: The share of wrongly labelled examples that are contradicted.
-        detected_range: Its 5 % and 95 % quantiles over training runs.
-    """
-
-    false_positive: float
+    false_positive: float  # among correct labels
     false_positive_range: tuple[float, float]
-    detected: float
+    detected: float  # among wrong labels
     detected_range: tuple[float, float]
 
 
@@ -44,22 +37,13 @@ CALIBRATION = Calibration(0.015, (0.0005, 0.044), 0.71, (0.53, 0.925))
 
 @dataclass(frozen=True)
 class WrongLabels:
-    """An estimate of the share of wrong labels.
-
-    Attributes:
-        share: The estimate, from 0 to 1.
-        low: The lower end of its interval.
-        high: The upper end.
-        contradicted: The share of contradicted examples, from which the estimate is computed.
-        error: The standard error of that share, over examples (binomial) and targets (jackknife).
-        num_contradicted: The number of contradicted examples.
-    """
+    """An estimate of the share of wrong labels, with the share of contradicted examples that it corrects."""
 
     share: float
     low: float
     high: float
     contradicted: float
-    error: float
+    error: float  # the standard error of contradicted, over examples (binomial) and targets (jackknife)
     num_contradicted: int
 
 

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tracer.report.figure import Figure, Line, Picture, Text
+from tracer.report.figure import Figure, Line, Picture, Point, Text
 from tracer.report.samples import Samples
 from tracer.report.text import number, shortened
 from tracer.types import TopK
 
-TILE, PITCH, LINE_HEIGHT = 64.0, 71.0, 104.0
+TILE, PITCH, WIDE_PITCH, LINE_HEIGHT = 64.0, 71.0, 88.0, 104.0
 GAP = 25.0
 """Space between the columns of targets, proponents and opponents."""
 
-MAX_CAPTION = 12
 MAX_TILES = 5
 """More proponents or opponents of a target would be too small to see; the page and the CSV file list all."""
 
@@ -35,18 +34,19 @@ def influence_montage(
     headings = zip(starts, (1, *counts), ("target", "proponents", "opponents"), ("text", "pos", "series1"), strict=True)
     for start, count, name, color in headings:
         figure.marks.append(Text(start + count * PITCH / 2, 16, name, color, "middle", 14, bold=True))
-    for line, number_ in enumerate(shown):
+    framed = _no_frames(train) if known_mislabelled is None else known_mislabelled
+    for line, target_index in enumerate(shown):
         y = 30 + line * LINE_HEIGHT
-        _add_tile(figure, (0.0, y), target.image(number_), heading(target, number_), f"target {number_}")
+        _add_tile(
+            figure, (0.0, y), PITCH, target.image(target_index), heading(target, target_index), f"target {target_index}"
+        )
         for start, top, sign in zip(starts[1:], (proponents, opponents), (1, -1), strict=True):
-            pairs = zip(top.indices[number_, :MAX_TILES], top.scores[number_, :MAX_TILES], strict=True)
+            pairs = zip(top.indices[target_index, :MAX_TILES].tolist(), top.scores[target_index], strict=False)
             for place, (index, score) in enumerate(pairs):
                 if sign * score <= 0:
                     break  # the strongest go on past zero if fewer examples help, or harm
-                framed = known_mislabelled is not None and bool(known_mislabelled[index])
-                caption = number(float(f"{score:.2g}"), signed=True)
-                corner = (start + place * PITCH, y)
-                _add_tile(figure, corner, train.image(int(index)), train.label(int(index)), caption, framed=framed)
+                corner, caption = (start + place * PITCH, y), number(float(f"{score:.2g}"), signed=True)
+                _add_tile(figure, corner, PITCH, train.image(index), train.label(index), caption, framed[index])
     return figure
 
 
@@ -54,12 +54,12 @@ def ranking_montage(
     train: Samples, indices: np.ndarray, scores: np.ndarray, known_mislabelled: np.ndarray | None, num_columns: int = 8
 ) -> Figure:
     """Draw training examples in the order given, each with its label, prediction and score."""
-    pitch = TILE + 24  # headings are wider than images: label → prediction
-    figure = Figure(num_columns * pitch, LINE_HEIGHT * -(-len(indices) // num_columns))
+    figure = Figure(num_columns * WIDE_PITCH, LINE_HEIGHT * -(-len(indices) // num_columns))
+    framed = _no_frames(train) if known_mislabelled is None else known_mislabelled
     for place, index in enumerate(indices.tolist()):
-        corner = (place % num_columns * pitch + 8.0, place // num_columns * LINE_HEIGHT)
-        framed = known_mislabelled is not None and bool(known_mislabelled[index])
-        _add_tile(figure, corner, train.image(index), heading(train, index), number(scores[index]), framed=framed)
+        corner = (place % num_columns * WIDE_PITCH, place // num_columns * LINE_HEIGHT)
+        caption = number(scores[index])
+        _add_tile(figure, corner, WIDE_PITCH, train.image(index), heading(train, index), caption, framed[index])
     return figure
 
 
@@ -71,17 +71,22 @@ def heading(samples: Samples, index: int) -> str:
     return f"{label} → {prediction}"
 
 
+def _no_frames(samples: Samples) -> np.ndarray:
+    """Return a mask of no examples."""
+    return np.zeros(samples.size, dtype=bool)
+
+
 def _add_tile(
-    figure: Figure, corner: tuple[float, float], pixels: np.ndarray, title: str, caption: str, *, framed: bool = False
+    figure: Figure, corner: Point, pitch: float, pixels: np.ndarray, title: str, caption: str, framed: bool = False
 ) -> None:
-    """Add an image with a line above and a line below it, in a strong frame if it is known to be mislabelled."""
+    """Add an image with a line above and a line below it, if ``framed`` in a strong frame."""
     height, width = pixels.shape[:2]
     scale = TILE / max(height, width)
     width, height = width * scale, height * scale
-    middle = corner[0] + PITCH / 2
+    middle = corner[0] + pitch / 2
     x, y = middle - width / 2, corner[1] + 20
     color = "neg" if framed else "text"
-    figure.marks.append(Text(middle, corner[1] + 14, shortened(title, MAX_CAPTION), color, "middle"))
+    figure.marks.append(Text(middle, corner[1] + 14, shortened(title, int(pitch / 6.8)), color, "middle", 11))
     figure.marks.append(Picture(x, y, width, height, pixels))
     corners = [(x, y), (x + width, y), (x + width, y + height), (x, y + height)]
     frame = Line(corners, "neg" if framed else "line", 2.6 if framed else 0.8, closed=True)

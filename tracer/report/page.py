@@ -19,17 +19,11 @@ SCRIPTS = ("data.js", "inputs.js", "suspects.js", "targets.js", "main.js")
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page.
-
-    Attributes:
-        anchor: Its id, for links; ``templates/<anchor>.html`` is its body.
-        heading: Its title.
-        view: The values that its template shows besides the content of the report.
-    """
+    """A section of the page, whose body is ``templates/<anchor>.html``."""
 
     anchor: str
     heading: str
-    view: dict[str, Any]
+    view: dict[str, Any]  # shown by its template besides the content of the report
 
 
 @cache

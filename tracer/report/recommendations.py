@@ -25,13 +25,7 @@ HARMED_TARGETS = 0.2
 
 @dataclass(frozen=True)
 class Advice:
-    """One recommendation.
-
-    Attributes:
-        action: The recommended action.
-        reason: The number it follows from.
-        link: The anchor of the section that shows it.
-    """
+    """One recommendation, the number it follows from, and the anchor of the section that shows it."""
 
     action: str
     reason: str

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from tracer.errors import InputError, NonFiniteError
 from tracer.types import TopK
@@ -31,56 +32,30 @@ _DECADES, _BINS_A_DECADE = 6, 5
 
 @dataclass(frozen=True)
 class ClassSummary:
-    """Scores by the classes of training examples and of targets.
+    """Scores by the classes of training examples and of targets; k is `TOP_PER_CLASS` or N."""
 
-    Attributes:
-        influence: ``[C, C]``, the mean score of training examples of class a (first) on targets of class b; NaN if one
-            of the classes is empty.
-        train_counts: ``[C]``, int64, the number of training examples of each class.
-        target_counts: ``[C]``, int64, the number of targets of each class.
-        ratio: ``[N]``, float32, harm over help, see `summarize_scores`; infinite if an example helps no class.
-        harmed: ``[N]``, int64, the class that each example harms most.
-        contradicted: ``[N]``, bool, True if ``ratio`` is above `contradiction_threshold`.
-        fold_shares: ``[F]``, the share of contradicted examples without each fold of the targets; empty if there are
-            too few targets to leave any out.
-        helpful: The examples of greatest mean score on the targets of each class, ``[C, k]``, strongest first; indices
-            are -1 for classes without targets.
-        harmful: The examples of least mean score, in the same form.
-    """
-
-    influence: np.ndarray
-    train_counts: np.ndarray
-    target_counts: np.ndarray
-    ratio: np.ndarray
-    harmed: np.ndarray
-    contradicted: np.ndarray
-    fold_shares: np.ndarray
-    helpful: TopK
-    harmful: TopK
+    influence: Float64[np.ndarray, "C C"]  # mean score of training class on target class, NaN if one is empty
+    train_counts: Int64[np.ndarray, " C"]
+    target_counts: Int64[np.ndarray, " C"]
+    ratio: Float32[np.ndarray, " N"]  # harm over help, infinite without help
+    harmed: Int64[np.ndarray, " N"]  # the class that the example harms most
+    contradicted: Bool[np.ndarray, " N"]  # ratio is above contradiction_threshold
+    fold_shares: Float64[np.ndarray, " F"]  # share of contradicted examples without each fold of the targets
+    helpful: TopK  # [C, k], greatest mean score on the targets of each class; index -1 without targets
+    harmful: TopK  # [C, k], least mean score
 
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """Everything that a report needs of a score matrix.
+    """Everything that a report needs of a score matrix."""
 
-    Attributes:
-        train_mean: ``[N]``, float64, the mean score of each training example over targets.
-        train_mean_abs: ``[N]``, float64, the mean of its absolute scores.
-        target_mean: ``[M]``, float64, the mean score of each target over training examples.
-        target_rms: ``[M]``, float64, the root of its mean squared score.
-        edges: ``[B + 1]``, float64, bins of the scores: even in the logarithm on both sides of a bin around zero.
-        counts: ``[B]``, int64, the number of scores in each bin.
-        train_step: The bins count the scores of every ``train_step``-th training example.
-        classes: The scores by class; None without labels.
-    """
-
-    train_mean: np.ndarray
-    train_mean_abs: np.ndarray
-    target_mean: np.ndarray
-    target_rms: np.ndarray
-    edges: np.ndarray
-    counts: np.ndarray
-    train_step: int
+    train_mean: Float64[np.ndarray, " N"]  # over targets
+    train_mean_abs: Float64[np.ndarray, " N"]
+    target_mean: Float64[np.ndarray, " M"]  # over training examples
+    target_rms: Float64[np.ndarray, " M"]
+    edges: Float64[np.ndarray, " E"]  # E = B + 1, even in the logarithm on both sides of a bin around zero
+    counts: Int64[np.ndarray, " B"]
+    train_step: int  # counts are of every train_step-th training example
     classes: ClassSummary | None
 
 

@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
+from tracer.errors import InputTypeError
 from tracer.report import charts, content, sections, tables
 from tracer.report.figure import SLIDE, Figure
 from tracer.report.health import descending, enough_classes, estimate_wrong_labels
@@ -18,6 +19,39 @@ from tracer.report.png import png
 from tracer.report.samples import Samples, class_codes
 from tracer.report.summaries import summarize_scores
 from tracer.types import TopK
+
+
+class ReportOptions(TypedDict, total=False):
+    """Further arguments of `write_report`, all optional.
+
+    Attributes:
+        train_predictions: ``[N]``, the model's predictions, in the form of the labels.
+        target_predictions: ``[M]``, the model's predictions, in the form of the labels.
+        feature_names: The name of each number of a vector.
+        known_mislabelled: ``[N]``, bool, True for training examples whose label is known to be wrong. Adds the
+            recovery curve.
+        rankings: Other scores ``[N]`` by name to compare self-influence with, for example the loss; higher is checked
+            earlier.
+        train_tokens: The tokens of each training example, for texts.
+        target_tokens: The tokens of each target.
+        token_scores: By (target, training example): one number for each token of the training example, its
+            contribution to the score, shown as a color.
+        settings: How the scores were computed, shown as a table; ``estimator`` and ``checkpoints`` are shown first.
+        shown_targets: Indices of the targets that come first. Default: six, spread evenly.
+        num_top_examples: The number of training examples in ``top_self_influence.png``. Default: 24.
+    """
+
+    train_predictions: Any
+    target_predictions: Any
+    feature_names: Sequence[str] | None
+    known_mislabelled: Any
+    rankings: Mapping[str, Any] | None
+    train_tokens: Sequence[Sequence[str]] | None
+    target_tokens: Sequence[Sequence[str]] | None
+    token_scores: Mapping[tuple[int, int], Any] | None
+    settings: Mapping[str, Any] | None
+    shown_targets: Sequence[int] | None
+    num_top_examples: int
 
 
 def write_report(
@@ -31,20 +65,10 @@ def write_report(
     target_inputs: Any = None,
     train_labels: Any = None,
     target_labels: Any = None,
-    train_predictions: Any = None,
-    target_predictions: Any = None,
     class_names: Sequence[str] | None = None,
-    feature_names: Sequence[str] | None = None,
-    known_mislabelled: Any = None,
-    rankings: Mapping[str, Any] | None = None,
-    train_tokens: Sequence[Sequence[str]] | None = None,
-    target_tokens: Sequence[Sequence[str]] | None = None,
-    token_scores: Mapping[tuple[int, int], Any] | None = None,
-    settings: Mapping[str, Any] | None = None,
-    shown_targets: Sequence[int] | None = None,
-    num_top_examples: int = 24,
     figures: bool = True,
     title: str = "Influence report",
+    **options: Unpack[ReportOptions],
 ) -> Path:
     """Write a self-contained ``index.html`` and, in the same folder, CSV tables, PNG figures and top examples.
 
@@ -62,23 +86,10 @@ def write_report(
         target_inputs: The inputs of the M targets, or None.
         train_labels: ``[N]``, class indices, names or numbers, or None.
         target_labels: ``[M]``, class indices, names or numbers, or None.
-        train_predictions: ``[N]``, the model's predictions, in the form of the labels, or None.
-        target_predictions: ``[M]``, the model's predictions, in the form of the labels, or None.
         class_names: The name of each class index.
-        feature_names: The name of each number of a vector.
-        known_mislabelled: ``[N]``, bool, True for training examples whose label is known to be wrong. Adds the
-            recovery curve. Default: None.
-        rankings: Other scores ``[N]`` by name to compare self-influence with, for example the loss; higher is checked
-            earlier.
-        train_tokens: The tokens of each training example, for texts, or None.
-        target_tokens: The tokens of each target, or None.
-        token_scores: By (target, training example): one number for each token of the training example, its
-            contribution to the score, shown as a color.
-        settings: How the scores were computed, shown as a table; ``estimator`` and ``checkpoints`` are shown first.
-        shown_targets: Indices of the targets that come first. Default: six, spread evenly.
-        num_top_examples: The number of training examples in ``top_self_influence.png``. Default: 24.
         figures: Whether to write PNG files, which needs matplotlib. Default: True.
         title: The page's title.
+        **options: As in `ReportOptions`.
 
     Returns:
         The path of ``index.html``.
@@ -86,6 +97,7 @@ def write_report(
     Raises:
         InputError: If sizes disagree, indices are out of range, self-influence is NaN or infinite, or a ranking has
             the name of another column.
+        InputTypeError: If an option has an unknown name.
         NonFiniteError: If scores are NaN or infinite.
         MissingDependencyError: If matplotlib or, for images, Pillow is not installed.
 
@@ -98,15 +110,20 @@ def write_report(
     ...     sorted(path.name for path in index.parent.iterdir())
     ['index.html', 'influence_scores.csv', 'influence_summary.csv', 'self_influence.png']
     """
+    unknown = options.keys() - ReportOptions.__annotations__.keys()
+    if unknown:
+        raise InputTypeError(
+            f"write_report() got the unknown option {min(unknown)!r}; expected "
+            f"{', '.join(ReportOptions.__annotations__)}."
+        )
     own = content.check_scores(self_influence, "self_influence")
     num_train, num_targets = len(own), len(proponents.indices)
-    names: dict[str, Any] = {"class_names": class_names, "feature_names": feature_names}
-    train = Samples(
-        "train", num_train, inputs=train_inputs, labels=train_labels, predictions=train_predictions, **names
-    )
-    target = Samples(
-        "target", num_targets, inputs=target_inputs, labels=target_labels, predictions=target_predictions, **names
-    )
+    names: dict[str, Any] = {"class_names": class_names, "feature_names": options.get("feature_names")}
+    predicted = options.get("train_predictions")
+    train = Samples("train", num_train, inputs=train_inputs, labels=train_labels, predictions=predicted, **names)
+    predicted = options.get("target_predictions")
+    target = Samples("target", num_targets, inputs=target_inputs, labels=target_labels, predictions=predicted, **names)
+    tokens = (options.get("train_tokens"), options.get("target_tokens"), options.get("token_scores"))
     data = content.ReportContent(
         self_influence=own,
         order=descending(own),
@@ -114,12 +131,12 @@ def write_report(
         opponents=content.check_top(opponents, "opponents", num_train, num_targets),
         train=train,
         target=target,
-        known_mislabelled=content.check_mask(known_mislabelled, num_train),
-        rankings=content.check_rankings(rankings or {}, num_train),
-        settings=dict(settings or {}),
-        shown_targets=content.check_shown(shown_targets, num_targets),
-        num_top_examples=num_top_examples,
-        tokens=content.check_tokens(train_tokens, target_tokens, token_scores, num_train, num_targets),
+        known_mislabelled=content.check_mask(options.get("known_mislabelled"), num_train),
+        rankings=content.check_rankings(options.get("rankings") or {}, num_train),
+        settings=dict(options.get("settings") or {}),
+        shown_targets=content.check_shown(options.get("shown_targets"), num_targets),
+        num_top_examples=options.get("num_top_examples", 24),
+        tokens=content.check_tokens(*tokens, num_train, num_targets),
     )
     if scores is not None and num_targets:
         data = _with_scores(data, scores, class_names)
