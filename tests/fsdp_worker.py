@@ -474,7 +474,7 @@ def ranks_that_do_not_agree(path: Path) -> None:
         if rank == 0:
             tracing.featurize(batch, inds=inds)
         else:
-            tracing._ranks.joined()
+            tracing._backend.joined()
 
 
 class Choosing(nn.Module):

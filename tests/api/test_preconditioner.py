@@ -161,7 +161,7 @@ def featurizer(run, path, **options):
     """A tracer at the first checkpoint, and what turns batches into features there."""
     tracing = Tracer(run.model, run.loss, 9, path, preconditioner="adam", **options)
     tracing.load_checkpoint(run.checkpoints[0][0], 0)
-    return tracing, tracing._featurizer
+    return tracing, tracing._session.featurizer
 
 
 def as_gradients(rows, shapes):
@@ -177,8 +177,8 @@ def as_gradients(rows, shapes):
 def test_features_are_projections_of_scaled_gradients(tmp_path, kind, model):
     run = AdamRun(model, num_checkpoints=1)
     tracing, making = featurizer(run, tmp_path / "store", projector=kind, proj_dim=64)
-    projector = tracing._projector(0, torch.device("cpu"))
-    expected = projector.project(as_gradients(run.rows(0, run.train), tracing._shapes)).features.numpy()
+    projector = tracing._factory._projector(0)
+    expected = projector.project(as_gradients(run.rows(0, run.train), tracing._factory._shapes)).features.numpy()
     values = making.compute(run.train, 9)
     np.testing.assert_allclose(values.features, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_allclose(values.gradient_norm, run.rows(0, run.train).norm(dim=1).numpy(), rtol=1e-5)
@@ -200,7 +200,7 @@ def test_projected_products_err_as_projections_do(tmp_path, kind):
 def test_a_model_in_float64_is_scaled_in_float64(tmp_path, kind):
     run = AdamRun(kind, double=True, num_checkpoints=1)
     tracing, making = featurizer(run, tmp_path / "store", projector="none")
-    projector, rows = make_projector("none", tracing._shapes, 1, 0), []
+    projector, rows = make_projector("none", tracing._factory._shapes, 1, 0), []
     sink = SimpleNamespace(begin=rows.clear, take=lambda a, b, given: rows.append(projector.project(given).features))
     making.run(run.train, 9, sink)
     expected = run.rows(0, run.train)

@@ -17,7 +17,7 @@ from torch import nn
 import tracer
 from tracer._core.sharding import is_sharded, layer_type
 from tracer._core.validation import check_model
-from tracer.gradients.fsdp import find_ranks
+from tracer.gradients.backend import find_backend
 from tracer.gradients.selfcheck import shrunk
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -112,9 +112,9 @@ def test_flat_parameters_are_refused():
             check_model(model)
 
 
-def test_plain_models_have_no_ranks():
+def test_plain_models_have_the_plain_backend():
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-    assert find_ranks(model, torch.device("cpu")) is None
+    assert not find_backend(model, torch.device("cpu")).is_sharded
     assert layer_type(model[0]) is nn.Linear
     assert not is_sharded(model[0].weight)
 

@@ -40,7 +40,7 @@ class Attribution:
         regularization: λ of ``trak`` and ``influence``, likewise.
     """
 
-    tracer: StoreReader
+    tracer: Tracer | StoreReader
     exp_name: str
     estimator: str = "tracin"
     model_ids: list[int] | None = None

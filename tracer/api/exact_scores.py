@@ -7,25 +7,93 @@ they do not overflow or vanish with the size of gradients, and slopes and norms 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tracer._core.validation import bar_disabled
-from tracer.api.featurizer import Featurizer, NormSink, row_values, write_values
+from tracer._core.validation import bar_disabled, check_count, check_model_id
+from tracer.api.featurizer import Featurizer
+from tracer.api.featurizer_factory import check_weights
+from tracer.api.session import target_table
+from tracer.api.sinks import NormSink, row_values, write_values
 from tracer.data.batches import map_leaves, select_samples
-from tracer.data.datasets import DataSource
-from tracer.errors import NonFiniteError
+from tracer.data.datasets import DataSource, as_data_source
+from tracer.errors import CallOrderError, InputError, NonFiniteError
 from tracer.gradients.inner_products import TargetGradients
 from tracer.gradients.per_sample import PerSampleGradient
 from tracer.store import RowTable, ScoreArray, Store
-from tracer.types import Batch
+from tracer.types import Batch, Checkpoint
+
+if TYPE_CHECKING:
+    from tracer.api.tracer import Tracer
 
 TILE_ROWS = 1024
 """How many train rows are stored at once."""
+
+
+def score_exactly(
+    _tracer: Tracer,
+    checkpoint: Checkpoint,
+    model_id: int,
+    train: Any,
+    targets: Any,
+    exp_name: str,
+    batch_size: int = 64,
+    collate_fn: Callable[[list], Batch] | None = None,
+) -> None:
+    """Compare exact gradients of all training examples and targets at a checkpoint, without storing gradients.
+
+    Only for ``storage="none"``, in place of `featurize` and `score`: one pass over the targets and, for every
+    ``memory_bytes`` of their gradients, one over the training set. Call it again and it resumes. Then
+    `finalize_features` and `finalize_scores` or `top` give the scores.
+
+    Args:
+        checkpoint: The checkpoint that was loaded under ``model_id`` by `load_checkpoint`.
+        model_id: Its number in the store.
+        train: All training examples: a map-style data set, a tuple of tensors, a `DataLoader` with ``shuffle=False``,
+            or a list of batches.
+        targets: All targets, in one of the same forms.
+        exp_name: The name of this set of targets.
+        batch_size: The batch size, for data sets and tensors. Default: 64.
+        collate_fn: Makes a batch of a data set's examples.
+
+    Raises:
+        CallOrderError: If the store has another storage, or the checkpoint was never loaded.
+        InputError: If ``train`` has another number of examples than ``train_set_size``.
+        MismatchError: If the weights or an example's inputs differ from those stored. Examples whose scores are
+            complete are not read again.
+        NonFiniteError: If a gradient is NaN or infinite.
+    """
+    factory, store = _tracer._factory, _tracer.store
+    if store.manifest.storage != "none":
+        raise CallOrderError(
+            f"score_exactly is for storage='none'; this store has storage={store.manifest.storage!r}, whose "
+            f"scores come from featurize, score and finalize_scores."
+        )
+    if factory.backend.is_sharded:
+        raise CallOrderError(
+            "score_exactly compares all training examples with all targets in one process; with a model that "
+            "fully_shard divides, use featurize, score and finalize_scores with storage='float32' or 'float16'."
+        )
+    model_id, batch_size = check_model_id(model_id), check_count(batch_size, "batch_size")
+    train_rows = as_data_source(train, "train", batch_size, collate_fn)
+    target_rows = as_data_source(targets, "targets", batch_size, collate_fn)
+    if len(train_rows) != _tracer.train_set_size:
+        raise InputError(f"train has {len(train_rows)} rows; expected train_set_size={_tracer.train_set_size}.")
+    loaded = factory.read(checkpoint)
+    check_weights(store.checkpoint(model_id), loaded.fingerprint, model_id)
+    _tracer.close()
+    target_table(store, exp_name, model_id, len(target_rows))
+    factory.engine.use_weights(loaded.fingerprint)
+    settings = factory.settings
+    writer = CosineWriter(
+        factory.make(loaded, model_id), store, exp_name, model_id, settings.memory_bytes, settings.progress
+    )
+    writer.run(train_rows, target_rows)
 
 
 class CosineWriter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +17,7 @@ from tracer._core.validation import check_count, check_device, check_model_id
 from tracer.data.indices import ExampleIndices, ExampleSelection, check_indices
 from tracer.errors import CallOrderError, InputError
 from tracer.scoring.estimators import Estimate
+from tracer.scoring.feature_tables import InMemoryTable, TrainIndices
 from tracer.scoring.readiness import finalize_features, target_table
 from tracer.scoring.regularization import Regularization
 from tracer.scoring.scorer import Labels, Scorer
@@ -107,11 +109,8 @@ class StoreReader:
             empty where there are more processes than blocks.
         """
         size = len(dataset)
-        return Subset(dataset, self.process.rows(size, self._block_rows_of(size)))
-
-    def _block_rows_of(self, size: int) -> int:
-        """Return the rows of a block of the train rows, if there are so many, else of targets."""
-        return self.store.block_rows if size == self.train_set_size else self.store.target_block_rows(size)
+        block_rows = self.store.block_rows if size == self.train_set_size else self.store.target_block_rows(size)
+        return Subset(dataset, self.process.rows(size, block_rows))
 
     def remaining(self, model_id: int, exp_name: str | None = None) -> np.ndarray:
         """Return the indices of the rows that are not durably stored yet at a checkpoint.
@@ -127,7 +126,6 @@ class StoreReader:
             InputError: There are no targets of this name.
             IncompleteError: These targets were not scored at this checkpoint.
         """
-        self.flush()
         if exp_name is not None:
             return target_table(self.store, exp_name, model_id).remaining()
         if not self.store.has_checkpoint(check_model_id(model_id)):
@@ -147,7 +145,6 @@ class StoreReader:
             InputError: It is below the present one.
         """
         size = check_count(train_set_size, "train_set_size")
-        self.close()
         self.process.wait()  # what others had pending is in the store
         self.process.first_only(lambda: self.store.grow(size))
         self.store = self._scorer.store = Store.open_existing(self.store.path)
@@ -165,7 +162,6 @@ class StoreReader:
             InputError: The target set is not known, or rows are out of range.
             CallOrderError: The store has no rows.
         """
-        self.close()
         if exp_name is None:
             if not self.store.checkpoint_ids():
                 raise CallOrderError("The store has no checkpoint, so there are no rows to replace; featurize first.")
@@ -191,7 +187,6 @@ class StoreReader:
             CallOrderError: There is no checkpoint.
             IncompleteError: Rows are missing; the message says how many and which come first.
         """
-        self._settle()
         self.process.wait()
         self.process.first_only(lambda: finalize_features(self.store, model_ids, self._progress))
 
@@ -240,7 +235,6 @@ class StoreReader:
             CallOrderError: A checkpoint is not finalized.
         """
         estimate = Estimate(estimator, target, regularization, groups)
-        self._settle()
         return self._scorer.scores(exp_name, estimate, model_ids, dtype)
 
     def top(
@@ -284,7 +278,6 @@ class StoreReader:
             CallOrderError: A checkpoint is not finalized.
         """
         estimate = Estimate(estimator, target, regularization, groups)
-        self._settle()
         return self._scorer.top(exp_name, k, kind, estimate, model_ids, rows, labels)
 
     def self_influence(
@@ -315,7 +308,6 @@ class StoreReader:
         estimate = Estimate(estimator, regularization=regularization)
         if estimator == "cosine":
             raise InputError("estimator='cosine' came: every gradient's cosine with itself is 1; pass 'tracin'.")
-        self._settle()
         return self._scorer.self_influence(model_ids, estimate)
 
     def regularization(self, estimator: str = "influence", model_ids: list[int] | None = None) -> Regularization:
@@ -339,19 +331,37 @@ class StoreReader:
         estimate = Estimate(estimator)
         if estimate.kernel is None:
             raise InputError(f"estimator={estimator!r} has no kernel to regularize; pass 'influence' or 'trak'.")
-        self._settle()
         return self._scorer.regularization(model_ids, estimate)
 
-    def _settle(self) -> None:
-        """Make durable what was computed, before a question is answered from it."""
-        self.flush()
+    def check_query(
+        self,
+        k: int,
+        kind: str,
+        estimate: Estimate,
+        model_ids: list[int] | None,
+        rows: ExampleSelection | None,
+        labels: Labels | None,
+    ) -> tuple[list[int], TrainIndices]:
+        """Check a query before anything is computed; return the numbers of its checkpoints, and its examples."""
+        return self._scorer.check_query(k, kind, estimate, model_ids, rows, labels)
 
-    def flush(self) -> None:
-        """Make everything that was computed durable."""
+    def query(
+        self,
+        targets: Sequence[InMemoryTable],
+        model_ids: list[int],
+        indices: TrainIndices,
+        k: int,
+        kind: str,
+        estimate: Estimate,
+    ) -> TopK:
+        """Return the strongest training examples of targets that are in memory; see `Tracer.query`."""
+        return self._scorer.query(targets, model_ids, indices, k, kind, estimate)
 
     def close(self) -> None:
-        """Flush and release the store's files; they are opened again when they are needed."""
-        self.flush()
+        """Do nothing: files are opened for each answer."""
+
+    def __enter__(self) -> StoreReader:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

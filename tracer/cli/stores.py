@@ -13,6 +13,7 @@ import numpy as np
 
 from tracer.api.attribution import Attribution
 from tracer.api.store_reader import StoreReader
+from tracer.api.tracer import Tracer
 from tracer.cli.settings import BY_NAME, read_settings
 from tracer.errors import InputError, nearest_name
 from tracer.store.table_schema import NO_LABEL
@@ -33,7 +34,7 @@ class Choice:
     settings: Mapping[str, Any]
 
     @property
-    def reader(self) -> StoreReader:
+    def reader(self) -> Tracer | StoreReader:
         """The store."""
         return self.found.tracer
 
@@ -171,7 +172,7 @@ def choose(store: str, *, device: str = "cpu", needs_targets: bool = True, **opt
     return Choice(Attribution(reader, model_ids=options.get("model_ids"), **chosen), settings)
 
 
-def _checked_name(reader: StoreReader, exp_name: str | None) -> str:
+def _checked_name(reader: Tracer | StoreReader, exp_name: str | None) -> str:
     """Return the name of the targets: what was given if it is known, else the only one there is."""
     known, path = reader.store.exp_names(), reader.store.path
     if not known:

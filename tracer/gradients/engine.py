@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ from tracer.data.batches import select_samples
 from tracer.data.tasks import LowerPrecision, Task
 from tracer.errors import BatchError, GradientError, InputError, TracerError, nearest_name
 from tracer.gradients.attention import CapturedAttention, refuses_attention
+from tracer.gradients.backend import Backend, PlainBackend
 from tracer.gradients.capture import CallPattern, CapturedLayer, CapturedPass, Layout
 from tracer.gradients.failure import CaptureFailed
-from tracer.gradients.fsdp import Ranks
 from tracer.gradients.functional import can_vmap, loop_gradients, vmap_gradients
 from tracer.gradients.isolation import seed_generators
 from tracer.gradients.layers import rule_for
@@ -33,8 +33,6 @@ from tracer.gradients.selfcheck import (
     Reference,
     WeightedSums,
     disagreeing,
-    reference_pass,
-    sharded_reference_pass,
     tolerance,
 )
 from tracer.types import Batch, SampleOutputs
@@ -106,7 +104,7 @@ class GradientEngine:
         method: ``"auto"``: capture, falling back where needed; ``"capture"``: an error instead of a fallback;
             ``"functional"``: the general way for all.
         device: Where the model runs; by default where its first parameter is.
-        ranks: The ranks that share the model, if it is sharded: they all make the same calls.
+        backend: How the model runs; of a sharded model all ranks make the same calls.
 
     Raises:
         InputError: The method is not known.
@@ -120,12 +118,12 @@ class GradientEngine:
         names: Sequence[str],
         method: str = "auto",
         device: torch.device | None = None,
-        ranks: Ranks | None = None,
+        backend: Backend | None = None,
     ) -> None:
         if method not in METHODS:
             raise InputError(f"gradients={method!r} is not known; {nearest_name(method, METHODS)}.")
         self.model, self.task, self.method = model, task, method
-        self.names, self.ranks = tuple(names), ranks
+        self.names, self.backend = tuple(names), backend or PlainBackend(model)
         parameters = dict(model.named_parameters())
         first = parameters[self.names[0]]
         self._shapes = {name: parameters[name].shape for name in self.names}
@@ -204,8 +202,7 @@ class GradientEngine:
                     self._take(layer_name or type(module).__name__, module, canonical)
         owned = {name for layer in self._layers for name in layer.parameters.values()}
         rest = {name: self._why_general(name) for name in self.names if name not in owned and name not in self.general}
-        if rest and self.ranks is not None:
-            self._refuse_sharded(rest)
+        self.backend.refuse_fallback(rest)
         for name, reason in rest.items():
             self._give_up(name, reason)
 
@@ -236,8 +233,7 @@ class GradientEngine:
 
     def _give_up(self, name: str, reason: str) -> None:
         """Send a parameter the general way, with the reason said once."""
-        if self.ranks is not None:
-            self._refuse_sharded({name: reason})
+        self.backend.refuse_fallback({name: reason})
         if self.method == "capture":
             raise GradientError(
                 f"gradients='capture' cannot compute the gradient of {name!r}: {reason}. Use gradients='auto', which "
@@ -246,20 +242,6 @@ class GradientEngine:
         self.general[name] = reason
         if self.method == "auto":
             logger.info("per-sample gradients of %r are computed by torch.func: %s", name, reason)
-
-    def _refuse_sharded(self, reasons: Mapping[str, str]) -> NoReturn:
-        """Refuse parameters of a sharded model that would have to go the general way, which needs whole weights."""
-        listed = "; ".join(f"{name!r}: {reason}" for name, reason in list(reasons.items())[:6])
-        more = f"; and {len(reasons) - 6} more" if len(reasons) > 6 else ""
-        raise GradientError(
-            f"The model is sharded by fully_shard, so its gradients must be captured by layer rules, which cannot be "
-            f"done for {len(reasons)} parameters ({listed}{more}). Leave them out with params=, register_layer_rule, "
-            f"or pass the plain model."
-        )
-
-    def _any_rank(self, flag: bool) -> bool:
-        """Return whether a flag is set, on any rank where the model is sharded: what it decides must be the same."""
-        return flag if self.ranks is None else self.ranks.any(flag)
 
     def _captured(self, batch: Batch, batch_size: int, sink: Sink) -> SampleOutputs:
         """Run a captured pass, checked where its signature is new, until everything agrees."""
@@ -273,10 +255,10 @@ class GradientEngine:
                 self._check_outputs(captured.outputs, batch_size)
                 # One row tells nothing of which rows are which samples: it is verified apart.
                 signature = (captured.patterns, batch_size == 1)
-                due = self._any_rank(self._verified.is_due(signature, self.names))
-                sums = WeightedSums(batch_size, shrink=self.ranks is not None) if due else None
+                due = self.backend.any(self._verified.is_due(signature, self.names))
+                sums = WeightedSums(batch_size, shrink=self.backend.is_sharded) if due else None
                 self._backward(captured, batch_size, sink, sums)
-                if sums is not None and self._any_rank(not self._verify(captured, sums, batch, batch_size)):
+                if sums is not None and self.backend.any(not self._verify(captured, sums, batch, batch_size)):
                     continue
             except CaptureFailed as failure:
                 suspects = list(self._suspects) if failure.expanded else []
@@ -311,7 +293,7 @@ class GradientEngine:
     def _verify(self, captured: CapturedPass, sums: WeightedSums, batch: Batch, batch_size: int) -> bool:
         """Check a captured pass and the general way against autograd; False when something was changed."""
         seed_generators(self.device, 1)  # another seed: a model that draws random numbers must not pass
-        reference = self._reference(batch, batch_size)
+        reference = self.backend.reference(self.task, batch, batch_size, self._shapes, self.precision)
         if not reference.same_outputs(captured.outputs.output):
             shared = {pattern.layer for pattern in captured.patterns if pattern.layout is Layout.SHARED}
             expanded = shared.intersection(self._suspects) or shared
@@ -333,11 +315,6 @@ class GradientEngine:
             return False
         self._verified.seen.update(reference.above_noise())
         return True
-
-    def _reference(self, batch: Batch, batch_size: int) -> Reference:
-        if self.ranks is None:
-            return reference_pass(self.model, self.task, batch, batch_size, self.names, self.precision)
-        return sharded_reference_pass(self.ranks, self.task, batch, batch_size, self._shapes, self.precision)
 
     def _blame(self, wrong: Mapping[str, str], captured: CapturedPass, batch_size: int) -> None:
         """Try another layout for the layers of a wrong gradient; give the parameter up when all were tried."""
@@ -439,13 +416,13 @@ class GradientEngine:
 
     def _check_first_row(self, reference: Reference, batch: Batch, batch_size: int) -> None:
         """Run one row alone: values that it takes from other rows (centring over the batch) show in its output."""
-        if not self._any_rank(batch_size > 1):
+        if not self.backend.any(batch_size > 1):
             return
         try:
             with torch.no_grad():
                 alone = self.task.outputs(self.model, select_samples(batch, torch.tensor([0]), batch_size)).output
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if self.ranks is not None:  # the others run on
+            if self.backend.is_sharded:  # the other ranks run on
                 raise
             logger.debug("the first row cannot be run alone: %s", error)  # a model may need several rows and be sound
             return

@@ -12,7 +12,7 @@ Votes go through a group of processes of their own, on the CPU. Nothing here run
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import IntEnum
 from typing import Any
@@ -21,7 +21,10 @@ import torch
 from torch import Tensor, distributed, nn
 
 from tracer._core.sharding import _roots, _state_of, fsdp_modules, is_sharded, settle
+from tracer.data.tasks import Task
 from tracer.errors import GradientError, RankError
+from tracer.gradients.selfcheck import Reference, sharded_reference_pass
+from tracer.types import Batch
 
 _QUIET = {"reduce_grads": False, "reshard_after_backward": True}
 """What a group of parameters is set to: nothing is reduced over ranks, and nothing whole is kept behind a backward."""
@@ -54,7 +57,7 @@ WORKING, WAITING, ENDED = 2, 1, 0
 """What a rank says of its batch: to be computed; stored already; or that there are no more."""
 
 
-class Ranks:
+class FsdpBackend:
     """The processes that share a sharded model, this one among them.
 
     All of them must make it, as they must call everything here that votes.
@@ -64,6 +67,7 @@ class Ranks:
 
     Attributes:
         model: As passed.
+        is_sharded: True.
         rank: This process's number among them.
         device_type: Where the whole parameters are gathered.
         stand_in: A batch of one row, on the CPU, for rounds in which this rank has no work; None before the first.
@@ -72,6 +76,8 @@ class Ranks:
     Raises:
         GradientError: The model is sharded in a way that is not supported.
     """
+
+    is_sharded = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -190,13 +196,37 @@ class Ranks:
                 self.stand_in = pickle.loads(received)  # from a process of the same job
         return True
 
+    def remember(self, row: Callable[[], Any]) -> None:
+        """Store a stand-in for rounds without work, if there is none yet."""
+        if self.stand_in is None:
+            self.stand_in = row()
+
     def written(self) -> None:
         """Wait until every rank has done with its batch."""
         self._vote(_At.WRITTEN)
 
-    def turn(self) -> None:
-        """Wait for the first rank, or as the first let the others go on."""
-        self._vote(_At.TURN)
+    @contextmanager
+    def rank_zero_first(self, what: str = "", value: object = None) -> Iterator[bool]:
+        """Let rank 0 through before the others, which then find the files that it made.
+
+        Args:
+            what: The name of a value that must be the same on all ranks; empty for none.
+            value: This rank's value.
+
+        Yields:
+            Whether this is rank 0.
+
+        Raises:
+            RankError: If values differ, or another rank failed.
+        """
+        with self.step():
+            if what:
+                self.agree(what, value)
+            if self.rank != 0:
+                self._vote(_At.TURN)
+            yield self.rank == 0
+            if self.rank == 0:
+                self._vote(_At.TURN)
 
     def joined(self) -> None:
         """Wait until every rank has flushed what it wrote."""
@@ -246,6 +276,35 @@ class Ranks:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def reference(
+        self,
+        task: Task,
+        batch: Batch,
+        batch_size: int,
+        shapes: Mapping[str, Sequence[int]],
+        precision: torch.dtype | None,
+    ) -> Reference:
+        """Return autograd's gradients of the weighted sum of outputs, `shrunk`; all ranks must call this."""
+        return sharded_reference_pass(
+            self.model, self.whole_parameters, task, batch, batch_size, shapes, precision=precision
+        )
+
+    def refuse_fallback(self, reasons: Mapping[str, str]) -> None:
+        """Refuse parameters without a layer rule, since the fallback needs whole weights.
+
+        Raises:
+            GradientError: If there are any.
+        """
+        if not reasons:
+            return
+        listed = "; ".join(f"{name!r}: {reason}" for name, reason in list(reasons.items())[:6])
+        more = f"; and {len(reasons) - 6} more" if len(reasons) > 6 else ""
+        raise GradientError(
+            f"The model is sharded by fully_shard, so its gradients must be captured by layer rules, which cannot be "
+            f"done for {len(reasons)} parameters ({listed}{more}). Leave them out with params=, register_layer_rule, "
+            f"or pass the plain model."
+        )
 
     def _vote(self, at: _At, number: int = 0) -> list[int]:
         """Say where this rank is, and return the numbers of all ranks, which must be at the same place."""
@@ -303,70 +362,10 @@ def _answered() -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def one_by_one(ranks: Ranks | None, what: str = "", value: object = None) -> Iterator[bool]:
-    """Let the first rank through before the others, which find the files that it made.
-
-    Args:
-        ranks: The ranks that share the model; None where it is not sharded.
-        what: What must be the same on all ranks; empty for nothing.
-        value: This rank's.
-
-    Yields:
-        Whether this is the first rank.
-
-    Raises:
-        RankError: Values differ, or another rank failed.
-    """
-    if ranks is None:
-        yield True
-        return
-    with ranks.step():
-        if what:
-            ranks.agree(what, value)
-        if ranks.rank != 0:
-            ranks.turn()
-        yield ranks.rank == 0
-        if ranks.rank == 0:
-            ranks.turn()
-
-
-def find_ranks(model: nn.Module, device: torch.device) -> Ranks | None:
-    """Return the ranks that share a model, or None for a model that is whole.
-
-    Args:
-        model: The model.
-        device: Where it is to run.
-
-    Returns:
-        The ranks; making them is a call that all ranks must make.
-
-    Raises:
-        GradientError: The model is sharded in a way that is not supported, or over another kind of device.
-
-    >>> find_ranks(nn.Linear(2, 2), torch.device("cpu")) is None
-    True
-    """
-    if fsdp_modules(model):
-        ranks = Ranks(model)
-        if ranks.device_type != device.type:
-            raise GradientError(
-                f"The model is sharded over {ranks.device_type!r} devices, device={str(device)!r} came; leave it out."
-            )
-        return ranks
-    spread = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
-    if spread:
-        raise GradientError(
-            f"Parameters {', '.join(spread[:4])} are DTensors, but not by fully_shard (tensor parallelism?): layers "
-            f"then compute with parts of activations. Pass the plain model, or one that fully_shard wrapped."
-        )
-    return None
-
-
 class _VotingGather:
     """How a group of parameters is gathered, with a vote before it."""
 
-    def __init__(self, ranks: Ranks, number: int, gather: Any) -> None:
+    def __init__(self, ranks: FsdpBackend, number: int, gather: Any) -> None:
         self._ranks, self._number, self._gather = ranks, number, gather
 
     def allocate(self, *args: Any, **kwargs: Any) -> Tensor:

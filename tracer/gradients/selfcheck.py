@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 
 from tracer.data.tasks import Task
 from tracer.errors import GradientError
-from tracer.gradients.fsdp import Ranks
 from tracer.gradients.per_sample import PerSampleGradient
 from tracer.types import Batch
 
@@ -212,7 +212,8 @@ def reference_pass(
 
 
 def sharded_reference_pass(
-    ranks: Ranks,
+    model: nn.Module,
+    whole_parameters: Callable[[], AbstractContextManager[Mapping[str, Tensor]]],
     task: Task,
     batch: Batch,
     batch_size: int,
@@ -222,7 +223,8 @@ def sharded_reference_pass(
     """Do as `reference_pass` for a sharded model: each gradient is `shrunk` as it comes, so that one is held at a time.
 
     Args:
-        ranks: The ranks that share the model, which is inside `isolated`; all of them make this call.
+        model: The model, inside `isolated`; all ranks must make this call.
+        whole_parameters: Collects the gathered parameters that a forward inside uses.
         task: The task.
         batch: A batch of ``B`` samples.
         batch_size: ``B``.
@@ -245,8 +247,8 @@ def sharded_reference_pass(
 
         return arrive
 
-    with ranks.whole_parameters() as whole:
-        output = task.outputs(ranks.model, batch).output
+    with whole_parameters() as whole:
+        output = task.outputs(model, batch).output
     if not output.requires_grad:
         raise GradientError(_depends_on_nothing(list(shapes)))
     leaves = {name: whole[name] for name in shapes if name in whole}

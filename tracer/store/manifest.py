@@ -18,7 +18,7 @@ from tracer._core.text import listing
 from tracer.errors import InputError, InputTypeError, MismatchError, StoreError
 
 FORMAT = "tracer"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 STORAGES = ("float32", "float16", "int8", "none")
 _REQUIRED = ("train_set_size", "feature_dim", "storage")
 

@@ -1,0 +1,57 @@
+"""The settings: one definition for signature, docstring and manifest; and the store as a context manager."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+from tracer_cases import build, featurize
+
+from tracer import InputError, InputTypeError, Tracer
+from tracer.api.settings import FeatureOptions, FeatureSettings
+from tracer.api.store_reader import StoreReader
+
+
+def test_the_options_that_editors_complete_are_the_fields_of_the_settings():
+    hints = typing.get_type_hints(FeatureSettings)
+    assert {"proj_dim": int, **typing.get_type_hints(FeatureOptions)} == {
+        each.name: hints[each.name] for each in fields(FeatureSettings)
+    }
+
+
+def test_signature_and_docstring_of_the_tracer_have_every_setting():
+    parameters = inspect.signature(Tracer).parameters
+    for each in fields(FeatureSettings):
+        assert parameters[each.name].default == each.default
+        assert f"\n        {each.name}: " in Tracer.__doc__
+    assert "**options" not in Tracer.__doc__
+
+
+def test_settings_are_frozen_and_checked():
+    with pytest.raises(FrozenInstanceError):
+        FeatureSettings().seed = 1
+    for options, text in (
+        ({"storage": "float61"}, "float16"),
+        ({"gradients": "captur"}, "capture"),
+        ({"projector": "sketsh"}, "sketch"),
+    ):
+        with pytest.raises(InputError, match=f"did you mean '{text}'"):
+            FeatureSettings(**options)
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest(run, tmp_path):
+    with pytest.raises(
+        InputTypeError, match=r"Tracer\(\) got an unexpected keyword argument 'storages'; did you mean 'storage'"
+    ):
+        build(run, tmp_path / "a", storages="float32")
+
+
+def test_an_opened_store_is_a_context_manager(run, tmp_path):
+    with build(run, tmp_path / "a", projector="none", storage="float32") as tracing:
+        featurize(tracing, run)
+        expected = tracing.self_influence()
+    with Tracer.open(tmp_path / "a") as store:
+        assert type(store) is StoreReader
+        assert (store.self_influence() == expected).all()

@@ -1,0 +1,122 @@
+"""Featurizers at checkpoints, of one model, task and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tracer._core.sharding import layer_type
+from tracer._core.validation import check_autocast, check_device, check_model
+from tracer.api.featurizer import Featurizer
+from tracer.api.settings import FeatureSettings
+from tracer.data.tasks import LowerPrecision, make_task
+from tracer.errors import MismatchError
+from tracer.gradients import GradientEngine, select_parameters
+from tracer.gradients.backend import find_backend
+from tracer.projection import Projector, make_projector
+from tracer.store import RowTable
+from tracer.store.manifest import Manifest
+from tracer.training.adam import check_preconditioner, read_training_checkpoint
+from tracer.training.checkpoints import read_checkpoint, weights_fingerprint
+from tracer.training.fit_state import fit_state
+from tracer.training.lend_weights import LoadedWeights
+from tracer.types import Checkpoint
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A checkpoint's weights for the model, and their fingerprint."""
+
+    weights: LoadedWeights
+    fingerprint: str
+
+
+class FeaturizerFactory:
+    """Reads checkpoints for one model and makes a `Featurizer` of each.
+
+    Args:
+        model: The model.
+        task: As in `Tracer`.
+        settings: The settings.
+
+    Attributes:
+        model: The model without wrappers.
+        task: The task.
+        device: The device to compute on.
+        backend: How the model runs.
+        engine: Computes per-sample gradients.
+        settings: As passed.
+    """
+
+    def __init__(self, model: nn.Module, task: Any, settings: FeatureSettings) -> None:
+        self.model, self.task, self.settings = check_model(model), make_task(task), settings
+        self.device = check_device(settings.device, self.model)
+        self.backend = find_backend(self.model, self.device)
+        check_preconditioner(settings.preconditioner, sharded=self.backend.is_sharded)
+        dtype = check_autocast(settings.autocast)
+        if dtype is not None:
+            self.task = LowerPrecision(self.task, dtype, self.device)
+        names = select_parameters(self.model, settings.params)
+        parameters: Mapping[str, torch.Tensor] = dict(self.model.named_parameters())
+        self._shapes = {name: tuple(parameters[name].shape) for name in names}
+        self.engine = GradientEngine(self.model, self.task, names, settings.gradients, self.device, self.backend)
+        self._projectors: tuple[int, Projector] | None = None  # of the checkpoint used last
+
+    def manifest(self, train_set_size: int) -> Manifest:
+        """Return the manifest of a store for the features of ``train_set_size`` examples."""
+        projector = self._projector(None)
+        settings = {
+            "train_set_size": train_set_size,
+            "task": self.task.settings(),
+            "params": {name: list(shape) for name, shape in self._shapes.items()},
+            "projector": projector.settings(),
+            "feature_dim": projector.dim,
+            **self.settings.manifest_entries(),
+        }
+        return Manifest(settings, info={"model": layer_type(self.model).__name__})
+
+    def read(self, checkpoint: Checkpoint) -> LoadedCheckpoint:
+        """Return a checkpoint fitted to the model, or raise CheckpointError."""
+        with torch.inference_mode(False):
+            if self.settings.preconditioner is not None:
+                training = read_training_checkpoint(checkpoint, self.model, list(self._shapes))
+                weights = LoadedWeights(self.model, training.state, self.device, training.scales())
+                return LoadedCheckpoint(weights, training.fingerprint())
+            state = fit_state(self.model, read_checkpoint(checkpoint))
+            return LoadedCheckpoint(LoadedWeights(self.model, state, self.device), weights_fingerprint(state))
+
+    def make(self, loaded: LoadedCheckpoint, model_id: int) -> Featurizer:
+        """Return the featurizer of a checkpoint."""
+        projector = None
+        if self.settings.storage != "none":
+            if self._projectors is None or self._projectors[0] != model_id:
+                self._projectors = (model_id, self._projector(model_id))
+            projector = self._projectors[1]
+        return Featurizer(self.engine, loaded.weights, projector, self.device, bool(self.settings.check_rows))
+
+    def _projector(self, model_id: int | None) -> Projector:
+        # Each checkpoint has a matrix of its own, so that errors average out over checkpoints.
+        seed = int(self.settings.seed)
+        if model_id is not None:
+            seed = int(np.random.SeedSequence([seed, model_id]).generate_state(1, np.uint64)[0] >> 1)
+        return make_projector(self.settings.projector, self._shapes, self.settings.proj_dim, seed, self.device)
+
+
+def check_weights(table: RowTable, fingerprint: str, model_id: int) -> None:
+    """Check that a checkpoint is the one that the store has under its number.
+
+    Raises:
+        MismatchError: If its weights, or Adam's second moments, are others.
+    """
+    stored = table.attributes["weights_fingerprint"]
+    if stored != fingerprint:
+        what = "second moments" if stored.partition("+")[0] == fingerprint.partition("+")[0] else "weights"
+        raise MismatchError(
+            f"The store holds other {what} under model_id={model_id} (fingerprint {stored}, now {fingerprint}). "
+            f"Pass the checkpoint that was featurized, or use a new model_id for this one."
+        )

@@ -1,0 +1,87 @@
+"""Queries: the strongest training examples of targets that are not in the store."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tracer.api.featurizer_factory import check_weights
+from tracer.data.batches import check_batch_size, count_samples
+from tracer.data.indices import ExampleSelection
+from tracer.errors import CallOrderError
+from tracer.scoring.estimators import Estimate
+from tracer.scoring.feature_tables import InMemoryTable
+from tracer.scoring.scorer import Labels
+from tracer.types import Batch, TopK
+
+if TYPE_CHECKING:
+    from tracer.api.tracer import Tracer
+
+
+def query(
+    _tracer: Tracer,
+    batch: Batch,
+    k: int,
+    *,
+    kind: str = "proponents",
+    estimator: str = "tracin",
+    model_ids: list[int] | None = None,
+    rows: ExampleSelection | None = None,
+    labels: Labels | None = None,
+    target: str | None = None,
+    regularization: float | str = "auto",
+) -> TopK:
+    """Return the strongest training examples of a few targets at once, without storing anything.
+
+    The answer is that of `score` and `top`, from one pass over the stored features. Each checkpoint's weights come from
+    the path that `load_checkpoint` or `start_scoring_checkpoint` was given, which the store remembers for other
+    processes, or from the state dict that was passed in this process, which stays in memory. A session that is
+    featurizing or scoring is not disturbed.
+
+    Args:
+        batch: The targets, as the task takes them, on any device.
+        k: The number of training examples for each target.
+        kind: As in `top`.
+        estimator: As in `finalize_scores`.
+        model_ids: The checkpoints. Default: all in the store.
+        rows: Only these training examples, as in `top`.
+        labels: Only training examples of these classes.
+        target: As in `finalize_scores`.
+        regularization: As in `finalize_scores`.
+
+    Returns:
+        Indices and scores, ``[B, k]`` each, strongest first.
+
+    Raises:
+        InputError: If a name is unknown, or ``k`` or ``rows`` is out of range.
+        CallOrderError: If a checkpoint is not finalized, its weights are not known, or ``storage`` is ``none``.
+        MismatchError: If a checkpoint's weights have changed.
+        BatchError: If the batch does not fit the model or the task.
+        NonFiniteError: If a target's gradient is NaN or infinite.
+    """
+    estimate = Estimate(estimator, target, regularization)
+    factory, store = _tracer._factory, _tracer.store
+    if store.manifest.storage == "none":
+        raise CallOrderError(
+            "query needs stored features and this store has storage='none'; call tracer.score_exactly(checkpoint, "
+            "model_id, train, targets, exp_name) and tracer.top, or featurize with another storage."
+        )
+    if factory.backend.is_sharded:
+        raise CallOrderError(
+            "query() got an FSDP model; call it with the plain model, in one process, on the same save_dir, or score "
+            "the targets and call tracer.top."
+        )
+    _tracer.flush()
+    chosen, indices = _tracer.reader.check_query(k, kind, estimate, model_ids, rows, labels)
+    num_rows, targets = count_samples(batch), []
+    check_batch_size(batch, num_rows)
+    for model_id in chosen:
+        table = store.checkpoint(model_id)
+        loaded = factory.read(_tracer._sources.find(model_id, table))
+        check_weights(table, loaded.fingerprint, model_id)
+        featurizer = factory.make(loaded, model_id)
+        with factory.engine.using_weights(loaded.fingerprint):
+            values = featurizer.compute(batch, num_rows)
+        assert values.features is not None  # there is a projector
+        fresh = values.features, values.loss_grad, values.gradient_norm
+        targets.append(InMemoryTable(*fresh, store.manifest.storage))  # rounded as stored rows are
+    return _tracer.reader.query(targets, chosen, indices, k, kind, estimate)

@@ -1,0 +1,191 @@
+"""The settings of a `Tracer`: one place that defines, validates, documents and serializes them.
+
+`FeatureSettings` is the definition. From its fields come the typed signatures of `Tracer` and `attribute`
+(`FeatureOptions` names them for type checkers and editors; a test holds both equal), the ``Args`` of their docstrings,
+entries of the store's manifest, and the flags of the command line.
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, TypedDict, TypeVar
+
+import torch
+
+from tracer._core.processes import ProcessChoice
+from tracer._core.validation import check_autocast, check_count, check_seed
+from tracer.errors import InputError, InputTypeError, nearest_name
+from tracer.gradients import METHODS, ParamSelection
+from tracer.projection import projector_kinds
+from tracer.store.manifest import STORAGES
+from tracer.training.adam import PRECONDITIONERS, check_preconditioner
+
+Signed = TypeVar("Signed", bound=Callable[..., Any])
+
+
+def _setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """What is computed and stored of each example, and how.
+
+    Each field's metadata has ``help``, its documentation, and ``choices`` if its values can be listed.
+
+    Raises:
+        InputError: If a setting is unknown or out of range.
+        InputTypeError: If it has an invalid type.
+
+    >>> FeatureSettings(storage="int8").proj_dim
+    4096
+    """
+
+    proj_dim: int = _setting(
+        4096,
+        "The number of values ``k`` stored of an example's gradient; inner products have a relative RMS error of about "
+        "``1/sqrt(k)``. Ignored by ``projector='none'``.",
+    )
+    projector: str = _setting(
+        "sketch",
+        "``sketch``, ``none`` (exact gradients), ``rademacher``, ``gaussian``, ``factored`` or ``fast_jl``.",
+        ("sketch", "none", "rademacher", "gaussian", "factored", "fast_jl"),
+    )
+    gradients: str = _setting(
+        "auto",
+        "``auto`` (layer rules, and ``torch.func`` as the fallback), ``capture`` (layer rules only) or ``functional`` "
+        "(``torch.func`` only).",
+        METHODS,
+    )
+    params: ParamSelection = _setting(
+        None,
+        "Name patterns of parameters, or a function ``(name, parameter) -> bool``; None: all trainable ones.",
+    )
+    storage: str = _setting(
+        "float16",
+        "``float16`` or ``int8`` (relative to a float32 scale per row), ``float32``, or, with ``projector='none'``, "
+        "``none``: only losses, derivatives and norms are stored, and scores come from `score_exactly`.",
+        STORAGES,
+    )
+    device: str | torch.device | None = _setting(None, "The device to compute on; None: that of the model.")
+    seed: int = _setting(0, "The seed of the projection.")
+    resume: bool = _setting(True, "Open an existing store in ``save_dir``; with False it is an error.")
+    check_rows: bool = _setting(
+        True, "Recognize examples by a fingerprint of their inputs, so that a shuffled loader is an error."
+    )
+    autocast: str | torch.dtype | None = _setting(
+        None,
+        "``bfloat16`` or ``float16``: run forwards and backwards under ``torch.autocast``, like mixed-precision "
+        "training; None: in the model's own dtypes.",
+        ("bfloat16", "float16"),
+    )
+    preconditioner: str | None = _setting(
+        None,
+        "``adam``: inner products of gradients are those of Adam's steps, ``<g / (sqrt(v̂) + eps), g'>`` (as in "
+        "LESS, Xia et al. 2024); checkpoints then hold the optimizer's state dict too. None: plain inner products, as "
+        "for SGD.",
+        PRECONDITIONERS,
+    )
+    memory_bytes: int = _setting(
+        1 << 30, "The approximate memory of scoring; for `score_exactly`, more memory means fewer passes over the data."
+    )
+    process: ProcessChoice = _setting(
+        None,
+        "The number of this process and the number of processes that share the work and the store, for example "
+        "``(0, 4)``; ``'slurm'`` in a job array; None: from ``torch.distributed`` if it is initialized, else alone.",
+    )
+    progress: bool | None = _setting(None, "Show progress bars; None: on a terminal only.")
+
+    def __post_init__(self) -> None:
+        for name in ("storage", "gradients"):
+            _check_choice(name, getattr(self, name), type(self).__dataclass_fields__[name].metadata["choices"])
+        if self.projector not in projector_kinds():
+            raise InputError(
+                f"projector={self.projector!r} is not known; {nearest_name(self.projector, projector_kinds())}."
+            )
+        if self.storage == "none" and self.projector != "none":
+            raise InputError(
+                f"got storage='none' with projector={self.projector!r}: without stored features, scores are computed "
+                f"from exact gradients; pass projector='none', or storage='float16'."
+            )
+        check_seed(self.seed)
+        check_autocast(self.autocast)
+        check_preconditioner(self.preconditioner)
+        check_count(self.memory_bytes, "memory_bytes")
+
+    def manifest_entries(self) -> dict[str, Any]:
+        """Return the settings that a store compares, apart from those that model, task and projector decide."""
+        entries = {"storage": self.storage, "check_rows": bool(self.check_rows)}
+        if self.preconditioner is not None:
+            entries["preconditioner"] = self.preconditioner
+        return entries
+
+
+class FeatureOptions(TypedDict, total=False):
+    """The fields of `FeatureSettings` as keyword arguments, apart from ``proj_dim``."""
+
+    projector: str
+    gradients: str
+    params: ParamSelection
+    storage: str
+    device: str | torch.device | None
+    seed: int
+    resume: bool
+    check_rows: bool
+    autocast: str | torch.dtype | None
+    preconditioner: str | None
+    memory_bytes: int
+    process: ProcessChoice
+    progress: bool | None
+
+
+def feature_settings(options: Mapping[str, Any], caller: str) -> FeatureSettings:
+    """Return the settings from a caller's keyword arguments, or raise InputTypeError naming the nearest known one."""
+    known = [each.name for each in fields(FeatureSettings)]
+    for name in options:
+        if name not in known:
+            raise InputTypeError(
+                f"{caller}() got an unexpected keyword argument {name!r}; {nearest_name(name, known)}."
+            )
+    return FeatureSettings(**options)
+
+
+def takes_settings(target: Signed) -> Signed:
+    """Put the settings into the signature of a class or function, and into its docstring at ``**options:``."""
+    function: Any = target.__init__ if inspect.isclass(target) else target
+    signature = inspect.signature(function)
+    given = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    settings = [each for each in fields(FeatureSettings) if each.name not in signature.parameters]
+    hints = FeatureOptions.__annotations__
+    own = [
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=hints[each.name])
+        for each in settings
+    ]
+    function.__signature__ = signature.replace(parameters=[*given, *own])
+    target.__doc__ = _with_documentation(target.__doc__ or "", settings)
+    return target
+
+
+def _with_documentation(text: str, settings: Sequence[Field]) -> str:
+    lines = []
+    for line in text.split("\n"):
+        if not line.lstrip().startswith("**options:"):
+            lines.append(line)
+            continue
+        indent = line[: len(line) - len(line.lstrip())]
+        for each in settings:
+            lines += textwrap.wrap(_documented(each), 120, initial_indent=indent, subsequent_indent=indent + "    ")
+    return "\n".join(lines)
+
+
+def _documented(setting: Field) -> str:
+    default = "" if setting.default is None else f" Default: {setting.default}."
+    return f"{setting.name}: {setting.metadata['help']}{default}"
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name}={value!r} is not known; {nearest_name(value, choices)}.")

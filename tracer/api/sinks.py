@@ -1,0 +1,195 @@
+"""Sinks for the gradients of a batch as they are computed, and the values that are stored of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tracer.errors import NonFiniteError
+from tracer.gradients import Sink
+from tracer.gradients.norms import squared_norm
+from tracer.gradients.per_sample import PerSampleGradient, scale_gradient
+from tracer.projection.base import Projector
+from tracer.store import RowTable
+from tracer.types import Projection, SampleOutputs
+
+
+@dataclass(frozen=True)
+class RowValues:
+    """What is stored of each of ``n`` rows; float32 arrays.
+
+    Attributes:
+        features: ``[n, dim]``, the projected gradient of f; None where features are not stored.
+        loss: ``[n]``, L.
+        loss_grad: ``[n]``, Q.
+        loss_hess: ``[n]``, w.
+        gradient_norm: ``[n]``, the exact norm of the gradient of f.
+        output_change: ``[n]``, f minus the f of a model that has learnt nothing; 0 where the task does not know that.
+        label: ``[n]``, int64, the class; None where the task gives none.
+    """
+
+    features: np.ndarray | None
+    loss: np.ndarray
+    loss_grad: np.ndarray
+    loss_hess: np.ndarray
+    gradient_norm: np.ndarray
+    output_change: np.ndarray
+    label: np.ndarray | None = None
+
+    def select(self, rows: np.ndarray) -> RowValues:
+        """Return the values of some rows, given by a mask ``[n]`` or by positions."""
+        features = None if self.features is None else self.features[rows]
+        label = None if self.label is None else self.label[rows]
+        values = (
+            self.loss[rows],
+            self.loss_grad[rows],
+            self.loss_hess[rows],
+            self.gradient_norm[rows],
+            self.output_change[rows],
+        )
+        return RowValues(features, *values, label)
+
+
+class ProjectingSink:
+    """Projects gradients as they come.
+
+    Args:
+        projector: The projector.
+        features: ``[B, dim]``, memory for the features.
+    """
+
+    def __init__(self, projector: Projector, features: Tensor) -> None:
+        self._projector, self._features = projector, features
+        self.begin()
+
+    def begin(self) -> None:
+        """Start from zeros."""
+        squared_norm = torch.zeros(len(self._features), dtype=torch.float64, device=self._features.device)
+        self._running = self._projector.start(Projection(self._features.zero_(), squared_norm))
+
+    def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
+        """Add the gradients of samples ``start`` to ``stop``."""
+        self._running.add(gradients, start, stop)
+
+    def finish(self) -> Projection:
+        """Return the projection of all that came."""
+        return self._running.finish()
+
+
+class ScalingSink:
+    """Scales gradients entry by entry before another sink takes them.
+
+    Args:
+        sink: The other sink.
+        scales: What each entry is multiplied by, ``[*shape]`` of each parameter.
+    """
+
+    def __init__(self, sink: Sink, scales: Mapping[str, Tensor]) -> None:
+        self._sink, self._scales = sink, scales
+
+    def begin(self) -> None:
+        """Start again."""
+        self._sink.begin()
+
+    def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
+        """Hand on the gradients of samples ``start`` to ``stop``, scaled."""
+        scaled = {
+            name: scale_gradient(gradient, self._scales[name].to(gradient.device))
+            for name, gradient in gradients.items()
+        }
+        self._sink.take(start, stop, scaled)
+
+
+class NormSink:
+    """Sums up squared norms, ``[B]``, float64."""
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self.squared_norm = torch.zeros(num_rows, dtype=torch.float64, device=device)
+
+    def begin(self) -> None:
+        """Start from zeros."""
+        self.squared_norm.zero_()
+
+    def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
+        """Add the gradients of samples ``start`` to ``stop``."""
+        for gradient in gradients.values():
+            self.squared_norm[start:stop] += squared_norm(gradient).to(self.squared_norm.device)
+
+
+def row_values(outputs: SampleOutputs, squares: Tensor, features: Tensor | None = None) -> RowValues:
+    """Return what is stored of each row, on the CPU.
+
+    Args:
+        outputs: f, L, Q, w of each of ``n`` samples.
+        squares: ``[n]``, float64, squared norms of the gradient of f.
+        features: ``[n, dim]``, or None.
+
+    Returns:
+        The values.
+    """
+
+    def array(values: Tensor) -> np.ndarray:
+        return values.detach().to("cpu", torch.float32).numpy()
+
+    output_change = torch.zeros_like(outputs.loss) if outputs.baseline is None else outputs.output - outputs.baseline
+    return RowValues(
+        features=None if features is None else array(features),
+        loss=array(outputs.loss),
+        loss_grad=array(outputs.loss_grad),
+        loss_hess=array(outputs.loss_hess),
+        gradient_norm=array(squares.sqrt()),
+        output_change=array(output_change),
+        label=None if outputs.label is None else outputs.label.detach().to("cpu", torch.int64).numpy(),
+    )
+
+
+def write_values(table: RowTable, rows: np.ndarray, values: RowValues, fingerprint: np.ndarray) -> None:
+    """Write rows that were computed.
+
+    Args:
+        table: Where they go.
+        rows: ``[n]``, int64, their indices.
+        values: Of each row.
+        fingerprint: ``[n]``, uint64.
+
+    Raises:
+        NonFiniteError: A row's gradient, loss or slope is NaN or infinite; nothing is written.
+    """
+    for name in ("loss", "loss_grad", "loss_hess", "gradient_norm", "output_change"):
+        finite = np.isfinite(getattr(values, name))
+        if not finite.all():
+            _refuse("gradient" if name == "gradient_norm" else name, rows[~finite])
+    table.write(
+        rows,
+        values.features,
+        loss=values.loss,
+        loss_grad=values.loss_grad,
+        loss_hess=values.loss_hess,
+        gradient_norm=values.gradient_norm,
+        output_change=values.output_change,
+        fingerprint=fingerprint,
+        label=values.label,
+    )
+
+
+def _refuse(what: str, bad: np.ndarray) -> None:
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    raise NonFiniteError(
+        f"The {what} of rows {bad[:5].tolist()}{more} is NaN or infinite (in float32). Nothing of this batch was "
+        f"written. Look at these rows' inputs and labels, or leave them out; if all rows are concerned, at the "
+        f"checkpoint's weights."
+    )
+
+
+class DroppingSink:
+    """Drops all gradients."""
+
+    def begin(self) -> None:
+        """Do nothing."""
+
+    def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
+        """Do nothing."""
