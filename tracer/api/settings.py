@@ -165,6 +165,8 @@ def takes_settings(target: Signed) -> Signed:
         for each in settings
     ]
     function.__signature__ = signature.replace(parameters=[*given, *own])
+    if inspect.isclass(target):  # sphinx reads a class's own signature
+        target.__signature__ = signature.replace(parameters=[*given[1:], *own])  # type: ignore[attr-defined]
     target.__doc__ = _with_documentation(target.__doc__ or "", settings)
     return target
 
