@@ -1,4 +1,4 @@
-"""A real browser for tests of pages: Debian's chromium without a window, or a skip that says what is missing."""
+"""A headless Chromium for tests of pages; without it, tests are skipped with the reason."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pytest
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
 
 MOST_SECONDS = 60.0
-"""How long a page may take before its test gives up; a page is ready in a second."""
+"""The time after which a test gives up; pages are ready in about a second."""
 
 
 @contextlib.contextmanager
 def browser() -> Iterator[Any]:
-    """Yield a driver; its console is empty of errors at the end, or the test fails."""
+    """Yield a driver, and quit it at the end."""
     selenium = pytest.importorskip("selenium", reason="selenium is not installed: pages are not tested in a browser")
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (binary and driver):
@@ -42,20 +42,20 @@ def browser() -> Iterator[Any]:
 
 
 def open_page(chrome: Any, path: Path, *, width: int = 1280, media: dict[str, str] | None = None) -> None:
-    """Open a page from the disk in a window of some width; a console error fails the test."""
+    """Open a local page in a window of a given width; an error in its console fails the test."""
     features = [{"name": name, "value": value} for name, value in (media or {}).items()]
     chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     chrome.get(path.as_uri())
-    # a page of many megabytes may still be read when `get` returns
+    # a page of many megabytes may still be parsed when `get` returns
     deadline = time.monotonic() + MOST_SECONDS
     while chrome.execute_script("return document.documentElement.dataset.ready") != "yes":
-        assert time.monotonic() < deadline, f"the page's script did not come to its end: {console(chrome)}"
+        assert time.monotonic() < deadline, f"the page's script did not finish: {console(chrome)}"
         time.sleep(0.05)
     assert console(chrome) == []
 
 
 def console(chrome: Any) -> list[str]:
-    """Return what the console says since it was last asked."""
+    """Return the messages in the console since the last call."""
     return [entry["message"] for entry in chrome.get_log("browser")]

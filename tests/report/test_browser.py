@@ -1,4 +1,4 @@
-"""The report in a real browser: what it shows, how it is used, and that nothing of the data runs."""
+"""The report in a real browser: its content, its controls, and that no text of the data runs as a script."""
 
 from __future__ import annotations
 
@@ -66,20 +66,20 @@ def texts(tmp_path_factory):
 
 
 def table_rows(chrome):
-    """The row numbers that the table shows."""
+    """The indices of the training examples in the table."""
     cells = "return Array.from(document.querySelectorAll('#suspects tbody th'), (cell) => Number(cell.textContent))"
     return chrome.execute_script(cells)
 
 
 def choose(chrome, part, control, value):
-    """Set a control and let the page act on it."""
+    """Set a control and wait until the page has reacted."""
     chrome.execute_script(
         "const control = document.querySelector(`#${arguments[0]} [data-control=${arguments[1]}]`);"
         "control.value = arguments[2];"
         "for (const name of ['input', 'change']) control.dispatchEvent(new Event(name));",
         part, control, value,
     )  # fmt: skip
-    chrome.execute_async_script("setTimeout(arguments[0], 250)")  # typing is waited for
+    chrome.execute_async_script("setTimeout(arguments[0], 250)")  # the page waits for the end of typing
 
 
 def click(chrome, selector):
@@ -87,10 +87,10 @@ def click(chrome, selector):
 
 
 def shown_target(chrome):
-    """The number of the shown target, and the rows of its proponents and opponents."""
+    """The heading of the shown target, and the indices of its proponents and opponents."""
     return chrome.execute_script(
         "const rows = (list) => Array.from(list.querySelectorAll('.top span:first-child'),"
-        " (each) => Number(each.textContent.replace('example ', '')));"
+        " (each) => Number(each.textContent.replace('train ', '')));"
         "return [document.querySelector('.target-card h3').textContent,"
         " ...Array.from(document.querySelectorAll('.ends ol'), rows)]"
     )
@@ -255,7 +255,7 @@ def test_cards_and_table_are_views_of_the_same_rows(chrome, images):
     open_page(chrome, images)
     cards = chrome.execute_script(
         "return Array.from(document.querySelectorAll('#suspects .tile .top span:first-child'),"
-        " (each) => Number(each.textContent.replace('example ', '')))"
+        " (each) => Number(each.textContent.replace('train ', '')))"
     )
     click(chrome, "#suspects [data-view=table]")
     assert table_rows(chrome) == cards == ORDER[:24].tolist()
@@ -314,7 +314,7 @@ def test_a_hundred_thousand_rows_are_sorted_searched_and_paged(chrome, tmp_path)
     click(chrome, "#suspects [data-view=table]")
     click(chrome, '#suspects th[data-key="ranking0"] button')
     click(chrome, "#suspects [data-control=next]")
-    # the page holds float32, where neighbours may be equal: their order is not part of the claim
+    # neighbours may be equal in the page's float32, so their order is not part of the claim
     np.testing.assert_allclose(loss[table_rows(chrome)], -np.sort(-loss)[24:48], rtol=1e-6)
     choose(chrome, "suspects", "search", "77777")
     assert table_rows(chrome) == [77777]

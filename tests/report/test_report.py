@@ -1,4 +1,4 @@
-"""Reports: the files that are written, what stands in them, and what is refused."""
+"""Reports: the files that are written, their content, and arguments that are refused."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def lines(path):
 
 
 def embedded(index):
-    """What the page's scripts work on."""
+    """The data of the page's scripts."""
     text = index.read_text(encoding="utf-8")
     return json.loads(re.search(r'<script type="application/json" id="report-data">(.*?)</script>', text)[1])
 
@@ -80,7 +80,7 @@ def words(index):
 
 
 class Page(HTMLParser):
-    """Collects what a browser would have to load and headings, and checks that tags close."""
+    """Collects headings and addresses that a browser would load, and checks that tags close."""
 
     def __init__(self, text):
         super().__init__()
@@ -380,7 +380,7 @@ def test_advice_on_wrong_labels_small_classes_and_harmed_targets(tmp_path, monke
     estimate = WrongLabels(share=0.03, low=0.0, high=0.06, contradicted=0.04, error=0.01, num_contradicted=9)
     monkeypatch.setattr("tracer.report.writer.estimate_wrong_labels", lambda classes: estimate)
     text = advice(tmp_path, scores=scores, **options)
-    assert "harm bee most" not in text  # the interval holds zero: these may all be right
+    assert "harm bee most" not in text  # the interval contains zero, so all of these labels may be correct
     assert "were labelled" not in text
     monkeypatch.undo()
     text = advice(tmp_path, scores=np.abs(scores), **options)
@@ -389,7 +389,7 @@ def test_advice_on_wrong_labels_small_classes_and_harmed_targets(tmp_path, monke
 
 
 def clean(num_classes, num_rows=400, num_targets=60):
-    """Scores of rows of which a seventh harms the next class as much as it helps its own, and labels."""
+    """Labels, and scores of which a seventh harm the next class as much as they help their own."""
     labels, targets = np.arange(num_rows) % num_classes, np.arange(num_targets) % num_classes
     scores = np.where(labels[:, None] == targets[None], 1.0, -0.05) * RNG.uniform(0.8, 1.2, (num_rows, num_targets))
     hard = np.arange(num_rows) % 7 == 0
@@ -489,11 +489,11 @@ def test_the_map_as_a_table_shows_the_classes_of_the_map_and_leaves_out_what_is_
     text = words(report(tmp_path, scores=SCORES, train_labels=labels, target_labels=targets, class_names=NAMES))
     listed = text[text.index("The map as a table") : text.index("Classes", text.index("The map as a table"))]
     assert "nan" not in listed
-    assert listed.count("cat/dog") == 2  # a class of targets alone has its column
+    assert listed.count("cat/dog") == 2  # a class without training examples still has its column
 
     many = [f"c{place}" for place in range(N)] + ["most"]
     codes = np.arange(45) % 41
-    codes[-4:] = 40  # the last class has most rows, so it is on the map of forty
+    codes[-4:] = 40  # the last class has the most examples, so it is among the forty on the map
     scores = RNG.normal(size=(45, M))
     index = report(
         tmp_path / "many", self_influence=np.ones(45), scores=scores, train_labels=codes, target_labels=TARGET_LABELS,

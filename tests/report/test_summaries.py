@@ -19,7 +19,7 @@ TRAIN, TARGET = RNG.integers(0, C, N), np.arange(M) % (C - 1)  # no target of th
 
 
 class Blocks:
-    """A matrix that only gives blocks of rows, and counts how large the largest was."""
+    """A matrix that is read in blocks of rows, and records the size of the largest."""
 
     def __init__(self, scores):
         self.shape, self.largest, self._scores = scores.shape, 0, scores
@@ -32,7 +32,7 @@ class Blocks:
 
 @pytest.fixture
 def found(monkeypatch):
-    monkeypatch.setattr(summaries, "_BLOCK_BYTES", 8 * M * 7)  # seven rows a block, the last one shorter
+    monkeypatch.setattr(summaries, "_BLOCK_BYTES", 8 * M * 7)  # blocks of seven rows, the last one shorter
     scores = Blocks(SCORES)
     summary = summarize_scores(scores, TRAIN, TARGET, C + 1)
     assert scores.largest == 7
@@ -40,7 +40,7 @@ def found(monkeypatch):
 
 
 def class_means(scores, kept=slice(None)):
-    """The mean of each row's scaled scores over the targets of each class that has targets."""
+    """The mean scaled score of each training example over the targets of each class with targets."""
     scaled = scores / np.sqrt((scores**2).mean(axis=0))
     chosen = np.arange(M)[kept]
     return np.stack([scaled[:, chosen[TARGET[chosen] == c]].mean(axis=1) for c in range(C - 1)], axis=1)
@@ -92,7 +92,7 @@ def test_shares_with_a_part_of_the_targets_left_out(found):
     place = np.array([np.sum(TARGET[:target] == TARGET[target]) for target in range(M)])
     expected = []
     for fold in range(num_folds):
-        # scaled by all targets' root mean squares: one column each, so leaving others out does not change them
+        # each column is scaled by its own root mean square, so leaving out other columns does not change it
         ratio = ratios(class_means(SCORES, place % num_folds != fold))
         expected.append((ratio > contradiction_threshold(ratio)).mean())
     np.testing.assert_allclose(found.classes.fold_shares, expected, atol=1e-9)
@@ -152,7 +152,7 @@ def test_scores_that_are_not_finite_are_refused_by_row():
 
 
 def flipped_rows(rate, num_rows=2000, num_targets=200, num_classes=5, seed=0):
-    """Scores as of gradients: similarity of contents times agreement of labels, a share of the labels wrong."""
+    """Scores like those of gradients, similarity times agreement of labels, with a share of wrong labels."""
     rng = np.random.default_rng(seed)
     content, targets = rng.integers(0, num_classes, num_rows), np.arange(num_targets) % num_classes
     labels = content.copy()

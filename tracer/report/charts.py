@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tracer.report.figure import PAGE, Figure, Line, Rect, Size, Text, moved, text_width
+from tracer.report.figure import FONT_SIZE, PAGE, Figure, Line, Rect, Size, Text, moved, text_width
 from tracer.report.health import recovery_curve
 from tracer.report.plot import Axis, Key, Plot, legend_figure, log_ticks, round_ticks
 from tracer.report.text import number, shortened
@@ -96,7 +96,7 @@ def recovery_slide(rankings: Mapping[str, np.ndarray], known: np.ndarray) -> Fig
     legend = legend_figure(recovery_keys(list(rankings)), 860)
     joined = Figure(860, legend.height + 346, parts[0].description, legend.marks)
     for left, part in zip((0, 440), parts, strict=True):
-        joined.marks.append(Text(left + 420, legend.height + 14, part.title, anchor="end"))
+        joined.marks.append(Text(left + 420, legend.height + 10 + FONT_SIZE, part.title, anchor="end"))
         joined.marks += moved(part.marks, left, legend.height + 10)
     return joined
 

@@ -92,6 +92,7 @@ class Plot:
     def _draw_x_axis(self) -> None:
         """Draw numbers below the plot, none over another, and the name of the axis."""
         baseline = self._bottom + LINE_HEIGHT
+        self.figure.marks.append(Line([(self._left, self._bottom), (self._right, self._bottom)], "line"))
         taken: list[tuple[float, float]] = []
         for value, text in self._x.ticks:
             half = text_width(text) / 2

@@ -133,7 +133,7 @@ class Suspects {
       const column = TABLE.columns.find((each) => each.key === this.sort.key) || TABLE.columns[0];
       const known = flagOf("known", index);
       return make("li", { class: known ? "tile known" : "tile" },
-        make("div", { class: "top" }, make("span", {}, `example ${index}`), make("span", {}, `#${place + 1}`)),
+        make("div", { class: "top" }, make("span", {}, `train ${index}`), make("span", {}, `#${place + 1}`)),
         TRAIN_INPUTS.show(index, "", label && `label ${label}`),
         label && make("div", {}, "label ", make("b", {}, label)),
         prediction && make("div", {}, "predicted ", make("b", {}, prediction)),

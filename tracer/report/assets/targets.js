@@ -125,7 +125,7 @@ class Targets {
     const meter = make("div", { class: `meter ${sign}`, "aria-hidden": "true" },
       make("span", { style: `width: ${Math.round(Math.min(1, Math.abs(score) / largest) * 100)}%` }));
     return make("li", { class: known ? "tile known" : "tile" },
-      make("div", { class: "top" }, make("span", {}, `example ${index}`), make("span", { class: `score ${sign}` }, number(score, true))),
+      make("div", { class: "top" }, make("span", {}, `train ${index}`), make("span", { class: `score ${sign}` }, number(score, true))),
       coloredTokens(target, index) || TRAIN_INPUTS.show(index, "", label && `label ${label}`), meter,
       label && make("span", {}, "label ", make("b", {}, label)), " ",
       known ? make("span", { class: "flag known" }, "mislabelled") : null, " ",
