@@ -152,7 +152,7 @@ def _classes(data: ReportContent) -> dict[str, Any] | None:
         if wrong is not None:
             line.append(f"{wrong[place]:,} ({wrong[place] / count:.1%})" if count else "")
         lines.append(line)
-    header = ["class", "training examples", "targets", "mean self-influence", "mean score on own class"]
+    header = ["class", "training examples", "targets", "mean self-influence", "score on own class"]
     return {
         "map": figure,
         "map_header": ["", *(names[b] for b in shown)],
