@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     proj_dim = options.proj_dim or (512 if options.quick else 4096)
     try:
-        settings = Settings.of(options.seed, options.flip_rate, options.epochs, options.quick)
+        settings = Settings.for_demo(options.seed, options.flip_rate, options.epochs, options.quick)
         found = run(settings, options.output_dir, proj_dim)
     except InputError as error:
         parser.error(str(error))

@@ -141,7 +141,7 @@ def test_the_template_sets_what_is_required_and_shows_all_else(tmp_path):
 
 def test_init_replaces_a_file_only_by_force(tmp_path):
     (tmp_path / "mine.toml").write_text("seed = 1")
-    assert "is there already; choose another name, or pass --force" in refused("init", "mine.toml")
+    assert "exists already; choose another name, or pass --force" in refused("init", "mine.toml")
     assert (tmp_path / "mine.toml").read_text() == "seed = 1"
     assert run_tracer("init", "mine.toml", "--force").exit_code == 0
     assert "build_model" in (tmp_path / "mine.toml").read_text()

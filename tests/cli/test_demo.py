@@ -29,7 +29,7 @@ def test_the_digits_are_those_of_scikit_learn():
 
 
 def test_a_tenth_of_the_labels_is_flipped_and_no_more():
-    data = digits.load_data(Settings.of())
+    data = digits.load_data(Settings.for_demo())
     pixels, labels = digits.read_digits()
     of_pixels = {(image / 16).astype(np.float32).tobytes(): label for image, label in zip(pixels, labels, strict=True)}
     true = np.array([of_pixels[image.numpy().tobytes()] for image in data.train_images])

@@ -132,10 +132,10 @@ def test_processes_do_their_shares(project):
     shares = [["run", "tracer.toml", "--process", f"{number}/2"] for number in (0, 1)]
     first = run_tracer(*shares[0])
     assert first.exit_code == 0
-    assert "rows of other processes are missing" in first.output
+    assert "those of other processes are missing" in first.output
     for share in (shares[1], shares[0]):
         last = run_tracer(*share)
-    assert "24 training rows and 5 targets are stored" in last.output
+    assert "Stored 24 training examples and 5 targets" in last.output
     found = Attribution(Tracer.open("store"), "targets")
     np.testing.assert_allclose(found.scores, expected(project).scores, rtol=1e-5, atol=1e-6)
 
@@ -147,14 +147,14 @@ def test_processes_do_their_shares(project):
         (["--learning-rate", "fast"], "--learning-rate is 'fast'; expected a number, or several with commas"),
         (["--regularization", "much"], "regularization is 'much'; expected a number or 'auto'"),
         (["--process", "1of2"], "process='1of2' is not known"),
-        (["--process", "a/2"], "process is 'a/2'; expected 'slurm', or a number and how many"),
+        (["--process", "a/2"], "process is 'a/2'; expected 'slurm', or a number and a count"),
         (["--checkpoints", "none/*.pt"], "checkpoints='none/*.pt' finds no file"),
         (["--checkpoints", "checkpoints/*.pt", "--checkpoints", "checkpoints/epoch_2.pt"], "more than once"),
         (["--checkpoints", "checkpoints"], "CheckpointRecorder did not write (there is no"),
         (["--model", "build_model"], "model is 'build_model'; expected package.module:callable"),
         (["--model", "no_such_module:build"], "model is 'no_such_module:build': No module named 'no_such_module'"),
         (["--model", f"{MODULE}:build_modle"], "has no 'build_modle'; did you mean 'build_model'"),
-        (["--model", f"{MODULE}:not_a_model"], "gave a str; expected a torch.nn.Module"),
+        (["--model", f"{MODULE}:not_a_model"], "returned a str; expected a torch.nn.Module"),
         (["--batch-size", "0"], "batch_size is 0; expected 1 or more"),
         (["--batch-size", str(1 << 63)], "expected at most 9223372036854775807"),
     ],
@@ -237,7 +237,8 @@ def test_a_recorders_directory_brings_its_learning_rates(project):
     assert note in run_tracer("run", "recorded.toml", "--learning-rate", "0.1", "--dry-run").output
     assert note in run_tracer("run", "recorded.toml", "--learning-rate", "0.1").output
     assert printed_json("run", "recorded.toml", "--learning-rate", "1,0.5", "--dry-run")["notes"] == []
-    with pytest.raises(InputError, match="Checkpoints epoch_2.pt have no learning rate and the others have one"):
+    message = "Checkpoints epoch_2.pt have no learning rate and the other checkpoints have one"
+    with pytest.raises(InputError, match=message):
         find_checkpoints(["recorded", "checkpoints/epoch_2.pt"], None)
     assert len(find_checkpoints(["recorded", "checkpoints/epoch_2.pt"], 0.1)) == 3
 
@@ -259,7 +260,7 @@ def test_a_plan_says_what_is_to_be_done_and_leaves_nothing(project):
     assert found["peak_bytes"] > 1 << 20
     text = run_tracer("run", "tracer.toml", "--dry-run").output
     assert "epoch_10.pt" in text
-    assert "64 numbers a row (sketch), stored: float16" in text
+    assert "64 values an example (sketch), stored as float16" in text
 
 
 @pytest.mark.parametrize("options", [[], ["--storage", "int8"], ["--projector", "none"]], ids=" ".join)
@@ -297,13 +298,13 @@ def test_missing_learning_rates_are_pointed_out(project):
 def test_the_first_interruption_ends_rows_after_a_batch_and_the_second_is_at_once():
     batches = as_data_source((torch.arange(12.0),), "train", 2)
     with Interruption() as interruption:
-        rows = interruption.rows(batches, at_once=False)
+        rows = interruption.guard(batches, immediately=False)
         seen = 0
         for _ in rows.batches(np.arange(12)):
             seen += 1
             if seen == 2:
                 signal.raise_signal(signal.SIGINT)
-        assert (seen, interruption.asked()) == (2, True)
+        assert (seen, interruption.is_requested()) == (2, True)
         with pytest.raises(KeyboardInterrupt):
             next(iter(rows.batches(np.arange(12))))
         with pytest.raises(KeyboardInterrupt):
@@ -321,7 +322,7 @@ def test_an_interrupted_run_goes_on_to_the_same_scores(project, monkeypatch, opt
     monkeypatch.setenv("INTERRUPT", "yes")
     stopped = run_tracer(*command)
     assert stopped.exit_code == 130
-    assert f"To go on:\n  tracer {shlex.join(command)}\n" in stopped.output
+    assert f"To continue:\n  tracer {shlex.join(command)}\n" in stopped.output
     reader = Tracer.open("store")
     assert reader.remaining(0).tolist() == list(range(16, NUM_TRAIN))  # two batches of eight, the second one whole
     monkeypatch.delenv("INTERRUPT")
@@ -347,6 +348,6 @@ def test_ctrl_c_stops_a_real_process_cleanly(project):
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "Stopping after this batch" in errors
-    assert f"To go on:\n  python -m tracer {shlex.join(arguments)}" in errors
+    assert f"To continue:\n  python -m tracer {shlex.join(arguments)}" in errors
     assert json.loads((project / "store" / "zarr.json").read_text())["attributes"]["format"] == "tracer"
     assert len(Tracer.open("store").remaining(0)) == NUM_TRAIN - 16

@@ -64,7 +64,7 @@ def test_info_says_what_the_store_holds(project):
     files = [path for path in (project / "store").rglob("*") if path.is_file()]
     assert found["bytes"]["total"] == sum(path.stat().st_size for path in files)
     text = run_tracer("info", "tracer.toml").output
-    assert "64 numbers a row (sketch), float16" in text
+    assert "64 values an example (sketch), stored as float16" in text
     assert "epoch_10.pt" in text
 
 
@@ -263,9 +263,9 @@ def test_self_influence_beside_cosines_is_named_as_what_it_is(project, tmp_path)
     ("arguments", "message"),
     [
         (["out.txt"], "out.txt ends with '.txt'; expected one of .csv, .parquet, .npy"),
-        (["nodir/out.csv"], "nodir/out.csv cannot be written: there is no directory nodir; make it first"),
+        (["nodir/out.csv"], "nodir/out.csv cannot be written: there is no directory nodir; create it first"),
         (["out.npy", "--what", "top"], "A .npy file is the matrix of all scores"),
-        (["out.csv", "--what", "rows", "--targets", "1"], "--targets came with --what rows"),
+        (["out.csv", "--what", "rows", "--targets", "1"], "got --targets with --what rows"),
     ],
 )
 def test_exports_that_cannot_be_are_explained(project, arguments, message):
@@ -299,22 +299,22 @@ def test_a_report_shows_texts_that_are_named(project, tmp_path):
 
 def test_a_report_refuses_rows_of_another_number(project, tmp_path):
     output = refused("report", "store", "--output-dir", str(tmp_path), "--train", f"{MODULE}:test_set")
-    assert f"{MODULE}:test_set has 5 rows; the store has 24 training rows" in output
+    assert f"{MODULE}:test_set has 5 examples; the store has 24 training examples" in output
 
 
 def test_what_a_report_shows_of_batches():
-    from tracer.cli.report import displayed
+    from tracer.cli.report import displayable
     from tracer.data.datasets import as_data_source
 
     images, labels = torch.rand(4, 1, 2, 2), torch.arange(4)
-    inputs, known = displayed(as_data_source((images, labels), "train", 3))
+    inputs, known = displayable(as_data_source((images, labels), "train", 3))
     assert np.array_equal(inputs, images.numpy())
     assert known.tolist() == [0, 1, 2, 3]
     tokens = {"input_ids": torch.ones(2, 5, dtype=torch.long), "labels": torch.tensor([1, 0])}
-    inputs, known = displayed(as_data_source([tokens], "train", 1))
+    inputs, known = displayable(as_data_source([tokens], "train", 1))
     assert inputs is None
     assert known.tolist() == [1, 0]
-    inputs, known = displayed(as_data_source([{"text": ["a", "b"], "x": torch.rand(2, 3)}], "train", 1))
+    inputs, known = displayable(as_data_source([{"text": ["a", "b"], "x": torch.rand(2, 3)}], "train", 1))
     assert (inputs, known) == (["a", "b"], None)
 
 
@@ -357,7 +357,7 @@ def test_compare_for_people_has_means_and_extremes(project):
 
 
 def test_compare_refuses_other_rows_and_other_numbers_of_rows(own):
-    assert "24 of 24 training rows have other inputs in B than in A" in refused("compare", "store", "other")
+    assert "24 of 24 training examples have other inputs in B than in A" in refused("compare", "store", "other")
     changed = ["--train", f"{MODULE}:test_set", "--save-dir", "few"]
     assert run_tracer("run", "tracer.toml", *changed).exit_code == 0
-    assert "A has 24 training rows and B has 5" in refused("compare", "store", "few")
+    assert "A has 24 training examples and B has 5" in refused("compare", "store", "few")

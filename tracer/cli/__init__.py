@@ -1,7 +1,7 @@
-"""The command line, ``tracer``: the library's calls for those who would rather not write them.
+"""The command line, ``tracer``: `attribute`, `Tracer` and the store's questions without a script.
 
-One module a command. Importing this package imports click alone; a command's module is imported when the command, or
-its help, is asked for.
+One module for each command. Importing this package imports click alone; a command's module is imported when the command
+or its help is requested.
 """
 
 from tracer.cli.app import main

@@ -1,4 +1,4 @@
-"""Which checkpoints a run takes, in which order, and with which learning rates."""
+"""Checkpoints of a run: their files in order, and their learning rates."""
 
 from __future__ import annotations
 
@@ -10,29 +10,17 @@ from pathlib import Path
 from tracer.errors import InputError
 from tracer.training.recording import FILE, load_checkpoints
 
-Found = list[tuple[Path, float | None]]
-"""Paths, each with its learning rate, or None where that is not known."""
+WeightedPaths = list[tuple[Path, float | None]]
+"""Paths, each with its learning rate or, if that is unknown, None."""
 
 
-def find_checkpoints(patterns: Sequence[str], learning_rate: float | Sequence[float] | None) -> Found:
-    """Find the files of checkpoints.
-
-    Args:
-        patterns: Files, globs or directories that a recorder wrote; in this order, those of a glob by their numbers.
-        learning_rate: One for all, or one for each; None: what recorders wrote, else not known.
-
-    Returns:
-        The checkpoints in their order.
-
-    Raises:
-        InputError: A pattern finds nothing, a file comes twice, there are more or fewer rates than checkpoints, or
-            only some have one.
-    """
+def find_checkpoints(patterns: Sequence[str], learning_rate: float | Sequence[float] | None) -> WeightedPaths:
+    """Find checkpoint files and their learning rates: the given ones, else those that a recorder wrote."""
     found = _all_matches(patterns)
     seen: set[Path] = set()
     for path, _ in found:
         if path.resolve() in seen:
-            raise InputError(f"checkpoints names {path} more than once; each counts once.")
+            raise InputError(f"checkpoints names {path} more than once; name each checkpoint once.")
         seen.add(path.resolve())
     if learning_rate is None:
         _check_all_or_none(found)
@@ -44,39 +32,30 @@ def find_checkpoints(patterns: Sequence[str], learning_rate: float | Sequence[fl
     return [(path, float(rate)) for (path, _), rate in zip(found, rates, strict=True)]
 
 
-def replaced_rates(patterns: Sequence[str], used: Found) -> tuple[str, ...]:
-    """Tell which recorded learning rates a run does not use, since another one was given.
-
-    Args:
-        patterns: As `find_checkpoints` took them.
-        used: What it returned.
-
-    Returns:
-        A sentence, or nothing where rates are as they were recorded.
-    """
+def replaced_rates(patterns: Sequence[str], used: WeightedPaths) -> tuple[str, ...]:
+    """Return a note if given learning rates replace recorded ones."""
     pairs = [(before, rate) for (_, before), (_, rate) in zip(_all_matches(patterns), used, strict=True)]
     replaced = [(before, rate) for before, rate in pairs if before is not None and before != rate]
     if not replaced:
         return ()
     recorded, given = (", ".join(f"{rate:.4g}" for rate in rates) for rates in zip(*replaced, strict=True))
     return (
-        f"The learning_rate that was given replaces recorded rates of {len(replaced)} checkpoints ({recorded}) by "
-        f"({given}); leave learning_rate out to use what was recorded.",
+        f"The given learning_rate replaces recorded rates of {len(replaced)} checkpoints ({recorded}) by ({given}); "
+        f"leave learning_rate out to use the recorded rates.",
     )
 
 
-def _check_all_or_none(found: Found) -> None:
-    """Refuse checkpoints that cannot be weighed against each other."""
+def _check_all_or_none(found: WeightedPaths) -> None:
     unknown = [path.name for path, rate in found if rate is None]
     if 0 < len(unknown) < len(found):
         raise InputError(
-            f"Checkpoints {', '.join(unknown)} have no learning rate and the others have one: they cannot be weighed "
-            f"against each other. Give learning_rate, one for all or one for each, in the order of the checkpoints."
+            f"Checkpoints {', '.join(unknown)} have no learning rate and the other checkpoints have one, so they "
+            f"cannot be weighted; give learning_rate, one for all or one for each in the order of the checkpoints."
         )
 
 
 def natural_key(path: Path) -> list[tuple[int, int | str]]:
-    """Return what sorts names by the numbers in them.
+    """Return a sort key that compares the numbers in names as numbers.
 
     >>> sorted(map(Path, ["epoch_10.pt", "epoch_2.pt", "best.pt"]), key=natural_key)[1].name
     'epoch_2.pt'
@@ -85,11 +64,11 @@ def natural_key(path: Path) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
 
 
-def _all_matches(patterns: Sequence[str]) -> Found:
+def _all_matches(patterns: Sequence[str]) -> WeightedPaths:
     return [found for pattern in patterns for found in _matches(pattern)]
 
 
-def _matches(pattern: str) -> Found:
+def _matches(pattern: str) -> WeightedPaths:
     path = Path(pattern)
     if path.is_dir():
         if not (path / FILE).exists():
@@ -104,7 +83,7 @@ def _matches(pattern: str) -> Found:
     files = [file for file in files if file.is_file()]
     if not files:
         raise InputError(
-            f"checkpoints={pattern!r} finds no file, seen from {Path.cwd()}; expected a file, a glob such as "
+            f"checkpoints={pattern!r} finds no file in {Path.cwd()}; expected a file, a glob such as "
             f"'checkpoints/*.pt', or a directory that CheckpointRecorder wrote."
         )
     return [(file, None) for file in files]

@@ -1,11 +1,11 @@
-"""``tracer completion``: commands and options completed by the shell."""
+"""``tracer completion``: completion of commands and options by the shell."""
 
 from __future__ import annotations
 
 import click
 from click.shell_completion import get_completion_class
 
-from tracer.cli.help import TaughtCommand
+from tracer.cli.help import ExampleCommand
 
 EXAMPLES = """
 bash:  mkdir -p ~/.local/share/bash-completion/completions
@@ -15,14 +15,14 @@ fish:  tracer completion fish > ~/.config/fish/completions/tracer.fish
 """
 
 
-@click.command("completion", cls=TaughtCommand, examples=EXAMPLES)
+@click.command("completion", cls=ExampleCommand, examples=EXAMPLES)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def command(ctx: click.Context, shell: str) -> None:
-    """Print the script that completes commands and options in a shell.
+    """Print the completion script of a shell.
 
-    Put it where the shell looks for completions, once. The script asks the installed program, so it stays right when
-    the program changes. bash needs version 4.4 or newer.
+    Save it once in the shell's directory of completions. The script asks the installed program, so it stays correct
+    when the program changes. bash needs version 4.4 or newer.
     """
     found = get_completion_class(shell)
     assert found is not None  # click has these three

@@ -1,4 +1,4 @@
-"""Ctrl-C during a run: the batch at hand is finished, what was computed is made durable, and then the run stops."""
+"""Ctrl-C during a run: the current batch is finished, computed values are saved, and then the run stops."""
 
 from __future__ import annotations
 
@@ -15,34 +15,24 @@ from tracer.types import Batch
 
 
 class Interruption:
-    """A context in which the first Ctrl-C asks rows to end, and a second one interrupts at once.
+    """A context in which the first Ctrl-C ends the batches of a source and the second one interrupts immediately.
 
     >>> with Interruption() as interruption:
-    ...     interruption.asked()
+    ...     interruption.is_requested()
     False
     """
 
     def __init__(self) -> None:
-        self._asked = False
-        self._feeding = False
+        self._requested = self.in_batches = False
         self._before: Any = None
 
-    def asked(self) -> bool:
-        """Tell whether Ctrl-C was pressed."""
-        return self._asked
+    def is_requested(self) -> bool:
+        """Return whether Ctrl-C was pressed."""
+        return self._requested
 
-    def rows(self, source: DataSource, *, at_once: bool) -> DataSource:
-        """Return rows that end where Ctrl-C was pressed.
-
-        Args:
-            source: The rows.
-            at_once: Raise ``KeyboardInterrupt`` there; else the rows just end, so that whoever reads them closes its
-                work on them, and it is raised when rows are next asked for.
-
-        Returns:
-            The same rows.
-        """
-        return _Interruptible(source, self, at_once)
+    def guard(self, source: DataSource, *, immediately: bool) -> DataSource:
+        """Return a source whose batches end after Ctrl-C, with ``KeyboardInterrupt`` now or at the next request."""
+        return _InterruptibleSource(source, self, immediately)
 
     def __enter__(self) -> Interruption:
         self._before = signal.signal(signal.SIGINT, self._handle)
@@ -54,34 +44,30 @@ class Interruption:
         signal.signal(signal.SIGINT, self._before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked or not self._feeding:
-            self._asked = True
+        repeated, self._requested = self._requested, True
+        if repeated or not self.in_batches:
             raise KeyboardInterrupt
-        self._asked = True
-        click.echo("\nStopping after this batch; Ctrl-C again stops at once.", err=True)
+        click.echo("\nStopping after this batch; Ctrl-C again stops immediately.", err=True)
 
 
-class _Interruptible(DataSource):
-    """Rows of another source, which end at an interruption."""
-
-    def __init__(self, source: DataSource, interruption: Interruption, at_once: bool) -> None:
-        self._source, self._interruption, self._at_once = source, interruption, at_once
+class _InterruptibleSource(DataSource):
+    def __init__(self, source: DataSource, interruption: Interruption, immediately: bool) -> None:
+        self._source, self._interruption, self._immediately = source, interruption, immediately
 
     def __len__(self) -> int:
         return len(self._source)
 
-    def batches(self, rows: np.ndarray) -> Iterator[tuple[Batch, np.ndarray]]:
-        """Yield the batches of the source up to an interruption."""
+    def batches(self, indices: np.ndarray) -> Iterator[tuple[Batch, np.ndarray]]:
         interruption = self._interruption
-        if interruption.asked():
+        if interruption.is_requested():
             raise KeyboardInterrupt
-        interruption._feeding = True
+        interruption.in_batches = True
         try:
-            for each in self._source.batches(rows):
+            for each in self._source.batches(indices):
                 yield each
-                if interruption.asked():
-                    if self._at_once:
+                if interruption.is_requested():  # by a signal during the yield
+                    if self._immediately:
                         raise KeyboardInterrupt
-                    return
+                    return  # an ordinary end: the caller finalizes what it has, so that it is saved
         finally:
-            interruption._feeding = False
+            interruption.in_batches = False

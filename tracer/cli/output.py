@@ -1,4 +1,4 @@
-"""What commands print: JSON for scripts, aligned text for people."""
+"""Results on the standard output: JSON for scripts, aligned text for people."""
 
 from __future__ import annotations
 
@@ -13,123 +13,90 @@ from typing import Any
 import click
 
 _STDOUT = "tracer.stdout"
-"""Where a command's context keeps the standard output while it is redirected."""
+"""Key of the real standard output in a command's context while it is redirected."""
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--json`` to a command, as its argument ``as_json``.
-
-    With it the standard output has the JSON object alone: what code of the user prints goes to the standard error.
-
-    Args:
-        command: The command's function.
-
-    Returns:
-        The function with the option.
-    """
+    """Add ``--json`` to a command as its argument ``as_json``."""
 
     @functools.wraps(command)
-    def quiet(*args: Any, as_json: bool, **options: Any) -> Any:
+    def redirecting(*args: Any, as_json: bool, **options: Any) -> Any:
         if not as_json:
             return command(*args, as_json=False, **options)
+        # The standard output must hold the JSON object alone, so prints of the user's code go to the standard error.
         click.get_current_context().meta[_STDOUT] = sys.stdout
         with contextlib.redirect_stdout(sys.stderr):
             return command(*args, as_json=True, **options)
 
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for scripts.")(quiet)
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for scripts.")(redirecting)
 
 
-def show(as_json: bool, found: dict[str, Any], text: str) -> None:
-    """Print what a command found.
-
-    Args:
-        as_json: As JSON.
-        found: The JSON object; numpy values are converted, NaN and infinity become null.
-        text: What people read instead.
-    """
+def print_result(as_json: bool, result: dict[str, Any], text: str) -> None:
+    """Print a command's result as JSON, or its text for people."""
     if as_json:
-        click.echo(json.dumps(plain(found), allow_nan=False), file=click.get_current_context().meta[_STDOUT])
+        click.echo(json.dumps(json_value(result), allow_nan=False), file=click.get_current_context().meta[_STDOUT])
     else:
         click.echo(text)
 
 
-def plain(value: Any) -> Any:
-    """Return a copy of a value that JSON can say.
+def json_value(value: Any) -> Any:
+    """Return a value in types that JSON has: arrays become lists, NaN and infinity null, all else text.
 
-    Args:
-        value: Containers of numbers, texts, paths and numpy values.
-
-    Returns:
-        The copy.
-
-    >>> plain({"rate": float("nan"), "ids": (1, 2)})
+    >>> json_value({"rate": float("nan"), "ids": (1, 2)})
     {'rate': None, 'ids': [1, 2]}
     """
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [json_value(item) for item in value]
     if hasattr(value, "tolist"):  # arrays and scalars of numpy
-        return plain(value.tolist())
+        return json_value(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, (str, bool, int, float)) else str(value)
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return lines of aligned columns: numbers to the right, as their header, the rest to the left.
+def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return aligned columns: numbers to the right with four significant digits, text to the left, None as a dash.
 
-    Args:
-        headers: The columns' names.
-        rows: Cells; floats are printed with four significant digits, None as a dash.
-
-    Returns:
-        The lines.
-
-    >>> print(table(["row", "score", "class"], [(12, 0.51234567, "cat"), (3, -2.0, None)]))
-    row   score  class
-     12  0.5123  cat
-      3      -2  -
+    >>> print(format_table(["index", "score", "class"], [(12, 0.51234567, "cat"), (3, -2.0, None)]))
+    index   score  class
+       12  0.5123  cat
+        3      -2  -
     """
     cells = [[_cell(value) for value in row] for row in rows]
-    numeric = [_is_numeric([right for _, right in column]) for column in zip(*cells, strict=True)]
-    numeric = numeric or [False] * len(headers)
+    columns = [[right for _, right in column] for column in zip(*cells, strict=True)] or [[]] * len(headers)
+    to_right = [any(column) and False not in column for column in columns]
     texts = [list(headers), *([text for text, _ in row] for row in cells)]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = []
     for row in texts:
-        parts = [
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(row, widths, numeric, strict=True)
-        ]
-        lines.append("  ".join(parts).rstrip())
-    return "\n".join(lines)
-
-
-def _is_numeric(cells: Sequence[bool | None]) -> bool:
-    return any(cells) and False not in cells
+        aligned = zip(row, widths, to_right, strict=True)
+        lines.append("  ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in aligned))
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _cell(value: object) -> tuple[str, bool | None]:
-    """Return a cell's text, and whether it is a number; None where there is no value."""
+    """Return a cell's text and whether it is a number; None without a value."""
     if value is None:
         return "-", None
+    if isinstance(value, bool):
+        return "yes" if value else "no", False
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, float):
         return f"{value:.4g}", True
-    return str(value), isinstance(value, int) and not isinstance(value, bool)
+    return str(value), isinstance(value, int)
 
 
-def size_text(num_bytes: float) -> str:
-    """Return a number of bytes for people.
+def format_facts(facts: Iterable[tuple[str, object]]) -> str:
+    """Return a line for each name and value."""
+    return "\n".join(f"{name:<14} {value}" for name, value in facts)
 
-    Args:
-        num_bytes: The number.
 
-    Returns:
-        Three significant digits with a decimal unit.
+def format_size(num_bytes: float) -> str:
+    """Return a number of bytes with three significant digits and a decimal unit.
 
-    >>> size_text(512), size_text(65_536), size_text(8.2e9)
+    >>> format_size(512), format_size(65_536), format_size(8.2e9)
     ('512 B', '65.5 kB', '8.20 GB')
     """
     units = ["B", "kB", "MB", "GB", "TB", "PB"]
@@ -139,10 +106,10 @@ def size_text(num_bytes: float) -> str:
     return f"{value:.{decimals}f} {units[power]}"
 
 
-def time_text(seconds: float) -> str:
-    """Return a time for people.
+def format_time(seconds: float) -> str:
+    """Return a duration in its two largest units.
 
-    >>> time_text(0.05), time_text(75), time_text(7322)
+    >>> format_time(0.05), format_time(75), format_time(7322)
     ('0.1 s', '1 min 15 s', '2 h 2 min')
     """
     if seconds < 60:

@@ -1,37 +1,34 @@
-"""What commands on a store share: which store, which targets, which estimator."""
+"""Options that commands on a store share: the store, its targets, the estimator."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from jaxtyping import Float64, Integer
 
 from tracer.api.attribution import Attribution
 from tracer.api.store_reader import StoreReader
 from tracer.api.tracer import Tracer
-from tracer.cli.settings import BY_NAME, read_settings
+from tracer.cli.job import RANKING
+from tracer.cli.output import format_table
+from tracer.cli.settings import read_settings, setting_option
 from tracer.errors import InputError, nearest_name
+from tracer.store import RowTable
 from tracer.store.table_schema import NO_LABEL
-
-_RANKING: tuple[str, ...] = ("exp_name", "estimator", "target", "regularization")
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A store and what is asked of it, as the options say.
-
-    Attributes:
-        found: Answers questions.
-        settings: Of the file that was named in the store's place; empty for a store's directory.
-    """
+class StoreView:
+    """A store with the chosen targets, estimator and checkpoints."""
 
     found: Attribution
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # of the run's file; empty if the store itself was named
 
     @property
     def reader(self) -> Tracer | StoreReader:
@@ -39,55 +36,59 @@ class Choice:
         return self.found.tracer
 
     @property
-    def first_id(self) -> int:
-        """The first checkpoint that counts."""
-        ids = self.found.model_ids or self.reader.store.checkpoint_ids()
-        return ids[0]
+    def num_targets(self) -> int:
+        """The number of targets M."""
+        return self.target_table.num_rows
 
-    def train_labels(self) -> np.ndarray | None:
-        """Return the classes of train rows ``[N]``, as the store knows them, or None."""
-        return known_labels(self.reader.store.checkpoint(self.first_id).column("label"))
+    @property
+    def train_table(self) -> RowTable:
+        """The training examples at the first chosen checkpoint."""
+        return self.reader.store.checkpoint(self._first_id)
 
-    def target_labels(self) -> np.ndarray | None:
-        """Return the classes of targets ``[M]``, likewise."""
-        return known_labels(self.reader.store.targets(self.found.exp_name, self.first_id).column("label"))
+    @property
+    def target_table(self) -> RowTable:
+        """The targets at the first chosen checkpoint."""
+        return self.reader.store.targets(self.found.exp_name, self._first_id)
 
-    def self_influence(self) -> np.ndarray:
-        """Return each train row's influence on itself ``[N]``, of the estimator; of ``tracin`` for ``cosine``."""
+    @property
+    def _first_id(self) -> int:
+        return (self.found.model_ids or self.reader.store.checkpoint_ids())[0]
+
+    @property
+    def train_labels(self) -> Integer[np.ndarray, " N"] | None:
+        """The classes of the training examples; None if the store knows none."""
+        return _known_labels(self.train_table)
+
+    @property
+    def target_labels(self) -> Integer[np.ndarray, " M"] | None:
+        """The classes of the targets; None if the store knows none."""
+        return _known_labels(self.target_table)
+
+    def self_influence(self) -> Float64[np.ndarray, " N"]:
+        """Return each training example's influence on itself; for ``cosine``, which has none, that of ``tracin``."""
         found = self.found
         estimator = "tracin" if found.estimator == "cosine" else found.estimator
         return self.reader.self_influence(found.model_ids, estimator, regularization=found.regularization)
 
-    @property
-    def num_targets(self) -> int:
-        """M."""
-        return self.reader.store.targets(self.found.exp_name, self.first_id).num_rows
-
-
-def known_labels(labels: np.ndarray) -> np.ndarray | None:
-    """Return labels ``[N]``, or None where there is none at all."""
-    return None if (labels == NO_LABEL).all() else np.asarray(labels)
-
-
-def label_of(labels: np.ndarray | None, row: int) -> int | None:
-    """Return a row's class, or None."""
-    return None if labels is None or labels[row] == NO_LABEL else int(labels[row])
-
-
-def ranking_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say what scores are, as keywords of `choose`."""
-    for option in reversed(
-        [
-            click.option("--exp-name", help="The targets' name; needed where the store has several."),
-            click.option("--estimator", type=click.Choice(BY_NAME["estimator"].choices), help="Default: tracin."),
-            click.option("--target", type=click.Choice(BY_NAME["target"].choices), help="Of what of the targets."),
-            click.option("--regularization", help="Lambda of influence and trak: a number or auto."),
-            click.option("--model-ids", type=Integers(), help="Only these checkpoints, such as 0,2 or 0-3."),
-            click.option("--device", help="Where to multiply, such as cuda:0.", default="cpu", show_default=True),
+    def ranking_table(self, name: str, indices: Iterable[int], values: Iterable[float]) -> str:
+        """Return a table of ranked training examples with their values and, if known, classes."""
+        labels, pairs = self.train_labels, zip(indices, values, strict=True)
+        headers = ["rank", "example", name, *([] if labels is None else ["class"])]
+        rows = [
+            [rank, index, value, *([] if labels is None else [class_of(labels, index)])]
+            for rank, (index, value) in enumerate(pairs, 1)
         ]
-    ):
-        command = option(command)
-    return command
+        return format_table(headers, rows)
+
+
+def _known_labels(table: RowTable) -> np.ndarray | None:
+    labels = np.asarray(table.column("label"))
+    return None if (labels == NO_LABEL).all() else labels
+
+
+def class_of(labels: np.ndarray | None, index: int) -> int | None:
+    """Return the class of an example, or None."""
+    return None if labels is None or labels[index] == NO_LABEL else int(labels[index])
 
 
 class Integers(click.ParamType):
@@ -108,38 +109,33 @@ class Integers(click.ParamType):
                 self.fail(f"{value!r} has the range {part.strip()}; expected the lower number first.", param, ctx)
             numbers.extend(range(int(first), int(last or first) + 1))
         if len(set(numbers)) < len(numbers):
-            again = sorted(number for number, times in Counter(numbers).items() if times > 1)
-            self.fail(f"{value!r} names {again} more than once; name each once.", param, ctx)
+            repeated = sorted(number for number, times in Counter(numbers).items() if times > 1)
+            self.fail(f"{value!r} names {repeated} more than once; name each once.", param, ctx)
         return numbers
 
 
-def open_store(store: str, device: str = "cpu") -> tuple[StoreReader, dict[str, Any]]:
-    """Open a store by its directory, its URL, or the file of settings that it was made with.
+_RANKING_OPTIONS = (
+    setting_option("exp_name", help="The name of the targets; needed if the store has several."),
+    *(setting_option(name) for name in ("estimator", "target", "regularization")),
+    click.option("--model-ids", type=Integers(), help="Only these checkpoints, such as 0,2 or 0-3."),
+    click.option("--device", help="Device of the products, such as cuda:0.", default="cpu", show_default=True),
+)
 
-    Args:
-        store: As `find_store` takes it.
-        device: Where to multiply.
 
-    Returns:
-        The store, and the settings of the file.
-    """
-    save_dir, settings = find_store(store)
-    return StoreReader.open(save_dir, device), settings
+def ranking_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that decide the scores to a command, as keywords of `open_view`."""
+    for option in reversed(_RANKING_OPTIONS):
+        command = option(command)
+    return command
+
+
+def count_option(default: int, text: str) -> Callable[..., Any]:
+    """Return the option ``-k``."""
+    return click.option("-k", "k", type=click.IntRange(min=1), default=default, show_default=True, help=text)
 
 
 def find_store(store: str) -> tuple[str, dict[str, Any]]:
-    """Return where a store lies, without looking into it.
-
-    Args:
-        store: The directory or URL, or a file of settings that has ``save_dir``: whatever is a file here, or ends as
-            one and is no directory.
-
-    Returns:
-        The directory or URL, and the settings of the file.
-
-    Raises:
-        InputError: The file names no store.
-    """
+    """Return the directory or URL of a store, and the settings of the run's file if that was named."""
     path = Path(store)
     if not (path.is_file() or (store.endswith(".toml") and not path.is_dir())):
         return store, {}
@@ -149,34 +145,28 @@ def find_store(store: str) -> tuple[str, dict[str, Any]]:
     return settings["save_dir"], settings
 
 
-def choose(store: str, *, device: str = "cpu", needs_targets: bool = True, **options: Any) -> Choice:
-    """Open a store and choose targets and estimator.
+def open_store(store: str, device: str = "cpu") -> tuple[StoreReader, dict[str, Any]]:
+    """Open the store of `find_store`; return it and the settings of the run's file."""
+    save_dir, settings = find_store(store)
+    return StoreReader.open(save_dir, device), settings
 
-    Args:
-        store: As `open_store` takes it.
-        device: Where to multiply.
-        needs_targets: Whether targets must be known.
-        **options: What `ranking_options` adds; None is not given.
 
-    Returns:
-        The choice.
-
-    """
+def open_view(store: str, *, device: str = "cpu", needs_targets: bool = True, **options: Any) -> StoreView:
+    """Open a store and choose targets, estimator and checkpoints by the options of `ranking_options`."""
     reader, settings = open_store(store, device)
-    chosen: dict[str, Any] = {}
-    for given in (settings, read_settings(None, options)):  # what was typed is above the file
-        chosen.update((name, given[name]) for name in _RANKING if name in given)
+    given = settings | read_settings(None, options)  # flags override the file
+    chosen = {name: given[name] for name in RANKING if name in given}
     if needs_targets:
-        chosen["exp_name"] = _checked_name(reader, chosen.get("exp_name"))
+        chosen["exp_name"] = _check_name(reader, chosen.get("exp_name"))
     chosen.setdefault("exp_name", "targets")
-    return Choice(Attribution(reader, model_ids=options.get("model_ids"), **chosen), settings)
+    return StoreView(Attribution(reader, model_ids=options.get("model_ids"), **chosen), settings)
 
 
-def _checked_name(reader: Tracer | StoreReader, exp_name: str | None) -> str:
-    """Return the name of the targets: what was given if it is known, else the only one there is."""
+def _check_name(reader: StoreReader, exp_name: str | None) -> str:
+    """Return the name of the targets; without one, that of the only targets in the store."""
     known, path = reader.store.exp_names(), reader.store.path
     if not known:
-        raise InputError(f"{path} has no targets; score some first, as `tracer run` does.")
+        raise InputError(f"{path} has no targets; score some first, for example with `tracer run`.")
     if exp_name is None and len(known) > 1:
         raise InputError(f"{path} has several sets of targets: choose one of {known} by --exp-name.")
     if exp_name is not None and exp_name not in known:
@@ -185,18 +175,7 @@ def _checked_name(reader: Tracer | StoreReader, exp_name: str | None) -> str:
 
 
 def check_targets(targets: list[int] | None, num_targets: int) -> list[int]:
-    """Return the targets to show: those that were named, else all.
-
-    Args:
-        targets: Indices, or None.
-        num_targets: M.
-
-    Returns:
-        The indices.
-
-    Raises:
-        InputError: One is out of range.
-    """
+    """Return the indices of ``--targets``; without the option, of all targets."""
     if targets is None:
         return list(range(num_targets))
     outside = [target for target in targets if target >= num_targets]

@@ -1,4 +1,4 @@
-"""``tracer top``: the strongest training rows of targets."""
+"""``tracer top``: the strongest training examples of targets."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ from typing import Any
 
 import click
 
-from tracer.cli.help import TaughtCommand
-from tracer.cli.output import json_option, show, table
-from tracer.cli.stores import Choice, Integers, check_targets, choose, label_of, ranking_options
+from tracer.cli.help import ExampleCommand
+from tracer.cli.output import json_option, print_result
+from tracer.cli.stores import (
+    Integers,
+    StoreView,
+    check_targets,
+    class_of,
+    count_option,
+    open_view,
+    ranking_options,
+)
 from tracer.scoring.scorer import KINDS
 from tracer.types import TopK
 
 SHOWN_TARGETS = 10
-"""How many targets are printed for people where none are named."""
+"""The number of targets printed for people if none are named."""
 
 
 EXAMPLES = r"""
@@ -22,55 +30,50 @@ tracer top runs/first --kind opponents --estimator influence --json
 """
 
 
-@click.command("top", cls=TaughtCommand, examples=EXAMPLES)
+@click.command("top", cls=ExampleCommand, examples=EXAMPLES)
 @click.argument("store")
-@click.option("--targets", type=Integers(), help="These targets, such as 0,5,10-12; else all.")
-@click.option("-k", "k", type=click.IntRange(min=1), default=10, show_default=True, help="Rows for each target.")
-@click.option("--kind", type=click.Choice([*KINDS, "both"]), default="proponents", show_default=True)
+@click.option("--targets", type=Integers(), help="Only these targets, such as 0,5,10-12.")
+@count_option(10, "Training examples for each target.")
+@click.option(
+    "--kind", type=click.Choice([*KINDS, "both"]), default="proponents", show_default=True,
+    help="Examples that lowered the target's loss, raised it, or both.",
+)  # fmt: skip
 @ranking_options
 @json_option
 def command(store: str, targets: list[int] | None, k: int, kind: str, as_json: bool, **options: Any) -> None:
-    """Show the strongest training rows of targets.
+    """Show the strongest training examples of targets.
 
-    Positive scores are proponents: training on the row lowered the target's loss. STORE is a store's directory or
+    Positive scores mark proponents: training on the example lowered the target's loss. STORE is a store's directory or
     URL, or the TOML file of its run.
     """
-    choice = choose(store, **options)
-    chosen = check_targets(targets, choice.num_targets)
-    k = min(k, choice.reader.train_set_size)
-    found = {each: choice.found.top(k, each) for each in (KINDS if kind == "both" else (kind,))}
+    view = open_view(store, **options)
+    chosen = check_targets(targets, view.num_targets)
+    k = min(k, view.reader.train_set_size)
+    found = {each: view.found.top(k, each) for each in (KINDS if kind == "both" else (kind,))}
     shown = chosen if targets is not None or as_json else chosen[:SHOWN_TARGETS]
-    text = _text(choice, shown, found)
+    text = _text(view, shown, found)
     if len(shown) < len(chosen):
-        text += f"\n\n{len(chosen) - len(shown)} more targets: choose by --targets, or see all by --json or export."
-    show(as_json, _as_dict(choice, chosen, found), text)
-
-
-def _as_dict(choice: Choice, targets: list[int], found: dict[str, TopK]) -> dict[str, Any]:
+        text += f"\n\n{len(chosen) - len(shown)} more targets: choose by --targets, or use --json or export for all."
     listed = [
         {
             "target": target,
             **{
-                kind: {"rows": top.indices[target], "scores": [float(score) for score in top.scores[target]]}
-                for kind, top in found.items()
+                each: {"rows": top.indices[target], "scores": [float(score) for score in top.scores[target]]}
+                for each, top in found.items()
             },
         }
-        for target in targets
+        for target in chosen
     ]
-    return {"exp_name": choice.found.exp_name, "estimator": choice.found.estimator, "targets": listed}
+    result = {"exp_name": view.found.exp_name, "estimator": view.found.estimator, "targets": listed}
+    print_result(as_json, result, text)
 
 
-def _text(choice: Choice, targets: list[int], found: dict[str, TopK]) -> str:
-    train_labels, target_labels = choice.train_labels(), choice.target_labels()
-    parts = []
+def _text(view: StoreView, targets: list[int], found: dict[str, TopK]) -> str:
+    labels, parts = view.target_labels, []
     for target in targets:
+        label = class_of(labels, target)
+        of_class = "" if label is None else f" (class {label})"
         for kind, top in found.items():
-            label = label_of(target_labels, target)
-            heading = f"target {target}" + ("" if label is None else f" (class {label})") + f": {kind}"
-            headers = ["rank", "row", "score", *([] if train_labels is None else ["class"])]
-            rows = [
-                [rank, row, score, *([] if train_labels is None else [label_of(train_labels, row)])]
-                for rank, (row, score) in enumerate(zip(top.indices[target], top.scores[target], strict=True), 1)
-            ]
-            parts.append(f"{heading}\n{table(headers, rows)}")
+            table = view.ranking_table("score", top.indices[target], top.scores[target])
+            parts.append(f"target {target}{of_class}: {kind}\n{table}")
     return "\n\n".join(parts)

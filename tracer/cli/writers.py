@@ -1,11 +1,11 @@
-"""Tables of any length, written row block by row block: CSV and Parquet, whole or not at all."""
+"""Files of any length, written block by block: CSV, Parquet and numpy, complete or not at all."""
 
 from __future__ import annotations
 
 import csv
 import importlib
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,20 +14,12 @@ import numpy as np
 from tracer._core.files import write_whole
 from tracer.errors import MissingDependencyError
 
-Block = Mapping[str, np.ndarray]
-"""Columns of equal length, by name; integers, floats, or texts."""
+Columns = Mapping[str, np.ndarray]
+"""Columns of equal length, by name: integers, floats, or texts."""
 
 
-def write_csv(path: Path, blocks: Iterable[Block]) -> int:
-    """Write blocks as CSV with a header; floats in the shortest form that gives the same number again.
-
-    Args:
-        path: The file.
-        blocks: At least one, all with the same columns.
-
-    Returns:
-        The number of rows.
-    """
+def write_csv(path: Path, blocks: Iterable[Columns]) -> int:
+    """Write blocks with the same columns as CSV with a header; return the number of lines."""
     counted = 0
 
     def write(file: BinaryIO) -> None:
@@ -37,35 +29,24 @@ def write_csv(path: Path, blocks: Iterable[Block]) -> int:
         for number, block in enumerate(blocks):
             if not number:
                 lines.writerow(block)
-            columns = [_texts(column) for column in block.values()]
+            columns = [_csv_values(column) for column in block.values()]
             lines.writerows(zip(*columns, strict=True))
             counted += len(columns[0])
-        text.detach()
+        text.detach()  # else closing the wrapper would close the file before it is synced
 
     write_whole(path, write)
     return counted
 
 
-def write_parquet(path: Path, blocks: Iterable[Block]) -> int:
-    """Write blocks as Parquet, a row group each.
-
-    Args:
-        path: The file.
-        blocks: At least one, all with the same columns.
-
-    Returns:
-        The number of rows.
-
-    Raises:
-        MissingDependencyError: pyarrow is not installed.
-    """
+def write_parquet(path: Path, blocks: Iterable[Columns]) -> int:
+    """Write blocks with the same columns as Parquet, a row group each; return the number of lines."""
     try:
         pyarrow: Any = importlib.import_module("pyarrow")
         parquet: Any = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise MissingDependencyError(
-            f"{path} is to be Parquet, and pyarrow is not installed ({error}); install it with: "
-            f"pip install 'tracin[parquet]', or write .csv."
+            f"{path} needs pyarrow, which is not installed ({error}); install it with: pip install 'tracin[parquet]', "
+            f"or write .csv."
         ) from error
     counted = 0
 
@@ -85,30 +66,25 @@ def write_parquet(path: Path, blocks: Iterable[Block]) -> int:
 
 
 def write_matrix(path: Path, scores: Any, block_rows: int) -> int:
-    """Write a matrix as a numpy file, block by block.
-
-    Args:
-        path: The file.
-        scores: ``[N, M]``, float32, anything that gives rows as an array when it is sliced.
-        block_rows: Rows of a block.
-
-    Returns:
-        The number of rows.
-    """
-    num_rows, num_targets = scores.shape
+    """Write a score matrix ``[N, M]``, float32, as a numpy file; return N."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": tuple(scores.shape)}
 
     def write(file: BinaryIO) -> None:
-        header = {"descr": "<f4", "fortran_order": False, "shape": (num_rows, num_targets)}
         np.lib.format.write_array_header_2_0(file, header)
-        for start in range(0, num_rows, block_rows):
-            file.write(np.ascontiguousarray(scores[start : start + block_rows], "<f4").tobytes())
+        for _, block in matrix_blocks(scores, block_rows):
+            file.write(np.ascontiguousarray(block, "<f4").tobytes())
 
     write_whole(path, write)
-    return int(num_rows)
+    return int(scores.shape[0])
 
 
-def _texts(column: np.ndarray) -> list:
-    """Return a column's values as CSV has them."""
+def matrix_blocks(matrix: Any, block_rows: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the blocks of anything that returns rows when it is sliced, each with its first row."""
+    for start in range(0, matrix.shape[0], block_rows):
+        yield start, np.asarray(matrix[start : start + block_rows])
+
+
+def _csv_values(column: np.ndarray) -> list:
     if column.dtype == np.float32:
-        return [format(value, ".9g") for value in column.tolist()]  # nine digits tell any two float32 apart
+        return [format(value, ".9g") for value in column.tolist()]  # nine digits distinguish any two float32
     return column.tolist()

@@ -1,7 +1,4 @@
-"""The demo: flipped labels among handwritten digits, with data that comes with the package.
-
-`tracer demo` runs it from wherever the package is installed; ``examples/mislabeled_digits.py`` is the same.
-"""
+"""The demo: flipped labels among handwritten digits, with data in the package; also examples/mislabeled_digits.py."""
 
 from tracer.cli.demo_digits.digits import Settings
 from tracer.cli.demo_digits.findings import run

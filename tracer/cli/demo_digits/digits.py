@@ -1,8 +1,8 @@
-"""The digits, the net and its training.
+"""The digits, the network and its training.
 
 ``digits.npz`` holds the test set of *Optical Recognition of Handwritten Digits* of the UCI Machine Learning Repository
-(Alpaydin and Kaynak 1998, https://doi.org/10.24432/C50P49), as scikit-learn has it too: 1,797 images of 8 by 8 pixels
-with values from 0 to 16, and their labels. Licence: CC BY 4.0, https://creativecommons.org/licenses/by/4.0/. Values are
+(Alpaydin and Kaynak 1998, https://doi.org/10.24432/C50P49), which scikit-learn has too: 1,797 images of 8 by 8 pixels
+with values from 0 to 16, and their labels. License: CC BY 4.0, https://creativecommons.org/licenses/by/4.0/. Values are
 those of the original, stored as bytes.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from tracer.errors import InputError
@@ -30,42 +31,21 @@ _SIZES = {False: (1297, 500, 32), True: (500, 60, 16)}  # train, test, batch; fe
 
 @dataclass(frozen=True)
 class Settings:
-    """What the checkpoints depend on.
+    """Everything that the checkpoints depend on."""
 
-    Attributes:
-        seed: Of the split, the flips, the first weights and the order of batches.
-        flip_rate: The share of training labels that is flipped.
-        num_train: How many images are trained on.
-        num_test: How many of the other images are targets.
-        epochs: Passes over the training images.
-        batch_size: Images a step.
-        learning_rate: Of plain SGD, constant.
-    """
-
-    seed: int
-    flip_rate: float
+    seed: int  # of the split, the flips, the initial weights and the order of batches
+    flip_rate: float  # share of flipped training labels
     num_train: int
     num_test: int
     epochs: int
     batch_size: int
-    learning_rate: float = 0.1
+    learning_rate: float = 0.1  # of plain SGD, constant
 
     @classmethod
-    def of(cls, seed: int = 0, flip_rate: float = 0.1, epochs: int | None = None, quick: bool = False) -> Settings:
-        """Return the settings of the demo.
-
-        Args:
-            seed: See above.
-            flip_rate: From 0.01 to 0.5.
-            epochs: None: 30, or 12 for a quick look.
-            quick: Fewer images.
-
-        Returns:
-            The settings.
-
-        Raises:
-            InputError: ``flip_rate`` is out of range.
-        """
+    def for_demo(
+        cls, seed: int = 0, flip_rate: float = 0.1, epochs: int | None = None, quick: bool = False
+    ) -> Settings:
+        """Return the settings of the demo, with fewer images and epochs for a quick look."""
         if not 0.01 <= flip_rate <= 0.5:
             raise InputError(f"flip_rate is {flip_rate}; expected 0.01 to 0.5.")
         num_train, num_test, batch_size = _SIZES[quick]
@@ -74,28 +54,20 @@ class Settings:
 
 @dataclass(frozen=True)
 class Digits:
-    """The data.
+    """Training images, some with a flipped label, and test images with correct labels; pixels are from 0 to 1."""
 
-    Attributes:
-        train_images: ``[num_train, 1, 8, 8]``, between 0 and 1.
-        train_labels: ``[num_train]``, as trained on.
-        flipped: ``[num_train]``, bool, whose label is wrong.
-        test_images: ``[num_test, 1, 8, 8]``.
-        test_labels: ``[num_test]``, all right.
-    """
-
-    train_images: Tensor
-    train_labels: Tensor
-    flipped: np.ndarray
-    test_images: Tensor
-    test_labels: Tensor
+    train_images: Float[Tensor, "num_train 1 8 8"]
+    train_labels: Int64[Tensor, " num_train"]
+    flipped: Bool[np.ndarray, " num_train"]
+    test_images: Float[Tensor, "num_test 1 8 8"]
+    test_labels: Int64[Tensor, " num_test"]
 
 
-def read_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Read the data set that comes with the package.
+def read_digits() -> tuple[Float[np.ndarray, "1797 8 8"], Int64[np.ndarray, " 1797"]]:
+    """Read the images, from 0 to 16, and labels in the package.
 
     Returns:
-        Images ``[1797, 8, 8]``, float64, from 0 to 16, and labels ``[1797]``, int64.
+        Images and labels.
 
     >>> images, labels = read_digits()
     >>> images.shape, int(images.max()), np.bincount(labels)[:3].tolist()
@@ -106,14 +78,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_data(settings: Settings) -> Digits:
-    """Split the digits at random and flip labels of the training part.
-
-    Args:
-        settings: Sizes, seed and share of flips.
-
-    Returns:
-        The data.
-    """
+    """Split the digits at random and flip some training labels."""
     pixels, labels = read_digits()
     rng = np.random.default_rng(settings.seed)
     order = rng.permutation(len(labels))
@@ -127,7 +92,7 @@ def load_data(settings: Settings) -> Digits:
 
 
 def build_model() -> nn.Module:
-    """Return a conv net of about 38,000 parameters."""
+    """Return a convolutional network of about 38,000 parameters."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.ReLU(),
@@ -141,26 +106,17 @@ def build_model() -> nn.Module:
 
 
 def train(data: Digits, settings: Settings, directory: Path) -> list[tuple[Path, float]]:
-    """Train with plain SGD, as TracIn assumes, and record the weights after some of the epochs.
-
-    Args:
-        data: The digits.
-        settings: How to train.
-        directory: Where the recording goes; it holds none yet.
-
-    Returns:
-        The path and the learning rate of each checkpoint.
-    """
+    """Train with plain SGD, as TracIn assumes; return recorded checkpoints with their learning rates."""
     saved_epochs = {max(1, round(share * settings.epochs)) for share in _CHECKPOINT_SHARES}
-    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
+    with torch.random.fork_rng(devices=[]):  # the caller's random state does not change
         torch.manual_seed(settings.seed)
         model = build_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=settings.learning_rate)
         never = settings.epochs * settings.num_train + 1  # checkpoints are saved after epochs, below
         with CheckpointRecorder(model, optimizer, directory, every=never) as recorder:
             for epoch in range(1, settings.epochs + 1):
-                for rows in torch.randperm(settings.num_train).split(settings.batch_size):
-                    loss = nn.functional.cross_entropy(model(data.train_images[rows]), data.train_labels[rows])
+                for indices in torch.randperm(settings.num_train).split(settings.batch_size):
+                    loss = nn.functional.cross_entropy(model(data.train_images[indices]), data.train_labels[indices])
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -171,22 +127,9 @@ def train(data: Digits, settings: Settings, directory: Path) -> list[tuple[Path,
 
 
 def train_or_reuse(
-    data: Digits, settings: Settings, directory: Path, say: Callable[[str], object] = print
+    data: Digits, settings: Settings, directory: Path, log: Callable[[str], object] = print
 ) -> list[tuple[Path, float]]:
-    """Return the checkpoints of an earlier run with the same settings, or train.
-
-    Args:
-        data: The digits.
-        settings: How to train.
-        directory: Where checkpoints are kept, below a folder that says with which settings.
-        say: Takes lines to print.
-
-    Returns:
-        The path and the learning rate of each checkpoint.
-
-    Raises:
-        InputError: The directory holds a run with other settings.
-    """
+    """Return the checkpoints of an earlier run with the same settings, or train."""
     described = directory / "training.json"
     wanted = asdict(settings)
     found = json.loads(described.read_text()) if described.exists() else {"settings": wanted, "finished": False}
@@ -197,9 +140,9 @@ def train_or_reuse(
         )
     if found["finished"]:
         checkpoints = load_checkpoints(directory / "recording", learning_rate="last")
-        say(f"Reusing the {len(checkpoints)} checkpoints in {directory}.")
+        log(f"Reusing the {len(checkpoints)} checkpoints in {directory}.")
         return checkpoints
-    say(f"Training {settings.epochs} epochs ...")
+    log(f"Training {settings.epochs} epochs ...")
     directory.mkdir(parents=True, exist_ok=True)
     if described.exists():  # training was killed
         shutil.rmtree(directory / "recording", ignore_errors=True)
@@ -210,17 +153,10 @@ def train_or_reuse(
 
 
 @torch.no_grad()
-def evaluate(path: Path, images: Tensor, labels: Tensor) -> tuple[Tensor, np.ndarray]:
-    """Return the predictions ``[N]`` and losses ``[N]`` at a checkpoint.
-
-    Args:
-        path: The checkpoint.
-        images: ``[N, 1, 8, 8]``.
-        labels: ``[N]``.
-
-    Returns:
-        Classes and cross-entropies.
-    """
+def evaluate(
+    path: Path, images: Float[Tensor, "N 1 8 8"], labels: Int64[Tensor, " N"]
+) -> tuple[Int64[Tensor, " N"], Float[np.ndarray, " N"]]:
+    """Return the predicted classes and the losses at a checkpoint."""
     model = build_model()
     model.load_state_dict(read_checkpoint(path))
     logits = model(images)
