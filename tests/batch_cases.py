@@ -1,4 +1,4 @@
-"""A batch of three rows that several tests cut up."""
+"""A batch of three samples for several tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small training run for tests of the command line: a module to be named on it, and its checkpoints."""
+"""A small training run for tests of the command line: a module with model and data, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_set():
 
 
 class SlowSet(torch.utils.data.Dataset):
-    """Takes its time where PAUSE says so, and leaves a mark once rows have come."""
+    """Pauses for PAUSE seconds an example and leaves a mark once examples are loaded."""
 
     def __init__(self):
         self.x, self.y = rows(24, 1)
@@ -108,7 +108,7 @@ batch_size = 8
 
 
 def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a project's folder the current one. Files are not synced: that they last is claimed by other tests."""
+    """Make a project's folder the current one. Files are not synced: other tests claim that they are."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
@@ -120,14 +120,14 @@ def run_tracer(*arguments: str) -> Result:
 
 
 def printed_json(*arguments: str) -> dict:
-    """Run the program with ``--json``, which has to succeed."""
+    """Run the program with ``--json``, which must succeed, and return the object."""
     result = run_tracer(*arguments, "--json")
     assert result.exit_code == 0, result.output
     return json.loads(result.output)
 
 
 def refused(*arguments: str) -> str:
-    """Run the program, which has to end with one error message, and return it."""
+    """Run the program, which must end with one error message, and return it."""
     result = run_tracer(*arguments)
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output

@@ -1,4 +1,4 @@
-"""The program: its help, what becomes of errors, completion, the template."""
+"""The program: its help, errors and exit codes, completion, the template."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def project(tmp_path, monkeypatch):
 
 
 def expected(folder: Path, **options) -> Attribution:
-    """What the library gives for the project."""
+    """The result of the library for the project."""
     module = __import__(MODULE)
     checkpoints = [(f"checkpoints/{name}", rate) for name, rate in zip(CHECKPOINTS, (0.1, 0.2), strict=True)]
     options = {"task": "image_classification", "proj_dim": 64, **options}
@@ -237,7 +237,7 @@ def test_a_recorders_directory_brings_its_learning_rates(project):
     assert note in run_tracer("run", "recorded.toml", "--learning-rate", "0.1", "--dry-run").output
     assert note in run_tracer("run", "recorded.toml", "--learning-rate", "0.1").output
     assert printed_json("run", "recorded.toml", "--learning-rate", "1,0.5", "--dry-run")["notes"] == []
-    message = "Checkpoints epoch_2.pt have no learning rate and the other checkpoints have one"
+    message = r"Checkpoints \['epoch_2.pt'\] have no learning rate and the other checkpoints have one"
     with pytest.raises(InputError, match=message):
         find_checkpoints(["recorded", "checkpoints/epoch_2.pt"], None)
     assert len(find_checkpoints(["recorded", "checkpoints/epoch_2.pt"], 0.1)) == 3

@@ -1,4 +1,4 @@
-"""Batches: containers keep their type, rows are counted, picked and recognised."""
+"""Batches: containers keep their type; samples are counted, selected and recognized."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_wrong_sizes_name_the_leaf():
         check_batch_size({"scale": torch.tensor(1.0), "one": X[:1]}, 4)
 
 
-def test_rows_are_counted():
+def test_samples_are_counted():
     assert count_samples(({"x": X}, Y)) == 3
     with pytest.raises(tracer.BatchError, match="holds no tensor"):
         count_samples({"words": ["a", "b"]})
@@ -84,7 +84,7 @@ def test_rows_are_counted():
     "values",
     [["a", "b", "c"], [{"id": 1}, {"id": 2}, {"id": 3}], [[1], [2, 3], []], np.array(["a", "b", "c"]), (None, 1, "x")],
 )
-def test_lists_without_tensors_have_one_entry_a_row(values):
+def test_lists_without_tensors_have_one_entry_for_each_sample(values):
     batch = {"x": X, "extra": values}
     check_batch_size(batch, 3)
     picked = select_samples(batch, torch.tensor([2, 0]), 3)["extra"]
@@ -93,7 +93,7 @@ def test_lists_without_tensors_have_one_entry_a_row(values):
     assert fingerprint_samples({"x": X[[2]], "extra": values[2:]}, 1)[0] == whole[2]
 
 
-def test_values_whose_rows_are_not_known_are_refused():
+def test_values_that_belong_to_no_sample_are_refused():
     class Record:
         pass
 
@@ -110,7 +110,7 @@ def test_arrays_that_torch_cannot_share_are_copied():
         np.testing.assert_array_equal(found.numpy(), array)
 
 
-def test_shared_numbers_are_part_of_a_row():
+def test_shared_numbers_are_part_of_a_sample():
     one, other = (fingerprint_samples({"x": X, "temperature": torch.tensor(t)}, 3) for t in (1.0, 2.0))
     assert not set(one.tolist()) & set(other.tolist())
 

@@ -1,4 +1,4 @@
-"""Row sources: exactly the rows that are asked for, with their indices."""
+"""Data sources: exactly the requested examples, with their indices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("rows", [range(10), [3, 7, 8, 9], [0]])
-def test_rows_and_indices_belong_together(kind, rows):
+def test_examples_and_indices_belong_together(kind, rows):
     source = as_data_source(SOURCES[kind](), "train", 4)
     assert len(source) == 10
     seen = []
@@ -33,7 +33,7 @@ def test_rows_and_indices_belong_together(kind, rows):
         assert seen == list(rows)
 
 
-def test_only_the_rows_that_are_missing_are_loaded():
+def test_only_requested_examples_are_loaded():
     loaded = []
 
     class Recording(Dataset):
@@ -73,7 +73,7 @@ def test_loaders_without_a_fixed_order_are_refused(loader):
         as_data_source(loader(), "train", 4)
 
 
-def test_a_loader_that_drops_its_last_rows_still_gives_them_all():
+def test_a_loader_that_drops_its_last_examples_still_yields_all():
     loader = DataLoader(TensorDataset(X), batch_size=4, drop_last=True)
     rows = np.concatenate([inds for _, inds in as_data_source(loader, "train", 4).batches(np.arange(10))])
     assert rows.tolist() == list(range(10))

@@ -1,4 +1,4 @@
-"""Fingerprints: the same for the same inputs whatever the batch, others for others, also for structured inputs."""
+"""Fingerprints: equal for equal inputs in any batch, different for different inputs, also for structured ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tracer.data.fingerprints import fingerprint_samples
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.bool, torch.int64])
-def test_fingerprints_tell_rows_apart_and_ignore_the_batch(dtype):
+def test_fingerprints_distinguish_samples_and_ignore_the_batch(dtype):
     values = torch.arange(8).reshape(4, 2).remainder(3).to(dtype)
     values[:, 0] = torch.tensor([0, 1, 0, 1]).to(dtype)
     values[:, 1] = torch.tensor([0, 0, 1, 1]).to(dtype)
@@ -23,7 +23,7 @@ def test_fingerprints_tell_rows_apart_and_ignore_the_batch(dtype):
     np.testing.assert_array_equal(whole, again)
 
 
-def test_shared_leaves_count_the_same_in_a_batch_of_one_row():
+def test_shared_leaves_count_the_same_in_a_batch_of_one():
     batch = {"x": X, "positions": torch.arange(7)[None], "names": ["all"]}
     whole = fingerprint_samples(batch, 3)
     alone = [fingerprint_samples({**batch, "x": X[[row]]}, 1)[0] for row in range(3)]
@@ -55,7 +55,7 @@ def test_fingerprints_do_not_depend_on_padding():
     assert fingerprint_samples(class_labels, 2)[0] != fingerprint_samples(changed, 2)[0]
 
 
-def test_rows_of_structured_values_do_not_collide():
+def test_samples_of_structured_values_do_not_collide():
     """Floats with few bits set, which a weak hash would not spread."""
     generator = torch.Generator().manual_seed(0)
     ones = torch.randint(0, 2, (20_000, 24), generator=generator).float()

@@ -1,4 +1,4 @@
-"""Tasks against plain torch losses: f, L, Q and w of each sample."""
+"""Tasks against plain torch losses: f, L, Q and w of each example."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tracer.data.tasks import LanguageModeling, make_task
 
 
 class Model(nn.Module):
-    """Returns what it is given, in the form asked for."""
+    """Returns its input in the requested form."""
 
     def __init__(self, form="tensor"):
         super().__init__()
@@ -232,7 +232,7 @@ def test_function_that_does_not_give_one_loss_a_sample(value):
 
 
 @pytest.mark.parametrize("value", [None, 3, tracer.Task])
-def test_things_that_are_no_task(value):
+def test_values_that_are_no_task(value):
     with pytest.raises(tracer.InputTypeError, match=r"function \(model, batch\) -> loss"):
         make_task(value)
 

@@ -167,7 +167,7 @@ def check_rate(learning_rate: float | None) -> float | None:
     return rate
 
 
-def complete_rates(names: Sequence[int], rates: Sequence[float | None], advice: str) -> list[float]:
+def complete_rates(names: Sequence[object], rates: Sequence[float | None], advice: str) -> list[float]:
     """Return learning rates, 1 for all if no checkpoint has one; raise `InputError` if only some have one."""
     unknown = [name for name, rate in zip(names, rates, strict=True) if rate is None]
     # Without any rate equal weights are a plain average. To guess some would weigh checkpoints against each other.

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from tracer._core.validation import complete_rates
 from tracer.errors import InputError
 from tracer.training.recording import FILE, load_checkpoints
 
@@ -23,7 +24,8 @@ def find_checkpoints(patterns: Sequence[str], learning_rate: float | Sequence[fl
             raise InputError(f"checkpoints names {path} more than once; name each checkpoint once.")
         seen.add(path.resolve())
     if learning_rate is None:
-        _check_all_or_none(found)
+        paths, known = [path.name for path, _ in found], [rate for _, rate in found]
+        complete_rates(paths, known, "Give learning_rate, one for all or one for each in the order of the checkpoints.")
         return found
     rates = [learning_rate] * len(found) if isinstance(learning_rate, (int, float)) else list(learning_rate)
     if len(rates) != len(found):
@@ -43,15 +45,6 @@ def replaced_rates(patterns: Sequence[str], used: WeightedPaths) -> tuple[str, .
         f"The given learning_rate replaces recorded rates of {len(replaced)} checkpoints ({recorded}) by ({given}); "
         f"leave learning_rate out to use the recorded rates.",
     )
-
-
-def _check_all_or_none(found: WeightedPaths) -> None:
-    unknown = [path.name for path, rate in found if rate is None]
-    if 0 < len(unknown) < len(found):
-        raise InputError(
-            f"Checkpoints {', '.join(unknown)} have no learning rate and the other checkpoints have one, so they "
-            f"cannot be weighted; give learning_rate, one for all or one for each in the order of the checkpoints."
-        )
 
 
 def natural_key(path: Path) -> list[tuple[int, int | str]]:

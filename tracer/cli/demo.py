@@ -19,12 +19,9 @@ tracer self-influence runs/mislabeled_digits/store -k 10
 
 @click.command("demo", cls=ExampleCommand, examples=EXAMPLES)
 @click.option(
-    "--output-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("runs/mislabeled_digits"),
-    show_default=True,
-    help="Directory of checkpoints, store and report.",
-)
+    "--output-dir", type=click.Path(file_okay=False, path_type=Path), default="runs/mislabeled_digits",
+    show_default=True, help="Directory of checkpoints, store and report.",
+)  # fmt: skip
 @click.option("--flip-rate", default=0.1, show_default=True, help="Share of flipped training labels.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training images (30).")
 @click.option("--proj-dim", type=click.IntRange(min=1), help="Size of a projected gradient (4096).")

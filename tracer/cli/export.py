@@ -33,12 +33,9 @@ _SUFFIXES = (".csv", ".parquet", ".npy")
 @click.argument("store")
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
-    "--what",
-    type=click.Choice(["scores", "top", "rows", "targets"]),
-    default="scores",
-    show_default=True,
+    "--what", type=click.Choice(["scores", "top", "rows", "targets"]), default="scores", show_default=True,
     help="All pairs, the strongest training examples, or a summary of training examples or targets.",
-)
+)  # fmt: skip
 @click.option("--targets", type=Integers(), help="Only these targets, such as 0,5,10-12 (scores and top).")
 @count_option(10, "Training examples for each target (top).")
 @ranking_options

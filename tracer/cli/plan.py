@@ -37,57 +37,47 @@ class Plan:
     """The work of a run and its estimated cost."""
 
     save_dir: str
-    manifest: Manifest
-    checkpoints: list[tuple[str, float | None, int, int]]  # path, learning rate, missing examples, missing targets
+    train_rows: int
     num_targets: int
+    settings: dict[str, Any]  # of the store's manifest
+    checkpoints: list[dict[str, Any]]
     num_values: int  # in the selected parameters
     seconds: float  # of the missing work, by one process
     worst_seconds: float  # with the most passes over the training examples that memory may require
-    row_seconds: tuple[float, float]  # of a training example and a target at one checkpoint, including loading
+    train_seconds_per_row: float  # of a training example at one checkpoint, including loading
+    target_seconds_per_row: float
     disk_bytes: int  # of all features, existing ones included
     score_bytes: int  # of the score matrix, which is computed on demand
     peak_bytes: int | None  # of the process in the trial; None if the system does not report it
     device_bytes: int | None  # peak of the GPU in the trial; None without a GPU
     memory_bytes: int  # limit of scoring
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
-        names = ("path", "learning_rate", "train_rows_missing", "targets_missing")
-        found = dataclasses.asdict(self)
-        found["checkpoints"] = [dict(zip(names, each, strict=True)) for each in self.checkpoints]
-        found["settings"] = dict(self.manifest.settings)
-        found["train_rows"] = self.manifest.train_set_size
-        found["train_seconds_per_row"], found["target_seconds_per_row"] = found.pop("row_seconds")
-        del found["manifest"]
-        return found
-
     def as_text(self) -> str:
         """Return the plan for people."""
-        manifest, settings = self.manifest, self.manifest.settings
-        params = list(settings["params"])
+        settings, params = self.settings, list(self.settings["params"])
         times = format_time(self.seconds)
         if self.worst_seconds > 1.1 * self.seconds:
             times += f" to {format_time(self.worst_seconds)}, depending on how many target gradients fit into memory"
         memory = "unknown on this system" if self.peak_bytes is None else f"{format_size(self.peak_bytes)} so far"
         if self.device_bytes is not None:
             memory += f", {format_size(self.device_bytes)} on the GPU"
-        stored = "not stored: exact gradients" if manifest.storage == "none" else f"stored as {manifest.storage}"
-        train_ms, target_ms = (1000 * seconds for seconds in self.row_seconds)
+        stored = "not stored: exact gradients" if settings["storage"] == "none" else f"stored as {settings['storage']}"
+        train_ms, target_ms = 1000 * self.train_seconds_per_row, 1000 * self.target_seconds_per_row
         facts = [
             ("store", self.save_dir),
             ("task", settings["task"]["name"]),
-            ("training set", f"{manifest.train_set_size:,} examples"),
+            ("training set", f"{self.train_rows:,} examples"),
             ("targets", f"{self.num_targets:,} examples"),
             ("parameters", f"{len(params)} with {self.num_values:,} values: {listing(params)}"),
-            ("features", f"{manifest.feature_dim:,} values an example ({settings['projector']['kind']}), {stored}"),
+            ("features", f"{settings['feature_dim']:,} values an example ({settings['projector']['kind']}), {stored}"),
             ("time", f"about {times}; {train_ms:.2f} ms a training example, {target_ms:.2f} ms a target"),
             ("disk", f"{format_size(self.disk_bytes)}; all scores, on demand: {format_size(self.score_bytes)}"),
             ("peak memory", f"{memory} in the trial; scoring takes up to {format_size(self.memory_bytes)} more"),
         ]
         headers = ("id", "checkpoint", "learning rate", "examples to do", "targets to do")
-        rows = [(model_id, *each) for model_id, each in enumerate(self.checkpoints)]
+        rows = [(model_id, *each.values()) for model_id, each in enumerate(self.checkpoints)]
         text = f"{format_facts(facts)}\n\n{format_table(headers, rows)}"
-        if any(rate is None for _, rate, _, _ in self.checkpoints):
+        if any(each["learning_rate"] is None for each in self.checkpoints):
             text += "\n\nCheckpoints have no learning rate: each weighs 1. Pass --learning-rate for TracIn's weights."
         return text
 
@@ -110,17 +100,21 @@ def make_plan(job: Job) -> Plan:
     fixed = began - before + len(missing) * between / min(len(missing), TRIAL_CHECKPOINTS)
     num_processes = this_process(job.options.get("process")).count
     num_train, num_targets = (sum(each) for each in zip(*missing, strict=True))
+    names = ("path", "learning_rate", "train_rows_missing", "targets_missing")
+    checkpoints = [(str(path), rate, *left) for (path, rate), left in zip(job.checkpoints, missing, strict=True)]
     once = fixed + (num_train * train_seconds + num_targets * target_seconds) / num_processes
     passes = math.ceil(len(job.targets) / len(samples[1])) if manifest.storage == "none" else 1
     return Plan(
         save_dir=job.save_dir,
-        manifest=manifest,
-        checkpoints=[(str(path), rate, *left) for (path, rate), left in zip(job.checkpoints, missing, strict=True)],
+        train_rows=len(job.train),
         num_targets=len(job.targets),
+        settings=dict(manifest.settings),
+        checkpoints=[dict(zip(names, each, strict=True)) for each in checkpoints],
         num_values=sum(math.prod(shape) for shape in manifest.settings["params"].values()),
         seconds=once,
         worst_seconds=once + (passes - 1) * num_train * train_seconds / num_processes,
-        row_seconds=(train_seconds, target_seconds),
+        train_seconds_per_row=train_seconds,
+        target_seconds_per_row=target_seconds,
         disk_bytes=len(missing) * _checkpoint_bytes(manifest, len(job.targets)),
         score_bytes=4 * len(job.train) * len(job.targets),
         peak_bytes=_peak_bytes(),

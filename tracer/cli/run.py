@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 from typing import Any
@@ -45,7 +46,9 @@ def command(config: str | None, dry_run: bool, as_json: bool, **flags: Any) -> N
     _check_alone(settings)
     if dry_run:
         plan = make_plan(job)
-        print_result(as_json, {**plan.as_dict(), "notes": job.notes}, "\n\n".join([plan.as_text(), *job.notes]))
+        print_result(
+            as_json, {**dataclasses.asdict(plan), "notes": job.notes}, "\n\n".join([plan.as_text(), *job.notes])
+        )
         return
     found = _run(click.get_current_context(), job, settings)
     result = {"save_dir": job.save_dir, "checkpoints": len(job.checkpoints), **found, "notes": job.notes}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -125,7 +124,13 @@ def _from_fields(settings: type, names: Sequence[str], section: str) -> tuple[Se
     for field in (field for field in dataclasses.fields(settings) if field.name in names):
         choices = tuple(field.metadata.get("choices", ()))
         example = _EXAMPLES.get(field.name) or json.dumps(field.default or next(iter(choices), field.default))
-        text = _HELP.get(field.name) or re.sub(r"\bNone:", "by default", field.metadata["help"].replace("`", ""))
+        text = (
+            field.metadata["help"]
+            .replace("`", "")
+            .replace(". None:", ". By default")
+            .replace("; None:", "; by default")
+        )
+        text = _HELP.get(field.name, text)
         if "efault" not in text and field.default is not None:
             text += " Default: " + example.strip('"') + "."
         found.append(Setting(field.name, _KIND_OF_TYPE[str(field.type)], section, text, example, choices=choices))

@@ -8,21 +8,12 @@ import click
 
 from tracer.cli.help import ExampleCommand
 from tracer.cli.output import json_option, print_result
-from tracer.cli.stores import (
-    Integers,
-    StoreView,
-    check_targets,
-    class_of,
-    count_option,
-    open_view,
-    ranking_options,
-)
+from tracer.cli.stores import Integers, StoreView, check_targets, class_of, count_option, open_view, ranking_options
 from tracer.scoring.scorer import KINDS
 from tracer.types import TopK
 
 SHOWN_TARGETS = 10
 """The number of targets printed for people if none are named."""
-
 
 EXAMPLES = r"""
 tracer top runs/first --targets 0,5 -k 10
@@ -54,18 +45,13 @@ def command(store: str, targets: list[int] | None, k: int, kind: str, as_json: b
     text = _text(view, shown, found)
     if len(shown) < len(chosen):
         text += f"\n\n{len(chosen) - len(shown)} more targets: choose by --targets, or use --json or export for all."
-    listed = [
-        {
-            "target": target,
-            **{
-                each: {"rows": top.indices[target], "scores": [float(score) for score in top.scores[target]]}
-                for each, top in found.items()
-            },
-        }
-        for target in chosen
-    ]
+    listed = [{"target": target, **_entries(target, found)} for target in chosen]
     result = {"exp_name": view.found.exp_name, "estimator": view.found.estimator, "targets": listed}
     print_result(as_json, result, text)
+
+
+def _entries(target: int, found: dict[str, TopK]) -> dict[str, Any]:
+    return {kind: {"rows": top.indices[target], "scores": top.scores[target]} for kind, top in found.items()}
 
 
 def _text(view: StoreView, targets: list[int], found: dict[str, TopK]) -> str:

@@ -38,7 +38,7 @@ from tracer.types import Batch, SampleOutputs
 
 
 class Task(ABC):
-    """The outputs and losses of a model on a batch; subclass it for a task of your own.
+    """The outputs and losses of a model on a batch; subclass it for a task of your own, for example a hinge loss.
 
     `outputs` must treat each example alone (no batch statistics). If gradients fall back to ``torch.func.vmap``, it is
     called with batches of one example whose values cannot be inspected.
