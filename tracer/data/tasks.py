@@ -103,6 +103,7 @@ class Classification(Task):
         is_label = labels.unsqueeze(1) == torch.arange(logits.shape[1], device=logits.device)
         chosen = torch.where(is_label, logits, 0.0).sum(1)
         others = logits.masked_fill(is_label, -torch.inf).logsumexp(1)
+        # The gradient of L vanishes for fitted examples, that of the margin does not: float16 features keep precision.
         margin = chosen - others
         detached = margin.detach()
         wrong = torch.sigmoid(-detached)  # 1 - p_y without the cancellation that 1 - softmax has for p_y near 1
