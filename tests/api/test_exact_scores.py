@@ -152,7 +152,7 @@ def test_other_memory_goes_on_with_the_blocks_that_are_there(run, tmp_path):
 
 
 def test_wrong_use_is_refused(run, tmp_path):
-    with pytest.raises(InputError, match="got storage=.none. with projector='sketch'"):
+    with pytest.raises(InputError, match="got storage='none' with projector='sketch'"):
         Tracer(run.model, "image_classification", 23, tmp_path / "a", storage="none")
     options = {"projector": "none", "storage": "none"}
     tracing = Tracer(run.model, "image_classification", 23, tmp_path / "b", **options)

@@ -250,7 +250,7 @@ def test_another_num_targets_for_a_known_exp_name(run, tracing):
     featurize(tracing, run)
     score(tracing, run)
     with pytest.raises(
-        tracer.MismatchError, match="expected num_targets=5, as exp_name=.test. has at checkpoint 0, got num_targets=6"
+        tracer.MismatchError, match="expected num_targets=5, as exp_name='test' has at checkpoint 0, got num_targets=6"
     ):
         tracing.start_scoring_checkpoint(run.checkpoints[1][0], 1, 6, "test")
     assert tracing.finalize_scores("test").shape == (23, 5)
