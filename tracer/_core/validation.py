@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from tracer.errors import InputError, InputTypeError
+from tracer.errors import InputError, InputTypeError, nearest_name
 
 
 def check_model(model: nn.Module) -> nn.Module:
@@ -40,6 +40,12 @@ def check_model(model: nn.Module) -> nn.Module:
             "are lost; wrap it with torch.distributed.fsdp.fully_shard instead, or pass the plain module."
         )
     return model
+
+
+def check_choice(name: str, value: Any, choices: Collection[str], more: str = "") -> None:
+    """Raise `InputError` with the nearest choice if a value is none of them; ``more`` names other accepted values."""
+    if value not in choices:
+        raise InputError(f"{name}={value!r} is not known; {nearest_name(value, choices)}{more}.")
 
 
 def check_autocast(autocast: str | torch.dtype | None) -> torch.dtype | None:

@@ -16,7 +16,7 @@ from typing import Any, TypedDict, TypeVar
 import torch
 
 from tracer._core.processes import ProcessChoice
-from tracer._core.validation import check_autocast, check_count, check_seed
+from tracer._core.validation import check_autocast, check_choice, check_count, check_seed
 from tracer.errors import InputError, InputTypeError, nearest_name
 from tracer.gradients import METHODS, ParamSelection
 from tracer.projection import projector_kinds
@@ -100,12 +100,9 @@ class FeatureSettings:
     progress: bool | None = _setting(None, "Show progress bars; None: on a terminal only.")
 
     def __post_init__(self) -> None:
-        for name in ("storage", "gradients"):
-            _check_choice(name, getattr(self, name), type(self).__dataclass_fields__[name].metadata["choices"])
-        if self.projector not in projector_kinds():
-            raise InputError(
-                f"projector={self.projector!r} is not known; {nearest_name(self.projector, projector_kinds())}."
-            )
+        check_choice("storage", self.storage, STORAGES)
+        check_choice("gradients", self.gradients, METHODS)
+        check_choice("projector", self.projector, projector_kinds())
         if self.storage == "none" and self.projector != "none":
             raise InputError(
                 f"got storage='none' with projector={self.projector!r}: without stored features, scores are computed "
@@ -186,8 +183,3 @@ def _with_documentation(text: str, settings: Sequence[Field]) -> str:
 def _documented(setting: Field) -> str:
     default = "" if setting.default is None else f" Default: {setting.default}."
     return f"{setting.name}: {setting.metadata['help']}{default}"
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{name}={value!r} is not known; {nearest_name(value, choices)}.")

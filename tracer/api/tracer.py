@@ -30,13 +30,13 @@ Answer = TypeVar("Answer")
 
 
 def _asks(
-    method: Callable[Concatenate[StoreReader, P], Answer], before: str = "_finish_batches"
+    method: Callable[Concatenate[StoreReader, P], Answer], prepare: Callable[[Tracer], None]
 ) -> Callable[Concatenate[Tracer, P], Answer]:
     """Return a method of `Tracer` that makes durable what was computed, and then asks the store reader."""
 
     @functools.wraps(method)
     def ask(self: Tracer, /, *args: P.args, **kwargs: P.kwargs) -> Answer:
-        getattr(self, before)()
+        prepare(self)
         return method(self.reader, *args, **kwargs)
 
     return ask
@@ -208,8 +208,8 @@ class Tracer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        session, self._session = (self._session, None) if error is not None else (None, self._session)
-        if session is not None and error is not None:
+        if error is not None and self._session is not None:
+            session, self._session = self._session, None
             session.abandon(error)
         self.close()
 
@@ -220,14 +220,18 @@ class Tracer:
             return Subset(dataset, self.process.rows(len(dataset), session.table.block_rows))
         return self.reader.shard(dataset)
 
-    finalize_features = _asks(StoreReader.finalize_features)
-    finalize_scores = _asks(StoreReader.finalize_scores)
-    top = _asks(StoreReader.top)
-    self_influence = _asks(StoreReader.self_influence)
-    regularization = _asks(StoreReader.regularization)
-    remaining = _asks(StoreReader.remaining, before="flush")
-    grow = _asks(StoreReader.grow, before="close")
-    replace = _asks(StoreReader.replace, before="close")
+    def _finish_batches(self) -> None:
+        # The ranks of a sharded model may be at different batches, whose rows are needed too.
+        self.close() if self._backend.is_sharded else self.flush()
+
+    finalize_features = _asks(StoreReader.finalize_features, _finish_batches)
+    finalize_scores = _asks(StoreReader.finalize_scores, _finish_batches)
+    top = _asks(StoreReader.top, _finish_batches)
+    self_influence = _asks(StoreReader.self_influence, _finish_batches)
+    regularization = _asks(StoreReader.regularization, _finish_batches)
+    remaining = _asks(StoreReader.remaining, flush)
+    grow = _asks(StoreReader.grow, close)
+    replace = _asks(StoreReader.replace, close)
     score_exactly = exact_scores.score_exactly
     query = query.query
 
@@ -235,10 +239,6 @@ class Tracer:
         if self._session is not None:
             self._session.table.close()
         self._session = session
-
-    def _finish_batches(self) -> None:
-        # The ranks of a sharded model may be at different batches, whose rows are needed too.
-        self.close() if self._backend.is_sharded else self.flush()
 
     @contextmanager
     def _all_ranks(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tracer._core.validation import check_choice
 from tracer.data.model_inputs import (
     LABEL_KEYS,
     as_mapping,
@@ -33,7 +34,7 @@ from tracer.data.model_inputs import (
     split_labels,
     upcast_half,
 )
-from tracer.errors import BatchError, InputError, InputTypeError, nearest_name
+from tracer.errors import BatchError, InputTypeError
 from tracer.types import Batch, SampleOutputs
 
 
@@ -174,8 +175,7 @@ class LanguageModeling(Task):
     name = "language_modeling"
 
     def __init__(self, reduction: str = "mean") -> None:
-        if reduction not in ("mean", "sum"):
-            raise InputError(f"reduction={reduction!r} is not known; {nearest_name(reduction, ('mean', 'sum'))}.")
+        check_choice("reduction", reduction, ("mean", "sum"))
         self.reduction = reduction
 
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
@@ -313,8 +313,7 @@ def make_task(task: str | Task | Callable[[nn.Module, Batch], Tensor]) -> Task:
     if isinstance(task, Task):
         return task
     if isinstance(task, str):
-        if task not in _TASKS:
-            raise InputError(f"task={task!r} is not known; {nearest_name(task, _TASKS)}.")
+        check_choice("task", task, _TASKS)
         return _TASKS[task]()
     if isinstance(task, type) or not callable(task):
         raise InputTypeError(

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from tracer._core.sharding import layer_type
+from tracer._core.validation import check_choice
 from tracer.data.batches import select_samples
 from tracer.data.tasks import LowerPrecision, Task
-from tracer.errors import BatchError, GradientError, InputError, TracerError, nearest_name
+from tracer.errors import BatchError, GradientError, TracerError
 from tracer.gradients.attention import CapturedAttention, refuses_attention
 from tracer.gradients.backend import Backend, PlainBackend
 from tracer.gradients.capture import CallPattern, CapturedLayer, CapturedPass, Layout
@@ -120,8 +121,7 @@ class GradientEngine:
         device: torch.device | None = None,
         backend: Backend | None = None,
     ) -> None:
-        if method not in METHODS:
-            raise InputError(f"gradients={method!r} is not known; {nearest_name(method, METHODS)}.")
+        check_choice("gradients", method, METHODS)
         self.model, self.task, self.method = model, task, method
         self.names, self.backend = tuple(names), backend or PlainBackend(model)
         parameters = dict(model.named_parameters())

@@ -4,7 +4,7 @@ Each process, a *rank*, holds a part of every parameter. While a wrapped module 
 from all ranks, which therefore have to run the same modules in the same order: a rank that does not leaves the others
 waiting. So ranks go in step. Before they gather, and wherever a decision changes what runs next, they *vote*: each says
 where it is, and reads where the others are. A rank that fails votes too, once, and then every rank raises; a rank
-without work of its own runs a row of other work (`tracer.api.fsdp_featurizer`).
+without work of its own runs a row of other work (`tracer.api.featurizer`).
 
 Votes go through a group of processes of their own, on the CPU. Nothing here runs for models that are not sharded.
 """

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tracer._core.validation import check_count
-from tracer.errors import InputError, InputTypeError, nearest_name
+from tracer._core.validation import check_choice, check_count
+from tracer.errors import InputError, InputTypeError
 
 _OPTIMIZERS = ("sgd", "adamw")
 _SCHEDULES = ("constant", "linear", "cosine")
@@ -48,9 +48,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for field, choices in (("optimizer", _OPTIMIZERS), ("schedule", _SCHEDULES)):
-            name = getattr(self, field)
-            if name not in choices:
-                raise InputError(f"{field}={name!r} is not known; {nearest_name(name, choices)}.")
+            check_choice(field, getattr(self, field), choices)
         for field, bound in (("learning_rate", math.inf), ("momentum", 1.0), ("weight_decay", math.inf)):
             object.__setattr__(self, field, _number_below(getattr(self, field), field, bound))
         for field in ("batch_size", "epochs"):

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64
 
-from tracer.errors import InputError, InputTypeError, nearest_name
+from tracer._core.validation import check_choice
+from tracer.errors import InputError, InputTypeError
 
 ESTIMATORS = ("tracin", "cosine", "influence", "trak")
 """The values of ``estimator=``."""
@@ -72,12 +73,10 @@ class Estimate:
 
     def __post_init__(self) -> None:
         """Check the settings and complete them."""
-        for name, choices in (("estimator", ESTIMATORS), ("target", (None, *TARGETS))):
-            value = getattr(self, name)
-            if value not in choices:
-                raise InputError(f"{name}={value!r} is not known; {nearest_name(value, filter(None, choices))}.")
+        check_choice("estimator", self.estimator, ESTIMATORS)
         if self.target is None:
             object.__setattr__(self, "target", "output" if self.kernel else "loss")
+        check_choice("target", self.target, TARGETS)
         if self.regularization != "auto":
             object.__setattr__(self, "regularization", _checked_regularization(self.regularization))
             if self.kernel is None:

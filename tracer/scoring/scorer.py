@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from tracer._core.processes import Process
-from tracer._core.validation import check_count
+from tracer._core.validation import check_choice, check_count
 from tracer.data.indices import ExampleSelection, resolve_selection
-from tracer.errors import CallOrderError, IncompleteError, InputError, InputTypeError, nearest_name
+from tracer.errors import CallOrderError, IncompleteError, InputError, InputTypeError
 from tracer.scoring.estimators import Estimate, self_influence
 from tracer.scoring.feature_tables import CheckpointPair, FeatureTable, TrainIndices
 from tracer.scoring.kernels import Kernels, leverages
@@ -139,8 +139,7 @@ class Scorer:
         self, k: int, kind: str, model_ids: list[int] | None, rows: ExampleSelection | None, labels: Labels | None
     ) -> TrainIndices:
         """Check arguments and return the training examples to select from."""
-        if kind not in KINDS:
-            raise InputError(f"kind={kind!r} is not known; {nearest_name(kind, KINDS)}.")
+        check_choice("kind", kind, KINDS)
         chosen = resolve_selection(rows, self.num_rows)
         if labels is not None:
             chosen = self._with_labels(chosen, labels, model_ids)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from tracer._core.sharding import is_sharded
 from tracer._core.text import listing
-from tracer.errors import CheckpointError, InputError, nearest_name
+from tracer._core.validation import check_choice
+from tracer.errors import CheckpointError, InputError
 from tracer.training.checkpoints import as_state, checkpoint_value, weights_fingerprint
 from tracer.training.fit_state import fit_state
 from tracer.training.optimizer_states import assign_parameters, is_optimizer_state
@@ -37,10 +38,8 @@ _PASS = 'pass {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
 def check_preconditioner(preconditioner: str | None, sharded: bool = False) -> str | None:
     """Return a known preconditioner or None; FSDP models, whose optimizer states are divided, can have none."""
-    if preconditioner is not None and preconditioner not in PRECONDITIONERS:
-        raise InputError(
-            f"preconditioner={preconditioner!r} is not known; {nearest_name(preconditioner, PRECONDITIONERS)}."
-        )
+    if preconditioner is not None:
+        check_choice("preconditioner", preconditioner, PRECONDITIONERS)
     if preconditioner is not None and sharded:
         raise InputError(
             f"preconditioner={preconditioner!r} came with a model that fully_shard divides among processes, whose "

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from tracer._core.files import write_whole
-from tracer.errors import InputError, StoreError, nearest_name
+from tracer._core.validation import check_choice
+from tracer.errors import InputError, StoreError
 
 FORMAT_VERSION = 1
 _SHARES = ("equal",)
@@ -62,8 +63,7 @@ class IdealRecord:
 
     def _shares(self, share: str | Sequence[np.ndarray]) -> list[np.ndarray]:
         if isinstance(share, str):
-            if share not in _SHARES:
-                raise InputError(f"share={share!r} is not known; {nearest_name(share, _SHARES)}, or an array a step.")
+            check_choice("share", share, _SHARES, ", or an array a step")
             return [np.full(len(rows), 1.0 / len(rows)) for rows in self.rows]
         shares = [np.asarray(part, dtype=np.float64) for part in share]
         if len(shares) != len(self.rows):

@@ -19,7 +19,8 @@ from typing import Any
 
 from tracer._core.files import write_whole
 from tracer._core.text import listing
-from tracer.errors import InputError, InputTypeError, StoreError, nearest_name
+from tracer._core.validation import check_choice
+from tracer.errors import InputError, InputTypeError, StoreError
 from tracer.training.adam import optimizer_path
 
 FILE = "recording.json"
@@ -115,8 +116,7 @@ class Recording:
                 f"group's rates are not theirs: {listing([repr(name) for name in self.uneven])}. Train again with them "
                 f"in groups of their own, and take the groups one by one: load_checkpoints(..., group=0)"
             )
-        if learning_rate not in RATES:
-            raise InputError(f"learning_rate={learning_rate!r} is not known; {nearest_name(learning_rate, RATES)}.")
+        check_choice("learning_rate", learning_rate, RATES)
         rates = [one.learning_rate_sums if learning_rate == "sum" else one.learning_rates for one in self.checkpoints]
         table = [[*row, *[0.0] * (len(self.groups) - len(row))] for row in rates]  # groups may be added on the way
         if group is not None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from tracer._core.validation import check_count
-from tracer.errors import InputError, InputTypeError, nearest_name
+from tracer._core.validation import check_choice, check_count
+from tracer.errors import InputError, InputTypeError
 
 _MOST_LEVELS = 10**9  # of a loss that is all but zero
 
@@ -214,8 +214,7 @@ def make_schedule(every: int | str | Schedule | Mapping[str, Any]) -> Schedule:
         kinds: dict[str, Any] = {"even": Even, **_NAMED}
         return kinds[every["name"]](**{key: value for key, value in every.items() if key != "name"})
     if isinstance(every, str):
-        if every not in _NAMED:
-            raise InputError(f"every={every!r} is not known; {nearest_name(every, _NAMED)}, or a number of steps.")
+        check_choice("every", every, _NAMED, ", or a number of steps")
         return _NAMED[every]()
     if isinstance(every, bool) or not hasattr(every, "__index__"):
         raise InputTypeError(f"every is {every!r}; expected a number of steps, 'geometric', 'loss' or a schedule.")
