@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from store_cases import stored_features
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -179,7 +180,7 @@ def stored(tracing: Tracer) -> dict[str, np.ndarray]:
     alone = Tracer.open(tracing.store.path, process=(0, 1))  # called by one rank or by all
     table = alone.store.checkpoint(1)
     rows = {name: np.array(table.column(name)) for name in ("loss", "loss_grad", "loss_hess", "gradient_norm")}
-    return rows | {"features": table.features(0, ROWS), "scores": np.array(alone.finalize_scores("test"))}
+    return rows | {"features": stored_features(table, 0, ROWS), "scores": np.array(alone.finalize_scores("test"))}
 
 
 def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:

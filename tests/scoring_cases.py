@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from store_cases import stored_features
 
 from tracer.scoring.scorer import Scorer
 from tracer.store import RowTable, Store
@@ -57,7 +58,7 @@ def expected(found: Scorer, estimator: str = "tracin") -> np.ndarray:
             weight = table.column("loss_grad").astype(np.float64)
             if estimator == "cosine":
                 weight = np.sign(weight) / table.column("gradient_norm")
-            sides.append(table.features(0, table.num_rows).astype(np.float64) * weight[:, None])
+            sides.append(stored_features(table, 0, table.num_rows).astype(np.float64) * weight[:, None])
         total += rate * sides[0] @ sides[1].T
     return total
 

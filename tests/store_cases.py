@@ -6,14 +6,22 @@ from typing import Any
 
 import numpy as np
 
+from tracer.store import RowTable
 from tracer.store.manifest import Manifest
-from tracer.store.row_table import COLUMNS
+from tracer.store.table_schema import COLUMNS
 
 N, DIM = 23, 5
 
 
 def manifest(**changes: Any) -> Manifest:
     return Manifest({"train_set_size": N, "feature_dim": DIM, "storage": "float32", "seed": 0, **changes})
+
+
+def stored_features(table: RowTable, start: int, stop: int) -> np.ndarray:
+    """Features of rows from start to stop as scores use them: [stop - start, dim], float32, times their scale."""
+    raw = [view.astype(np.float32) for _, view in table.raw_features(start, stop)]
+    scale = table.column("scale", start, stop)[:, None]
+    return np.concatenate([np.empty((0, table.dim), np.float32), *raw]) * scale
 
 
 def batch(rows: np.ndarray, seed: int = 0, dim: int = DIM) -> dict[str, np.ndarray]:

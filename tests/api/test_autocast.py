@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from store_cases import stored_features
 from torch import nn
 from tracer_cases import build, featurize, score
 
@@ -62,7 +63,7 @@ def test_gradients_are_those_of_autograd_under_autocast(run, tmp_path):
         margin = logits[y] - logits[torch.arange(3) != y].logsumexp(0)
         grads = torch.autograd.grad(margin, list(run.model.parameters()))
         expected.append(torch.cat([grad.flatten() for grad in grads]))
-    found = torch.from_numpy(tracing.store.checkpoint(0).features(0, len(run.x)))
+    found = torch.from_numpy(stored_features(tracing.store.checkpoint(0), 0, len(run.x)))
     error = (found - torch.stack(expected)).norm(dim=1) / found.norm(dim=1)
     assert float(error.max()) < 1e-2
 
@@ -72,7 +73,7 @@ def test_surrounding_autocast_does_not_count(run, tmp_path, autocast):
     """Nor do the casts of weights that it keeps, of the model's own or of another checkpoint's."""
     tracing = build(run, tmp_path / "alone", autocast=autocast)
     featurize(tracing, run)
-    expected = [tracing.store.checkpoint(number).features(0, len(run.x)) for number in range(3)]
+    expected = [stored_features(tracing.store.checkpoint(number), 0, len(run.x)) for number in range(3)]
     run.model.eval()
     for enabled in (False, True):
         tracing = build(run, tmp_path / str(enabled), autocast=autocast)
@@ -81,7 +82,9 @@ def test_surrounding_autocast_does_not_count(run, tmp_path, autocast):
             featurize(tracing, run)
             assert torch.equal(run.model(run.x), before)
         for number in range(3):
-            np.testing.assert_array_equal(tracing.store.checkpoint(number).features(0, len(run.x)), expected[number])
+            np.testing.assert_array_equal(
+                stored_features(tracing.store.checkpoint(number), 0, len(run.x)), expected[number]
+            )
 
 
 def test_precision_is_recorded_and_checked(run, tmp_path):

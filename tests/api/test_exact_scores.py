@@ -15,6 +15,7 @@ from tracer_cases import loss_gradients, oracle_scores
 from tracer import CallOrderError, IncompleteError, InputError, MismatchError, NonFiniteError, Tracer, attribute
 from tracer.gradients.inner_products import TargetGradients
 from tracer.store import RowTable
+from tracer.store.arrays.store_path import store_path
 
 
 def direct(run, path, **options):
@@ -29,7 +30,7 @@ def test_scores_equal_a_float64_loop_of_autograd(run, tmp_path, estimator, memor
     found = direct(run, tmp_path / "store", estimator=estimator, memory_bytes=memory_bytes, batch_size=2)
     expected = oracle_scores(run, cosine=estimator == "cosine")
     assert np.abs(found.scores - expected).max() <= 1e-5 * np.abs(expected).max()
-    blocks = found.tracer.store.cosines("targets", 0)
+    blocks = found.tracer.store.results.cosines("targets", 0)
     assert [first for first, _ in blocks] == ([0] if memory_bytes > 1 else [0, 2, 4])
 
 
@@ -48,9 +49,9 @@ def test_no_gradients_are_stored(run, tmp_path):
     direct(run, tmp_path / "store")
     features = [path for path in (tmp_path / "store").rglob("*") if path.name == "features"]
     assert not features
-    table = RowTable(tmp_path / "store" / "checkpoints" / "0")
+    table = RowTable(store_path(tmp_path / "store" / "checkpoints" / "0"))
     assert (table.dim, table.storage, table.num_done) == (0, "none", len(run.x))
-    with pytest.raises(CallOrderError, match="no features"):
+    with pytest.raises(CallOrderError, match="needs stored features and this store has storage=.none."):
         table.raw_features(0, 1)
 
 
@@ -147,12 +148,12 @@ def test_a_run_that_was_stopped_goes_on(run, tmp_path, monkeypatch):
 def test_other_memory_goes_on_with_the_blocks_that_are_there(run, tmp_path):
     one = direct(run, tmp_path / "store", memory_bytes=1)
     again = direct(run, tmp_path / "store")
-    assert len(again.tracer.store.cosines("targets", 0)) == 2  # batches of 4 targets, of 5
+    assert len(again.tracer.store.results.cosines("targets", 0)) == 2  # batches of 4 targets, of 5
     np.testing.assert_array_equal(one.scores, again.scores)
 
 
 def test_wrong_use_is_refused(run, tmp_path):
-    with pytest.raises(InputError, match="got storage='none' with projector='sketch'"):
+    with pytest.raises(InputError, match="expected projector='none' with storage='none', got projector='sketch'"):
         Tracer(run.model, "image_classification", 23, tmp_path / "a", storage="none")
     options = {"projector": "none", "storage": "none"}
     tracing = Tracer(run.model, "image_classification", 23, tmp_path / "b", **options)

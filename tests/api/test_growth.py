@@ -60,7 +60,7 @@ def test_a_store_grows_and_old_rows_are_not_computed_again(run, tmp_path, comput
 def test_a_store_does_not_shrink_and_growing_by_nothing_changes_nothing(run, tmp_path):
     found = trace(run, 17, tmp_path, proj_dim=16)
     found.tracer.grow(17)
-    with pytest.raises(InputError, match="has 17 train rows and 16 were asked for"):
+    with pytest.raises(InputError, match="expected at least the 17 training rows that the store has, got 16"):
         found.tracer.grow(16)
     assert found.tracer.remaining(0).size == 0 and Tracer.open(tmp_path).train_set_size == 17
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scoring_cases import scorer
+from store_cases import stored_features
 
 from tracer import IncompleteError, InputError, InputTypeError, Tracer, attribute
 from tracer._core.processes import Process, this_process
@@ -66,12 +67,12 @@ def test_an_array_with_gaps_is_refused():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-@pytest.mark.parametrize(("num_rows", "block_rows"), [(100, 9), (1, 1), (5, 3), (64, 64), (1000, 10)])
-def test_parts_cover_all_rows_once_and_share_no_block(count, num_rows, block_rows):
-    parts = [Process(rank, count).rows(num_rows, block_rows) for rank in range(count)]
+@pytest.mark.parametrize(("num_rows", "chunk_rows"), [(100, 9), (1, 1), (5, 3), (64, 64), (1000, 10)])
+def test_parts_cover_all_rows_once_and_share_no_chunk(count, num_rows, chunk_rows):
+    parts = [Process(rank, count).rows(num_rows, chunk_rows) for rank in range(count)]
     assert [row for part in parts for row in part] == list(range(num_rows))
-    blocks = [{row // block_rows for row in part} for part in parts]
-    assert sum(map(len, blocks)) == len(set().union(*blocks))
+    chunks = [{row // chunk_rows for row in part} for part in parts]
+    assert sum(map(len, chunks)) == len(set().union(*chunks))
 
 
 def test_a_shard_is_a_subset_of_global_rows(run, tmp_path):
@@ -138,12 +139,12 @@ def test_torchrun_gives_the_results_of_one_process(run, tmp_path, count, batch_s
     assert done.returncode == 0, done.stderr[-3000:]
     store = Store.open_existing(tmp_path / "many")
     assert store.manifest.layout["processes"] == count
-    for model_id in store.checkpoint_ids():
+    for model_id in store.catalog.checkpoint_ids():
         ours, theirs = store.checkpoint(model_id), alone.tracer.store.checkpoint(model_id)
-        assert ours.block_rows < 23
+        assert ours.chunk_rows < 23
         for name in ("loss", "loss_grad", "gradient_norm", "fingerprint", "label"):
             np.testing.assert_array_equal(ours.column(name), theirs.column(name))
-        np.testing.assert_array_equal(ours.features(0, 23), theirs.features(0, 23))  # bit for bit
+        np.testing.assert_array_equal(stored_features(ours, 0, 23), stored_features(theirs, 0, 23))  # bit for bit
     for rank in range(count):
         np.testing.assert_array_equal(np.load(tmp_path / f"scores-{rank}.npy"), alone.scores)
         np.testing.assert_array_equal(np.load(tmp_path / f"top-{rank}.npy"), alone.top(3).indices)
@@ -223,4 +224,4 @@ def test_shards_of_as_many_targets_as_train_rows_are_blocks_of_targets(run, tmp_
     tracing.finalize_features()
     tracing.process = Process(0, 2)
     tracing.start_scoring_checkpoint(run.checkpoints[0][0], 0, 23, "itself")
-    assert tracing.shard(run.x).indices == range(tracing.store.targets("itself", 0).block_rows) == range(12)
+    assert tracing.shard(run.x).indices == range(tracing.store.targets("itself", 0).chunk_rows) == range(12)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run
+from store_cases import stored_features
 from tracer_cases import build, featurize, score
 
 import tracer
@@ -120,7 +121,7 @@ def test_a_query_disturbs_nothing(run, tmp_path):
     tables = [each.store.targets("test", 1) for each in (tracing, plain)]
     assert not len(tracing.remaining(1, "test"))
     plain.flush()
-    np.testing.assert_array_equal(tables[0].features(0, 5), tables[1].features(0, 5))
+    np.testing.assert_array_equal(stored_features(tables[0], 0, 5), stored_features(tables[1], 0, 5))
     assert all(torch.equal(value, weights[name]) for name, value in run.model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -73,7 +73,7 @@ def test_flags_alone_do_and_win_over_the_file(project):
     assert run_tracer("run", "tracer.toml", *options).exit_code == 0
     store = Tracer.open("flags").store
     assert store.manifest.feature_dim == 32
-    assert store.exp_names() == ["mine"]
+    assert store.catalog.exp_names() == ["mine"]
     assert set(store.manifest.settings["params"]) == {"0.weight", "0.bias", "2.bias"}
     every = {**read_settings("tracer.toml", {}), "learning_rate": "0.1,0.2", "save_dir": "alone"}
     every["checkpoints"] = every["checkpoints"][0]

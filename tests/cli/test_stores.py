@@ -83,7 +83,7 @@ def test_a_damaged_root_is_damage(own, content, repair):
     assert result.exit_code == 1
     found = json.loads(result.stdout)
     assert found["ok"] is False
-    assert [(each["path"], each["mended"]) for each in found["damage"]] == [(str(own / "store/zarr.json"), False)]
+    assert [(each["path"], each["repaired"]) for each in found["damage"]] == [(str(own / "store/zarr.json"), False)]
     assert (own / "store/zarr.json").read_text() == content
 
 
@@ -100,7 +100,7 @@ def test_verify_of_a_damaged_store_is_1_and_changes_nothing_until_it_is_to_repai
     chunk.write_bytes(content)
     looked = run_tracer("verify", "store")
     assert looked.exit_code == 1
-    assert "rows do not have the checksum that they were written with; 1 rows" in looked.output
+    assert "rows do not match the checksum that they were written with; 1 rows" in looked.output
     assert "tracer verify --repair" in looked.output
     assert not verify("store", repair=False).ok
     assert len(Tracer.open("store").remaining(1)) == 0

@@ -148,7 +148,7 @@ def test_other_settings_than_the_store_s(run, tmp_path, options, line):
 
 
 def test_another_train_set_size(run, tracing, tmp_path):
-    with pytest.raises(tracer.MismatchError, match=r"has 23 train rows and train_set_size=24 .*grow\(24\)"):
+    with pytest.raises(tracer.MismatchError, match=r"has 23 training rows, got train_set_size=24.*grow\(24\)"):
         Tracer(
             run.model,
             "image_classification",
@@ -319,7 +319,7 @@ def test_state_dicts_that_do_not_fit(run, tracing):
     wrapped = {f"module.{name}": value for name, value in run.checkpoints[0][0].items()}
     with pytest.raises(tracer.CheckpointError, match=r"module\."):
         tracing.load_checkpoint(wrapped, 0, 0.1)
-    assert tracing.store.checkpoint_ids() == []
+    assert tracing.store.catalog.checkpoint_ids() == []
 
 
 class Bomb:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scoring_cases import RATES, scorer, slow_leave_one_out
+from store_cases import stored_features
 
 from tracer import attribute
 from tracer.errors import CallOrderError, InputError
@@ -26,7 +27,7 @@ SHAPES = [(60, 5, 12), (12, 5, 60), (33, 1, 33), (1, 2, 3)]
 def columns(found: Scorer, model_id: int, side: str) -> tuple[np.ndarray, ...]:
     """Features, Q, ∂²L/∂f² and norm of all examples, in float64."""
     table = found.store.checkpoint(model_id) if side == "train" else found.store.targets("test", model_id)
-    features = table.features(0, table.num_rows).astype(np.float64)
+    features = stored_features(table, 0, table.num_rows).astype(np.float64)
     return features, *(table.column(name).astype(np.float64) for name in ("loss_grad", "loss_hess", "gradient_norm"))
 
 
@@ -94,7 +95,7 @@ def learnable(tmp_path, num_rows=60, dim=12):
     for model_id in range(len(RATES)):
         table = found.store.checkpoint(model_id)
         rng = np.random.default_rng(7 + model_id)
-        features, rows = table.features(0, num_rows), np.arange(num_rows)
+        features, rows = stored_features(table, 0, num_rows), np.arange(num_rows)
         output_change = features @ np.linspace(2, 0, dim) + 5 * rng.standard_normal(num_rows)
         names = ("loss", "loss_grad", "loss_hess", "gradient_norm", "label", "fingerprint")
         kept = {name: table.column(name) for name in names}
@@ -120,10 +121,10 @@ def test_the_regularization_is_what_predicts_left_out_rows_best(tmp_path, shape)
     tables = [found.store.checkpoint(model_id) for model_id in model_ids]
     last = tables[int(np.argmin([table.column("loss").mean() for table in tables]))]
     w = np.mean([table.column("loss_hess").astype(np.float64) for table in tables], axis=0)
-    squares = np.square(last.features(0, shape[0]).astype(np.float64)).sum(1)
+    squares = np.square(stored_features(last, 0, shape[0]).astype(np.float64)).sum(1)
     unit, predictions = w @ squares / shape[0], 0
     for table in tables:
-        features = table.features(0, shape[0]).astype(np.float64)
+        features = stored_features(table, 0, shape[0]).astype(np.float64)
         output_change, loss_grad = (table.column(name).astype(np.float64) for name in ("output_change", "loss_grad"))
         rows = np.arange(shape[0])
         columns = [slow_leave_one_out(features, w, output_change, loss_grad, rows, float(unit * x)) for x in LAMBDAS]
@@ -229,7 +230,7 @@ def test_kernels_are_read_if_stored_and_computed_again_if_examples_change(tmp_pa
             patched.setattr("tracer.scoring.kernels._WeightedPass.blocks", lambda *args: pytest.fail("computed again"))
         again = Scorer(found.store, torch.device("cpu"), False)
         np.testing.assert_array_equal(again.scores("test", estimate, None), first)
-    found.store.forget_rows(np.array([3]))
+    found.store.invalidate_rows(np.array([3]))
     for model_id in range(len(RATES)):
         with found.store.checkpoint(model_id) as table:
             table.write(
@@ -290,7 +291,7 @@ def test_without_second_derivatives_the_empirical_fisher_takes_their_place(tmp_p
         with found.store.checkpoint(model_id) as table:
             names = ("loss", "loss_grad", "gradient_norm", "output_change")
             kept = {name: np.array(table.column(name)) for name in names}
-            features = table.features(0, 20)
+            features = stored_features(table, 0, 20)
             table.set_attributes(finalized=False)
             zero = np.zeros(20, np.float32)
             table.write(np.arange(20), features, loss_hess=zero, fingerprint=np.zeros(20, np.uint64), **kept)

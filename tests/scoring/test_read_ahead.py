@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 from scoring_cases import scorer
+from store_cases import stored_features
 
 from tracer.errors import InputError
 from tracer.scoring import read_ahead
@@ -30,11 +31,11 @@ def test_rows_are_read_ahead_once_and_in_order(tmp_path, monkeypatch):
 def test_prefetch_changes_nothing(tmp_path, monkeypatch):
     found = scorer(tmp_path, 30, 3, 16)
     table = found.store.checkpoint(0)
-    before = table.features(0, 30)
+    before = stored_features(table, 0, 30)
     table.prefetch(3, 30)
     table.prefetch(5, 5)
     with pytest.raises(InputError, match="expected 0 <= start <= stop <= 30"):
         table.prefetch(0, 31)
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     table.prefetch(0, 30)
-    np.testing.assert_array_equal(table.features(0, 30), before)
+    np.testing.assert_array_equal(stored_features(table, 0, 30), before)

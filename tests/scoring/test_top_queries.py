@@ -37,7 +37,7 @@ def top(found, k=K, kind="proponents", rows=None):
 
 
 def parts(found):
-    return list_parts(found.store.selections_path("test", "tracin"))
+    return list_parts(found.store.results.top_path("test", "tracin"))
 
 
 def ranges(found):
@@ -97,12 +97,12 @@ def test_only_chosen_rows_count(found, counted, rows, kind):
 
 
 def test_files_without_chosen_rows_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("tracer.store.store.BLOCK_BYTES", 10 * DIM * 4)
+    monkeypatch.setattr("tracer.store.arrays.local_path.LocalPath.feature_chunk_bytes", 10 * DIM * 4)
     found = scorer(tmp_path, N, M, DIM)
     scores = expected(found)
     for model_id in (0, 1):
         table = found.store.checkpoint(model_id)
-        assert table.block_rows == 10
+        assert table.chunk_rows == 10
         for chunk in set(range(N // 10)) - {2, 25}:
             table._features.chunk_path(chunk).write_bytes(b"damaged")
     for rows in ([25, 29, 253], range(20, 30), np.isin(np.arange(N), [20, 255, 259])):

@@ -14,7 +14,7 @@ from tracer.scoring.write_scores import write_scores
 def open_scores(found, **options):
     tiles, _ = found._tile_scorer("test", Estimate(), None)
     shape = found.num_rows, tiles.num_targets
-    return tiles, found.store.scores("test", "tracin", shape, {"a": 1}, tile_rows=10)
+    return tiles, found.store.results.scores("test", "tracin", shape, {"a": 1}, tile_rows=10)
 
 
 def test_ranges_divide_the_work(tmp_path):
@@ -28,7 +28,7 @@ def test_ranges_divide_the_work(tmp_path):
     matrix = write_scores(tiles, scores, False)
     assert scores.complete
     np.testing.assert_allclose(matrix, expected(found), rtol=1e-4, atol=1e-4)
-    with pytest.raises(InputError, match="rows 5 to 20 are no whole tiles"):
+    with pytest.raises(InputError, match="got rows 5 to 20: expected whole tiles"):
         write_scores(tiles, scores, False, ranges=[(5, 20)])
 
 

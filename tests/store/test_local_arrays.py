@@ -15,18 +15,19 @@ from tracer._core import files
 from tracer._core.files import PARTIAL, create_file, sweep
 from tracer.errors import StoreError
 from tracer.store.arrays import local
-from tracer.store.arrays.completion_mask import Completion
-from tracer.store.arrays.layout import Layout, create_array, rows_per_block
-from tracer.store.arrays.local import MappedArray
-from tracer.store.metadata import NODE
+from tracer.store.arrays.completion_mask import CompletionMask
+from tracer.store.arrays.layout import Layout, create_array, rows_per_chunk
+from tracer.store.arrays.local import LocalArray
+from tracer.store.arrays.local_path import LocalPath
+from tracer.store.arrays.metadata import NODE
 
 
-def make(path, shape=(10, 3), dtype="float32", chunk_rows=4, tile_rows=None) -> MappedArray:
-    create_array(path, Layout(shape, dtype, chunk_rows, tile_rows))
-    return MappedArray(path)
+def make(path, shape=(10, 3), dtype="float32", chunk_rows=4, tile_rows=None) -> LocalArray:
+    create_array(LocalPath(path), Layout(shape, dtype, chunk_rows, tile_rows))
+    return LocalArray(LocalPath(path))
 
 
-def fill(array: MappedArray) -> np.ndarray:
+def fill(array: LocalArray) -> np.ndarray:
     values = np.arange(np.prod(array.layout.shape)).reshape(array.layout.shape).astype(array.layout.dtype)
     array.assign(np.arange(len(values)), values)
     array.flush()
@@ -100,7 +101,7 @@ def test_more_files_than_maps_are_kept_right(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts file descriptors as Linux lists them")
-def test_file_descriptors_do_not_grow_with_blocks_or_arrays(tmp_path, monkeypatch):
+def test_file_descriptors_do_not_grow_with_chunks_or_arrays(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "_MAX_MAPS", 4)
     held, most = len(os.listdir("/proc/self/fd")), 0
     arrays = [make(tmp_path / str(number), (30,), chunk_rows=1) for number in range(3)]
@@ -115,17 +116,17 @@ def test_file_descriptors_do_not_grow_with_blocks_or_arrays(tmp_path, monkeypatc
     assert all(len(array.read(5, 5)) == 0 for array in arrays)
 
 
-def test_blocks_have_at_most_the_bytes_asked_for_and_are_as_many_for_each_process():
-    assert rows_per_block(1000, 8, block_bytes=100) == 12
-    assert rows_per_block(5, 8, block_bytes=100) == 5
-    assert rows_per_block(5, 1600, block_bytes=100) == 1
-    assert rows_per_block(1 << 20, 8192) == 8192
-    assert rows_per_block(50_000, 8192) == 4167  # 12 blocks, so that processes can share them later
+def test_chunks_have_at_most_the_bytes_asked_for_and_are_as_many_for_each_process():
+    assert rows_per_chunk(1000, 8, chunk_bytes=100) == 12
+    assert rows_per_chunk(5, 8, chunk_bytes=100) == 5
+    assert rows_per_chunk(5, 1600, chunk_bytes=100) == 1
+    assert rows_per_chunk(1 << 20, 8192) == 8192
+    assert rows_per_chunk(50_000, 8192) == 4167  # 12 chunks, so that processes can share them later
     for processes in (1, 2, 3, 4, 7, 64):
         for rows in (1, 5, 64, 1000, 50_000):
-            size = rows_per_block(rows, 8192, processes)
+            size = rows_per_chunk(rows, 8192, processes)
             assert 1 <= size <= 8192 and (rows < 20 * processes or -(-rows // size) >= processes)
-    assert rows_per_block(10, 0, 4) == 3
+    assert rows_per_chunk(10, 0, 4) == 3
 
 
 def test_a_tiled_array_is_a_matrix_at_the_head_of_its_file(tmp_path):
@@ -150,7 +151,7 @@ def test_a_file_of_wrong_size_is_an_error_and_not_a_signal(tmp_path, writable):
     fill(array)
     os.truncate(array.chunk_path(1), 5)
     with pytest.raises(StoreError, match="expected 48 bytes, found 5"):
-        MappedArray(tmp_path / "a").chunk(1, writable=writable)
+        LocalArray(LocalPath(tmp_path / "a")).chunk(1, writable=writable)
     assert array.chunk_path(1).stat().st_size == 5
 
 
@@ -158,11 +159,14 @@ def test_a_file_of_wrong_size_is_an_error_and_not_a_signal(tmp_path, writable):
     ("change", "text"),
     [
         (lambda meta: meta.pop("codecs"), "missing or damaged"),
-        (lambda meta: meta.update(codecs=[{"name": "bytes", "configuration": {"endian": "big"}}]), "not laid out"),
-        (lambda meta: meta["codecs"].append({"name": "zstd"}), "not laid out"),
-        (lambda meta: meta.update(data_type="complex64"), "not laid out"),
+        (
+            lambda meta: meta.update(codecs=[{"name": "bytes", "configuration": {"endian": "big"}}]),
+            "does not write",
+        ),
+        (lambda meta: meta["codecs"].append({"name": "zstd"}), "does not write"),
+        (lambda meta: meta.update(data_type="complex64"), "does not write"),
         (lambda meta: meta.update(chunk_grid={"name": "regular"}), "missing or damaged"),
-        (lambda meta: meta.update(zarr_format=2), "no zarr version 3"),
+        (lambda meta: meta.update(zarr_format=2), "is not zarr version 3"),
     ],
 )
 def test_other_layouts_are_refused(tmp_path, change, text):
@@ -171,12 +175,12 @@ def test_other_layouts_are_refused(tmp_path, change, text):
     change(meta)
     (tmp_path / "a" / NODE).write_text(json.dumps(meta))
     with pytest.raises(StoreError, match=text):
-        MappedArray(tmp_path / "a")
+        LocalArray(LocalPath(tmp_path / "a"))
 
 
 def test_missing_metadata_is_named(tmp_path):
     with pytest.raises(StoreError, match="missing or damaged"):
-        MappedArray(tmp_path)
+        LocalArray(LocalPath(tmp_path))
 
 
 def test_a_full_disk_is_an_error_when_a_file_is_created(tmp_path, monkeypatch):
@@ -228,7 +232,7 @@ def test_only_old_leftovers_are_swept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{PARTIAL}new", "kept"]
 
 
-class Recorded(MappedArray):
+class Recorded(LocalArray):
     """A mapped array that writes down when it is flushed, and can fail."""
 
     log: list[str] = []
@@ -247,11 +251,11 @@ def completion(tmp_path):
     make(tmp_path / "data", chunk_rows=10)
     make(tmp_path / "mask", (10,), "bool", 10)
     Recorded.log.clear()
-    data, mask = Recorded(tmp_path / "data"), Recorded(tmp_path / "mask")
-    return data, mask, Completion(mask, [data], flush_seconds=1e9)
+    data, mask = Recorded(LocalPath(tmp_path / "data")), Recorded(LocalPath(tmp_path / "mask"))
+    return data, mask, CompletionMask(mask, [data], flush_seconds=1e9)
 
 
-def write(data: MappedArray, completion: Completion, rows: list[int]) -> None:
+def write(data: LocalArray, completion: CompletionMask, rows: list[int]) -> None:
     with completion.writing(np.array(rows)):
         data.assign(np.array(rows), np.ones((len(rows), 3), np.float32))
 

@@ -16,14 +16,13 @@ import fsspec
 import numpy as np
 import pytest
 import zarr
-from store_cases import DIM, N, batch, manifest
+from store_cases import DIM, N, batch, manifest, stored_features
 
 from tracer import Tracer, attribute
 from tracer.errors import MismatchError, MissingDependencyError, StoreError
 from tracer.store import RowTable, Store
-from tracer.store import remote_path as remote_module
-from tracer.store.arrays import remote
-from tracer.store.remote_path import RemotePath
+from tracer.store.arrays import remote, remote_path
+from tracer.store.arrays.remote_path import RemotePath
 
 processes = multiprocessing.get_context("spawn")
 
@@ -71,8 +70,8 @@ def url(request) -> str:
     return f"{request.param}://runs/{uuid.uuid4().hex}"
 
 
-def small_blocks(monkeypatch) -> None:
-    monkeypatch.setattr("tracer.store.store.REMOTE_BLOCK_BYTES", 4 * DIM * 4)
+def small_chunks(monkeypatch) -> None:
+    monkeypatch.setattr("tracer.store.arrays.remote_path.RemotePath.feature_chunk_bytes", 4 * DIM * 4)
 
 
 def test_a_store_is_made_and_opened_anywhere(url):
@@ -82,16 +81,16 @@ def test_a_store_is_made_and_opened_anywhere(url):
         Store.open(url, manifest(seed=1))
     with pytest.raises(StoreError, match="holds no store"):
         Store.open_existing(url + "x")
-    (RemotePath.of(url + "y") / "thesis.tex").write_bytes(b"mine")
+    (RemotePath.of(url + "y") / "thesis.tex").write_whole(b"mine")
     with pytest.raises(StoreError, match=r"not empty \(it holds thesis.tex\)"):
         Store.open(url + "y", manifest())
 
 
-def test_rows_are_uploaded_in_whole_blocks_and_done_after_that(url, monkeypatch):
-    small_blocks(monkeypatch)
+def test_rows_are_uploaded_in_whole_chunks_and_done_after_that(url, monkeypatch):
+    small_chunks(monkeypatch)
     store = Store.open(url, manifest())
     table = store.create_checkpoint(0, "abc", 0.1)
-    assert table.block_rows == 4
+    assert table.chunk_rows == 4
     table.write(**batch(np.arange(6)))
     remote = RemotePath.of(url) / "checkpoints" / "0" / "features" / "c"
     assert remote.children() == ["0"]
@@ -101,7 +100,7 @@ def test_rows_are_uploaded_in_whole_blocks_and_done_after_that(url, monkeypatch)
     table.write(**batch(np.array([6])))
     assert remote.children() == ["0", "1"] and table.pending == 0
     table.write(**batch(np.array([20])))
-    table.flush()  # a block that is not full
+    table.flush()  # a chunk that is not full
     assert np.flatnonzero(store.checkpoint(0).done).tolist() == [*range(8), 20]
     with store.checkpoint(0) as again:
         rows = again.remaining()
@@ -109,7 +108,7 @@ def test_rows_are_uploaded_in_whole_blocks_and_done_after_that(url, monkeypatch)
             again.write(**batch(part))
     table = store.checkpoint(0)
     assert table.done.all()
-    np.testing.assert_array_equal(table.features(0, N), batch(np.arange(N))["features"])
+    np.testing.assert_array_equal(stored_features(table, 0, N), batch(np.arange(N))["features"])
     for name in ("loss", "loss_grad", "fingerprint"):
         np.testing.assert_array_equal(table.column(name), batch(np.arange(N))[name])
 
@@ -118,7 +117,7 @@ def test_any_zarr_reader_sees_a_remote_store(url):
     store = Store.open(url, manifest())
     with store.create_checkpoint(0, "abc", 0.1) as table:
         table.write(**batch(np.arange(N)))
-    with store.scores("test", "tracin", (N, 3), {}) as scores:
+    with store.results.scores("test", "tracin", (N, 3), {}) as scores:
         scores.write(0, np.ones((N, 3), np.float32))
     root = zarr.open_group(url, mode="r")
     np.testing.assert_array_equal(root["checkpoints/0/features"][:], batch(np.arange(N))["features"])
@@ -126,14 +125,14 @@ def test_any_zarr_reader_sees_a_remote_store(url):
 
 
 def test_an_object_that_went_missing_or_short_is_named(url, monkeypatch):
-    small_blocks(monkeypatch)
+    small_chunks(monkeypatch)
     store = Store.open(url, manifest())
     with store.create_checkpoint(0, "abc", 0.1) as table:
         table.write(**batch(np.arange(N)))
     chunk = RemotePath.of(url) / "checkpoints" / "0" / "features" / "c" / "1" / "0"
-    chunk.write_bytes(chunk.read_bytes()[:-1])
+    chunk.write_whole(chunk.read_bytes()[:-1])
     with pytest.raises(StoreError, match="expected 80 bytes, found 79"):
-        store.checkpoint(0).features(0, N)
+        stored_features(store.checkpoint(0), 0, N)
     chunk.remove()
     with pytest.raises(StoreError, match="c/1/0 is missing although rows in it are done"):
         store.checkpoint(0)
@@ -141,13 +140,13 @@ def test_an_object_that_went_missing_or_short_is_named(url, monkeypatch):
 
 def test_of_two_that_create_at_once_one_wins(url):
     first, second = RemotePath.of(url) / "x", RemotePath.of(url) / "x"
-    first.create_bytes(b"first")
-    second.create_bytes(b"second")
+    first.write_whole(b"first", replace=False)
+    second.write_whole(b"second", replace=False)
     assert first.read_bytes() == b"first"
 
 
-def test_prefetched_blocks_are_those_that_are_read(url, monkeypatch):
-    small_blocks(monkeypatch)
+def test_prefetched_chunks_are_those_that_are_read(url, monkeypatch):
+    small_chunks(monkeypatch)
     store = Store.open(url, manifest())
     with store.create_checkpoint(0, "abc", 0.1) as table:
         table.write(**batch(np.arange(N)))
@@ -156,7 +155,7 @@ def test_prefetched_blocks_are_those_that_are_read(url, monkeypatch):
     whole = RemotePath.read_bytes
     monkeypatch.setattr(RemotePath, "read_bytes", lambda self: (reads.append(str(self)), whole(self))[1])
     table.prefetch(4, 12)
-    found = [raw for _, _, raw, _ in table.tiles(100, 4, 12)]
+    found = [raw for _, raw in table.raw_features(4, 12)]
     np.testing.assert_array_equal(np.concatenate(found), batch(np.arange(4, 12))["features"])
     assert len([path for path in reads if "/features/c/" in path]) == 2  # each was read once
 
@@ -176,7 +175,7 @@ class Flaky:
 
 def test_failures_that_pass_are_tried_again(monkeypatch):
     pauses: list[float] = []
-    monkeypatch.setattr(remote_module.time, "sleep", pauses.append)
+    monkeypatch.setattr(remote_path.time, "sleep", pauses.append)
     flaky = Flaky(3, ConnectionResetError("reset"))
     assert RemotePath(flaky, "a/b", "s3://a/b").read_bytes() == b"here" and flaky.calls == 4
     assert pauses == [0.2, 0.4, 0.8]
@@ -197,7 +196,7 @@ def test_an_upload_that_fails_marks_nothing_done(url, monkeypatch):
         raise StoreError("pipe_file failed 6 times")
 
     with monkeypatch.context() as patch:
-        patch.setattr(RemotePath, "write_bytes", broken)
+        patch.setattr(RemotePath, "write_whole", broken)
         with pytest.raises(StoreError, match="failed 6 times"):
             table.write(**batch(np.arange(N)))
     assert table.pending == 0 and not store.checkpoint(0).done.any()
@@ -247,7 +246,7 @@ def write_rows(url: str, reports: multiprocessing.Queue) -> None:
 
 
 def test_what_a_killed_process_had_uploaded_stays(s3_server, monkeypatch):
-    small_blocks(monkeypatch)
+    small_chunks(monkeypatch)
     url = f"s3://runs/{uuid.uuid4().hex}"
     store = Store.open(url, manifest())
     store.create_checkpoint(0, "abc", 0.1).close()
@@ -261,10 +260,10 @@ def test_what_a_killed_process_had_uploaded_stays(s3_server, monkeypatch):
     table: RowTable = store.checkpoint(0)
     done = np.flatnonzero(table.done)
     assert set(range(8)) <= set(done.tolist()) and not table.done.all()
-    np.testing.assert_array_equal(table.features(0, N)[done], batch(np.arange(N))["features"][done])
+    np.testing.assert_array_equal(stored_features(table, 0, N)[done], batch(np.arange(N))["features"][done])
     with table:
         table.write(**batch(table.remaining()))
-    np.testing.assert_array_equal(store.checkpoint(0).features(0, N), batch(np.arange(N))["features"])
+    np.testing.assert_array_equal(stored_features(store.checkpoint(0), 0, N), batch(np.arange(N))["features"])
 
 
 def test_a_tracer_resumes_on_s3(s3_server, run):
@@ -279,14 +278,14 @@ def test_a_tracer_resumes_on_s3(s3_server, run):
 
 
 def test_what_is_kept_of_reading_is_bounded(monkeypatch):
-    monkeypatch.setattr("tracer.store.store.REMOTE_BLOCK_BYTES", 4 * DIM * 4)
+    monkeypatch.setattr("tracer.store.arrays.remote_path.RemotePath.feature_chunk_bytes", 4 * DIM * 4)
     monkeypatch.setattr(remote, "CACHE_BYTES", 3 * 4 * DIM * 4)
     store = Store.open(f"memory://runs/{uuid.uuid4().hex}", manifest())
     with store.create_checkpoint(0, "abc", 0.1) as table:
         table.write(**batch(np.arange(N)))
     table = store.checkpoint(0)
     for _ in range(2):
-        np.testing.assert_array_equal(table.features(0, N), batch(np.arange(N))["features"])
+        np.testing.assert_array_equal(stored_features(table, 0, N), batch(np.arange(N))["features"])
         assert 0 < remote._cache.size <= remote.CACHE_BYTES
     kept = remote._cache.size
     del table
@@ -294,12 +293,12 @@ def test_what_is_kept_of_reading_is_bounded(monkeypatch):
     assert remote._cache.size < kept
 
 
-def test_many_rows_are_downloaded_several_blocks_at_a_time(monkeypatch):
-    monkeypatch.setattr("tracer.store.store.REMOTE_BLOCK_BYTES", DIM * 4)  # a row a block
+def test_many_rows_are_downloaded_several_chunks_at_a_time(monkeypatch):
+    monkeypatch.setattr("tracer.store.arrays.remote_path.RemotePath.feature_chunk_bytes", DIM * 4)  # a row a chunk
     store = Store.open(f"memory://{uuid.uuid4().hex}", manifest())
     with store.create_checkpoint(0, "5f", 0.1) as table:
         table.write(**batch(np.arange(N)))
-    gate, whole = threading.Barrier(2, timeout=20), remote.UploadedArray._download
+    gate, whole = threading.Barrier(2, timeout=20), remote.RemoteArray._download
     table = store.checkpoint(0)
 
     def together(self, chunk):
@@ -307,11 +306,11 @@ def test_many_rows_are_downloaded_several_blocks_at_a_time(monkeypatch):
             gate.wait()  # one after the other they would wait for ever
         return whole(self, chunk)
 
-    monkeypatch.setattr(remote.UploadedArray, "_download", together)
+    monkeypatch.setattr(remote.RemoteArray, "_download", together)
     np.testing.assert_array_equal(table.column("loss"), batch(np.arange(N))["loss"])
 
 
 def test_an_object_of_scores_is_bounded_however_many_targets_there_are():
     store = Store.open(f"memory://{uuid.uuid4().hex}", manifest())
-    with store.scores("test", "tracin", (N, 4_000_000), {}) as scores:
+    with store.results.scores("test", "tracin", (N, 4_000_000), {}) as scores:
         assert scores._scores.layout.data_bytes <= 32 << 20

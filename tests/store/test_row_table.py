@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import zarr
-from store_cases import DIM, N, batch, manifest
+from store_cases import DIM, N, batch, manifest, stored_features
 
 from tracer.errors import CallOrderError, InputError, InputTypeError, MismatchError, NonFiniteError, TracerError
 from tracer.store import RowTable, Store
-from tracer.store.row_table import COLUMNS
+from tracer.store.table_schema import COLUMNS
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_attributes_change_atomically_and_flush_first(store, table):
         "finalized": True,
         "num_rows": N,
         "storage": "float32",
-        "block_rows": N,
+        "chunk_rows": N,
     }
     with pytest.raises(InputTypeError, match=r"attributes\.learning_rate is of type object"):
         table.set_attributes(learning_rate=object())
@@ -81,12 +81,12 @@ def test_a_done_row_can_be_written_again(store, table):
     table.write(**batch(np.array([2]), seed=1))
     assert np.flatnonzero(table.done).tolist() == [0, 1, 3]
     table.flush()
-    np.testing.assert_array_equal(table.features(2, 3), batch(np.array([2]), seed=1)["features"])
+    np.testing.assert_array_equal(stored_features(table, 2, 3), batch(np.array([2]), seed=1)["features"])
 
 
 def test_a_finalized_or_closed_table_takes_no_rows(table):
     table.set_attributes(finalized=True)
-    with pytest.raises(CallOrderError, match="is finalized and rows 0, 1 came"):
+    with pytest.raises(CallOrderError, match="is finalized, got rows 0, 1 to write"):
         table.write(**batch(np.arange(2)))
     table.write(**batch(np.arange(0)))
     table.close()
@@ -102,7 +102,7 @@ def test_batches_may_come_in_any_order_and_size(store):
         pieces.write(**batch(part))
     for name in COLUMNS:
         np.testing.assert_array_equal(whole.column(name), pieces.column(name))
-    np.testing.assert_array_equal(whole.features(0, N), pieces.features(0, N))
+    np.testing.assert_array_equal(stored_features(whole, 0, N), stored_features(pieces, 0, N))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_batches_may_come_in_any_order_and_size(store):
     [
         ({"rows": np.array([0, N])}, InputError, f"rows {N} are outside 0 to {N - 1}"),
         ({"rows": np.array([-1, 0])}, InputError, "rows -1 are outside"),
-        ({"rows": np.array([3, 3])}, InputError, "rows 3 come more than once"),
+        ({"rows": np.array([3, 3])}, InputError, "rows 3 are more than once in a batch"),
         ({"rows": np.array([0.0, 1.0])}, InputTypeError, "expected .n. integers"),
         ({"rows": np.zeros((1, 2), np.int64)}, InputTypeError, "expected .n. integers"),
         ({"features": np.ones((2, DIM + 1), np.float32)}, InputTypeError, r"features is float32 of shape \(2, 6\)"),
@@ -153,8 +153,8 @@ def test_float16_keeps_relative_precision_at_any_magnitude(tmp_path, magnitude):
     data["features"] = (data["features"] * magnitude).astype(np.float32)
     table.write(**data)
     largest = np.abs(data["features"]).max(axis=1, keepdims=True)
-    assert (np.abs(table.features(0, N) - data["features"]) <= largest * 2.0**-11).all()
-    np.testing.assert_array_equal(np.abs(table.features(0, N)).max(axis=1, keepdims=True), largest)
+    assert (np.abs(stored_features(table, 0, N) - data["features"]) <= largest * 2.0**-11).all()
+    np.testing.assert_array_equal(np.abs(stored_features(table, 0, N)).max(axis=1, keepdims=True), largest)
     np.testing.assert_array_equal(table.column("scale"), np.where(largest == 0, 1, largest)[:, 0])
     assert table.raw_features(0, N)[0][1].dtype == np.float16
 
@@ -162,22 +162,23 @@ def test_float16_keeps_relative_precision_at_any_magnitude(tmp_path, magnitude):
 @pytest.fixture
 def chunked(tmp_path, monkeypatch) -> RowTable:
     """A table whose arrays lie in files of 4 rows."""
-    monkeypatch.setattr("tracer.store.store.BLOCK_BYTES", 4 * DIM * 4)
+    monkeypatch.setattr("tracer.store.arrays.local_path.LocalPath.feature_chunk_bytes", 4 * DIM * 4)
     table = Store.open(tmp_path / "chunked", manifest()).create_checkpoint(0, "a", None)
     table.write(**batch(np.arange(N)))
     return table
 
 
-def test_tiles_cover_all_rows_without_copies(chunked):
+def test_raw_features_cover_all_rows_without_copies(chunked):
     features = batch(np.arange(N))["features"]
-    tiles = list(chunked.tiles(3))
-    assert [tile[:2] for tile in tiles[:4]] == [(0, 3), (3, 4), (4, 7), (7, 8)]
-    assert all(isinstance(raw, np.memmap) and raw.base is not None for _, _, raw, _ in tiles)
-    np.testing.assert_array_equal(np.concatenate([raw * scale[:, None] for _, _, raw, scale in tiles]), features)
-    assert [tile[:2] for tile in chunked.tiles(100, 6, 9)] == [(6, 8), (8, 9)]
-    np.testing.assert_array_equal(chunked.features(6, 22), features[6:22])
+    views = chunked.raw_features(0, N)
+    assert [(start, len(raw)) for start, raw in views] == [(0, 4), (4, 4), (8, 4), (12, 4), (16, 4), (20, 3)]
+    assert all(isinstance(raw, np.memmap) and raw.base is not None for _, raw in views)
+    np.testing.assert_array_equal(np.concatenate([raw for _, raw in views]), features)  # float32 has scale 1
+    assert (chunked.column("scale") == 1).all()
+    assert [(start, len(raw)) for start, raw in chunked.raw_features(6, 9)] == [(6, 2), (8, 1)]
+    np.testing.assert_array_equal(stored_features(chunked, 6, 22), features[6:22])
     assert [start for start, _ in chunked.raw_features(2, 13)] == [2, 4, 8, 12]
-    assert chunked.features(5, 5).shape == (0, DIM) and chunked.raw_features(5, 5) == []
+    assert stored_features(chunked, 5, 5).shape == (0, DIM) and chunked.raw_features(5, 5) == []
 
 
 def test_chunked_features_are_what_zarr_reads(chunked):
@@ -190,9 +191,9 @@ def test_chunked_features_are_what_zarr_reads(chunked):
 def test_ranges_and_columns_that_are_not_there_are_refused(table):
     for start, stop in ((-1, 3), (3, 2), (0, N + 1)):
         with pytest.raises(InputError, match=f"expected 0 <= start <= stop <= {N}"):
-            table.features(start, stop)
-    with pytest.raises(InputError, match="max_rows is 0"):
-        list(table.tiles(0))
+            table.raw_features(start, stop)
+        with pytest.raises(InputError, match=f"expected 0 <= start <= stop <= {N}"):
+            table.column("loss", start, stop)
     with pytest.raises(InputError, match="column is 'norm': expected one of"):
         table.column("norm")
 

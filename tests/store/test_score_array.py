@@ -32,7 +32,7 @@ def matrix() -> np.ndarray:
 
 def test_scores_are_one_matrix_and_a_zarr_array(store):
     values = matrix()
-    with store.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4) as scores:
+    with store.results.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4) as scores:
         assert (scores.num_tiles, scores.tile_rows, scores.shape) == (3, 4, SHAPE)
         scores.write(4, values[4:8])
         scores.write(0, values[:4])
@@ -50,7 +50,7 @@ def test_scores_are_one_matrix_and_a_zarr_array(store):
 
 
 def test_tiles_of_scores_are_done_only_after_a_flush(store):
-    scores = store.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4)
+    scores = store.results.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4)
     assert scores.remaining() == [(0, 4), (4, 8), (8, 10)]
     scores.write(4, matrix()[4:])
     assert scores.pending == 2 and not scores.tile_done.any()
@@ -60,12 +60,13 @@ def test_tiles_of_scores_are_done_only_after_a_flush(store):
 
 
 def test_scores_of_the_same_inputs_are_continued(store):
-    with store.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4) as scores:
+    with store.results.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4) as scores:
         scores.write(0, matrix()[:4])
-    again = store.scores("test", "tracin", SHAPE, json.loads(json.dumps(INPUTS)))
+    again = store.results.scores("test", "tracin", SHAPE, json.loads(json.dumps(INPUTS)))
     assert again.tile_done.tolist() == [True, False, False] and again.tile_rows == 4
     np.testing.assert_array_equal(again.matrix()[:4], matrix()[:4])
-    assert store.score_names("test") == ["tracin"] and store.read_scores("test", "tracin").inputs == INPUTS
+    assert store.catalog.score_names("test") == ["tracin"]
+    assert store.results.read_scores("test", "tracin").inputs == INPUTS
 
 
 @pytest.mark.parametrize(
@@ -73,10 +74,10 @@ def test_scores_of_the_same_inputs_are_continued(store):
     [(SHAPE, {"model_ids": [0]}, None), ((9, 3), INPUTS, None), ((10, 4), INPUTS, None)],
 )
 def test_scores_of_other_inputs_begin_anew_and_held_matrices_stay(store, shape, inputs, tile_rows):
-    with store.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4) as scores:
+    with store.results.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4) as scores:
         scores.write(0, matrix())
     held = scores.matrix()
-    new = store.scores("test", "tracin", shape, inputs, tile_rows=tile_rows)
+    new = store.results.scores("test", "tracin", shape, inputs, tile_rows=tile_rows)
     assert not new.tile_done.any() and new.shape == shape and (new.matrix() == 0).all() and new.inputs == inputs
     np.testing.assert_array_equal(held, matrix())
     assert not list(store.path.glob(PARTIAL + "*"))
@@ -85,9 +86,9 @@ def test_scores_of_other_inputs_begin_anew_and_held_matrices_stay(store, shape, 
 
 @pytest.mark.parametrize("damage", ["mask gone", "array gone", "file gone", "other mask", "file short"])
 def test_a_half_replaced_or_damaged_score_array_begins_anew(store, damage):
-    with store.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4) as scores:
+    with store.results.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4) as scores:
         scores.write(0, matrix())
-    with store.scores("test", "other", SHAPE, INPUTS, tile_rows=4) as other:
+    with store.results.scores("test", "other", SHAPE, INPUTS, tile_rows=4) as other:
         other.write(0, matrix())
     mask = scores.path.with_name("tracin_done")
     if damage in ("mask gone", "other mask"):
@@ -102,12 +103,12 @@ def test_a_half_replaced_or_damaged_score_array_begins_anew(store, damage):
         os.truncate(scores.path / "c" / "0" / "0", 40)
     if damage != "array gone" and damage != "mask gone":
         with pytest.raises(StoreError):
-            store.read_scores("test", "tracin")
-    assert not store.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4).tile_done.any()
+            store.results.read_scores("test", "tracin")
+    assert not store.results.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4).tile_done.any()
 
 
 def test_a_rewritten_tile_is_not_done_until_flushed(store):
-    scores = store.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4)
+    scores = store.results.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4)
     scores.write(0, matrix())
     scores.flush()
     scores.write(4, np.zeros((4, 3), np.float32))
@@ -117,46 +118,46 @@ def test_a_rewritten_tile_is_not_done_until_flushed(store):
 @pytest.mark.parametrize(
     ("start", "rows", "error", "text"),
     [
-        (1, np.ones((4, 3), np.float32), InputError, "rows 1 to 5 are no whole tiles"),
-        (0, np.ones((3, 3), np.float32), InputError, "rows 0 to 3 are no whole tiles"),
-        (8, np.ones((4, 3), np.float32), InputError, "rows 8 to 12 are no whole tiles"),
-        (-4, np.ones((4, 3), np.float32), InputError, "rows -4 to 0 are no whole tiles"),
-        (0, np.ones((0, 3), np.float32), InputError, "rows 0 to 0 are no whole tiles"),
+        (1, np.ones((4, 3), np.float32), InputError, "rows 1 to 5: expected whole tiles"),
+        (0, np.ones((3, 3), np.float32), InputError, "rows 0 to 3: expected whole tiles"),
+        (8, np.ones((4, 3), np.float32), InputError, "rows 8 to 12: expected whole tiles"),
+        (-4, np.ones((4, 3), np.float32), InputError, "rows -4 to 0: expected whole tiles"),
+        (0, np.ones((0, 3), np.float32), InputError, "rows 0 to 0: expected whole tiles"),
         (0, np.ones((4, 2), np.float32), InputTypeError, r"shape \(4, 2\): expected float32 \[n, 3\]"),
         (0, np.ones((4, 3), np.int32), InputTypeError, "scores are int32"),
     ],
 )
 def test_only_whole_tiles_are_written(store, start, rows, error, text):
-    scores = store.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4)
+    scores = store.results.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4)
     with pytest.raises(error, match=text):
         scores.write(start, rows)
     assert scores.pending == 0
 
 
 def test_scores_at_the_edges(store):
-    with store.scores("test", "one", (1, 1), {}) as scores:
+    with store.results.scores("test", "one", (1, 1), {}) as scores:
         scores.write(0, np.full((1, 1), 2, np.float32))
     assert scores.matrix().tolist() == [[2.0]] and scores.complete
-    assert store.scores("test", "few", (3, 2), {}, tile_rows=100).tile_rows == 3
+    assert store.results.scores("test", "few", (3, 2), {}, tile_rows=100).tile_rows == 3
     for shape in ((0, 3), (3, 0)):
-        with pytest.raises(InputError, match="expected at least one train row and one target"):
-            store.scores("test", "none", shape, {})
+        with pytest.raises(InputError, match="expected at least one training row and one target"):
+            store.results.scores("test", "none", shape, {})
     with pytest.raises(InputError, match="tile_rows is 0"):
-        store.scores("test", "none", (1, 1), {}, tile_rows=0)
-    with pytest.raises(InputError, match="are taken by what stands beside"):
-        store.scores("test", "tracin_done", (1, 1), {})
+        store.results.scores("test", "none", (1, 1), {}, tile_rows=0)
+    with pytest.raises(InputError, match="expected a name that does not end with _done, _checksum, _scale"):
+        store.results.scores("test", "tracin_done", (1, 1), {})
     with pytest.raises(InputTypeError, match=r"inputs\.x is of type set"):
-        store.scores("test", "none", (1, 1), {"x": {1}})
+        store.results.scores("test", "none", (1, 1), {"x": {1}})
     with pytest.raises(CallOrderError, match=r"no 'none' scores of 'test', only \['few', 'one'\]"):
-        store.read_scores("test", "none")
+        store.results.read_scores("test", "none")
     with pytest.raises(CallOrderError, match="is closed"):
         scores.write(0, np.ones((1, 1), np.float32))
 
 
 def test_rows_that_come_in_leave_the_scores_of_the_others(store):
-    with store.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4) as scores:
+    with store.results.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4) as scores:
         scores.write(0, matrix())
-    with store.scores("test", "tracin", (17, 3), INPUTS, tile_rows=4) as grown:
+    with store.results.scores("test", "tracin", (17, 3), INPUTS, tile_rows=4) as grown:
         assert grown.remaining() == [(8, 12), (12, 16), (16, 17)]  # the last tile was not full
         np.testing.assert_array_equal(grown.read(0, 8), matrix()[:8])
         more = np.arange(27, dtype=np.float32).reshape(9, 3)
@@ -164,8 +165,8 @@ def test_rows_that_come_in_leave_the_scores_of_the_others(store):
     expected = np.concatenate([matrix()[:8], more])
     np.testing.assert_array_equal(np.asarray(grown.matrix()), expected)
     np.testing.assert_array_equal(zarr.open_array(str(grown.path), mode="r")[:], expected)
-    assert store.scores("test", "tracin", (17, 3), INPUTS).complete
-    assert not store.scores("test", "tracin", SHAPE, INPUTS).tile_done.any()  # rows never leave: other inputs
+    assert store.results.scores("test", "tracin", (17, 3), INPUTS).complete
+    assert not store.results.scores("test", "tracin", SHAPE, INPUTS).tile_done.any()  # rows never leave: other inputs
 
 
 def divided(tmp_path) -> Store:
@@ -179,14 +180,14 @@ def test_processes_write_files_of_their_own(tmp_path, dtype):
     values = np.random.default_rng(1).standard_normal((23, 3)).astype(np.float32) * 10.0 ** np.arange(-11, 12)[:, None]
     seen = []
     for rank in (1, 0):
-        with store.scores("test", "tracin", (23, 3), INPUTS, tile_rows=4, dtype=dtype) as scores:
+        with store.results.scores("test", "tracin", (23, 3), INPUTS, tile_rows=4, dtype=dtype) as scores:
             mine = scores.remaining((rank, 2))
             seen.append(mine)
             for start, stop in mine:
                 scores.write(start, values[start:stop].astype(np.float32))
     files = [{start // (3 * 4) for start, _ in mine} for mine in seen]
     assert not files[0] & files[1] and files[0] | files[1] == {0, 1}
-    again = store.read_scores("test", "tracin")
+    again = store.results.read_scores("test", "tracin")
     found = again.matrix()
     assert isinstance(found, ScoreMatrix) and again.complete and found.shape == (23, 3) and found.dtype == np.float32
     if dtype == "float32":
@@ -197,7 +198,7 @@ def test_processes_write_files_of_their_own(tmp_path, dtype):
 
 
 def test_scores_that_are_not_there_yet_are_refused_when_read(tmp_path):
-    scores = divided(tmp_path).scores("test", "tracin", (23, 3), INPUTS, tile_rows=4)
+    scores = divided(tmp_path).results.scores("test", "tracin", (23, 3), INPUTS, tile_rows=4)
     scores.write(0, np.ones((12, 3), np.float32))
     found = scores.matrix()
     assert (found[:12] == 1).all()
@@ -207,11 +208,12 @@ def test_scores_that_are_not_there_yet_are_refused_when_read(tmp_path):
 
 def test_only_the_first_process_replaces_scores(tmp_path):
     store = divided(tmp_path)
-    store.scores("test", "tracin", (23, 3), INPUTS).close()
+    store.results.scores("test", "tracin", (23, 3), INPUTS).close()
     with pytest.raises(IncompleteError, match="which only the first process replaces"):
-        store.scores("test", "tracin", (23, 3), {"model_ids": [0]}, may_replace=False)
-    store.scores("test", "tracin", (23, 3), {"model_ids": [0]}).close()
-    assert store.scores("test", "tracin", (23, 3), {"model_ids": [0]}, may_replace=False).inputs == {"model_ids": [0]}
+        store.results.scores("test", "tracin", (23, 3), {"model_ids": [0]}, may_replace=False)
+    store.results.scores("test", "tracin", (23, 3), {"model_ids": [0]}).close()
+    again = store.results.scores("test", "tracin", (23, 3), {"model_ids": [0]}, may_replace=False)
+    assert again.inputs == {"model_ids": [0]}
 
 
 @pytest.mark.parametrize(
@@ -261,18 +263,18 @@ def test_a_score_matrix_takes_part_in_arithmetic_and_refuses_what_no_matrix_has(
 
 
 def test_a_changed_tile_is_found(store):
-    with store.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4) as scores:
+    with store.results.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4) as scores:
         scores.write(0, matrix())
-    assert store.read_scores("test", "tracin").damaged_tiles().tolist() == []
+    assert store.results.read_scores("test", "tracin").damaged_tiles().tolist() == []
     file = scores.path / "c" / "0" / "0"
     data = bytearray(file.read_bytes())
     data[5 * 3 * 4] ^= 1
     file.write_bytes(data)
-    assert store.read_scores("test", "tracin").damaged_tiles().tolist() == [1]
+    assert store.results.read_scores("test", "tracin").damaged_tiles().tolist() == [1]
 
 
 def test_a_score_beyond_float32_leaves_the_others_of_its_row(tmp_path):
     rows = np.array([[np.inf, 1, -2], [0, 0, 0], [-np.inf, 1e-42, np.nan], [3e38, 0, 1e37]], np.float32)
-    with divided(tmp_path).scores("a", "tracin", rows.shape, {}, dtype="float16") as scores:
+    with divided(tmp_path).results.scores("a", "tracin", rows.shape, {}, dtype="float16") as scores:
         scores.write(0, rows)
         np.testing.assert_allclose(scores.read(0, 4), rows, rtol=1e-3)

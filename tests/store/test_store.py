@@ -11,16 +11,16 @@ import warnings
 import numpy as np
 import pytest
 import zarr
-from store_cases import DIM, N, batch, manifest
+from store_cases import DIM, N, batch, manifest, stored_features
 
 from tracer._core.files import PARTIAL
 from tracer.errors import CallOrderError, InputError, InputTypeError, MismatchError, StoreError
 from tracer.store import RowTable, Store
 from tracer.store import store as store_module
-from tracer.store.arrays.local import MappedArray
+from tracer.store.arrays.local import LocalArray
+from tracer.store.arrays.metadata import NODE
 from tracer.store.manifest import FORMAT_VERSION
-from tracer.store.metadata import NODE
-from tracer.store.row_table import COLUMNS
+from tracer.store.table_schema import COLUMNS
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_any_zarr_reader_sees_the_layout(store, table):
     table.write(**data)
     table.close()
     store.create_targets("test", 0, 4, weights_fingerprint="abc").close()
-    with store.scores("test", "tracin", (N, 4), {}) as scores:
+    with store.results.scores("test", "tracin", (N, 4), {}) as scores:
         scores.write(0, np.ones((N, 4), np.float32))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # zarr warns about anything that does not belong to the hierarchy
@@ -60,7 +60,7 @@ def test_any_zarr_reader_sees_the_layout(store, table):
         "finalized": False,
         "num_rows": N,
         "storage": "float32",
-        "block_rows": N,
+        "chunk_rows": N,
     }
     for name in ("features", "loss", "loss_grad", "loss_hess", "gradient_norm", "fingerprint"):
         np.testing.assert_array_equal(group[name][:], data[name])
@@ -80,7 +80,7 @@ def test_the_path_of_a_store_is_absolute(tmp_path, monkeypatch):
 
 def test_an_empty_directory_becomes_a_store_also_after_a_crash(tmp_path):
     (tmp_path / f"{PARTIAL}left").write_text("{")
-    assert Store.open(tmp_path, manifest()).checkpoint_ids() == []
+    assert Store.open(tmp_path, manifest()).catalog.checkpoint_ids() == []
     assert (tmp_path / f"{PARTIAL}left").exists()  # too young to be swept
 
 
@@ -103,7 +103,7 @@ def test_a_file_is_no_store(tmp_path):
 
 def test_a_directory_of_something_else_stays_as_it_is(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(StoreError, match=r"no store and not empty \(it holds thesis.tex\): nothing was changed"):
+    with pytest.raises(StoreError, match=r"is not a store and not empty \(it holds thesis.tex\): nothing was changed"):
         Store.open(tmp_path, manifest())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -117,7 +117,7 @@ def test_a_store_that_another_process_makes_meanwhile_is_opened(tmp_path, monkey
         check(path)
 
     monkeypatch.setattr(store_module, "_check_empty", overtaken)
-    assert Store.open(tmp_path, manifest()).checkpoint_ids() == [0]
+    assert Store.open(tmp_path, manifest()).catalog.checkpoint_ids() == [0]
 
 
 def test_a_zarr_group_of_something_else_stays_as_it_is(tmp_path):
@@ -159,7 +159,7 @@ def test_without_resume_a_store_must_be_new(tmp_path):
 def test_other_settings_are_listed_and_the_store_stays_usable(store, table):
     with pytest.raises(MismatchError, match="seed: stored 0, asked 1"):
         Store.open(store.path, manifest(seed=1))
-    assert Store.open(store.path, manifest()).checkpoint_ids() == [0]
+    assert Store.open(store.path, manifest()).catalog.checkpoint_ids() == [0]
 
 
 def test_a_save_dir_of_another_type_or_protocol_is_refused():
@@ -178,8 +178,8 @@ def test_a_directory_that_cannot_be_made_is_a_store_error(tmp_path):
 def test_checkpoints_are_listed_and_opened(store, table):
     store.create_checkpoint(np.int64(10), "def", None)
     store.create_checkpoint(2, "def", None)
-    assert store.checkpoint_ids() == [0, 2, 10]
-    assert store.has_checkpoint(10) and not store.has_checkpoint(1)
+    assert store.catalog.checkpoint_ids() == [0, 2, 10]
+    assert store.catalog.has_checkpoint(10) and not store.catalog.has_checkpoint(1)
     assert store.checkpoint(10).attributes["learning_rate"] is None
     assert (table.num_rows, table.dim, table.storage) == (N, DIM, "float32")
 
@@ -187,7 +187,7 @@ def test_checkpoints_are_listed_and_opened(store, table):
 def test_a_checkpoint_that_is_not_there_is_named(store, table):
     with pytest.raises(CallOrderError, match=r"no checkpoint 7, only \[0\]: featurize it first"):
         store.checkpoint(7)
-    with pytest.raises(MismatchError, match="exists already, of weights abc, and def came"):
+    with pytest.raises(MismatchError, match="exists already: expected its weights abc, got def"):
         store.create_checkpoint(0, "def", 0.1)
     assert store.create_checkpoint(0, "abc", 0.2).attributes["learning_rate"] == 0.1
     assert not list(store.path.glob(PARTIAL + "*"))
@@ -198,20 +198,21 @@ def test_a_checkpoint_that_is_not_there_is_named(store, table):
 )
 def test_model_ids_are_integers_from_zero(store, model_id, error):
     with pytest.raises(error, match="model_id is"):
-        store.has_checkpoint(model_id)
+        store.catalog.has_checkpoint(model_id)
 
 
 def test_a_learning_rate_that_is_not_finite_is_refused(store):
     with pytest.raises(InputError, match=r"attributes\.learning_rate is nan"):
         store.create_checkpoint(0, "abc", float("nan"))
-    assert store.checkpoint_ids() == []
+    assert store.catalog.checkpoint_ids() == []
 
 
 def test_targets_are_listed_and_opened(store):
     store.create_targets("test-1.b", 3, 2)
     store.create_targets("a_b", 3, 1, learning_rate=0.5)
-    assert store.exp_names() == ["a_b", "test-1.b"] and store.target_ids("a_b") == [3]
-    assert store.has_targets("a_b", 3) and not store.has_targets("a_b", 4) and not store.has_targets("none", 3)
+    assert store.catalog.exp_names() == ["a_b", "test-1.b"] and store.catalog.target_ids("a_b") == [3]
+    known = store.catalog.has_targets
+    assert known("a_b", 3) and not known("a_b", 4) and not known("none", 3)
     assert store.targets("test-1.b", 3).num_rows == 2
     with pytest.raises(CallOrderError, match=r"no targets 'a_b' of checkpoint 4: it has \[3\]"):
         store.targets("a_b", 4)
@@ -226,19 +227,19 @@ def test_names_are_safe_path_components(store, name):
     for call in (
         lambda: store.create_targets(name, 0, 1),
         lambda: store.targets(name, 0),
-        lambda: store.scores(name, "tracin", (1, 1), {}),
-        lambda: store.scores("test", name, (1, 1), {}),
+        lambda: store.results.scores(name, "tracin", (1, 1), {}),
+        lambda: store.results.scores("test", name, (1, 1), {}),
     ):
         with pytest.raises(InputError, match="letters, digits"):
             call()
-    assert store.exp_names() == []
+    assert store.catalog.exp_names() == []
 
 
 def test_names_of_other_types_are_refused(store):
     with pytest.raises(InputTypeError, match="exp_name is of type int"):
-        store.has_targets(3, 0)
+        store.catalog.has_targets(3, 0)
     with pytest.raises(InputTypeError, match="estimator is of type NoneType"):
-        store.scores("test", None, (1, 1), {})
+        store.results.scores("test", None, (1, 1), {})
 
 
 def test_a_table_that_does_not_fit_the_store_is_damaged(store, tmp_path):
@@ -282,7 +283,7 @@ def test_a_full_disk_marks_nothing_and_the_table_still_works(store, table, monke
     table.write(**batch(np.arange(3)))
     table.flush()
     with monkeypatch.context() as patch:
-        patch.setattr(MappedArray, "flush", lambda self, chunks=None: (_ for _ in ()).throw(StoreError("msync failed")))
+        patch.setattr(LocalArray, "flush", lambda self, chunks=None: (_ for _ in ()).throw(StoreError("msync failed")))
         table.write(**batch(np.arange(3, 6)))
         with pytest.raises(StoreError, match="msync failed"):
             table.flush()
@@ -292,10 +293,10 @@ def test_a_full_disk_marks_nothing_and_the_table_still_works(store, table, monke
         with pytest.raises(StoreError, match="No space left"):
             store.create_checkpoint(1, "a", None).write(**batch(np.arange(2)))
         with pytest.raises(StoreError, match="No space left"):
-            store.scores("test", "tracin", (N, 3), {}).write(0, np.ones((N, 3), np.float32))
+            store.results.scores("test", "tracin", (N, 3), {}).write(0, np.ones((N, 3), np.float32))
     again = Store.open(store.path, manifest())
-    assert not again.read_scores("test", "tracin").tile_done.any() and again.checkpoint(1).num_done == 0
+    assert not again.results.read_scores("test", "tracin").tile_done.any() and again.checkpoint(1).num_done == 0
     with again.checkpoint(0) as resumed:
         resumed.write(**batch(resumed.remaining()))
         assert resumed.remaining().size == 0
-        np.testing.assert_array_equal(resumed.features(0, N), batch(np.arange(N))["features"])
+        np.testing.assert_array_equal(stored_features(resumed, 0, N), batch(np.arange(N))["features"])

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from store_cases import stored_features
 
 from tracer.errors import CallOrderError, MismatchError, StoreError
 from tracer.store import RowTable, Store
 from tracer.store.manifest import Manifest
-from tracer.store.row_table import COLUMNS
+from tracer.store.table_schema import COLUMNS
 
 N, DIM = 3000, 96
 
@@ -97,12 +98,14 @@ def assert_done_rows_are_right(table: RowTable, reference: RowTable) -> None:
     done = table.done
     for name in COLUMNS:
         np.testing.assert_array_equal(table.column(name)[done], reference.column(name)[done])
-    np.testing.assert_array_equal(table.features(0, N)[done], reference.features(0, N)[done])
+    np.testing.assert_array_equal(stored_features(table, 0, N)[done], stored_features(reference, 0, N)[done])
 
 
 @pytest.mark.parametrize(("storage", "seed"), [("float16", 0), ("float16", 1), ("float32", 2), ("float32", 3)])
 def test_a_killed_writer_loses_no_row_that_it_reported_done(tmp_path, monkeypatch, storage, seed):
-    monkeypatch.setattr("tracer.store.store.BLOCK_BYTES", 700 * DIM * np.dtype(storage).itemsize)
+    monkeypatch.setattr(
+        "tracer.store.arrays.local_path.LocalPath.feature_chunk_bytes", 700 * DIM * np.dtype(storage).itemsize
+    )
     rng = np.random.default_rng(seed)
     uninterrupted = Store.open(tmp_path / "whole", manifest(storage)).create_checkpoint(0, "a", 0.1)
     uninterrupted.write(**batch(np.arange(N)))
@@ -152,7 +155,7 @@ def test_a_done_row_is_of_one_version_also_when_rewriting_is_killed(tmp_path):
         for found in np.unique(table.column("loss")[done]):
             rows = done[table.column("loss")[done] == found]
             expected = batch(rows, int(found))
-            np.testing.assert_array_equal(table.features(0, N)[rows], expected["features"])
+            np.testing.assert_array_equal(stored_features(table, 0, N)[rows], expected["features"])
             np.testing.assert_array_equal(table.column("fingerprint")[rows], expected["fingerprint"])
         if part < PARTS - 1:
             assert (table.column("loss")[done] < version).all(), "a row is done that was not flushed"
@@ -175,14 +178,14 @@ def test_a_kill_while_things_are_created_leaves_whole_ones_only(tmp_path):
         with running(create_everything, path) as receiver:
             messages = wait_for(receiver, 1 + attempt % 5, rng)
         store = Store.open(path, manifest())
-        ids = store.checkpoint_ids()
+        ids = store.catalog.checkpoint_ids()
         assert ids == list(range(len(ids)))
         assert len(ids) >= messages.count(b"checkpoint")
         for model_id in ids:
             table = store.checkpoint(model_id)
             assert table.attributes["weights_fingerprint"] == "abc" and table.num_done == 0
-        for name in store.exp_names():
-            assert all(store.targets(name, model_id).num_rows == 3 for model_id in store.target_ids(name))
+        for name in store.catalog.exp_names():
+            assert all(store.targets(name, model_id).num_rows == 3 for model_id in store.catalog.target_ids(name))
         with store.create_checkpoint(len(ids), "abc", 0.5) as table:
             table.write(**batch(np.arange(3)))
         assert store.checkpoint(len(ids)).num_done == 3
@@ -200,7 +203,7 @@ def score_rows(start: int, stop: int, version: int) -> np.ndarray:
 def write_scores(sender: Connection, path: Path, first: int) -> None:
     store = Store.open_existing(path)
     for version in range(first, 10**6):
-        scores = store.scores("test", "tracin", SHAPE, {"version": version}, tile_rows=100)
+        scores = store.results.scores("test", "tracin", SHAPE, {"version": version}, tile_rows=100)
         for start, stop in scores.remaining():
             scores.write(start, score_rows(start, stop, version))
             scores.flush()
@@ -216,7 +219,7 @@ def test_no_tile_is_done_that_comes_from_other_inputs(tmp_path):
         with running(write_scores, store.path, version) as receiver:
             wait_for(receiver, rng.integers(1, 12), rng)
         try:
-            scores = Store.open(store.path, manifest()).read_scores("test", "tracin")
+            scores = Store.open(store.path, manifest()).results.read_scores("test", "tracin")
         except (StoreError, CallOrderError):  # killed while one took the place of the other
             continue
         version = scores.inputs["version"]
@@ -225,7 +228,7 @@ def test_no_tile_is_done_that_comes_from_other_inputs(tmp_path):
             np.testing.assert_array_equal(scores.matrix()[start:stop], score_rows(start, stop, version))
             found += 1
     assert found, "no tile was ever done"
-    scores = store.scores("test", "tracin", SHAPE, {"version": version})
+    scores = store.results.scores("test", "tracin", SHAPE, {"version": version})
     for start, stop in scores.remaining():
         scores.write(start, score_rows(start, stop, version))
     scores.close()
@@ -267,4 +270,4 @@ def test_processes_may_write_different_rows_of_one_table(tmp_path):
         assert first.poll(20) and second.poll(20)
     table = store.checkpoint(0)
     assert table.done.all()
-    np.testing.assert_array_equal(table.features(0, N), batch(np.arange(N))["features"])
+    np.testing.assert_array_equal(stored_features(table, 0, N), batch(np.arange(N))["features"])

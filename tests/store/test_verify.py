@@ -7,19 +7,19 @@ import shutil
 
 import numpy as np
 import pytest
-from store_cases import DIM, N, batch, manifest
+from store_cases import DIM, N, batch, manifest, stored_features
 
 from tracer import Tracer, verify
 from tracer.errors import IncompleteError, StoreError
 from tracer.scoring.readiness import check_finalized
 from tracer.store import Store
-from tracer.store.metadata import NODE
+from tracer.store.arrays.metadata import NODE
 
 
 @pytest.fixture
 def store(tmp_path, monkeypatch) -> Store:
-    """Two checkpoints, targets and scores, in blocks of 4 rows, all done."""
-    monkeypatch.setattr("tracer.store.store.BLOCK_BYTES", 4 * DIM * 4)
+    """Two checkpoints, targets and scores, in chunks of 4 rows, all done."""
+    monkeypatch.setattr("tracer.store.arrays.local_path.LocalPath.feature_chunk_bytes", 4 * DIM * 4)
     store = Store.open(tmp_path / "run", manifest())
     for model_id in (0, 1):
         with store.create_checkpoint(model_id, "abc", 0.1) as table:
@@ -27,7 +27,7 @@ def store(tmp_path, monkeypatch) -> Store:
             table.set_attributes(finalized=True)
     with store.create_targets("test", 0, 6) as table:
         table.write(**batch(np.arange(6)))
-    with store.scores("test", "tracin", (N, 6), {}, tile_rows=5) as scores:
+    with store.results.scores("test", "tracin", (N, 6), {}, tile_rows=5) as scores:
         scores.write(0, np.ones((N, 6), np.float32))
     return store
 
@@ -82,8 +82,8 @@ def test_damaged_rows_are_named_and_marked_as_missing(store, damage, lost):
     assert store.checkpoint(1).remaining().tolist() == [] and store.checkpoint(1).attributes["finalized"]
     with again:
         again.write(**batch(np.array(lost)))
-    np.testing.assert_array_equal(store.checkpoint(0).features(0, N), batch(np.arange(N))["features"])
-    scores = store.read_scores("test", "tracin")
+    np.testing.assert_array_equal(stored_features(store.checkpoint(0), 0, N), batch(np.arange(N))["features"])
+    scores = store.results.read_scores("test", "tracin")
     assert [start for start, _ in scores.remaining()] == sorted({row // 5 * 5 for row in lost})
 
 
@@ -91,7 +91,7 @@ def test_damaged_targets_take_their_scores_with_them(store):
     flip(store.path / "targets" / "test" / "0" / "features" / "c" / "1" / "0", 0)
     assert [found.rows.tolist() for found in verify(store.path).damage] == [[3]]
     assert store.targets("test", 0).remaining().tolist() == [3]
-    assert not store.read_scores("test", "tracin").tile_done.any()
+    assert not store.results.read_scores("test", "tracin").tile_done.any()
 
 
 def test_metadata_that_follows_from_the_tables_own_is_written_again(store):
@@ -104,7 +104,7 @@ def test_metadata_that_follows_from_the_tables_own_is_written_again(store):
 def test_a_table_without_its_document_is_named_and_left(store):
     (store.path / "checkpoints" / "1" / NODE).unlink()
     (damage,) = verify(store.path).damage
-    assert "checkpoints/1" in damage.path and "remove the directory" in damage.what and not damage.mended
+    assert "checkpoints/1" in damage.path and "remove the directory" in damage.what and not damage.repaired
     assert (store.path / "checkpoints" / "1" / "features" / "c" / "0" / "0").exists()
 
 
@@ -112,10 +112,10 @@ def test_damaged_scores_are_computed_again(store):
     flip(store.path / "scores" / "test" / "tracin" / "c" / "0" / "0", 6 * 6 * 4)
     (damage,) = verify(store.path).damage
     assert damage.rows.tolist() == [5, 6, 7, 8, 9]
-    assert store.read_scores("test", "tracin").remaining() == [(5, 10)]
+    assert store.results.read_scores("test", "tracin").remaining() == [(5, 10)]
     os.truncate(store.path / "scores" / "test" / "tracin" / "c" / "0" / "0", 6)
     assert "computed again" in verify(store.path).damage[0].what
-    assert store.score_names("test") == [] and verify(store.path).ok
+    assert store.catalog.score_names("test") == [] and verify(store.path).ok
 
 
 def test_rows_that_were_never_done_are_no_damage(store):
@@ -137,20 +137,20 @@ def test_only_damaged_rows_are_featurized_again(run, tmp_path):
         tracing.load_checkpoint(checkpoint, 0, rate)
         tracing.featurize(run.train, num_samples=23)
     flip(tmp_path / "checkpoints" / "0" / "features" / "c" / "0" / "0", 3 * 32 * 2)
-    before = Store.open_existing(tmp_path).checkpoint(0).features(0, 23)
+    before = stored_features(Store.open_existing(tmp_path).checkpoint(0), 0, 23)
     assert [found.rows.tolist() for found in verify(tmp_path).damage] == [[3]]
     with Tracer(run.model, "image_classification", 23, tmp_path, proj_dim=32) as tracing:
         tracing.load_checkpoint(checkpoint, 0, rate)
         assert tracing.remaining(0).tolist() == [3]
         tracing.featurize(run.train, num_samples=23)
         tracing.finalize_features()
-    after = Store.open_existing(tmp_path).checkpoint(0).features(0, 23)
+    after = stored_features(Store.open_existing(tmp_path).checkpoint(0), 0, 23)
     others = np.arange(23) != 3
     np.testing.assert_array_equal(after[others], before[others])
     assert verify(tmp_path).ok and (after[3] != before[3]).any()
 
 
-def test_a_block_that_is_gone_with_its_marks_is_missed(store):
+def test_a_chunk_that_is_gone_with_its_marks_is_missed(store):
     shutil.rmtree(store.path / "checkpoints" / "0" / "features" / "c" / "2")
     for path in (store.path / "checkpoints" / "0").glob("*/c/2"):
         path.unlink()
@@ -158,6 +158,6 @@ def test_a_block_that_is_gone_with_its_marks_is_missed(store):
         check_finalized(store, 0)
     found = verify(store.path)
     assert [damage.rows.tolist() for damage in found.damage] == [[8, 9, 10, 11]]
-    with store.checkpoint(0) as table, store.read_scores("test", "tracin") as scores:
+    with store.checkpoint(0) as table, store.results.read_scores("test", "tracin") as scores:
         assert not table.attributes["finalized"] and scores.tile_done.tolist() == [True, False, False, True, True]
     assert verify(store.path).ok

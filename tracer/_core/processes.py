@@ -44,18 +44,18 @@ class Process:
         """Return which of a number of things are this process's: an equal share of consecutive ones."""
         return range(number * self.rank // self.count, number * (self.rank + 1) // self.count)
 
-    def rows(self, num_rows: int, block_rows: int) -> range:
-        """Return which rows are this process's: whole blocks, so that no two processes write to one.
+    def rows(self, num_rows: int, chunk_rows: int) -> range:
+        """Return this process's rows: whole chunks, so that no two processes write to one file.
 
         Args:
             num_rows: N.
-            block_rows: The rows of a block.
+            chunk_rows: The rows of a chunk.
 
         Returns:
-            Consecutive rows; none where there are fewer blocks than processes before this one.
+            Consecutive rows; none if there are fewer chunks than processes before this one.
         """
-        blocks = self.part(-(-num_rows // block_rows))
-        return range(min(blocks.start * block_rows, num_rows), min(blocks.stop * block_rows, num_rows))
+        chunks = self.part(-(-num_rows // chunk_rows))
+        return range(min(chunks.start * chunk_rows, num_rows), min(chunks.stop * chunk_rows, num_rows))
 
     def wait(self) -> None:
         """Wait for the other processes where they run at the same time."""

@@ -22,6 +22,7 @@ from tracer.errors import InputError, InputTypeError
 from tracer.report import ReportOptions, write_report
 from tracer.report.samples import as_array
 from tracer.scoring.estimators import Estimate
+from tracer.store.feature_storage import FeatureStorage
 from tracer.types import Batch, Checkpoint, TopK
 
 
@@ -217,11 +218,11 @@ def attribute(
     size = check_count(batch_size, "batch_size")
     train_rows = as_data_source(train, "train", size, collate_fn)
     target_rows = as_data_source(targets, "targets", size, collate_fn)
-    if tracer_options.get("projector") == "none":
-        tracer_options.setdefault("storage", "float32" if estimate.kernel else "none")
+    projector = tracer_options.get("projector", "sketch")
+    tracer_options.setdefault("storage", FeatureStorage.default(projector, bool(estimate.kernel)))
     tracer = Tracer(model, task, len(train_rows), save_dir, progress=progress, **tracer_options)
     chosen = list(range(len(pairs)))
-    if tracer.store.manifest.storage == "none":
+    if not tracer.store.manifest.feature_storage.stores_features:
         for model_id, (checkpoint, learning_rate) in enumerate(pairs):
             tracer.load_checkpoint(checkpoint, model_id=model_id, learning_rate=learning_rate)
             tracer.score_exactly(checkpoint, model_id, train_rows, target_rows, exp_name)

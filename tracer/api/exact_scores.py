@@ -69,7 +69,7 @@ def score_exactly(
         NonFiniteError: If a gradient is NaN or infinite.
     """
     factory, store = _tracer._factory, _tracer.store
-    if store.manifest.storage != "none":
+    if store.manifest.feature_storage.stores_features:
         raise CallOrderError(
             f"score_exactly is for storage='none'; this store has storage={store.manifest.storage!r}, whose "
             f"scores come from featurize, score and finalize_scores."
@@ -149,7 +149,7 @@ class CosineWriter:
                 held = self._hold(targets, first, None if block is None else block.shape[1])
                 last = first + held.num_rows
                 self._targets.flush()  # a block that is there says that its targets' values are
-                block = self._store.cosine_block(
+                block = self._store.results.cosine_block(
                     *self._key,
                     first,
                     held.num_rows,
@@ -165,7 +165,7 @@ class CosineWriter:
 
     def _stored(self, first: int) -> ScoreArray | None:
         """Return the block that is stored from a target on, None where there is none of these tables."""
-        block = dict(self._store.cosines(*self._key)).get(first)
+        block = dict(self._store.results.cosines(*self._key)).get(first)
         return block if block is not None and block.inputs == self._inputs(first, block.shape[1]) else None
 
     def _hold(self, targets: DataSource, first: int, size: int | None) -> TargetGradients:

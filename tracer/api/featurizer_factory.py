@@ -20,6 +20,7 @@ from tracer.gradients import GradientEngine, select_parameters
 from tracer.gradients.backend import find_backend
 from tracer.projection import Projector, make_projector
 from tracer.store import RowTable
+from tracer.store.feature_storage import FeatureStorage
 from tracer.store.manifest import Manifest
 from tracer.training.adam import check_preconditioner, read_training_checkpoint
 from tracer.training.checkpoints import read_checkpoint, weights_fingerprint
@@ -93,7 +94,7 @@ class FeaturizerFactory:
     def make(self, loaded: LoadedCheckpoint, model_id: int) -> Featurizer:
         """Return the featurizer of a checkpoint."""
         projector = None
-        if self.settings.storage != "none":
+        if FeatureStorage(self.settings.storage).stores_features:
             if self._projectors is None or self._projectors[0] != model_id:
                 self._projectors = (model_id, self._projector(model_id))
             projector = self._projectors[1]

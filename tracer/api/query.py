@@ -60,11 +60,8 @@ def query(
     """
     estimate = Estimate(estimator, target, regularization)
     factory, store = _tracer._factory, _tracer.store
-    if store.manifest.storage == "none":
-        raise CallOrderError(
-            "query needs stored features and this store has storage='none'; call tracer.score_exactly(checkpoint, "
-            "model_id, train, targets, exp_name) and tracer.top, or featurize with another storage."
-        )
+    instead = "call tracer.score_exactly(checkpoint, model_id, train, targets, exp_name) and tracer.top, or "
+    store.manifest.feature_storage.require_features("query", instead)
     if factory.backend.is_sharded:
         raise CallOrderError(
             "query() got an FSDP model; call it with the plain model, in one process, on the same save_dir, or score "

@@ -32,7 +32,7 @@ class StoreFacts:
     @classmethod
     def of(cls, store: Store, exp_name: str, model_ids: Sequence[int] | None = None) -> StoreFacts:
         """Read a store whose features are finalized; ``model_ids`` of None means all checkpoints."""
-        chosen = list(store.checkpoint_ids() if model_ids is None else model_ids)
+        chosen = list(store.catalog.checkpoint_ids() if model_ids is None else model_ids)
         tables = [store.checkpoint(model_id) for model_id in chosen]
         losses = np.mean([table.column("loss").astype(np.float64) for table in tables], axis=0)
         return cls(

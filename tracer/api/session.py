@@ -89,7 +89,7 @@ def begin_featurizing(
     loaded = factory.read(checkpoint)
     agreed = (model_id, learning_rate, loaded.fingerprint)
     with factory.backend.rank_zero_first("model_id, learning_rate and weights", agreed):
-        if store.has_checkpoint(model_id):
+        if store.catalog.has_checkpoint(model_id):
             table = store.checkpoint(model_id)
             check_weights(table, loaded.fingerprint, model_id)
             stored = table.attributes.get("learning_rate")
@@ -123,14 +123,14 @@ def begin_scoring(
 
 def target_table(store: Store, exp_name: str, model_id: int, num_targets: int) -> RowTable:
     """Return the table of a set of targets at a checkpoint, new or existing, or raise MismatchError by their number."""
-    for other in store.target_ids(exp_name):
+    for other in store.catalog.target_ids(exp_name):
         stored = store.targets(exp_name, other).num_rows
         if stored != num_targets:
             raise MismatchError(
                 f"expected num_targets={stored}, as exp_name={exp_name!r} has at checkpoint {other}, got "
                 f"num_targets={num_targets}; pass num_targets={stored}, or choose another exp_name."
             )
-    if store.has_targets(exp_name, model_id):
+    if store.catalog.has_targets(exp_name, model_id):
         return store.targets(exp_name, model_id)
     return store.create_targets(exp_name, model_id, num_targets)
 

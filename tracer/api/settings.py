@@ -17,10 +17,10 @@ import torch
 
 from tracer._core.processes import ProcessChoice
 from tracer._core.validation import check_autocast, check_choice, check_count, check_seed
-from tracer.errors import InputError, InputTypeError, nearest_name
+from tracer.errors import InputTypeError, nearest_name
 from tracer.gradients import METHODS, ParamSelection
 from tracer.projection import projector_kinds
-from tracer.store.manifest import STORAGES
+from tracer.store.feature_storage import STORAGES, FeatureStorage
 from tracer.training.adam import PRECONDITIONERS, check_preconditioner
 
 Signed = TypeVar("Signed", bound=Callable[..., Any])
@@ -100,14 +100,9 @@ class FeatureSettings:
     progress: bool | None = _setting(None, "Show progress bars; None: on a terminal only.")
 
     def __post_init__(self) -> None:
-        check_choice("storage", self.storage, STORAGES)
         check_choice("gradients", self.gradients, METHODS)
         check_choice("projector", self.projector, projector_kinds())
-        if self.storage == "none" and self.projector != "none":
-            raise InputError(
-                f"got storage='none' with projector={self.projector!r}: without stored features, scores are computed "
-                f"from exact gradients; pass projector='none', or storage='float16'."
-            )
+        FeatureStorage(self.storage).check_projector(self.projector)
         check_seed(self.seed)
         check_autocast(self.autocast)
         check_preconditioner(self.preconditioner)

@@ -109,8 +109,8 @@ class StoreReader:
             empty where there are more processes than blocks.
         """
         size = len(dataset)
-        block_rows = self.store.block_rows if size == self.train_set_size else self.store.target_block_rows(size)
-        return Subset(dataset, self.process.rows(size, block_rows))
+        chunk_rows = self.store.chunk_rows if size == self.train_set_size else self.store.target_chunk_rows(size)
+        return Subset(dataset, self.process.rows(size, chunk_rows))
 
     def remaining(self, model_id: int, exp_name: str | None = None) -> np.ndarray:
         """Return the indices of the rows that are not durably stored yet at a checkpoint.
@@ -128,7 +128,7 @@ class StoreReader:
         """
         if exp_name is not None:
             return target_table(self.store, exp_name, model_id).remaining()
-        if not self.store.has_checkpoint(check_model_id(model_id)):
+        if not self.store.catalog.has_checkpoint(check_model_id(model_id)):
             return np.arange(self.train_set_size, dtype=np.int64)
         return self.store.checkpoint(model_id).remaining()
 
@@ -163,17 +163,17 @@ class StoreReader:
             CallOrderError: The store has no rows.
         """
         if exp_name is None:
-            if not self.store.checkpoint_ids():
+            if not self.store.catalog.checkpoint_ids():
                 raise CallOrderError("The store has no checkpoint, so there are no rows to replace; featurize first.")
             rows = check_indices(inds, self.train_set_size, "train_set_size")
         else:
-            known = self.store.exp_names()
+            known = self.store.catalog.exp_names()
             if exp_name not in known:
                 raise InputError(f"exp_name={exp_name!r} is not in the store, which has {known}.")
-            num_targets = self.store.targets(exp_name, self.store.target_ids(exp_name)[0]).num_rows
+            num_targets = self.store.targets(exp_name, self.store.catalog.target_ids(exp_name)[0]).num_rows
             rows = check_indices(inds, num_targets, "num_targets")
         self.process.wait()  # what others had pending is in the store, so that their marks go too
-        self.process.first_only(lambda: self.store.forget_rows(rows, exp_name))
+        self.process.first_only(lambda: self.store.invalidate_rows(rows, exp_name))
 
     def finalize_features(self, model_ids: list[int] | None = None) -> None:
         """Check that every train row is stored at each checkpoint, and open the checkpoints for scoring.

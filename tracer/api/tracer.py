@@ -217,7 +217,7 @@ class Tracer:
         """Return this process's examples; see `StoreReader.shard`. While targets are scored, of as many targets."""
         session = self._session
         if session is not None and session.role == SCORE and session.table.num_rows == len(dataset):
-            return Subset(dataset, self.process.rows(len(dataset), session.table.block_rows))
+            return Subset(dataset, self.process.rows(len(dataset), session.table.chunk_rows))
         return self.reader.shard(dataset)
 
     def _finish_batches(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,7 +10,7 @@ from tracer.cli.help import ExampleCommand
 from tracer.cli.output import format_facts, format_size, format_table, json_option, print_result
 from tracer.cli.stores import open_store
 from tracer.store import Store
-from tracer.store.remote_path import RemotePath
+from tracer.store.arrays.store_path import StorePath
 
 EXAMPLES = r"""
 tracer info runs/first
@@ -44,8 +42,8 @@ def describe(store: Store) -> dict[str, Any]:
         "settings": dict(manifest.settings),
         "model": manifest.info.get("model"),
         "versions": dict(manifest.versions),
-        "checkpoints": [_checkpoint(store, model_id) for model_id in store.checkpoint_ids()],
-        "targets": {exp_name: _target_set(store, exp_name) for exp_name in store.exp_names()},
+        "checkpoints": [_checkpoint(store, model_id) for model_id in store.catalog.checkpoint_ids()],
+        "targets": {exp_name: _target_set(store, exp_name) for exp_name in store.catalog.exp_names()},
         "bytes": _sizes(store.path),
     }
 
@@ -62,25 +60,21 @@ def _checkpoint(store: Store, model_id: int) -> dict[str, Any]:
 
 
 def _target_set(store: Store, exp_name: str) -> dict[str, Any]:
-    tables = {model_id: store.targets(exp_name, model_id) for model_id in store.target_ids(exp_name)}
+    tables = {model_id: store.targets(exp_name, model_id) for model_id in store.catalog.target_ids(exp_name)}
     return {
         "num_targets": next(iter(tables.values())).num_rows,
         "done": {str(model_id): table.num_done for model_id, table in tables.items()},
-        "scores": store.score_names(exp_name),
+        "scores": store.catalog.score_names(exp_name),
     }
 
 
-def _sizes(path: Path | RemotePath) -> dict[str, int] | None:
-    """Return the bytes of a local store by folder."""
-    if isinstance(path, RemotePath):  # every object would have to be listed
+def _sizes(path: StorePath) -> dict[str, int] | None:
+    """Return the bytes of a store by folder, or None if the path does not know them (see `total_bytes`)."""
+    total = path.total_bytes()
+    if total is None:
         return None
-    folders = {entry.name: _size(entry) for entry in sorted(path.iterdir()) if entry.is_dir()}
-    return {**folders, "total": _size(path)}
-
-
-def _size(directory: Path) -> int:
-    names = (Path(root) / name for root, _, files in os.walk(directory) for name in files)
-    return sum(name.stat().st_size for name in names)
+    folders = {name: (path / name).total_bytes() or 0 for name in path.children() if (path / name).is_dir()}
+    return {**folders, "total": total}
 
 
 def _text(found: dict[str, Any]) -> str:

@@ -22,9 +22,10 @@ from tracer.cli.job import Job
 from tracer.cli.output import format_facts, format_size, format_table, format_time
 from tracer.data.datasets import DataSource, as_data_source
 from tracer.store import Store
+from tracer.store.arrays.metadata import NODE
+from tracer.store.arrays.store_path import store_path
+from tracer.store.feature_storage import FeatureStorage
 from tracer.store.manifest import Manifest
-from tracer.store.metadata import NODE
-from tracer.store.paths import store_path
 from tracer.store.table_schema import table_layouts
 from tracer.types import Batch
 
@@ -61,7 +62,8 @@ class Plan:
         memory = "unknown on this system" if self.peak_bytes is None else f"{format_size(self.peak_bytes)} so far"
         if self.device_bytes is not None:
             memory += f", {format_size(self.device_bytes)} on the GPU"
-        stored = "not stored: exact gradients" if settings["storage"] == "none" else f"stored as {settings['storage']}"
+        storage = FeatureStorage(settings["storage"])
+        stored = f"stored as {storage.name}" if storage.stores_features else "not stored: exact gradients"
         train_ms, target_ms = 1000 * self.train_seconds_per_row, 1000 * self.target_seconds_per_row
         facts = [
             ("store", self.save_dir),
@@ -103,7 +105,7 @@ def make_plan(job: Job) -> Plan:
     names = ("path", "learning_rate", "train_rows_missing", "targets_missing")
     checkpoints = [(str(path), rate, *left) for (path, rate), left in zip(job.checkpoints, missing, strict=True)]
     once = fixed + (num_train * train_seconds + num_targets * target_seconds) / num_processes
-    passes = math.ceil(len(job.targets) / len(samples[1])) if manifest.storage == "none" else 1
+    passes = math.ceil(len(job.targets) / len(samples[1])) if not manifest.feature_storage.stores_features else 1
     return Plan(
         save_dir=job.save_dir,
         train_rows=len(job.train),
@@ -170,18 +172,17 @@ def _missing(job: Job, manifest: Manifest) -> list[tuple[int, int]]:
     exp_name = str(job.ranking.get("exp_name", "targets"))
     left = []
     for model_id in model_ids:
-        rows = len(store.checkpoint(model_id).remaining()) if store.has_checkpoint(model_id) else sizes[0]
-        has_targets = store.has_targets(exp_name, model_id)
+        rows = len(store.checkpoint(model_id).remaining()) if store.catalog.has_checkpoint(model_id) else sizes[0]
+        has_targets = store.catalog.has_targets(exp_name, model_id)
         left.append((rows, len(store.targets(exp_name, model_id).remaining()) if has_targets else sizes[1]))
     return left
 
 
 def _checkpoint_bytes(manifest: Manifest, num_targets: int) -> int:
     """Return the bytes of a checkpoint's files: its features, or the cosines that replace them."""
-    exact = manifest.storage == "none"
-    total = 4 * manifest.train_set_size * num_targets if exact else 0
+    total = 0 if manifest.feature_storage.stores_features else 4 * manifest.train_set_size * num_targets
     for num_rows in (manifest.train_set_size, num_targets):
-        layouts = table_layouts(num_rows, 0 if exact else manifest.feature_dim, manifest.storage, num_rows)
+        layouts = table_layouts(num_rows, manifest.feature_dim, manifest.storage, num_rows)
         total += sum(layout.data_bytes for layout in layouts.values())
     return total
 

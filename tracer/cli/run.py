@@ -17,6 +17,7 @@ from tracer.cli.output import json_option, print_result
 from tracer.cli.plan import make_plan
 from tracer.cli.settings import BY_NAME, SettingsCommand, check_required, read_settings, setting_flags
 from tracer.errors import IncompleteError, InputError
+from tracer.store.feature_storage import FeatureStorage
 
 EXAMPLES = r"""
 With training.py in the current directory:
@@ -65,7 +66,7 @@ def command(config: str | None, dry_run: bool, as_json: bool, **flags: Any) -> N
 
 def _run(ctx: click.Context, job: Job, settings: dict[str, Any]) -> dict[str, Any]:
     """Run `attribute`; an interruption ends the program and prints the command that resumes it."""
-    exact = settings.get("projector") == "none" and _stores_nothing(settings)
+    exact = _stores_nothing(settings)
     sizes = {"train_rows": len(job.train), "targets": len(job.targets)}
     try:
         with Interruption() as interruption:
@@ -102,7 +103,8 @@ def _check_alone(settings: dict[str, Any]) -> None:
 def _stores_nothing(settings: dict[str, Any]) -> bool:
     """Return whether exact gradients are compared without being stored, as `attribute` decides by default."""
     kernel = settings.get("estimator") in ("influence", "trak")
-    return settings.get("storage", "float32" if kernel else "none") == "none"
+    default = FeatureStorage.default(settings.get("projector", "sketch"), kernel)
+    return not FeatureStorage(settings.get("storage", default)).stores_features
 
 
 def _next_steps(config: str | None, flags: dict[str, Any], settings: dict[str, Any]) -> str:

@@ -52,7 +52,7 @@ class StoreView:
 
     @property
     def _first_id(self) -> int:
-        return (self.found.model_ids or self.reader.store.checkpoint_ids())[0]
+        return (self.found.model_ids or self.reader.store.catalog.checkpoint_ids())[0]
 
     @property
     def train_labels(self) -> Integer[np.ndarray, " N"] | None:
@@ -164,7 +164,7 @@ def open_view(store: str, *, device: str = "cpu", needs_targets: bool = True, **
 
 def _check_name(reader: StoreReader, exp_name: str | None) -> str:
     """Return the name of the targets; without one, that of the only targets in the store."""
-    known, path = reader.store.exp_names(), reader.store.path
+    known, path = reader.store.catalog.exp_names(), reader.store.path
     if not known:
         raise InputError(f"{path} has no targets; score some first, for example with `tracer run`.")
     if exp_name is None and len(known) > 1:

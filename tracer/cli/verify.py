@@ -11,9 +11,9 @@ from tracer.cli.output import json_option, print_result
 from tracer.cli.stores import find_store
 from tracer.errors import StoreError
 from tracer.store import Damage, Store, Verification, verify
+from tracer.store.arrays.metadata import NODE, read_document
+from tracer.store.arrays.store_path import StorePath, store_path
 from tracer.store.manifest import FORMAT, FORMAT_VERSION
-from tracer.store.metadata import NODE, StorePath, read_document
-from tracer.store.paths import store_path
 
 EXAMPLES = r"""
 tracer verify runs/first || tracer verify runs/first --repair
@@ -42,7 +42,8 @@ def command(ctx: click.Context, store: str, repair: bool, as_json: bool) -> None
         "rows_read": found.num_rows,
         "tiles_read": found.num_tiles,
         "damage": [
-            {"path": each.path, "what": each.what, "rows": each.rows, "mended": each.mended} for each in found.damage
+            {"path": each.path, "what": each.what, "rows": each.rows, "repaired": each.repaired}
+            for each in found.damage
         ],
     }
     text = str(found)

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 
 from tracer.data.batches import count_samples
 from tracer.data.tasks import Task
-from tracer.errors import InputError
 from tracer.retraining.recipe import Recipe
 from tracer.retraining.result_files import ResultFiles, settings_of
 from tracer.retraining.subsets import make_runs
 from tracer.retraining.training import Trainer, check_recipe, ordinary_mode, progress_bar
-from tracer.store.paths import store_path
-from tracer.store.remote_path import RemotePath
+from tracer.store.arrays.store_path import local_path
 from tracer.types import Batch
 
 
@@ -109,9 +107,7 @@ def retrain(
     ((6, 3), (6, 2, 3))
     """
     check_recipe(recipe)
-    place = None if save_dir is None else store_path(save_dir)
-    if isinstance(place, RemotePath):
-        raise InputError(f"save_dir={save_dir!r} is remote; expected a folder on this machine.")
+    place = None if save_dir is None else local_path(save_dir)
     runs = make_runs(masks, count_samples(train), seeds, paired)
     with ordinary_mode():
         trainer = Trainer(make_model, task, train, recipe)

@@ -168,7 +168,7 @@ class Kernels:
 
     def _stored(self, model_id: int, name: str, tables: Sequence[RowTable], compute: Callable[[], _Stored]) -> _Stored:
         """Return what the store has for these tables, or compute it in all processes together and store it."""
-        path = self.store.kernel_path(model_id, name)
+        path = self.store.results.kernel_path(model_id, name)
         inputs = {
             "version": _VERSION,
             "num_rows": tables[0].num_rows,
@@ -186,7 +186,7 @@ class Kernels:
         """Return the training examples that this process sums over: all of them unless processes run together."""
         if not self.process.together:
             return range(table.num_rows)
-        return self.process.rows(table.num_rows, table.block_rows)
+        return self.process.rows(table.num_rows, table.chunk_rows)
 
 
 def kernel_weights(tables: Sequence[RowTable], num_rows: int) -> Float64[np.ndarray, " N"]:

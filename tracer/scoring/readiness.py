@@ -29,7 +29,7 @@ def finalize_features(store: Store, model_ids: list[int] | None, progress: bool 
 
 def check_finalized(store: Store, model_id: int) -> None:
     """Raise `CallOrderError` if a checkpoint is not finalized, `IncompleteError` if files of it are gone since then."""
-    known = store.checkpoint_ids()
+    known = store.catalog.checkpoint_ids()
     if model_id not in known:
         raise CallOrderError(
             f"Checkpoint {model_id} is not in the store, which has {known}. Featurize all training examples at it and "
@@ -53,7 +53,7 @@ def check_finalized(store: Store, model_id: int) -> None:
 
 def checkpoint_ids(store: Store, model_ids: list[int] | None) -> list[int]:
     """Return the chosen checkpoints (None: all in the store), each of which must be in the store and chosen once."""
-    known = store.checkpoint_ids()
+    known = store.catalog.checkpoint_ids()
     if not known:
         raise CallOrderError("The store has no checkpoint; call load_checkpoint and featurize first.")
     if model_ids is None:
@@ -84,11 +84,11 @@ def learning_rates(store: Store, model_ids: Sequence[int]) -> list[float]:
 
 def target_table(store: Store, exp_name: str, model_id: int) -> RowTable:
     """Return the targets of an experiment at a checkpoint, some of which may be missing."""
-    known = store.exp_names()
+    known = store.catalog.exp_names()
     if exp_name not in known:
         raise InputError(f"exp_name={exp_name!r} was never scored; {nearest_name(exp_name, known)}.")
-    if not store.has_targets(exp_name, model_id):
-        scored = [each for each in store.checkpoint_ids() if store.has_targets(exp_name, each)]
+    if not store.catalog.has_targets(exp_name, model_id):
+        scored = [each for each in store.catalog.checkpoint_ids() if store.catalog.has_targets(exp_name, each)]
         raise IncompleteError(
             f"Targets {exp_name!r} were not scored at checkpoint {model_id}. Call start_scoring_checkpoint and "
             f"score for it, or choose the checkpoints {scored} by model_ids=."
@@ -117,7 +117,7 @@ def complete_cosines(
     """Return the blocks of exact cosines of two tables, each with its first target; all targets must have them."""
     tables = [table.attributes["table_id"] for table in (train, targets)]
     blocks, end = [], 0
-    for first, block in store.cosines(exp_name, model_id):
+    for first, block in store.results.cosines(exp_name, model_id):
         whole = block.complete and block.shape[0] == train.num_rows
         if first == end and whole and block.inputs["tables"] == tables:
             blocks.append((first, block))

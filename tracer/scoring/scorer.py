@@ -14,7 +14,7 @@ import torch
 from tracer._core.processes import Process
 from tracer._core.validation import check_choice, check_count
 from tracer.data.indices import ExampleSelection, resolve_selection
-from tracer.errors import CallOrderError, IncompleteError, InputError, InputTypeError
+from tracer.errors import IncompleteError, InputError, InputTypeError
 from tracer.scoring.estimators import Estimate, self_influence
 from tracer.scoring.feature_tables import CheckpointPair, FeatureTable, TrainIndices
 from tracer.scoring.kernels import Kernels, leverages
@@ -63,7 +63,7 @@ class Scorer:
 
         def opened() -> ScoreArray:
             first = process.rank == 0
-            return self.store.scores(
+            return self.store.results.scores(
                 exp_name, estimate.name, shape, inputs, tile_rows=tile_rows, dtype=dtype, may_replace=first
             )
 
@@ -75,7 +75,7 @@ class Scorer:
         if process.count == 1:
             return found
         process.wait()
-        done = self.store.read_scores(exp_name, estimate.name)
+        done = self.store.results.read_scores(exp_name, estimate.name)
         return done.matrix() if done.complete else ScoreMatrix(done.shape, done.read)  # which refuses what is missing
 
     def top(
@@ -92,7 +92,7 @@ class Scorer:
         chosen = self._check_top(k, kind, model_ids, rows, labels)
         query = self._topk_query(exp_name, k, estimate, model_ids, chosen)
         if self.process.count > 1:
-            shard = self.process.rows(self.num_rows, self.store.block_rows)
+            shard = self.process.rows(self.num_rows, self.store.chunk_rows)
             query.compute([(shard.start, shard.stop)])
             self.process.wait()
             missing = 0 if self.process.together else query.num_missing
@@ -200,7 +200,7 @@ class Scorer:
         chosen = finalized_ids(self.store, model_ids)
         tables = complete_targets(self.store, exp_name, chosen)
         pairs, described = self._terms(chosen, tables, estimate)
-        if self.store.manifest.storage == "none":
+        if not self.store.manifest.feature_storage.stores_features:
             pairs = [
                 replace(pair, cosines=complete_cosines(self.store, exp_name, model_id, pair.train, targets))
                 for model_id, pair, targets in zip(chosen, pairs, tables, strict=True)
@@ -239,12 +239,8 @@ class Scorer:
 
     def _kernels(self, estimate: Estimate) -> Kernels:
         """Return the kernels of this store, which must have features."""
-        if self.store.manifest.storage == "none":
-            what = f"estimator={estimate.estimator!r}" if estimate.kernel else "groups="
-            raise CallOrderError(
-                f"{what} needs stored features and this store has storage='none'; featurize into another save_dir with "
-                f"storage='float32' or 'float16' (projector='none' keeps gradients exact)."
-            )
+        what = f"estimator={estimate.estimator!r}" if estimate.kernel else "groups="
+        self.store.manifest.feature_storage.require_features(what)
         known = self._known_kernels
         if known is None or known.store is not self.store:  # a store that has grown is another object
             known = Kernels(self.store, self.device, self.process, self.progress, self.memory_bytes // 2)

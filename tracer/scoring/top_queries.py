@@ -87,7 +87,7 @@ class TopKQuery:
 
     @property
     def _directory(self) -> Any:
-        return self.store.selections_path(self.exp_name, self.scorer.estimate.name)
+        return self.store.results.top_path(self.exp_name, self.scorer.estimate.name)
 
     @property
     def _all_inputs(self) -> dict[str, Any]:

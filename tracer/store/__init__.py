@@ -1,4 +1,4 @@
-"""The store: rows of features, targets, scores and selections in one zarr version 3 hierarchy."""
+"""The store: files of features, targets, scores and top-k parts in one zarr version 3 hierarchy."""
 
 from tracer.store.row_table import RowTable
 from tracer.store.score_array import ScoreArray

@@ -1,12 +1,12 @@
-"""Kernels of checkpoints, kept so that a question asked again does not read all train rows again.
+"""Kernels of checkpoints, stored so that a repeated question does not read all training rows again.
 
     kernels/<model_id>/<weighting>/     group; its attributes are ``inputs``, sums, and a checksum of the arrays
       matrix     [k, k]  float64        ``Φᵀ diag(w) Φ``
       residual_sum [1, k] float64       ``Φᵀ (w · output_change − Q)``
-    kernels/<model_id>/regularization/  group without arrays: the λ chosen for kernels weighted with curvatures
+    kernels/<model_id>/regularization/  group without arrays: the λ chosen for kernels weighted with ``loss_hess``
 
-A kernel exists from the instant that its group's document does, which is written last and removed first. One that is
-damaged, or of other inputs, counts as not there.
+A kernel exists as soon as its group's document does, which is written last and removed first. A kernel that is damaged,
+or of other inputs, counts as missing.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import numpy as np
 from tracer._core.files import disk_errors
 from tracer.errors import StoreError
 from tracer.store.arrays.layout import Layout, create_array
+from tracer.store.arrays.metadata import NODE, read_document, write_group
+from tracer.store.arrays.opening import open_array
+from tracer.store.arrays.store_path import StorePath
 from tracer.store.manifest import json_value
-from tracer.store.metadata import NODE, StorePath, read_document, remove, write_group
-from tracer.store.paths import open_array
 
 logger = logging.getLogger("tracer")
 
@@ -33,16 +34,17 @@ _CHUNK_BYTES = 16 << 20
 def save_kernel(
     path: StorePath, inputs: Mapping[str, Any], sums: Mapping[str, float], arrays: Mapping[str, np.ndarray]
 ) -> None:
-    """Write a kernel in place of what is there.
+    """Write a kernel in place of an existing one.
 
     Args:
         path: ``kernels/<model_id>/<weighting>`` of the store, whose parent is a zarr group.
         inputs: Everything that decides it, JSON values.
-        sums: Numbers beside it.
+        sums: Numbers that belong to it.
         arrays: ``[n, k]`` each, float64, by name.
     """
     with disk_errors(path):
-        remove(path / NODE)
+        # Document first when replacing, last when writing: a crash in between leaves a kernel that counts as missing.
+        (path / NODE).remove()
         for name, values in arrays.items():
             rows = max(1, min(len(values), _CHUNK_BYTES // (8 * values.shape[1])))
             create_array(path / name, Layout(values.shape, "float64", rows))
@@ -54,21 +56,13 @@ def save_kernel(
 
 
 def load_kernel(path: StorePath, inputs: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, np.ndarray]] | None:
-    """Read a kernel.
-
-    Args:
-        path: Where it may be.
-        inputs: Everything that decides it, JSON values.
-
-    Returns:
-        Its sums and arrays; None where there is none of these inputs, or it is damaged.
-    """
+    """Return a kernel's sums and arrays; None if there is none of these inputs, or it is damaged."""
     try:
         known = read_document(path / NODE)["attributes"]
         if known["inputs"] != json_value(dict(inputs), "inputs"):
             return None
         arrays = {name: _read(path / name) for name in known["crc32c"]}
-        problem = None if _sums(arrays) == known["crc32c"] else "its arrays do not have their checksums"
+        problem = None if _sums(arrays) == known["crc32c"] else "its arrays do not match their checksums"
     except FileNotFoundError:
         return None
     except (StoreError, OSError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Scores that lie in several files, or remotely, or in half precision, read like a matrix."""
+"""Scores in several files, in a remote store or in half precision, indexed like a numpy matrix."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32, Int64
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 
 class ScoreMatrix(NDArrayOperatorsMixin):
-    """A float32 matrix ``[N, M]`` that is read where it is indexed, as far as it is indexed.
+    """A float32 matrix ``[N, M]`` of which only the indexed rows are read from the store.
 
-    It takes the keys of a numpy matrix: integers, slices, index lists, masks, and pairs of them. numpy functions take
+    It takes the keys of a numpy matrix: integers, slices, index lists, masks, and pairs of them. numpy functions accept
     it and read all of it.
 
     Args:
@@ -50,11 +51,11 @@ class ScoreMatrix(NDArrayOperatorsMixin):
         return self.shape[0]
 
     def __repr__(self) -> str:
-        return f"ScoreMatrix(shape={self.shape}, dtype=float32, read from the store where it is indexed)"
+        return f"ScoreMatrix(shape={self.shape}, dtype=float32, read from the store when it is indexed)"
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise ValueError("scores of this store are read from files: an array of them is always a copy")
+            raise ValueError("expected copy=True or None: an array of scores that are read from files is always a copy")
         return np.array(self._read(0, len(self)), dtype=dtype)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
@@ -67,7 +68,7 @@ class ScoreMatrix(NDArrayOperatorsMixin):
             place = [part is Ellipsis for part in keys].index(True)
             keys = (*keys[:place], *[slice(None)] * (3 - len(keys)), *keys[place + 1 :])
         if len(keys) > 2 or any(part is None for part in keys):
-            raise IndexError(f"scores have the shape {self.shape}: expected one key for rows and one for targets")
+            raise IndexError(f"scores have the shape {self.shape}: expected one index for rows and one for targets")
         rows, columns = keys[0] if keys else slice(None), keys[1] if len(keys) == 2 else slice(None)
         if isinstance(rows, slice) and rows.step in (None, 1):
             start, stop, _ = rows.indices(len(self))
@@ -82,10 +83,10 @@ class ScoreMatrix(NDArrayOperatorsMixin):
             return block[places][..., columns]
         return block[places, np.arange(self.shape[1])[columns]]
 
-    def _take(self, rows: np.ndarray) -> np.ndarray:
-        """Return ascending rows, read run by run."""
+    def _take(self, rows: Int64[np.ndarray, " n"]) -> Float32[np.ndarray, "n M"]:
+        """Return ascending rows; consecutive ones are read together."""
         if not len(rows):
             return np.empty((0, self.shape[1]), np.float32)
         ends = np.flatnonzero(np.diff(rows) != 1) + 1
-        runs = np.split(rows, ends)
-        return np.concatenate([self._read(int(run[0]), int(run[-1]) + 1) for run in runs])
+        blocks = np.split(rows, ends)
+        return np.concatenate([self._read(int(block[0]), int(block[-1]) + 1) for block in blocks])

@@ -1,6 +1,6 @@
 """The settings that decide every number of a store: written once, compared whenever the store is opened again.
 
-A manifest lies in the attributes of the store's root group.
+It is stored in the attributes of the store's root group.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 
 from tracer._core.text import listing
 from tracer.errors import InputError, InputTypeError, MismatchError, StoreError
+from tracer.store.feature_storage import FeatureStorage
 
 FORMAT = "tracer"
 FORMAT_VERSION = 5
-STORAGES = ("float32", "float16", "int8", "none")
 _REQUIRED = ("train_set_size", "feature_dim", "storage")
 
 logger = logging.getLogger("tracer")
 
 
 def current_versions() -> dict[str, str]:
-    """Return the versions of the packages that numbers come from; ``"unknown"`` where one is not installed."""
+    """Return the versions of the packages that numbers come from; ``"unknown"`` if one is not installed."""
     versions = {}
     for name, distribution in (("tracer", "tracin"), ("torch", "torch"), ("numpy", "numpy"), ("zarr", "zarr")):
         try:
@@ -40,11 +40,11 @@ def json_value(value: Any, where: str) -> Any:
     """Return a copy of a value made of plain JSON: dict, list, str, bool, int, float or None.
 
     Args:
-        value: What came; tuples become lists, numpy scalars become Python numbers.
-        where: What to call it in errors.
+        value: Tuples become lists, numpy scalars become Python numbers.
+        where: The name of the value, for errors.
 
     Returns:
-        The copy, equal to what reading it back from JSON gives.
+        The copy, equal to reading it back from JSON.
 
     Raises:
         InputTypeError: A part of it is of another type.
@@ -71,18 +71,18 @@ def json_value(value: Any, where: str) -> Any:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store was made with.
+    """The settings that a store was made with.
 
     Attributes:
-        settings: Every setting that changes numbers, as JSON values, compared when a store is opened again. Three
-            are read by the store itself: ``train_set_size`` (int), ``feature_dim`` (int) and ``storage``
+        settings: Every setting that changes numbers, as JSON values, compared when a store is opened again. The store
+            itself reads three of them: ``train_set_size`` (int), ``feature_dim`` (int) and ``storage``
             (``"float32"``, ``"float16"``, ``"int8"``, or ``"none"``: features are not stored). ``params`` maps names to
             shapes and its order counts.
-        info: What is good to know and never compared: the model's class, the command.
+        info: Recorded and never compared, for example the model's class.
         versions: The packages that made the store; another version is only logged.
-        layout: How rows lie in files, chosen when a store is made and kept from then on: ``block_rows``, the train rows
-            of one file, and ``processes``, among how many processes rows were to be divided.
-        format_version: Of the files; another one than this package writes is refused.
+        layout: How rows are divided into files, decided when a store is made: ``chunk_rows``, the training rows of one
+            file, and ``processes``, the number of processes that rows were to be divided among.
+        format_version: Of the files; a store with another one is refused.
 
     >>> manifest = Manifest({"train_set_size": 5, "feature_dim": 2, "storage": "float16"})
     >>> manifest.train_set_size, manifest.storage
@@ -96,11 +96,7 @@ class Manifest:
     layout: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Normalise to plain JSON and check the settings that the store reads.
-
-        Raises:
-            InputError: One of them is missing or has a value that cannot be used.
-        """
+        """Normalise to plain JSON and check the settings that the store reads."""
         for name in ("settings", "info", "versions", "layout"):
             object.__setattr__(self, name, json_value(getattr(self, name), name))
         missing = [name for name in _REQUIRED if name not in self.settings]
@@ -110,23 +106,27 @@ class Manifest:
             value = self.settings[name]
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} is {value!r}: expected an integer of at least 1")
-        if self.settings["storage"] not in STORAGES:
-            raise InputError(f"storage is {self.settings['storage']!r}: expected one of {list(STORAGES)}")
+        FeatureStorage(self.settings["storage"])
 
     @property
     def train_set_size(self) -> int:
-        """The number of train rows N."""
+        """The number of training rows N."""
         return int(self.settings["train_set_size"])
 
     @property
     def feature_dim(self) -> int:
-        """The number of values stored for a row."""
+        """The number of values of a row's features."""
         return int(self.settings["feature_dim"])
 
     @property
     def storage(self) -> str:
-        """The dtype of stored features: ``"float32"``, ``"float16"`` or ``"int8"``; ``"none"`` where they are not."""
-        return str(self.settings["storage"])
+        """The setting's name: ``"float32"``, ``"float16"``, ``"int8"`` or ``"none"``."""
+        return self.feature_storage.name
+
+    @property
+    def feature_storage(self) -> FeatureStorage:
+        """The dtype of stored features, and whether they are stored at all."""
+        return FeatureStorage(str(self.settings["storage"]))
 
     def attributes(self) -> dict[str, Any]:
         """Return the manifest as attributes of the store's root group."""
@@ -141,18 +141,7 @@ class Manifest:
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any], where: object) -> Manifest:
-        """Read a manifest back from the attributes of a store's root group.
-
-        Args:
-            attributes: Of the root group.
-            where: The store's directory, for errors.
-
-        Returns:
-            The manifest.
-
-        Raises:
-            StoreError: They are another program's, damaged, or of another format version.
-        """
+        """Read a manifest back from a store's root group; ``where`` is the store's directory, for errors."""
         if attributes.get("format") != FORMAT:
             raise StoreError(
                 f"{where} holds a zarr group that this library did not write: expected the attribute "
@@ -165,8 +154,9 @@ class Manifest:
             )
         if isinstance(version, int) and version < FORMAT_VERSION:
             raise StoreError(
-                f"{where} has format version {version} of an earlier release, this package writes {FORMAT_VERSION}, "
-                "in which tables have other arrays: choose another save_dir and compute it anew"
+                f"{where} has format version {version} of an earlier release; expected {FORMAT_VERSION}, whose tables "
+                "have other columns and fingerprints: featurize again into a new save_dir, or use the release that "
+                "wrote it"
             )
         try:
             return cls(
@@ -183,42 +173,25 @@ class Manifest:
 
 
 def differences(stored: Manifest, asked: Manifest) -> list[str]:
-    """Return what differs between the settings of two manifests, one readable line each.
-
-    Args:
-        stored: What the store was made with.
-        asked: What it is opened with.
-
-    Returns:
-        Lines such as ``projector.seed: stored 0, asked 1``; empty when the settings are the same.
-    """
+    """Return the differences between two manifests' settings, such as ``projector.seed: stored 0, asked 1``."""
     return list(_differences("", stored.settings, asked.settings))
 
 
 def check_same(stored: Manifest, asked: Manifest, where: object) -> None:
-    """Check that a store may be continued with these settings; other package versions are only logged.
-
-    Args:
-        stored: What the store was made with.
-        asked: What it is opened with.
-        where: The store's directory.
-
-    Raises:
-        MismatchError: Settings differ; the message lists them all.
-    """
+    """Check that a store at ``where`` may be continued with these settings; other package versions are only logged."""
     lines = differences(stored, asked)
     if len(lines) == 1 and stored.train_set_size < asked.train_set_size:
         raise MismatchError(
-            f"{where} has {stored.train_set_size} train rows and train_set_size={asked.train_set_size} came. To add "
-            f"rows behind those that are there, call Tracer.open({str(where)!r}).grow({asked.train_set_size}) first; "
-            "else pass another save_dir."
+            f"{where} has {stored.train_set_size} training rows, got train_set_size={asked.train_set_size}. To add "
+            f"rows after the existing ones, call Tracer.open({str(where)!r}).grow({asked.train_set_size}) first; else "
+            "pass another save_dir."
         )
     if lines:
         raise MismatchError(
             f"{where} was written with other settings:\n  - "
             + "\n  - ".join(lines)
-            + "\nPass another save_dir to start anew, or the stored values to continue with what is there; if nothing "
-            "there is worth keeping, remove the directory."
+            + "\nPass another save_dir to start again, or the stored values to continue; if you do not need what is "
+            "stored, remove the directory."
         )
     for line in _differences("", stored.versions, asked.versions):
         logger.info("%s was written with another version of %s", where, line)

@@ -1,64 +1,52 @@
-"""Where a store lies: a directory on this machine, or a prefix of a remote store."""
+"""Names and numbers of the nodes in a store's hierarchy."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
+import operator
+import re
+from typing import SupportsIndex
 
-from tracer.errors import InputTypeError
-from tracer.store.arrays.chunked import ChunkedArray
-from tracer.store.arrays.local import MappedArray
-from tracer.store.arrays.remote import UploadedArray, transfers
-from tracer.store.metadata import StorePath
-from tracer.store.remote_path import RemotePath
+from tracer.errors import InputError, InputTypeError
+from tracer.store.arrays.metadata import NODE, child_nodes, write_group
+from tracer.store.arrays.store_path import StorePath
 
-_LOCAL = ("file://", "local://")
-
-
-def store_path(save_dir: str | os.PathLike[str] | StorePath) -> StorePath:
-    """Return the place that ``save_dir`` names.
-
-    Args:
-        save_dir: A directory, or a URL that fsspec knows.
-
-    Returns:
-        An absolute path, or a remote one.
-
-    Raises:
-        InputTypeError: It is neither a str nor a path.
-    """
-    if isinstance(save_dir, RemotePath):
-        return save_dir
-    if not isinstance(save_dir, (str, os.PathLike)):
-        raise InputTypeError(f"save_dir is of type {type(save_dir).__name__}: expected a str or a path")
-    text = os.fspath(save_dir)
-    for protocol in _LOCAL:
-        text = text.removeprefix(protocol)
-    return RemotePath.of(text) if "://" in text else Path(text).absolute()
+DONE_SUFFIX, CHECKSUM_SUFFIX, SCALE_SUFFIX = SCORE_SUFFIXES = ("_done", "_checksum", "_scale")
+"""Endings of the names of the arrays that belong to an array of scores."""
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", re.ASCII)
 
 
-def open_array(path: StorePath) -> ChunkedArray:
-    """Open an array, through maps where it is on this machine.
-
-    Args:
-        path: The array's directory.
-
-    Returns:
-        The array.
-    """
-    return UploadedArray(path) if isinstance(path, RemotePath) else MappedArray(path)
+def numbered_nodes(path: StorePath) -> list[int]:
+    """Return the nodes below a directory whose names are numbers, ascending."""
+    return sorted(int(name) for name in child_nodes(path) if re.fullmatch("0|[1-9][0-9]*", name))
 
 
-def open_arrays(path: StorePath, names: Sequence[str]) -> dict[str, ChunkedArray]:
-    """Open several arrays of a group; at once where that takes the network's time.
+def ensure_groups(root: StorePath, path: StorePath) -> None:
+    """Make every directory from a store's root down to ``path``, itself included, a zarr group."""
+    groups = []
+    while path != root:
+        groups.append(path)
+        path = path.parent
+    for group in reversed(groups):
+        if not (group / NODE).exists():
+            write_group(group, {}, replace=False)
 
-    Args:
-        path: The group's directory.
-        names: The arrays'.
 
-    Returns:
-        The arrays by name.
-    """
-    opened = transfers().map if isinstance(path, RemotePath) else map
-    return dict(zip(names, opened(open_array, [path / name for name in names]), strict=True))
+def checked_name(what: str, name: str) -> str:
+    """Return a name after checking that it is safe as one component of a path."""
+    if not isinstance(name, str):
+        raise InputTypeError(f"{what} is of type {type(name).__name__}: expected a str")
+    if not _SAFE_NAME.fullmatch(name) or name.startswith("__") or name.lower() == NODE:
+        raise InputError(
+            f"{what} is {name!r}: expected 1 to 128 letters, digits, '-', '_' and '.', not beginning with '.' or '__'"
+        )
+    return name
+
+
+def checked_integer(what: str, value: SupportsIndex, least: int) -> int:
+    """Return an int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise InputTypeError(f"{what} is {value!r}: expected an integer")
+    number = operator.index(value)
+    if number < least:
+        raise InputError(f"{what} is {number}: expected an integer of at least {least}")
+    return number

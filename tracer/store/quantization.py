@@ -2,9 +2,7 @@
 
 Layout: features ``[n, k]``, scales ``[n]``, row indices ``[n]``. An int8 row is in units of its largest absolute value
 over 127, rounded up or down at random with the odds that make the expectation exact: the value 2.25 becomes 3 once in
-four times. The random numbers are a fixed pool, of which each row takes a window by its index. What is stored depends
-on a row's values, its index and whether it is a train or a target row, and not on batches, processes or time. Train
-and target rows have pools of their own, so that the rounding errors of a pair never go together.
+four times. Training and target rows have separate pools of random numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 
 INT8_MOST = 127
@@ -26,16 +25,8 @@ _LEVELS = 1 << 16
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
-def row_scale(largest: np.ndarray, storage: str) -> np.ndarray:
-    """Return what a stored row is to be multiplied by.
-
-    Args:
-        largest: ``[n]``, float32, the largest absolute value of each row.
-        storage: ``"float32"``, ``"float16"`` or ``"int8"``.
-
-    Returns:
-        ``[n]``, float32, positive: 1 in float32; else the largest value, or the smallest unit of which it is at most
-        127; 1 for a row of zeros.
+def row_scale(largest: Float32[np.ndarray, " n"], storage: str) -> Float32[np.ndarray, " n"]:
+    """Return the positive numbers that stored rows are to be multiplied by, from the rows' largest absolute values.
 
     >>> row_scale(np.array([0.0, 254.0], np.float32), "int8").tolist()
     [1.0, 2.0]
@@ -45,27 +36,30 @@ def row_scale(largest: np.ndarray, storage: str) -> np.ndarray:
     scale = largest.copy()
     if storage == "int8":
         scale /= np.float32(INT8_MOST)
-        low = scale.astype(np.float64) * INT8_MOST < largest  # rounded down, in the range of denormals to zero
+        # The division may round down, among denormals even to zero: then the row would not fit into 127 units.
+        low = scale.astype(np.float64) * INT8_MOST < largest
         scale[low] = np.nextafter(scale[low], np.float32(np.inf))
     scale[largest == 0] = 1
     return scale
 
 
 def relative_rows(
-    features: np.ndarray, scale: np.ndarray, rows: np.ndarray, storage: str, pool: str, memory: Tensor | None = None
-) -> np.ndarray:
-    """Return rows as they are stored.
+    features: Float32[np.ndarray, "n k"],
+    scale: Float32[np.ndarray, " n"],
+    rows: Int64[np.ndarray, " n"],
+    storage: str,
+    pool: str,
+    memory: Float[Tensor, "n k"] | None = None,
+) -> Shaped[np.ndarray, "n k"]:
+    """Return rows divided by their scales: int8 for int8, else float32, which float16 storage rounds as it is written.
 
     Args:
-        features: ``[n, k]``, float32.
-        scale: ``[n]``, float32, as `row_scale` gives it.
-        rows: ``[n]``, int64, their indices.
+        features: The rows.
+        scale: From `row_scale`.
+        rows: Their indices, which choose the random numbers that round them.
         storage: ``"float32"``, ``"float16"`` or ``"int8"``.
-        pool: Which random numbers round: ``"train"`` or ``"targets"``.
-        memory: ``[n, k]``, float32, to be overwritten.
-
-    Returns:
-        ``[n, k]``, int8 for int8, else float32, which float16 storage rounds as it is written.
+        pool: The pool of random numbers: ``"train"`` or ``"targets"``.
+        memory: Overwritten and used for the result.
     """
     if storage not in RELATIVE:
         return features
@@ -73,6 +67,9 @@ def relative_rows(
     torch.div(torch.from_numpy(features), torch.from_numpy(scale)[:, None], out=memory)
     if storage == "float16":
         return memory.numpy()
+    # A row takes a window of a fixed pool by its index, so it is stored the same whatever the batches, processes and
+    # interruptions. Pools differ for training and target rows: with one, the rounding errors of a pair of equal index
+    # would have a common part, whose square does not average out.
     windows = _dither(features.shape[1], pool).unfold(0, features.shape[1], 1)
     first = (rows.astype(np.uint64) * _MIX) >> np.uint64(64 - 16)
     memory += windows[torch.from_numpy(first.astype(np.int64))]
@@ -80,9 +77,9 @@ def relative_rows(
 
 
 @lru_cache(maxsize=4)
-def _dither(dim: int, pool: str) -> Tensor:
-    """Return numbers between 0 and 1, in steps that a float32 next to 127 still has: ``[windows + dim - 1]``."""
+def _dither(dim: int, pool: str) -> Float[Tensor, " windows"]:
+    """Return numbers between 0 and 1, in steps that float32 can still represent next to 127."""
     seed = np.random.SeedSequence([0, *pool.encode()])
     words = np.random.Philox(seed).random_raw((_WINDOWS + dim + 2) // 4 + 1).view(np.uint16)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # it is cached, and inference tensors could not be used outside of the mode
         return torch.from_numpy((words[: _WINDOWS + dim - 1].astype(np.float32) + 0.5) / _LEVELS)

@@ -1,36 +1,31 @@
-"""Rows of features and what belongs to them, for one checkpoint: written in any order, done only once on the disk.
+"""Rows of features and the columns that belong to them, for one checkpoint.
 
 Layout: ``N`` rows of ``dim`` values. A float16 row is stored divided by its largest absolute value, which is its
 ``scale``: gradients of norm 1e-12 and 1e12 keep the same relative precision. An int8 row is stored in units of its
-``scale``, the largest over 127 (`tracer.store.rounding`). A float32 row has scale 1.
+``scale``, the largest absolute value over 127 (`tracer.store.quantization`). A float32 row has scale 1.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 
 from tracer._core.files import disk_errors
-from tracer._core.text import listing
-from tracer.errors import CallOrderError, InputError, InputTypeError, MismatchError, NonFiniteError, StoreError
-from tracer.store.arrays.completion_mask import FLUSH_SECONDS, Completion
+from tracer.errors import CallOrderError, InputError, MismatchError, StoreError
+from tracer.store.arrays.completion_mask import FLUSH_SECONDS, CompletionMask
+from tracer.store.arrays.metadata import NODE, write_group
+from tracer.store.arrays.opening import open_arrays
+from tracer.store.arrays.store_path import StorePath
+from tracer.store.feature_storage import FeatureStorage
 from tracer.store.manifest import json_value
-from tracer.store.metadata import NODE, StorePath, write_group
-from tracer.store.paths import open_arrays
-from tracer.store.quantization import RELATIVE, relative_rows, row_scale
-from tracer.store.remote_path import RemotePath
-from tracer.store.table_schema import COLUMNS, NO_LABEL, read_attributes, row_checksums, table_layouts
-
-_MAX_NAMED = 5
+from tracer.store.row_writer import RowWriter, checked_fingerprint, checked_rows, named_rows
+from tracer.store.table_schema import COLUMNS, read_attributes, table_layouts
 
 
 class RowTable:
-    """The rows of one checkpoint: train rows, or target rows.
+    """The rows of one checkpoint: training rows, or target rows.
 
     One process writes a table, or several of which no two write the same row; any number may read it meanwhile. Rows
     that were written count as done only after `flush`, which also runs by itself every ``flush_seconds`` of writing,
@@ -44,8 +39,8 @@ class RowTable:
     Attributes:
         num_rows: N.
         dim: The values of a row; 0 without features.
-        storage: The dtype they are stored in; ``"none"`` without features.
-        block_rows: The rows of one file: processes that write at the same time write different blocks.
+        storage: The name of the dtype they are stored in; ``"none"`` without features.
+        chunk_rows: The rows of one file: processes that write at the same time write different chunks.
 
     Raises:
         StoreError: The table is damaged.
@@ -54,37 +49,32 @@ class RowTable:
     def __init__(self, path: StorePath, *, flush_seconds: float = FLUSH_SECONDS) -> None:
         self.path = path
         self._closed = False
-        self._scaled, self._half = torch.empty(0, 0), torch.empty(0, 0, dtype=torch.float16)
-        self._finalized_at: tuple[object, bool] = (None, False)
         described = self.attributes
         try:
             self.num_rows, self.storage = int(described["num_rows"]), str(described["storage"])
-            self.block_rows = int(described["block_rows"])
+            self.chunk_rows = int(described["chunk_rows"])
+            self._feature_storage = FeatureStorage(self.storage)
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{path / NODE} is damaged ({error!r}): restore it, or remove {path}") from error
-        names = [*COLUMNS, *([] if self.storage == "none" else ["features"])]
-        self._arrays = open_arrays(path, names)
-        self.dim = self._arrays["features"].layout.shape[-1] if "features" in self._arrays else 0
-        expected = table_layouts(self.num_rows, self.dim, self.storage, self.block_rows)
+        self._arrays = open_arrays(path, [*COLUMNS, *(["features"] if self._feature_storage.stores_features else [])])
+        self._features = self._arrays.get("features")
+        self.dim = 0 if self._features is None else self._features.layout.shape[-1]
+        expected = table_layouts(self.num_rows, self.dim, self.storage, self.chunk_rows)
         for name, array in self._arrays.items():
             if array.layout != expected[name]:
                 raise StoreError(
                     f"{array.path} is damaged: expected {expected[name]}, found {array.layout}; remove {path} to "
                     "compute it again"
                 )
-        self._features = self._arrays.get("features")
-        self._pool = "targets" if described.get("rounding") == "targets" else "train"
         data = [array for name, array in self._arrays.items() if name != "done"]
-        self._completion = Completion(self._arrays["done"], data, flush_seconds)
+        self._mask = CompletionMask(self._arrays["done"], data, flush_seconds)
+        pool = "targets" if described.get("rounding") == "targets" else "train"
+        self._writer = RowWriter(path, self._arrays, self._mask, self.storage, pool)
         self._check_files()
 
     def _check_files(self) -> None:
-        """Check that every file that holds a done row is there.
-
-        Raises:
-            StoreError: One is missing.
-        """
-        needed = set((np.flatnonzero(self.done) // self.block_rows).tolist())
+        """Check that every file that holds a done row exists: a missing one would read as zeros."""
+        needed = set((np.flatnonzero(self.done) // self.chunk_rows).tolist())
         if not needed:
             return
         for array in self._arrays.values():
@@ -97,7 +87,7 @@ class RowTable:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """What is recorded of the table, as it stands on the disk: a copy; change it with `set_attributes`."""
+        """The table's attributes as they are on the disk now: a copy; change them with `set_attributes`."""
         return read_attributes(self.path)
 
     def set_attributes(self, **changes: Any) -> None:
@@ -106,6 +96,7 @@ class RowTable:
         Args:
             **changes: JSON values by name, for example ``learning_rate=0.1`` or ``finalized=True``.
         """
+        # A table must not be finalized on the disk while rows that count are still pending in memory.
         self.flush()
         with disk_errors(self.path):
             write_group(self.path, {**self.attributes, **json_value(changes, "attributes")})
@@ -113,7 +104,7 @@ class RowTable:
     @property
     def done(self) -> np.ndarray:
         """``[N]``, bool, a copy: which rows are durably done; pending ones are not."""
-        return self._completion.done
+        return self._mask.done
 
     @property
     def num_done(self) -> int:
@@ -123,38 +114,42 @@ class RowTable:
     @property
     def pending(self) -> int:
         """How many rows were written since the last flush."""
-        return int(np.count_nonzero(self._completion.pending))
+        return int(np.count_nonzero(self._mask.pending))
 
     def remaining(self) -> np.ndarray:
         """Flush and return the indices of the rows that are not done: ``[n]``, int64, ascending."""
         self.flush()
         return np.flatnonzero(~self.done)
 
+    def checked_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Return row indices as int64 after checking that they are within the table."""
+        return checked_rows(rows, self.num_rows, self.path)
+
     def check_rows(self, rows: np.ndarray, fingerprint: np.ndarray) -> np.ndarray:
-        """Tell which rows are there already, and check that they are the same rows.
+        """Tell which rows are written already, and check that they hold the same data.
 
         Args:
             rows: ``[n]``, int64, row indices.
-            fingerprint: ``[n]``, uint64, a hash of each row's inputs.
+            fingerprint: ``[n]``, uint64, a hash of each example's inputs.
 
         Returns:
             ``[n]``, bool: done or pending.
 
         Raises:
-            MismatchError: A row that is there has another fingerprint.
+            MismatchError: A row that is written has another fingerprint.
         """
         rows = self.checked_rows(rows)
-        fingerprint = self._checked_fingerprint(fingerprint, len(rows))
-        there = self._completion.written(rows)
-        other = there & (self._arrays["fingerprint"].take(rows) != fingerprint)
+        fingerprint = checked_fingerprint(fingerprint, len(rows))
+        written = self._mask.written(rows)
+        other = written & (self._arrays["fingerprint"].take(rows) != fingerprint)
         if other.any():
             wrong = rows[other]
             raise MismatchError(
-                f"{len(wrong)} rows hold other data than what came under their index in {self.path}: "
-                f"{_named(wrong)}. Expected the same data set in the same order (no shuffling that changes indices, no "
-                "random augmentation); pass the same rows, or choose another save_dir"
+                f"{len(wrong)} rows hold other data than was passed for their index in {self.path}: "
+                f"{named_rows(wrong)}. Expected the same data set in the same order (no shuffling that changes "
+                "indices, no random augmentation); pass the same rows, or choose another save_dir"
             )
-        return np.asarray(there)
+        return np.asarray(written)
 
     def write(
         self,
@@ -177,71 +172,48 @@ class RowTable:
             rows: ``[n]``, int64, row indices in any order; consecutive ones are fastest.
             features: ``[n, dim]``, float32; None for a table without features.
             loss: ``[n]``, float32, L.
-            loss_grad: ``[n]``, float32, Q = dL/df.
-            loss_hess: ``[n]``, float32, w = d²L/df².
+            loss_grad: ``[n]``, float32, Q = ∂L/∂f.
+            loss_hess: ``[n]``, float32, w = ∂²L/∂f².
             gradient_norm: ``[n]``, float32, the exact norm of the gradient of f.
-            fingerprint: ``[n]``, uint64, a hash of each row's inputs.
-            output_change: ``[n]``, float32, f minus the f of a model that has learned nothing; None if not known.
-            label: ``[n]``, int64, each row's class; None where rows have none.
+            fingerprint: ``[n]``, uint64, a hash of each example's inputs.
+            output_change: ``[n]``, float32, f minus the f of an untrained model; None if not known.
+            label: ``[n]``, int64, the class of each example; None if examples have no class.
 
         Raises:
             CallOrderError: The table is closed or finalized.
-            InputTypeError: An array has another shape or type, or features came for a table without.
+            InputTypeError: An array has another shape or type, or features were passed for a table without.
             NonFiniteError: A value is NaN or infinite; nothing was written.
         """
         self._check_open()
-        rows = self.checked_rows(rows, unique=True)
-        columns = {"loss": loss, "loss_grad": loss_grad, "loss_hess": loss_hess, "gradient_norm": gradient_norm}
-        columns["output_change"] = np.zeros(len(rows), np.float32) if output_change is None else output_change
-        checked = {name: self._checked_floats(name, values, rows, (len(rows),)) for name, values in columns.items()}
-        checked["fingerprint"] = self._checked_fingerprint(fingerprint, len(rows))
-        checked["label"] = np.full(len(rows), NO_LABEL) if label is None else np.asarray(label, np.int64)
-        if checked["label"].shape != (len(rows),):
-            raise InputTypeError(f"label is of shape {checked['label'].shape}: expected ({len(rows)},)")
-        if (features is None) != (self._features is None):
-            raise InputTypeError(f"features came as {type(features).__name__} for a table of storage={self.storage!r}")
-        largest = np.ones(len(rows), np.float32)
-        if features is not None:
-            features = self._floats("features", features, (len(rows), self.dim))
-            largest = self._largest(features)
-            self._check_finite("features", largest, rows)
-        if not len(rows):
-            return
-        if self._finalized():
-            raise CallOrderError(
-                f"{self.path} is finalized and rows {_named(rows)} came to be written: write them before finalizing, "
-                "call set_attributes(finalized=False) first, or choose another save_dir"
-            )
-        checked["scale"] = row_scale(largest, self.storage)
-        raw = None if features is None else self._raw(features, checked["scale"], rows)
-        checked["checksum"] = row_checksums(raw, checked)
-        with self._completion.writing(rows):
-            if self._features is not None and raw is not None:
-                self._features.assign(rows, raw)
-            for name, values in checked.items():
-                self._arrays[name].assign(rows, values)
+        rows = checked_rows(rows, self.num_rows, self.path, unique=True)
+        floats = {"loss": loss, "loss_grad": loss_grad, "loss_hess": loss_hess, "gradient_norm": gradient_norm}
+        floats["output_change"] = np.zeros(len(rows), np.float32) if output_change is None else output_change
+        self._writer.write(rows, features, floats, fingerprint, label)
 
     def flush(self) -> None:
-        """Make pending rows durable, then mark them done.
-
-        When that fails nothing is marked done and the pending rows have to be written again.
-        """
-        if self._completion.pending.any():
+        """Make pending rows durable, then mark them done; after an error they have to be written again."""
+        if self._mask.pending.any():
             self._check_open()
-            self._completion.flush()
+            self._mask.flush()
+
+    def unmark(self, rows: np.ndarray) -> None:
+        """Mark rows ``[n]`` durably as not done, so that they are computed again, and the table as not finalized."""
+        rows = self.checked_rows(rows)
+        self.set_attributes(finalized=False)
+        self._mask.unmark(rows)
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return a column, or some rows of it: a view that cannot be written where they lie in one file, else a copy.
+        """Return a column, or some rows of it: a read-only view if they are in one file, else a copy.
 
         Args:
             name: ``loss``, ``loss_grad``, ``loss_hess``, ``gradient_norm``, ``output_change`` or ``scale`` (float32),
-                ``label`` (int64, `NO_LABEL` where there is none), ``fingerprint`` or ``checksum`` (uint64), or ``done``
-                (bool, where pending rows may already show).
+                ``label`` (int64, `NO_LABEL` if there is none), ``fingerprint`` or ``checksum`` (uint64), or ``done``
+                (bool, which may already include pending rows).
             start: The first row.
             stop: One past the last row; None is N.
 
         Returns:
-            ``[stop - start]``; zeros where no row has ever been written.
+            ``[stop - start]``; zeros for rows that were never written.
 
         Raises:
             InputError: There is no such column, or the range is not within the table.
@@ -253,18 +225,13 @@ class RowTable:
         return self._arrays[name].read(start, stop)
 
     def prefetch(self, start: int, stop: int) -> None:
-        """Begin to read the features of rows in the background, for when they are asked for.
-
-        Args:
-            start: The first row.
-            stop: One past the last row.
-        """
+        """Begin to read the features of rows ``start`` to ``stop`` in the background."""
         self._check_range(start, stop)
         if self._features is not None:
             self._features.prefetch(start, stop)
 
     def raw_features(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
-        """Return rows as they are stored, without copying: one view for each file they lie in.
+        """Return rows as they are stored, without copying: one view for each file they are in.
 
         Args:
             start: The first row.
@@ -278,48 +245,12 @@ class RowTable:
         """
         self._check_range(start, stop)
         if self._features is None:
-            raise CallOrderError(f"{self.path} has no features: its store was made with storage='none'")
+            self._feature_storage.require_features(f"reading features of {self.path}")
+            return []
         return list(self._features.rows(start, stop))
 
-    def tiles(
-        self, max_rows: int, start: int = 0, stop: int | None = None
-    ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-        """Yield rows in order, tile by tile, without copying.
-
-        Args:
-            max_rows: The most rows of a tile; a tile also ends where a file ends.
-            start: The first row.
-            stop: One past the last row; None is N.
-
-        Yields:
-            ``(first row, one past the last, raw [n, dim] in the storage dtype, scale [n] float32)``.
-
-        Raises:
-            InputError: ``max_rows`` is below 1, or the range is not within the table.
-        """
-        stop = self.num_rows if stop is None else stop
-        self._check_range(start, stop)
-        if max_rows < 1:
-            raise InputError(f"max_rows is {max_rows}: expected at least 1")
-        for first, view in self.raw_features(start, stop):
-            for offset in range(0, len(view), max_rows):
-                tile = view[offset : offset + max_rows]
-                begin = first + offset
-                yield begin, begin + len(tile), tile, self.column("scale", begin, begin + len(tile))
-
-    def features(self, start: int, stop: int) -> np.ndarray:
-        """Return features in true units: ``[stop - start, dim]``, float32, a copy."""
-        self._check_range(start, stop)
-        tile = np.empty((stop - start, self.dim), dtype=np.float32)
-        for begin, end, raw, scale in self.tiles(max(1, stop - start), start, stop):
-            part = tile[begin - start : end - start]
-            # torch converts float16 and int8 fifty times faster than numpy; it wants memory of its own
-            part[:] = raw if self.storage == "float32" else torch.from_numpy(np.array(raw)).float().numpy()
-            part *= scale[:, None]
-        return tile
-
     def close(self) -> None:
-        """Flush and let go of the files; a second call does nothing."""
+        """Flush and release the files; a second call does nothing."""
         if self._closed:
             return
         try:
@@ -343,98 +274,4 @@ class RowTable:
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.num_rows:
-            raise InputError(f"rows {start} to {stop} were asked for: expected 0 <= start <= stop <= {self.num_rows}")
-
-    def checked_rows(self, rows: np.ndarray, unique: bool = False) -> np.ndarray:
-        """Return row indices as int64 after checking them."""
-        rows = np.asarray(rows)
-        if rows.ndim != 1 or (rows.dtype.kind not in "iu" and rows.size):
-            raise InputTypeError(f"rows are {rows.dtype} of shape {rows.shape}: expected [n] integers")
-        outside = rows[(rows < 0) | (rows >= self.num_rows)]
-        if len(outside):
-            raise InputError(f"rows {_named(outside)} are outside 0 to {self.num_rows - 1} of {self.path}")
-        rows = rows.astype(np.int64)
-        consecutive = bool((np.diff(rows) == 1).all())
-        if unique and not consecutive and len(np.unique(rows)) != len(rows):
-            values, counts = np.unique(rows, return_counts=True)
-            raise InputError(f"rows {_named(values[counts > 1])} come more than once in a batch: pass each row once")
-        return rows
-
-    def _checked_fingerprint(self, fingerprint: np.ndarray, num_rows: int) -> np.ndarray:
-        """Return fingerprints after checking them."""
-        fingerprint = np.asarray(fingerprint)
-        if fingerprint.dtype != np.uint64 or fingerprint.shape != (num_rows,):
-            raise InputTypeError(
-                f"fingerprint is {fingerprint.dtype} of shape {fingerprint.shape}: expected uint64 ({num_rows},)"
-            )
-        return fingerprint
-
-    def _checked_floats(self, name: str, values: np.ndarray, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Return values as float32 after checking their shape and that they are finite."""
-        values = self._floats(name, values, shape)
-        self._check_finite(name, values, rows)
-        return values
-
-    def _floats(self, name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        values = np.asarray(values)
-        if values.shape != shape or values.dtype.kind != "f":
-            raise InputTypeError(f"{name} is {values.dtype} of shape {values.shape}: expected float32 {shape}")
-        with np.errstate(over="ignore"):
-            return values.astype(np.float32, copy=False)
-
-    def _check_finite(self, name: str, values: np.ndarray, rows: np.ndarray) -> None:
-        finite = np.isfinite(values)
-        if not finite.all():
-            raise NonFiniteError(
-                f"{name} of rows {_named(rows[~finite])} is NaN or infinite in float32: nothing of the batch was "
-                "written; check these rows' inputs and the checkpoint, or drop them from the data set"
-            )
-
-    def _raw(self, features: np.ndarray, scale: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Return float32 features ``[n, dim]`` as they are stored, in memory that is used again."""
-        memory = self._memory(features.shape) if self.storage in RELATIVE else None
-        relative = relative_rows(features, scale, rows, self.storage, self._pool, memory)
-        if self.storage != "float16":
-            return np.ascontiguousarray(relative)
-        if len(self._half) < len(features):
-            with torch.inference_mode(False):
-                self._half = torch.empty(features.shape, dtype=torch.float16)
-        return self._half[: len(features)].copy_(torch.from_numpy(relative)).numpy()
-
-    def _largest(self, features: np.ndarray) -> np.ndarray:
-        """Return the largest absolute value of each row of float32 values, NaN where there is one: ``[n]``."""
-        values = torch.from_numpy(features)
-        return torch.maximum(values.amax(1), values.amin(1).neg_()).numpy()
-
-    def _memory(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return memory for a batch of features that is used again for the next; torch works on all cores."""
-        if len(self._scaled) < shape[0]:
-            with torch.inference_mode(False):
-                self._scaled = torch.empty(shape)
-        return self._scaled[: shape[0]]
-
-    def unmark(self, rows: np.ndarray) -> None:
-        """Say durably that rows are not done, so that they are computed again, and that the table is not finalized.
-
-        Args:
-            rows: ``[n]``, int64, row indices.
-        """
-        rows = self.checked_rows(rows)
-        self.set_attributes(finalized=False)
-        self._completion.unmark(rows)
-
-    def _finalized(self) -> bool:
-        """Tell whether the table is finalized, by any process; its document is read only when it may have changed."""
-        if isinstance(self.path, RemotePath):
-            key: object = time.monotonic() // FLUSH_SECONDS
-        else:
-            with disk_errors(self.path):
-                found = (self.path / NODE).stat()
-            key = found.st_ino, found.st_mtime_ns
-        if key != self._finalized_at[0]:
-            self._finalized_at = key, bool(self.attributes.get("finalized"))
-        return self._finalized_at[1]
-
-
-def _named(rows: np.ndarray) -> str:
-    return listing(rows, _MAX_NAMED)
+            raise InputError(f"got rows {start} to {stop}: expected 0 <= start <= stop <= {self.num_rows}")

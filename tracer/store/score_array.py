@@ -1,13 +1,12 @@
-"""Scores ``[N train rows, M targets]``, written tile by tile.
+"""Scores ``[N training rows, M targets]``, written tile by tile.
 
-On a local disk, for one process, all scores are a single zarr shard whose inner chunks are tiles of whole rows: they
-lie one after another, so the file's head is the matrix in row-major order and one memory map shows it, while any zarr
-reader goes through the index at the file's end. Several processes, and remote stores, have a shard for each block of
-rows. Float16 scores are relative to their row's largest, which ``<estimator>_scale`` holds.
+On a local disk, for one process, all scores are a single zarr shard whose inner chunks are tiles of whole rows. They
+follow one another, so the file begins with the matrix in row-major order and one memory map shows it, while any zarr
+reader goes through the index at the file's end. Several processes, and remote stores, have a shard for each chunk of
+rows. Float16 scores are relative to the largest score of their row, which ``<estimator>_scale`` holds.
 
-Beside the scores stand ``<estimator>_done``, a bool for each tile, and ``<estimator>_checksum``. The marks' document is
-written last and removed last, and both documents carry what the scores were computed from, so that marks never stand
-beside an array that they were not made for.
+``<estimator>_done`` has a bool for each tile, and ``<estimator>_checksum`` its CRC-32C. All these arrays carry a digest
+of what the scores were computed from, so that marks never count for an array that they were not made for.
 """
 
 from __future__ import annotations
@@ -22,17 +21,19 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import torch
+from jaxtyping import Float, Float32, Int64
 
 from tracer._core.files import disk_errors
 from tracer.errors import CallOrderError, IncompleteError, InputError, InputTypeError, StoreError
-from tracer.store.arrays.completion_mask import FLUSH_SECONDS, Completion
+from tracer.store.arrays.completion_mask import FLUSH_SECONDS, CompletionMask
 from tracer.store.arrays.layout import Layout, create_array
+from tracer.store.arrays.metadata import NODE
+from tracer.store.arrays.opening import open_array
+from tracer.store.arrays.store_path import StorePath
 from tracer.store.lazy_matrix import ScoreMatrix
 from tracer.store.manifest import json_value
-from tracer.store.metadata import NODE, StorePath, remove
-from tracer.store.paths import open_array
+from tracer.store.paths import CHECKSUM_SUFFIX, DONE_SUFFIX, SCALE_SUFFIX
 
-DONE_SUFFIX, CHECKSUM_SUFFIX, SCALE_SUFFIX = SUFFIXES = ("_done", "_checksum", "_scale")
 SCORE_DTYPES = ("float16", "float32")
 TILE_BYTES = 16 << 20
 
@@ -42,8 +43,8 @@ logger = logging.getLogger("tracer")
 class ScoreArray:
     """Scores ``[N, M]``, written tile by tile, each tile done only once it is durable.
 
-    Get one from `tracer.store.Store.scores`. Processes that write at the same time write different files; `remaining`
-    tells each its own.
+    Get one from `ComputedResults.scores`. Processes that write at the same time write different files; `remaining`
+    returns the tiles of each.
 
     Args:
         path: The array's directory.
@@ -54,7 +55,7 @@ class ScoreArray:
         dtype: ``"float32"`` or ``"float16"``, as they are stored; they are read as float32.
         tile_rows: The rows of a tile; the last tile may have fewer.
         num_tiles: How many tiles there are.
-        inputs: What the scores are computed from, JSON values.
+        inputs: Everything that decides the scores, JSON values.
 
     Raises:
         StoreError: The array is damaged, or a crash left it half replaced.
@@ -76,16 +77,12 @@ class ScoreArray:
         if not fits or mask.layout.shape != (self.num_tiles,) or self._checksums.layout.shape != (self.num_tiles,):
             raise StoreError(f"{path} and {mask.path.name} do not belong together: remove both to compute them again")
         self.inputs: dict[str, Any] = self._scores.attributes["inputs"]
-        self._completion = Completion(mask, data, flush_seconds)
+        self._mask = CompletionMask(mask, data, flush_seconds)
         self._closed = False
         self._check_files()
 
     def _check_files(self) -> None:
-        """Check that every file that holds a done tile is there, with its size.
-
-        Raises:
-            StoreError: One is missing or short.
-        """
+        """Check that every file that holds a done tile exists, and the size of the one that is mapped as a whole."""
         needed = set((np.flatnonzero(self.tile_done) // self._scores.layout.tiles_per_chunk).tolist())
         missing = sorted(needed - self._scores.stored_chunks()) if needed else []
         if missing:
@@ -98,7 +95,7 @@ class ScoreArray:
 
     @property
     def uploads(self) -> bool:
-        """Whether files are written as a whole, so that a flush of half of one is to be avoided."""
+        """Whether files are written as a whole, so that flushing half of one should be avoided."""
         return self._scores.uploads
 
     @property
@@ -109,7 +106,7 @@ class ScoreArray:
     @property
     def tile_done(self) -> np.ndarray:
         """``[num_tiles]``, bool, a copy: which tiles are durably done."""
-        return self._completion.done
+        return self._mask.done
 
     @property
     def complete(self) -> bool:
@@ -119,13 +116,13 @@ class ScoreArray:
     @property
     def pending(self) -> int:
         """How many tiles were written since the last flush."""
-        return int(np.count_nonzero(self._completion.pending))
+        return int(np.count_nonzero(self._mask.pending))
 
     def remaining(self, process: tuple[int, int] = (0, 1)) -> list[tuple[int, int]]:
-        """Flush and return the row ranges ``(start, stop)`` of the tiles that are not done, in order.
+        """Flush and return ``(start, stop)`` of the rows of each tile that is not done, in order.
 
         Args:
-            process: A process's number and how many there are: only tiles of this one's files.
+            process: A process's number and how many there are: only tiles in files of this process.
 
         Returns:
             The ranges.
@@ -161,39 +158,40 @@ class ScoreArray:
         whole = start % self.tile_rows == 0 and (stop % self.tile_rows == 0 or stop == self.shape[0])
         if not whole or not 0 <= start < stop <= self.shape[0]:
             raise InputError(
-                f"rows {start} to {stop} are no whole tiles: expected start to be a multiple of {self.tile_rows} and "
-                f"the end another one or {self.shape[0]}; `remaining()` lists the tiles"
+                f"got rows {start} to {stop}: expected whole tiles, from a multiple of {self.tile_rows} to another one "
+                f"or {self.shape[0]}; `remaining()` lists the tiles"
             )
         tiles = np.arange(start // self.tile_rows, -(-stop // self.tile_rows))
-        with self._completion.writing(tiles):
+        with self._mask.writing(tiles):
             if self._scale is not None:
                 rows = self._relative(start, rows)
             self._scores.assign(np.arange(start, stop), rows)
             self._checksums.assign(tiles, np.array([self._checksum(tile) for tile in tiles.tolist()], np.uint32))
 
-    def _relative(self, start: int, rows: np.ndarray) -> np.ndarray:
+    def _relative(self, start: int, rows: Float[np.ndarray, "n M"]) -> Float32[np.ndarray, "n M"]:
         """Write the scales of rows and return the rows relative to them."""
         assert self._scale is not None
         values = torch.from_numpy(np.ascontiguousarray(rows, np.float32))
-        scale = values.nan_to_num(0, 0, 0).abs().amax(1)  # one that is beyond float32 leaves the others as they are
+        # A score beyond float32 must not become the scale, or every other score of its row would turn into zero.
+        scale = values.nan_to_num(0, 0, 0).abs().amax(1)
         scale[scale == 0] = 1
         self._scale.assign(np.arange(start, start + len(rows)), scale.numpy())
         return (values / scale[:, None]).numpy()
 
     def _checksum(self, tile: int, writable: bool = True) -> int:
-        """Return the CRC-32C of a tile as it is stored, its padding and its scales included."""
+        """Return the CRC-32C of a tile as it is stored, including its padding and its scales."""
         chunk, inside = divmod(tile, self._scores.layout.tiles_per_chunk)
-        span = slice(inside * self.tile_rows, (inside + 1) * self.tile_rows)
+        rows = slice(inside * self.tile_rows, (inside + 1) * self.tile_rows)
         sums = 0
         for array in (self._scores, self._scale):
             if array is not None:
-                stored = np.asarray(array.chunk(chunk, writable=writable)).view()[span]
+                stored = np.asarray(array.chunk(chunk, writable=writable)).view()[rows]
                 stored.flags.writeable = False
                 sums = google_crc32c.extend(sums, np.ascontiguousarray(stored).reshape(-1).view(np.uint8))
         return int(sums)
 
-    def damaged_tiles(self) -> np.ndarray:
-        """Return the done tiles whose content is not what was written: ``[n]``, int64."""
+    def damaged_tiles(self) -> Int64[np.ndarray, " n"]:
+        """Return the done tiles whose content is not what was written."""
         stored, bad = self._checksums.read(0, self.num_tiles), []
         for tile in np.flatnonzero(self.tile_done).tolist():
             try:
@@ -205,43 +203,36 @@ class ScoreArray:
         return np.array(bad, np.int64)
 
     def unmark(self, tiles: np.ndarray) -> None:
-        """Say durably that tiles ``[n]``, int64, are not done."""
-        self._completion.unmark(tiles)
+        """Mark tiles ``[n]``, int64, durably as not done."""
+        self._mask.unmark(tiles)
 
     def unmark_rows(self, rows: np.ndarray) -> None:
-        """Say durably that the tiles of train rows ``[n]``, int64, are not done."""
+        """Mark the tiles of training rows ``[n]``, int64, durably as not done."""
         tiles = np.unique(np.asarray(rows) // self.tile_rows)
         self.unmark(tiles[tiles < self.num_tiles])
 
     def flush(self) -> None:
-        """Make pending tiles durable, then mark them done; when that fails they have to be written again."""
-        self._completion.flush()
+        """Make pending tiles durable, then mark them done; after an error they have to be written again."""
+        self._mask.flush()
 
     def matrix(self) -> Any:
         """Return all scores without copying: ``[N, M]``, float32, not writable.
 
         Returns:
-            A memory map where they are float32 in one file, whose tiles that are not done may hold anything: look at
-            `complete` first. Else a `ScoreMatrix`.
+            A memory map if they are float32 in one file; tiles that are not done may hold anything, so check `complete`
+            first. Else a `ScoreMatrix`.
         """
         if self.in_one_file:
             return self._scores.chunk(0)[: self.shape[0]]
         return ScoreMatrix(self.shape, self.read)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return the scores of rows ``[stop - start, M]``, float32.
-
-        Args:
-            start: The first row.
-            stop: One past the last row.
-
-        Returns:
-            The scores.
+        """Return the scores of rows ``start`` to ``stop``: ``[stop - start, M]``, float32.
 
         Raises:
-            IncompleteError: Some of them were not computed yet.
+            IncompleteError: Some of them are not computed yet.
         """
-        done = self._completion.written(np.arange(start // self.tile_rows, -(-stop // self.tile_rows)))
+        done = self._mask.written(np.arange(start // self.tile_rows, -(-stop // self.tile_rows)))
         if not done.all() and stop > start:
             raise IncompleteError(
                 f"Of rows {start} to {stop - 1} of {self.path}, {int((~done).sum())} tiles of {self.tile_rows} rows "
@@ -254,7 +245,7 @@ class ScoreArray:
         return (torch.from_numpy(np.array(rows)).float() * scale[:, None]).numpy()
 
     def close(self) -> None:
-        """Flush and let go of the files; the matrix stays valid as long as it is held."""
+        """Flush and release the files; the matrix stays valid as long as it is held."""
         if self._closed:
             return
         try:
@@ -274,17 +265,17 @@ class ScoreArray:
 
 
 def beside(path: StorePath, suffix: str) -> StorePath:
-    """Return where an array that belongs to scores stands."""
+    """Return the path of an array that belongs to scores."""
     return path.with_name(path.name + suffix)
 
 
 def remove_scores(path: StorePath) -> None:
-    """Remove scores and all that stands beside them; while something is left, it counts as not done."""
+    """Remove scores and the arrays that belong to them; if a crash leaves some of it, it counts as not done."""
     with disk_errors(path):
         mask = beside(path, DONE_SUFFIX)
-        remove(mask / "c")  # marks first: without them nothing counts as done
+        (mask / "c").remove()  # marks first: without them nothing counts as done
         for array in (path, beside(path, SCALE_SUFFIX), beside(path, CHECKSUM_SUFFIX), mask):
-            remove(array)
+            array.remove()
 
 
 def open_scores(
@@ -293,41 +284,41 @@ def open_scores(
     inputs: Mapping[str, Any],
     *,
     tile_rows: int | None = None,
-    file_rows: int | None = None,
+    chunk_rows: int | None = None,
     dtype: str | None = None,
     may_replace: bool = True,
 ) -> ScoreArray:
-    """Continue the scores that are there if they come from the same inputs, else begin them anew.
+    """Continue existing scores if they come from the same inputs, else begin new ones.
 
-    Where only train rows were added, the others' scores stay. Processes may create the same scores at once.
+    If training rows were added since, the scores of the other rows stay. Processes may create the same scores at once.
 
     Args:
         path: The array's directory; its parent is a zarr group.
         shape: ``(N, M)``, both at least 1.
         inputs: Everything that decides the scores, as JSON values.
-        tile_rows: The most rows of a tile; None: tiles of about 16 MB. What is there keeps its own.
-        file_rows: About how many rows a file has; None: all.
-        dtype: ``"float32"`` or ``"float16"``; None: that of the same scores where they are there, else float32.
+        tile_rows: The most rows of a tile; None: tiles of about 16 MB. Existing scores keep theirs.
+        chunk_rows: About how many rows a file has; None: all.
+        dtype: ``"float32"`` or ``"float16"``; None: the dtype of existing scores of these inputs, else float32.
         may_replace: Whether scores of other inputs, or of another dtype, may be removed.
 
     Returns:
-        The array, some of its tiles perhaps done.
+        The array; some of its tiles may be done.
 
     Raises:
         InputError: The shape, the dtype or ``tile_rows`` cannot be used.
-        IncompleteError: Scores of other inputs are there and this process may not replace them.
+        IncompleteError: Scores of other inputs exist and this process may not replace them.
     """
     rows, cols = shape
     if rows < 1 or cols < 1:
-        raise InputError(f"scores of shape {shape} were asked for: expected at least one train row and one target")
+        raise InputError(f"scores are of shape {shape}: expected at least one training row and one target")
     if tile_rows is not None and tile_rows < 1:
         raise InputError(f"tile_rows is {tile_rows}: expected at least 1")
     if dtype not in (None, *SCORE_DTYPES):
         raise InputError(f"dtype is {dtype!r}: expected one of {list(SCORE_DTYPES)}")
     wanted = json_value(dict(inputs), "inputs")
     if dtype is None:
-        there = (_described(path) or {}).get("generation")
-        dtype = "float16" if there == _generation(path.name, wanted, cols, "float16") else "float32"
+        existing = (_described(path) or {}).get("generation")
+        dtype = "float16" if existing == _generation(path.name, wanted, cols, "float16") else "float32"
     described = {"inputs": wanted, "generation": _generation(path.name, wanted, cols, dtype)}
     mask = beside(path, DONE_SUFFIX)
     with disk_errors(path):
@@ -337,6 +328,8 @@ def open_scores(
         if scores is not None:
             return scores
     if any(found):
+        # Scores without marks, of the same inputs: another process is creating them just now, or a crash left them.
+        # Either way their remaining documents can be written over them, and nothing has to be removed.
         unfinished = found == (True, False) and _described(path) == described
         if not unfinished:
             if not may_replace:
@@ -345,14 +338,15 @@ def open_scores(
                     "one process alone, and then this one again."
                 )
             remove_scores(path)
-    size = min(tile_rows or TILE_BYTES // (4 * cols) or 1, file_rows or rows, rows)
-    tiles = max(1, (file_rows or rows) // size) if file_rows else None
+    size = min(tile_rows or TILE_BYTES // (4 * cols) or 1, chunk_rows or rows, rows)
+    tiles = max(1, (chunk_rows or rows) // size) if chunk_rows else None
     layout = Layout.tiled((rows, cols), dtype, size, tiles)
     _create(path, layout, described)
     return ScoreArray(path)
 
 
 def _generation(name: str, inputs: Mapping[str, Any], cols: int, dtype: str) -> str:
+    """Return a digest that ties an array of scores to the arrays that belong to it."""
     text = json.dumps([name, inputs, cols, dtype], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -365,7 +359,7 @@ def _described(path: StorePath) -> dict[str, Any] | None:
 
 
 def _same_scores(path: StorePath, described: Mapping[str, Any], rows: int, cols: int) -> ScoreArray | None:
-    """Return the scores that are there if they come from the same inputs, with rows added where that is wanted."""
+    """Return existing scores if they come from the same inputs, with rows added up to ``rows``; else None."""
     try:
         scores = ScoreArray(path)
     except StoreError as error:
@@ -378,7 +372,7 @@ def _same_scores(path: StorePath, described: Mapping[str, Any], rows: int, cols:
         return None
     if scores.shape[0] == rows:
         return scores
-    scores.unmark_rows(np.array([scores.shape[0] - 1]))  # its tile may be one that gets more rows
+    scores.unmark_rows(np.array([scores.shape[0] - 1]))  # the last tile may get more rows
     layout = scores._scores.layout
     scores.close()
     _create(path, Layout((rows, cols), layout.dtype, layout.chunk_rows, layout.tile_rows), described)
@@ -386,12 +380,13 @@ def _same_scores(path: StorePath, described: Mapping[str, Any], rows: int, cols:
 
 
 def _create(path: StorePath, layout: Layout, described: Mapping[str, Any]) -> None:
-    """Write the documents of all arrays, that of the marks last; no tile is done that was not before."""
+    """Write the documents of all arrays; no tile becomes done."""
     with disk_errors(path):
         create_array(path, layout, dict(described))
         own = {"generation": described["generation"]}
         if layout.dtype == "float16":
             create_array(beside(path, SCALE_SUFFIX), Layout(layout.shape[:1], "float32", layout.chunk_rows), own)
+        # The marks' document comes last: while it is missing, or has another generation, nothing counts as done.
         marks = (layout.num_tiles,)
         create_array(beside(path, CHECKSUM_SUFFIX), Layout(marks, "uint32", layout.tiles_per_chunk), own)
         create_array(beside(path, DONE_SUFFIX), Layout(marks, "bool", layout.tiles_per_chunk), own)

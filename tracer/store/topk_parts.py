@@ -1,12 +1,12 @@
-"""Running selections of the strongest train rows, so that a question that was asked is read and not computed again.
+"""Top-k parts: the strongest training rows found so far, so that a repeated question is read and not computed again.
 
     top/<exp_name>/<estimator>/<key>/<start>-<stop>/    group; its attributes are ``inputs``, ``start`` and ``stop``
-      proponents_rows, opponents_rows        [M, n]  int64    indices of train rows, strongest first
+      proponents_rows, opponents_rows        [M, n]  int64    indices of training rows, strongest first
       proponents_scores, opponents_scores    [M, n]  float32
 
-A *part* covers those train rows from ``start`` to ``stop`` that the question is about; parts that cover all rows
-together are the answer. ``<key>`` is a digest of ``inputs``, which is everything that decides the answer. A part exists
-from the instant that its group's document does, which is written last and removed first.
+A *part* covers the training rows of a question from ``start`` to ``stop``; parts that together cover all rows are the
+answer. ``<key>`` is a digest of ``inputs``, which is everything that decides the answer. A part exists as soon as its
+group's document does, which is written last and removed first.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ import numpy as np
 from tracer._core.files import disk_errors
 from tracer.errors import StoreError
 from tracer.store.arrays.layout import Layout, create_array
+from tracer.store.arrays.metadata import NODE, child_nodes, read_document, write_group
+from tracer.store.arrays.opening import open_array
+from tracer.store.arrays.store_path import StorePath
 from tracer.store.manifest import json_value
-from tracer.store.metadata import NODE, StorePath, child_nodes, read_document, remove, write_group
-from tracer.store.paths import open_array
 from tracer.types import TopK
 
 ENDS = ("proponents", "opponents")
-"""Both ends of a selection, in the order in which they are kept."""
+"""Both ends of a ranking, in the order of every pair of them."""
 
 _NAME = re.compile("(0|[1-9][0-9]*)-([1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A selection that lies in the store.
+    """A part in the store.
 
     Attributes:
         path: Its directory.
-        start: The first train row that it covers.
+        start: The first training row that it covers.
         stop: One past the last.
         inputs: Everything that decides it, JSON values; ``k`` among them.
     """
@@ -53,11 +54,11 @@ class Part:
 
 
 def save_part(directory: StorePath, start: int, stop: int, inputs: Mapping[str, Any], ends: tuple[TopK, TopK]) -> Part:
-    """Write a part durably; one of the same rows and inputs that is there stays.
+    """Write a part durably; an existing one of the same rows and inputs stays.
 
     Args:
         directory: ``top/<exp_name>/<estimator>`` of the store, a zarr group.
-        start: The first train row that it covers.
+        start: The first training row that it covers.
         stop: One past the last.
         inputs: Everything that decides it, JSON values.
         ends: Proponents and opponents.
@@ -75,6 +76,7 @@ def save_part(directory: StorePath, start: int, stop: int, inputs: Mapping[str, 
             for end, found in zip(ENDS, ends, strict=True):
                 for name, values in (("rows", found.indices), ("scores", found.scores)):
                     _save_array(path / f"{end}_{name}", values)
+            # The document comes last: without it, a crash leaves arrays that nobody reads.
             write_group(path, {"inputs": inputs, "start": start, "stop": stop})
     return Part(path, start, stop, inputs)
 
@@ -88,17 +90,7 @@ def _save_array(path: StorePath, values: np.ndarray) -> None:
 
 
 def load_part(part: Part) -> tuple[TopK, TopK] | None:
-    """Read proponents and opponents of a part, or None where it has been removed meanwhile.
-
-    Args:
-        part: The part.
-
-    Returns:
-        Both ends.
-
-    Raises:
-        StoreError: It is damaged.
-    """
+    """Return proponents and opponents of a part, or None if it was removed in the meantime."""
     try:
         found = [open_array(part.path / f"{end}_{name}") for end in ENDS for name in ("rows", "scores")]
         arrays = [np.array(array.read(0, array.layout.shape[0])) for array in found]
@@ -119,12 +111,12 @@ def load_part(part: Part) -> tuple[TopK, TopK] | None:
 
 
 def list_parts(directory: StorePath) -> list[Part]:
-    """Return all parts under ``top/<exp_name>/<estimator>``, whatever their inputs."""
+    """Return all parts below ``top/<exp_name>/<estimator>``, whatever their inputs."""
     found = []
     for key in child_nodes(directory):
         for node in child_nodes(directory / key):
             name, path = _NAME.fullmatch(node), directory / key / node
-            with contextlib.suppress(FileNotFoundError, KeyError):  # removed meanwhile
+            with contextlib.suppress(FileNotFoundError, KeyError):  # removed in the meantime
                 if name:
                     inputs = read_document(path / NODE)["attributes"]["inputs"]
                     found.append(Part(path, int(name[1]), int(name[2]), inputs))
@@ -132,26 +124,19 @@ def list_parts(directory: StorePath) -> list[Part]:
 
 
 def remove_part(part: Part) -> None:
-    """Remove a part: its document first, without which it does not count."""
+    """Remove a part."""
     with disk_errors(part.path):
-        remove(part.path / NODE)
-        with contextlib.suppress(FileNotFoundError):  # another process removes it too
-            remove(part.path)
+        (part.path / NODE).remove()  # first: without its document a part that is half removed does not count
+        with contextlib.suppress(FileNotFoundError):  # another process may remove it at the same time
+            part.path.remove()
 
 
 def usable(parts: Iterable[Part], inputs: Mapping[str, Any]) -> list[Part]:
-    """Return parts that answer a question and do not overlap, the longest first.
-
-    Args:
-        parts: Parts.
-        inputs: Everything that decides the answer; a part of a larger ``k`` serves as well.
-
-    Returns:
-        Parts in the order of their rows.
-    """
+    """Return parts that answer a question and do not overlap, in the order of their rows; the longest are preferred."""
     wanted = json_value(dict(inputs), "inputs")
     chosen: list[Part] = []
     for part in sorted(parts, key=lambda part: (part.start - part.stop, part.start)):
+        # A part of a larger k holds the answer for a smaller one.
         fits = {**part.inputs, "k": wanted["k"]} == wanted and part.inputs["k"] >= wanted["k"]
         if fits and all(part.stop <= other.start or other.stop <= part.start for other in chosen):
             chosen.append(part)

@@ -1,1 +1,1 @@
-"""Chunked arrays on a disk or a remote store, and which of their rows are complete."""
+"""Arrays in files: paths, layouts and metadata, memory maps and downloads, marks of what is durable."""

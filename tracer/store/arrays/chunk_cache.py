@@ -1,4 +1,4 @@
-"""What arrays keep in memory of their chunks, all of them together up to a limit."""
+"""A least-recently-used cache for chunks of arrays, with one limit for all arrays of a kind together."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 Key = tuple[int, int, bool]
-"""An owner's number, a chunk, and whether it may be written."""
+"""An owner's number, a chunk, and whether it is writable."""
 
 
-class Kept(Generic[T]):
-    """Things of arrays, the least recently used of which are dropped when they are too much; for any thread.
+class ChunkCache(Generic[T]):
+    """Values by key, of which the least recently used are dropped beyond a limit; safe for threads.
 
     Args:
-        limit: Tells how much all things may be together; the last one that came stays in any case.
+        limit: Returns the largest total size; the value that was added last stays in any case.
 
     Attributes:
-        size: How much they are.
+        size: The total size of all values.
     """
 
     def __init__(self, limit: Callable[[], int]) -> None:
         self._limit, self.size = limit, 0
-        self._lock = threading.RLock()  # a finalizer may run anywhere, also in here
+        # Reentrant: the garbage collector may run an owner's finalizer, which calls `forget`, while this is locked.
+        self._lock = threading.RLock()
         self._known: OrderedDict[Key, tuple[int, T]] = OrderedDict()
         self._numbers = itertools.count()
 
     def number(self, owner: object) -> int:
-        """Return a number for an owner, whose things go when it does."""
+        """Return a number for an owner, whose values are dropped when it is garbage collected."""
         number = next(self._numbers)
         weakref.finalize(owner, self.forget, number).atexit = False
         return number
 
     def get(self, key: Key) -> T | None:
-        """Return a thing if it is kept."""
+        """Return a value, or None if it is not cached."""
         with self._lock:
             if key not in self._known:
                 return None
@@ -45,7 +46,7 @@ class Kept(Generic[T]):
             return self._known[key][1]
 
     def get_or_make(self, key: Key, size: int, make: Callable[[], T]) -> T:
-        """Return a thing, which is made now if it is not kept."""
+        """Return a value, which is made now if it is not cached."""
         with self._lock:
             found = self.get(key)
             if found is None:
@@ -53,23 +54,23 @@ class Kept(Generic[T]):
                 self.put(key, found, size)
             return found
 
-    def put(self, key: Key, thing: T, size: int = 1) -> None:
-        """Keep a thing, in the place of the one that is kept."""
+    def put(self, key: Key, value: T, size: int = 1) -> None:
+        """Cache a value in place of the one that has this key."""
         with self._lock:
             self.drop(key)
-            self._known[key] = size, thing
+            self._known[key] = size, value
             self.size += size
             while self.size > self._limit() and len(self._known) > 1:
                 self.drop(next(iter(self._known)))
 
     def drop(self, key: Key) -> None:
-        """Forget a thing."""
+        """Drop a value if it is cached."""
         with self._lock:
             if key in self._known:
                 self.size -= self._known.pop(key)[0]
 
     def forget(self, owner: int) -> None:
-        """Forget all things of an owner."""
+        """Drop all values of an owner."""
         with self._lock:
             for key in [key for key in self._known if key[0] == owner]:
                 self.drop(key)

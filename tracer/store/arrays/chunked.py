@@ -1,4 +1,4 @@
-"""One array of a store seen chunk by chunk, wherever the chunks lie."""
+"""One array of a store, read and written chunk by chunk: the interface of local and remote arrays."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 import torch
+from jaxtyping import Int64, Shaped
 
 from tracer.store.arrays.layout import DTYPES, Layout
-from tracer.store.metadata import StorePath
+from tracer.store.arrays.store_path import StorePath
 
 _PARALLEL_BYTES = 1 << 20
 
 
 class ChunkedArray(ABC):
-    """One array through its chunks. A chunk that is missing reads as zeros, as zarr has it.
+    """One array through its chunks. A missing chunk reads as zeros, as in zarr.
 
     Args:
         path: The array's directory.
 
     Attributes:
         path: The array's directory.
-        layout: How it lies in its files.
+        layout: How it is cut into files.
         attributes: Of the array, as they were when it was opened.
         uploads: Whether a chunk is written as a whole: one that is not full then waits for `flush`.
     """
@@ -40,46 +41,38 @@ class ChunkedArray(ABC):
         return (self.layout.chunk_rows, *self.layout.shape[1:])
 
     def chunk_path(self, chunk: int) -> StorePath:
-        """Return where a chunk lies, which may not exist yet."""
+        """Return the path of a chunk, which may not exist yet."""
         path = self.path / "c" / str(chunk)
         for _ in self.layout.shape[1:]:
-            path /= "0"
+            path = path / "0"
         return path
 
     @abstractmethod
     def chunk(self, chunk: int, *, writable: bool = False) -> np.ndarray:
-        """Return the rows of a chunk with their padding: ``[chunk_rows, ...]``, not copied where that can be.
+        """Return the rows of a chunk with their padding: ``[chunk_rows, ...]``, read-only unless ``writable``.
 
-        Args:
-            chunk: Its position along the rows.
-            writable: Whether it is to be written to; `flush` makes that durable.
-
-        Returns:
-            The rows; they cannot be written unless that was asked for.
+        Writes become durable with `flush`. It raises StoreError if the chunk has another size than its layout, or
+        cannot be read.
         """
 
     @abstractmethod
     def flush(self, chunks: Collection[int] | None = None) -> None:
-        """Make durable what was written since the last flush; after an error it counts as lost.
-
-        Args:
-            chunks: Only these chunks; None: all.
-        """
+        """Make durable what was written to these chunks (None: all) since the last flush; after an error it is lost."""
 
     @abstractmethod
     def stored_chunks(self) -> set[int]:
-        """Return which chunks exist."""
+        """Return the chunks that exist."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the chunks; views that are held stay valid."""
+        """Release the chunks; views that are held stay valid."""
 
     @abstractmethod
     def prefetch(self, start: int, stop: int) -> None:
-        """Begin to read rows in the background."""
+        """Begin to read rows ``start`` to ``stop`` in the background."""
 
     def rows(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the rows from ``start`` to ``stop`` as views of one chunk each, with the position of the first."""
+        """Yield the rows from ``start`` to ``stop`` as views of one chunk each, with the index of the first."""
         while start < stop:
             chunk, offset = divmod(start, self.layout.chunk_rows)
             length = min(stop - start, self.layout.chunk_rows - offset)
@@ -87,16 +80,16 @@ class ChunkedArray(ABC):
             start += length
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return rows as one array that is not to be written: a view where they lie in one chunk, else a copy."""
+        """Return rows as one array that must not be written: a view if they are in one chunk, else a copy."""
         if start < stop and start // self.layout.chunk_rows == (stop - 1) // self.layout.chunk_rows:
             return next(self.rows(start, stop))[1]
         found = np.empty((max(stop - start, 0), *self.layout.shape[1:]), self.dtype)
-        for first, view in self.rows(start, stop):  # not held all at once: a map has a file descriptor
+        for first, view in self.rows(start, stop):  # views are not collected: each map holds a file descriptor
             found[first - start : first - start + len(view)] = view
         return found
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """Return a copy of single rows ``[n]``, int64, in any order."""
+    def take(self, rows: Int64[np.ndarray, " n"]) -> Shaped[np.ndarray, "n ..."]:
+        """Return a copy of single rows, in any order."""
         chunks, offsets = np.divmod(rows, self.layout.chunk_rows)
         found = np.empty((len(rows), *self.layout.shape[1:]), self.dtype)
         for chunk in np.unique(chunks).tolist():
@@ -104,13 +97,8 @@ class ChunkedArray(ABC):
             found[mine] = self.chunk(chunk)[offsets[mine]]
         return found
 
-    def assign(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """Write rows, which does not make them durable.
-
-        Args:
-            rows: ``[n]``, int64, in any order, within the array.
-            values: ``[n, ...]``, of a dtype that casts to the array's; float32 is rounded to float16.
-        """
+    def assign(self, rows: Int64[np.ndarray, " n"], values: Shaped[np.ndarray, "n ..."]) -> None:
+        """Write rows in any order, converting their dtype (float32 is rounded to float16); `flush` makes it durable."""
         chunks = rows // self.layout.chunk_rows
         for chunk in np.unique(chunks).tolist():
             pick = chunks == chunk
@@ -118,7 +106,7 @@ class ChunkedArray(ABC):
             inside = (rows if whole else rows[pick]) - chunk * self.layout.chunk_rows
             self.assign_in_chunk(chunk, inside, values if whole else values[pick])
 
-    def assign_in_chunk(self, chunk: int, inside: np.ndarray, values: np.ndarray) -> None:
+    def assign_in_chunk(self, chunk: int, inside: Int64[np.ndarray, " n"], values: Shaped[np.ndarray, "n ..."]) -> None:
         """Write rows of one chunk, given by their positions in it."""
         target = self.chunk(chunk, writable=True)
         if (np.diff(inside) == 1).all():
@@ -127,7 +115,7 @@ class ChunkedArray(ABC):
             target[inside] = values
 
 
-def copy_values(values: np.ndarray, target: np.ndarray) -> None:
+def copy_values(values: Shaped[np.ndarray, "*shape"], target: Shaped[np.ndarray, "*shape"]) -> None:
     """Copy floats into a chunk, converting; torch spreads conversion and page faults over the cores."""
     if values.nbytes < _PARALLEL_BYTES or {values.dtype.kind, target.dtype.kind} != {"f"}:
         target[...] = values

@@ -1,4 +1,4 @@
-"""Which rows (or tiles) of some arrays are durably there: a bool array of its own, set after the data is durable."""
+"""Durable marks of the rows (or tiles) that are done: a bool array of its own, set after the data is durable."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from jaxtyping import Bool, Int64
 
 from tracer.store.arrays.chunked import ChunkedArray
 
@@ -15,13 +16,12 @@ FLUSH_SECONDS = 5.0
 _OPEN_CHUNKS = 8
 
 
-class Completion:
+class CompletionMask:
     """Marks what is done. Chunks of the marks and of the data belong together by their position.
 
-    Several processes may write as long as no two of them write rows of the same chunk.
-
-    On a disk, written rows wait for a flush, which comes by itself every few seconds of writing. Where chunks are
-    uploaded as a whole, each is when it is full; `flush` uploads the others as they are.
+    Several processes may write as long as no two of them write rows of the same chunk. On a disk, written rows wait
+    for a flush, which happens every few seconds of writing. Remotely, each chunk is uploaded once it is full; `flush`
+    uploads the remaining ones as they are.
 
     Args:
         mask: The bool array ``[R]``.
@@ -36,25 +36,21 @@ class Completion:
         self._last_flush = time.monotonic()
 
     @property
-    def done(self) -> np.ndarray:
-        """``[R]``, bool, a copy: what is durably there."""
+    def done(self) -> Bool[np.ndarray, " R"]:
+        """A copy of the durable marks."""
         return np.array(self._mask.read(0, len(self._pending)))
 
     @property
-    def pending(self) -> np.ndarray:
-        """``[R]``, bool, a copy: what was written and not flushed yet."""
+    def pending(self) -> Bool[np.ndarray, " R"]:
+        """A copy of the marks of what was written and not flushed yet."""
         return self._pending.copy()
 
-    def written(self, items: np.ndarray) -> np.ndarray:
-        """Return which of these rows are there, durably or pending: ``[n]``, bool, without copying the whole mask."""
+    def written(self, items: Int64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+        """Return which of these rows are written, durable or pending, without copying the whole mask."""
         return np.asarray(self._mask.take(items) | self._pending[items])
 
-    def unmark(self, items: np.ndarray) -> None:
-        """Say durably that rows are not done.
-
-        Args:
-            items: ``[n]``, int64, the rows.
-        """
+    def unmark(self, items: Int64[np.ndarray, " n"]) -> None:
+        """Mark rows durably as not done."""
         marked = items[self._mask.take(items)]
         if len(marked):
             self._mask.assign(marked, np.zeros(len(marked), dtype=bool))
@@ -62,20 +58,16 @@ class Completion:
         self._pending[items] = False
 
     @contextlib.contextmanager
-    def writing(self, items: np.ndarray) -> Iterator[None]:
-        """Wrap the writing of rows: those done lose their mark before they change, then all wait for a flush.
-
-        Args:
-            items: ``[n]``, int64, the rows.
-
-        Yields:
-            Nothing; write the data inside.
-        """
+    def writing(self, items: Int64[np.ndarray, " n"]) -> Iterator[None]:
+        """Wrap the writing of rows ``items``: they lose their marks first, and wait for a flush afterwards."""
         try:
+            # Marks are gone from the disk before the data changes: a crash in between never leaves a marked row that
+            # is half old and half new.
             self.unmark(items)
             yield
         except BaseException:
-            self._pending[:] = False  # some of it may be lost: nothing of it will be marked done
+            # Some of the pending data may be lost, and nobody knows which: none of it will be marked.
+            self._pending[:] = False
             raise
         self._pending[items] = True
         if self._mask.uploads:
@@ -84,18 +76,14 @@ class Completion:
             self.flush()
 
     def flush(self) -> None:
-        """Make the data of pending rows durable, then mark them done and make the marks durable.
-
-        When that fails for the data nothing is marked, and the rows no longer count as pending: the system drops
-        pages that it could not write, so a second try would succeed without them.
-        """
+        """Make the data of pending rows durable, then mark them done and make the marks durable."""
         self._last_flush = time.monotonic()
         items = np.flatnonzero(self._pending)
         if len(items):
             self._finish(items, None)
 
-    def _upload(self, items: np.ndarray) -> None:
-        """Upload the chunks that these rows filled; when too many wait half full, all of them."""
+    def _upload(self, items: Int64[np.ndarray, " n"]) -> None:
+        """Upload the chunks that these rows filled; all chunks if too many of them are half full."""
         size, full = self._mask.layout.chunk_rows, []
         for chunk in np.unique(items // size).tolist():
             rows = slice(chunk * size, (chunk + 1) * size)
@@ -108,7 +96,9 @@ class Completion:
         elif full:
             self._finish(pending[np.isin(pending // size, full)], full)
 
-    def _finish(self, items: np.ndarray, chunks: Collection[int] | None) -> None:
+    def _finish(self, items: Int64[np.ndarray, " n"], chunks: Collection[int] | None) -> None:
+        # No longer pending, whatever happens: after a failed sync the system drops the pages that it could not write,
+        # so a second sync would succeed without them, and rows that are lost would be marked.
         self._pending[items] = False
         try:
             if self._mask.uploads:
@@ -120,5 +110,6 @@ class Completion:
         except BaseException:
             self._pending[:] = False
             raise
+        # Only now is the data durable: a mark on the disk is a promise that the row is, too.
         self._mask.assign(items, np.ones(len(items), dtype=bool))
         self._mask.flush(chunks)

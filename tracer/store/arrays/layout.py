@@ -1,9 +1,9 @@
-"""How an array lies in its files: chunks of whole rows, uncompressed, as zarr version 3 describes them.
+"""The layout of an array in its files: chunks of whole rows, uncompressed, as zarr version 3 describes them.
 
 An array ``[R, ...]`` is cut into chunks of ``chunk_rows`` rows, the last one padded to full size, so that a chunk's
-file is the rows as they lie in memory. A *tiled* array has shards in the place of chunks: a shard's inner chunks of
-``tile_rows`` rows lie one after another, so that the head of the file is a matrix in row-major order; behind it stands
-the index that zarr readers look up.
+file has the bytes that the rows have in memory. A *tiled* array has zarr shards as chunks: a shard's inner chunks of
+``tile_rows`` rows follow one another, so that the file begins with a matrix in row-major order; after it comes the
+index that zarr readers look up.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 import zarr
 
 from tracer.errors import StoreError
-from tracer.store.metadata import NODE, StorePath, read_document, write_document
+from tracer.store.arrays.local_path import LocalPath
+from tracer.store.arrays.metadata import NODE, read_document, write_document
+from tracer.store.arrays.store_path import StorePath
 
-BLOCK_BYTES = 64 << 20
-"""How many bytes of features one file holds at most."""
 DTYPES = {
     "int8": "|i1",
     "float16": "<f2",
@@ -33,42 +33,40 @@ DTYPES = {
     "bool": "|b1",
 }
 _ONE_BYTE = ("bool", "int8")
-_MANY_BLOCKS, _SMALL_BLOCK = 16, 4096
+_MANY_CHUNKS, _SMALL_CHUNK = 16, 4096
 
 
-def rows_per_block(num_rows: int, row_bytes: int, processes: int = 1, block_bytes: int = BLOCK_BYTES) -> int:
-    """Return into how long blocks the rows of a table are cut.
-
-    A block is what one process writes at a time and what a remote store uploads at once. So there are as many for each
-    of the processes, and some to share out later even where a single process begins.
+def rows_per_chunk(
+    num_rows: int, row_bytes: int, processes: int = 1, chunk_bytes: int = LocalPath.feature_chunk_bytes
+) -> int:
+    """Return the rows of a chunk of a table.
 
     Args:
         num_rows: N.
         row_bytes: The stored bytes of a row's features.
         processes: How many processes are to share the rows.
-        block_bytes: How many bytes of features a block has at most.
+        chunk_bytes: How many bytes of features a chunk has at most.
 
-    Returns:
-        The rows of a block, 1 at least.
-
-    >>> rows_per_block(1000, 8192), rows_per_block(1000, 8192, processes=4), rows_per_block(10**6, 8192)
+    >>> rows_per_chunk(1000, 8192), rows_per_chunk(1000, 8192, processes=4), rows_per_chunk(10**6, 8192)
     (1000, 250, 8131)
     """
-    most = max(1, block_bytes // max(1, row_bytes))
-    wanted = max(-(-num_rows // most), min(_MANY_BLOCKS, num_rows // _SMALL_BLOCK), 1)
-    blocks = -(-wanted // processes) * processes
-    return max(1, -(-num_rows // blocks))
+    most = max(1, chunk_bytes // max(1, row_bytes))
+    # A chunk is what one process writes, so each process gets the same number, and a large table has several even if a
+    # single process begins it: others may join later. A small one has few, since each chunk is a file in ten arrays.
+    wanted = max(-(-num_rows // most), min(_MANY_CHUNKS, num_rows // _SMALL_CHUNK), 1)
+    chunks = -(-wanted // processes) * processes
+    return max(1, -(-num_rows // chunks))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How an array lies in its files.
+    """The layout of an array in its files.
 
     Attributes:
         shape: Of the array, ``(R,)`` or ``(R, D)``, every size at least 1.
         dtype: A key of `DTYPES`.
         chunk_rows: The rows of one file.
-        tile_rows: The rows of an inner chunk where files are shards, else None.
+        tile_rows: The rows of an inner chunk if files are shards, else None.
     """
 
     shape: tuple[int, ...]
@@ -102,7 +100,7 @@ class Layout:
         return self.chunk_rows * math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
 
     def index(self) -> bytes:
-        """Return what stands behind the rows: a shard's (offset, bytes) pairs and their checksum, else nothing."""
+        """Return the bytes after the rows: a shard's (offset, bytes) pairs and their checksum, else nothing."""
         if not self.tile_rows:
             return b""
         tile_bytes = self.data_bytes // self.tiles_per_chunk
@@ -111,7 +109,7 @@ class Layout:
         return index + google_crc32c.value(index).to_bytes(4, "little")
 
     def metadata(self) -> dict[str, Any]:
-        """Return the parts of zarr's metadata that decide where each number lies."""
+        """Return the parts of zarr's metadata that decide the position of each number."""
         plain: dict[str, Any] = {"name": "bytes"}
         if self.dtype not in _ONE_BYTE:
             plain["configuration"] = {"endian": "little"}
@@ -131,17 +129,7 @@ class Layout:
 
     @classmethod
     def read(cls, path: StorePath) -> tuple[Layout, dict[str, Any]]:
-        """Read the layout and the attributes of an array.
-
-        Args:
-            path: The array's directory.
-
-        Returns:
-            Both.
-
-        Raises:
-            StoreError: The metadata is missing, damaged or says another layout than this package writes.
-        """
+        """Read the layout and the attributes of an array; refuse layouts that this package does not write."""
         try:
             document = read_document(path / NODE)
             inner = document["codecs"][0].get("configuration", {}).get("chunk_shape")
@@ -155,14 +143,14 @@ class Layout:
             ) from error
         if not same:
             raise StoreError(
-                f"{path} is not laid out as this package writes it: expected uncompressed little-endian "
-                f"chunks; restore it, or remove {path.parent} to compute it again"
+                f"{path} has a layout that this package does not write: expected uncompressed little-endian chunks; "
+                f"restore it, or remove {path.parent} to compute it again"
             )
         return layout, document["attributes"]
 
 
 def create_array(path: StorePath, layout: Layout, attributes: dict[str, Any] | None = None) -> None:
-    """Write the metadata of an array as zarr makes it, in place of what is there; no chunk is written."""
+    """Write the metadata of an array as zarr makes it, replacing existing metadata; no chunk is written."""
     chunks = (layout.chunk_rows, *layout.shape[1:])
     made: dict[str, Any] = {}
     zarr.create_array(

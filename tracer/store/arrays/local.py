@@ -1,65 +1,54 @@
 """Arrays on a local disk, seen through memory maps of their chunk files.
 
-A chunk file is the array's rows as they lie in memory. Any zarr reader opens the result; rows are read through the maps
-and written into the files in place, which is tens of times faster than zarr's update of part of a chunk.
+Rows are read through the maps and written into the files in place, which is tens of times faster than zarr's update of
+part of a chunk: that reads and writes the whole chunk. Any zarr reader opens the result.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int64, Shaped
 
 from tracer._core.files import create_file, disk_errors, sync
 from tracer.errors import StoreError
-from tracer.store.arrays.chunk_cache import Kept
+from tracer.store.arrays.chunk_cache import ChunkCache
 from tracer.store.arrays.chunked import ChunkedArray
+from tracer.store.arrays.local_path import LocalPath
 
 _MAX_MAPS = 256
-"""How many maps are kept, of all arrays together: each holds a file descriptor."""
+"""How many maps are cached, of all arrays together: each holds a file descriptor."""
 _WRITTEN_BYTES = 1 << 16
 _ADVISED_BYTES = 1 << 20  # Linux reads no more than the device's read-ahead window for one advice
 
+_maps: ChunkCache[np.ndarray] = ChunkCache(lambda: _MAX_MAPS)
 
-_maps: Kept[np.ndarray] = Kept(lambda: _MAX_MAPS)
 
-
-class MappedArray(ChunkedArray):
+class LocalArray(ChunkedArray):
     """One array through maps of its files.
 
-    Maps are kept and dropped as needed; a view stays valid as long as it is held, also after `close`.
+    Maps are cached and dropped as needed; a view stays valid as long as it is held, also after `close`.
 
     Args:
         path: The array's directory.
     """
 
-    path: Path
+    path: LocalPath
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: LocalPath) -> None:
         super().__init__(path)
         self._number = _maps.number(self)
         self._dirty: set[int] = set()
-        self._nameless: set[Path] = set()  # directories with new names in them that are not durable yet
+        self._unsynced_directories: set[LocalPath] = set()  # new names in them are not durable yet
 
-    def chunk_path(self, chunk: int) -> Path:
+    def chunk_path(self, chunk: int) -> LocalPath:
         """Return the file of a chunk, which may not exist yet."""
-        return Path(str(super().chunk_path(chunk)))
+        return self.path.joinpath("c", str(chunk), *["0"] * (len(self.layout.shape) - 1))
 
     def chunk(self, chunk: int, *, writable: bool = False) -> np.ndarray:
-        """Return the rows of a file with their padding: ``[chunk_rows, ...]``, not copied.
-
-        Args:
-            chunk: Its position along the rows.
-            writable: Whether to map it for writing, and to create it where it is missing.
-
-        Returns:
-            A memory map; zeros that cannot be written where the file is missing and not asked for writing.
-
-        Raises:
-            StoreError: The file has another size than its layout, or the disk fails or is full.
-        """
+        """Return a memory map of a file's rows; if the file is missing, create it or return read-only zeros."""
         mapped = _maps.get((self._number, chunk, writable))
         if mapped is None:
             mapped = self._map(chunk, writable)
@@ -71,7 +60,7 @@ class MappedArray(ChunkedArray):
         return mapped
 
     def _map(self, chunk: int, writable: bool) -> np.ndarray | None:
-        """Map a file; None where it is missing and not to be written."""
+        """Map a file; None if it is missing and need not be written."""
         path, tail = self.chunk_path(chunk), self.layout.index()
         with disk_errors(path):
             if not path.exists():
@@ -80,25 +69,24 @@ class MappedArray(ChunkedArray):
                 if not self.path.exists():
                     raise FileNotFoundError(2, "the array has been removed", str(self.path))
                 create_file(path, self.layout.data_bytes, tail)
-                self._nameless.update(path.parents[: len(self.layout.shape) + 1])
+                self._unsynced_directories.update(path.parents[: len(self.layout.shape) + 1])
             size = path.stat().st_size
-            if size != self.layout.data_bytes + len(tail):  # mapping a shorter file would end in SIGBUS
+            if size != self.layout.data_bytes + len(tail):  # reading beyond the end of a shorter file raises SIGBUS
                 raise StoreError(
                     f"{path} is damaged: expected {self.layout.data_bytes + len(tail)} bytes, found "
                     f"{size}; restore it, or run tracer.verify to have its rows computed again"
                 )
             return np.memmap(path, self.dtype, mode="r+" if writable else "r", shape=self.chunk_shape)
 
-    def assign_in_chunk(self, chunk: int, inside: np.ndarray, values: np.ndarray) -> None:
-        """Write rows of one file; scores by the system's call, which takes a fifth of the processor's time.
-
-        Features go through the map, whose new pages torch fills on all cores while nothing else is to be done.
-        """
+    def assign_in_chunk(self, chunk: int, inside: Int64[np.ndarray, " n"], values: Shaped[np.ndarray, "n ..."]) -> None:
+        """Write rows of one file: scores with `os.pwrite`, everything else through the map."""
+        # pwrite takes a fifth of the processor time of a map, which scores share with the matrix products. Features go
+        # through the map, whose new pages torch fills on all cores while nothing else is to be done.
         many = values.nbytes >= _WRITTEN_BYTES and values.dtype == self.dtype and values.flags.c_contiguous
         if not many or self.layout.tile_rows is None or not hasattr(os, "pwrite") or not (np.diff(inside) == 1).all():
             super().assign_in_chunk(chunk, inside, values)
             return
-        self.chunk(chunk, writable=True)  # makes the file, and `flush` will make it durable
+        self.chunk(chunk, writable=True)  # creates the file, and `flush` will sync it
         offset = int(inside[0]) * (self.layout.data_bytes // self.layout.chunk_rows)
         left = values.reshape(-1).view(np.uint8).data
         with disk_errors(self.chunk_path(chunk)), self.chunk_path(chunk).open("r+b", buffering=0) as file:
@@ -107,40 +95,34 @@ class MappedArray(ChunkedArray):
                 offset, left = offset + written, left[written:]
 
     def flush(self, chunks: Collection[int] | None = None) -> None:
-        """Make durable what was written since the last flush; after an error it counts as lost.
-
-        Args:
-            chunks: Only these chunks; None: all.
-        """
+        """Sync files, then the directories with their names; after an error what was written is lost."""
         wanted = [chunk for chunk in self._dirty if chunks is None or chunk in chunks]
+        # Forgotten before the sync: the system drops pages that it could not write, so after an error a second sync
+        # would succeed without them and claim data that is lost.
         self._dirty.difference_update(wanted)
-        nameless, self._nameless = self._nameless, set()
-        for chunk in sorted(wanted):  # the system drops pages it could not write: trying again would lie
+        directories, self._unsynced_directories = self._unsynced_directories, set()
+        for chunk in sorted(wanted):
             with disk_errors(self.chunk_path(chunk)):
-                os.stat(self.chunk_path(chunk))  # a file that was removed takes writes and never shows them
-                sync(self.chunk_path(chunk))  # lets other threads run, which the map's own flush does not
-                mapped = _maps.get((self._number, chunk, True))  # what a dropped map held went with the sync
+                os.stat(self.chunk_path(chunk))  # raises if it was removed: a map of it still takes writes, for nobody
+                # fsync by descriptor first, since it lets other threads run and the map's msync holds Python's lock.
+                sync(self.chunk_path(chunk))
+                mapped = _maps.get((self._number, chunk, True))  # pages of a map that was dropped are in the fsync
                 if mapped is not None:
                     mapped.flush()  # type: ignore[attr-defined]
-        for directory in sorted(nameless, reverse=True):
+        for directory in sorted(directories, reverse=True):
             with disk_errors(directory):
                 sync(directory)
 
     def stored_chunks(self) -> set[int]:
-        """Return which files exist."""
+        """Return the chunks whose files exist."""
         with disk_errors(self.path):
-            named = self._named_chunks()
-            if len(self.layout.shape) == 1:  # the name is the file's own
+            named = [int(name) for name in (self.path / "c").children() if name.isdigit()]
+            if len(self.layout.shape) == 1:  # the name is the file's; otherwise a directory's, which may be empty
                 return set(named)
             return {chunk for chunk in named if self.chunk_path(chunk).exists()}
 
-    def _named_chunks(self) -> list[int]:
-        directory = self.path / "c"
-        names = os.listdir(directory) if directory.is_dir() else []
-        return [int(name) for name in names if name.isdigit()]
-
     def prefetch(self, start: int, stop: int) -> None:
-        """Begin to read rows into the system's cache."""
+        """Begin to read rows into the system's page cache."""
         row_bytes = self.layout.data_bytes // self.layout.chunk_rows
         for chunk in range(start // self.layout.chunk_rows, -(-stop // self.layout.chunk_rows)):
             first = max(start - chunk * self.layout.chunk_rows, 0)
@@ -153,17 +135,17 @@ class MappedArray(ChunkedArray):
         self._dirty.clear()
 
 
-def advise_will_need(path: Path, offset: int, length: int) -> None:
-    """Ask the system to read a part of a file in the background; does nothing where it cannot."""
+def advise_will_need(path: LocalPath, offset: int, length: int) -> None:
+    """Ask the system to read a part of a file in the background, if it has a call for that."""
     if not hasattr(os, "posix_fadvise"):
         return
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # whoever reads the rows says what is wrong
+    except OSError:  # reading the rows will raise the error with its path
         return
     try:
-        for piece in range(offset, offset + length, _ADVISED_BYTES):
-            size = min(_ADVISED_BYTES, offset + length - piece)
-            os.posix_fadvise(descriptor, piece, size, os.POSIX_FADV_WILLNEED)
+        for begin in range(offset, offset + length, _ADVISED_BYTES):
+            size = min(_ADVISED_BYTES, offset + length - begin)
+            os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
     finally:
         os.close(descriptor)

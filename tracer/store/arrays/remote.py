@@ -1,4 +1,4 @@
-"""Arrays in a remote store: chunks are downloaded whole, and written to in memory until they are uploaded whole."""
+"""Arrays in a remote store: chunks are downloaded whole, and changed in memory until they are uploaded whole."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 
 from tracer._core.files import disk_errors
 from tracer.errors import StoreError
-from tracer.store.arrays.chunk_cache import Kept
+from tracer.store.arrays.chunk_cache import ChunkCache
 from tracer.store.arrays.chunked import ChunkedArray
-from tracer.store.remote_path import RemotePath
+from tracer.store.arrays.remote_path import RemotePath
 
 CACHE_BYTES = 256 << 20
-"""How many bytes of chunks that were read are kept, of all arrays together."""
+"""How many bytes of downloaded chunks are cached, of all arrays together."""
 _TRANSFERS = 16
 _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
 
 
 def transfers() -> ThreadPoolExecutor:
-    """Return the threads that upload and download; they are started at the first use."""
+    """Return the threads that upload and download, which are started at the first use."""
     global _pool
     with _pool_lock:
         if _pool is None:
@@ -31,16 +31,14 @@ def transfers() -> ThreadPoolExecutor:
 
 
 Download = Future["np.ndarray | None"]
+_cache: ChunkCache[Download] = ChunkCache(lambda: CACHE_BYTES)
 
 
-_cache: Kept[Download] = Kept(lambda: CACHE_BYTES)
-
-
-class UploadedArray(ChunkedArray):
+class RemoteArray(ChunkedArray):
     """One array through its objects.
 
-    Chunks that were read lately are kept, of all arrays together up to `CACHE_BYTES`. What other processes write to a
-    chunk that is kept is not seen; open the array again for that.
+    Recently read chunks are cached, of all arrays together up to `CACHE_BYTES`. Changes that other processes make to a
+    cached chunk are not seen; open the array again for that.
 
     Args:
         path: The array's key.
@@ -55,24 +53,13 @@ class UploadedArray(ChunkedArray):
         self._dirty: dict[int, np.ndarray] = {}
 
     def chunk(self, chunk: int, *, writable: bool = False) -> np.ndarray:
-        """Return the rows of a chunk with their padding: ``[chunk_rows, ...]``.
-
-        Args:
-            chunk: Its position along the rows.
-            writable: Whether it is to be written to; it is downloaded first where it exists.
-
-        Returns:
-            The rows, in memory; zeros where the object does not exist.
-
-        Raises:
-            StoreError: The object has another size than its layout, or the download fails.
-        """
+        """Return the rows of a chunk in memory; zeros if the object does not exist."""
         if chunk in self._dirty:
             return self._dirty[chunk]
         try:
             known = self._fetch(chunk).result()
         except BaseException:
-            _cache.drop((self._number, chunk, False))  # the next one asks again
+            _cache.drop((self._number, chunk, False))  # the next call downloads it again
             raise
         rows = np.broadcast_to(np.zeros((), self.dtype), self.chunk_shape) if known is None else known
         if not writable:
@@ -82,7 +69,7 @@ class UploadedArray(ChunkedArray):
         return self._dirty[chunk]
 
     def _fetch(self, chunk: int) -> Download:
-        """Return the download of a chunk, which begins now if it did not before."""
+        """Return the download of a chunk, which begins now unless it is cached."""
         key = self._number, chunk, False
         return _cache.get_or_make(key, self.layout.data_bytes, lambda: transfers().submit(self._download, chunk))
 
@@ -101,7 +88,7 @@ class UploadedArray(ChunkedArray):
         return np.frombuffer(data, self.dtype, self.layout.data_bytes // self.dtype.itemsize).reshape(self.chunk_shape)
 
     def rows(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the rows from ``start`` to ``stop`` as views of one chunk each, downloading some at the same time."""
+        """Yield the rows from ``start`` to ``stop`` as views of one chunk each; several are downloaded at a time."""
         size = self.layout.chunk_rows
         ahead = max(1, min(_TRANSFERS, CACHE_BYTES // 4 // max(1, self.layout.data_bytes))) * size
         while start < stop:
@@ -117,17 +104,13 @@ class UploadedArray(ChunkedArray):
                 self._fetch(chunk)
 
     def flush(self, chunks: Collection[int] | None = None) -> None:
-        """Upload chunks that were written to; after an error what was written to them counts as lost.
-
-        Args:
-            chunks: Only these chunks; None: all.
-        """
+        """Upload chunks that were written to; after an error what was written is lost."""
         wanted = [chunk for chunk in self._dirty if chunks is None or chunk in chunks]
         dirty = {chunk: self._dirty.pop(chunk) for chunk in wanted}
         tail = self.layout.index()
         uploads = []
         for chunk, rows in dirty.items():
-            uploads.append(transfers().submit(self.chunk_path(chunk).write_bytes, rows.tobytes() + tail))
+            uploads.append(transfers().submit(self.chunk_path(chunk).write_whole, rows.tobytes() + tail))
             done: Download = Future()
             rows.flags.writeable = False
             done.set_result(rows)
@@ -137,15 +120,15 @@ class UploadedArray(ChunkedArray):
                 try:
                     upload.result()
                 except BaseException:
-                    _cache.forget(self._number)
+                    _cache.forget(self._number)  # it holds rows of this upload that the store does not have
                     raise
 
     def stored_chunks(self) -> set[int]:
-        """Return which objects exist."""
+        """Return the chunks whose objects exist."""
         names = (self.path / "c").children()
         return {int(name) for name in names if name.isdigit()}
 
     def close(self) -> None:
-        """Forget the chunks."""
+        """Drop the chunks."""
         _cache.forget(self._number)
         self._dirty.clear()

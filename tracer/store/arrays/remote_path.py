@@ -1,8 +1,7 @@
-"""Keys of a remote store (``s3://…``, ``gs://…``, ``memory://…``), with the parts of `pathlib.Path` that a store needs.
+"""Keys of a remote store (``s3://…``, ``gs://…``, ``memory://…``), with the calls of `LocalPath`.
 
-Objects are written whole or not at all, which is how object stores work. Every call that fails for a passing reason
-is tried again, ever more slowly. Directories are prefixes: they need not be made, and are there while they hold
-something.
+Objects are written whole or not at all, which is how object stores work. Directories are prefixes: they need not be
+created, and they exist as long as an object below them does.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from tracer.errors import InputError, MissingDependencyError, StoreError
 ATTEMPTS = 6
 """How often a call is tried."""
 FIRST_PAUSE = 0.2
-"""Seconds before the second try; each pause is twice the one before."""
-_LASTING = (
+"""Seconds before the second attempt; each pause is twice as long as the one before."""
+_RELOOK_SECONDS = 5.0
+_PERMANENT = (
     FileNotFoundError,
     FileExistsError,
     PermissionError,
@@ -39,26 +39,20 @@ class RemotePath:
     Args:
         filesystem: An fsspec file system.
         key: The key, without the protocol.
-        url: The same with the protocol, for messages.
+        url: The key with the protocol, for messages.
     """
+
+    feature_chunk_bytes = 16 << 20  # a few of them are held in memory
+    """How many bytes of features one object holds at most."""
+    score_chunk_bytes: int | None = 32 << 20
+    """How many bytes of scores one object holds at most, unless a single row has more."""
 
     def __init__(self, filesystem: Any, key: str, url: str) -> None:
         self._filesystem, self._key, self._url = filesystem, key.rstrip("/"), url.rstrip("/")
 
     @classmethod
     def of(cls, url: str) -> RemotePath:
-        """Return the key that a URL names.
-
-        Args:
-            url: Such as ``s3://bucket/run``; options come from the environment, as the file system reads them.
-
-        Returns:
-            The key.
-
-        Raises:
-            InputError: The protocol is not known.
-            MissingDependencyError: The package for the protocol is not installed.
-        """
+        """Return the key of a URL such as ``s3://bucket/run``; its file system reads options from the environment."""
         import fsspec
 
         protocol = url.partition("://")[0]
@@ -107,7 +101,7 @@ class RemotePath:
         return self.parent / name
 
     def exists(self) -> bool:
-        """Tell whether there is an object of this key, or one below it."""
+        """Tell whether there is an object with this key, or one below it."""
         return bool(self._call(self._filesystem.exists, self._key))
 
     def is_dir(self) -> bool:
@@ -115,34 +109,24 @@ class RemotePath:
         return bool(self._call(self._filesystem.isdir, self._key))
 
     def read_bytes(self) -> bytes:
-        """Return the object.
-
-        Returns:
-            Its bytes.
-
-        Raises:
-            FileNotFoundError: There is none.
-        """
+        """Return the object's bytes, or raise FileNotFoundError."""
         return bytes(self._call(self._filesystem.cat_file, self._key))
 
-    def write_bytes(self, data: bytes) -> None:
-        """Write the object whole, in place of what is there."""
-        self._call(self._filesystem.pipe_file, self._key, data)
-
-    def create_bytes(self, data: bytes) -> None:
-        """Write the object unless there is one; of several processes that try at once, one succeeds.
-
-        Where the service has no conditional writes, the race is not covered.
-        """
+    def write_whole(self, data: bytes, *, replace: bool = True) -> None:
+        """Write the object; without ``replace`` an existing one stays, and of several processes one succeeds."""
+        if replace:
+            self._call(self._filesystem.pipe_file, self._key, data)
+            return
         with contextlib.suppress(FileExistsError):
             try:
                 self._call(self._filesystem.pipe_file, self._key, data, mode="create")
             except (NotImplementedError, TypeError, ValueError):
+                # A service without conditional writes: two processes that create at the same instant may both write.
                 if not self.exists():
-                    self.write_bytes(data)
+                    self.write_whole(data)
 
     def children(self) -> list[str]:
-        """Return the names of what lies directly below, sorted."""
+        """Return the names directly below the key, sorted."""
         try:
             entries = self._call(self._filesystem.ls, self._key, detail=False)
         except (FileNotFoundError, NotADirectoryError):
@@ -151,35 +135,34 @@ class RemotePath:
         return sorted(names - {""})
 
     def remove(self) -> None:
-        """Remove the object and everything below it; nothing where there is nothing."""
+        """Remove the object and everything below it; do nothing if it does not exist."""
         with contextlib.suppress(FileNotFoundError):
             self._call(self._filesystem.rm, self._key, recursive=True)
 
+    def remove_stale(self) -> None:
+        """Do nothing: an upload that was interrupted leaves no object."""
+
+    def change_stamp(self) -> object:
+        """Return a value that changes every few seconds: asking the service costs as much as reading the object."""
+        return time.monotonic() // _RELOOK_SECONDS
+
+    def total_bytes(self) -> int | None:
+        """Return None: counting would list every object."""
+        return None
+
     def _call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Call the file system; a failure that may pass is tried again.
-
-        Args:
-            function: A method of the file system.
-            *args: Its arguments.
-            **options: More of them.
-
-        Returns:
-            What it returns.
-
-        Raises:
-            StoreError: It failed each time.
-        """
+        """Call a method of the file system; retry errors that may be temporary, then raise a StoreError."""
         for attempt in range(ATTEMPTS):
             try:
                 return function(*args, **options)
-            except _LASTING:
+            except _PERMANENT:
                 raise
-            except Exception as error:  # each service has its own
+            except Exception as error:  # each service has exceptions of its own
                 name = getattr(function, "__name__", "call")
                 if attempt == ATTEMPTS - 1:
                     raise StoreError(
                         f"{name} of {self._url} failed {ATTEMPTS} times, last with {type(error).__name__}: {error}. "
-                        "Look at the network and the permissions, and run it again: what was uploaded by then is kept"
+                        "Check the network and the permissions, and run it again: what was uploaded so far is stored"
                     ) from error
                 pause = FIRST_PAUSE * 2**attempt
                 logger.warning("%s of %s failed (%r), trying again in %.1f s", name, self._url, error, pause)

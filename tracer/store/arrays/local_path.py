@@ -1,0 +1,72 @@
+"""Directories and files of a store on a local disk, with the calls of `RemotePath`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+
+from tracer._core.files import sweep, sync, write_whole
+
+if sys.platform == "win32":
+    from pathlib import WindowsPath as _NativePath
+else:
+    from pathlib import PosixPath as _NativePath
+
+
+class LocalPath(_NativePath):
+    """A `pathlib.Path` with the calls that a store makes on local and remote paths alike."""
+
+    __slots__ = ()
+
+    feature_chunk_bytes = 64 << 20
+    """How many bytes of features one file holds at most."""
+    score_chunk_bytes: int | None = None
+    """How many bytes of scores one file holds at most; None: any number, since a memory map shows it."""
+
+    def write_whole(self, data: bytes, *, replace: bool = True) -> None:
+        """Write the file so that readers and crashes see all of it or none; without ``replace`` an existing one stays.
+
+        Missing parent directories are created, and their names made durable.
+        """
+        self._make_parent()
+        self.parent.remove_stale()
+        write_whole(self, lambda file: file.write(data), replace=replace)
+
+    def _make_parent(self) -> None:
+        missing = [self.parent]
+        while not missing[-1].exists():
+            missing.append(missing[-1].parent)
+        if len(missing) > 1:
+            self.parent.mkdir(parents=True, exist_ok=True)
+            # A synced file is still lost in a power failure if the name of a directory above it is not on the disk.
+            for directory in missing[1:]:
+                sync(directory)
+
+    def children(self) -> list[str]:
+        """Return the names of all entries, sorted; an empty list if this is not a directory."""
+        try:
+            return sorted(os.listdir(self))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def remove(self) -> None:
+        """Remove the file, or the directory with everything in it; do nothing if it does not exist."""
+        if self.is_dir():
+            shutil.rmtree(self)
+        else:
+            self.unlink(missing_ok=True)
+
+    def remove_stale(self) -> None:
+        """Remove unfinished files that a crash left in this directory more than ten minutes ago."""
+        sweep(self)
+
+    def change_stamp(self) -> object:
+        """Return a value that differs from the last one if the file was written in between."""
+        found = self.stat()
+        return found.st_ino, found.st_mtime_ns
+
+    def total_bytes(self) -> int | None:
+        """Return the bytes of all files below this directory."""
+        files = (os.path.join(root, name) for root, _, names in os.walk(self) for name in names)
+        return sum(os.stat(file).st_size for file in files)

@@ -1,0 +1,45 @@
+"""The JSON metadata of zarr nodes, read and written whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tracer._core.files import disk_errors
+from tracer.errors import StoreError
+from tracer.store.arrays.store_path import StorePath
+
+NODE = "zarr.json"
+
+
+def read_document(path: StorePath) -> dict[str, Any]:
+    """Return a ``zarr.json`` with a dict under ``attributes``; raise FileNotFoundError if it does not exist."""
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read ({error}): restore it, or remove what it describes") from error
+    if not isinstance(document, dict) or document.get("zarr_format") != 3:
+        raise StoreError(f"{path} is not zarr version 3 metadata: expected zarr_format 3; choose another save_dir")
+    if not isinstance(document.setdefault("attributes", {}), dict):
+        raise StoreError(f"{path} is damaged: expected a JSON object under 'attributes'; restore it")
+    return document
+
+
+def write_document(path: StorePath, document: Mapping[str, Any], *, replace: bool = True) -> None:
+    """Write a JSON document whole; without ``replace`` an existing one stays as it is."""
+    path.write_whole(json.dumps(document, indent=2, allow_nan=False).encode(), replace=replace)
+
+
+def write_group(path: StorePath, attributes: Mapping[str, Any], *, replace: bool = True) -> None:
+    """Make a directory a zarr group with these attributes."""
+    document = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+    write_document(path / NODE, document, replace=replace)
+
+
+def child_nodes(path: StorePath) -> list[str]:
+    """Return the names of the zarr nodes directly below a directory, sorted; none if it does not exist."""
+    with disk_errors(path):
+        return [name for name in path.children() if not name.startswith(".") and (path / name / NODE).exists()]

@@ -1,0 +1,168 @@
+"""Writes rows of a table: checks them, stores them with their checksums, and marks them done once they are durable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+
+from tracer._core.files import disk_errors
+from tracer._core.text import listing
+from tracer.errors import CallOrderError, InputError, InputTypeError, NonFiniteError
+from tracer.store.arrays.chunked import ChunkedArray
+from tracer.store.arrays.completion_mask import CompletionMask
+from tracer.store.arrays.metadata import NODE
+from tracer.store.arrays.store_path import StorePath
+from tracer.store.quantization import RELATIVE, relative_rows, row_scale
+from tracer.store.table_schema import NO_LABEL, read_attributes, row_checksums
+
+_MAX_NAMED = 5
+
+
+class RowWriter:
+    """The writing side of a `RowTable`.
+
+    Args:
+        path: The table's directory.
+        arrays: Its arrays by name.
+        mask: Marks which rows are done.
+        storage: The dtype of features, or ``"none"``.
+        pool: The random numbers that round int8 rows: ``"train"`` or ``"targets"``.
+    """
+
+    def __init__(
+        self, path: StorePath, arrays: Mapping[str, ChunkedArray], mask: CompletionMask, storage: str, pool: str
+    ) -> None:
+        self.path, self._arrays, self._mask = path, arrays, mask
+        self._storage, self._pool = storage, pool
+        self._features = arrays.get("features")
+        # Memory for a batch of features, used again for the next batch instead of being allocated again.
+        self._scaled, self._half = torch.empty(0, 0), torch.empty(0, 0, dtype=torch.float16)
+        self._finalized_at: tuple[object, bool] = (None, False)
+
+    def write(
+        self,
+        rows: np.ndarray,
+        features: np.ndarray | None,
+        floats: Mapping[str, np.ndarray],
+        fingerprint: np.ndarray,
+        label: np.ndarray | None,
+    ) -> None:
+        """Check a batch, then write it; its rows are pending until the next flush."""
+        columns = {name: _checked_floats(name, values, rows) for name, values in floats.items()}
+        columns["fingerprint"] = checked_fingerprint(fingerprint, len(rows))
+        columns["label"] = np.full(len(rows), NO_LABEL) if label is None else np.asarray(label, np.int64)
+        if columns["label"].shape != (len(rows),):
+            raise InputTypeError(f"label is of shape {columns['label'].shape}: expected ({len(rows)},)")
+        if (features is None) != (self._features is None):
+            raise InputTypeError(f"features is {type(features).__name__} for a table of storage={self._storage!r}")
+        largest = np.ones(len(rows), np.float32)
+        if features is not None and self._features is not None:
+            features = _floats("features", features, (len(rows), self._features.layout.shape[-1]))
+            largest = _largest(features)  # NaN or infinite if any of the row's values is
+            _check_finite("features", largest, rows)
+        if not len(rows):
+            return
+        if self._finalized():
+            raise CallOrderError(
+                f"{self.path} is finalized, got rows {named_rows(rows)} to write: write them before finalizing, "
+                "call set_attributes(finalized=False) first, or choose another save_dir"
+            )
+        columns["scale"] = row_scale(largest, self._storage)
+        raw = None if features is None else self._raw(features, columns["scale"], rows)
+        columns["checksum"] = row_checksums(raw, columns)
+        with self._mask.writing(rows):
+            if self._features is not None and raw is not None:
+                self._features.assign(rows, raw)
+            for name, values in columns.items():
+                self._arrays[name].assign(rows, values)
+
+    def _raw(
+        self, features: Float32[np.ndarray, "n k"], scale: Float32[np.ndarray, " n"], rows: Int64[np.ndarray, " n"]
+    ) -> np.ndarray:
+        """Return features ``[n, k]`` in the storage dtype, in memory that is used again."""
+        memory = self._memory(features.shape) if self._storage in RELATIVE else None
+        relative = relative_rows(features, scale, rows, self._storage, self._pool, memory)
+        if self._storage != "float16":
+            return np.ascontiguousarray(relative)
+        if len(self._half) < len(features):
+            with torch.inference_mode(False):
+                self._half = torch.empty(features.shape, dtype=torch.float16)
+        return self._half[: len(features)].copy_(torch.from_numpy(relative)).numpy()
+
+    def _memory(self, shape: tuple[int, ...]) -> torch.Tensor:
+        if len(self._scaled) < shape[0]:
+            with torch.inference_mode(False):
+                self._scaled = torch.empty(shape)
+        return self._scaled[: shape[0]]
+
+    def _finalized(self) -> bool:
+        """Tell whether any process finalized the table; its document is read only if it may have changed."""
+        with disk_errors(self.path):
+            stamp = (self.path / NODE).change_stamp()
+        if stamp != self._finalized_at[0]:
+            self._finalized_at = stamp, bool(read_attributes(self.path).get("finalized"))
+        return self._finalized_at[1]
+
+
+def checked_rows(rows: np.ndarray, num_rows: int, path: StorePath, unique: bool = False) -> np.ndarray:
+    """Return row indices as int64 after checking that they are within a table, and different if that is needed."""
+    rows = np.asarray(rows)
+    if rows.ndim != 1 or (rows.dtype.kind not in "iu" and rows.size):
+        raise InputTypeError(f"rows are {rows.dtype} of shape {rows.shape}: expected [n] integers")
+    outside = rows[(rows < 0) | (rows >= num_rows)]
+    if len(outside):
+        raise InputError(f"rows {named_rows(outside)} are outside 0 to {num_rows - 1} of {path}")
+    rows = rows.astype(np.int64)
+    consecutive = bool((np.diff(rows) == 1).all())
+    if unique and not consecutive and len(np.unique(rows)) != len(rows):
+        values, counts = np.unique(rows, return_counts=True)
+        repeated = named_rows(values[counts > 1])
+        raise InputError(f"rows {repeated} are more than once in a batch: pass each row once")
+    return rows
+
+
+def checked_fingerprint(fingerprint: np.ndarray, num_rows: int) -> np.ndarray:
+    """Return fingerprints after checking their dtype and shape."""
+    fingerprint = np.asarray(fingerprint)
+    if fingerprint.dtype != np.uint64 or fingerprint.shape != (num_rows,):
+        raise InputTypeError(
+            f"fingerprint is {fingerprint.dtype} of shape {fingerprint.shape}: expected uint64 ({num_rows},)"
+        )
+    return fingerprint
+
+
+def named_rows(rows: np.ndarray) -> str:
+    """Return the first row indices and how many more there are, for errors."""
+    return listing(rows, _MAX_NAMED)
+
+
+def _checked_floats(name: str, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    values = _floats(name, values, (len(rows),))
+    _check_finite(name, values, rows)
+    return values
+
+
+def _floats(name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    values = np.asarray(values)
+    if values.shape != shape or values.dtype.kind != "f":
+        raise InputTypeError(f"{name} is {values.dtype} of shape {values.shape}: expected float32 {shape}")
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which is refused by its name
+        return values.astype(np.float32, copy=False)
+
+
+def _check_finite(name: str, values: np.ndarray, rows: np.ndarray) -> None:
+    finite = np.isfinite(values)
+    if not finite.all():
+        raise NonFiniteError(
+            f"{name} of rows {named_rows(rows[~finite])} is NaN or infinite in float32: nothing of the batch was "
+            "written; check these examples' inputs and the checkpoint, or drop them from the data set"
+        )
+
+
+def _largest(features: Float32[np.ndarray, "n k"]) -> Float32[np.ndarray, " n"]:
+    """Return the largest absolute value of each row; without a temporary as large as the features, as abs needs."""
+    values = torch.from_numpy(features)
+    return torch.maximum(values.amax(1), values.amin(1).neg_()).numpy()
