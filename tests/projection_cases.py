@@ -6,14 +6,9 @@ import types
 import pytest
 import torch
 
-from tracer.gradients.per_sample import (
-    DenseGradient,
-    OuterGradient,
-    PerSampleGradient,
-    RowsGradient,
-    SumGradient,
-    matrix_shape,
-)
+from tracer.gradients.combined import SumGradient
+from tracer.gradients.per_sample import DenseGradient, OuterGradient, PerSampleGradient, matrix_shape
+from tracer.gradients.rows import RowsGradient
 from tracer.projection import fast_jl
 
 
@@ -78,7 +73,7 @@ def all_forms(shape, batch_size=5, dtype=torch.float64):
 def oracle_rows(gradient):
     """Build the gradients in float64: ``[B, numel]``."""
     if isinstance(gradient, SumGradient):
-        return sum(oracle_rows(part) for part in gradient.parts)
+        return sum(oracle_rows(part) for part in gradient.summands)
     if isinstance(gradient, RowsGradient):
         gradient = RowsGradient(gradient.index, gradient.values.double(), gradient.shape)
     factors = gradient.outer(0, gradient.batch_size)

@@ -20,17 +20,11 @@ from torch import nn
 
 import tracer
 from tracer import Tracer, attribute
-from tracer.gradients import norms
-from tracer.gradients.convolution import conv_weight_gradient
+from tracer.gradients.combined import add_gradients
 from tracer.gradients.inner_products import TargetGradients
-from tracer.gradients.per_sample import (
-    DenseGradient,
-    OuterGradient,
-    RowsGradient,
-    ScaledGradient,
-    add_gradients,
-    scale_gradient,
-)
+from tracer.gradients.layers import conv_weight_gradient
+from tracer.gradients.per_sample import DenseGradient, OuterGradient, ScaledGradient
+from tracer.gradients.rows import RowsGradient
 from tracer.projection import make_projector
 from tracer.training.adam import check_preconditioner
 from tracer.training.lend_weights import LoadedWeights
@@ -53,12 +47,12 @@ def scaled_rows(gradient, scale=SCALE):
 @pytest.mark.parametrize("form", forms())
 def test_every_entry_is_scaled_whatever_the_form(form):
     gradient = forms()[form]
-    scaled = scale_gradient(gradient, SCALE)
+    scaled = gradient.scaled(SCALE)
     torch.testing.assert_close(scaled.dense(0, 5), scaled_rows(gradient), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(scaled.dense(1, 3), scaled_rows(gradient)[1:3], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(norms.squared_norm(scaled), scaled_rows(gradient).square().sum(1), rtol=1e-10, atol=0)
+    torch.testing.assert_close(scaled.squared_norm(), scaled_rows(gradient).square().sum(1), rtol=1e-10, atol=0)
     for first, last in ((0, 66), (3, 5), (12, 18), (60, 66)):
-        built = norms.dense_entries(scaled, 1, 4, first, last)
+        built = scaled.entries(1, 4, first, last)
         torch.testing.assert_close(built, scaled_rows(gradient)[1:4, first:last], rtol=1e-12, atol=1e-12)
 
 
@@ -66,14 +60,14 @@ def test_every_entry_is_scaled_whatever_the_form(form):
 def test_rows_fold_before_or_after_they_are_scaled(form):
     gradient = all_forms(SHAPE, batch_size=6)[form]
     expected = scaled_rows(gradient).reshape(3, 2, -1).sum(1)
-    torch.testing.assert_close(scale_gradient(gradient, SCALE).fold(2).dense(0, 3), expected, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(scale_gradient(gradient.fold(2), SCALE).dense(0, 3), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradient.scaled(SCALE).fold(2).dense(0, 3), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradient.fold(2).scaled(SCALE).dense(0, 3), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_touched_rows_stay_rows_and_built_values_stay_built():
-    assert type(scale_gradient(forms()["embedding"], SCALE)) is RowsGradient
-    assert type(scale_gradient(forms()["dense"], SCALE)) is DenseGradient
-    joined = add_gradients([forms()["embedding"], scale_gradient(forms()["sequence"], SCALE)])
+    assert type(forms()["embedding"].scaled(SCALE)) is RowsGradient
+    assert type(forms()["dense"].scaled(SCALE)) is DenseGradient
+    joined = add_gradients([forms()["embedding"], forms()["sequence"].scaled(SCALE)])
     torch.testing.assert_close(joined.dense(0, 5), oracle_rows(forms()["embedding"]) + scaled_rows(forms()["sequence"]))
 
 
@@ -82,7 +76,7 @@ def test_touched_rows_stay_rows_and_built_values_stay_built():
 def test_a_projector_sees_the_scaled_gradient(kind, form):
     projector = make_projector(kind, {"weight": SHAPE}, 20, seed=3)
     gradient = forms()[form]
-    result = projector.project({"weight": scale_gradient(gradient, SCALE)})
+    result = projector.project({"weight": gradient.scaled(SCALE)})
     expected = scaled_rows(gradient) @ matrix_of(projector, "weight")
     torch.testing.assert_close(result.features.double(), expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
     torch.testing.assert_close(result.squared_norm, scaled_rows(gradient).square().sum(1), rtol=1e-9, atol=0)
@@ -91,7 +85,7 @@ def test_a_projector_sees_the_scaled_gradient(kind, form):
 @pytest.mark.parametrize("form", ["vector input", "sequence", "embedding", "tied"])
 def test_fast_jl_sees_the_scaled_gradient(form, stand_in):  # noqa: F811
     projector = make_projector("fast_jl", {"weight": SHAPE}, 512, seed=3, device="cpu")
-    result = projector.project({"weight": scale_gradient(forms()[form], SCALE)})
+    result = projector.project({"weight": forms()[form].scaled(SCALE)})
     expected = scaled_rows(forms()[form]) @ matrix_of(projector, "weight")
     assert ((result.features - expected).norm(dim=1) <= 1e-3 * expected.norm(dim=1)).all()
     torch.testing.assert_close(result.squared_norm, scaled_rows(forms()[form]).square().sum(1))
@@ -107,7 +101,7 @@ def test_convolutions_are_scaled(kind, groups):
     loss = [(module(x[i : i + 1]) * g[i : i + 1]).sum() for i in range(5)]
     expected = torch.stack([torch.autograd.grad(one, module.weight)[0].flatten() for one in loss]) * scale.flatten()
     projector = make_projector(kind, {"weight": tuple(module.weight.shape)}, 30, seed=1)
-    result = projector.project({"weight": scale_gradient(gradient, scale)})
+    result = projector.project({"weight": gradient.scaled(scale)})
     torch.testing.assert_close(result.features, expected @ matrix_of(projector, "weight"), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(result.squared_norm, expected.square().sum(1), rtol=1e-9, atol=0)
 
@@ -117,20 +111,20 @@ def test_convolutions_are_scaled(kind, groups):
 def test_products_of_all_pairs(one, other):
     rows, targets = forms()[one], all_forms(SHAPE, batch_size=3)[other]
     held = TargetGradients()
-    held.append(torch.full((3,), 2.0), [(0, {"weight": scale_gradient(targets, SCALE)})])
+    held.append(torch.full((3,), 2.0), [(0, {"weight": targets.scaled(SCALE)})])
     held.join()
     products = torch.zeros(5, 3, dtype=torch.float64)
-    squares = held.add_products("weight", scale_gradient(rows, SCALE), products)
+    squares = held.add_products("weight", rows.scaled(SCALE), products)
     torch.testing.assert_close(products, scaled_rows(rows) @ scaled_rows(targets).T / 2, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(squares, scaled_rows(rows).square().sum(1), rtol=1e-9, atol=0)
 
 
 def test_half_precision_factors_are_widened_before_they_are_multiplied():
     left, right = (normal(5, 40, n, seed=n).bfloat16() for n in SHAPE)
-    scaled = scale_gradient(OuterGradient(left, right, SHAPE), SCALE.float())
+    scaled = OuterGradient(left, right, SHAPE).scaled(SCALE.float())
     expected = torch.einsum("bto,bti->boi", left.double(), right.double()) * SCALE
     assert scaled.dtype == torch.float32
-    torch.testing.assert_close(norms.built(scaled, 0, 5).double(), expected.flatten(1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(scaled.entries(0, 5).double(), expected.flatten(1), rtol=0, atol=1e-4)
 
 
 def trace(run, path, **options):

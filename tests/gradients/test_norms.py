@@ -4,8 +4,10 @@ import pytest
 import torch
 from projection_cases import OnlyDense, all_forms, embedding, normal, oracle_rows, outer
 
-from tracer.gradients import norms
-from tracer.gradients.per_sample import DenseGradient, OuterGradient, RowsGradient, SumGradient
+from tracer.gradients import norms, per_sample
+from tracer.gradients.combined import SumGradient
+from tracer.gradients.per_sample import DenseGradient, OuterGradient
+from tracer.gradients.rows import RowsGradient
 
 FORMS = all_forms((11, 6))
 
@@ -13,42 +15,42 @@ FORMS = all_forms((11, 6))
 @pytest.mark.parametrize("form", FORMS)
 def test_squared_norms_are_exact(form):
     expected = oracle_rows(FORMS[form]).square().sum(1)
-    torch.testing.assert_close(norms.squared_norm(FORMS[form]), expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(FORMS[form].squared_norm(), expected, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("one", FORMS)
 @pytest.mark.parametrize("other", ["dense", "vector input", "sequence", "embedding", "only dense"])
 def test_inner_products_are_exact(one, other):
     expected = (oracle_rows(FORMS[one]) * oracle_rows(FORMS[other])).sum(1)
-    torch.testing.assert_close(norms.inner_product(FORMS[one], FORMS[other]), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(FORMS[one].inner(FORMS[other]), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 66), (3, 5), (4, 20), (12, 18), (60, 66)])
 @pytest.mark.parametrize("form", FORMS)
 def test_any_range_of_entries_can_be_built(form, first, last):
-    built = norms.dense_entries(FORMS[form], 1, 4, first, last)
+    built = FORMS[form].entries(1, 4, first, last)
     torch.testing.assert_close(built, oracle_rows(FORMS[form])[1:4, first:last])
 
 
 @pytest.mark.parametrize("form", ["dense", "sequence", "embedding", "tied", "only dense"])
 @pytest.mark.parametrize("block_bytes", [1, 5000])
 def test_blocks_of_samples_change_nothing(form, block_bytes, monkeypatch):
-    whole = norms.squared_norm(FORMS[form])
-    rows = norms.row_blocks
-    monkeypatch.setattr(norms, "row_blocks", lambda batch, row_bytes: rows(batch, row_bytes, block_bytes))
-    torch.testing.assert_close(norms.squared_norm(FORMS[form]), whole, rtol=1e-12, atol=0)
+    whole = FORMS[form].squared_norm()
+    rows = per_sample.row_blocks
+    monkeypatch.setattr(per_sample, "row_blocks", lambda batch, row_bytes: rows(batch, row_bytes, block_bytes))
+    torch.testing.assert_close(FORMS[form].squared_norm(), whole, rtol=1e-12, atol=0)
 
 
 def test_repeated_rows_add_before_they_are_squared():
     gradient = RowsGradient(torch.tensor([[2, 0, 2, 2]]), torch.tensor([[[1.0], [5.0], [1.0], [1.0]]]), (3, 1))
-    assert norms.squared_norm(gradient).tolist() == pytest.approx([34.0])
+    assert gradient.squared_norm().tolist() == pytest.approx([34.0])
 
 
 def test_long_embedding_batches_cost_what_they_touch():
     # Built, these gradients would take 100 GB.
     gradient = embedding((2_000_000, 16), batch_size=800, positions=33, dtype=torch.float32)
     expected = torch.stack([_one_by_one(gradient, sample) for sample in range(3)])
-    torch.testing.assert_close(norms.squared_norm(gradient)[:3], expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient.squared_norm()[:3], expected, rtol=1e-5, atol=0)
 
 
 def _one_by_one(gradient, sample):
@@ -63,7 +65,7 @@ def _one_by_one(gradient, sample):
 def test_half_precision_factors_are_widened_before_products(form, dtype):
     gradient = all_forms((11, 6), dtype=dtype)[form]
     expected = oracle_rows(gradient).square().sum(1)
-    torch.testing.assert_close(norms.squared_norm(gradient), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient.squared_norm(), expected, rtol=1e-6, atol=0)
 
 
 def test_gram_products_survive_cancellation():
@@ -79,8 +81,8 @@ def test_gram_products_survive_cancellation():
 def test_sums_that_cancel_have_a_norm_near_zero():
     gradient = outer((8, 5), dtype=torch.float64)
     opposite = DenseGradient(-oracle_rows(gradient).reshape(-1, 8, 5))
-    total = norms.squared_norm(SumGradient([gradient, opposite]))
-    assert (total.abs() <= 1e-12 * norms.squared_norm(gradient)).all()
+    total = SumGradient([gradient, opposite]).squared_norm()
+    assert (total.abs() <= 1e-12 * gradient.squared_norm()).all()
 
 
 def test_long_float32_rows_keep_six_digits():
@@ -90,5 +92,5 @@ def test_long_float32_rows_keep_six_digits():
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,)])
 def test_parameters_without_entries_have_norm_zero(shape):
-    assert norms.squared_norm(DenseGradient(torch.zeros(2, *shape))).tolist() == [0.0, 0.0]
-    assert norms.squared_norm(OnlyDense(torch.zeros(2, *shape))).tolist() == [0.0, 0.0]
+    assert DenseGradient(torch.zeros(2, *shape)).squared_norm().tolist() == [0.0, 0.0]
+    assert OnlyDense(torch.zeros(2, *shape)).squared_norm().tolist() == [0.0, 0.0]

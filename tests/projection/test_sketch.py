@@ -19,7 +19,9 @@ from projection_cases import (
 from torch import nn
 from torch.nn import functional as F
 
-from tracer.gradients.per_sample import DenseGradient, OuterGradient, RowsGradient, WindowGradient
+from tracer.gradients.per_sample import DenseGradient, OuterGradient
+from tracer.gradients.rows import RowsGradient
+from tracer.gradients.windows import WindowGradient
 from tracer.projection import row_blocks
 from tracer.projection.sketch import lattice
 from tracer.projection.sketch import projector as sketch_module

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from tracer.errors import NonFiniteError
 from tracer.gradients import Sink
-from tracer.gradients.norms import squared_norm
-from tracer.gradients.per_sample import PerSampleGradient, scale_gradient
+from tracer.gradients.per_sample import PerSampleGradient
 from tracer.projection.base import Projector
 from tracer.store import RowTable
 from tracer.types import Projection, SampleOutputs
@@ -97,10 +96,7 @@ class ScalingSink:
 
     def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
         """Hand on the gradients of samples ``start`` to ``stop``, scaled."""
-        scaled = {
-            name: scale_gradient(gradient, self._scales[name].to(gradient.device))
-            for name, gradient in gradients.items()
-        }
+        scaled = {name: gradient.scaled(self._scales[name].to(gradient.device)) for name, gradient in gradients.items()}
         self._sink.take(start, stop, scaled)
 
 
@@ -117,7 +113,7 @@ class NormSink:
     def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
         """Add the gradients of samples ``start`` to ``stop``."""
         for gradient in gradients.values():
-            self.squared_norm[start:stop] += squared_norm(gradient).to(self.squared_norm.device)
+            self.squared_norm[start:stop] += gradient.squared_norm().to(self.squared_norm.device)
 
 
 def row_values(outputs: SampleOutputs, squares: Tensor, features: Tensor | None = None) -> RowValues:

@@ -15,7 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tracer.gradients.failure import CaptureFailed
+
+class CaptureFailed(Exception):
+    """A layer cannot be captured; never reaches a user.
+
+    Args:
+        layer: The layer's name.
+        reason: Why.
+        expanded: Whether the layer is only the first of those whose expanded outputs may be to blame.
+    """
+
+    def __init__(self, layer: str, reason: str, expanded: bool = False) -> None:
+        super().__init__(f"{layer}: {reason}")
+        self.layer, self.reason, self.expanded = layer, reason, expanded
 
 
 class PackedProjection(nn.Module):

@@ -20,10 +20,10 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from tracer.data.tasks import Task
 from tracer.errors import BatchError, RankError
-from tracer.gradients.attention import CapturedAttention, attending
-from tracer.gradients.failure import CaptureFailed
+from tracer.gradients.attention import CapturedAttention, CaptureFailed, attending
+from tracer.gradients.combined import add_gradients
 from tracer.gradients.layers import LayerCall, RegisteredRule
-from tracer.gradients.per_sample import DenseGradient, PerSampleGradient, add_gradients
+from tracer.gradients.per_sample import DenseGradient, PerSampleGradient
 from tracer.types import Batch, SampleOutputs
 
 

@@ -22,10 +22,9 @@ from tracer._core.validation import check_choice
 from tracer.data.batches import select_samples
 from tracer.data.tasks import LowerPrecision, Task
 from tracer.errors import BatchError, GradientError, TracerError
-from tracer.gradients.attention import CapturedAttention, refuses_attention
+from tracer.gradients.attention import CapturedAttention, CaptureFailed, refuses_attention
 from tracer.gradients.backend import Backend, PlainBackend
 from tracer.gradients.capture import CallPattern, CapturedLayer, CapturedPass, Layout
-from tracer.gradients.failure import CaptureFailed
 from tracer.gradients.functional import can_vmap, loop_gradients, vmap_gradients
 from tracer.gradients.isolation import seed_generators
 from tracer.gradients.layers import rule_for

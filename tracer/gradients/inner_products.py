@@ -15,7 +15,6 @@ of a gram may cancel (inputs with a large common part), so it is float64, as nor
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +22,7 @@ from torch import Tensor
 from tracer._core.blocks import full_precision, row_blocks
 from tracer._core.scratch import Scratch
 from tracer.gradients import norms
-from tracer.gradients.per_sample import (
-    DenseGradient,
-    FoldedGradient,
-    OuterGradient,
-    PerSampleGradient,
-    RowsGradient,
-    WindowGradient,
-    matrix_shape,
-)
+from tracer.gradients.per_sample import DenseGradient, PerSampleGradient, matrix_shape
 
 GRAM_BYTES, FACTOR_BYTES, BUILT_BYTES = 32 << 20, 64 << 20, 32 << 20
 """How many bytes of products of positions, of factors and of built gradients are held at once."""
@@ -60,8 +51,8 @@ class TargetGradients:
         for start, gradients in pieces:
             for name, gradient in gradients.items():
                 rows = lengths[start : start + gradient.batch_size].to(gradient.device)
-                for part in norms.flatten_sum(gradient):
-                    self._parts.setdefault(name, []).append((self.num_rows + start, _divided(part, rows)))
+                for part in gradient.parts():
+                    self._parts.setdefault(name, []).append((self.num_rows + start, part.divided(rows)))
         self.num_rows += len(lengths)
 
     def num_bytes(self) -> int:
@@ -71,7 +62,7 @@ class TargetGradients:
         for parts in self._parts.values():
             rows = sum(part.batch_size for _, part in parts)
             for _, part in parts:
-                storages |= {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(part)}
+                storages |= {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in part.tensors()}
                 if not isinstance(part, DenseGradient) and not _gram_pays(part, part, rows):
                     built += max(4, part.dtype.itemsize) * part.batch_size * part.numel
         return sum(storages.values()) + built
@@ -82,7 +73,7 @@ class TargetGradients:
             runs: list[list[tuple[int, PerSampleGradient]]] = []
             for first, part in sorted(parts, key=lambda one: one[0]):
                 open_runs = (run for run in runs if run[-1][0] + run[-1][1].batch_size == first)
-                run = next((run for run in open_runs if _same_form(run[-1][1], part)), None)
+                run = next((run for run in open_runs if run[-1][1].form == part.form), None)
                 if run is None:
                     runs.append([(first, part)])
                 else:
@@ -102,7 +93,7 @@ class TargetGradients:
         """
         parts = self._parts.get(name, [])
         num_targets = sum(part.batch_size for _, part in parts)
-        leaves = norms.flatten_sum(gradient) if gradient.numel else []
+        leaves = gradient.parts() if gradient.numel else []
         squares = None
         for leaf in leaves:
             to_build = []
@@ -113,7 +104,7 @@ class TargetGradients:
                     to_build.append((first, self._built_part(name, part)))
             if to_build:
                 squares = _add_built(leaf, to_build, products, self._scratch)
-        return norms.squared_norm(gradient) if squares is None or len(leaves) > 1 else squares
+        return gradient.squared_norm() if squares is None or len(leaves) > 1 else squares
 
     def _built_part(self, name: str, part: PerSampleGradient) -> Tensor:
         """Return the built gradients of a part, ``[rows, numel]``, kept from their first use on."""
@@ -129,90 +120,29 @@ class TargetGradients:
         return self._built[key]
 
 
-def _divided(gradient: PerSampleGradient, lengths: Tensor) -> PerSampleGradient:
-    """Return the gradient of each row over its length ``[B]``."""
-    if isinstance(gradient, FoldedGradient):
-        return FoldedGradient(_divided(gradient.inner, lengths.repeat_interleave(gradient.factor)), gradient.factor)
-
-    def over(values: Tensor) -> Tensor:
-        values = full_precision(values)
-        return (values / lengths.view(-1, *(1 for _ in values.shape[1:]))).to(values.dtype)
-
-    if isinstance(gradient, OuterGradient):
-        return OuterGradient(over(gradient.left), gradient.right, gradient.shape)
-    if isinstance(gradient, RowsGradient):
-        return RowsGradient(gradient.index, over(gradient.values), gradient.shape)
-    if isinstance(gradient, WindowGradient):
-        return _window_like(gradient, gradient.padded, over(gradient.left))
-    built = torch.cat([norms.built(gradient, *rows) for rows in row_blocks(gradient.batch_size, 4 * gradient.numel)])
-    return DenseGradient(over(built).view(-1, *gradient.shape))
-
-
-def _window_like(one: WindowGradient, padded: Tensor, left: Tensor) -> WindowGradient:
-    options: dict[str, Any] = {"stride": one.stride, "dilation": one.dilation, "groups": one.groups}
-    return WindowGradient(padded, left, one.shape, **options)
-
-
-def _tensors(gradient: PerSampleGradient) -> list[Tensor]:
-    """Return the tensors that a gradient made by `_divided` holds."""
-    if isinstance(gradient, FoldedGradient):
-        return _tensors(gradient.inner)
-    return [value for value in vars(gradient).values() if isinstance(value, Tensor)]
-
-
-def _same_form(one: PerSampleGradient, other: PerSampleGradient) -> bool:
-    """Say whether the rows of both can be put together."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, FoldedGradient) and isinstance(other, FoldedGradient):
-        return one.factor == other.factor and _same_form(one.inner, other.inner)
-    if isinstance(one, WindowGradient) and isinstance(other, WindowGradient):
-        if (one.stride, one.dilation, one.groups) != (other.stride, other.dilation, other.groups):
-            return False
-    pairs = zip(_tensors(one), _tensors(other), strict=True)
-    return all(a.shape[1:] == b.shape[1:] and a.dtype == b.dtype and a.device == b.device for a, b in pairs)
-
-
 def _concatenated(parts: Sequence[PerSampleGradient]) -> PerSampleGradient:
-    """Return the rows of all parts, which have one form."""
-    one = parts[0]
+    """Return the samples of all parts, which have one form."""
     if len(parts) == 1:
-        return one
-    if isinstance(one, FoldedGradient):
-        return FoldedGradient(
-            _concatenated([part.inner for part in parts if isinstance(part, FoldedGradient)]), one.factor
-        )
-    first, *rest = [torch.cat(tensors) for tensors in zip(*map(_tensors, parts), strict=True)]
-    if isinstance(one, OuterGradient):
-        return OuterGradient(first, rest[0], one.shape)
-    if isinstance(one, RowsGradient):
-        return RowsGradient(first, rest[0], one.shape)
-    if isinstance(one, WindowGradient):
-        return _window_like(one, first, rest[0])
-    return DenseGradient(first)
-
-
-def _positions(gradient: PerSampleGradient) -> int | None:
-    """Return the number of positions of a gradient in outer form, touched rows included; None for others."""
-    return gradient.index.shape[1] if isinstance(gradient, RowsGradient) else norms.num_positions(gradient)
+        return parts[0]
+    return parts[0].with_tensors([torch.cat(each) for each in zip(*(part.tensors() for part in parts), strict=True)])
 
 
 def _gram_pays(one: PerSampleGradient, other: PerSampleGradient, num_targets: int) -> bool:
     """Say whether multiplying positions costs less than building the rows, the targets being built already."""
-    first, second = _positions(one), _positions(other)
+    first, second = one.num_terms, other.num_terms
     if first is None or second is None:
         return False
     rows, cols = matrix_shape(one.shape)
-    by_index = isinstance(one, RowsGradient) or isinstance(other, RowsGradient)
+    by_index = one.touches_rows or other.touches_rows
     precision = 1 if first * second == 1 else 2  # sums over positions are float64
     gram = precision * num_targets * first * second * ((1 if by_index else rows) + cols + 4)
-    build = 12 if isinstance(one, RowsGradient) else first + 12
+    build = 12 if one.touches_rows else first + 12
     return gram <= rows * cols * (num_targets + build)
 
 
 def _add_gram(one: PerSampleGradient, other: PerSampleGradient, products: Tensor, scratch: Scratch) -> None:
     """Add ``sum_{s,t} <l_s, l'_t> <r_s, r'_t>`` of all pairs to ``products [B, m]``."""
-    first, second = _positions(one) or 0, _positions(other) or 0
+    first, second = one.num_terms or 0, other.num_terms or 0
     if not first * second:
         return
     rows, cols = matrix_shape(one.shape)
@@ -241,17 +171,9 @@ def _position_rows(
         taken = scratch.take(f"{use} {side}", values.shape, dtype, values.device).copy_(values)
         return taken.view(-1, values.shape[-1])
 
-    if isinstance(gradient, RowsGradient):
-        return gradient.index[start:stop].reshape(-1), rows(gradient.values[start:stop], "right")
-    if isinstance(gradient, WindowGradient):  # of one group: with more it has no positions
-        windows = gradient.windows(gradient.padded[start:stop])
-        spatial = len(gradient.stride)
-        windows = windows.movedim(tuple(range(-spatial, 0)), tuple(range(1, spatial + 1)))
-        left = rows(gradient.left[start:stop].flatten(2).transpose(1, 2), "left")
-        return left, rows(windows, "right").view(len(left), -1)
-    factors = gradient.outer(start, stop)
-    assert factors is not None
-    return rows(factors[0], "left"), rows(factors[1], "right")
+    left, right = gradient.position_views(start, stop)
+    lefts = left.reshape(-1) if gradient.touches_rows else rows(left, "left")
+    return lefts, rows(right, "right").view(len(lefts), -1)
 
 
 def _matmul(left: Tensor, right: Tensor, scratch: Scratch, use: str) -> Tensor:
@@ -284,33 +206,19 @@ def _built_blocks(gradient: PerSampleGradient, scratch: Scratch) -> Iterator[tup
         the next.
     """
     rows, cols = matrix_shape(gradient.shape)
-    positions = norms.num_positions(gradient)
+    positions = gradient.num_positions
     if positions is None:
         for start, stop in row_blocks(gradient.batch_size, 4 * gradient.numel, BUILT_BYTES):
-            yield start, stop, slice(0, gradient.numel), norms.built(gradient, start, stop)
+            yield start, stop, slice(0, gradient.numel), gradient.entries(start, stop)
         return
     for start, stop in row_blocks(gradient.batch_size, 4 * positions * (rows + cols), FACTOR_BYTES):
-        left, right = _factors(gradient, start, stop, scratch)
+        left, right = gradient.product_factors(start, stop, scratch)
         step = max(1, BUILT_BYTES // (4 * (stop - start) * cols))
         for low in range(0, rows, step):
             high = min(low + step, rows)
             built = scratch.take("built", (stop - start, high - low, cols), left.dtype, left.device)
             torch.bmm(left[:, low:high], right, out=built)
             yield start, stop, slice(low * cols, high * cols), built.flatten(1)
-
-
-def _factors(gradient: PerSampleGradient, start: int, stop: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """Return ``left [b, O, T]`` and ``right [b, T, I]``."""
-    if isinstance(gradient, WindowGradient):
-        windows = gradient.windows(full_precision(gradient.padded[start:stop]))
-        patches = scratch.take("rows", windows.shape, windows.dtype, windows.device).copy_(windows)
-        left = full_precision(gradient.left[start:stop]).flatten(2)
-        return left, patches.view(stop - start, -1, left.shape[2]).transpose(1, 2)
-    factors = gradient.outer(start, stop)
-    assert factors is not None
-    left, right = full_precision(factors[0]), full_precision(factors[1])
-    dtype = torch.promote_types(left.dtype, right.dtype)
-    return left.to(dtype).transpose(1, 2), right.to(dtype)
 
 
 def _add_built(

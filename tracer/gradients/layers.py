@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from tracer._core.sharding import layer_type
 from tracer.errors import InputTypeError
-from tracer.gradients.convolution import conv_weight_gradient
-from tracer.gradients.per_sample import DenseGradient, OuterGradient, PerSampleGradient, RowsGradient
+from tracer.gradients.per_sample import DenseGradient, OuterGradient, PerSampleGradient
+from tracer.gradients.rows import RowsGradient
+from tracer.gradients.windows import WindowGradient
 
 Gradients = dict[str, PerSampleGradient]
 
@@ -155,6 +156,21 @@ def _conv1d_of_transformers(call: LayerCall) -> Gradients:
     if "bias" in call.wanted:
         found["bias"] = DenseGradient(_sum(g, 1))
     return found
+
+
+def conv_weight_gradient(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, g: Tensor) -> WindowGradient:
+    """Return a convolution weight's gradient from its input ``[N, C, *S]`` and its output's gradient ``[N, O, *L]``."""
+    pads = module._reversed_padding_repeated_twice  # as F.pad takes it; resolved for 'same' and 'valid'
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = F.pad(x, pads, mode=mode) if any(pads) else x
+    return WindowGradient(
+        padded,
+        g,
+        module.weight.shape,
+        stride=module.stride,
+        dilation=module.dilation,
+        groups=module.groups,
+    )
 
 
 def _conv(call: LayerCall) -> Gradients:

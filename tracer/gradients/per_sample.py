@@ -1,21 +1,28 @@
-"""Per-sample gradients of one parameter, kept as factors so that projectors need not build them.
+"""Per-sample gradients of one parameter, held as factors so that callers need not build them.
 
 Layout, used in every docstring of this package:
 
 - ``B`` samples; ``T`` positions that add up within one sample (tokens, pixels, repeated calls);
 - a parameter is seen as a matrix ``[O, I]``: its first dimension by the product of the others; a vector of ``n``
   numbers is ``[1, n]`` and a scalar ``[1, 1]`` (`matrix_shape`);
-- ``dense`` rows are the flattened parameter in its own (row-major) order, ``[b, O * I]``.
+- ``dense`` gradients are the flattened parameter in its own (row-major) order, ``[b, O * I]``.
+
+Half-precision factors are widened to float32 before any product; squared norms and inner products are float64.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from tracer._core.blocks import full_precision, row_blocks
+from tracer._core.scratch import Scratch
+from tracer.gradients.norms import build_cost, gram_cost, gram_squares, row_squares
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -30,30 +37,27 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 class PerSampleGradient(ABC):
-    """Gradients of ``B`` scalar outputs with respect to one parameter, one row a sample.
+    """Gradients of ``B`` scalar outputs with respect to one parameter.
+
+    A form overrides what it can do better than by building the gradients.
 
     Attributes:
         shape: The parameter's shape.
         batch_size: The number of samples ``B``.
+        device: The device of the factors.
+        dtype: The dtype of built gradients.
+        touches_rows: Whether gradients touch only some rows of the parameter (see `touched_rows`).
     """
 
     shape: tuple[int, ...]
     batch_size: int
+    device: torch.device
+    dtype: torch.dtype
+    touches_rows = False
 
-    @property
-    def numel(self) -> int:
-        """The number of entries of the parameter."""
-        return math.prod(self.shape)
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where the factors lie."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """The dtype of the factors."""
+    def __init__(self, shape: Sequence[int], batch_size: int, like: Tensor) -> None:
+        self.shape, self.batch_size = tuple(shape), batch_size
+        self.device, self.dtype = like.device, like.dtype
 
     @abstractmethod
     def dense(self, start: int, stop: int) -> Tensor:
@@ -62,48 +66,160 @@ class PerSampleGradient(ABC):
     def outer(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
         """Return factors ``left [b, T, O]`` and ``right [b, T, I]`` of samples ``start`` to ``stop``.
 
-        The gradient of a sample is ``sum_t left[t] (outer) right[t]``. None where the gradient has no such form.
+        The gradient of a sample is ``sum_t left[t] (outer) right[t]``. None if the gradient has no such form.
         """
         return None
 
+    def touched_rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return the row numbers ``[b, T]`` that are touched and the values ``[b, T, I]`` that are added to them."""
+        raise NotImplementedError(f"{type(self).__name__} touches all rows")
+
+    def unscaled(self) -> tuple[PerSampleGradient, Tensor | None]:
+        """Return another gradient and the factors, ``[*shape]`` or None, by which its entries give this one's."""
+        return self, None
+
+    def parts(self) -> list[PerSampleGradient]:
+        """Return the gradients that this one is the sum of, none of which is a sum itself."""
+        return [self]
+
+    @property
+    def numel(self) -> int:
+        """The number of entries of the parameter."""
+        return math.prod(self.shape)
+
+    @property
+    def num_positions(self) -> int | None:
+        """``T`` of a gradient that has an outer form, or None."""
+        factors = self.outer(0, min(1, self.batch_size))
+        return None if factors is None else factors[0].shape[1]
+
+    @property
+    def num_terms(self) -> int | None:
+        """The number of outer products that add up in a sample, for which touched rows count too; or None."""
+        return self.num_positions
+
+    @property
+    def is_divisible(self) -> bool:
+        """Whether `entries` builds some entries without building all."""
+        return self.num_positions is not None
+
+    def entries(self, start: int, stop: int, first: int = 0, last: int | None = None) -> Tensor:
+        """Build entries ``first`` to ``last`` of the flattened gradients of samples ``start`` to ``stop``.
+
+        Returns:
+            ``[stop - start, last - first]``, float32 or float64. Only the matrix rows that hold these entries are
+            built if the form allows it.
+        """
+        last = self.numel if last is None else last
+        factors = self.outer(start, stop)
+        if factors is None:
+            return full_precision(self.dense(start, stop)[:, first:last])
+        low, high, inside = self._matrix_rows(first, last)
+        left, right = full_precision(factors[0]), full_precision(factors[1])
+        return torch.bmm(left[:, :, low:high].transpose(1, 2), right).flatten(1)[:, inside]
+
+    def squared_norm(self) -> Tensor:
+        """Return the exact squared norm of each sample's gradient: ``[B]``, float64, in bounded memory."""
+        (rows, cols), positions = matrix_shape(self.shape), self.num_positions
+        if positions is not None and gram_cost(positions, rows, cols) <= build_cost(positions, rows, cols):
+
+            def gram(start: int, stop: int) -> Tensor:
+                factors = self.outer(start, stop)
+                assert factors is not None
+                return gram_squares(*factors)
+
+            return self._by_block(8 * positions * (2 * positions + rows + cols), gram)
+        return self._by_block(4 * rows * cols, lambda start, stop: row_squares(self.entries(start, stop)))
+
+    def inner(self, other: PerSampleGradient) -> Tensor:
+        """Return the exact inner products with gradients of the same parameter and samples: ``[B]``, float64."""
+        if other.touches_rows:
+            return other.inner(self)
+        rows, cols = matrix_shape(self.shape)
+        first, second = self.num_positions, other.num_positions
+        if first is not None and second is not None:
+            gram_size = 2.0 * first * second * (rows + cols)
+            if gram_size <= build_cost(first + second, rows, cols):
+
+                def gram(start: int, stop: int) -> Tensor:
+                    one, two = self.outer(start, stop), other.outer(start, stop)
+                    assert one is not None and two is not None
+                    lefts = torch.bmm(one[0].double(), two[0].double().transpose(1, 2))
+                    return (lefts * torch.bmm(one[1].double(), two[1].double().transpose(1, 2))).sum((1, 2))
+
+                return self._by_block(8 * ((first + second) * (rows + cols) + 2 * first * second), gram)
+        return self._built_inner(other)
+
+    @classmethod
+    def joined(cls, gradients: Sequence[Any]) -> list[PerSampleGradient]:
+        """Return fewer gradients with the same sum, if the factors of this form can be joined along ``T``."""
+        return list(gradients)
+
     def fold(self, factor: int) -> PerSampleGradient:
-        """Add up groups of ``factor`` consecutive rows: rows of ``B * factor`` become rows of ``B`` samples."""
+        """Add up groups of ``factor`` consecutive gradients: those of ``B * factor`` rows become those of ``B``."""
         return self if factor == 1 else FoldedGradient(self, factor)
 
+    def scaled(self, scale: Tensor) -> PerSampleGradient:
+        """Return the gradient with each entry multiplied by a number of ``scale [*shape]``, in the cheapest form."""
+        return ScaledGradient(self, scale)
 
-class FoldedGradient(PerSampleGradient):
-    """A gradient whose rows are groups of ``factor`` consecutive rows of another, added up.
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors held, each with samples first; the gradient is linear in the last. Empty: build it."""
+        return ()
 
-    It stands for layers that see a sample as several rows: windows of an image, frames of a video, flattened tokens.
-    """
-
-    def __init__(self, inner: PerSampleGradient, factor: int) -> None:
-        self.inner, self.factor = inner, factor
-        self.shape = inner.shape
-        self.batch_size = inner.batch_size // factor
-
-    @property
-    def device(self) -> torch.device:
-        """Where the factors lie."""
-        return self.inner.device
+    def with_tensors(self, tensors: Sequence[Tensor]) -> PerSampleGradient:
+        """Return a gradient of this form with other `tensors`, for example of other samples."""
+        raise NotImplementedError(f"{type(self).__name__} holds no tensors")
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the factors."""
-        return self.inner.dtype
+    def form(self) -> Hashable:
+        """Equal for two gradients of one parameter if `with_tensors` may join their tensors along samples."""
+        return type(self), self.shape, tuple((each.shape[1:], each.dtype, each.device) for each in self.tensors())
 
-    def dense(self, start: int, stop: int) -> Tensor:
-        """Build the inner rows and add up the groups: ``[b, numel]``."""
-        inner = self.inner.dense(start * self.factor, stop * self.factor)
-        return inner.reshape(stop - start, self.factor, self.numel).sum(1)
+    def divided(self, lengths: Tensor) -> PerSampleGradient:
+        """Return the gradient of each sample over its length ``[B]``, in full precision."""
+        *others, last = self.tensors() or (self._built(),)
+        last = full_precision(last)
+        over = (last / lengths.view(-1, *(1 for _ in last.shape[1:]))).to(last.dtype)
+        return self.with_tensors((*others, over)) if self.tensors() else DenseGradient(over)
 
-    def outer(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
-        """Return the inner factors with the groups joined along ``T``."""
-        factors = self.inner.outer(start * self.factor, stop * self.factor)
-        if factors is None:
-            return None
-        left, right = factors
-        return left.reshape(stop - start, -1, left.shape[-1]), right.reshape(stop - start, -1, right.shape[-1])
+    def position_views(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return the factors of `outer` as views: ``[b, T, O]``, and right ones whose ``T`` and ``I`` may be split."""
+        factors = self.outer(start, stop)
+        assert factors is not None
+        return factors
+
+    def product_factors(self, start: int, stop: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        """Return ``left [b, O, T]`` and ``right [b, T, I]``, whose product is the gradient."""
+        factors = self.outer(start, stop)
+        assert factors is not None
+        left, right = full_precision(factors[0]), full_precision(factors[1])
+        dtype = torch.promote_types(left.dtype, right.dtype)
+        return left.to(dtype).transpose(1, 2), right.to(dtype)
+
+    def _built(self) -> Tensor:
+        """Build all gradients a few samples at a time: ``[B, *shape]``."""
+        blocks = row_blocks(self.batch_size, 4 * self.numel)
+        return torch.cat([self.entries(start, stop) for start, stop in blocks]).view(-1, *self.shape)
+
+    def _built_inner(self, other: PerSampleGradient) -> Tensor:
+        return self._by_block(
+            8 * self.numel,
+            lambda start, stop: (self.entries(start, stop) * other.entries(start, stop)).sum(1, dtype=torch.float64),
+        )
+
+    def _by_block(self, row_bytes: int, compute: Callable[[int, int], Tensor]) -> Tensor:
+        """Compute a number for each sample, ``[B]`` float64, in blocks of samples that take so many bytes each."""
+        total = torch.zeros(self.batch_size, dtype=torch.float64, device=self.device)
+        for start, stop in row_blocks(self.batch_size, row_bytes) if self.numel else ():
+            total[start:stop] = compute(start, stop)
+        return total
+
+    def _matrix_rows(self, first: int, last: int) -> tuple[int, int, slice]:
+        """Return the matrix rows, from and to, that hold some entries, and the slice of the entries within them."""
+        cols = matrix_shape(self.shape)[1]
+        low, high = first // cols, -(-last // cols)
+        return low, high, slice(first - low * cols, last - low * cols)
 
 
 class DenseGradient(PerSampleGradient):
@@ -114,34 +230,32 @@ class DenseGradient(PerSampleGradient):
     tensor([[3., 4., 5.]])
     """
 
+    is_divisible = True
+
     def __init__(self, values: Tensor) -> None:
+        super().__init__(values.shape[1:], values.shape[0], values)
         self.values = values
-        self.batch_size = values.shape[0]
-        self.shape = tuple(values.shape[1:])
-
-    @property
-    def device(self) -> torch.device:
-        """Where the values lie."""
-        return self.values.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the values."""
-        return self.values.dtype
 
     def dense(self, start: int, stop: int) -> Tensor:
-        """Return the values of the samples, flattened: ``[b, numel]``."""
         return self.values[start:stop].reshape(stop - start, self.numel)
 
     def fold(self, factor: int) -> DenseGradient:
-        """Add up groups of ``factor`` consecutive rows."""
         return self if factor == 1 else DenseGradient(self.values.unflatten(0, (-1, factor)).sum(1))
+
+    def scaled(self, scale: Tensor) -> DenseGradient:
+        return DenseGradient(self.values * scale)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.values,)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> DenseGradient:
+        return DenseGradient(*tensors)
 
 
 class OuterGradient(PerSampleGradient):
     """Gradients ``sum_t left[b, t] (outer) right[b, t]`` with ``left [B, T, O]`` and ``right [B, T, I]``.
 
-    A Linear layer's weight: ``left`` is the output gradient, ``right`` the input; ``T`` is 1 for vector inputs.
+    For example a Linear layer's weight: ``left`` is the output gradient, ``right`` the input; ``T`` is 1 for vectors.
 
     >>> gradient = OuterGradient(torch.ones(1, 2, 1), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), (1, 2))
     >>> gradient.dense(0, 1)
@@ -149,184 +263,75 @@ class OuterGradient(PerSampleGradient):
     """
 
     def __init__(self, left: Tensor, right: Tensor, shape: Sequence[int]) -> None:
+        super().__init__(shape, left.shape[0], left)
         self.left, self.right = left, right
-        self.shape = tuple(shape)
-        self.batch_size = left.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the factors lie."""
-        return self.left.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the factors."""
-        return self.left.dtype
 
     def dense(self, start: int, stop: int) -> Tensor:
-        """Build the gradients by one batched matrix product: ``[b, O * I]``."""
         left, right = self.left[start:stop], self.right[start:stop]
         return torch.bmm(left.transpose(1, 2), right).reshape(stop - start, self.numel)
 
     def outer(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return the factors of the samples: ``[b, T, O]`` and ``[b, T, I]``."""
         return self.left[start:stop], self.right[start:stop]
 
+    @classmethod
+    def joined(cls, gradients: Sequence[OuterGradient]) -> list[PerSampleGradient]:
+        left = torch.cat([gradient.left for gradient in gradients], dim=1)
+        return [cls(left, torch.cat([gradient.right for gradient in gradients], dim=1), gradients[0].shape)]
+
     def fold(self, factor: int) -> OuterGradient:
-        """Join groups of ``factor`` consecutive rows along ``T``."""
-        rows = self.batch_size // factor
-        left, right = self.left, self.right
-        return OuterGradient(
-            left.reshape(rows, -1, left.shape[-1]), right.reshape(rows, -1, right.shape[-1]), self.shape
-        )
+        return OuterGradient(join_samples(self.left, factor), join_samples(self.right, factor), self.shape)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.right, self.left
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> OuterGradient:
+        return OuterGradient(tensors[1], tensors[0], self.shape)
 
 
-class RowsGradient(PerSampleGradient):
-    """Gradients that touch few rows of a matrix ``[V, I]``: an embedding's.
+class FoldedGradient(PerSampleGradient):
+    """A gradient whose samples are groups of ``factor`` consecutive rows of another, added up.
 
-    Sample ``b`` has ``values[b, t]`` added to row ``index[b, t]``; rows that occur twice add up.
-
-    Args:
-        index: ``[B, T]``, int64, row numbers below ``V``.
-        values: ``[B, T, I]``.
-        shape: The parameter's shape ``(V, I)``.
-
-    >>> RowsGradient(torch.tensor([[1, 1]]), torch.ones(1, 2, 1), (3, 1)).dense(0, 1)
-    tensor([[0., 2., 0.]])
+    For layers that see a sample as several rows: windows of an image, frames of a video, flattened tokens.
     """
 
-    def __init__(self, index: Tensor, values: Tensor, shape: Sequence[int]) -> None:
-        self.index, self.values = index, values
-        self.shape = tuple(shape)
-        self.batch_size = values.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the values lie."""
-        return self.values.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the values."""
-        return self.values.dtype
+    def __init__(self, inner: PerSampleGradient, factor: int) -> None:
+        self.inner_gradient, self.factor = inner, factor
+        self.shape, self.batch_size = inner.shape, inner.batch_size // factor
+        self.device, self.dtype = inner.device, inner.dtype
 
     def dense(self, start: int, stop: int) -> Tensor:
-        """Scatter the rows into zeros: ``[b, V * I]``."""
-        rows, cols = matrix_shape(self.shape)
-        built = self.values.new_zeros(stop - start, rows, cols)
-        index = self.index[start:stop].unsqueeze(-1).expand(-1, -1, cols)
-        return built.scatter_add_(1, index, self.values[start:stop]).reshape(stop - start, self.numel)
-
-    def fold(self, factor: int) -> RowsGradient:
-        """Join groups of ``factor`` consecutive rows along ``T``."""
-        rows = self.batch_size // factor
-        values = self.values.reshape(rows, -1, self.values.shape[-1])
-        return RowsGradient(self.index.reshape(rows, -1), values, self.shape)
-
-
-class WindowGradient(PerSampleGradient):
-    """Gradients of a convolution's weight: output gradients times the windows of the input they were computed from.
-
-    With ``L`` output positions, ``K`` kernel taps and patches ``[B, C * K, L]`` the gradient is ``left @ patchesᵀ``,
-    one such product for each group of channels. Patches are views here; whoever needs them unfolded copies them.
-
-    Args:
-        padded: The input with its padding, ``[B, C, *S]``.
-        left: The gradient with respect to the output, ``[B, O, *L]``.
-        shape: The weight's shape ``[O, C / groups, *K]``.
-        stride: One a spatial dimension.
-        dilation: One a spatial dimension.
-        groups: The number of groups.
-    """
-
-    def __init__(
-        self,
-        padded: Tensor,
-        left: Tensor,
-        shape: Sequence[int],
-        *,
-        stride: Sequence[int],
-        dilation: Sequence[int],
-        groups: int = 1,
-    ) -> None:
-        self.padded, self.left = padded, left
-        self.shape = tuple(shape)
-        self.batch_size = padded.shape[0]
-        self.stride, self.dilation, self.groups = tuple(stride), tuple(dilation), groups
-
-    @property
-    def device(self) -> torch.device:
-        """Where the factors lie."""
-        return self.padded.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the factors."""
-        return self.left.dtype
-
-    def dense(self, start: int, stop: int) -> Tensor:
-        """Build the gradients by one product a sample and group: ``[b, numel]``."""
-        rows = stop - start
-        patches = self.windows(self.padded[start:stop])
-        patches = patches.reshape(rows * self.groups, -1, math.prod(self.left.shape[2:]))
-        left = self.left[start:stop].reshape(rows * self.groups, -1, patches.shape[-1])
-        return torch.bmm(left, patches.transpose(1, 2)).reshape(rows, self.numel)
+        inner = self.inner_gradient.dense(start * self.factor, stop * self.factor)
+        return inner.reshape(stop - start, self.factor, self.numel).sum(1)
 
     def outer(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
-        """Return output gradients ``[b, L, O]`` and patches ``[b, L, C * K]``; None with groups."""
-        if self.groups > 1:
-            return None
-        positions = math.prod(self.left.shape[2:])
-        patches = self.windows(self.padded[start:stop]).reshape(stop - start, -1, positions)
-        return self.left[start:stop].flatten(2).transpose(1, 2), patches.transpose(1, 2)
+        factors = self.inner_gradient.outer(start * self.factor, stop * self.factor)
+        return (
+            None if factors is None else (join_samples(factors[0], self.factor), join_samples(factors[1], self.factor))
+        )
 
-    def windows(self, padded: Tensor) -> Tensor:
-        """Return a view of the windows of padded inputs ``[b, C, *S]``: ``[b, C, *K, *L]``.
+    def parts(self) -> list[PerSampleGradient]:
+        inner = self.inner_gradient.parts()
+        return [self] if len(inner) == 1 else [part.fold(self.factor) for part in inner]
 
-        Args:
-            padded: Inputs of this layer's spatial size; any samples, channels and memory layout.
+    def divided(self, lengths: Tensor) -> FoldedGradient:
+        return FoldedGradient(self.inner_gradient.divided(lengths.repeat_interleave(self.factor)), self.factor)
 
-        Returns:
-            The view, which copies nothing.
-        """
-        spatial = padded.stride()[2:]
-        taps = tuple(step * rate for step, rate in zip(spatial, self.dilation, strict=True))
-        moves = tuple(step * rate for step, rate in zip(spatial, self.stride, strict=True))
-        sizes = (*padded.shape[:2], *self.shape[2:], *self.left.shape[2:])
-        return padded.as_strided(sizes, (*padded.stride()[:2], *taps, *moves), padded.storage_offset())
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.inner_gradient.tensors()
 
-
-class SumGradient(PerSampleGradient):
-    """The sum of several gradients of one parameter: tied weights, layers called more than once."""
-
-    def __init__(self, parts: Sequence[PerSampleGradient]) -> None:
-        self.parts = tuple(parts)
-        self.shape = self.parts[0].shape
-        self.batch_size = self.parts[0].batch_size
+    def with_tensors(self, tensors: Sequence[Tensor]) -> FoldedGradient:
+        return FoldedGradient(self.inner_gradient.with_tensors(tensors), self.factor)
 
     @property
-    def device(self) -> torch.device:
-        """Where the parts lie."""
-        return self.parts[0].device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the parts."""
-        return self.parts[0].dtype
-
-    def dense(self, start: int, stop: int) -> Tensor:
-        """Add up the parts: ``[b, numel]``."""
-        total = self.parts[0].dense(start, stop)
-        for part in self.parts[1:]:
-            total = total + part.dense(start, stop)
-        return total
+    def form(self) -> Hashable:
+        return type(self), self.factor, self.inner_gradient.form
 
 
 class ScaledGradient(PerSampleGradient):
     """Another gradient with each entry multiplied by a number of its own, as a diagonal preconditioner does.
 
-    It has no factors, since the scale of an ``[O, I]`` parameter has no outer form: it is built. `scale_gradient` makes
-    it where there is nothing cheaper.
+    It has no outer form, since the scale of an ``[O, I]`` parameter has none; `PerSampleGradient.scaled` makes it if
+    there is nothing cheaper.
 
     Args:
         inner: The gradient before.
@@ -338,78 +343,23 @@ class ScaledGradient(PerSampleGradient):
     """
 
     def __init__(self, inner: PerSampleGradient, scale: Tensor) -> None:
-        self.inner, self.scale = inner, scale
-        self.shape = inner.shape
-        self.batch_size = inner.batch_size
-
-    @property
-    def device(self) -> torch.device:
-        """Where the factors lie."""
-        return self.inner.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The wider dtype of the inner gradient and the scale."""
-        return torch.promote_types(self.inner.dtype, self.scale.dtype)
+        self.inner_gradient, self.scale = inner, scale
+        self.shape, self.batch_size, self.device = inner.shape, inner.batch_size, inner.device
+        self.dtype = torch.promote_types(inner.dtype, scale.dtype)
 
     def dense(self, start: int, stop: int) -> Tensor:
-        """Build the inner gradients and multiply each entry: ``[b, numel]``."""
-        return self.inner.dense(start, stop) * self.scale.reshape(-1)
+        return self.inner_gradient.dense(start, stop) * self.scale.reshape(-1)
+
+    def entries(self, start: int, stop: int, first: int = 0, last: int | None = None) -> Tensor:
+        return self.inner_gradient.entries(start, stop, first, last) * self.scale.reshape(-1)[first:last]
+
+    def unscaled(self) -> tuple[PerSampleGradient, Tensor | None]:
+        return self.inner_gradient, self.scale
 
     def fold(self, factor: int) -> PerSampleGradient:
-        """Add up groups of ``factor`` consecutive rows before they are scaled."""
-        return self if factor == 1 else ScaledGradient(self.inner.fold(factor), self.scale)
+        return self if factor == 1 else ScaledGradient(self.inner_gradient.fold(factor), self.scale)
 
 
-def scale_gradient(gradient: PerSampleGradient, scale: Tensor) -> PerSampleGradient:
-    """Return a gradient with each entry multiplied by a number of its own, in the cheapest form.
-
-    Built values stay built values and an embedding's touched rows stay rows; anything else becomes a
-    `ScaledGradient`.
-
-    Args:
-        gradient: Per-sample gradients of one parameter.
-        scale: ``[*shape]``, float32 or float64, where the gradient lies.
-
-    Returns:
-        The scaled gradient.
-
-    >>> rows = RowsGradient(torch.tensor([[1, 1]]), torch.ones(1, 2, 1), (3, 1))
-    >>> scale_gradient(rows, torch.tensor([[1.0], [10.0], [100.0]])).dense(0, 1)
-    tensor([[ 0., 20.,  0.]])
-    """
-    if isinstance(gradient, DenseGradient):
-        return DenseGradient(gradient.values * scale)
-    if isinstance(gradient, RowsGradient):
-        by_row = scale.reshape(matrix_shape(gradient.shape))  # [V, I]
-        return RowsGradient(gradient.index, gradient.values * by_row[gradient.index], gradient.shape)
-    return ScaledGradient(gradient, scale)
-
-
-def add_gradients(parts: Sequence[PerSampleGradient]) -> PerSampleGradient:
-    """Return the sum of gradients of one parameter in the cheapest form.
-
-    Outer products are joined along ``T`` and embedding rows likewise, which keeps their factors; anything else
-    becomes a `SumGradient`.
-
-    Args:
-        parts: At least one gradient; all of one parameter, for the same samples.
-
-    Returns:
-        One gradient equal to their sum.
-    """
-    if len(parts) == 1:
-        return parts[0]
-    outers = [part for part in parts if type(part) is OuterGradient]
-    rows = [part for part in parts if type(part) is RowsGradient]
-    others = [part for part in parts if type(part) not in (OuterGradient, RowsGradient)]
-    joined: list[PerSampleGradient] = list(others)
-    if outers:
-        left = torch.cat([part.left for part in outers], dim=1)
-        right = torch.cat([part.right for part in outers], dim=1)
-        joined.append(OuterGradient(left, right, outers[0].shape))
-    if rows:
-        index = torch.cat([part.index for part in rows], dim=1)
-        values = torch.cat([part.values for part in rows], dim=1)
-        joined.append(RowsGradient(index, values, rows[0].shape))
-    return joined[0] if len(joined) == 1 else SumGradient(joined)
+def join_samples(values: Tensor, factor: int) -> Tensor:
+    """Join groups of ``factor`` consecutive samples of ``[B * factor, T, n]`` along ``T``."""
+    return values.reshape(len(values) // factor, -1, values.shape[-1])

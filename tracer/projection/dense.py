@@ -19,7 +19,7 @@ from torch import Tensor
 from tracer._core.blocks import row_blocks
 from tracer._core.random_streams import Stream, unpack_signs
 from tracer.gradients import norms
-from tracer.gradients.per_sample import DenseGradient, PerSampleGradient, RowsGradient, SumGradient, matrix_shape
+from tracer.gradients.per_sample import DenseGradient, PerSampleGradient, matrix_shape
 from tracer.projection.base import Projector
 
 BLOCK_NUMBERS = 1 << 22
@@ -47,11 +47,9 @@ class DenseProjector(Projector):
 
     def add(self, name: str, gradient: PerSampleGradient, features: Tensor, squared_norm: Tensor) -> None:
         """Add ``P_nameᵀ g`` to ``features [B, k]`` and the exact squared norm of g, both in place."""
-        known = isinstance(gradient, DenseGradient | RowsGradient | SumGradient)
-        if not known and norms.num_positions(gradient) is None:
-            # Such a gradient can only be built whole: once for all blocks of P.
+        if not gradient.is_divisible:  # build it once for all blocks of P
             for start, stop in row_blocks(gradient.batch_size, 4 * gradient.numel, CACHE_BYTES):
-                whole = DenseGradient(norms.built(gradient, start, stop).unflatten(1, gradient.shape))
+                whole = DenseGradient(gradient.entries(start, stop).unflatten(1, gradient.shape))
                 self.add(name, whole, features[start:stop], squared_norm[start:stop])
             return
         cols = max(1, matrix_shape(gradient.shape)[1])
@@ -60,7 +58,7 @@ class DenseProjector(Projector):
             block = self._block(name, index, last - first, gradient.device).to(features.dtype)
             row_bytes = (-(-last // cols) - first // cols) * cols * features.element_size()
             for start, stop in row_blocks(gradient.batch_size, row_bytes):
-                entries = norms.dense_entries(gradient, start, stop, first, last)
+                entries = gradient.entries(start, stop, first, last)
                 features[start:stop].add_(entries.to(features.dtype) @ block, alpha=self.dim**-0.5)
                 squared_norm[start:stop] += norms.row_squares(entries)
 

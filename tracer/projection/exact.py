@@ -50,7 +50,7 @@ class ExactProjector(Projector):
         end = self._ends[name]
         columns = slice(end - gradient.numel, end)
         for start, stop in row_blocks(gradient.batch_size, gradient.numel * features.element_size()):
-            entries = norms.built(gradient, start, stop)
+            entries = gradient.entries(start, stop)
             features[start:stop, columns] += entries
             squared_norm[start:stop] += norms.row_squares(entries)
 

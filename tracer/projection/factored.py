@@ -20,8 +20,7 @@ from torch import Tensor
 from tracer._core.blocks import full_precision, row_blocks
 from tracer._core.random_streams import Stream
 from tracer.errors import InputError
-from tracer.gradients import norms
-from tracer.gradients.per_sample import PerSampleGradient, RowsGradient, SumGradient, matrix_shape
+from tracer.gradients.per_sample import PerSampleGradient, matrix_shape
 from tracer.projection.base import Projector
 
 
@@ -82,10 +81,10 @@ class FactoredProjector(Projector):
         """Add ``P_out G P_inᵀ`` to the parameter's columns of ``features [B, dim]`` and ``|G|²``, in place."""
         if gradient.numel == 0:
             return
-        squared_norm += norms.squared_norm(gradient)
+        squared_norm += gradient.squared_norm()
         where = self.columns[name]
         target = features[:, where.start : where.start + where.out_dim * where.in_dim]
-        for part in norms.flatten_sum(gradient):
+        for part in gradient.parts():
             self._add_part(name, part, target)
 
     def sides(self, name: str, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -108,25 +107,24 @@ class FactoredProjector(Projector):
 
     def _add_part(self, name: str, gradient: PerSampleGradient, target: Tensor) -> None:
         """Project one gradient from its factors where it has any and add it to ``target [B, ko * ki]``."""
-        assert not isinstance(gradient, SumGradient)
         rows, cols = matrix_shape(gradient.shape)
         out_side, in_side = (
             None if side is None else side.to(target.dtype) for side in self.sides(name, gradient.device)
         )
-        positions = norms.num_positions(gradient)
-        if isinstance(gradient, RowsGradient) and out_side is not None:
-            row_numbers = gradient.index.shape[1] * (out_side.shape[1] + cols)
+        positions = gradient.num_positions
+        if gradient.touches_rows and out_side is not None:
+            row_numbers = (gradient.num_terms or 0) * (out_side.shape[1] + cols)
         else:
             row_numbers = rows * cols if positions is None else positions * (rows + cols)
         for start, stop in row_blocks(gradient.batch_size, 2 * row_numbers * target.element_size()):
             factors = gradient.outer(start, stop)
-            if isinstance(gradient, RowsGradient) and out_side is not None:
-                # A touched row is an outer product of a unit vector and its values.
-                left, right = out_side[gradient.index[start:stop]], gradient.values[start:stop]
+            if gradient.touches_rows and out_side is not None:
+                index, right = gradient.touched_rows(start, stop)
+                left = out_side[index]  # a touched row is an outer product of a unit vector and its values
             elif factors is not None:
                 left, right = _project(factors[0].to(target.dtype), out_side), factors[1]
             else:
-                matrix = norms.built(gradient, start, stop).to(target.dtype).reshape(stop - start, rows, cols)
+                matrix = gradient.entries(start, stop).to(target.dtype).reshape(stop - start, rows, cols)
                 both = _project(_project(matrix, in_side).transpose(1, 2), out_side)  # [b, ki, ko]
                 target[start:stop] += both.transpose(1, 2).flatten(1)
                 continue

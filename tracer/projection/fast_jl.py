@@ -84,7 +84,7 @@ class FastJLProjector(Projector):
             last = min(first + BLOCK_ENTRIES, gradient.numel)
             seed = Stream(self.seed, self.version, self.kind, name, index).below(1 << 32)
             for start, stop in row_blocks(gradient.batch_size, 4 * (last - first), 256 << 20):
-                entries = norms.dense_entries(gradient, start, stop, first, last)
+                entries = gradient.entries(start, stop, first, last)
                 squared_norm[start:stop] += norms.row_squares(entries)
                 features[start:stop] += self._multiply(entries, seed)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tracer._core.blocks import full_precision
 from tracer._core.scratch import Scratch
-from tracer.gradients.per_sample import PerSampleGradient, WindowGradient
+from tracer.gradients.per_sample import PerSampleGradient
+from tracer.gradients.windows import WindowGradient, has_windows
 from tracer.projection.sketch.hashing import Order, Tile
 
 
@@ -31,7 +32,7 @@ def factors(gradient: PerSampleGradient, start: int, stop: int, tile: Tile, scra
     Returns:
         ``left [b, o, T]`` and ``right [b, T, stride]``, maybe transposed views.
     """
-    if isinstance(gradient, WindowGradient):
+    if has_windows(gradient):
         return _left_planes(gradient, start, stop, tile, scratch), _patches(gradient, start, stop, tile, scratch)
     outer = gradient.outer(start, stop)
     assert outer is not None

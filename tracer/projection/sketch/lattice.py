@@ -26,7 +26,6 @@ from torch import Tensor
 
 from tracer._core.blocks import full_precision, row_blocks
 from tracer._core.scratch import Scratch
-from tracer.gradients import norms
 from tracer.gradients.per_sample import PerSampleGradient
 from tracer.projection.sketch.arrangement import place_columns
 from tracer.projection.sketch.hashing import Tile
@@ -89,7 +88,7 @@ class Lattice:
 
     def add(self, gradient: PerSampleGradient, features: Tensor, scratch: Scratch) -> None:
         """Add the tile's sketch of a gradient in outer form to ``features [B, k]``, in place."""
-        positions = norms.num_positions(gradient) or 0
+        positions = gradient.num_positions or 0
         terms, breadth = positions * self.groups * self.steps, self.width + self.groups - 1
         item, group = features.element_size(), self.tile.group
         vector_bytes = 2 * item * positions * (self._rows[0].numel() + self.tile.stride)

@@ -26,14 +26,9 @@ from tracer._core.blocks import full_precision, row_blocks
 from tracer._core.random_streams import Stream
 from tracer._core.scratch import Scratch
 from tracer.gradients import norms
-from tracer.gradients.per_sample import (
-    PerSampleGradient,
-    RowsGradient,
-    ScaledGradient,
-    SumGradient,
-    WindowGradient,
-    matrix_shape,
-)
+from tracer.gradients.combined import cross_terms
+from tracer.gradients.per_sample import PerSampleGradient, matrix_shape
+from tracer.gradients.windows import has_windows
 from tracer.projection.base import Projector, RunningProjection
 from tracer.projection.sketch.arrangement import factors
 from tracer.projection.sketch.hashing import Tile, column_ranges, make_tile, tile_ranges
@@ -121,23 +116,22 @@ class SketchProjector(Projector):
     def add_to(self, name: str, gradient: PerSampleGradient, features: Tensor, spectrum: SpectrumRows) -> Tensor:
         """Add one parameter's sketch to features or spectrum and return its squared norms: ``[B]``, float64."""
         if gradient.numel == 0:
-            return norms.squared_norm(gradient)
-        if isinstance(gradient, SumGradient):
-            parts = norms.flatten_sum(gradient)
-            total = norms.cross_terms(parts)
+            return gradient.squared_norm()
+        parts = gradient.parts()
+        if len(parts) > 1:
+            total = cross_terms(parts)
             for part in parts:
                 total += self.add_to(name, part, features, spectrum)
             return total
-        if isinstance(gradient, RowsGradient):
+        if gradient.touches_rows:
             self._add_rows(name, gradient, features)
-            return norms.squared_norm(gradient)
-        if isinstance(gradient, ScaledGradient):
-            positions = norms.num_positions(gradient.inner)
-            if positions is not None:
-                return self._add_built(name, gradient.inner, positions, features, gradient.scale)
-        positions = norms.num_positions(gradient)
+            return gradient.squared_norm()
+        inner, scale = gradient.unscaled()
+        positions = inner.num_positions
         if positions is None:
             return self._add_dense(name, gradient, features)
+        if scale is not None:
+            return self._add_built(name, inner, positions, features, scale)
         way = self._way(name, gradient, positions)
         if way == "built":
             return self._add_built(name, gradient, positions, features)
@@ -146,7 +140,7 @@ class SketchProjector(Projector):
         else:
             for lattice in self._lattices(name, gradient.device):
                 lattice.add(gradient, features, self._scratch)
-        return norms.squared_norm(gradient)
+        return gradient.squared_norm()
 
     def _way(self, name: str, gradient: PerSampleGradient, positions: int) -> str:
         """Choose the cheapest way by sizes alone: ``built``, ``spectral`` or ``lattice``."""
@@ -156,7 +150,7 @@ class SketchProjector(Projector):
             "built": norms.build_cost(positions, *shape),
             "spectral": spectral_cost(positions, shape, self.dim) + gram,
         }
-        if not isinstance(gradient, WindowGradient):
+        if not has_windows(gradient):
             lattices = self._lattices(name, gradient.device)
             if all(lattice.fits for lattice in lattices):
                 costs["lattice"] = sum(lattice.cost(positions) for lattice in lattices) + gram
@@ -196,7 +190,7 @@ class SketchProjector(Projector):
         if positions == 1 and scale is None:
             for tile in self.tiles(name, gradient.device):
                 self._add_products(gradient, tile, features)
-            return norms.squared_norm(gradient)
+            return gradient.squared_norm()
         total = torch.zeros(gradient.batch_size, dtype=torch.float64, device=gradient.device)
         for tile in self.tiles(name, gradient.device):
             row_norms = features.new_empty(gradient.batch_size, tile.num_rows)
@@ -245,7 +239,7 @@ class SketchProjector(Projector):
         total = torch.zeros(gradient.batch_size, dtype=torch.float64, device=gradient.device)
         rows, cols = matrix_shape(gradient.shape)
         for start, stop in row_blocks(gradient.batch_size, 2 * rows * cols * features.element_size()):
-            built = norms.built(gradient, start, stop)
+            built = gradient.entries(start, stop)
             total[start:stop] = norms.row_squares(built)
             matrix = built.reshape(stop - start, rows, cols)
             for tile in self.tiles(name, gradient.device):
@@ -256,14 +250,14 @@ class SketchProjector(Projector):
                     fold_tile(arrange_tile(matrix, tile), tile, features[start:stop])
         return total
 
-    def _add_rows(self, name: str, gradient: RowsGradient, features: Tensor) -> None:
+    def _add_rows(self, name: str, gradient: PerSampleGradient, features: Tensor) -> None:
         """Scatter the touched rows ``values [b, T, I]`` into their buckets."""
-        row_bytes = 4 * 8 * gradient.values[:1].numel()
+        row_bytes = 4 * 8 * gradient.touched_rows(0, 1)[1].numel()
         for cols, row_bucket, row_sign, col_bucket, col_sign in self._lookup(name, gradient.device):
             for start, stop in row_blocks(gradient.batch_size, row_bytes):
-                index = gradient.index[start:stop]
+                index, values = gradient.touched_rows(start, stop)
                 row_tile = index // self.dim
-                values = full_precision(gradient.values[start:stop, :, cols]) * row_sign[index].unsqueeze(-1)
+                values = full_precision(values[..., cols]) * row_sign[index].unsqueeze(-1)
                 values = values.to(features.dtype).mul_(col_sign[row_tile])
                 bucket = (row_bucket[index].unsqueeze(-1) + col_bucket[row_tile]).remainder_(self.dim)
                 features[start:stop].scatter_add_(1, bucket.flatten(1), values.flatten(1))

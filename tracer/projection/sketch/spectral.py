@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tracer._core.blocks import full_precision, row_blocks
 from tracer._core.scratch import Scratch
-from tracer.gradients import norms
-from tracer.gradients.per_sample import PerSampleGradient, WindowGradient
+from tracer.gradients.per_sample import PerSampleGradient
+from tracer.gradients.windows import WindowGradient, has_windows
 from tracer.projection.sketch.arrangement import place, place_columns, window_rows
 from tracer.projection.sketch.hashing import Tile
 
@@ -109,8 +109,8 @@ class SpectrumRows:
             scratch: Memory.
         """
         num_rows, k = self._spectrum.features.shape
-        positions = norms.num_positions(gradient) or 0
-        if positions == 1 and gradient.batch_size == num_rows and not isinstance(gradient, WindowGradient):
+        positions = gradient.num_positions or 0
+        if positions == 1 and gradient.batch_size == num_rows and not has_windows(gradient):
             self._spectrum.hold(gradient, tiles, scratch)
             return
         item = self._spectrum.features.element_size()
@@ -144,7 +144,7 @@ def _products(
 ) -> Iterator[Tensor]:
     """Yield products of the factors' spectra, ``[b, k // 2 + 1]``, whose sum is a tile's; long inputs in parts."""
     bucket = tile.row_bucket(k)
-    if isinstance(gradient, WindowGradient):
+    if has_windows(gradient):
         left, right = _placed_windows(gradient, start, stop, tile, bucket, k, scratch)
         yield _product(left, right, k)
         return

@@ -1,0 +1,62 @@
+"""Sums of per-sample gradients of one parameter: tied weights, layers called more than once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from tracer.gradients.per_sample import PerSampleGradient
+
+
+class SumGradient(PerSampleGradient):
+    """The sum of several gradients of one parameter."""
+
+    def __init__(self, summands: Sequence[PerSampleGradient]) -> None:
+        self.summands = tuple(summands)
+        first = self.summands[0]
+        self.shape, self.batch_size, self.device, self.dtype = first.shape, first.batch_size, first.device, first.dtype
+
+    @property
+    def is_divisible(self) -> bool:
+        return all(part.is_divisible for part in self.summands)
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        return sum_of([part.dense(start, stop) for part in self.summands])
+
+    def entries(self, start: int, stop: int, first: int = 0, last: int | None = None) -> Tensor:
+        return sum_of([part.entries(start, stop, first, last) for part in self.summands])
+
+    def parts(self) -> list[PerSampleGradient]:
+        return [leaf for part in self.summands for leaf in part.parts()]
+
+    def squared_norm(self) -> Tensor:
+        parts = self.parts()
+        return sum_of([part.squared_norm() for part in parts]) + cross_terms(parts)
+
+
+def cross_terms(parts: Sequence[PerSampleGradient]) -> Tensor:
+    """Return ``2 * sum of <A, B>`` over all pairs of gradients of one parameter: ``[B]``, float64."""
+    total = torch.zeros(parts[0].batch_size, dtype=torch.float64, device=parts[0].device)
+    for one, other in combinations(parts, 2):
+        total += 2.0 * one.inner(other)
+    return total
+
+
+def sum_of(values: Sequence[Tensor]) -> Tensor:
+    """Add up tensors of one shape."""
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
+
+
+def add_gradients(gradients: Sequence[PerSampleGradient]) -> PerSampleGradient:
+    """Return the sum of gradients of one parameter and the same samples in the cheapest form."""
+    by_type: dict[type[PerSampleGradient], list[PerSampleGradient]] = {}
+    for gradient in gradients:
+        by_type.setdefault(type(gradient), []).append(gradient)
+    joined = [one for kind, alike in by_type.items() for one in kind.joined(alike)]
+    return joined[0] if len(joined) == 1 else SumGradient(joined)
