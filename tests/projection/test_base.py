@@ -66,7 +66,8 @@ def test_an_unknown_kind_is_refused_with_the_nearest_name():
 @pytest.mark.parametrize("proj_dim", [0, -1, 2.0, True, None, "16"])
 @pytest.mark.parametrize("kind", RANDOM_KINDS)
 def test_a_proj_dim_that_is_no_positive_integer_is_refused(kind, proj_dim):
-    with pytest.raises(InputError, match="proj_dim must be a positive integer, got"):
+    error = InputError if type(proj_dim) is int else InputTypeError
+    with pytest.raises(error, match=f"proj_dim is {proj_dim!r}; expected"):
         make_projector(kind, SHAPES, proj_dim, 0)
 
 

@@ -466,7 +466,7 @@ SHARED = small_mlp()
         (lambda: Recipe(epochs=0), InputError, "epochs is 0; expected 1 or more"),
         (lambda: random_subsets(2, 4, fraction=0.1), InputError, "fraction=0.1 of 4 rows: expected more than 0"),
         (lambda: random_subsets(2, 4, fraction=1.5), InputError, "fraction=1.5 of 4 rows"),
-        (lambda: random_subsets(2, 4, seed=-1), InputError, "seed must be an integer from 0"),
+        (lambda: random_subsets(2, 4, seed=-1), InputError, "seed is -1; expected 0 to"),
         (lambda: trained(masks=np.ones((2, N))), InputTypeError, "masks is of dtype float64; expected bool"),
         (lambda: trained(masks=np.ones((2, 3), bool)), InputError, r"shape \(2, 3\); expected \[subsets, 23\]"),
         (lambda: trained(masks=np.zeros((2, N), bool)), InputError, r"no examples in subsets \[0, 1\]"),

@@ -12,36 +12,7 @@ import hashlib
 
 import numpy as np
 
-from tracer.errors import InputError
-
 _TWO_PI = 2.0 * np.pi
-
-
-def check_seed(seed: object) -> int:
-    """Return the seed if it is an integer that fits 64 bits without sign.
-
-    Args:
-        seed: What came.
-
-    Returns:
-        The seed as a plain `int`.
-
-    Raises:
-        InputError: If it is not an integer from 0 to 2**64 - 1.
-    """
-    number = whole_number(seed)
-    if number is None or not 0 <= number < 1 << 64:
-        raise InputError(f"seed must be an integer from 0 to 2**64 - 1, got {seed!r}; pass for example seed=0")
-    return number
-
-
-def whole_number(value: object) -> int | None:
-    """Return Python's or numpy's integer as `int`, None for anything else, booleans included.
-
-    >>> whole_number(np.int64(3)), whole_number(True), whole_number(3.0)
-    (3, None, None)
-    """
-    return int(value) if isinstance(value, int | np.integer) and not isinstance(value, bool) else None
 
 
 class Stream:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -73,25 +73,32 @@ def bar_disabled(progress: bool | None) -> bool | None:
     return None if progress is None else not progress
 
 
-def check_count(value: int, name: str) -> int:
-    """Return a positive int.
+def check_integer(value: Any, name: str, least: int, most: int | None = None) -> int:
+    """Return a Python int from ``least`` to ``most``; raise `InputTypeError` or `InputError` for anything else."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise InputTypeError(f"{name} is {value!r}; expected an integer.")
+    try:
+        number = operator.index(value)
+    except TypeError:  # for example a tensor of float
+        raise InputTypeError(f"{name} is {value!r}; expected an integer.") from None
+    if number < least or (most is not None and number > most):
+        raise InputError(f"{name} is {number}; expected {least} {'or more' if most is None else f'to {most}'}.")
+    return number
 
-    Args:
-        value: What the user passed.
-        name: The argument's name.
 
-    Returns:
-        The value as int.
+def check_count(value: Any, name: str) -> int:
+    """Return a positive int."""
+    return check_integer(value, name, 1)
 
-    Raises:
-        InputTypeError: It is no int.
-        InputError: It is below 1.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise InputTypeError(f"{name} is {value!r}; expected a positive int.")
-    if value < 1:
-        raise InputError(f"{name} is {value}; expected 1 or more.")
-    return int(value)
+
+def check_model_id(model_id: Any) -> int:
+    """Return the number of a checkpoint, 0 for the first."""
+    return check_integer(model_id, "model_id", 0)
+
+
+def check_seed(seed: Any) -> int:
+    """Return a seed of at most 64 bits."""
+    return check_integer(seed, "seed", 0, (1 << 64) - 1)
 
 
 def as_list(values: object, name: str) -> list:
@@ -110,43 +117,6 @@ def as_list(values: object, name: str) -> list:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise InputTypeError(f"{name} is {values!r}; expected a list.")
     return list(values)
-
-
-def check_model_id(model_id: int) -> int:
-    """Return a checkpoint number.
-
-    Args:
-        model_id: What the user passed.
-
-    Returns:
-        The number as int.
-
-    Raises:
-        InputTypeError: It is no int.
-        InputError: It is negative.
-    """
-    if isinstance(model_id, bool) or not isinstance(model_id, (int, np.integer)):
-        raise InputTypeError(f"model_id is {model_id!r}; expected an int, 0 for the first checkpoint.")
-    if model_id < 0:
-        raise InputError(f"model_id is {model_id}; expected 0 or more.")
-    return int(model_id)
-
-
-def check_seed(seed: int) -> int:
-    """Return a seed.
-
-    Args:
-        seed: What the user passed.
-
-    Returns:
-        The seed as int.
-
-    Raises:
-        InputError: It is no int, or negative.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise InputError(f"seed is {seed!r}; expected an int, 0 or more.")
-    return int(seed)
 
 
 def check_rate(learning_rate: float | None) -> float | None:

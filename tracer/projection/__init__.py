@@ -1,4 +1,4 @@
-"""Projections of per-sample gradients to a few thousand numbers that keep inner products.
+"""Projections of per-sample gradients to a few thousand numbers that preserve inner products.
 
 >>> projector = make_projector("sketch", {"weight": (10, 784)}, proj_dim=1024, seed=0)
 >>> projector.dim, projector_kinds()
@@ -41,7 +41,7 @@ _KINDS: dict[str, type[Projector]] = {}
 
 
 def register_projector(projector: ProjectorClass) -> ProjectorClass:
-    """Make a projector class available under its ``kind``; may be used as a decorator.
+    """Register a projector class under its ``kind``; may be used as a decorator.
 
     Args:
         projector: A subclass of `Projector` with `kind` set.
@@ -81,15 +81,15 @@ def make_projector(
     Args:
         kind: Its name, one of `projector_kinds`.
         shapes: The shape of each parameter by name, in the model's order.
-        proj_dim: The number of values wanted for a row; ignored by ``"none"``.
-        seed: Decides all random numbers, from 0 to 2**64 - 1.
-        device: Where gradients will come from; only ``"fast_jl"`` asks for a certain one.
+        proj_dim: The number of values wanted for an example; ignored by ``"none"``.
+        seed: The seed of all random numbers, from 0 to 2**64 - 1.
+        device: The device of the gradients; only ``"fast_jl"`` needs a certain one.
 
     Returns:
         The projector.
 
     Raises:
-        InputError: If there is no such kind; also if an argument cannot be used by it.
+        InputError: If the kind is unknown, or the projector refuses an argument.
     """
     if kind not in _KINDS:
         raise InputError(f"unknown projector {kind!r}: {nearest_name(kind, _KINDS)}")

@@ -1,7 +1,7 @@
-"""What every projector is: a linear map from the per-parameter gradients of a sample to ``dim`` numbers.
+"""The interface of projectors: linear maps from the per-parameter gradients of a sample to ``dim`` numbers.
 
-A projector is keyed by parameter name and seed: the numbers it gives for a parameter do not depend on the batch, the
-process, the machine or the device. It sees factors (`tracer.gradients.per_sample`) and need not build gradients.
+A projector is keyed by parameter name and seed: its numbers for a parameter do not depend on the batch, the process,
+the machine or the device. It gets factors (`tracer.gradients.per_sample`) and need not build gradients.
 """
 
 from __future__ import annotations
@@ -13,33 +13,34 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tracer._core.random_streams import check_seed, whole_number
+from tracer._core.validation import check_count, check_seed
 from tracer.errors import InputError, nearest_name
 from tracer.gradients.per_sample import PerSampleGradient
 from tracer.types import Projection
 
 
 class Projector(ABC):
-    """A linear map P of a sample's gradient with ``E[PᵀP] = I`` over seeds: inner products keep their value.
+    """A linear map P of a sample's gradient with ``E[PᵀP] = I`` over seeds, so that inner products are unbiased.
 
-    Subclass it to add a projection of your own: set `kind` and `version`, set `dim` in ``__init__`` and implement
-    `add`; then `tracer.projection.register_projector`. It is built as ``cls(shapes, proj_dim, seed, device)``.
+    Subclass it to add a projection of your own: set `kind` and `version`, implement `add`, and pass the class to
+    `tracer.projection.register_projector`. It is built as ``cls(shapes, proj_dim, seed, device)``.
 
     Args:
         shapes: The shape of each parameter by name, in the model's order; at least one.
-        proj_dim: The number of values wanted for a row; positive.
-        seed: Decides all random numbers, from 0 to 2**64 - 1.
-        device: Where gradients will come from, for projectors that run on some devices only; the numbers do not
-            depend on it.
+        proj_dim: The number of values wanted for a training example or target; positive.
+        seed: The seed of all random numbers, from 0 to 2**64 - 1.
+        device: The device of the gradients, for projectors that run on some devices only; the numbers do not depend on
+            it. Default: any.
 
     Attributes:
         kind: The name users pass as ``projector=``.
         version: Raised whenever the numbers change for the same seed; recorded in the store.
-        dim: The number of values stored for a row.
+        dim: The number of values stored for an example; ``proj_dim`` unless the subclass sets another.
         shapes: The shape of each parameter by name, in the model's order.
 
     Raises:
-        InputError: If ``shapes`` is empty, ``proj_dim`` is not a positive integer or the seed cannot be used.
+        InputError: If ``shapes`` is empty, or ``proj_dim`` or the seed is out of range.
+        InputTypeError: If ``proj_dim`` or the seed is no integer.
     """
 
     kind: ClassVar[str]
@@ -55,12 +56,14 @@ class Projector(ABC):
     ) -> None:
         if not shapes:
             raise InputError("shapes is empty: a projector needs at least one parameter; check `params=`")
-        number = whole_number(proj_dim)
-        if number is None or number < 1:
-            raise InputError(f"proj_dim must be a positive integer, got {proj_dim!r}; pass for example proj_dim=4096")
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self.proj_dim = number
+        self.proj_dim = check_count(proj_dim, "proj_dim")
+        self.dim = getattr(type(self), "dim", self.proj_dim)
         self.seed = check_seed(seed)
+        self._prepare(device)
+
+    def _prepare(self, device: torch.device | str | None) -> None:  # noqa: B027
+        """Make what `add` needs; set `dim` here if it is not ``proj_dim``."""
 
     @abstractmethod
     def add(self, name: str, gradient: PerSampleGradient, features: Tensor, squared_norm: Tensor) -> None:
@@ -74,7 +77,7 @@ class Projector(ABC):
         """
 
     def project(self, gradients: Mapping[str, PerSampleGradient]) -> Projection:
-        """Project the gradients of ``B`` samples; a parameter that is not there has gradient zero.
+        """Project the gradients of ``B`` samples; a missing parameter has gradient zero.
 
         Args:
             gradients: The per-sample gradient of each parameter; at least one.
@@ -82,6 +85,9 @@ class Projector(ABC):
         Returns:
             The features ``[B, dim]``, float64 if any gradient is float64 and else float32, and the exact squared norms
             ``[B]``.
+
+        Raises:
+            InputError: If there are none, a name is unknown, or shapes, batch sizes or devices do not fit.
         """
         dtype, num_rows, device = self._check(gradients)
         running = self.start(
@@ -94,28 +100,19 @@ class Projector(ABC):
         return running.finish()
 
     def start(self, into: Projection) -> RunningProjection:
-        """Start projecting gradients that come piece by piece, as a backward gives them.
+        """Start a projection of gradients that arrive parameter by parameter, as in a backward.
 
         Args:
-            into: Features ``[B, dim]``, float32 or float64, and squared norms ``[B]``, float64, to which is added.
+            into: Features ``[B, dim]``, float32 or float64, and squared norms ``[B]``, float64, that shares are added
+                to.
 
         Returns:
-            What takes the pieces.
+            The running projection.
         """
         return RunningProjection(self, into)
 
     def _check(self, gradients: Mapping[str, PerSampleGradient]) -> tuple[torch.dtype, int, torch.device]:
-        """Check the gradients against the shapes and each other.
-
-        Args:
-            gradients: The per-sample gradient of each parameter; at least one.
-
-        Returns:
-            The dtype of features, float64 if any gradient is float64 and else float32; ``B``; and the device.
-
-        Raises:
-            InputError: If there are none, a name is unknown, or shapes, batch sizes or devices do not fit.
-        """
+        """Check gradients against the shapes and each other; return the dtype of features, ``B`` and the device."""
         if not gradients:
             raise InputError("no gradients to project: pass the per-sample gradient of at least one parameter")
         first_name, first = next(iter(gradients.items()))
@@ -136,26 +133,26 @@ class Projector(ABC):
         return torch.float64 if double else torch.float32, first.batch_size, first.device
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides the numbers, as plain JSON values: the store records it and compares it."""
+        """Return everything that decides the numbers as JSON values, which the store records and compares."""
         return {"kind": self.kind, "version": self.version, "proj_dim": self.proj_dim, "seed": self.seed}
 
 
 class RunningProjection:
-    """A projection to which the gradients of some parameters and samples are added at a time.
+    """A projection that gradients of some parameters and samples are added to.
 
     Args:
         projector: The projector.
-        into: Features ``[B, dim]`` and squared norms ``[B]``, to which is added.
+        into: Features ``[B, dim]`` and squared norms ``[B]``, updated in place.
     """
 
     def __init__(self, projector: Projector, into: Projection) -> None:
         self.projector, self.result = projector, into
 
     def add(self, gradients: Mapping[str, PerSampleGradient], start: int = 0, stop: int | None = None) -> None:
-        """Add gradients of samples ``start`` to ``stop``, by default of all.
+        """Add gradients of samples ``start`` to ``stop``. Default: all.
 
         Args:
-            gradients: The per-sample gradient of each parameter; at least one, and each parameter of a sample once.
+            gradients: The per-sample gradient of each parameter; at least one. Add each parameter of a sample once.
             start: The first sample.
             stop: One past the last sample.
 
@@ -186,18 +183,9 @@ class RunningProjection:
     def _add(
         self, name: str, gradient: PerSampleGradient, start: int, stop: int, features: Tensor, squared_norm: Tensor
     ) -> None:
-        """Add one parameter; a projector that joins parameters overrides it.
-
-        Args:
-            name: The parameter.
-            gradient: Its gradient of samples ``start`` to ``stop``.
-            start: The first sample.
-            stop: One past the last sample.
-            features: These samples' features, a view.
-            squared_norm: Their squared norms, a view.
-        """
+        """Add one parameter; a projector that treats several together overrides it."""
         self.projector.add(name, gradient, features, squared_norm)
 
     def finish(self) -> Projection:
-        """Return the projection of all that was added; nothing may be added after it."""
+        """Return the finished projection."""
         return self.result

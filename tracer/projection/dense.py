@@ -1,15 +1,14 @@
 """Dense random projections: every entry of every parameter has k random numbers of its own.
 
 The slow, plain reference of Johnson & Lindenstrauss (1984), with independent signs (Achlioptas 2003) or normal
-numbers. P is generated in blocks of parameter entries, each from a stream keyed by name and block, and kept in memory
-if it fits.
+numbers. P is generated in blocks of parameter entries, each from a stream keyed by name and block, and cached if it
+fits.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -23,26 +22,18 @@ from tracer.gradients.per_sample import DenseGradient, PerSampleGradient, matrix
 from tracer.projection.base import Projector
 
 BLOCK_NUMBERS = 1 << 22
-"""How many numbers of P one block holds; blocks are keyed by their index, so changing it changes P."""
+"""The numbers of P in one block; blocks are keyed by their index, so changing it changes P."""
 
 CACHE_BYTES = 512 << 20
-"""P is kept if all of it takes at most this much: as float32, else as packed signs; else it is generated every time."""
+"""P is cached if it takes at most this much as float32, or else as packed signs; a larger P is generated every time."""
 
 
 class DenseProjector(Projector):
     """``P [sum of numel, k]`` with independent entries of mean 0 and variance ``1 / k``."""
 
-    def __init__(
-        self,
-        shapes: Mapping[str, tuple[int, ...]],
-        proj_dim: int,
-        seed: int,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(shapes, proj_dim, seed, device)
-        self.dim = self.proj_dim
-        self.block_entries = max(1, BLOCK_NUMBERS // proj_dim)
-        self._num_numbers = sum(math.prod(shape) for shape in self.shapes.values()) * proj_dim
+    def _prepare(self, device: torch.device | str | None) -> None:
+        self.block_entries = max(1, BLOCK_NUMBERS // self.dim)
+        self._num_numbers = sum(math.prod(shape) for shape in self.shapes.values()) * self.dim
         self._cache: dict[tuple[str, int, torch.device], Tensor] = {}
 
     def add(self, name: str, gradient: PerSampleGradient, features: Tensor, squared_norm: Tensor) -> None:
@@ -89,18 +80,12 @@ class RademacherProjector(DenseProjector):
 
     kind: ClassVar[str] = "rademacher"
 
-    def __init__(
-        self,
-        shapes: Mapping[str, tuple[int, ...]],
-        proj_dim: int,
-        seed: int,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(shapes, proj_dim, seed, device)
+    def _prepare(self, device: torch.device | str | None) -> None:
+        super()._prepare(device)
         self._packed: dict[tuple[str, int], np.ndarray] = {}
 
     def _draw(self, name: str, index: int, stream: Stream, count: int) -> np.ndarray:
-        """Draw signs, kept as one bit each where the float32 numbers would not fit: ``[count]``, float32."""
+        """Draw signs; they are cached as single bits if the float32 numbers would not fit."""
         packed = self._packed.get((name, index))
         if packed is None:
             packed = stream.packed_signs(count)
@@ -120,5 +105,5 @@ class GaussianProjector(DenseProjector):
     kind: ClassVar[str] = "gaussian"
 
     def _draw(self, name: str, index: int, stream: Stream, count: int) -> np.ndarray:
-        """Draw standard normal numbers: ``[count]``, float32."""
+        """Draw standard normal numbers."""
         return stream.gaussians(count)

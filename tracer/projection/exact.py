@@ -1,9 +1,10 @@
-"""No projection: the exact gradients, for small models and as the measure of the others."""
+"""No projection: the exact gradients, for small models and as the reference for all projections."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,8 +19,7 @@ from tracer.projection.base import Projector
 class ExactProjector(Projector):
     """The flattened gradients of all parameters, one after the other in the order of ``shapes``.
 
-    ``proj_dim`` and ``seed`` are ignored; `dim` is the number of all entries, and a parameter that has no gradient is
-    zeros.
+    ``proj_dim`` and ``seed`` are ignored; `dim` is the number of all entries, and a missing parameter is zeros.
 
     >>> from tracer.gradients.per_sample import DenseGradient
     >>> projector = ExactProjector({"weight": (2, 1), "bias": (2,)})
@@ -36,14 +36,10 @@ class ExactProjector(Projector):
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
-        ends = dict.fromkeys(shapes, 0)
-        total = 0
-        for name, shape in shapes.items():
-            total += math.prod(shape)
-            ends[name] = total
+        self._ends = dict(zip(shapes, accumulate(map(math.prod, shapes.values())), strict=True))
+        total = max(self._ends.values(), default=0)
         super().__init__(shapes, max(1, total), seed, device)
         self.dim = self.proj_dim = total
-        self._ends = ends
 
     def add(self, name: str, gradient: PerSampleGradient, features: Tensor, squared_norm: Tensor) -> None:
         """Add a parameter's entries to its columns of ``features [B, dim]`` and its squared norm, in place."""
@@ -55,5 +51,5 @@ class ExactProjector(Projector):
             squared_norm[start:stop] += norms.row_squares(entries)
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides the numbers: neither ``proj_dim`` nor the seed does."""
+        """Return everything that decides the numbers: neither ``proj_dim`` nor the seed does."""
         return {"kind": self.kind, "version": self.version}

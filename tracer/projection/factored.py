@@ -1,17 +1,17 @@
 """Two-sided projection of each parameter, ``P_out G P_inᵀ``: LoGra (Choe et al. 2024) with random sides.
 
 Layout: a parameter's gradient ``G [O, I] = sum_t left[t] (outer) right[t]``; ``P_out [ko, O]`` and ``P_in [ki, I]``
-have independent signs over ``sqrt(ko)`` and ``sqrt(ki)``, so ``E[P_outᵀ P_out] = I`` and inner products keep their
-value. Each parameter has its own columns of the features: nothing is summed over parameters. It is the cheapest
-projection per sample, since factors are projected before they meet, and several times noisier per stored number than a
-sketch: the two sides of a parameter err by about ``1 / sqrt(ko)`` and ``1 / sqrt(ki)`` where a sketch errs by
+have independent signs over ``sqrt(ko)`` and ``sqrt(ki)``, so ``E[P_outᵀ P_out] = I`` and inner products are unbiased.
+Each parameter has its own columns of the features: nothing is summed over parameters. It is the cheapest projection per
+sample, since factors are projected before they are multiplied, and several times noisier per stored number than a
+sketch: the two sides of a parameter err by about ``1 / sqrt(ko)`` and ``1 / sqrt(ki)``, a sketch by
 ``1 / sqrt(ko * ki)``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from tracer.projection.base import Projector
 
 
 class Columns(NamedTuple):
-    """Where a parameter's projection is stored and how large its sides are.
+    """The columns of a parameter's projection and the size of its sides.
 
     Attributes:
         start: The first column of the features.
@@ -41,8 +41,8 @@ class Columns(NamedTuple):
 class FactoredProjector(Projector):
     """Two-sided random projection; ``proj_dim`` is shared by all parameters, `dim` is how much of it is used.
 
-    Every parameter has an equal share. One that is smaller than its share is kept exactly and leaves the rest to the
-    others; any other takes ``ko x ki`` numbers, as square as it can.
+    Every parameter has an equal share. A parameter smaller than its share is stored exactly and leaves the rest to
+    larger ones; any other takes ``ko x ki`` numbers, as square as possible.
 
     Raises:
         InputError: If ``proj_dim`` is below the number of parameters.
@@ -53,22 +53,15 @@ class FactoredProjector(Projector):
 
     kind = "factored"
 
-    def __init__(
-        self,
-        shapes: Mapping[str, tuple[int, ...]],
-        proj_dim: int,
-        seed: int,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(shapes, proj_dim, seed, device)
+    def _prepare(self, device: torch.device | str | None) -> None:
         names = [name for name, shape in self.shapes.items() if math.prod(shape)]
-        if proj_dim < len(names):
+        if self.proj_dim < len(names):
             raise InputError(
                 f"projector='factored' stores at least one number for each of the {len(names)} parameters, got "
-                f"proj_dim={proj_dim}; pass proj_dim={16 * len(names)} or more, select fewer with params=, or use "
+                f"proj_dim={self.proj_dim}; pass proj_dim={16 * len(names)} or more, select fewer with params=, or use "
                 "projector='sketch'"
             )
-        shares = share_out([math.prod(self.shapes[name]) for name in names], proj_dim)
+        shares = share_out([math.prod(self.shapes[name]) for name in names], self.proj_dim)
         self.columns: dict[str, Columns] = {}
         self.dim = 0
         for name, share in zip(names, shares, strict=True):
@@ -106,7 +99,7 @@ class FactoredProjector(Projector):
         return torch.from_numpy(signs).reshape(size, dim).mul_(dim**-0.5)
 
     def _add_part(self, name: str, gradient: PerSampleGradient, target: Tensor) -> None:
-        """Project one gradient from its factors where it has any and add it to ``target [B, ko * ki]``."""
+        """Project one gradient, from its factors if it has any, and add it to ``target [B, ko * ki]``."""
         rows, cols = matrix_shape(gradient.shape)
         out_side, in_side = (
             None if side is None else side.to(target.dtype) for side in self.sides(name, gradient.device)
@@ -138,14 +131,7 @@ def _project(values: Tensor, side: Tensor | None) -> Tensor:
 
 
 def share_out(sizes: Sequence[int], budget: int) -> list[int]:
-    """Share a budget equally, no one getting more than its size and the rest going to the others.
-
-    Args:
-        sizes: The number of entries of each parameter; all positive.
-        budget: At least the number of parameters.
-
-    Returns:
-        The shares, in the order of ``sizes``; they sum to ``budget`` at most.
+    """Return equal shares of a budget among positive sizes; none gets more than its size, and larger ones get the rest.
 
     >>> share_out([100, 4, 50], 40)
     [18, 4, 18]
@@ -159,15 +145,7 @@ def share_out(sizes: Sequence[int], budget: int) -> list[int]:
 
 
 def side_dims(rows: int, cols: int, share: int) -> tuple[int, int]:
-    """Choose the sides of a projection, near square.
-
-    Args:
-        rows: ``O``.
-        cols: ``I``.
-        share: The largest allowed ``ko * ki``, at least 1.
-
-    Returns:
-        ``(ko, ki)`` with ``ko <= O`` and ``ki <= I``.
+    """Return ``(ko, ki)`` near square, with ``ko <= O``, ``ki <= I`` and ``ko * ki <= share``.
 
     >>> side_dims(64, 128, 256), side_dims(4, 128, 256), side_dims(1, 64, 20), side_dims(3, 3, 9)
     ((16, 16), (4, 64), (1, 20), (3, 3))

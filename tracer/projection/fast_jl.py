@@ -1,23 +1,23 @@
 """Dense random signs on CUDA through the optional package fast_jl (the projection kernel of TRAK, Park et al. 2023).
 
-What the kernel does, and what this module does about it:
+Properties of the kernel, and what this module does about them:
 
 - it multiplies by signs +-1 without a scale: results are divided by ``sqrt(k)``;
-- it rounds its inputs to half precision and sums in float32: each row is scaled by a power of two to a largest entry
-  of about 2**12 first, so that nothing overflows, and entries are good to 2**-11 of themselves down to 2**-26 of the
-  largest. Features are linear up to this rounding;
+- it rounds its inputs to half precision and sums in float32: each gradient is first scaled by a power of two to a
+  largest entry of about 2**12, so that nothing overflows, and entries are good to 2**-11 of themselves down to 2**-26
+  of the largest. Features are linear up to this rounding;
 - its signs depend on how entries are cut into feature tiles, the argument that TRAK sets to the number of
   multiprocessors: it is fixed here, so that all devices give the same numbers;
 - it launches on the default stream of the current device, while its own sums run on torch's current stream: the call
   is made with the default stream current;
-- it has variants for 8, 16 and 32 rows at once, whose signs are the same: one is used, the self-test compares two.
+- it has variants for 8, 16 and 32 samples at once, whose signs are the same: one is used, the self-test compares two.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ NUM_FEATURE_TILES = 128
 """Passed as ``num_sms``; part of what decides the signs."""
 
 VARIANT = 16
-"""Rows at once; the 32-row variant needs more registers than some devices have."""
+"""Samples at once; the variant for 32 needs more registers than some devices have."""
 
 BLOCK_ENTRIES = 1 << 22
 """Entries of a parameter that one call projects; part of what decides the signs."""
@@ -48,29 +48,21 @@ _HINT = "install it with `pip install tracin[fast]` where the CUDA toolkit is, o
 class FastJLProjector(Projector):
     """Dense projection with signs over ``sqrt(k)``, computed by fast_jl on a CUDA device.
 
-    The kernel is tried on small rows first: linearity, inner products, and agreement between batches and variants.
+    The kernel is tested on construction: linearity, inner products, and agreement between batches and variants.
 
     Raises:
         InputError: If ``proj_dim`` is not a multiple of 512.
-        MissingDependencyError: If the device is not CUDA, fast_jl is not installed, or it fails its test.
+        MissingDependencyError: If the device is not CUDA, or fast_jl is not installed or fails its test.
     """
 
     kind = "fast_jl"
 
-    def __init__(
-        self,
-        shapes: Mapping[str, tuple[int, ...]],
-        proj_dim: int,
-        seed: int,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(shapes, proj_dim, seed, device)
-        if proj_dim % MULTIPLE:
-            below = max(1, proj_dim // MULTIPLE) * MULTIPLE
+    def _prepare(self, device: torch.device | str | None) -> None:
+        if self.dim % MULTIPLE:
+            below = max(1, self.dim // MULTIPLE) * MULTIPLE
             raise InputError(
-                f"projector='fast_jl' needs proj_dim to be a multiple of 512, got {proj_dim}; pass {below}"
+                f"projector='fast_jl' needs proj_dim to be a multiple of 512, got {self.dim}; pass {below}"
             )
-        self.dim = self.proj_dim
         check_device(device)
         try:
             self._module = importlib.import_module("fast_jl")
@@ -89,7 +81,7 @@ class FastJLProjector(Projector):
                 features[start:stop] += self._multiply(entries, seed)
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides the numbers, how the kernel is called included."""
+        """Return everything that decides the numbers, including how the kernel is called."""
         return super().settings() | {"num_sms": NUM_FEATURE_TILES, "variant": VARIANT, "block_entries": BLOCK_ENTRIES}
 
     def _multiply(self, rows: Tensor, seed: int, variant: int = VARIANT) -> Tensor:
@@ -104,14 +96,7 @@ class FastJLProjector(Projector):
         return torch.ldexp(signed.to(rows.dtype), exponent - 12) * self.dim**-0.5
 
     def _test(self, device: torch.device) -> None:
-        """Project known rows and compare with what a random projection must give.
-
-        Args:
-            device: Where the kernel runs.
-
-        Raises:
-            MissingDependencyError: If a number is off by more than chance and half precision explain.
-        """
+        """Raise `MissingDependencyError` if a known projection is off by more than chance and half precision."""
         num_rows, num_entries = 2 * VARIANT + 1, 3001
         stream = Stream(0, 1, self.kind, "self-test")
         rows = torch.from_numpy(stream.gaussians(num_rows * num_entries)).reshape(num_rows, num_entries).to(device)

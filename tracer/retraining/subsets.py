@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracer._core.random_streams import Stream, check_seed
-from tracer._core.validation import as_list, check_count
+from tracer._core.random_streams import Stream
+from tracer._core.validation import as_list, check_count, check_seed
 from tracer.errors import InputError, InputTypeError
 
 _VERSION = 1  # of the numbers drawn here

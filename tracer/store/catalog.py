@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from tracer._core.validation import check_integer
 from tracer.errors import InputError
 from tracer.store.arrays.metadata import NODE, child_nodes
 from tracer.store.arrays.store_path import StorePath
-from tracer.store.paths import DONE_SUFFIX, SCORE_SUFFIXES, checked_integer, checked_name, numbered_nodes
+from tracer.store.paths import DONE_SUFFIX, SCORE_SUFFIXES, checked_name, numbered_nodes
 
 
 class Catalog:
@@ -104,7 +105,7 @@ class Catalog:
 
 
 def _number(model_id: int) -> str:
-    return str(checked_integer("model_id", model_id, 0))
+    return str(check_integer(model_id, "model_id", 0))
 
 
 def _numbered_entries(path: StorePath) -> list[StorePath]:

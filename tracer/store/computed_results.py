@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from tracer._core.files import disk_errors
+from tracer._core.validation import check_integer
 from tracer.errors import CallOrderError, StoreError
 from tracer.store.arrays.store_path import StorePath
 from tracer.store.catalog import Catalog
 from tracer.store.manifest import Manifest, json_value
-from tracer.store.paths import checked_integer, ensure_groups, numbered_nodes
+from tracer.store.paths import ensure_groups, numbered_nodes
 from tracer.store.score_array import ScoreArray, open_scores, remove_scores
 
 logger = logging.getLogger("tracer")
@@ -133,7 +134,7 @@ class ComputedResults:
                     block.close()
                     remove_scores(block.path)
         shape = (self._manifest.train_set_size, num_targets)
-        path = parent / str(checked_integer("first", first, 0))
+        path = parent / str(check_integer(first, "first", 0))
         return open_scores(path, shape, inputs, tile_rows=tile_rows, chunk_rows=self._chunk_rows(num_targets))
 
     def invalidate(self, rows: np.ndarray, exp_name: str | None = None) -> None:

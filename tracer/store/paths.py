@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import operator
 import re
-from typing import SupportsIndex
 
 from tracer.errors import InputError, InputTypeError
 from tracer.store.arrays.metadata import NODE, child_nodes, write_group
@@ -40,13 +38,3 @@ def checked_name(what: str, name: str) -> str:
             f"{what} is {name!r}: expected 1 to 128 letters, digits, '-', '_' and '.', not beginning with '.' or '__'"
         )
     return name
-
-
-def checked_integer(what: str, value: SupportsIndex, least: int) -> int:
-    """Return an int of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise InputTypeError(f"{what} is {value!r}: expected an integer")
-    number = operator.index(value)
-    if number < least:
-        raise InputError(f"{what} is {number}: expected an integer of at least {least}")
-    return number

@@ -25,6 +25,7 @@ import numpy as np
 
 from tracer._core.files import PARTIAL, disk_errors
 from tracer._core.text import listing
+from tracer._core.validation import check_integer
 from tracer.errors import CallOrderError, InputError, MismatchError, StoreError
 from tracer.store.arrays.completion_mask import FLUSH_SECONDS
 from tracer.store.arrays.layout import rows_per_chunk
@@ -33,7 +34,7 @@ from tracer.store.arrays.store_path import StorePath, store_path
 from tracer.store.catalog import Catalog
 from tracer.store.computed_results import ComputedResults
 from tracer.store.manifest import Manifest, check_same, json_value
-from tracer.store.paths import checked_integer, ensure_groups
+from tracer.store.paths import ensure_groups
 from tracer.store.row_table import RowTable
 from tracer.store.table_schema import create_table, grow_table, read_attributes
 
@@ -280,7 +281,7 @@ class Store:
         path = self.catalog.targets_path(exp_name, model_id)
         if self.manifest.storage == "int8":
             attributes["rounding"] = "targets"  # another random pool than training rows: see `quantization`
-        size = checked_integer("num_targets", num_targets, 1)
+        size = check_integer(num_targets, "num_targets", 1)
         return self._create(path, size, self.target_chunk_rows(size), attributes, flush_seconds)
 
     def targets(self, exp_name: str, model_id: int, *, flush_seconds: float = FLUSH_SECONDS) -> RowTable:

@@ -1,4 +1,4 @@
-"""Factors of a gradient in the memory order of a tile, signed: what the sketch multiplies and folds.
+"""Factors of a gradient in the memory order of a tile, signed: the input of the sketch's products and folds.
 
 Layout: ``b`` samples, ``T`` positions, a tile of ``o`` rows and ``i`` columns in memory rows of ``stride`` numbers.
 Everything here writes into scratch memory that is valid until the next call for the same use.
@@ -20,18 +20,7 @@ from tracer.projection.sketch.hashing import Order, Tile
 
 
 def factors(gradient: PerSampleGradient, start: int, stop: int, tile: Tile, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """Return signed factors of samples ``start`` to ``stop`` whose product is the tile in memory order.
-
-    Args:
-        gradient: A gradient that has an outer form.
-        start: First sample.
-        stop: One past the last sample.
-        tile: The tile.
-        scratch: Memory.
-
-    Returns:
-        ``left [b, o, T]`` and ``right [b, T, stride]``, maybe transposed views.
-    """
+    """Return signed ``left [b, o, T]`` and ``right [b, T, stride]`` whose product is the tile in memory order."""
     if has_windows(gradient):
         return _left_planes(gradient, start, stop, tile, scratch), _patches(gradient, start, stop, tile, scratch)
     outer = gradient.outer(start, stop)
@@ -44,16 +33,7 @@ def factors(gradient: PerSampleGradient, start: int, stop: int, tile: Tile, scra
 
 
 def place_columns(values: Tensor, tile: Tile, out: Tensor) -> Tensor:
-    """Bring the tile's columns of ``values [b, n, I]`` into memory order, signed, with zeros behind them.
-
-    Args:
-        values: The right factor.
-        tile: The tile.
-        out: ``[b, n, stride]``, where the result goes.
-
-    Returns:
-        ``out``.
-    """
+    """Bring the tile's columns of ``values [b, n, I]`` into memory order, signed, in ``out [b, n, stride]``."""
     if tile.num_taps == 1:
         return place(full_precision(values[..., tile.channels]), tile.channel_order, tile.col_sign, out)
     taps = values.unflatten(-1, (-1, tile.num_taps))[..., tile.channels, tile.taps]
@@ -64,17 +44,7 @@ def place_columns(values: Tensor, tile: Tile, out: Tensor) -> Tensor:
 
 
 def place(values: Tensor, order: Order | None, sign: Tensor, out: Tensor) -> Tensor:
-    """Bring the last dimension into memory order and sign it; numbers behind it become zero.
-
-    Args:
-        values: ``[b, n, size]``.
-        order: The order; None leaves it.
-        sign: ``[length]``, zero behind ``size``.
-        out: ``[b, n, length]``, where the result goes.
-
-    Returns:
-        ``out``.
-    """
+    """Bring ``values [b, n, size]`` into memory order and multiply by ``sign [length]``, in ``out [b, n, length]``."""
     size = values.shape[-1]
     target = out[..., :size]
     if order is None:
@@ -105,7 +75,7 @@ def _left_planes(gradient: WindowGradient, start: int, stop: int, tile: Tile, sc
 
 
 def _patches(gradient: WindowGradient, start: int, stop: int, tile: Tile, scratch: Scratch) -> Tensor:
-    """Return signed patches ``[b, L, stride]``, a transposed view: one copy a tap, of shifted input planes."""
+    """Return signed patches ``[b, L, stride]``, a transposed view: one copy for each tap, of shifted input planes."""
     padded = full_precision(_planes(gradient.padded[start:stop, tile.channels], tile.channel_order))
     windows = gradient.windows(padded)
     places = windows.shape[windows.ndim - len(gradient.stride) :]
@@ -126,15 +96,7 @@ def kernel_taps(gradient: WindowGradient, tile: Tile) -> list[tuple[Any, ...]]:
 
 
 def window_rows(gradient: WindowGradient, start: int, stop: int, tile: Tile, out: Tensor) -> None:
-    """Write signed patches position by position: ``out [b, L, length]``, of which columns ``i`` and on become zero.
-
-    Args:
-        gradient: A convolution's gradient.
-        start: First sample.
-        stop: One past the last sample.
-        tile: The tile.
-        out: Where they go.
-    """
+    """Write signed patches position by position to ``out [b, L, length]``, zero from column ``i`` on."""
     channels_last = full_precision(_planes(gradient.padded[start:stop, tile.channels], tile.channel_order))
     channels_last = channels_last.movedim(1, -1).contiguous().movedim(-1, 1)
     windows = gradient.windows(channels_last).movedim(1, -1)  # [b, *K, *L, C]

@@ -1,36 +1,36 @@
-"""The hash of the count sketch: where each entry of a parameter goes and with which sign.
+"""The hash of the count sketch: the bucket and the sign of each entry of a parameter.
 
-A parameter is a matrix ``[O, I]``, whose columns are ``C`` channels by ``K`` kernel taps for a convolution (``K`` is 1
-otherwise). It is cut into tiles of at most k rows and k columns, k being the number of buckets. Each tile has a hash of
-its own, keyed by seed, name and tile, and laid out so that memory order does the work: the tile is written as ``o``
-memory rows of ``stride`` numbers, where memory row m holds the tile's row ``row_order[m]`` and memory columns go tap by
-tap, within a tap the channels ``channel_order``, both orders random permutations. Then::
+A parameter is a matrix ``[O, I]``; for a convolution its columns are ``C`` channels by ``K`` kernel taps (else ``K`` is
+1). It is cut into tiles of at most k rows and k columns, k being the number of buckets. Each tile has a hash of its
+own, keyed by seed, name and tile, and laid out so that memory order does the work: the tile is written as ``o`` memory
+rows of ``stride`` numbers; memory row m holds the tile's row ``row_order[m]``, and memory columns are ordered by tap,
+within a tap by ``channel_order``; both orders are random permutations. Then::
 
     bucket(m, n) = (offset + m * stride + m // group + n) mod k        sign(m, n) = row_sign[m] * col_sign[n]
 
-with ``group = k / gcd(stride, k)``, so that folding a tile is to view each group of rows as lines of length k, to sum
-them and to roll by the group's offset. This is a count sketch (Charikar, Chen & Farach-Colton 2002; Weinberger et al.
-2009) whose hash is a sum of a row and a column hash, as in the tensor sketch of Pham & Pagh (2013): a sketched outer
-product is a circular convolution of two small sketches.
+with ``group = k / gcd(stride, k)``, so that folding a tile is to view each group of memory rows as lines of length k,
+to sum them and to roll by the group's offset. This is a count sketch (Charikar, Chen & Farach-Colton 2002; Weinberger
+et al. 2009) whose hash is a sum of a row and a column hash, as in the tensor sketch of Pham & Pagh (2013): a sketched
+outer product is a circular convolution of two small sketches.
 
 Why it is as good as a fully random hash:
 
-- Both hashes are injective, as ``o, i <= k``: within a group rows lie at different multiples of the gcd, and each group
-  has a remainder of its own. So two entries of one row or of one column never collide. The plain tensor sketch lets
-  whole rows collide, and a gradient's rows resemble each other.
-- The permutations make pairs of entries that differ in row and column alike, whatever structure a gradient has (hot
-  rows, hot columns, periods), so such a pair collides with the average probability. As the lattice fills buckets evenly
-  that is about 1/k, and 0 in a tile that fits into k numbers, which therefore needs no permutation. Without permuting,
-  the distances that collide are fixed by the stride; the error's variance was then 8 times 1/k for two unluckily placed
-  rows, 3 times for two such columns and 2 times for every ninth column. With rows permuted alone, the figures for
-  columns stay.
+- Both hashes are injective, as ``o, i <= k``: within a group, memory rows begin at different multiples of the gcd, and
+  each group has a remainder of its own. So two entries of one row or of one column never collide. In the plain tensor
+  sketch whole rows collide, and a gradient's rows resemble each other.
+- The permutations make pairs of entries that differ in both row and column alike, whatever structure a gradient has
+  (hot rows, hot columns, periods), so such a pair collides with the average probability. As the lattice fills buckets
+  evenly that is about 1/k, and 0 in a tile that fits into k numbers, which therefore needs no permutation. Without
+  permuting, the distances that collide are fixed by the stride; the error's variance was then 8 times 1/k for two
+  unluckily placed rows, 3 times for two such columns and 2 times for every ninth column. If only rows are permuted,
+  the figures for columns remain.
 - Offsets are uniform and signs independent between tiles: entries of different tiles collide with probability 1/k.
 
 The sign products of a colliding pair have mean zero, so ``E <Sx, Sy> = <x, y>`` exactly; the variance is at most about
 ``(|x|² |y|² + <x, y>²) / k``, the Johnson-Lindenstrauss rate of a dense projection.
 
 Why it is fast: many rows of a matrix are permuted in runs of 16 neighbours, which move as one cache line, and a
-convolution's rows and channels as whole planes; strides are multiples of 16 numbers where that wastes little, so that
+convolution's rows and channels as whole planes; strides are multiples of 16 numbers if that wastes little, so that
 matrix products write whole vectors. Columns are permuted one by one: in runs, columns of a period of 16 would meet the
 strides' period and share a sixteenth of the buckets.
 """
@@ -48,7 +48,7 @@ from torch import Tensor
 from tracer._core.random_streams import Stream
 
 RUN, FEWEST_RUNS = 16, 32
-"""How many neighbouring rows of a matrix are permuted together, if that makes this many runs."""
+"""The number of neighbouring rows of a matrix that are permuted together, if that makes so many runs."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ class Tile:
         rows: The tile's rows of the matrix.
         channels: The tile's channels.
         taps: The tile's kernel taps.
-        num_taps: How many taps the kernel has: matrix columns are ``channel * num_taps + tap``.
+        num_taps: The number of taps of the kernel: matrix columns are ``channel * num_taps + tap``.
         offset: The bucket of the first number in memory.
         stride: Numbers from one memory row to the next.
-        group: How many memory rows are folded without a further shift.
+        group: The number of memory rows that are folded without a further shift.
         row_order: The row that each memory row holds; None if they are in order.
-        channel_order: Likewise for channels.
+        channel_order: The channel that each memory channel holds; None if they are in order.
         row_sign: ``[o]``, float32.
-        col_sign: ``[stride]``, float32, with zeros behind the ``i`` columns.
+        col_sign: ``[stride]``, float32, with zeros after the ``i`` columns.
     """
 
     rows: slice
@@ -139,20 +139,12 @@ class Tile:
 
 
 def padded_stride(num_cols: int, k: int) -> int:
-    """Return the length of a memory row: a multiple of 16, 8 or 4 numbers that wastes an eighth at most, or any.
-
-    Among the multiples the first is taken whose rows fall into the fewest groups, so with the smallest gcd with k.
-
-    Args:
-        num_cols: The number of columns ``i``.
-        k: The number of buckets.
-
-    Returns:
-        The stride, at least ``num_cols``.
+    """Return the length of a memory row: a multiple of 16, 8 or 4 numbers that wastes at most an eighth, or any length.
 
     >>> padded_stride(256, 4096), padded_stride(64, 4096), padded_stride(27, 4096), padded_stride(3, 4096)
     (272, 72, 28, 4)
     """
+    # Of the multiples of a unit, the first with the smallest gcd with k is taken: its rows are in the fewest groups.
     most = num_cols + max(num_cols // 8, 1)
     for unit in (16, 8, 4):
         fitting = range(-(-num_cols // unit) * unit, most + 1, unit)
@@ -163,14 +155,7 @@ def padded_stride(num_cols: int, k: int) -> int:
 
 
 def tile_ranges(size: int, k: int) -> list[slice]:
-    """Cut ``range(size)`` into pieces of ``k``, the last one shorter.
-
-    Args:
-        size: How many rows or columns there are.
-        k: The number of buckets.
-
-    Returns:
-        The pieces in order.
+    """Return the slices of ``k`` that cut ``range(size)``; the last may be shorter.
 
     >>> tile_ranges(5, 2)
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
@@ -179,15 +164,7 @@ def tile_ranges(size: int, k: int) -> list[slice]:
 
 
 def column_ranges(num_channels: int, num_taps: int, k: int) -> list[tuple[slice, slice]]:
-    """Cut channels by taps into tiles of at most ``k`` columns: several taps of all channels, or one tap of some.
-
-    Args:
-        num_channels: The number of channels ``C``.
-        num_taps: The number of kernel taps ``K``.
-        k: The number of buckets.
-
-    Returns:
-        Channels and taps of each tile.
+    """Return tiles of channels by taps of at most ``k`` columns: several taps of all channels, or one tap of some.
 
     >>> column_ranges(2, 3, 4)
     [(slice(0, 2, None), slice(0, 2, None)), (slice(0, 2, None), slice(2, 3, None))]
@@ -206,24 +183,9 @@ def make_tile(
     device: torch.device,
     place: int | None = None,
 ) -> Tile:
-    """Draw the hash of one tile.
-
-    The stream gives, in this order: the offset, the row order, the channel order (neither if the tile fits into ``k``
-    numbers or is one row), the row signs and the column signs, both signs in memory order.
-
-    Args:
-        stream: Random words of this tile.
-        rows: The tile's rows, at most ``k``.
-        channels: The tile's channels.
-        taps: The tile's kernel taps; at most ``k`` columns with the channels.
-        num_taps: How many taps the kernel has.
-        k: The number of buckets.
-        device: Where the tables go.
-        place: The first bucket, in place of a random one, of a parameter that shares buckets with no other.
-
-    Returns:
-        The tile.
-    """
+    """Draw the hash of one tile of at most ``k`` rows and columns; ``place`` replaces the random offset."""
+    # The order of draws is part of the numbers: the offset, the row order, the channel order (neither if the tile fits
+    # into k numbers or is one row), the row signs and the column signs, both signs in memory order.
     num_rows, num_channels = rows.stop - rows.start, channels.stop - channels.start
     num_cols = num_channels * (taps.stop - taps.start)
     offset = stream.below(k)

@@ -1,6 +1,6 @@
 """The lattice way of the sketch: outer products of few positions are folded within the product that builds them.
 
-Layout as in `tracer.projection.sketch`. A tile's hash sends memory row ``m = q * group + r`` and memory column
+Layout as in `tracer.projection.sketch`. A tile's hash maps memory row ``m = q * group + r`` and memory column
 ``n = u * d + v``, with ``d = gcd(stride, k)`` and ``stride = c * d``, to bucket
 
     offset + q + d * ((r * c + u) mod group) + v   (mod k),
@@ -11,8 +11,8 @@ so with ``w = (r * c + u) mod group`` the buckets of a group of rows are a matri
 
 is a matrix product of sum length ``T * c``: its left factor holds windows of one vector, as dividing by ``c`` modulo
 ``group`` is a fixed order of rows. Groups differ by shifts of one bucket, so they are further terms of the sum, with
-the right factor shifted: the product is ``d + groups - 1`` wide, and what stands over its edge belongs to the next
-``w``. All ``O * I`` products are summed up in registers; nothing of that size is written.
+the right factor shifted: the product is ``d + groups - 1`` wide, and what exceeds the width belongs to the next ``w``.
+All ``O * I`` products are summed up in registers; nothing of that size is written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tracer.projection.sketch.arrangement import place_columns
 from tracer.projection.sketch.hashing import Tile
 
 VECTOR_BYTES, LATTICE_BYTES = 16 << 20, 4 << 20
-"""How many bytes of factors are ordered at once, and of windows and products worked on while they are in cache."""
+"""The bytes of factors ordered at once, and of windows and products worked on while they are in cache."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Lattice:
 
     @cached_property
     def _rows(self) -> tuple[Tensor, Tensor]:
-        """Which row of the tile stands where in the windowed vectors, and its sign or zero: ``[groups, G + c - 1]``."""
+        """The row of the tile at each place of the windowed vectors, and its sign or zero: ``[groups, G + c - 1]``."""
         tile, group = self.tile, self.tile.group
         device = tile.row_sign.device
         place = (torch.arange(group + self.steps - 1) - (self.steps - 1)) % group

@@ -1,22 +1,22 @@
 """The count sketch, the default projection: one hash and one sign for every entry, summed over all parameters.
 
 Layout: ``B`` samples (``b`` in a block), ``T`` positions, a parameter as ``[O, I]``, one of its tiles as ``[o, i]``,
-and ``k`` buckets. `tracer.projection.hashing` says what the hash is and why. All forms of a gradient go through the
-same linear map; which of these ways a gradient takes depends only on its form and sizes:
+and ``k`` buckets. `tracer.projection.sketch.hashing` defines the hash. All forms of a gradient are mapped by the same
+linear map, in one of these ways, which depends only on the form and its sizes:
 
-- built: outer products ``sum_t left[t] (outer) right[t]`` are built a tile and a few samples at a time, while hot in
-  cache, from factors that already carry signs and memory order, and folded at once;
-- lattice (`tracer.projection.lattice`): few positions are folded within the matrix product that builds them;
-- spectral (`tracer.projection.spectral`): factors are sketched and multiplied as spectra, nothing is built;
+- built: outer products ``sum_t left[t] (outer) right[t]`` are built for a tile and a few samples at a time, from
+  factors that already have signs and memory order, and folded while they are in cache;
+- lattice (`tracer.projection.sketch.lattice`): few positions are folded within the matrix product that builds them;
+- spectral (`tracer.projection.sketch.spectral`): factors are sketched and multiplied as spectra, nothing is built;
 - rows: an embedding's touched rows are scattered, ``T * I`` numbers a sample;
-- scaled: outer products whose entries are scaled one by one are built, and scaled before they are folded;
+- scaled: outer products with a factor for each entry are built and scaled before they are folded;
 - dense: anything else is built in blocks, signed and folded.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ from tracer.projection.sketch.spectral import Spectrum, SpectrumRows, spectral_c
 from tracer.types import Projection
 
 FACTOR_BYTES, BUILT_BYTES = 16 << 20, 8 << 20
-"""How many bytes of factors are brought into memory order at once, and of gradients built while hot in cache."""
+"""The bytes of factors brought into memory order at once, and of gradients built while they are in cache."""
 
 
 class _RunningSketch(RunningProjection):
@@ -53,7 +53,7 @@ class _RunningSketch(RunningProjection):
         squared_norm += self._sketch.add_to(name, gradient, features, self._spectrum.rows(start, stop))
 
     def finish(self) -> Projection:
-        """Return the projection, with what is held as spectra transformed back."""
+        """Return the projection after transforming the spectra back."""
         self._spectrum.finish()
         return self.result
 
@@ -72,8 +72,8 @@ class SketchProjector(Projector):
     """Count sketch of all parameters into ``proj_dim`` buckets: ``E <Sx, Sy> = <x, y>``, no scale factor.
 
     The relative root mean square error of an inner product is about ``1 / sqrt(proj_dim)``, as for a dense projection.
-    Where all parameters together have no more entries than there are buckets, each entry has a bucket of its own and
-    inner products are exact.
+    If all parameters together have no more entries than there are buckets, each entry has a bucket of its own and inner
+    products are exact.
 
     >>> import torch
     >>> from tracer.gradients.per_sample import DenseGradient
@@ -84,15 +84,7 @@ class SketchProjector(Projector):
 
     kind = "sketch"
 
-    def __init__(
-        self,
-        shapes: Mapping[str, tuple[int, ...]],
-        proj_dim: int,
-        seed: int,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(shapes, proj_dim, seed, device)
-        self.dim = self.proj_dim
+    def _prepare(self, device: torch.device | str | None) -> None:
         self._tiles: dict[tuple[str, torch.device], list[Tile]] = {}
         self._lattices_of: dict[tuple[str, torch.device], list[Lattice]] = {}
         self._lookups: dict[tuple[str, torch.device], list[_Lookup]] = {}
@@ -110,7 +102,7 @@ class SketchProjector(Projector):
         running.finish()
 
     def start(self, into: Projection) -> RunningProjection:
-        """Start a sketch of gradients that come piece by piece, with one inverse transform for all of them."""
+        """Start a sketch of gradients that arrive by parameter, with one inverse transform for all of them."""
         return _RunningSketch(self, into)
 
     def add_to(self, name: str, gradient: PerSampleGradient, features: Tensor, spectrum: SpectrumRows) -> Tensor:
@@ -179,7 +171,7 @@ class SketchProjector(Projector):
         return self._tiles[key]
 
     def _place(self, name: str) -> int | None:
-        """Return a parameter's bucket of its own where all parameters fit into the buckets, else None."""
+        """Return the first bucket of a parameter if all parameters together fit into the buckets, else None."""
         place = self._starts[name]
         return place if self._num_entries <= self.dim else None
 
@@ -217,7 +209,7 @@ class SketchProjector(Projector):
                 yield start + low, start + high, built
 
     def _add_products(self, gradient: PerSampleGradient, tile: Tile, features: Tensor) -> None:
-        """Add outer products of one position; a tile whose rows go round once is not built."""
+        """Add outer products of one position; a tile that fits into the buckets is not built."""
         if tile.num_rows * tile.stride > self.dim:
             for start, stop, built in self._built(gradient, 1, tile, features.element_size()):
                 fold_tile(built, tile, features[start:stop])

@@ -2,7 +2,7 @@
 
 As the hash adds row and column buckets, the sketch of ``g (outer) a`` has the spectrum
 ``FFT(sketch g) * FFT(sketch a)`` (Pham & Pagh 2013). Spectra are summed over positions, layers and tiles, and one
-inverse transform ends it. It never has ``O * I`` numbers, which vector inputs and wide layers gain from.
+inverse transform ends it. It never builds ``O * I`` numbers, which pays for vector inputs and wide layers.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from tracer.projection.sketch.arrangement import place, place_columns, window_ro
 from tracer.projection.sketch.hashing import Tile
 
 SPECTRAL_BYTES = 4 << 20
-"""How many bytes of sketched factors are transformed at once."""
+"""The bytes of sketched factors that are transformed at once."""
 HELD_BYTES = 16 << 20
-"""How many bytes of vector factors wait for others, so that the spectra of some samples stay in cache over layers."""
+"""The bytes of vector factors that wait for more, so that the spectra of some samples stay in cache over layers."""
 
 
 class Spectrum:
-    """The half spectra of ``B`` sketches of ``k`` buckets, summed up; made when the first is needed.
+    """The half spectra of ``B`` sketches of ``k`` buckets, summed up; allocated when the first is needed.
 
-    Factors of vector inputs (one position a sample) wait until `finish`, or until they are many: then all of them are
-    transformed for a few samples at a time, whose spectra are added up and transformed back while they are in cache.
+    Factors of vector inputs (one position a sample) wait until `finish`, or until they take `HELD_BYTES`: then all of
+    them are transformed for a few samples at a time, whose spectra are added up and transformed back while they are in
+    cache.
 
     Args:
-        features: ``[B, k]``, to which `finish` adds.
+        features: ``[B, k]``, updated by `finish`.
     """
 
     def __init__(self, features: Tensor) -> None:
@@ -55,7 +56,7 @@ class Spectrum:
         return self._values
 
     def hold(self, gradient: PerSampleGradient, tiles: Sequence[Tile], scratch: Scratch) -> None:
-        """Keep the gradient of a vector-input layer, of all samples, until others have come."""
+        """Store the gradient of a vector-input layer, of all samples, to transform it with those of other layers."""
         self._vectors.append((gradient, tiles, scratch))
         factors = gradient.outer(0, gradient.batch_size)
         assert factors is not None
@@ -72,7 +73,7 @@ class Spectrum:
         self._values = None
 
     def _transform_vectors(self, last: bool) -> None:
-        """Transform what is held, block by block of samples; with the last of it, also back."""
+        """Transform the stored factors, block by block of samples; with ``last``, also transform back."""
         num_rows, k = self.features.shape
         step = max(1, SPECTRAL_BYTES // (k * self.features.element_size()))
         for start in range(0, num_rows, step):
@@ -89,25 +90,13 @@ class Spectrum:
 
 
 class SpectrumRows:
-    """The spectra of some samples.
-
-    Args:
-        spectrum: The spectra of all.
-        start: The first sample.
-        stop: One past the last sample.
-    """
+    """The spectra of samples ``start`` to ``stop``."""
 
     def __init__(self, spectrum: Spectrum, start: int, stop: int) -> None:
         self._spectrum, self._start, self._stop = spectrum, start, stop
 
     def add(self, gradient: PerSampleGradient, tiles: Sequence[Tile], scratch: Scratch) -> None:
-        """Add a gradient that has an outer form.
-
-        Args:
-            gradient: The gradient of these samples.
-            tiles: The tiles of its parameter.
-            scratch: Memory.
-        """
+        """Add a gradient of these samples that has an outer form, given the tiles of its parameter."""
         num_rows, k = self._spectrum.features.shape
         positions = gradient.num_positions or 0
         if positions == 1 and gradient.batch_size == num_rows and not has_windows(gradient):
@@ -122,18 +111,8 @@ class SpectrumRows:
 
 
 def spectral_cost(positions: int, shape: tuple[int, int], k: int) -> float:
-    """Estimate sketching a sample's factors by Fourier transforms, in float32 multiply-adds.
-
-    A fixed estimate, fitted on CPU, so that the way depends on nothing but sizes.
-
-    Args:
-        positions: ``T``.
-        shape: ``(O, I)``.
-        k: The number of buckets.
-
-    Returns:
-        The cost without that of norms.
-    """
+    """Estimate sketching a sample's ``[T, O]`` and ``[T, I]`` by Fourier transforms, in multiply-adds."""
+    # A fixed estimate, fitted on CPU, so that the choice depends on sizes alone.
     rows, cols = shape
     num_tiles = math.ceil(rows / k) * math.ceil(cols / k)
     return num_tiles * positions * k * (8.0 * math.log2(k + 1) + 40.0)
@@ -142,7 +121,7 @@ def spectral_cost(positions: int, shape: tuple[int, int], k: int) -> float:
 def _products(
     gradient: PerSampleGradient, start: int, stop: int, tile: Tile, k: int, scratch: Scratch
 ) -> Iterator[Tensor]:
-    """Yield products of the factors' spectra, ``[b, k // 2 + 1]``, whose sum is a tile's; long inputs in parts."""
+    """Yield products of the factors' spectra, ``[b, k // 2 + 1]``, whose sum is a tile's, in blocks of positions."""
     bucket = tile.row_bucket(k)
     if has_windows(gradient):
         left, right = _placed_windows(gradient, start, stop, tile, bucket, k, scratch)
