@@ -67,7 +67,7 @@ def engine_gradients(engine: GradientEngine, batch, num_rows: int) -> dict[str, 
 def assert_gradients_match(
     model: nn.Module, task, batch, num_rows: int, *, method="auto", names=None, general=(), rtol=1e-9
 ) -> GradientEngine:
-    """Check the engine against the oracle in float64, and which parameters went the general way.
+    """Check the engine against the oracle in float64, and which parameters used the fallback.
 
     `batch` must be in float64 already. `general` is the expected set of parameters without a layer rule, or None.
     """
@@ -82,5 +82,5 @@ def assert_gradients_match(
         difference = float((found[name] - expected[name]).abs().max())
         assert difference <= rtol * scale, f"{name}: differs by {difference:.2e} at scale {scale:.2e}"
     if general is not None:
-        assert set(engine.general) == set(general), engine.general
+        assert set(engine.fallback) == set(general), engine.fallback
     return engine

@@ -1,4 +1,4 @@
-"""Odd models: whatever a user brings is computed right, by the general way, or refused."""
+"""Odd models: whatever a user brings is computed right, by the fallback, or refused."""
 
 import logging
 
@@ -115,7 +115,7 @@ def test_sequence_first_after_a_first_batch_of_one_row():
     engine_gradients(engine, (data(1, 6, 4),), 1)
     found = engine_gradients(engine, (data(3, 6, 4),), 3)
     torch.testing.assert_close(found, oracle_gradients(model, mean_square, (data(3, 6, 4),), 3))
-    assert not engine.general
+    assert not engine.fallback
 
 
 def test_positions_folded_into_rows():
@@ -183,7 +183,7 @@ def test_instance_with_another_forward_is_found_by_the_check():
     batch = (data(3, 4).float(),)
     found = engine_gradients(engine, batch, 3)
     torch.testing.assert_close(found, oracle_gradients(model, mean_square, batch, 3))
-    assert set(engine.general) == {"0.weight", "0.bias"}
+    assert set(engine.fallback) == {"0.weight", "0.bias"}
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -235,14 +235,14 @@ def test_attention_with_masks(mask):
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("kind", ["cross", "own keys", "own sizes"])
-def test_attention_without_a_rule_goes_the_general_way(kind):
+def test_attention_without_a_rule_uses_the_fallback(kind):
     options = {"own keys": {"add_bias_kv": True}, "own sizes": {"kdim": 6, "vdim": 6}}.get(kind, {})
     model = Module(
         lambda m, x, y: m.attention(x, y, y)[0], attention=nn.MultiheadAttention(8, 2, batch_first=True, **options)
     )
     context = data(3, 4, 6 if kind == "own sizes" else 8)
     engine = assert_gradients_match(model, mean_square, (data(3, 5, 8), context), 3, general=None, rtol=1e-8)
-    assert "attention.in_proj_bias" in engine.general
+    assert "attention.in_proj_bias" in engine.fallback
     assert "forward" not in model.attention.__dict__
 
 
@@ -258,7 +258,7 @@ def test_data_dependent_control_flow_by_the_loop():
 
     model = Module(forward, f=nn.Linear(4, 2), raw=nn.Parameter(torch.rand(2)))
     engine = assert_gradients_match(model, mean_square, (data(3, 4),), 3, general=["raw"])
-    assert engine.looped
+    assert engine.runs_samples_alone
 
 
 def test_weight_norm_and_spectral_norm():
@@ -278,7 +278,7 @@ def test_user_hooks_that_change_outputs():
     engine = GradientEngine(model, make_task(mean_square), [name for name, _ in model.named_parameters()])
     found = engine_gradients(engine, batch, 3)
     torch.testing.assert_close(found, oracle_gradients(model, mean_square, batch, 3))
-    assert not engine.general
+    assert not engine.fallback
     assert len(model[0]._forward_hooks) == 1
     assert len(model[2]._forward_pre_hooks) == 1
 
@@ -397,7 +397,7 @@ def test_half_precision_models(dtype):
     expected = oracle_gradients(full, "image_classification", (batch[0].double(), batch[1]), 5)
     for name, value in expected.items():
         assert float((found[name].double() - value).norm() / value.norm()) < 0.03, name
-    assert not engine.general
+    assert not engine.fallback
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -414,7 +414,7 @@ def test_rounding_between_batch_sizes_is_no_coupling(dtype):
     engine = GradientEngine(model, make_task("image_classification"), names)
     batch = (data(16, 64).to(dtype), torch.arange(16) % 3)
     found = engine_gradients(engine, batch, 16)
-    assert set(engine.general) == {"raw"}
+    assert set(engine.fallback) == {"raw"}
     assert all(torch.isfinite(value).all() for value in found.values())
 
 
@@ -430,7 +430,7 @@ def test_a_rule_that_is_wrong_by_a_third_is_found_in_every_precision(dtype):
     model = nn.Sequential(Stretched(16, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
     engine = GradientEngine(model, make_task("image_classification"), [name for name, _ in model.named_parameters()])
     engine_gradients(engine, (data(6, 16).to(dtype), torch.arange(6) % 3), 6)
-    assert set(engine.general) == {"0.weight"}
+    assert set(engine.fallback) == {"0.weight"}
 
 
 def test_model_is_left_as_found():

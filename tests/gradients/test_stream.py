@@ -62,7 +62,7 @@ class Branches(nn.Module):
 
 def test_branches_joins_and_layers_that_lead_nowhere():
     engine = assert_gradients_match(Branches(), "image_classification", batch(), 6)
-    assert not engine.general
+    assert not engine.fallback
 
 
 class Recurrent(nn.Module):
@@ -81,7 +81,7 @@ class Recurrent(nn.Module):
 
 def test_gradients_of_repeated_calls_come_once_and_whole():
     engine = assert_gradients_match(Recurrent(), "image_classification", batch(), 6)
-    assert not engine.general
+    assert not engine.fallback
 
 
 class Checkpointed(nn.Module):

@@ -1,4 +1,4 @@
-"""Ranges of samples whose built gradients fit in a block of memory, and the dtype of features."""
+"""Blocks of samples whose built gradients fit into cache, and the dtype of features."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 8 << 20
-"""How many bytes of built gradient are held at once; a few samples fit while they are hot in cache."""
+"""The bytes of built gradients that are held at once: few enough to stay in cache."""
 
 
 def row_blocks(batch_size: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:

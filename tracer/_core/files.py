@@ -1,7 +1,7 @@
-"""Local files that are complete or absent, whatever interrupts the process that writes them.
+"""Local files that are complete or absent, no matter when the process that writes them is interrupted.
 
-Whatever has its final name is complete: it is written under a name that starts with `PARTIAL` and renamed when it is on
-the disk. A process killed at any instant leaves the old file or the new one, and perhaps a partial one that nobody
+A file with its final name is complete: it is written under a name that starts with `PARTIAL` and renamed once it is on
+the disk. A process killed at any moment leaves the old file or the new one, and perhaps a partial one that nobody
 reads; `sweep` removes those later.
 """
 
@@ -30,17 +30,7 @@ _CANNOT_RESERVE = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, 
 
 @contextlib.contextmanager
 def disk_errors(path: object) -> Iterator[None]:
-    """Turn the system's errors on files into one of ours that says what to do.
-
-    Args:
-        path: What was written or read.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        StoreError: In place of any OSError.
-    """
+    """Turn an OSError of the file system into a `StoreError` that names the path and says what to do."""
     try:
         yield
     except OSError as error:
@@ -60,18 +50,12 @@ def _advice(error: OSError) -> str:
 
 
 def partial_path(directory: Path) -> Path:
-    """Return an unused name in a directory for something unfinished."""
+    """Return an unused name in a directory for an unfinished file or directory."""
     return directory / f"{PARTIAL}{uuid.uuid4().hex}"
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object], *, replace: bool = True) -> None:
-    """Write a local file so that readers and crashes see all of it or none.
-
-    Args:
-        path: Where, in a directory that exists.
-        write: Writes the content.
-        replace: Whether a file that is already there is replaced; otherwise it stays.
-    """
+    """Write a local file that is seen whole or not at all; without ``replace`` an existing file stays."""
     partial = partial_path(path.parent)
     try:
         with partial.open("xb") as file:
@@ -88,7 +72,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, replace: boo
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Give a finished file its name; a file that already has the name stays, also when two processes race."""
+    """Give a finished file its name; an existing file of that name stays, even if two processes race."""
     try:
         os.link(partial, path)
     except FileExistsError:
@@ -99,10 +83,7 @@ def publish(partial: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or the names in a directory, durable.
-
-    Does nothing for a directory where the system cannot sync one.
-    """
+    """Make a file's content, or the names in a directory, durable; do nothing if the system cannot sync directories."""
     if os.name == "nt" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -121,12 +102,7 @@ def sweep(path: Path) -> None:
 
 
 def create_file(path: Path, data_bytes: int, tail: bytes = b"") -> None:
-    """Create a file of zeros with a tail, of full size from the first instant that it has its name.
-
-    Its blocks are reserved where the file system can, so that a full disk is an error here and not a signal that ends
-    the process when a page of the map is first written. What is in it becomes durable when its map is flushed; its
-    name, when its directory is synced.
-    """
+    """Create a file of zeros with a tail, which has its full size as soon as it has its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path.parent)
     try:
@@ -140,7 +116,7 @@ def create_file(path: Path, data_bytes: int, tail: bytes = b"") -> None:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Give a new file its size and reserve its blocks; only the size where they cannot be reserved."""
+    """Give a new file its size, and reserve its blocks if the file system can."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except AttributeError:  # macOS, Windows

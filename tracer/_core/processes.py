@@ -1,7 +1,7 @@
-"""Several processes that share one store: which of them this one is, and which rows are its part.
+"""Several processes that share one store: the number of this one, and its share of the rows.
 
-Processes share nothing but the store. Under `torchrun`, where ``torch.distributed`` is initialised, they also wait for
-each other; jobs of an array do not even run at the same time.
+Processes share nothing but the store. Under `torchrun`, if ``torch.distributed`` is initialized, they also wait for
+each other; jobs of an array need not even run at the same time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Process:
 
     Attributes:
         rank: Its number, from 0.
-        count: How many there are.
+        count: The number of processes.
         together: Whether they run at the same time and can wait for each other, through ``torch.distributed``.
 
     >>> [Process(rank, 3).part(10) for rank in range(3)]
@@ -41,53 +41,35 @@ class Process:
     together: bool = False
 
     def part(self, number: int) -> range:
-        """Return which of a number of things are this process's: an equal share of consecutive ones."""
+        """Return this process's share of ``range(number)``: consecutive, and equal up to one."""
         return range(number * self.rank // self.count, number * (self.rank + 1) // self.count)
 
     def rows(self, num_rows: int, chunk_rows: int) -> range:
-        """Return this process's rows: whole chunks, so that no two processes write to one file.
-
-        Args:
-            num_rows: N.
-            chunk_rows: The rows of a chunk.
-
-        Returns:
-            Consecutive rows; none if there are fewer chunks than processes before this one.
-        """
+        """Return this process's rows: whole chunks, so that no two processes write to one file; maybe none."""
         chunks = self.part(-(-num_rows // chunk_rows))
         return range(min(chunks.start * chunk_rows, num_rows), min(chunks.stop * chunk_rows, num_rows))
 
     def wait(self) -> None:
-        """Wait for the other processes where they run at the same time."""
+        """Wait for the other processes if they run at the same time."""
         if self.together:
             dist.barrier()
 
     def agreed(self, value: T) -> T:
-        """Return the first process's value in all of them; alone, and in a job of an array, the own one."""
+        """Return the first process's value in all of them; if they do not run together, this process's own."""
         if not self.together:
             return value
-        told = [value]
-        dist.broadcast_object_list(told, src=0)
-        return told[0]
+        shared = [value]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Return the sum over processes of a tensor that each has of its own, in place; alone the tensor itself."""
+        """Return the sum of a tensor over processes that run together, in place; alone, the tensor itself."""
         if self.together:
             dist.all_reduce(values)
         return values
 
-    def first_only(self, call: Callable[[], T]) -> T | None:
-        """Let the first process do something while the others wait; an error there is raised by all.
-
-        Args:
-            call: What to do.
-
-        Returns:
-            What it returned, in the process that called it; None in the others.
-
-        Raises:
-            TracerError: It failed in the first process.
-        """
+    def rank_zero_only(self, call: Callable[[], T]) -> T | None:
+        """Call a function in the first process while the rest wait and then return None; all raise its error."""
         if not self.together:
             return call()
         result, error = None, None
@@ -96,38 +78,38 @@ class Process:
                 result = call()
             except Exception as caught:
                 error = caught
-        told = [None if error is None else (type(error).__name__, str(error), isinstance(error, TracerError))]
-        dist.broadcast_object_list(told, src=0)
+        shared = [None if error is None else (type(error).__name__, str(error), isinstance(error, TracerError))]
+        dist.broadcast_object_list(shared, src=0)
         if error is not None:
             raise error
-        if told[0] is not None:
-            _raise_again(*told[0])
+        if shared[0] is not None:
+            _raise_shared(*shared[0])
         return result
 
 
-def _raise_again(name: str, text: str, is_ours: bool) -> NoReturn:
-    """Raise what the first process raised, as far as it can be made again."""
+def _raise_shared(name: str, text: str, is_ours: bool) -> NoReturn:
+    """Raise the first process's error, as far as it can be built from its name and text."""
     if is_ours:
         raise getattr(errors, name, TracerError)(text)
     raise RuntimeError(f"the first process failed with {name}: {text}")
 
 
 def this_process(process: ProcessChoice = None, environment: Mapping[str, str] = os.environ) -> Process:
-    """Return which of several processes this one is.
+    """Return the number of this process and of all.
 
     Args:
-        process: Its number and how many there are; or ``"slurm"``: as the variables of a SLURM job array say
-            (``SLURM_ARRAY_TASK_ID``, ``_MIN``, ``_MAX``, ``_STEP``, ``_COUNT``), which is not assumed, since the jobs
-            of an array may as well be different runs. None: as ``torch.distributed`` says where it is initialised, else
+        process: The number of this process and of all; or ``"slurm"``: from the variables of a SLURM job array
+            (``SLURM_ARRAY_TASK_ID``, ``_MIN``, ``_MAX``, ``_STEP``, ``_COUNT``), which has to be said, since the jobs
+            of an array may as well be different runs. None: from ``torch.distributed`` if it is initialized, else
             alone.
-        environment: Where the variables are.
+        environment: The environment variables.
 
     Returns:
         The process.
 
     Raises:
-        InputTypeError: ``process`` is not a pair of integers.
-        InputError: The number is not below the count, or this is no job of an array.
+        InputTypeError: If ``process`` is not a pair of integers.
+        InputError: If the number is not below the count, or this is no job of an array.
 
     >>> this_process("slurm", {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_MAX": "8"})
     Process(rank=2, count=4, together=False)
@@ -146,7 +128,7 @@ def _of_array(process: str, environment: Mapping[str, str]) -> Process:
         raise InputError(f"process={process!r} is not known; expected (number, how many), 'slurm' or None.")
     if "SLURM_ARRAY_TASK_ID" not in environment:
         raise InputError(
-            "process='slurm' came and SLURM_ARRAY_TASK_ID is not set: this is no job of an array. Submit it with "
+            "expected a job of an array with process='slurm', but SLURM_ARRAY_TASK_ID is not set. Submit it with "
             "sbatch --array, or pass process=(number, how_many)."
         )
     number, first, last, step = (
@@ -156,9 +138,9 @@ def _of_array(process: str, environment: Mapping[str, str]) -> Process:
     count = (last - first) // step + 1
     if int(environment.get("SLURM_ARRAY_TASK_COUNT", count)) != count:
         raise InputError(
-            f"process='slurm' came in an array of {environment['SLURM_ARRAY_TASK_COUNT']} jobs with gaps among the "
-            f"numbers {first} to {last}: parts of rows would be nobody's. Submit consecutive numbers (after failures "
-            f"the whole array again), or pass process=(number, how_many)."
+            f"expected an array without gaps, got {environment['SLURM_ARRAY_TASK_COUNT']} jobs among the "
+            f"numbers {first} to {last}: no process would compute the rows of the missing ones. Submit consecutive "
+            f"numbers (after failures the whole array again), or pass process=(number, how_many)."
         )
     return _explicit(((number - first) // step, count))
 

@@ -1,9 +1,9 @@
 """Random numbers that are the same on every machine, device and version of torch and numpy.
 
-Everything derives from `numpy.random.SeedSequence` and the raw 64-bit stream of `numpy.random.Philox`, which numpy
-keeps stable for good; its distributions (``integers``, ``permutation``, ``normal``) may change between versions and are
-not used. A stream is keyed by the seed, the projector's version, what it is for, the parameter's name and counters
-(tiles, blocks), so a parameter's numbers depend on no other parameter and on no order of calls.
+They derive from `numpy.random.SeedSequence` and the raw 64-bit stream of `numpy.random.Philox`, which numpy keeps
+stable for good; its distributions (``integers``, ``permutation``, ``normal``) may change between versions and are not
+used. A stream is keyed by the seed, the projector's version, its purpose, the parameter's name and counters (tiles,
+blocks), so a parameter's numbers depend on no other parameter and not on the order of calls.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Stream:
     Args:
         seed: The user's seed, below 2**64.
         version: The version of the projector's numbers.
-        purpose: What the numbers are for: a projector's kind.
+        purpose: The use of the numbers, for example a projector's kind.
         name: The parameter's name.
-        indices: Counters below 2**32 that tell apart tiles or blocks of one parameter.
+        indices: Counters below 2**32 that distinguish tiles or blocks of one parameter.
 
     >>> Stream(0, 1, "sketch", "weight", 0, 0).words(1)
     array([1024477239257450320], dtype=uint64)
@@ -56,18 +56,7 @@ class Stream:
         return unpack_signs(self.packed_signs(count), count)
 
     def gaussians(self, count: int) -> np.ndarray:
-        """Return ``count`` standard normal numbers: ``[count]``, float32.
-
-        Box and Muller (1958): sqrt(-2 log u) times the cosine, then the sine, of 2 pi v; u in (0, 1) and v in [0, 1)
-        are float64 of 53 bits. The logarithm and the cosine may differ by a float64 rounding between machines, which
-        the cast to float32 hides but for rare last bits.
-
-        Args:
-            count: How many.
-
-        Returns:
-            The numbers; all cosines come before all sines.
-        """
+        """Return ``count`` standard normal numbers, Box & Muller's cosines before sines: ``[count]``, float32."""
         half = -(-count // 2)
         uniform = (self.words(2 * half) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         radius = np.sqrt(-2.0 * np.log(uniform[:half] + 2.0**-54))

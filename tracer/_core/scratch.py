@@ -1,4 +1,4 @@
-"""Memory that is taken again and again: large fresh tensors cost more in page faults than what is computed in them."""
+"""Memory that is reused: large fresh tensors cost more in page faults than the computation in them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Scratch:
-    """One flat buffer for each use, as large as it ever had to be.
+    """One flat buffer for each use, as large as the largest request so far.
 
     >>> scratch = Scratch()
     >>> first = scratch.take("built", (2, 3), torch.float32, torch.device("cpu"))
@@ -22,17 +22,7 @@ class Scratch:
         self._flat: dict[str, Tensor] = {}
 
     def take(self, use: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return an uninitialized tensor that is valid until the next call for the same use.
-
-        Args:
-            use: What it is for.
-            shape: Its shape.
-            dtype: Its dtype.
-            device: Where it lies.
-
-        Returns:
-            A contiguous tensor.
-        """
+        """Return an uninitialized contiguous tensor that is valid until the next call for the same use."""
         numel = math.prod(shape)
         flat = self._flat.get(use)
         if flat is None or flat.numel() < numel or flat.dtype != dtype or flat.device != device:

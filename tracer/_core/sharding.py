@@ -1,6 +1,6 @@
-"""How a model or a tensor is divided among ranks, read from it without communication.
+"""The division of a model or a tensor among ranks, read from it without communication.
 
-Nothing here imports ``torch.distributed``: without the import there can be no sharded model.
+Nothing here imports ``torch.distributed``: if it was not imported, there can be no sharded model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def _loaded(module: str, name: str) -> Any:
-    """Return a name of a module that is imported already, or None: without it there can be no instance."""
+    """Return a name of a module that is imported already, or None: without the import there can be no instance."""
     return getattr(sys.modules.get(module), name, None)
 
 
@@ -46,20 +46,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def own_part(tensor: Any) -> Tensor:
-    """Return what this rank holds of a sharded tensor: the same memory, not a copy."""
+    """Return this rank's part of a sharded tensor: the same memory, not a copy."""
     return tensor.detach().to_local()
 
 
 def part_of(whole: Tensor, sharded: Any) -> Tensor:
-    """Return this rank's part of a whole tensor, divided as a sharded one is; nothing is sent.
-
-    Args:
-        whole: The values.
-        sharded: Tells the division.
-
-    Returns:
-        A view of ``whole``.
-    """
+    """Return this rank's part of a whole tensor that is divided like a sharded one, as a view; nothing is sent."""
     mesh = sharded.device_mesh
     part = whole
     for axis, (placement, position) in enumerate(zip(sharded.placements, mesh.get_coordinate(), strict=True)):
@@ -70,31 +62,23 @@ def part_of(whole: Tensor, sharded: Any) -> Tensor:
     return part
 
 
-def settle(model: nn.Module, failed: bool = False) -> bool:
-    """Let a sharded model hold nothing but its parts, as between two training steps; others are not touched.
-
-    Args:
-        model: The model.
-        failed: Whether a forward or a backward was given up.
-
-    Returns:
-        Whether the model is sharded.
-    """
+def reshard(model: nn.Module, failed: bool = False) -> bool:
+    """Reshard a model after a forward or backward, maybe a ``failed`` one; return whether the model is sharded."""
     modules = fsdp_modules(model)
     if failed:
-        for module in _roots(modules):
-            if _state_of(module)._is_root:  # it ran once; before, there is nothing to reset
+        for module in outermost(modules):
+            if fsdp_state(module)._is_root:  # it ran once; before, there is nothing to reset
                 module.reset_iter_state()
     for module in modules:
         module.reshard()
     return bool(modules)
 
 
-def _roots(modules: Sequence[Any]) -> list[Any]:
-    """Return those of some modules that lie in none of the others."""
+def outermost(modules: Sequence[Any]) -> list[Any]:
+    """Return those modules that are inside none of the rest."""
     below = {id(inner) for outer in modules for inner in outer.modules() if inner is not outer}
     return [module for module in modules if id(module) not in below]
 
 
-def _state_of(module: Any) -> Any:
+def fsdp_state(module: Any) -> Any:
     return module._get_fsdp_state()

@@ -1,4 +1,4 @@
-"""Checks of single arguments: each says what was expected and what came."""
+"""Checks of single arguments; each error says what was expected and what the argument was."""
 
 from __future__ import annotations
 
@@ -14,17 +14,7 @@ from tracer.errors import InputError, InputTypeError, nearest_name
 
 
 def check_model(model: nn.Module) -> nn.Module:
-    """Return the module whose parameters count; refuse what is no Python module.
-
-    Args:
-        model: What the user passed.
-
-    Returns:
-        The module, without the wrappers of ``torch.compile``, `DataParallel` and `DistributedDataParallel`.
-
-    Raises:
-        InputTypeError: It is no module, a TorchScript module, or sharded by ``FullyShardedDataParallel``.
-    """
+    """Return the module that owns the parameters, without the wrappers of ``torch.compile``, DataParallel and DDP."""
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule):
@@ -49,17 +39,7 @@ def check_choice(name: str, value: Any, choices: Collection[str], more: str = ""
 
 
 def check_autocast(autocast: str | torch.dtype | None) -> torch.dtype | None:
-    """Return the dtype of ``autocast=``.
-
-    Args:
-        autocast: ``"bfloat16"``, ``"float16"``, the same as dtypes, or None.
-
-    Returns:
-        The dtype, or None.
-
-    Raises:
-        InputError: It is something else.
-    """
+    """Return the dtype of ``autocast=``, or None."""
     if autocast is None:
         return None
     found = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(autocast).removeprefix("torch."))
@@ -69,7 +49,7 @@ def check_autocast(autocast: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def bar_disabled(progress: bool | None) -> bool | None:
-    """Return what tqdm takes as ``disable``: None, on a terminal only, where ``progress`` is None."""
+    """Return tqdm's ``disable`` for ``progress=``: None, a bar on a terminal only, if ``progress`` is None."""
     return None if progress is None else not progress
 
 
@@ -102,36 +82,14 @@ def check_seed(seed: Any) -> int:
 
 
 def as_list(values: object, name: str) -> list:
-    """Return the items of a list, tuple, array, range or generator.
-
-    Args:
-        values: What the user passed.
-        name: The argument's name.
-
-    Returns:
-        The items.
-
-    Raises:
-        InputTypeError: It has no items, or is a string.
-    """
+    """Return the items of a list, tuple, array, range or generator, but not of a string."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise InputTypeError(f"{name} is {values!r}; expected a list.")
     return list(values)
 
 
 def check_rate(learning_rate: float | None) -> float | None:
-    """Return a learning rate, or None for none.
-
-    Args:
-        learning_rate: What the user passed.
-
-    Returns:
-        The rate as float.
-
-    Raises:
-        InputTypeError: It is no number.
-        InputError: It is negative or not finite.
-    """
+    """Return a learning rate as float, or None."""
     if learning_rate is None:
         return None
     try:
@@ -156,18 +114,7 @@ def complete_rates(names: Sequence[object], rates: Sequence[float | None], advic
 
 
 def check_device(device: str | torch.device | None, model: nn.Module | None = None) -> torch.device:
-    """Return the device to compute on; None stands for where the model is.
-
-    Args:
-        device: What the user passed.
-        model: The model.
-
-    Returns:
-        The device, with its index.
-
-    Raises:
-        InputError: There is no such device.
-    """
+    """Return the device to compute on, with its index; None is the device of the model."""
     if device is None:
         first: Any = None if model is None else next(model.parameters(), None)
         mesh = getattr(first, "device_mesh", None)  # of a sharded parameter, which may lie elsewhere than it is used

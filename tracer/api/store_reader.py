@@ -146,7 +146,7 @@ class StoreReader:
         """
         size = check_count(train_set_size, "train_set_size")
         self.process.wait()  # what others had pending is in the store
-        self.process.first_only(lambda: self.store.grow(size))
+        self.process.rank_zero_only(lambda: self.store.grow(size))
         self.store = self._scorer.store = Store.open_existing(self.store.path)
 
     def replace(self, inds: ExampleIndices, exp_name: str | None = None) -> None:
@@ -173,7 +173,7 @@ class StoreReader:
             num_targets = self.store.targets(exp_name, self.store.catalog.target_ids(exp_name)[0]).num_rows
             rows = check_indices(inds, num_targets, "num_targets")
         self.process.wait()  # what others had pending is in the store, so that their marks go too
-        self.process.first_only(lambda: self.store.invalidate_rows(rows, exp_name))
+        self.process.rank_zero_only(lambda: self.store.invalidate_rows(rows, exp_name))
 
     def finalize_features(self, model_ids: list[int] | None = None) -> None:
         """Check that every train row is stored at each checkpoint, and open the checkpoints for scoring.
@@ -188,7 +188,7 @@ class StoreReader:
             IncompleteError: Rows are missing; the message says how many and which come first.
         """
         self.process.wait()
-        self.process.first_only(lambda: finalize_features(self.store, model_ids, self._progress))
+        self.process.rank_zero_only(lambda: finalize_features(self.store, model_ids, self._progress))
 
     def finalize_scores(
         self,

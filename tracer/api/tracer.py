@@ -98,7 +98,7 @@ class Tracer:
                 store = opened(settings.resume or not first)
         else:
             if not settings.resume:
-                process.first_only(lambda: opened(False))
+                process.rank_zero_only(lambda: opened(False))
             store = opened(settings.resume or process.together)
         self.reader = StoreReader(store, self._factory.device, process, settings.memory_bytes, settings.progress)
         self.model, self.device, self.process = self._factory.model, self._factory.device, process

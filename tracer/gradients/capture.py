@@ -27,18 +27,18 @@ from tracer.gradients.per_sample import DenseGradient, PerSampleGradient
 from tracer.types import Batch, SampleOutputs
 
 
-class Layout(Enum):
-    """Where a layer's inputs and output have the samples.
+class SampleAxis(Enum):
+    """The dimension of a layer's inputs and output that holds the samples.
 
     Attributes:
-        ROWS: In the first dimension, maybe several rows a sample.
-        SECOND: In the second dimension: sequence first.
-        SHARED: Nowhere: one output for all samples (positions, prototypes).
+        FIRST: The first, maybe with several rows a sample.
+        SECOND: The second: sequence first.
+        NONE: There is none: one output for all samples (positions, prototypes).
     """
 
-    ROWS = "rows"
+    FIRST = "first"
     SECOND = "second"
-    SHARED = "shared"
+    NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class _Call:
     inputs: tuple[Tensor, ...]
     versions: tuple[int, ...]
     edge: GradientEdge
-    layout: Layout
+    axis: SampleAxis
     rows: int
 
 
@@ -73,14 +73,14 @@ class CallPattern(NamedTuple):
 
     Attributes:
         layer: The layer's name.
-        layout: Where it had its samples.
+        axis: Where it had its samples.
         fold: How many of its rows make a sample.
         ndim: The dimensions of its input.
         repeated: Whether it was called so more than once.
     """
 
     layer: str
-    layout: Layout
+    axis: SampleAxis
     fold: int
     ndim: int
     repeated: bool
@@ -93,9 +93,9 @@ Receiver = Callable[[dict[str, PerSampleGradient]], None]
 class _Recorder:
     """The forward hooks of one pass."""
 
-    def __init__(self, batch_size: int, layouts: Mapping[str, Layout]) -> None:
+    def __init__(self, batch_size: int, axes: Mapping[str, SampleAxis]) -> None:
         self.batch_size = batch_size
-        self.layouts = layouts
+        self.axes = axes
         self.calls: list[_Call] = []
         self.expanded = False
 
@@ -117,29 +117,29 @@ class _Recorder:
         return record
 
     def _record(self, layer: CapturedLayer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        layout = self._layout(layer.name, output)
+        axis = self._axis(layer.name, output)
         versions = tuple(value._version for value in inputs)
-        if layout is not Layout.SHARED:
-            rows = output.shape[0] if layout is Layout.ROWS else self.batch_size
-            self.calls.append(_Call(layer, inputs, versions, get_gradient_edge(output), layout, rows))
+        if axis is not SampleAxis.NONE:
+            rows = output.shape[0] if axis is SampleAxis.FIRST else self.batch_size
+            self.calls.append(_Call(layer, inputs, versions, get_gradient_edge(output), axis, rows))
             return None
         # Give each sample its own copy, so that the gradient of the copy is the sample's.
         leading_one = output.ndim > 0 and output.shape[0] == 1
         expanded = _expand_input(output, leading_one, self.batch_size)
         inputs = tuple(_expand_input(value, leading_one, self.batch_size) for value in inputs)
-        self.calls.append(_Call(layer, inputs, versions, get_gradient_edge(expanded), layout, self.batch_size))
+        self.calls.append(_Call(layer, inputs, versions, get_gradient_edge(expanded), axis, self.batch_size))
         self.expanded = True
         return expanded
 
-    def _layout(self, name: str, output: Tensor) -> Layout:
+    def _axis(self, name: str, output: Tensor) -> SampleAxis:
         """Return the layout that was found for a layer, or the likeliest for its output's shape."""
         sequence_first = output.ndim > 2 and output.shape[1] == self.batch_size
-        chosen = self.layouts.get(name)
-        if chosen is Layout.SHARED or (chosen is Layout.SECOND and sequence_first):
+        chosen = self.axes.get(name)
+        if chosen is SampleAxis.NONE or (chosen is SampleAxis.SECOND and sequence_first):
             return chosen
         if output.ndim > 0 and output.shape[0] > 0 and output.shape[0] % self.batch_size == 0:
-            return Layout.ROWS
-        return Layout.SECOND if sequence_first else Layout.SHARED
+            return SampleAxis.FIRST
+        return SampleAxis.SECOND if sequence_first else SampleAxis.NONE
 
 
 def _expand_input(value: Tensor, leading_one: bool, batch_size: int) -> Tensor:
@@ -158,7 +158,7 @@ class CapturedPass:
         batch_size: ``B``.
         layers: The layers to capture.
         attentions: The attention modules whose projections are among them.
-        layouts: Where layers have their samples, by name, if not where their output's shape suggests.
+        axes: Where layers have their samples, by name, if not where their output's shape suggests.
 
     Attributes:
         outputs: f, L, Q, w of each sample, detached.
@@ -177,9 +177,9 @@ class CapturedPass:
         batch_size: int,
         layers: Sequence[CapturedLayer],
         attentions: Sequence[CapturedAttention],
-        layouts: Mapping[str, Layout],
+        axes: Mapping[str, SampleAxis],
     ) -> None:
-        recorder = _Recorder(batch_size, layouts)
+        recorder = _Recorder(batch_size, axes)
         hooks = [
             layer.module.register_forward_hook(recorder.hook(layer), prepend=True, with_kwargs=True) for layer in layers
         ]
@@ -314,7 +314,7 @@ def _checked_forward(task: Task, model: nn.Module, batch: Batch, batch_size: int
     except (torch.OutOfMemoryError, RankError):
         raise
     except Exception as error:
-        shared = next((call.layer.name for call in recorder.calls if call.layout is Layout.SHARED), None)
+        shared = next((call.layer.name for call in recorder.calls if call.axis is SampleAxis.NONE), None)
         if shared is None or isinstance(error, CaptureFailed):
             raise
         raise CaptureFailed(shared, f"its output without rows cannot be expanded ({error})", True) from error
@@ -324,7 +324,7 @@ def _checked_forward(task: Task, model: nn.Module, batch: Batch, batch_size: int
 
 
 def _patterns(calls: Sequence[_Call], batch_size: int) -> frozenset[CallPattern]:
-    counts = Counter((call.layer.name, call.layout, call.rows // batch_size, call.inputs[0].ndim) for call in calls)
+    counts = Counter((call.layer.name, call.axis, call.rows // batch_size, call.inputs[0].ndim) for call in calls)
     return frozenset(CallPattern(*key, repeated=count > 1) for key, count in counts.items())
 
 
@@ -337,7 +337,7 @@ def _apply_rule(call: _Call, grad: Tensor) -> dict[str, PerSampleGradient]:
     with torch.no_grad():
         try:
             inputs, grad = tuple(value.detach() for value in call.inputs), grad.detach()
-            if call.layout is Layout.SECOND:
+            if call.axis is SampleAxis.SECOND:
                 grad = grad.transpose(0, 1)
                 inputs = tuple(value.transpose(0, 1) if value.ndim > 1 else value for value in inputs)
             given = layer.rule.rule(LayerCall(layer.module, inputs, grad, wanted))

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from tracer._core.sharding import _roots, _state_of, fsdp_modules, is_sharded, settle
+from tracer._core.sharding import fsdp_modules, fsdp_state, is_sharded, outermost, reshard
 from tracer.data.tasks import Task
 from tracer.errors import GradientError, RankError
+from tracer.gradients.fsdp_support import check_policy, initialize, one_mesh
 from tracer.gradients.selfcheck import Reference, sharded_reference_pass
 from tracer.types import Batch
 
@@ -83,13 +84,13 @@ class FsdpBackend:
         self.model = model
         modules = fsdp_modules(model)
         for module in modules:
-            _check_policy(module)
-        settle(model)
-        mesh, axis = _one_mesh(model)
+            check_policy(module)
+        reshard(model)
+        mesh, axis = one_mesh(model)
         self.device_type: str = mesh.device_type
-        for module in _roots(modules):
-            _initialize(module)
-        self._states = list({id(state): state for state in map(_state_of, modules)}.values())
+        for module in outermost(modules):
+            initialize(module)
+        self._states = list({id(state): state for state in map(fsdp_state, modules)}.values())
         self._groups = [group for state in self._states for group in state._fsdp_param_groups]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._slots = [
@@ -380,66 +381,3 @@ class _VotingGather:
 
 def _by_rank(values: Sequence[str | None]) -> str:
     return "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(values) if value is not None)
-
-
-def _initialize(module: Any) -> None:
-    """Let FSDP make what it makes at the first forward, now, while the user's requires_grad flags are in force."""
-    state = _state_of(module)
-    if state._is_root is False:
-        raise GradientError(
-            "The model is a part of a larger one to which fully_shard was applied; pass the whole model, and choose "
-            "with params=."
-        )
-    state._lazy_init()
-
-
-def _check_policy(module: Any) -> None:
-    """Refuse a module whose sharding is not supported.
-
-    Raises:
-        GradientError: Which, and why.
-    """
-    if not hasattr(module, "reset_iter_state") or not hasattr(_state_of(module), "_fsdp_param_groups"):
-        raise GradientError(
-            f"The model is sharded by fully_shard, and torch {torch.__version__} lacks FSDPModule.reset_iter_state, "
-            f"by which a model recovers from an error; use torch 2.13 or newer, or pass the plain model."
-        )
-    policy = _state_of(module)._mp_policy
-    lowered = [dtype for dtype in (policy.param_dtype, policy.output_dtype) if dtype is not None]
-    dtypes = {parameter.dtype for parameter in module.parameters()}
-    if any(dtype not in dtypes for dtype in lowered):
-        names = ", ".join(str(dtype) for dtype in lowered)
-        raise GradientError(
-            f"fully_shard was given a MixedPrecisionPolicy that casts to {names}: the store would not know of it. Wrap "
-            f"the model without it, and pass autocast='bfloat16' or 'float16' to the Tracer."
-        )
-
-
-def _one_mesh(model: nn.Module) -> tuple[Any, int]:
-    """Return the mesh over which all parameters are sharded, and the axis along which.
-
-    Raises:
-        GradientError: There are several, parameters have no values yet, or they are divided in another way.
-    """
-    found: dict[tuple, tuple[Any, int]] = {}
-    sharded: Mapping[str, Any] = {name: value for name, value in model.named_parameters() if is_sharded(value)}
-    for name, value in sharded.items():
-        *others, last = value.placements
-        if type(last).__name__ != "Shard" or any(not one.is_replicate() for one in others) or len(others) > 1:
-            raise GradientError(
-                f"Parameter {name!r} has the placements {value.placements}; expected those of fully_shard alone: "
-                f"(Shard,), or (Replicate, Shard). Tensor parallelism and replicate() are not supported."
-            )
-        if value.device.type == "meta":
-            raise GradientError(
-                f"Parameter {name!r} has no memory yet (it is on the meta device); call model.to_empty(device=...) "
-                f"before making the Tracer: the values come from checkpoints."
-            )
-        axis = len(others)
-        members = tuple(distributed.get_process_group_ranks(value.device_mesh.get_group(axis)))
-        found[members] = value.device_mesh, axis
-    if len(found) != 1:
-        raise GradientError(
-            f"The parameters are sharded over {len(found)} sets of ranks; expected one for the whole model."
-        )
-    return next(iter(found.values()))

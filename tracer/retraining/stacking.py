@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tracer.data.tasks import Task
 from tracer.errors import InputError
-from tracer.gradients.functional import can_vmap
+from tracer.gradients.fallback import can_vmap
 from tracer.gradients.selfcheck import tolerance
 from tracer.retraining.model_factory import seeded
 from tracer.retraining.models import Examples, Models, SingleModel, StackedModels

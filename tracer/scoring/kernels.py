@@ -179,7 +179,7 @@ class Kernels:
         if self.process.agreed(known is not None) and known is not None:
             return known
         computed = compute()
-        self.process.first_only(lambda: save_kernel(path, inputs, *computed))
+        self.process.rank_zero_only(lambda: save_kernel(path, inputs, *computed))
         return computed
 
     def _shard(self, table: RowTable) -> range:

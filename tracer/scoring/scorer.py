@@ -68,7 +68,7 @@ class Scorer:
             )
 
         if process.together:
-            process.first_only(lambda: opened().close())
+            process.rank_zero_only(lambda: opened().close())
         with opened() as scores:
             ranges = scores.remaining((process.rank, process.count))
             found = write_scores(scorer, scores, self.progress, ranges)
@@ -102,7 +102,7 @@ class Scorer:
                     f"and stored the result; {missing} examples of other processes are missing. Call top again when "
                     f"those are done."
                 )
-            self.process.first_only(query.result)
+            self.process.rank_zero_only(query.result)
         return query.result()[KINDS.index(kind)]
 
     def query(

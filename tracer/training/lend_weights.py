@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracer._core.sharding import is_sharded, own_part, part_of, settle
+from tracer._core.sharding import is_sharded, own_part, part_of, reshard
 from tracer._core.text import listing
 from tracer.errors import CheckpointError
 from tracer.training.fit_state import fit_state
@@ -61,7 +61,7 @@ class LoadedWeights:
         def copies(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
             return {name: copied(name, value) for name, value in named if name in fitted}
 
-        settle(model)
+        reshard(model)
         self.parameters = copies(model.named_parameters())
         self.buffers = copies(model.named_buffers())
         self.scales: dict[str, Tensor] | None = None
@@ -96,7 +96,7 @@ def weights_in(model: nn.Module, loaded: LoadedWeights) -> Iterator[nn.Module]:
     """
     # FSDP keeps its own references to the memory of each part, so parts of a sharded model are overwritten in place and
     # written back, not replaced.
-    divided = settle(model)
+    divided = reshard(model)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     if parameters.keys() != loaded.parameters.keys() or not loaded.buffers.keys() <= buffers.keys():
         raise CheckpointError("the weights were loaded for another model: make LoadedWeights with this one")
@@ -130,7 +130,7 @@ def weights_in(model: nn.Module, loaded: LoadedWeights) -> Iterator[nn.Module]:
     finally:
         changed = [name for name, version in versions.items() if parameters[name]._version != version]
         try:
-            settle(model, failed)
+            reshard(model, failed)
         finally:
             for module, own_parameters, own_buffers, non_persistent in registered:
                 _put_back(module._parameters, own_parameters)

@@ -1,0 +1,161 @@
+"""The assignment of parameters to layer rules or to the fallback, which changes as checks fail."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from tracer._core.sharding import layer_type
+from tracer.errors import GradientError
+from tracer.gradients.attention import CapturedAttention, refuses_attention
+from tracer.gradients.backend import Backend
+from tracer.gradients.capture import CapturedLayer, CapturedPass, SampleAxis
+from tracer.gradients.layers import rule_for
+
+logger = logging.getLogger("tracer.gradients")
+
+
+class Assignment:
+    """The layers to capture, and the parameters that the fallback computes.
+
+    Args:
+        model: The model.
+        names: The selected parameters.
+        method: One of `tracer.gradients.METHODS`.
+        backend: How the model runs.
+
+    Attributes:
+        layers: The layers to capture.
+        attentions: The attention modules whose projections are among them.
+        fallback: The parameters that the fallback computes, with the reason.
+        axes: The axis of samples of layers for which it is not the one that the shape suggests.
+
+    Raises:
+        GradientError: If a parameter needs the fallback, and the method or the backend does not allow it.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], method: str, backend: Backend) -> None:
+        self._model, self._names, self._method, self._backend = model, names, method, backend
+        self.fallback: dict[str, str] = {}
+        self.axes: dict[str, SampleAxis] = {}
+        self._tried: dict[str, set[SampleAxis]] = {}
+        self._suspects: dict[str, dict[str, str]] = {}
+        self._assign()
+
+    @property
+    def captured(self) -> list[str]:
+        """The parameters that are captured."""
+        return [name for name in self._names if name not in self.fallback]
+
+    def blame(self, wrong: Mapping[str, str], captured: CapturedPass, batch_size: int) -> None:
+        """Try another axis for the layers of each wrong gradient; after all axes, use the fallback."""
+        for pattern in captured.patterns:
+            self._tried.setdefault(pattern.layer, set()).add(pattern.axis)
+        found: dict[str, SampleAxis] = {}
+        for name, difference in wrong.items():
+            layers = sorted(set(captured.layers.get(name, ())))
+            reason = (
+                f"captured from {', '.join(layers) or 'no layer'}, its gradient differs from autograd's ({difference})"
+            )
+            if batch_size > 1:
+                found |= {layer: axis for layer in layers if (axis := self._untried(layer)) is not None}
+            if found.keys().isdisjoint(layers):
+                self._drop_parameter(name, reason)
+            for layer in found.keys() & set(layers):
+                self._suspects.setdefault(layer, {})[name] = reason
+        for layer, axis in found.items():
+            self.axes[layer] = axis
+            self._tried[layer].add(axis)
+
+    def blame_expanded(self, captured: CapturedPass) -> bool:
+        """Drop layers whose output was given to each sample, after outputs changed; return whether there are any."""
+        shared = {pattern.layer for pattern in captured.patterns if pattern.axis is SampleAxis.NONE}
+        expanded = shared.intersection(self._suspects) or shared
+        for name in sorted(expanded):
+            self._drop_layer(name, "giving each sample its own copy of its output changes the model's outputs")
+        return bool(expanded)
+
+    def give_up(self, layer: str, reason: str, expanded: bool) -> None:
+        """Drop a layer whose capture failed, or, if an expansion may have caused it, all suspects."""
+        for each in (list(self._suspects) if expanded else []) or [layer]:
+            self._drop_layer(each, reason)
+
+    def confirm(self) -> None:
+        """Clear all suspicions after a pass that agreed with autograd or was not checked."""
+        self._suspects.clear()
+
+    def _assign(self) -> None:
+        self.layers: list[CapturedLayer] = []
+        self.attentions: list[CapturedAttention] = []
+        if self._method != "functional":
+            canonical = {id(parameter): name for name, parameter in self._model.named_parameters()}
+            for layer_name, module in self._model.named_modules():
+                if layer_type(module) is nn.MultiheadAttention and not refuses_attention(module):
+                    attention = CapturedAttention(layer_name, module)
+                    if self._capture(attention.projection_name, attention.projection, canonical):
+                        self.attentions.append(attention)
+                else:
+                    self._capture(layer_name or type(module).__name__, module, canonical)
+        owned = {name for layer in self.layers for name in layer.parameters.values()}
+        rest = {name: self._reason(name) for name in self.captured if name not in owned}
+        self._backend.refuse_fallback(rest)
+        for name, reason in rest.items():
+            self._use_fallback(name, reason)
+
+    def _capture(self, layer_name: str, module: nn.Module, canonical: Mapping[int, str]) -> bool:
+        """Capture a layer if a rule covers wanted parameters of it, and return whether."""
+        registered = rule_for(module)
+        if registered is None or not module._parameters or registered.refuses(module):
+            return False
+        wanted = {
+            local: name
+            for local, parameter in module._parameters.items()
+            if parameter is not None and local in registered.parameters
+            if (name := canonical[id(parameter)]) in self._names and name not in self.fallback
+        }
+        if wanted:
+            self.layers.append(CapturedLayer(layer_name, module, registered, wanted))
+        return bool(wanted)
+
+    def _reason(self, name: str) -> str:
+        if self._method == "functional":
+            return "gradients='functional'"
+        module = self._model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nn.MultiheadAttention) and (reason := refuses_attention(module)):
+            return reason
+        registered = rule_for(module)
+        reason = registered.refuses(module) if registered is not None else None
+        return reason or f"no layer rule covers it in {type(module).__name__}"
+
+    def _use_fallback(self, name: str, reason: str) -> None:
+        self._backend.refuse_fallback({name: reason})
+        if self._method == "capture":
+            raise GradientError(
+                f"gradients='capture' cannot compute the gradient of {name!r}: {reason}. Use gradients='auto', which "
+                f"uses torch.func for such parameters, leave it out with params=, or register_layer_rule."
+            )
+        self.fallback[name] = reason
+        if self._method == "auto":
+            logger.info("per-sample gradients of %r are computed by torch.func: %s", name, reason)
+
+    def _untried(self, layer: str) -> SampleAxis | None:
+        """Return an axis that was not tried for a layer; the first axis is tried whenever the shape allows it."""
+        axes = (SampleAxis.SECOND, SampleAxis.NONE)  # the cheaper one first
+        return next((axis for axis in axes if axis not in self._tried[layer]), None)
+
+    def _drop_layer(self, layer_name: str, reason: str) -> None:
+        """Use the fallback for the parameters that a layer was suspected of, or for all of its parameters."""
+        layer = next((layer for layer in self.layers if layer.name == layer_name), None)
+        if layer is None:
+            raise GradientError(f"Layer {layer_name!r} cannot be captured: {reason}.")
+        suspected = self._suspects.pop(layer_name, {})
+        self.axes.pop(layer_name, None)
+        for name in suspected or layer.parameters.values():
+            self._drop_parameter(name, suspected.get(name, f"captured from {layer_name}: {reason}"))
+
+    def _drop_parameter(self, name: str, reason: str) -> None:
+        if name not in self.fallback:
+            self._use_fallback(name, reason)
+        self._assign()
