@@ -1,6 +1,6 @@
 """Self-attention of `torch.nn.MultiheadAttention` as layers that can be captured.
 
-The module computes with its parameters directly, so no hook sees its projections. While a batch is captured its
+The module computes with its parameters directly, so no hook sees its projections. While a batch is captured, its
 forward is replaced by an equal one that calls a projection layer (which shares the parameters) and the output layer as
 modules. The self-check compares outputs and gradients with the module's own forward.
 """
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 
 class CaptureFailed(Exception):
-    """A layer cannot be captured; never reaches a user.
+    """A layer that cannot be captured; never reaches a user.
 
     Args:
         layer: The layer's name.
-        reason: Why.
+        reason: The reason.
         expanded: Whether the layer is only the first of those whose expanded outputs may be to blame.
     """
 
@@ -39,7 +39,7 @@ class PackedProjection(nn.Module):
         self._attention = (attention,)  # in a tuple, not to be a submodule
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, T, E]`` to ``[B, T, 3 * E]``."""
+        """Project ``[B, T, E]`` to ``[B, T, 3 * E]``."""
         (attention,) = self._attention  # whose parameters are whole while it runs, also where the model is sharded
         return F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
 
@@ -52,7 +52,7 @@ class CapturedAttention:
         module: The module.
 
     Attributes:
-        projection: The layer that stands for its input projection.
+        projection: The layer that replaces its input projection.
         projection_name: That layer's name in messages.
     """
 
@@ -96,14 +96,7 @@ class CapturedAttention:
 
 
 def refuses_attention(module: nn.MultiheadAttention) -> str | None:
-    """Return why an attention module has no rule, or None.
-
-    Args:
-        module: The module.
-
-    Returns:
-        The reason, or None where `CapturedAttention` can stand for it.
-    """
+    """Return the reason why `CapturedAttention` cannot replace an attention module, or None."""
     if not module._qkv_same_embed_dim:
         return "its keys or values have sizes of their own"
     if module.bias_k is not None or module.add_zero_attn:
@@ -115,14 +108,7 @@ def refuses_attention(module: nn.MultiheadAttention) -> str | None:
 
 @contextmanager
 def attending(attentions: Sequence[CapturedAttention]) -> Iterator[None]:
-    """Replace the forward of attention modules, and put theirs back, also after an error.
-
-    Args:
-        attentions: The modules.
-
-    Yields:
-        Nothing.
-    """
+    """Replace the forward of attention modules within a ``with`` block."""
     try:
         for attention in attentions:
             attention.module.__dict__["forward"] = attention.forward
@@ -146,7 +132,7 @@ def _joined_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: T
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask as numbers to add: a boolean one forbids where it is True."""
+    """Return a mask as numbers to add; a boolean mask forbids positions that are True."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -torch.inf)

@@ -1,7 +1,7 @@
-"""How a model runs: whole in this process, or divided among ranks by ``fully_shard``, behind the same calls.
+"""Backends that run a model: whole in this process, or sharded among ranks by ``fully_shard``, behind the same calls.
 
-The engine and the featurizer make every call for both kinds. For a whole model each one is the plain case: no vote, no
-waiting, nothing to gather.
+The engine and the featurizer make every call for both kinds. For a whole model each call is the trivial case: no vote,
+no waiting, nothing to gather.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Capture: one forward and one backward give every layer's input and output gradient, for all samples at once.
 
-Forward hooks keep each layer's input and the autograd edge of its output (an edge, not the tensor: an activation that
+Forward hooks store each layer's input and the autograd edge of its output (an edge, not the tensor: an activation that
 works in place replaces the tensor's history). One ``torch.autograd.grad`` of the outputs' sum with respect to the
-innermost of these edges then passes all others, whose gradients are taken as they come by: they are handed on and
-freed at once, so that the backward holds no more than a training step's. Batch gradients of weights are never computed.
+innermost of these edges then passes all other edges, whose gradients are taken on the way: they are passed on and freed
+at once, so that the backward holds no more than a training step's. Batch gradients of weights are never computed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CapturedLayer:
         name: Its name in the model.
         module: The layer.
         rule: The rule of its type.
-        parameters: From the layer's own parameter names to the model's names, of the wanted parameters.
+        parameters: The wanted parameters: the layer's own names to the model's names.
     """
 
     name: str
@@ -69,12 +69,12 @@ class _Call:
 
 
 class CallPattern(NamedTuple):
-    """How a layer was called, as far as it decides which rows are which samples.
+    """How a layer was called, as far as it decides which rows belong to which samples.
 
     Attributes:
         layer: The layer's name.
-        axis: Where it had its samples.
-        fold: How many of its rows make a sample.
+        axis: The axis of the samples.
+        fold: The number of rows of a sample.
         ndim: The dimensions of its input.
         repeated: Whether it was called so more than once.
     """
@@ -87,7 +87,7 @@ class CallPattern(NamedTuple):
 
 
 Receiver = Callable[[dict[str, PerSampleGradient]], None]
-"""Takes the gradients of some parameters, each parameter once and whole."""
+"""A consumer of gradients by parameter name, each parameter once and complete."""
 
 
 class _Recorder:
@@ -132,7 +132,7 @@ class _Recorder:
         return expanded
 
     def _axis(self, name: str, output: Tensor) -> SampleAxis:
-        """Return the layout that was found for a layer, or the likeliest for its output's shape."""
+        """Return the axis that was found for a layer, or the likeliest one for its output's shape."""
         sequence_first = output.ndim > 2 and output.shape[1] == self.batch_size
         chosen = self.axes.get(name)
         if chosen is SampleAxis.NONE or (chosen is SampleAxis.SECOND and sequence_first):
@@ -158,15 +158,15 @@ class CapturedPass:
         batch_size: ``B``.
         layers: The layers to capture.
         attentions: The attention modules whose projections are among them.
-        axes: Where layers have their samples, by name, if not where their output's shape suggests.
+        axes: The axis of samples by layer name, if it is not the one that the output's shape suggests.
 
     Attributes:
         outputs: f, L, Q, w of each sample, detached.
-        patterns: How the layers were called; a pass with patterns not seen before is checked again.
+        patterns: How the layers were called; a pass with new patterns is checked.
         layers: After the backward: for each parameter, the names of the layers that contributed.
 
     Raises:
-        CaptureFailed: A layer was used in a way that its rule cannot describe.
+        CaptureFailed: If a layer was used in a way that its rule cannot describe.
     """
 
     def __init__(
@@ -197,13 +197,13 @@ class CapturedPass:
         self.layers: dict[str, list[str]] = {}
 
     def backward(self, receive: Receiver) -> None:
-        """Give the per-sample gradient of each captured parameter that f depends on, as soon as it is known.
+        """Pass the gradient of each captured parameter that f depends on to ``receive``, as soon as it is complete.
 
         Args:
-            receive: Called during the backward; what it does not keep is freed.
+            receive: Called during the backward; gradients that it does not store are freed.
 
         Raises:
-            CaptureFailed: A layer was used in a way that its rule cannot describe.
+            CaptureFailed: If a layer was used in a way that its rule cannot describe.
         """
         output, calls = self._output, self._calls
         self._output, self._calls = None, []
@@ -233,17 +233,7 @@ class CapturedPass:
 
 
 def _innermost(root: Node | None, wanted: Collection[Node]) -> tuple[list[Node], set[Node]]:
-    """Find the wanted nodes of a graph, and those of them from which no other wanted one can be reached.
-
-    A backward to the innermost nodes passes all others.
-
-    Args:
-        root: Where the backward starts.
-        wanted: The nodes to look for.
-
-    Returns:
-        The wanted nodes below the root, and the innermost of them.
-    """
+    """Return the wanted nodes below a root, and those from which no other wanted node can be reached."""
     above: dict[Node, bool] = {}  # whether a wanted node lies below
     reached: list[Node] = []
     stack: list[tuple[Node, bool]] = [] if root is None else [(root, False)]
@@ -264,7 +254,7 @@ def _innermost(root: Node | None, wanted: Collection[Node]) -> tuple[list[Node],
 
 
 class _Arrivals:
-    """Output gradients that come in any order, turned into gradients of parameters and given away when whole."""
+    """Output gradients in any order, turned into gradients of parameters and passed on when complete."""
 
     def __init__(
         self, calls: Sequence[_Call], batch_size: int, receive: Receiver, layers: dict[str, list[str]]
@@ -282,7 +272,7 @@ class _Arrivals:
         return arrive
 
     def take(self, arrived: Sequence[tuple[_Call, Tensor | None]]) -> None:
-        """Take the output gradients of some calls and give away the parameters that are whole by them."""
+        """Take the output gradients of some calls and pass on the parameters that are complete by them."""
         whole: dict[str, PerSampleGradient] = {}
         for call, grad in arrived:
             given = {} if grad is None else _apply_rule(call, grad)
@@ -298,7 +288,7 @@ class _Arrivals:
             self._receive(whole)
 
     def finish(self) -> None:
-        """Give away what waited for calls that f turned out not to depend on."""
+        """Pass on parameters that waited for calls that f turned out not to depend on."""
         whole = {name: add_gradients(parts) for name, parts in self._parts.items()}
         self._parts.clear()
         if whole:
@@ -329,7 +319,7 @@ def _patterns(calls: Sequence[_Call], batch_size: int) -> frozenset[CallPattern]
 
 
 def _apply_rule(call: _Call, grad: Tensor) -> dict[str, PerSampleGradient]:
-    """Run a layer's rule and check the shapes of what it gives."""
+    """Run a layer's rule and check the shapes of its gradients."""
     layer = call.layer
     if any(value._version != version for value, version in zip(call.inputs, call.versions, strict=True)):
         raise CaptureFailed(layer.name, "its input was changed in place after the call")
@@ -357,7 +347,7 @@ def _checked_gradients(call: _Call, given: Mapping[str, PerSampleGradient | Tens
         gradient = DenseGradient(value) if isinstance(value, Tensor) else value
         expected = (call.rows, *getattr(call.layer.module, local).shape)
         if (gradient.batch_size, *gradient.shape) != expected:
-            came = (gradient.batch_size, *gradient.shape)
-            raise CaptureFailed(call.layer.name, f"its rule gave {came} for {local!r}, expected {expected}")
+            got = (gradient.batch_size, *gradient.shape)
+            raise CaptureFailed(call.layer.name, f"expected shape {expected} for {local!r} from its rule, got {got}")
         found[name] = gradient
     return found

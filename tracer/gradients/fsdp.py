@@ -1,12 +1,13 @@
 """Models that `torch.distributed.fsdp.fully_shard` divides among processes.
 
 Each process, a *rank*, holds a part of every parameter. While a wrapped module runs, its whole parameters are gathered
-from all ranks, which therefore have to run the same modules in the same order: a rank that does not leaves the others
-waiting. So ranks go in step. Before they gather, and wherever a decision changes what runs next, they *vote*: each says
-where it is, and reads where the others are. A rank that fails votes too, once, and then every rank raises; a rank
-without work of its own runs a row of other work (`tracer.api.featurizer`).
+from all ranks, which therefore have to run the same modules in the same order: a rank that does not would leave the
+rest waiting forever. So ranks move in step. Before each gathering, and before each decision about what to run next,
+they *vote*: each sends its position in the program and reads the positions of all. A rank that fails votes too, once,
+and then every rank raises; a rank without work of its own runs a copy of another rank's sample
+(`tracer.api.featurizer`).
 
-Votes go through a group of processes of their own, on the CPU. Nothing here runs for models that are not sharded.
+Votes use a process group of their own, on the CPU. Nothing here runs for models that are not sharded.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from tracer.gradients.selfcheck import Reference, sharded_reference_pass
 from tracer.types import Batch
 
 _QUIET = {"reduce_grads": False, "reshard_after_backward": True}
-"""What a group of parameters is set to: nothing is reduced over ranks, and nothing whole is kept behind a backward."""
+"""Settings of groups of parameters: gradients are not reduced, and whole parameters are freed after a backward."""
 
 
 class _At(IntEnum):
-    """Where a rank is when it votes."""
+    """The positions in the program at which ranks vote."""
 
     FAILED = 0
     BATCH = 1
@@ -45,7 +46,7 @@ class _At(IntEnum):
 
 
 _PLACES = {
-    _At.BATCH: "begins a batch, or waits for others to end theirs",
+    _At.BATCH: "begins a batch, or waits for other ranks to end theirs",
     _At.GATHER: "gathers the weights of {}",
     _At.DECISION: "decides what to run next",
     _At.WRITTEN: "has written its batch",
@@ -55,27 +56,25 @@ _PLACES = {
 }
 
 WORKING, WAITING, ENDED = 2, 1, 0
-"""What a rank says of its batch: to be computed; stored already; or that there are no more."""
+"""The state of a rank's batch: to be computed; stored already; or there are none left."""
 
 
 class FsdpBackend:
-    """The processes that share a sharded model, this one among them.
-
-    All of them must make it, as they must call everything here that votes.
+    """A sharded model on this rank; all ranks must build it, and make every voting call.
 
     Args:
-        model: The model, on all ranks the same and divided in the same way.
+        model: The model, the same on all ranks and divided in the same way.
 
     Attributes:
         model: As passed.
         is_sharded: True.
-        rank: This process's number among them.
-        device_type: Where the whole parameters are gathered.
-        stand_in: A batch of one row, on the CPU, for rounds in which this rank has no work; None before the first.
-        all_ended: Whether at the last `begin` no rank had batches left.
+        rank: This process's number.
+        device_type: The device on which whole parameters are gathered.
+        stand_in: A batch of one sample, on the CPU, for rounds in which this rank has no work; None before the first.
+        all_ended: Whether no rank had batches left at the last `begin`.
 
     Raises:
-        GradientError: The model is sharded in a way that is not supported.
+        GradientError: If the model is sharded in an unsupported way.
     """
 
     is_sharded = True
@@ -108,14 +107,7 @@ class FsdpBackend:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Make an exception inside one of all ranks: the others raise `RankError` at their next vote.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            RankError: Another rank failed, or is somewhere else.
-        """
+        """Announce an exception inside to all ranks, which raise `RankError` at their next vote."""
         if self._inside:
             yield
             return
@@ -131,13 +123,7 @@ class FsdpBackend:
             self._inside = False
 
     def abandon(self, error: BaseException) -> None:
-        """Tell the other ranks that this one fails, if they do not know; they raise at their next vote.
-
-        An interrupt is not told: the process ends, which the others notice.
-
-        Args:
-            error: Why.
-        """
+        """Announce a failure of this rank unless all ranks know it; they raise at their next vote."""
         if isinstance(error, Exception) and not isinstance(error, RankError) and not hasattr(error, "_told_to_ranks"):
             self._announce(error)
 
@@ -154,32 +140,24 @@ class FsdpBackend:
         return any(self._vote(_At.DECISION, int(flag)))
 
     def agree(self, what: str, value: object) -> None:
-        """Check that all ranks have the same value.
-
-        Args:
-            what: What it is called.
-            value: The value; its representation is compared.
-
-        Raises:
-            RankError: Values differ.
-        """
+        """Raise `RankError` unless a named value has the same representation on all ranks."""
         self._vote(_At.CHECKPOINT)
         values = self._tell(repr(value))
         if len(set(values)) > 1:
             raise RankError(f"All ranks must pass the same {what}; they passed {_by_rank(values)}.")
 
     def begin(self, state: int, row: Any) -> bool:
-        """Say whether this rank has a batch to compute, and hand a row to ranks that never had one.
+        """Announce whether this rank has a batch, and send one sample of it to ranks that never had one.
 
         Args:
             state: `WORKING`, `WAITING` or `ENDED`.
-            row: A function that gives a batch of one row of this rank's work, on the CPU.
+            row: Returns a batch of one sample of this rank's work, on the CPU.
 
         Returns:
             Whether any rank works, so that all have to run.
 
         Raises:
-            RankError: A rank failed, or is somewhere else.
+            RankError: If a rank failed, or is at another position.
         """
         lacking = self.stand_in is None and state != WORKING
         answers = self._vote(_At.BATCH, 2 * state + int(lacking))
@@ -203,12 +181,12 @@ class FsdpBackend:
             self.stand_in = row()
 
     def written(self) -> None:
-        """Wait until every rank has done with its batch."""
+        """Wait until every rank has written its batch."""
         self._vote(_At.WRITTEN)
 
     @contextmanager
     def rank_zero_first(self, what: str = "", value: object = None) -> Iterator[bool]:
-        """Let rank 0 through before the others, which then find the files that it made.
+        """Let rank 0 run first, so that other ranks find its files; with ``what``, first `agree` on a value.
 
         Args:
             what: The name of a value that must be the same on all ranks; empty for none.
@@ -235,11 +213,7 @@ class FsdpBackend:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Let the model run: every gathering is voted on, no gradient is reduced; settings are put back.
-
-        Yields:
-            Nothing.
-        """
+        """Vote before every gathering and reduce no gradients within a ``with`` block."""
         contexts = {id(state._state_ctx): state._state_ctx for state in self._states}
         with ExitStack() as stack:
             for number, group in enumerate(self._groups):
@@ -255,11 +229,7 @@ class FsdpBackend:
 
     @contextmanager
     def whole_parameters(self) -> Iterator[dict[str, Tensor]]:
-        """Collect the whole parameters that a forward inside uses: the leaves of its autograd graph.
-
-        Yields:
-            Names to tensors, filled while modules run; those without memory are gathered again in the backward.
-        """
+        """Collect the whole parameters that forwards in a ``with`` block use, by name: leaves of their graph."""
         found: dict[str, Tensor] = {
             name: value for name, value in self.model.named_parameters() if not is_sharded(value)
         }
@@ -308,7 +278,7 @@ class FsdpBackend:
         )
 
     def _vote(self, at: _At, number: int = 0) -> list[int]:
-        """Say where this rank is, and return the numbers of all ranks, which must be at the same place."""
+        """Send this rank's position and a number; return all ranks' numbers, which must be at one position."""
         answers = self._exchange(at, number)
         if any(place is _At.FAILED for place, _ in answers):
             self._raise_for_others()
@@ -324,11 +294,7 @@ class FsdpBackend:
         return [value for _, value in answers]
 
     def gather_vote(self, number: int) -> None:
-        """Vote before weights are gathered.
-
-        Args:
-            number: Which weights.
-        """
+        """Vote before the weights of a group are gathered."""
         self._vote(_At.GATHER, number)
 
     def _exchange(self, at: _At, number: int) -> list[tuple[_At, int]]:
@@ -347,8 +313,8 @@ class FsdpBackend:
     def _raise_for_others(self) -> None:
         texts = self._tell(None)
         raise RankError(
-            f"Another rank of the sharded model failed, so all give this step up: {_by_rank(texts)}. Nothing is lost: "
-            f"rows that were written stay, and others can be passed again."
+            f"Another rank of the sharded model failed, so all ranks abandon this step: {_by_rank(texts)}. Nothing is "
+            f"lost: written examples remain, and the rest can be passed again."
         )
 
 
@@ -364,17 +330,17 @@ def _answered() -> Iterator[None]:
 
 
 class _VotingGather:
-    """How a group of parameters is gathered, with a vote before it."""
+    """The gathering of a group of parameters, with a vote before it."""
 
     def __init__(self, ranks: FsdpBackend, number: int, gather: Any) -> None:
         self._ranks, self._number, self._gather = ranks, number, gather
 
     def allocate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return memory, as the other way of gathering does."""
+        """Return memory for gathered parameters."""
         return self._gather.allocate(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Vote, then gather as the other way does."""
+        """Vote, then gather."""
         self._ranks.gather_vote(self._number)
         return self._gather(*args, **kwargs)
 

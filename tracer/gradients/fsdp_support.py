@@ -13,7 +13,7 @@ from tracer.errors import GradientError
 
 
 def initialize(module: Any) -> None:
-    """Let FSDP make what it makes at the first forward, now, while the user's requires_grad flags are in force."""
+    """Run FSDP's lazy initialization now, while the user's requires_grad flags are in force."""
     state = fsdp_state(module)
     if state._is_root is False:
         raise GradientError(
@@ -24,11 +24,7 @@ def initialize(module: Any) -> None:
 
 
 def check_policy(module: Any) -> None:
-    """Refuse a module whose sharding is not supported.
-
-    Raises:
-        GradientError: Which, and why.
-    """
+    """Raise `GradientError` if the sharding of a module is not supported."""
     if not hasattr(module, "reset_iter_state") or not hasattr(fsdp_state(module), "_fsdp_param_groups"):
         raise GradientError(
             f"The model is sharded by fully_shard, and torch {torch.__version__} lacks FSDPModule.reset_iter_state, "
@@ -46,11 +42,7 @@ def check_policy(module: Any) -> None:
 
 
 def one_mesh(model: nn.Module) -> tuple[Any, int]:
-    """Return the mesh over which all parameters are sharded, and the axis along which.
-
-    Raises:
-        GradientError: There are several, parameters have no values yet, or they are divided in another way.
-    """
+    """Return the mesh over which all parameters are sharded and its axis; raise `GradientError` unless there is one."""
     found: dict[tuple, tuple[Any, int]] = {}
     sharded: Mapping[str, Any] = {name: value for name, value in model.named_parameters() if is_sharded(value)}
     for name, value in sharded.items():

@@ -1,15 +1,15 @@
-"""Exact inner products of all rows of a batch with all target rows, from factors, without keeping a gradient.
+"""Exact inner products of all samples of a batch with all targets, from factors, without storing a gradient.
 
-Layout as in `tracer.gradients.per_sample`; ``B`` rows of a batch, ``m`` targets. Two gradients of outer form meet in
-either of two ways, whichever has fewer operations:
+Layout as in `tracer.gradients.per_sample`; ``B`` samples of a batch, ``m`` targets. Two gradients of outer form are
+multiplied in either of two ways, whichever has fewer operations:
 
 - gram: ``sum_{s,t} <left_s, left'_t> <right_s, right'_t>``, two matrix products over all pairs of positions, nothing
   built; an embedding's touched rows are outer products whose left factors are unit vectors;
 - built: the batch's gradients are built some output channels at a time and multiplied with those of the targets, which
-  are built once and kept.
+  are built once and cached.
 
-Built float32 gradients are multiplied in float32, and so are positions where there is one a row. With more, the terms
-of a gram may cancel (inputs with a large common part), so it is float64, as norms are, and sums over parameters too.
+Built float32 gradients are multiplied in float32, and so are positions if there is one a sample. With more, the terms
+of a gram may cancel (inputs with a large common part), so it is float64, as are norms and sums over parameters.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from tracer.gradients import norms
 from tracer.gradients.per_sample import DenseGradient, PerSampleGradient, matrix_shape
 
 GRAM_BYTES, FACTOR_BYTES, BUILT_BYTES = 32 << 20, 64 << 20, 32 << 20
-"""How many bytes of products of positions, of factors and of built gradients are held at once."""
+"""The bytes of products of positions, of factors and of built gradients that are held at once."""
 
 
 class TargetGradients:
-    """The gradients of some target rows over their lengths, held as factors, and built where that is cheaper.
+    """The gradients of some targets over their lengths, held as factors, and built if that is cheaper.
 
     Attributes:
         num_rows: The number of targets ``m``.
@@ -42,11 +42,11 @@ class TargetGradients:
         self._scratch = Scratch()
 
     def append(self, lengths: Tensor, pieces: Sequence[tuple[int, dict[str, PerSampleGradient]]]) -> None:
-        """Add the rows of a batch, each divided by its length, so that products neither overflow nor vanish.
+        """Add the gradients of a batch, each divided by its length, so that products neither overflow nor vanish.
 
         Args:
-            lengths: ``[rows]``, what each row's gradient is divided by; its norm, or 1 for a gradient of zero.
-            pieces: The gradients by parameter name, of the batch's rows from the given one on.
+            lengths: ``[B]``, the divisor of each target's gradient; its norm, or 1 for a gradient of zero.
+            pieces: The gradients by parameter name, of the batch's targets from the given one on.
         """
         for start, gradients in pieces:
             for name, gradient in gradients.items():
@@ -56,7 +56,7 @@ class TargetGradients:
         self.num_rows += len(lengths)
 
     def num_bytes(self) -> int:
-        """Return how many bytes are held, or will be once batches like these are multiplied with."""
+        """Return the bytes that are held, or will be once batches like these are multiplied."""
         storages: dict[int, int] = {}
         built = 0
         for parts in self._parts.values():
@@ -68,7 +68,7 @@ class TargetGradients:
         return sum(storages.values()) + built
 
     def join(self) -> None:
-        """Put the parts of several batches together where they have the same form: products are faster so."""
+        """Concatenate consecutive parts of the same form, whose products are then faster."""
         for name, parts in self._parts.items():
             runs: list[list[tuple[int, PerSampleGradient]]] = []
             for first, part in sorted(parts, key=lambda one: one[0]):
@@ -85,8 +85,8 @@ class TargetGradients:
 
         Args:
             name: The parameter's name.
-            gradient: Its gradient, of ``B`` rows.
-            products: ``[B, m]``, float64, where they are added.
+            gradient: Its gradient, of ``B`` samples.
+            products: ``[B, m]``, float64, updated in place.
 
         Returns:
             ``[B]``, float64, exact.
@@ -107,7 +107,7 @@ class TargetGradients:
         return gradient.squared_norm() if squares is None or len(leaves) > 1 else squares
 
     def _built_part(self, name: str, part: PerSampleGradient) -> Tensor:
-        """Return the built gradients of a part, ``[rows, numel]``, kept from their first use on."""
+        """Return the built gradients of a part, ``[m, numel]``, cached after the first use."""
         if isinstance(part, DenseGradient):
             return full_precision(part.dense(0, part.batch_size))
         key = name, id(part)
@@ -128,7 +128,7 @@ def _concatenated(parts: Sequence[PerSampleGradient]) -> PerSampleGradient:
 
 
 def _gram_pays(one: PerSampleGradient, other: PerSampleGradient, num_targets: int) -> bool:
-    """Say whether multiplying positions costs less than building the rows, the targets being built already."""
+    """Return whether multiplying positions costs less than building the gradients, the targets being built already."""
     first, second = one.num_terms, other.num_terms
     if first is None or second is None:
         return False
@@ -177,7 +177,7 @@ def _position_rows(
 
 
 def _matmul(left: Tensor, right: Tensor, scratch: Scratch, use: str) -> Tensor:
-    """Multiply matrices into memory that is used again; fresh memory costs more than the product."""
+    """Multiply matrices into reused memory; fresh memory costs more than the product."""
     out = scratch.take(use, (left.shape[0], right.shape[1]), left.dtype, left.device)
     return torch.mm(left, right, out=out)
 
@@ -195,16 +195,7 @@ def _left_gram(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], scratch
 
 
 def _built_blocks(gradient: PerSampleGradient, scratch: Scratch) -> Iterator[tuple[int, int, slice, Tensor]]:
-    """Build gradients, some rows and some output channels at a time.
-
-    Args:
-        gradient: Gradients of ``B`` rows.
-        scratch: Memory.
-
-    Yields:
-        First row, one past the last, the entries, and their values ``[b, entries]``, float32 or float64, valid until
-        the next.
-    """
+    """Yield sample ranges, entries, and their values ``[b, entries]``, float32 or float64, valid until the next."""
     rows, cols = matrix_shape(gradient.shape)
     positions = gradient.num_positions
     if positions is None:

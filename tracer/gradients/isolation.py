@@ -1,4 +1,4 @@
-"""Run a user's model without leaving a trace: modes, flags, random state and grad mode are put back."""
+"""Run a user's model without side effects: modes, flags, random state and grad mode are restored."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import nn
 
 @contextmanager
 def isolated(model: nn.Module, selected: Collection[str], device: torch.device) -> Iterator[None]:
-    """Evaluate a model with gradients for the selected parameters only; everything is restored, also after an error.
+    """Evaluate a model with gradients for the selected parameters only; everything is restored, even after an error.
 
-    Inside, every module is in eval mode, exactly the selected parameters require a gradient and autograd is on, also
-    when called under ``no_grad`` or ``inference_mode``. The random generators of the CPU and of ``device`` may be used
+    Inside, every module is in eval mode, exactly the selected parameters require a gradient and autograd is on, even if
+    called under ``no_grad`` or ``inference_mode``. The random generators of the CPU and of ``device`` may be used
     freely (`seed_generators`).
 
     Args:
         model: The model.
         selected: Names of the parameters whose gradients are wanted.
-        device: Where the model runs.
+        device: The device of the model.
 
     Yields:
         Nothing.
@@ -55,12 +55,7 @@ def _generators(device: torch.device) -> list[torch.Generator]:
 
 
 def seed_generators(device: torch.device, seed: int = 0) -> None:
-    """Put the random generators in a fixed state; a model must not depend on it in eval mode.
-
-    Args:
-        device: Whose generator is seeded beside the CPU's.
-        seed: The state.
-    """
+    """Put the random generators of the CPU and the device in a fixed state; eval mode must not depend on it."""
     for generator in _generators(device):
         generator.manual_seed(seed)
 

@@ -1,9 +1,9 @@
 """Layer rules: from a layer's input and output gradient to the per-sample gradients of its parameters.
 
-Layout: a rule sees a layer's first input ``x [N, ...]`` and the gradient ``g [N, ...]`` with respect to its output,
-rows first; ``N`` is the number of samples, or a multiple of it when the model folds positions into rows. It returns,
-for each parameter that is wanted, a gradient with ``N`` rows. The engine folds the rows into samples and checks the
-result against autograd, so a rule need not care how the model arranges its batch.
+Layout: a rule gets a layer's first input ``x [N, ...]`` and the gradient ``g [N, ...]`` with respect to its output,
+rows first; ``N`` is the number of samples, or a multiple of it if the model folds positions into rows. It returns, for
+each wanted parameter, a gradient of ``N`` rows. The engine folds the rows into samples and checks the result against
+autograd, so a rule need not care how the model arranges its batch.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ LayerRule = Callable[[LayerCall], Mapping[str, PerSampleGradient | Tensor]]
 
 @dataclass(frozen=True)
 class RegisteredRule:
-    """A rule with what it covers.
+    """A rule with the parameters it covers.
 
     Attributes:
         rule: The rule.
         parameters: The layer's own parameter names that it covers.
-        refuses: Returns why a given layer cannot be handled, or None.
+        refuses: Returns the reason why a given layer cannot be handled, or None.
     """
 
     rule: LayerRule
@@ -80,17 +80,17 @@ def register_layer_rule(
     """Register how to compute the per-sample gradients of a layer type.
 
     A rule applies to exactly this type, not to subclasses, whose forward may differ. The self-check on the first batch
-    compares what it gives with autograd.
+    compares its gradients with autograd.
 
     Args:
         module_type: The layer's class, or its qualified name (``"package.module.Class"``) to avoid the import; a name
-            may have ``*`` in it for any characters.
+            may contain ``*`` for any characters.
         rule: ``rule(call) -> {parameter name: gradient}`` with gradients ``[N, *parameter.shape]`` or factors.
-        parameters: The names of the layer's own parameters that the rule covers.
-        refuses: Returns the reason why a given layer is to go the general way, or None.
+        parameters: The names of the layer's own parameters that the rule covers. Default: weight and bias.
+        refuses: Returns the reason why a given layer must use the fallback, or None. Default: none is refused.
 
     Raises:
-        InputTypeError: The type is neither a module class nor a string, or the rule cannot be called.
+        InputTypeError: If the type is neither a module class nor a string, or the rule cannot be called.
 
     >>> class Scale(nn.Module):
     ...     def __init__(self):
@@ -110,7 +110,7 @@ def register_layer_rule(
 
 
 def rule_for(module: nn.Module) -> RegisteredRule | None:
-    """Return the rule registered for exactly this layer's type, or None; a name without ``*`` goes first."""
+    """Return the rule registered for exactly this layer's type, or None; a name without ``*`` has priority."""
     kind = layer_type(module)
     name = f"{kind.__module__}.{kind.__qualname__}"
     found = _RULES.get(kind) or _RULES.get(name)
@@ -121,17 +121,17 @@ def rule_for(module: nn.Module) -> RegisteredRule | None:
 
 
 def _positions(values: Tensor) -> Tensor:
-    """``[N, ..., D]`` to ``[N, T, D]``; a vector input has one position."""
+    """Return ``[N, ..., D]`` as ``[N, T, D]``; a vector input has one position."""
     return values.reshape(values.shape[0], -1, values.shape[-1])
 
 
 def _same_dtype(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring an input to the dtype of the output's gradient: under autocast the layer computed with it so."""
+    """Return the input in the gradient's dtype, which the layer computed in under autocast, and the gradient."""
     return x.to(g.dtype), g
 
 
 def _sum(values: Tensor, dim: int) -> Tensor:
-    """Add up over a dimension; half-precision values in float32."""
+    """Return the sum over a dimension; half-precision values are summed in float32."""
     half = values.dtype in (torch.float16, torch.bfloat16)
     return values.sum(dim, dtype=torch.float32 if half else None)
 
@@ -198,7 +198,7 @@ def _scaled_embedding(call: LayerCall) -> Gradients:
 
 
 def _affine(call: LayerCall, normalized: Tensor, channels_first: bool) -> Gradients:
-    """Gradients of ``y = normalized * weight + bias``, the weight over channels or over the last dimensions."""
+    """Return gradients of ``y = normalized * weight + bias``, the weight over channels or over the last dimensions."""
     g = call.grad_output
     found: Gradients = {}
     for name, values in (("weight", lambda: normalized * g), ("bias", lambda: g)):

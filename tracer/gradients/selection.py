@@ -1,4 +1,4 @@
-"""Which parameters gradients are taken of, chosen by name."""
+"""Selection of parameters by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from tracer.errors import InputError, InputTypeError, nearest_name
 
 ParamSelection = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
-"""What ``params=`` takes: name patterns, a function of name and parameter, or None for all trainable ones."""
+"""Name patterns, a function of name and parameter, or None for all trainable parameters."""
 
 
 def select_parameters(model: nn.Module, params: ParamSelection = None) -> list[str]:
@@ -18,15 +18,15 @@ def select_parameters(model: nn.Module, params: ParamSelection = None) -> list[s
 
     Args:
         model: The model; frozen parameters (``requires_grad=False``) are never selected.
-        params: Shell patterns (``"fc.*"``, ``"*.lora_*"``), where a module's name stands for all below it, and any
-            of a tied parameter's names will do; or a function ``(name, parameter) -> bool``; or None for all.
+        params: Shell patterns, for example ``"fc.*"`` or ``"*.lora_*"``; a module's name selects everything below it,
+            and any name of a tied parameter selects it. Or a function ``(name, parameter) -> bool``. Default: all.
 
     Returns:
         Names as ``model.named_parameters()`` has them.
 
     Raises:
-        InputTypeError: `params` is of another type.
-        InputError: Nothing is selected, or a pattern matches no trainable parameter.
+        InputTypeError: If `params` is of another type.
+        InputError: If nothing is selected, or a pattern matches no trainable parameter.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> select_parameters(model, "1")

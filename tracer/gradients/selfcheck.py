@@ -1,10 +1,10 @@
 """The check of per-sample gradients against autograd.
 
 For random weights c the sum over samples of ``c_b * gradient_b`` must equal autograd's gradient of ``sum_b c_b f_b``.
-The left side is summed up while gradients come, so that they need not be held; the right side is one plain backward.
-The difference is measured against ``sum_b |c_b| * |gradient_b|``, which rounding errors scale with, and counts only
-above the rounding noise of the whole gradient: some gradients are zero but for noise, such as that of an attention
-key's bias, which softmax cancels.
+The left side is summed up as gradients are computed, so that they need not be stored; the right side is one plain
+backward. The difference is measured against ``sum_b |c_b| * |gradient_b|``, which rounding errors scale with, and
+counts only above the rounding noise of the whole gradient: some gradients are zero but for noise, for example that of
+an attention key's bias, which softmax cancels.
 """
 
 from __future__ import annotations
@@ -26,16 +26,14 @@ BLOCK_BYTES = 32 << 20
 _SHRUNK, _SIGNS = 1 << 14, 1 << 20
 _NOISE, _MOST_NOISE = 64.0, 0.03
 _STRICTNESS, _HALF_STRICTNESS = 0.1, 0.5
-"""What differs by more than this share of the tolerance falls back, which costs time; only beyond the tolerance itself
-is an error due."""
+"""A gradient that differs by more than this share of the tolerance uses the fallback, which costs time; only a
+difference beyond the tolerance itself is an error."""
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the relative difference that rounding can explain, from how models compute in this dtype.
-
-    Many models compute parts in float32 whatever their dtype (norms, rotary positions), so float64 is not held to its
-    own rounding; on CUDA float32 may be TF32.
-    """
+    """Return the relative difference that rounding can explain, for models that compute in this dtype."""
+    # Many models compute parts in float32 whatever their dtype (norms, rotary positions), so float64 is not held to its
+    # own rounding; on CUDA float32 may be TF32.
     if dtype == torch.float64:
         return 1e-5
     if dtype == torch.float32:
@@ -45,13 +43,13 @@ def tolerance(dtype: torch.dtype, device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Reference:
-    """What autograd says.
+    """Autograd's outputs and gradients.
 
     Attributes:
         outputs: f of each sample, ``[B]``.
         gradients: The gradient of ``sum_b c_b f_b`` by parameter name.
         scale: The largest norm of a parameter's gradient.
-        precision: The dtype that layers compute in, where it is lower than that of gradients.
+        precision: The dtype that layers compute in, if it is lower than that of gradients.
     """
 
     outputs: Tensor
@@ -64,7 +62,7 @@ class Reference:
         return replace(self, gradients={name: self.gradients[name] for name in names})
 
     def same_outputs(self, outputs: Tensor) -> bool:
-        """Tell whether another forward gave the same f, up to rounding; NaN equals NaN."""
+        """Return whether another forward gave the same f, up to rounding; NaN equals NaN."""
         scale = self.outputs.abs().nan_to_num().max().clamp(min=1.0)
         bound = 10 * tolerance(self.precision or outputs.dtype, outputs.device)
         return torch.allclose(outputs / scale, self.outputs / scale, rtol=0, atol=bound, equal_nan=True)
@@ -77,15 +75,7 @@ class Reference:
         return min(_NOISE * torch.finfo(self.precision or gradient.dtype).eps, _MOST_NOISE) * self.scale
 
     def compare(self, totals: Mapping[str, Tensor], strictness: float = 1.0) -> dict[str, str]:
-        """Return what differs, by parameter, with a measure for the message.
-
-        Args:
-            totals: What `WeightedSums` found; a parameter that is missing has gradient zero.
-            strictness: A factor on the tolerance.
-
-        Returns:
-            Parameters whose gradient differs from autograd's.
-        """
+        """Return the parameters whose weighted sums differ, missing ones being zero, with a measure for the message."""
         wrong = {}
         for name, expected in self.gradients.items():
             flat = expected.reshape(-1).double()
@@ -107,16 +97,8 @@ def check_weights(batch_size: int) -> Tensor:
 
 
 def shrunk(values: Tensor) -> Tensor:
-    """Return a vector, or for a long one a count sketch that has its length up to about 1 %: random signs, folded.
-
-    The whole gradient of a sharded model need not fit into memory, and a difference shows in the sketches as well.
-
-    Args:
-        values: ``[n]``.
-
-    Returns:
-        ``[min(n, 16384)]``, linear in ``values``.
-    """
+    """Return a vector ``[n]``, or a count sketch ``[16384]`` of a longer one, with its norm up to about 1 %."""
+    # The whole gradient of a sharded model need not fit into memory, and a difference shows in the sketches as well.
     if len(values) <= _SHRUNK:
         return values
     generator = torch.Generator().manual_seed(len(values))
@@ -131,11 +113,11 @@ def shrunk(values: Tensor) -> Tensor:
 
 
 class WeightedSums:
-    """Sums up ``c_b * gradient_b`` over samples, parameter by parameter, as gradients come.
+    """The sum of ``c_b * gradient_b`` over samples, parameter by parameter, updated as gradients are computed.
 
     Args:
         batch_size: ``B``.
-        shrink: Whether to keep sums `shrunk`.
+        shrink: Whether to store sums `shrunk`.
 
     Attributes:
         totals: For each parameter the weighted sum and, appended, the sum of weighted norms: ``[numel + 1]``.
@@ -177,7 +159,7 @@ def reference_pass(
     names: Sequence[str],
     precision: torch.dtype | None = None,
 ) -> Reference:
-    """Run the model plainly and take autograd's gradient of the randomly weighted sum of outputs.
+    """Run the model plainly and return autograd's gradient of the randomly weighted sum of outputs.
 
     Args:
         model: The model, inside `isolated`.
@@ -185,13 +167,13 @@ def reference_pass(
         batch: A batch of ``B`` samples.
         batch_size: ``B``.
         names: The parameters' names.
-        precision: The dtype that layers compute in, where it is lower than that of parameters.
+        precision: The dtype that layers compute in, if it is lower than that of parameters.
 
     Returns:
         The reference; a parameter that f does not depend on has gradient zero.
 
     Raises:
-        GradientError: A parameter is complex, or f depends on none of the parameters.
+        GradientError: If a parameter is complex, or f depends on none of the parameters.
     """
     parameters = dict(model.named_parameters())
     wanted = [parameters[name] for name in names]
@@ -220,23 +202,7 @@ def sharded_reference_pass(
     shapes: Mapping[str, Sequence[int]],
     precision: torch.dtype | None = None,
 ) -> Reference:
-    """Do as `reference_pass` for a sharded model: each gradient is `shrunk` as it comes, so that one is held at a time.
-
-    Args:
-        model: The model, inside `isolated`; all ranks must make this call.
-        whole_parameters: Collects the gathered parameters that a forward inside uses.
-        task: The task.
-        batch: A batch of ``B`` samples.
-        batch_size: ``B``.
-        shapes: The parameters' names and their whole shapes.
-        precision: The dtype that layers compute in, where it is lower than that of parameters.
-
-    Returns:
-        The reference, with gradients of shape ``[min(numel, 16384)]``.
-
-    Raises:
-        GradientError: f depends on none of the parameters.
-    """
+    """Return the reference for a sharded model; each gradient is `shrunk` on arrival, so that one is held."""
     gradients: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[Tensor], Tensor]:
@@ -274,16 +240,7 @@ def _depends_on_nothing(names: Sequence[str]) -> str:
 
 
 def disagreeing(reference: Reference, totals: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, str]:
-    """Return which of the named parameters' gradients differ from the reference, with a measure.
-
-    Args:
-        reference: What autograd says.
-        totals: What `WeightedSums` found.
-        names: The parameters to compare.
-
-    Returns:
-        What differs, by parameter name.
-    """
+    """Return which named parameters' weighted sums differ from the reference, with a measure."""
     part = reference.of(names)
     dtypes = {reference.precision, *(part.gradients[name].dtype for name in names)}
     half = not dtypes.isdisjoint((torch.float16, torch.bfloat16))
