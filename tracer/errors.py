@@ -1,4 +1,4 @@
-"""The exceptions of the library: each says what was expected, what came and what to do.
+"""The exceptions of the library; each message says what was expected, what was passed and what to do.
 
 Every class derives from [`TracerError`][tracer.errors.TracerError] and from the built-in exception that fits, so both
 ``except tracer.TracerError`` and ``except ValueError`` work.
@@ -23,7 +23,7 @@ class InputTypeError(TracerError, TypeError):
 
 
 class BatchError(InputError):
-    """A batch, its labels or its row indices do not fit each other or the model."""
+    """A batch, its labels or its indices do not fit each other or the model."""
 
 
 class CallOrderError(TracerError, RuntimeError):
@@ -31,15 +31,15 @@ class CallOrderError(TracerError, RuntimeError):
 
 
 class IncompleteError(TracerError, RuntimeError):
-    """Rows that a step needs have not been written yet."""
+    """Examples that a step needs are not stored yet."""
 
 
 class MismatchError(TracerError, ValueError):
-    """What came differs from what the store holds: settings, weights, rows or targets."""
+    """Settings, weights, examples or targets differ from those of the store."""
 
 
 class NonFiniteError(TracerError, ValueError):
-    """A gradient, loss or slope is NaN or infinite; the message names the rows."""
+    """A gradient, loss or derivative is NaN or infinite; the message names the examples."""
 
 
 class CheckpointError(TracerError, ValueError):
@@ -63,14 +63,7 @@ class MissingDependencyError(TracerError, RuntimeError):
 
 
 def nearest_name(name: object, choices: Iterable[str]) -> str:
-    """Return a clause for error messages that lists the choices and suggests the nearest one.
-
-    Args:
-        name: What came.
-        choices: The names that are known.
-
-    Returns:
-        Text such as ``did you mean 'sketch'? Known: 'none', 'sketch'``.
+    """Return a clause for errors that lists the choices and suggests the nearest one.
 
     >>> nearest_name("sketsh", ["none", "sketch"])
     "did you mean 'sketch'? Known: 'none', 'sketch'"

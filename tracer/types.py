@@ -1,4 +1,4 @@
-"""The values that pass between the rooms of the library."""
+"""The values that are passed between the rooms of the library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 Batch = Any
-"""What a data loader yields: a tensor, or tuples, lists, mappings and dataclasses of tensors."""
+"""A batch of a data loader: a tensor, or tuples, lists, mappings and dataclasses of tensors."""
 
 Checkpoint = Mapping[str, Any] | str | os.PathLike[str]
 """A state dict, or the path of a ``.pt``, ``.pth`` or ``.safetensors`` file that holds one; with a preconditioner, a
@@ -20,16 +20,16 @@ training checkpoint that holds the optimizer's state dict too."""
 
 @dataclass(frozen=True)
 class SampleOutputs:
-    """What a task says of each sample of a batch; all of shape ``[B]``.
+    """A task's values for each sample of a batch; all of shape ``[B]``.
 
     Attributes:
         output: The scalar f of each sample, differentiable in the model's parameters.
         loss: The sample's loss L, detached.
         loss_grad: Q = dL/df, detached, so that the gradient of the loss is ``loss_grad * gradient of output``.
         loss_hess: w = d²L/df², detached.
-        label: The sample's class, integers, by which rows can be chosen later; None where samples have none.
-        baseline: The f of a model that has learnt nothing (logits or predictions of zero), detached; None where the
-            task does not know it. From how far f has come since, the ``influence`` estimator's regularization follows.
+        label: The sample's class, integers, for selecting examples later. Default: None, no classes.
+        baseline: The f of a model that has learnt nothing (logits or predictions of zero), detached. The regularization
+            of ``influence`` follows from how far f has moved since. Default: None, unknown.
     """
 
     output: Tensor
@@ -54,10 +54,10 @@ class Projection:
 
 
 class TopK(NamedTuple):
-    """The strongest train rows of each target.
+    """The strongest training examples of each target.
 
     Attributes:
-        indices: ``[num_targets, k]``, int64, train row indices, strongest first.
+        indices: ``[num_targets, k]``, int64, indices of training examples, strongest first.
         scores: ``[num_targets, k]``, float32, their scores.
     """
 

@@ -1,1 +1,1 @@
-"""What people call: `attribute`, `Tracer`, the store reader, exact scores and token influence."""
+"""The interface for users: `attribute`, `Tracer`, the store reader, exact scores and token influence."""

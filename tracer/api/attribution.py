@@ -1,4 +1,4 @@
-"""One call from checkpoints to influence scores."""
+"""Influence scores from checkpoints in one call."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tracer._core.sharding import fsdp_modules
 from tracer._core.validation import bar_disabled, check_count
 from tracer.api.report_metadata import StoreFacts
+from tracer.api.settings import FeatureOptions, FeatureSettings, feature_settings, takes_settings
 from tracer.api.store_reader import StoreReader
 from tracer.api.tracer import Tracer
 from tracer.data.datasets import DataSource, as_data_source
@@ -28,17 +29,17 @@ from tracer.types import Batch, Checkpoint, TopK
 
 @dataclass(frozen=True)
 class Attribution:
-    """Influence of train rows on targets, as `attribute` returns it; everything lies in the store.
+    """Influence of training examples on targets, as `attribute` returns it; everything is in the store.
 
-    Of a store that is there already it is ``Attribution(Tracer.open(save_dir), "targets")``.
+    For an existing store, use ``Attribution(Tracer.open(save_dir), "targets")``.
 
     Attributes:
         tracer: The tracer, or the reader of its store, for more questions.
         exp_name: The name of the targets.
         estimator: The estimator of `scores` and `top`.
-        model_ids: The checkpoints' numbers in the store; None: all.
-        target: Of what on the targets' side, as `Tracer.finalize_scores` takes it.
-        regularization: λ of ``trak`` and ``influence``, likewise.
+        model_ids: The checkpoints' numbers in the store. Default: all.
+        target: ``loss`` or ``output``, as in `Tracer.finalize_scores`.
+        regularization: λ of ``trak`` and ``influence``, as in `Tracer.finalize_scores`.
     """
 
     tracer: Tracer | StoreReader
@@ -50,15 +51,15 @@ class Attribution:
 
     @property
     def scores(self) -> np.ndarray:
-        """``[num_train, num_targets]``, float32, mapped from the store; computed at the first use."""
+        """``[num_train, num_targets]``, float32, mapped from the store; computed on first use."""
         return self.tracer.finalize_scores(self.exp_name, self.estimator, self.model_ids, **self._options)
 
     def top(self, k: int, kind: str = "proponents") -> TopK:
-        """Return the strongest train rows of each target.
+        """Return the strongest training examples of each target.
 
         Args:
-            k: How many for each target.
-            kind: ``proponents`` or ``opponents``.
+            k: The number for each target. Default: 10.
+            kind: ``proponents`` or ``opponents``. Default: ``proponents``.
 
         Returns:
             Indices and scores, ``[num_targets, k]`` each, strongest first.
@@ -70,11 +71,11 @@ class Attribution:
         return {"target": self.target, "regularization": self.regularization}
 
     def self_influence(self) -> np.ndarray:
-        """Return each train row's influence on itself, ``[num_train]``, float64; see `Tracer.self_influence`."""
+        """Return each training example's influence on itself, ``[num_train]``, float64; see `Tracer.self_influence`."""
         return self.tracer.self_influence(self.model_ids)
 
     def _described(self) -> dict[str, Any]:
-        """Return estimator, target and, for estimators with a kernel, λ and its rule, as reports show them."""
+        """Return estimator, target and, for estimators with a kernel, λ and its rule, for a report."""
         estimate = Estimate(self.estimator, self.target, self.regularization)
         shown: dict[str, Any] = {"estimator": estimate.estimator, "target": estimate.target}
         if estimate.kernel is None:
@@ -99,23 +100,23 @@ class Attribution:
         title: str = "Influence report",
         **options: Unpack[ReportOptions],
     ) -> Path:
-        """Write a page that shows what was found, and files beside it.
+        """Write an HTML page of the findings, and its data files.
 
-        Labels, losses and settings that are not given come from the store.
+        Labels, losses and settings come from the store by default.
 
         Args:
-            directory: Where the files go; made where it does not exist.
-            inputs: The train rows' inputs as images, vectors, texts or records, or None.
-            labels: The train rows' labels; None: as the store knows them.
-            class_names: The name of each class index.
-            target_inputs: The targets' inputs, or None.
-            target_labels: The targets' labels; None: as the store knows them.
-            k: How many proponents and opponents to show of each target.
-            all_scores: Take in all scores: their distribution, averages, classes and the estimate of wrong labels.
-                They are computed into the store where they are not there yet, 4 bytes a train row and target.
+            directory: The directory of the files, which is created if it does not exist.
+            inputs: The training examples' inputs as images, vectors, texts or records. Default: none are shown.
+            labels: The training examples' labels. Default: those of the store.
+            class_names: The name of each class index. Default: the index.
+            target_inputs: The targets' inputs. Default: none are shown.
+            target_labels: The targets' labels. Default: those of the store.
+            k: The number of proponents and opponents shown for each target.
+            all_scores: Include what needs all scores: their distribution, averages, classes and the estimate of wrong
+                labels. Missing scores are computed and stored, 4 bytes for each training example and target.
             figures: Whether to write PNG files, which needs matplotlib. Default: True.
             title: The page's title.
-            **options: As in `tracer.report.ReportOptions`.
+            **options: The fields of `tracer.report.ReportOptions`.
 
         Returns:
             The path of ``index.html``.
@@ -145,12 +146,13 @@ class Attribution:
 
 
 def _labels_or(stored: np.ndarray | None, given: Any, others: Any) -> Any:
-    """Return the labels that were given, else the store's, unless the other side's are of another kind: names."""
+    """Return the given labels, else the store's, unless the other side's are names."""
     if given is not None or others is None:
         return stored if given is None else given
     return stored if as_array(others, "labels").dtype.kind in "iu" else None
 
 
+@takes_settings
 def attribute(
     model: nn.Module,
     task: Any,
@@ -165,39 +167,42 @@ def attribute(
     estimator: str = "tracin",
     target: str | None = None,
     regularization: float | str = "auto",
-    progress: bool | None = None,
-    **tracer_options: Any,
+    proj_dim: int = FeatureSettings.proj_dim,
+    **options: Unpack[FeatureOptions],
 ) -> Attribution:
-    """Trace targets to train rows over the checkpoints of a training run; called again, it resumes.
+    """Attribute a model's behavior on targets to training examples, over the checkpoints of its training.
 
-    Under torchrun, with ``torch.distributed`` initialised, the processes divide the rows among them; all call it.
+    With ``projector="none"``, the default of ``storage`` is ``"none"`` (exact scores, without storing gradients), or
+    ``"float32"`` for ``trak`` and ``influence``, which need features. Call it again with the same ``save_dir`` and it
+    resumes. Under torchrun, with ``torch.distributed`` initialized, all
+    processes call it and share the work.
 
     Args:
-        model: The model; it is left as found.
-        task: As `Tracer` takes it.
-        train: The train rows: a map-style data set, a tuple of tensors, a `DataLoader` with ``shuffle=False``, or a
-            list of batches.
-        targets: The rows to explain, likewise.
+        model: The model; it is not changed.
+        task: As for `Tracer`.
+        train: The training examples: a map-style data set, a tuple of tensors, a `DataLoader` with ``shuffle=False``,
+            or a list of batches.
+        targets: The examples to explain, in one of the same forms.
         checkpoints: State dicts or paths, each alone or as ``(checkpoint, learning rate)``; with ``preconditioner=``,
             training checkpoints.
-        save_dir: Where the store lies or is to be made.
-        batch_size: For data sets and tensors; loaders and lists have their own.
-        collate_fn: How rows of a data set become a batch; by default as a `DataLoader` does it.
+        save_dir: The directory or URL of the store, which is created if it does not exist.
+        batch_size: The batch size, for data sets and tensors. Default: 64.
+        collate_fn: Makes a batch of a data set's examples. Default: that of `DataLoader`.
         exp_name: The name of the targets in the store.
-        estimator: ``tracin``, ``cosine``, ``influence`` or ``trak``, as `Tracer.finalize_scores` explains them.
-        target: ``loss`` or ``output``, likewise.
-        regularization: λ of ``trak`` and ``influence``, likewise.
-        progress: Show progress bars; None: on a terminal only.
-        **tracer_options: As `Tracer` takes them: ``proj_dim``, ``projector``, ``params``, ``storage``, ``device``...
-            With ``projector="none"``, ``storage`` is ``"none"`` by default: exact scores, without storing gradients;
-            for ``trak`` and ``influence``, which need them, ``"float32"``.
+        estimator: ``tracin``, ``cosine``, ``influence`` or ``trak``, as in `Tracer.finalize_scores`. Default:
+            ``tracin``.
+        target: ``loss`` or ``output``, as in `Tracer.finalize_scores`.
+        regularization: λ of ``trak`` and ``influence``, as in `Tracer.finalize_scores`. Default: ``auto``.
+        proj_dim: The number of values ``k`` stored of an example's gradient, as for `Tracer`. Default: 4096.
+        **options: The settings.
 
     Returns:
         The attribution.
 
     Raises:
-        InputError: There are no checkpoints or rows, a loader shuffles, or the model is sharded by ``fully_shard``.
-        InputTypeError: The data or the checkpoints are of a type that cannot be used.
+        InputError: If there are no checkpoints or examples, a loader shuffles, or the model is sharded by
+            ``fully_shard``.
+        InputTypeError: If the data or the checkpoints have an invalid type.
 
     >>> import tempfile
     >>> import torch
@@ -211,16 +216,17 @@ def attribute(
     estimate = Estimate(estimator, target, regularization)
     if fsdp_modules(model):
         raise InputError(
-            "model is sharded by fully_shard, and attribute passes all rows in one process; make a Tracer on each rank "
-            "and pass each its own rows by inds=, or pass the plain model."
+            "model is sharded by fully_shard, and attribute passes all examples in one process; make a Tracer on each "
+            "rank and pass its own examples by inds=, or pass the plain model."
         )
     pairs = [_pair(checkpoint) for checkpoint in _as_list(checkpoints)]
     size = check_count(batch_size, "batch_size")
     train_rows = as_data_source(train, "train", size, collate_fn)
     target_rows = as_data_source(targets, "targets", size, collate_fn)
-    projector = tracer_options.get("projector", "sketch")
-    tracer_options.setdefault("storage", FeatureStorage.default(projector, bool(estimate.kernel)))
-    tracer = Tracer(model, task, len(train_rows), save_dir, progress=progress, **tracer_options)
+    projector = options.get("projector", FeatureSettings.projector)
+    options.setdefault("storage", FeatureStorage.default(projector, bool(estimate.kernel)))
+    settings = feature_settings({"proj_dim": proj_dim, **options}, "attribute")
+    tracer = Tracer(model, task, len(train_rows), save_dir, proj_dim, **options)
     chosen = list(range(len(pairs)))
     if not tracer.store.manifest.feature_storage.stores_features:
         for model_id, (checkpoint, learning_rate) in enumerate(pairs):
@@ -228,7 +234,7 @@ def attribute(
             tracer.score_exactly(checkpoint, model_id, train_rows, target_rows, exp_name)
         tracer.finalize_features(chosen)
         return Attribution(tracer, exp_name, estimator, chosen, target, regularization)
-    bar_options = {"unit": "row", "disable": bar_disabled(progress)}
+    bar_options = {"unit": "row", "disable": bar_disabled(settings.progress)}
     for model_id, (checkpoint, learning_rate) in enumerate(pairs):
         tracer.load_checkpoint(checkpoint, model_id=model_id, learning_rate=learning_rate)
         missing = _own(tracer, train_rows, tracer.remaining(model_id))
@@ -245,12 +251,12 @@ def attribute(
 
 
 def _own(tracer: Tracer, source: DataSource, rows: np.ndarray) -> np.ndarray:
-    """Return those of the rows that are this process's."""
+    """Return this process's share of some indices."""
     return rows[np.isin(rows, np.asarray(tracer.shard(range(len(source))).indices), assume_unique=True)]
 
 
 def _feed(step: Callable[..., None], source: DataSource, rows: np.ndarray, bar_options: Mapping[str, Any]) -> None:
-    """Give the missing rows to the tracer, batch by batch, with a progress bar over all rows."""
+    """Pass the missing examples to the tracer, batch by batch, with a progress bar."""
     if len(rows) == 0:
         return
     initial = len(source) - len(rows)

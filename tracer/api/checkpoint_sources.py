@@ -1,4 +1,4 @@
-"""Where weights of checkpoints are to be had again: what was passed before, or the path that the store remembers."""
+"""The source of each checkpoint's weights: a path, which the store remembers, or a state dict in this process."""
 
 from __future__ import annotations
 
@@ -11,19 +11,13 @@ from tracer.types import Checkpoint
 
 
 class CheckpointSources:
-    """Remembers each checkpoint: a path in the store too, for other processes; a state dict in this process only."""
+    """Remembers where each checkpoint was loaded from; paths are stored, for other processes."""
 
     def __init__(self) -> None:
         self._passed: dict[int, Checkpoint] = {}
 
     def remember(self, model_id: int, checkpoint: Checkpoint, table: RowTable) -> None:
-        """Take note of what was passed for a checkpoint.
-
-        Args:
-            model_id: Its number.
-            checkpoint: A state dict, of which the tensors are not copied, or a path.
-            table: The checkpoint's table of train rows.
-        """
+        """Remember a checkpoint's path or state dict (not copied); a path is stored with the checkpoint's table."""
         if isinstance(checkpoint, (str, os.PathLike)):
             checkpoint = str(Path(checkpoint).absolute())
             if table.attributes.get("source") != checkpoint:
@@ -31,18 +25,7 @@ class CheckpointSources:
         self._passed[model_id] = checkpoint
 
     def find(self, model_id: int, table: RowTable) -> Checkpoint:
-        """Return a checkpoint.
-
-        Args:
-            model_id: Its number.
-            table: The checkpoint's table of train rows.
-
-        Returns:
-            What was passed in this process, else the path that the store has.
-
-        Raises:
-            CallOrderError: Neither is known, or the file is gone.
-        """
+        """Return a checkpoint's state dict or path, or raise `CallOrderError` if none is known or the file is gone."""
         passed = self._passed.get(model_id)
         if passed is not None and not isinstance(passed, str):
             return passed

@@ -1,8 +1,8 @@
-"""Exact cosines of the gradients of all train rows with all targets at one checkpoint; no gradient is stored.
+"""Exact cosines of the gradients of all training examples with all targets at one checkpoint; no gradient is stored.
 
-The gradients of as many targets as memory allows are held as factors. All train rows pass by, and the inner products
-of their gradients with those of the targets are taken layer by layer during each backward. What is stored are cosines:
-they do not overflow or vanish with the size of gradients, and slopes and norms make scores of them.
+The gradients of as many targets as memory allows are held as factors. The training set is run once for them, and inner
+products with the held gradients are taken layer by layer during each backward. Cosines are stored, since they neither
+overflow nor vanish with the size of gradients; scores follow from them, loss derivatives and norms.
 """
 
 from __future__ import annotations
@@ -97,15 +97,15 @@ def score_exactly(
 
 
 class CosineWriter:
-    """Computes the cosines of an experiment at a checkpoint and stores them with the rows' losses, slopes and norms.
+    """Computes the cosines of a set of targets at a checkpoint and stores them with losses, derivatives and norms.
 
     Args:
         featurizer: Runs the model at the checkpoint.
-        store: Where everything goes; it has the tables of train rows and of targets.
+        store: The store, which has the tables of training examples and of targets.
         exp_name: The name of the targets.
         model_id: The checkpoint.
-        memory_bytes: How much of targets' gradients to hold, about; at least those of one batch are held.
-        progress: Show a bar; None: on a terminal only.
+        memory_bytes: The approximate memory of held gradients; at least those of one batch of targets are held.
+        progress: Show progress bars; None: on a terminal only.
     """
 
     def __init__(
@@ -124,15 +124,15 @@ class CosineWriter:
         self._same_targets = store.other_targets(exp_name, model_id)
 
     def run(self, train: DataSource, targets: DataSource) -> None:
-        """Compute what is not stored yet, block by block of targets.
+        """Compute everything that is not stored yet, block by block of targets.
 
         Args:
-            train: All train rows.
+            train: All training examples.
             targets: All targets.
 
         Raises:
-            MismatchError: A row's inputs differ from those stored for its index.
-            NonFiniteError: A row's gradient is NaN or infinite.
+            MismatchError: If an example's inputs differ from those stored for its index.
+            NonFiniteError: If a gradient is NaN or infinite.
         """
         try:
             with torch.inference_mode(False):
@@ -164,7 +164,7 @@ class CosineWriter:
         return {"tables": tables, "targets": [first, first + size]}
 
     def _stored(self, first: int) -> ScoreArray | None:
-        """Return the block that is stored from a target on, None where there is none of these tables."""
+        """Return the stored block that begins with a target, or None if there is none of these tables."""
         block = dict(self._store.results.cosines(*self._key)).get(first)
         return block if block is not None and block.inputs == self._inputs(first, block.shape[1]) else None
 
@@ -184,7 +184,7 @@ class CosineWriter:
         return held
 
     def _write_block(self, block: ScoreArray, train: DataSource, held: TargetGradients, description: str) -> None:
-        """Compute the cosines of all train rows of unfinished tiles with the held targets."""
+        """Compute the cosines of all training examples of unfinished tiles with the held targets."""
         rows = [np.arange(start, stop) for start, stop in block.remaining()]
         if not rows:
             return
@@ -218,7 +218,7 @@ class CosineWriter:
         sink: _HoldingSink | _ProductSink,
         same_rows: RowTable | None = None,
     ) -> None:
-        """Run a batch, and write its rows' values where they are not there yet."""
+        """Run a batch, and write the values of examples that are not stored yet."""
         fingerprint, known = self._featurizer.check(table, batch, rows, same_rows)
         outputs = self._featurizer.run(batch, len(rows), sink)
         new = ~known
@@ -234,7 +234,7 @@ class _HoldingSink(NormSink):
         self.pieces: list[tuple[int, dict[str, PerSampleGradient]]] = []
 
     def begin(self) -> None:
-        """Start anew."""
+        """Discard all gradients."""
         super().begin()
         self.pieces.clear()
 
@@ -284,7 +284,7 @@ def _check_finite(cosines: np.ndarray, rows: np.ndarray) -> None:
 
 
 def _wanted(source: DataSource, rows: np.ndarray) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yield batches of exactly the given rows, ascending, with their indices."""
+    """Yield batches of exactly the given examples, ascending, with their indices."""
     wanted = np.zeros(len(source), dtype=bool)
     wanted[rows] = True
     for batch, inds in source.batches(rows):

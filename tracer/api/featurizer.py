@@ -1,4 +1,4 @@
-"""Featurize: the gradients of a batch's rows, projected, checked and written to a table of the store."""
+"""Featurizing: the gradients of a batch, projected, checked and written to a table of the store."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tracer.types import Batch, SampleOutputs
 
 
 class Featurizer:
-    """Turns batches into rows of a table, at one checkpoint.
+    """Computes and writes the features of batches at one checkpoint.
 
     Args:
         engine: Computes per-sample gradients of the model.
@@ -45,19 +45,19 @@ class Featurizer:
 
     @torch.inference_mode(False)
     def write(self, table: RowTable, batch: Batch, rows: np.ndarray, compared: RowTable | None = None) -> int:
-        """Compute and write those rows of a batch that the table does not hold yet; return their number.
+        """Compute and write those examples of a batch that the table does not hold yet.
 
-        With a sharded model all ranks must call this or `join`. They run whenever one of them does, those without new
-        rows on a stand-in whose result is dropped.
+        With a sharded model all ranks must call this or `join`. They run whenever one of them does; those without new
+        examples run a stand-in and drop its result.
 
         Args:
             table: The table.
             batch: A batch of ``len(rows)`` samples.
             rows: ``[n]``, int64, the index of each sample in the table.
-            compared: A table of the same rows at another checkpoint, whose fingerprints must be equal.
+            compared: A table of the same examples at another checkpoint, whose fingerprints must be equal.
 
         Returns:
-            The number of rows computed.
+            The number of examples computed.
 
         Raises:
             BatchError: If the batch does not hold ``len(rows)`` samples.
@@ -87,11 +87,7 @@ class Featurizer:
 
     @torch.inference_mode(False)
     def join(self) -> None:
-        """Run along until no rank of a sharded model has batches left.
-
-        Raises:
-            RankError: If another rank failed.
-        """
+        """Run stand-ins until no rank of a sharded model has batches left."""
         backend = self.engine.backend
         with backend.step():
             while True:
@@ -104,21 +100,7 @@ class Featurizer:
     def check(
         self, table: RowTable, batch: Batch, rows: np.ndarray, compared: RowTable | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Check that a batch is what it is said to be.
-
-        Args:
-            table: Where the rows belong.
-            batch: A batch of ``len(rows)`` samples.
-            rows: ``[n]``, int64, the index of each sample in the table.
-            compared: A table of the same rows at another checkpoint.
-
-        Returns:
-            Fingerprints ``[n]``, uint64, and which rows the table holds already, ``[n]``, bool.
-
-        Raises:
-            BatchError: The batch does not hold ``len(rows)`` samples.
-            MismatchError: A row's inputs differ from those that either table holds for its index.
-        """
+        """Check a batch against both tables; return fingerprints ``[n]`` and which examples are stored ``[n]``."""
         check_batch_size(batch, len(rows))
         fingerprint = np.zeros(len(rows), dtype=np.uint64)
         if self.check_rows:
@@ -129,15 +111,7 @@ class Featurizer:
 
     @torch.inference_mode(False)
     def compute(self, batch: Batch, num_rows: int) -> RowValues:
-        """Compute what is stored of each row of a batch.
-
-        Args:
-            batch: A batch of ``num_rows`` samples.
-            num_rows: Its number of samples.
-
-        Returns:
-            The values, on the CPU.
-        """
+        """Return the values to store of each of ``num_rows`` samples, on the CPU."""
         if self.projector is None:
             norms_only = NormSink(num_rows, self.device)
             outputs = self.run(batch, num_rows, norms_only)
@@ -150,16 +124,7 @@ class Featurizer:
         return row_values(outputs, projection.squared_norm, projection.features)
 
     def run(self, batch: Batch, num_rows: int, sink: Sink) -> SampleOutputs:
-        """Give the gradients of a batch to a sink, with the checkpoint's weights, and scaled if it has scales.
-
-        Args:
-            batch: A batch of ``num_rows`` samples.
-            num_rows: Its number of samples.
-            sink: Takes the gradients.
-
-        Returns:
-            f, L, Q, w of each sample; f as the model gives it.
-        """
+        """Pass the gradients of a batch, scaled if there are scales, to a sink; return f, L, Q, w of samples."""
         if self.weights.scales is not None:
             sink = ScalingSink(sink, self.weights.scales)
         with (
@@ -176,7 +141,7 @@ class Featurizer:
 
 @contextmanager
 def _no_autocast(device: torch.device) -> Iterator[None]:
-    """Leave a surrounding autocast, whose cached casts are of other weights too: the task says what is lowered."""
+    """Disable a surrounding autocast, whose cached casts belong to other weights."""
     torch.clear_autocast_cache()
     try:
         with torch.autocast(device.type, enabled=False):

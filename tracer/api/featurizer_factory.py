@@ -82,7 +82,7 @@ class FeaturizerFactory:
         return Manifest(settings, info={"model": layer_type(self.model).__name__})
 
     def read(self, checkpoint: Checkpoint) -> LoadedCheckpoint:
-        """Return a checkpoint fitted to the model, or raise CheckpointError."""
+        """Return a checkpoint fitted to the model, or raise `CheckpointError`."""
         with torch.inference_mode(False):
             if self.settings.preconditioner is not None:
                 training = read_training_checkpoint(checkpoint, self.model, list(self._shapes))
@@ -109,11 +109,7 @@ class FeaturizerFactory:
 
 
 def check_weights(table: RowTable, fingerprint: str, model_id: int) -> None:
-    """Check that a checkpoint is the one that the store has under its number.
-
-    Raises:
-        MismatchError: If its weights, or Adam's second moments, are others.
-    """
+    """Raise `MismatchError` unless a checkpoint has the weights, and Adam's second moments, stored under its number."""
     stored = table.attributes["weights_fingerprint"]
     if stored != fingerprint:
         what = "second moments" if stored.partition("+")[0] == fingerprint.partition("+")[0] else "weights"

@@ -52,20 +52,20 @@ class Session:
         self._cursor.advance(num_samples)
 
     def flush(self) -> None:
-        """Make durable what was computed."""
+        """Make everything that was computed durable."""
         self.table.flush()
 
     def join(self) -> None:
-        """Run along until all ranks of a sharded model have written their batches."""
+        """Run stand-ins until all ranks of a sharded model have written their batches."""
         self.featurizer.join()
 
     def close(self) -> None:
-        """Make durable what was computed, and release the files."""
+        """Make everything that was computed durable, and release the files."""
         self.table.close()
         self._backend.joined()
 
     def abandon(self, error: BaseException) -> None:
-        """Tell other ranks of an error, and close without waiting for them."""
+        """Announce an error to other ranks, and close without waiting for them."""
         self._backend.abandon(error)
         self.table.close()
 

@@ -32,7 +32,7 @@ def _setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """What is computed and stored of each example, and how.
+    """The settings of the features of an example: which gradients are computed, how they are projected and stored.
 
     Each field's metadata has ``help``, its documentation, and ``choices`` if its values can be listed.
 

@@ -1,4 +1,4 @@
-"""Sinks for the gradients of a batch as they are computed, and the values that are stored of each row."""
+"""Sinks for the gradients of a batch, and the values that are stored for each example."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tracer.types import Projection, SampleOutputs
 
 @dataclass(frozen=True)
 class RowValues:
-    """What is stored of each of ``n`` rows; float32 arrays.
+    """The values to store for each of ``n`` examples; float32 arrays.
 
     Attributes:
-        features: ``[n, dim]``, the projected gradient of f; None where features are not stored.
+        features: ``[n, dim]``, the projected gradient of f; None if features are not stored.
         loss: ``[n]``, L.
         loss_grad: ``[n]``, Q.
         loss_hess: ``[n]``, w.
         gradient_norm: ``[n]``, the exact norm of the gradient of f.
-        output_change: ``[n]``, f minus the f of a model that has learnt nothing; 0 where the task does not know that.
-        label: ``[n]``, int64, the class; None where the task gives none.
+        output_change: ``[n]``, f minus the f of a model that has learnt nothing; 0 if the task does not know that.
+        label: ``[n]``, int64, the class; None if the task gives none.
     """
 
     features: np.ndarray | None
@@ -40,7 +40,7 @@ class RowValues:
     label: np.ndarray | None = None
 
     def select(self, rows: np.ndarray) -> RowValues:
-        """Return the values of some rows, given by a mask ``[n]`` or by positions."""
+        """Return the values of some examples, given by a mask ``[n]`` or by positions."""
         features = None if self.features is None else self.features[rows]
         label = None if self.label is None else self.label[rows]
         values = (
@@ -54,7 +54,7 @@ class RowValues:
 
 
 class ProjectingSink:
-    """Projects gradients as they come.
+    """Projects gradients as they are computed.
 
     Args:
         projector: The projector.
@@ -66,7 +66,7 @@ class ProjectingSink:
         self.begin()
 
     def begin(self) -> None:
-        """Start from zeros."""
+        """Reset the features to zero."""
         squared_norm = torch.zeros(len(self._features), dtype=torch.float64, device=self._features.device)
         self._running = self._projector.start(Projection(self._features.zero_(), squared_norm))
 
@@ -75,27 +75,27 @@ class ProjectingSink:
         self._running.add(gradients, start, stop)
 
     def finish(self) -> Projection:
-        """Return the projection of all that came."""
+        """Return the projection of all gradients."""
         return self._running.finish()
 
 
 class ScalingSink:
-    """Scales gradients entry by entry before another sink takes them.
+    """Scales gradients entry by entry and passes them to another sink.
 
     Args:
         sink: The other sink.
-        scales: What each entry is multiplied by, ``[*shape]`` of each parameter.
+        scales: The factor of each entry, ``[*shape]`` for each parameter.
     """
 
     def __init__(self, sink: Sink, scales: Mapping[str, Tensor]) -> None:
         self._sink, self._scales = sink, scales
 
     def begin(self) -> None:
-        """Start again."""
+        """Reset the other sink."""
         self._sink.begin()
 
     def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
-        """Hand on the gradients of samples ``start`` to ``stop``, scaled."""
+        """Pass on the gradients of samples ``start`` to ``stop``, scaled."""
         scaled = {name: gradient.scaled(self._scales[name].to(gradient.device)) for name, gradient in gradients.items()}
         self._sink.take(start, stop, scaled)
 
@@ -107,7 +107,7 @@ class NormSink:
         self.squared_norm = torch.zeros(num_rows, dtype=torch.float64, device=device)
 
     def begin(self) -> None:
-        """Start from zeros."""
+        """Reset the sums to zero."""
         self.squared_norm.zero_()
 
     def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
@@ -117,16 +117,7 @@ class NormSink:
 
 
 def row_values(outputs: SampleOutputs, squares: Tensor, features: Tensor | None = None) -> RowValues:
-    """Return what is stored of each row, on the CPU.
-
-    Args:
-        outputs: f, L, Q, w of each of ``n`` samples.
-        squares: ``[n]``, float64, squared norms of the gradient of f.
-        features: ``[n, dim]``, or None.
-
-    Returns:
-        The values.
-    """
+    """Return the values to store, on the CPU, from outputs, squared norms ``[n]`` and features ``[n, dim]``."""
 
     def array(values: Tensor) -> np.ndarray:
         return values.detach().to("cpu", torch.float32).numpy()
@@ -144,17 +135,7 @@ def row_values(outputs: SampleOutputs, squares: Tensor, features: Tensor | None 
 
 
 def write_values(table: RowTable, rows: np.ndarray, values: RowValues, fingerprint: np.ndarray) -> None:
-    """Write rows that were computed.
-
-    Args:
-        table: Where they go.
-        rows: ``[n]``, int64, their indices.
-        values: Of each row.
-        fingerprint: ``[n]``, uint64.
-
-    Raises:
-        NonFiniteError: A row's gradient, loss or slope is NaN or infinite; nothing is written.
-    """
+    """Write the values of rows ``[n]``; if one is NaN or infinite, write nothing and raise `NonFiniteError`."""
     for name in ("loss", "loss_grad", "loss_hess", "gradient_norm", "output_change"):
         finite = np.isfinite(getattr(values, name))
         if not finite.all():

@@ -1,4 +1,4 @@
-"""What can be done with a store alone, without a model: shares of rows, completeness, growth, self-influence."""
+"""Everything that needs a store and no model: scores, top examples, self-influence, completeness, growth."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ logger = logging.getLogger("tracer")
 
 
 class StoreReader:
-    """A store that answers questions; a `Tracer` is one with a model. Get one from `Tracer.open`.
+    """A store without a model that answers questions. Get one from `Tracer.open`.
 
     Args:
         store: The store.
-        device: Where to multiply.
-        process: Which of several processes this one is.
-        memory_bytes: How much scoring holds, about.
+        device: The device to multiply on.
+        process: This process among those that share the work.
+        memory_bytes: The approximate memory of scoring.
         progress: Show progress bars; None: on a terminal only.
 
     Attributes:
         store: The store.
-        device: Where to multiply.
-        process: Which of several processes this one is.
+        device: The device to multiply on.
+        process: This process among those that share the work.
     """
 
     def __init__(
@@ -70,61 +70,61 @@ class StoreReader:
         process: ProcessChoice = None,
         progress: bool | None = None,
     ) -> StoreReader:
-        """Open a store without its model, for scores, top rows, self-influence and reports.
+        """Open a store without its model, for scores, top examples, self-influence and reports.
 
         Args:
             save_dir: The store's directory or URL.
-            device: Where to multiply.
-            memory_bytes: How much scoring holds, about.
-            process: As `Tracer` takes it.
+            device: The device to multiply on. Default: the CPU.
+            memory_bytes: The approximate memory of scoring. Default: 1 GiB.
+            process: As for `Tracer`.
             progress: Show progress bars; None: on a terminal only.
 
         Returns:
-            A reader: what a `Tracer` can do except for featurizing and scoring rows.
+            A reader, with all methods of `Tracer` that need no model.
 
         Raises:
-            StoreError: There is no store, or it is damaged.
+            StoreError: If there is no store, or it is damaged.
         """
         store, chosen = Store.open_existing(save_dir), check_device(device)
         return StoreReader(store, chosen, this_process(process), check_count(memory_bytes, "memory_bytes"), progress)
 
     @property
     def train_set_size(self) -> int:
-        """The number of train rows ``N``."""
+        """The number of training examples ``N``."""
         return self.store.manifest.train_set_size
 
     def shard(self, dataset: Any) -> Subset:
-        """Return this process's part of the train rows, or of targets: whole blocks of consecutive rows.
+        """Return this process's share of the training examples, or of targets.
 
-        No two processes get rows of one block, so each writes files of its own. Which rows these are depends on the
-        store, on the number of rows and on the number of processes, and on nothing else: a process that died is
-        started again with the same number and finds its rows.
+        No two processes get examples of one file. The share depends only on the store, on the number of examples and on
+        the number of processes: restart a process that died with the same number, and it finds its examples.
 
         Args:
-            dataset: All rows: anything with ``len``. ``train_set_size`` rows are taken for the train rows, except
-                while as many targets are scored.
+            dataset: All examples: anything with ``len``. A data set of ``train_set_size`` examples is taken for the
+                training set, except while as many targets are scored.
 
         Returns:
-            A subset whose ``indices`` are the rows' indices in ``dataset``, a range, as ``inds=`` takes them. It is
-            empty where there are more processes than blocks.
+            A subset whose ``indices`` are the examples' indices in ``dataset``, a range, for ``inds=``. It is empty if
+                there
+            are more processes than files.
         """
         size = len(dataset)
         chunk_rows = self.store.chunk_rows if size == self.train_set_size else self.store.target_chunk_rows(size)
         return Subset(dataset, self.process.rows(size, chunk_rows))
 
     def remaining(self, model_id: int, exp_name: str | None = None) -> np.ndarray:
-        """Return the indices of the rows that are not durably stored yet at a checkpoint.
+        """Return the indices of examples that are not durably stored yet at a checkpoint.
 
         Args:
             model_id: The checkpoint.
-            exp_name: Targets of this name, instead of train rows.
+            exp_name: The name of targets. Default: the training examples.
 
         Returns:
-            Ascending row indices, int64, of all processes' parts; what is not among them survives a crash.
+            Ascending indices, int64, of all processes' shares; all other examples survive a crash.
 
         Raises:
-            InputError: There are no targets of this name.
-            IncompleteError: These targets were not scored at this checkpoint.
+            InputError: If there are no targets of this name.
+            IncompleteError: If these targets were not scored at this checkpoint.
         """
         if exp_name is not None:
             return target_table(self.store, exp_name, model_id).remaining()
@@ -133,16 +133,16 @@ class StoreReader:
         return self.store.checkpoint(model_id).remaining()
 
     def grow(self, train_set_size: int) -> None:
-        """Make room for more train rows: they come behind those that are there, and are missing at every checkpoint.
+        """Add training examples behind the existing ones; they are missing at every checkpoint.
 
-        Featurize them (`remaining` lists them) and finalize again. Scores of the other rows stay as they are; a target
-        set's scores are completed by the new rows' when they are asked for again.
+        Featurize them (`remaining` lists them) and finalize again. Scores of the existing examples stay; missing scores
+        are computed on the next request.
 
         Args:
-            train_set_size: The new number of train rows.
+            train_set_size: The new number of training examples.
 
         Raises:
-            InputError: It is below the present one.
+            InputError: If it is below the present one.
         """
         size = check_count(train_set_size, "train_set_size")
         self.process.wait()  # what others had pending is in the store
@@ -150,17 +150,17 @@ class StoreReader:
         self.store = self._scorer.store = Store.open_existing(self.store.path)
 
     def replace(self, inds: ExampleIndices, exp_name: str | None = None) -> None:
-        """Forget rows at all checkpoints, so that others can be featurized under their indices; all else stays.
+        """Mark examples as missing at all checkpoints, so that others can be featurized under their indices.
 
-        Scores that come from these rows are computed anew when they are asked for, and no others.
+        Scores that depend on them are computed again on the next request, and no others.
 
         Args:
-            inds: The indices of train rows.
-            exp_name: Rows of this target set, instead of train rows.
+            inds: The indices of training examples, or of targets.
+            exp_name: The name of targets. Default: the training examples.
 
         Raises:
-            InputError: The target set is not known, or rows are out of range.
-            CallOrderError: The store has no rows.
+            InputError: If the name is not known, or an index is out of range.
+            CallOrderError: If the store has no checkpoint.
         """
         if exp_name is None:
             if not self.store.catalog.checkpoint_ids():
@@ -176,16 +176,16 @@ class StoreReader:
         self.process.rank_zero_only(lambda: self.store.invalidate_rows(rows, exp_name))
 
     def finalize_features(self, model_ids: list[int] | None = None) -> None:
-        """Check that every train row is stored at each checkpoint, and open the checkpoints for scoring.
+        """Check that every training example is stored at each checkpoint, and allow scoring.
 
         Processes that run together all call it, and wait here for each other. Of a job array, any later process does.
 
         Args:
-            model_ids: The checkpoints; None: all in the store.
+            model_ids: The checkpoints. Default: all in the store.
 
         Raises:
-            CallOrderError: There is no checkpoint.
-            IncompleteError: Rows are missing; the message says how many and which come first.
+            CallOrderError: If there is no checkpoint.
+            IncompleteError: If examples are missing; the message says how many and lists the first.
         """
         self.process.wait()
         self.process.rank_zero_only(lambda: finalize_features(self.store, model_ids, self._progress))
@@ -201,38 +201,40 @@ class StoreReader:
         regularization: float | str = "auto",
         groups: Any = None,
     ) -> Any:
-        """Compute the scores of all train rows for all targets of an experiment, tile by tile.
+        """Compute the scores of all training examples for all targets of an experiment, tile by tile.
 
-        Tiles that are done are kept: a run that was killed is continued. Processes that run together all call it, and
-        each computes its share. A job of an array computes its own share and returns; reading rows of other jobs that
-        are not done is an error.
+        Finished tiles are stored, so a run that was killed resumes. Processes that run together all call it and share
+        the work. A job of an array computes its own share and returns; reading unfinished shares of other jobs is an
+        error.
 
         Args:
             exp_name: The name of the targets.
             estimator: ``tracin``: the sum over checkpoints of learning rate times the dot product of loss gradients
                 (Pruthi et al. 2020); ``cosine``: the same of normalized gradients; ``influence``: a Newton step of the
-                training loss in feature space (Koh & Liang 2017), averaged over checkpoints, also of independently
-                trained models; ``trak``: the same without the loss's curvature (Park et al. 2023).
-            model_ids: The checkpoints; None: all in the store.
-            dtype: How scores are stored: ``float32``, or ``float16`` relative to each train row's largest score, which
-                takes half the space at a relative error of 0.0005 of that. None: as the same scores are stored already,
-                else float32.
-            target: Of what on the targets' side: ``loss``, or ``output``: the task's f, in the direction in which the
-                loss falls. None: the loss for ``tracin`` and ``cosine``, the output for ``trak`` and ``influence``.
-            regularization: λ of the kernel of ``trak`` and ``influence``, in units of ``Σ w ‖φ‖²`` over train rows; 0
-                is the pseudo-inverse. ``auto``: chosen from what training has done; see `regularization`.
+                training loss in feature space (Koh & Liang 2017), averaged over checkpoints, which may come from
+                independently trained models; ``trak``: the same without the loss's curvature (Park et al. 2023).
+            model_ids: The checkpoints. Default: all in the store.
+            dtype: The dtype of stored scores: ``float32``, or ``float16`` relative to each training example's largest
+                score, which takes half the space at a relative error of 0.0005 of that. Default: that of existing
+                scores, else ``float32``.
+            target: Explain the target's ``loss``, or its ``output``: the task's f, in the direction in which the loss
+                falls. Default: the loss for ``tracin`` and ``cosine``, the output for ``trak`` and ``influence``.
+            regularization: λ of the kernel of ``trak`` and ``influence``, in units of ``Σ w ‖φ‖²`` over training
+                examples; 0 is the pseudo-inverse. Default: ``auto``, chosen from the training; see `regularization`.
             groups: The group of each target, ``[M]``, integers from 0 on and -1 for none: scores are those of the sum
-                over each group, ``[N, G]``. ``label``: groups are the targets' classes.
+                over each group, ``[N, G]``. ``label``: groups are the targets' classes. Default: each target alone.
 
         Returns:
-            ``[train_set_size, num_targets]``, float32, read-only: what is not looked at takes no memory. Positive
-            scores are proponents. A numpy memory map where scores are float32 on a local disk and made by one process;
-            else a matrix that is indexed like one and reads from the store where it is (`numpy.asarray` reads all).
+            ``[train_set_size, num_targets]``, float32, read-only; only the parts that are used take memory. Positive
+                scores
+            are proponents. A numpy memory map if scores are float32 on a local disk and computed by one process; else a
+                matrix
+            that is indexed like one and reads from the store (`numpy.asarray` reads all).
 
         Raises:
-            InputError: The name, the estimator or a checkpoint is not known.
-            IncompleteError: Targets are missing at a checkpoint.
-            CallOrderError: A checkpoint is not finalized.
+            InputError: If the name, the estimator or a checkpoint is not known.
+            IncompleteError: If targets are missing at a checkpoint.
+            CallOrderError: If a checkpoint is not finalized.
         """
         estimate = Estimate(estimator, target, regularization, groups)
         return self._scorer.scores(exp_name, estimate, model_ids, dtype)
@@ -251,31 +253,31 @@ class StoreReader:
         regularization: float | str = "auto",
         groups: Any = None,
     ) -> TopK:
-        """Return the strongest train rows of each target, without computing a score matrix.
+        """Return the strongest training examples of each target, without computing a score matrix.
 
-        What is found is kept in the store, both kinds at once: asked again, also for a smaller ``k``, it is read, and
-        a run that was killed is continued. Processes that run together all call it and divide the work; a job of an
-        array does its share, and raises an error while others' is missing.
+        Both kinds are stored: a repeated question, even for a smaller ``k``, is read, and a run that was killed
+        resumes. Processes that run together all call it and share the work; a job of an array computes its share, and
+        raises an error while other shares are missing.
 
         Args:
             exp_name: The name of the targets.
-            k: How many rows for each target.
+            k: The number of training examples for each target.
             kind: ``proponents`` (largest scores) or ``opponents`` (smallest, most negative first).
             estimator: As in `finalize_scores`.
-            model_ids: The checkpoints; None: all in the store.
-            rows: Only these train rows: a slice or range, indices, or a bool for each. Others are not read.
-            labels: Only train rows of these classes, as the task knows them.
+            model_ids: The checkpoints. Default: all in the store.
+            rows: Only these training examples: a slice or range, indices, or a bool for each. The rest is not read.
+            labels: Only training examples of these classes, as the task knows them.
             target: As in `finalize_scores`.
             regularization: As in `finalize_scores`.
             groups: As in `finalize_scores`.
 
         Returns:
-            Indices and scores, ``[num_targets, k]`` each, strongest first; rows of equal score by their index.
+            Indices and scores, ``[num_targets, k]`` each, strongest first; examples of equal score by their index.
 
         Raises:
-            InputError: A name is not known, or ``k`` or ``rows`` is out of range.
-            IncompleteError: Targets are missing at a checkpoint.
-            CallOrderError: A checkpoint is not finalized.
+            InputError: If a name is not known, or ``k`` or ``rows`` is out of range.
+            IncompleteError: If targets are missing at a checkpoint.
+            CallOrderError: If a checkpoint is not finalized.
         """
         estimate = Estimate(estimator, target, regularization, groups)
         return self._scorer.top(exp_name, k, kind, estimate, model_ids, rows, labels)
@@ -287,14 +289,14 @@ class StoreReader:
         *,
         regularization: float | str = "auto",
     ) -> np.ndarray:
-        """Return each train row's influence on itself: the sum over checkpoints of ``lr ‖gradient of the loss‖²``.
+        """Return each training example's influence on itself: ``lr ‖gradient of the loss‖²``, summed over checkpoints.
 
-        It is computed from exact gradient norms, so it has no projection error. Mislabelled and unusual rows have
+        It is computed from exact gradient norms, so it has no projection error. Mislabelled and unusual examples have
         large values (Pruthi et al. 2020, section 4.1). With ``trak`` or ``influence`` it is the square of the mean
-        slope times the mean of ``φᵀ (K + λI)⁻¹ φ``, what the row's own Newton step does to its loss.
+        derivative times the mean of ``φᵀ (K + λI)⁻¹ φ``, the effect of the example's own Newton step on its loss.
 
         Args:
-            model_ids: The checkpoints; None: all in the store.
+            model_ids: The checkpoints. Default: all in the store.
             estimator: ``tracin``, ``trak`` or ``influence``.
             regularization: As in `finalize_scores`.
 
@@ -302,8 +304,8 @@ class StoreReader:
             ``[train_set_size]``, float64.
 
         Raises:
-            CallOrderError: A checkpoint is not finalized.
-            InputError: The estimator is not known, or is ``cosine``: a gradient's cosine with itself is 1.
+            CallOrderError: If a checkpoint is not finalized.
+            InputError: If the estimator is not known, or is ``cosine``: a gradient's cosine with itself is 1.
         """
         estimate = Estimate(estimator, regularization=regularization)
         if estimator == "cosine":
@@ -311,22 +313,22 @@ class StoreReader:
         return self._scorer.self_influence(model_ids, estimate)
 
     def regularization(self, estimator: str = "influence", model_ids: list[int] | None = None) -> Regularization:
-        """Return the λ that ``regularization="auto"`` stands for, and the rule that it comes from.
+        """Return the λ of ``regularization="auto"``, and the rule that it comes from.
 
-        Rule ``held-out``: where what training has taught about a row is best predicted from the other rows, averaged
-        over the checkpoints. Rule ``trace``, where the task does not know what was learnt: √2 times the mean of
+        Rule ``held-out``: the λ at which the training's effect on an example is best predicted from the other examples,
+        averaged over the checkpoints. Rule ``trace``, if the task does not know that effect: √2 times the mean of
         ``w ‖φ‖²``. See `tracer.scoring.regularization.choose_regularization`.
 
         Args:
             estimator: ``influence`` or ``trak``.
-            model_ids: The checkpoints; None: all in the store. There is one λ for all.
+            model_ids: The checkpoints, which share one λ. Default: all in the store.
 
         Returns:
             ``value`` and ``rule``.
 
         Raises:
-            CallOrderError: A checkpoint is not finalized.
-            InputError: The estimator has no kernel.
+            CallOrderError: If a checkpoint is not finalized.
+            InputError: If the estimator has no kernel.
         """
         estimate = Estimate(estimator)
         if estimate.kernel is None:

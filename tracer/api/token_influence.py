@@ -1,12 +1,12 @@
-"""Scores of language models token by token: which tokens of a train row a target's score comes from.
+"""Scores of language models token by token: the tokens of a training example that a target's score comes from.
 
-The loss of a row depends on the parameters through the model's logits ``z [B, T, V]``, one vector at each position. So
-the inner product of its gradient with any vector v of the parameters' shape is a sum over positions,
-``<∇L_b, v> = Σ_t <∂L_b/∂z_bt, J_bt v>``, where ``J_bt v`` is the change of ``z_bt`` along v. With v the gradient of a
+The loss of an example depends on the parameters through the model's logits ``z [B, T, V]``, one vector for each
+position. So the inner product of its gradient with any vector v of the parameters' shape is a sum over positions,
+``<∇L_b, v> = Σ_t <∂L_b/∂z_bt, J_bt v>``, ``J_bt v`` being the change of ``z_bt`` along v. With v the gradient of a
 target's loss it is the TracIn score, split exactly. One forward pass in forward mode gives ``J v`` at all positions of
-all rows of a batch (`torch.autograd.forward_ad`); no per-token gradient is ever built.
+a batch (`torch.autograd.forward_ad`); no per-token gradient is ever built.
 
-Layout: B rows of T positions; logits ``[B, T, V]``; what stands for a position is ``[B, T]``.
+Layout: B examples of T positions; logits ``[B, T, V]``; a number for each position is ``[B, T]``.
 """
 
 from __future__ import annotations
@@ -52,39 +52,39 @@ def token_influence(
     preconditioner: str | None = None,
     device: str | torch.device | None = None,
 ) -> np.ndarray:
-    """Split the exact TracIn scores of a few train rows on a few targets over the train rows' tokens.
+    """Split the exact TracIn scores of a few training examples on a few targets over the training examples' tokens.
 
     ``score(z, z') = Σ_c η_c Σ_t <∇l_ct(z), ∇L_c(z')>`` with ``L(z) = Σ_t l_t(z)``: the score of TracInCP (Pruthi et al.
-    2020) with the loss of the train row written as the sum that it is. The sum over tokens is the score that
-    ``attribute(..., projector="none")`` gives, up to rounding; a part is positive where learning to predict that token
-    lowered the target's loss. To split over the *targets'* tokens, swap the two batches.
+    2020) with the training example's loss written as a sum over tokens. The sum of the parts is the score of
+    ``attribute(..., projector="none")``, up to rounding; a part is positive if learning to predict that token lowered
+    the target's loss. To split over the *targets'* tokens, swap the two batches.
 
-    It costs a forward and backward a target, and a forward in forward mode of the train batch a target, at each
-    checkpoint. Take the rows that `Attribution.top` found rather than all. The model is left as found.
+    It costs, for each target and checkpoint, a forward and backward and a forward in forward mode of the training
+    batch: pass the examples that `Attribution.top` found rather than all. The model is not changed.
 
     Args:
         model: The model, whose logits are ``[B, T, V]``.
-        task: As `Tracer` takes it: ``"language_modeling"``, or any task whose loss depends on the parameters through
-            the logits of one call of the model alone.
-        train_batch: The train rows, one batch as the task takes it.
-        target_batch: The targets, likewise.
+        task: As for `Tracer`: ``"language_modeling"``, or any task whose loss depends on the parameters only through
+            the logits of one call of the model.
+        train_batch: The training examples, one batch as the task takes it.
+        target_batch: The targets, one batch as the task takes it.
         checkpoints: State dicts or paths, each alone or as ``(checkpoint, learning rate)``, as for `attribute`.
-        params: Which parameters count, as for `Tracer`; None: all trainable ones.
+        params: The selected parameters, as for `Tracer`. Default: all trainable ones.
         preconditioner: ``adam`` or None, as for `Tracer`.
-        device: Where to compute; by default where the model is.
+        device: The device to compute on. Default: that of the model.
 
     Returns:
-        ``[num_targets, num_rows, T]``, float64. For language modelling ``[..., t]`` belongs to the t-th label, that is
-        the token being predicted: the first of a row where labels are shifted inside has no prediction. Tokens that are
-        not predicted (label -100, padding) have 0. For other tasks ``[..., t]`` belongs to the t-th position of the
-        logits.
+        ``[num_targets, num_rows, T]``, float64. For language modelling ``[..., t]`` belongs to the t-th label, the
+            token
+        being predicted: the first of an example whose labels are shifted inside has no prediction. Tokens that are not
+        predicted (label -100, padding) have 0. For other tasks ``[..., t]`` belongs to the t-th position of the logits.
 
     Raises:
-        InputError: There are no checkpoints, some have a learning rate and others not, or the model is sharded.
-        BatchError: A batch does not fit the task, or the logits have no position.
-        GradientError: The task's loss does not come from the logits alone, or an operation can be differentiated
+        InputError: If there are no checkpoints, only some have a learning rate, or the model is sharded.
+        BatchError: If a batch does not fit the task, or the logits have no position.
+        GradientError: If the task's loss does not come from the logits alone, or an operation can be differentiated
             neither forward nor twice.
-        NonFiniteError: A part is NaN or infinite.
+        NonFiniteError: If a part is NaN or infinite.
 
     >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
     >>> tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
@@ -117,7 +117,7 @@ def token_influence(
 
 
 def _with_rates(checkpoints: Any) -> list[tuple[Checkpoint, float]]:
-    """Return checkpoints with their learning rates; 1 for all where none has any."""
+    """Return checkpoints with their learning rates; 1 for all if none has any."""
     if isinstance(checkpoints, (str, Mapping)) or not hasattr(checkpoints, "__iter__"):
         raise InputTypeError(
             f"checkpoints is a {type(checkpoints).__name__}; expected a list of state dicts or paths, each alone or as "
@@ -145,7 +145,7 @@ def _load(
 
 @contextmanager
 def _differentiable(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Choose kernels that have derivatives of both kinds: fused ones of attention and of LSTMs have not."""
+    """Choose kernels that have derivatives of both kinds, which fused ones of attention and LSTMs lack."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
@@ -184,11 +184,11 @@ def _direction(
 
 
 def _parts(model: nn.Module, task: Task, batch: Batch, direction: Mapping[str, Tensor]) -> Tensor:
-    """Return ``Q <∂f/∂z_t, J_t v>`` of each position, ``[B, T]``, float64, and check that nothing is left out."""
+    """Return ``Q <∂f/∂z_t, J_t v>`` of each position, ``[B, T]``, float64, after checking that they add up."""
     try:
         outputs, logits, change, beside = _forward(model, task, batch, direction)
     except NotImplementedError as reason:
-        if not _told(reason):
+        if not _logged_before(reason):
             logger.info("no forward-mode derivative (%s); differentiating twice instead", _first_line(reason))
         outputs, logits, change, beside = _twice(model, task, batch, direction)
     if logits.ndim < 3:
@@ -219,7 +219,7 @@ the roundings of sums over the vocabulary."""
 
 
 def _forward(model: nn.Module, task: Task, batch: Batch, direction: Mapping[str, Tensor]) -> _Derivative:
-    """Run a batch in forward mode, where parameters carry a direction; no graph of the model is kept."""
+    """Run a batch in forward mode, with parameters that carry a direction; no graph of the model is kept."""
     parameters = dict(model.named_parameters())
     found: list[tuple[Tensor, Tensor | None]] = []
 
@@ -244,7 +244,7 @@ def _forward(model: nn.Module, task: Task, batch: Batch, direction: Mapping[str,
 
 
 def _twice(model: nn.Module, task: Task, batch: Batch, direction: Mapping[str, Tensor]) -> _Derivative:
-    """Take ``J v`` as the derivative by u of ``<Jᵀu, v>``, for layers without a forward-mode derivative."""
+    """Return ``J v`` as the derivative by u of ``<Jᵀu, v>``, for layers without a forward-mode derivative."""
     parameters = dict(model.named_parameters())
     wanted = [parameters[name] for name in direction]
     found: list[tuple[Tensor, Tensor | None]] = []
@@ -315,7 +315,7 @@ def _only(found: Sequence[tuple[Tensor, Tensor | None]], task: Task) -> tuple[Te
 
 
 def _with_logits(output: Any, logits: Tensor) -> Any:
-    """Return a model's output with other logits, where `logits_of` finds them."""
+    """Return a model's output with other logits in the place that `logits_of` reads."""
     if isinstance(output, Tensor):
         return logits
     changed: Any = copy.copy(output)
@@ -333,7 +333,7 @@ def _with_logits(output: Any, logits: Tensor) -> Any:
 
 
 def _by_label(task: Task, batch: Batch, parts: Tensor) -> Tensor:
-    """Move the parts ``[M, B, T]`` of a language model from where a token is predicted from to the token itself."""
+    """Move the parts ``[M, B, T]`` of a language model from the predicting position to the predicted token."""
     is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2  # the only batch whose labels are not shifted
     if not isinstance(task, LanguageModeling) or is_pair:
         return parts
@@ -353,8 +353,8 @@ def _check_finite(parts: Tensor) -> None:
 _SEEN: set[str] = set()
 
 
-def _told(reason: BaseException) -> bool:
-    """Tell whether this reason was logged before."""
+def _logged_before(reason: BaseException) -> bool:
+    """Return whether this reason was logged before."""
     text = _first_line(reason)
     known = text in _SEEN
     _SEEN.add(text)

@@ -32,7 +32,7 @@ Answer = TypeVar("Answer")
 def _asks(
     method: Callable[Concatenate[StoreReader, P], Answer], prepare: Callable[[Tracer], None]
 ) -> Callable[Concatenate[Tracer, P], Answer]:
-    """Return a method of `Tracer` that makes durable what was computed, and then asks the store reader."""
+    """Return a method of `Tracer` that makes everything computed durable, and then asks the store reader."""
 
     @functools.wraps(method)
     def ask(self: Tracer, /, *args: P.args, **kwargs: P.kwargs) -> Answer:
@@ -214,7 +214,7 @@ class Tracer:
         self.close()
 
     def shard(self, dataset: Any) -> Subset:
-        """Return this process's examples; see `StoreReader.shard`. While targets are scored, of as many targets."""
+        """Return this process's share; see `StoreReader.shard`. While targets are scored, of as many targets."""
         session = self._session
         if session is not None and session.role == SCORE and session.table.num_rows == len(dataset):
             return Subset(dataset, self.process.rows(len(dataset), session.table.chunk_rows))
@@ -242,7 +242,7 @@ class Tracer:
 
     @contextmanager
     def _all_ranks(self) -> Iterator[None]:
-        """Let all ranks of a sharded model end their batches before what is inside, and fail in it together."""
+        """End the batches of all ranks of a sharded model before the block, and fail in it together."""
         self._finish_batches()
         with self._backend.step():
             yield
