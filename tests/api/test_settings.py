@@ -9,7 +9,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 from tracer_cases import build, featurize
 
-from tracer import InputError, InputTypeError, Tracer
+from tracer import InputError, InputTypeError, Tracer, attribute
 from tracer.api.settings import FeatureOptions, FeatureSettings
 from tracer.api.store_reader import StoreReader
 
@@ -27,6 +27,25 @@ def test_signature_and_docstring_of_the_tracer_have_every_setting():
         assert parameters[each.name].default == each.default
         assert f"\n        {each.name}: " in Tracer.__doc__
     assert "**options" not in Tracer.__doc__
+
+
+def test_attribute_has_the_same_settings_and_names_itself_in_errors(run, tmp_path):
+    parameters = inspect.signature(attribute).parameters
+    for each in fields(FeatureSettings):
+        assert parameters[each.name].default == each.default
+        assert f"\n        {each.name}: " in attribute.__doc__
+    assert "**options" not in attribute.__doc__
+    with pytest.raises(InputTypeError, match=r"attribute\(\) got an unexpected keyword argument 'param'; did you mean"):
+        attribute(
+            run.model,
+            "image_classification",
+            (run.x, run.y),
+            (run.x, run.y),
+            run.checkpoints,
+            save_dir=tmp_path,
+            param=1,
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_settings_are_frozen_and_checked():
