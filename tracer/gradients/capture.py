@@ -69,7 +69,7 @@ class _Call:
 
 
 class CallPattern(NamedTuple):
-    """How a layer was called, as far as it decides which rows belong to which samples.
+    """A way of calling a layer, as far as it decides which rows belong to which samples.
 
     Attributes:
         layer: The layer's name.

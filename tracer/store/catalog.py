@@ -23,7 +23,7 @@ class Catalog:
         self.root = root
 
     def checkpoint_path(self, model_id: int) -> StorePath:
-        """Return the path of a checkpoint's table of training rows."""
+        """Return the path of a checkpoint's table of training examples."""
         return self.root / "checkpoints" / _number(model_id)
 
     def targets_path(self, exp_name: str, model_id: int) -> StorePath:
@@ -57,7 +57,7 @@ class Catalog:
         return numbered_nodes(self.root / "checkpoints")
 
     def has_checkpoint(self, model_id: int) -> bool:
-        """Tell whether there is a table of training rows for this checkpoint."""
+        """Return whether there is a table of training examples for this checkpoint."""
         return (self.checkpoint_path(model_id) / NODE).exists()
 
     def exp_names(self) -> list[str]:
@@ -69,7 +69,7 @@ class Catalog:
         return numbered_nodes(self.root / "targets" / checked_name("exp_name", exp_name))
 
     def has_targets(self, exp_name: str, model_id: int) -> bool:
-        """Tell whether there is a table of this target set for this checkpoint."""
+        """Return whether there is a table of this target set for this checkpoint."""
         return (self.targets_path(exp_name, model_id) / NODE).exists()
 
     def score_names(self, exp_name: str) -> list[str]:
@@ -86,7 +86,7 @@ class Catalog:
         return sorted({name for kind in ("scores", "cosines", "top") for name in child_nodes(self.root / kind)})
 
     def table_paths(self) -> list[tuple[StorePath, str | None]]:
-        """Return the path and target set (None: training rows) of all tables, even if their document is missing."""
+        """Return the path and target set (None: training examples) of all tables, even if their document is missing."""
         found = [(path, None) for path in _numbered_entries(self.root / "checkpoints")]
         sets = child_nodes(self.root / "targets")
         return [*found, *((path, name) for name in sets for path in _numbered_entries(self.root / "targets" / name))]

@@ -1,4 +1,4 @@
-"""Everything that is computed from the rows of a store: scores, cosines, top-k parts, kernels."""
+"""Everything that is computed from the tables of a store: scores, cosines, top-k parts, kernels."""
 
 from __future__ import annotations
 
@@ -21,12 +21,7 @@ logger = logging.getLogger("tracer")
 
 
 class ComputedResults:
-    """The part of a store that is computed from rows, and that is computed again when rows change.
-
-    Args:
-        catalog: Of the store.
-        manifest: The store's settings.
-    """
+    """The part of a store that is computed from its tables, and computed again when they change."""
 
     def __init__(self, catalog: Catalog, manifest: Manifest) -> None:
         self._catalog, self._manifest = catalog, manifest
@@ -42,28 +37,7 @@ class ComputedResults:
         dtype: str | None = None,
         may_replace: bool = True,
     ) -> ScoreArray:
-        """Open scores for writing: existing ones if they come from the same inputs, else new ones.
-
-        Scores that come from other inputs are removed; matrices of them that are still held stay valid.
-
-        Args:
-            exp_name: The target set's name.
-            estimator: The estimator's name: letters, digits and ``-_.``.
-            shape: ``(N, M)``, both at least 1.
-            inputs: Everything that decides the scores, as JSON values: checkpoints and their weights'
-                fingerprints, learning rates, the estimator's options.
-            tile_rows: The most rows of a tile; None: tiles of about 16 MB. Existing scores keep theirs.
-            dtype: ``"float32"``, or ``"float16"`` relative to the largest score of each row; None: the dtype of
-                existing scores of these inputs, else float32.
-            may_replace: Whether this process may remove scores of other inputs.
-
-        Returns:
-            The array; `ScoreArray.remaining` lists the tiles still to be written.
-
-        Raises:
-            InputError: A name, the shape, the dtype or ``tile_rows`` cannot be used.
-            IncompleteError: Scores of other inputs exist and this process may not replace them.
-        """
+        """Open scores ``[N, M]`` for writing: existing ones of the same inputs, else new ones (see `open_scores`)."""
         path = self._catalog.scores_path(exp_name, estimator)
         with disk_errors(path):
             ensure_groups(self._catalog.root, path.parent)
@@ -78,19 +52,7 @@ class ComputedResults:
         )
 
     def read_scores(self, exp_name: str, estimator: str) -> ScoreArray:
-        """Open existing scores, whatever their inputs.
-
-        Args:
-            exp_name: The target set's name.
-            estimator: The estimator's name.
-
-        Returns:
-            The array.
-
-        Raises:
-            CallOrderError: There are none.
-            StoreError: They are damaged.
-        """
+        """Open existing scores, whatever their inputs, or raise `CallOrderError`."""
         path, known = self._catalog.scores_path(exp_name, estimator), self._catalog.score_names(exp_name)
         if estimator not in known:
             raise CallOrderError(
@@ -111,19 +73,7 @@ class ComputedResults:
     def cosine_block(
         self, exp_name: str, model_id: int, first: int, num_targets: int, inputs: Mapping[str, Any], *, tile_rows: int
     ) -> ScoreArray:
-        """Open a block of cosines for writing: an existing one if it comes from the same inputs, else a new one.
-
-        Args:
-            exp_name: The target set's name.
-            model_id: The checkpoint's number.
-            first: The first target of the block.
-            num_targets: The number of its targets.
-            inputs: Everything that decides the cosines, as JSON values.
-            tile_rows: The training rows of a tile.
-
-        Returns:
-            The array; `ScoreArray.remaining` lists the tiles still to be written.
-        """
+        """Open a block of cosines from target ``first`` on: an existing one of the same inputs, or a new one."""
         parent = self._catalog.cosines_path(exp_name, model_id)
         with disk_errors(parent):
             ensure_groups(self._catalog.root, parent)
@@ -138,7 +88,7 @@ class ComputedResults:
         return open_scores(path, shape, inputs, tile_rows=tile_rows, chunk_rows=self._chunk_rows(num_targets))
 
     def invalidate(self, rows: np.ndarray, exp_name: str | None = None) -> None:
-        """Mark everything computed from training rows, or from targets of a set, ``[n]`` indices, as not done."""
+        """Mark everything computed from some training examples, or targets of a set, as not done."""
         root = self._catalog.root
         if exp_name is None:
             with disk_errors(root):

@@ -1,4 +1,4 @@
-"""How a store keeps features: in which dtype, or not at all (``storage="none"``)."""
+"""The storage of features: their dtype, or none (``storage="none"``)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class FeatureStorage:
         return dim * np.dtype(self.name).itemsize if self.stores_features else 0
 
     def check_projector(self, projector: str) -> None:
-        """Check that scores can be computed from what is stored of gradients projected like this."""
+        """Raise `InputError` unless scores can be computed from the stored values of gradients projected like this."""
         if not self.stores_features and projector != "none":
             raise InputError(
                 f"expected projector='none' with storage='none', got projector={projector!r}: without stored features, "

@@ -1,4 +1,4 @@
-"""Kernels of checkpoints, stored so that a repeated question does not read all training rows again.
+"""Kernels of checkpoints, stored so that a repeated question does not read all training examples again.
 
     kernels/<model_id>/<weighting>/     group; its attributes are ``inputs``, sums, and a checksum of the arrays
       matrix     [k, k]  float64        ``Φᵀ diag(w) Φ``
@@ -34,14 +34,7 @@ _CHUNK_BYTES = 16 << 20
 def save_kernel(
     path: StorePath, inputs: Mapping[str, Any], sums: Mapping[str, float], arrays: Mapping[str, np.ndarray]
 ) -> None:
-    """Write a kernel in place of an existing one.
-
-    Args:
-        path: ``kernels/<model_id>/<weighting>`` of the store, whose parent is a zarr group.
-        inputs: Everything that decides it, JSON values.
-        sums: Numbers that belong to it.
-        arrays: ``[n, k]`` each, float64, by name.
-    """
+    """Write a kernel, its ``inputs``, ``sums`` and float64 ``arrays [n, k]``, in place of an existing one."""
     with disk_errors(path):
         # Document first when replacing, last when writing: a crash in between leaves a kernel that counts as missing.
         (path / NODE).remove()

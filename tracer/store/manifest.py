@@ -37,7 +37,7 @@ def current_versions() -> dict[str, str]:
 
 
 def json_value(value: Any, where: str) -> Any:
-    """Return a copy of a value made of plain JSON: dict, list, str, bool, int, float or None.
+    """Return a copy of a value as plain JSON; ``where`` names it in errors.
 
     Args:
         value: Tuples become lists, numpy scalars become Python numbers.
@@ -47,8 +47,8 @@ def json_value(value: Any, where: str) -> Any:
         The copy, equal to reading it back from JSON.
 
     Raises:
-        InputTypeError: A part of it is of another type.
-        InputError: A number is NaN or infinite.
+        InputTypeError: If a part of it is of another type.
+        InputError: If a number is NaN or infinite.
 
     >>> json_value({"shape": (2, 3)}, "settings")
     {'shape': [2, 3]}
@@ -80,8 +80,8 @@ class Manifest:
             shapes and its order counts.
         info: Recorded and never compared, for example the model's class.
         versions: The packages that made the store; another version is only logged.
-        layout: How rows are divided into files, decided when a store is made: ``chunk_rows``, the training rows of one
-            file, and ``processes``, the number of processes that rows were to be divided among.
+        layout: The division into files, decided when a store is made: ``chunk_rows``, the training examples of one
+            file, and ``processes``, the number of processes to share them.
         format_version: Of the files; a store with another one is refused.
 
     >>> manifest = Manifest({"train_set_size": 5, "feature_dim": 2, "storage": "float16"})
@@ -110,12 +110,12 @@ class Manifest:
 
     @property
     def train_set_size(self) -> int:
-        """The number of training rows N."""
+        """The number of training examples N."""
         return int(self.settings["train_set_size"])
 
     @property
     def feature_dim(self) -> int:
-        """The number of values of a row's features."""
+        """The number of values of an example's features."""
         return int(self.settings["feature_dim"])
 
     @property

@@ -51,16 +51,7 @@ def relative_rows(
     pool: str,
     memory: Float[Tensor, "n k"] | None = None,
 ) -> Shaped[np.ndarray, "n k"]:
-    """Return rows divided by their scales: int8 for int8, else float32, which float16 storage rounds as it is written.
-
-    Args:
-        features: The rows.
-        scale: From `row_scale`.
-        rows: Their indices, which choose the random numbers that round them.
-        storage: ``"float32"``, ``"float16"`` or ``"int8"``.
-        pool: The pool of random numbers: ``"train"`` or ``"targets"``.
-        memory: Overwritten and used for the result.
-    """
+    """Return rows over their ``scale``: int8 for int8, else float32; ``rows`` and ``pool`` choose the rounding."""
     if storage not in RELATIVE:
         return features
     memory = torch.empty(features.shape) if memory is None else memory

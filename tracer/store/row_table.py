@@ -1,8 +1,8 @@
-"""Rows of features and the columns that belong to them, for one checkpoint.
+"""A table of features and the columns that belong to them, for one checkpoint.
 
-Layout: ``N`` rows of ``dim`` values. A float16 row is stored divided by its largest absolute value, which is its
-``scale``: gradients of norm 1e-12 and 1e12 keep the same relative precision. An int8 row is stored in units of its
-``scale``, the largest absolute value over 127 (`tracer.store.quantization`). A float32 row has scale 1.
+Layout: ``N`` rows of ``dim`` values, one row for each example. A float16 row is stored divided by its largest absolute
+value, its ``scale``: gradients of norm 1e-12 and 1e12 have the same relative precision. An int8 row is stored in units
+of its ``scale``, the largest absolute value over 127 (`tracer.store.quantization`). A float32 row has scale 1.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from tracer.store.table_schema import COLUMNS, read_attributes, table_layouts
 
 
 class RowTable:
-    """The rows of one checkpoint: training rows, or target rows.
+    """The table of one checkpoint: training examples, or targets.
 
-    One process writes a table, or several of which no two write the same row; any number may read it meanwhile. Rows
-    that were written count as done only after `flush`, which also runs by itself every ``flush_seconds`` of writing,
-    and when the table is closed. A process that is killed loses the rows since then and no others. Views and copies
-    stay valid after `close`.
+    One process writes a table, or several of which no two write the same row; any number may read it meanwhile. Written
+    rows count as done only after `flush`, which also runs by itself every ``flush_seconds`` of writing, and when the
+    table is closed. A process that is killed loses the rows since then and no others. Views and copies stay valid after
+    `close`.
 
     Args:
         path: The table's directory.
-        flush_seconds: How long written rows may wait for a flush; 0 flushes with every write.
+        flush_seconds: The time that written rows may wait for a flush; 0 flushes with every write.
 
     Attributes:
         num_rows: N.
         dim: The values of a row; 0 without features.
-        storage: The name of the dtype they are stored in; ``"none"`` without features.
+        storage: The dtype of stored features; ``"none"`` without features.
         chunk_rows: The rows of one file: processes that write at the same time write different chunks.
 
     Raises:
-        StoreError: The table is damaged.
+        StoreError: If the table is damaged.
     """
 
     def __init__(self, path: StorePath, *, flush_seconds: float = FLUSH_SECONDS) -> None:
@@ -73,7 +73,7 @@ class RowTable:
         self._check_files()
 
     def _check_files(self) -> None:
-        """Check that every file that holds a done row exists: a missing one would read as zeros."""
+        """Check that every file with a done row exists: a missing one would read as zeros."""
         needed = set((np.flatnonzero(self.done) // self.chunk_rows).tolist())
         if not needed:
             return
@@ -87,15 +87,11 @@ class RowTable:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """The table's attributes as they are on the disk now: a copy; change them with `set_attributes`."""
+        """A copy of the table's attributes as they are on the disk; change them with `set_attributes`."""
         return read_attributes(self.path)
 
     def set_attributes(self, **changes: Any) -> None:
-        """Flush, then change attributes on the disk, all of them or none.
-
-        Args:
-            **changes: JSON values by name, for example ``learning_rate=0.1`` or ``finalized=True``.
-        """
+        """Flush, then change attributes on the disk, all of them or none, for example ``learning_rate=0.1``."""
         # A table must not be finalized on the disk while rows that count are still pending in memory.
         self.flush()
         with disk_errors(self.path):
@@ -103,21 +99,21 @@ class RowTable:
 
     @property
     def done(self) -> np.ndarray:
-        """``[N]``, bool, a copy: which rows are durably done; pending ones are not."""
+        """``[N]``, bool, a copy of the marks of durably done rows; pending ones are not."""
         return self._mask.done
 
     @property
     def num_done(self) -> int:
-        """How many rows are durably done."""
+        """The number of durably done rows."""
         return int(np.count_nonzero(self.done))
 
     @property
     def pending(self) -> int:
-        """How many rows were written since the last flush."""
+        """The number of rows written since the last flush."""
         return int(np.count_nonzero(self._mask.pending))
 
     def remaining(self) -> np.ndarray:
-        """Flush and return the indices of the rows that are not done: ``[n]``, int64, ascending."""
+        """Flush and return the indices of rows that are not done: ``[n]``, int64, ascending."""
         self.flush()
         return np.flatnonzero(~self.done)
 
@@ -126,18 +122,7 @@ class RowTable:
         return checked_rows(rows, self.num_rows, self.path)
 
     def check_rows(self, rows: np.ndarray, fingerprint: np.ndarray) -> np.ndarray:
-        """Tell which rows are written already, and check that they hold the same data.
-
-        Args:
-            rows: ``[n]``, int64, row indices.
-            fingerprint: ``[n]``, uint64, a hash of each example's inputs.
-
-        Returns:
-            ``[n]``, bool: done or pending.
-
-        Raises:
-            MismatchError: A row that is written has another fingerprint.
-        """
+        """Return which rows are written, ``[n]``; raise `MismatchError` if one has another ``fingerprint [n]``."""
         rows = self.checked_rows(rows)
         fingerprint = checked_fingerprint(fingerprint, len(rows))
         written = self._mask.written(rows)
@@ -166,8 +151,6 @@ class RowTable:
     ) -> None:
         """Write rows, each at most once in a call; they are pending until the next flush.
 
-        A row that is done loses its mark, durably, before it is written again.
-
         Args:
             rows: ``[n]``, int64, row indices in any order; consecutive ones are fastest.
             features: ``[n, dim]``, float32; None for a table without features.
@@ -176,13 +159,13 @@ class RowTable:
             loss_hess: ``[n]``, float32, w = ∂²L/∂f².
             gradient_norm: ``[n]``, float32, the exact norm of the gradient of f.
             fingerprint: ``[n]``, uint64, a hash of each example's inputs.
-            output_change: ``[n]``, float32, f minus the f of an untrained model; None if not known.
+            output_change: ``[n]``, float32, f minus the f of an untrained model; None if unknown.
             label: ``[n]``, int64, the class of each example; None if examples have no class.
 
         Raises:
-            CallOrderError: The table is closed or finalized.
-            InputTypeError: An array has another shape or type, or features were passed for a table without.
-            NonFiniteError: A value is NaN or infinite; nothing was written.
+            CallOrderError: If the table is closed or finalized.
+            InputTypeError: If an array has an invalid shape or type, or features were passed for a table without.
+            NonFiniteError: If a value is NaN or infinite; nothing was written.
         """
         self._check_open()
         rows = checked_rows(rows, self.num_rows, self.path, unique=True)
@@ -216,7 +199,7 @@ class RowTable:
             ``[stop - start]``; zeros for rows that were never written.
 
         Raises:
-            InputError: There is no such column, or the range is not within the table.
+            InputError: If there is no such column, or the range is not within the table.
         """
         if name not in COLUMNS:
             raise InputError(f"column is {name!r}: expected one of {sorted(COLUMNS)}")
@@ -225,24 +208,13 @@ class RowTable:
         return self._arrays[name].read(start, stop)
 
     def prefetch(self, start: int, stop: int) -> None:
-        """Begin to read the features of rows ``start`` to ``stop`` in the background."""
+        """Start to read the features of rows ``start`` to ``stop`` in the background."""
         self._check_range(start, stop)
         if self._features is not None:
             self._features.prefetch(start, stop)
 
     def raw_features(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
-        """Return rows as they are stored, without copying: one view for each file they are in.
-
-        Args:
-            start: The first row.
-            stop: One past the last row.
-
-        Returns:
-            Pairs of the first row's index and ``[n, dim]`` in the storage dtype; times ``scale`` they are features.
-
-        Raises:
-            CallOrderError: The table has no features.
-        """
+        """Return stored features of rows ``start`` to ``stop``: for each file its first row and a view ``[n, dim]``."""
         self._check_range(start, stop)
         if self._features is None:
             self._feature_storage.require_features(f"reading features of {self.path}")

@@ -1,4 +1,4 @@
-"""Writes rows of a table: checks them, stores them with their checksums, and marks them done once they are durable."""
+"""The writing side of a table: rows are checked, stored with checksums, and marked done once they are durable."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class RowWriter:
         return self._scaled[: shape[0]]
 
     def _finalized(self) -> bool:
-        """Tell whether any process finalized the table; its document is read only if it may have changed."""
+        """Return whether any process finalized the table; its document is read only if it may have changed."""
         with disk_errors(self.path):
             stamp = (self.path / NODE).change_stamp()
         if stamp != self._finalized_at[0]:

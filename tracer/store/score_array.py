@@ -1,12 +1,11 @@
-"""Scores ``[N training rows, M targets]``, written tile by tile.
+"""Scores ``[N training examples, M targets]``, written tile by tile.
 
-On a local disk, for one process, all scores are a single zarr shard whose inner chunks are tiles of whole rows. They
-follow one another, so the file begins with the matrix in row-major order and one memory map shows it, while any zarr
-reader goes through the index at the file's end. Several processes, and remote stores, have a shard for each chunk of
-rows. Float16 scores are relative to the largest score of their row, which ``<estimator>_scale`` holds.
-
-``<estimator>_done`` has a bool for each tile, and ``<estimator>_checksum`` its CRC-32C. All these arrays carry a digest
-of what the scores were computed from, so that marks never count for an array that they were not made for.
+On a local disk, for one process, all scores are a single zarr shard whose inner chunks are tiles of whole rows, one
+after another, so the file begins with the matrix in row-major order and one memory map shows it, while any zarr reader
+uses the index at the file's end. Several processes, and remote stores, have a shard for each chunk of rows. Float16
+scores are relative to the largest score of their row, in ``<estimator>_scale``. ``<estimator>_done`` has a bool for
+each tile, and ``<estimator>_checksum`` its CRC-32C. All these arrays have a digest of the inputs of the scores, so that
+marks never count for an array that they were not made for.
 """
 
 from __future__ import annotations
@@ -41,24 +40,21 @@ logger = logging.getLogger("tracer")
 
 
 class ScoreArray:
-    """Scores ``[N, M]``, written tile by tile, each tile done only once it is durable.
-
-    Get one from `ComputedResults.scores`. Processes that write at the same time write different files; `remaining`
-    returns the tiles of each.
+    """Scores ``[N, M]``, written tile by tile; a tile is done once it is durable.
 
     Args:
         path: The array's directory.
-        flush_seconds: How long written tiles may wait for a flush.
+        flush_seconds: The time that written tiles may wait for a flush.
 
     Attributes:
         shape: ``(N, M)``.
-        dtype: ``"float32"`` or ``"float16"``, as they are stored; they are read as float32.
+        dtype: The stored dtype, ``"float32"`` or ``"float16"``; scores are read as float32.
         tile_rows: The rows of a tile; the last tile may have fewer.
-        num_tiles: How many tiles there are.
+        num_tiles: The number of tiles.
         inputs: Everything that decides the scores, JSON values.
 
     Raises:
-        StoreError: The array is damaged, or a crash left it half replaced.
+        StoreError: If the array is damaged, or a crash left it half replaced.
     """
 
     def __init__(self, path: StorePath, *, flush_seconds: float = FLUSH_SECONDS) -> None:
@@ -82,7 +78,7 @@ class ScoreArray:
         self._check_files()
 
     def _check_files(self) -> None:
-        """Check that every file that holds a done tile exists, and the size of the one that is mapped as a whole."""
+        """Check that every file with a done tile exists, and the size of the one that is mapped as a whole."""
         needed = set((np.flatnonzero(self.tile_done) // self._scores.layout.tiles_per_chunk).tolist())
         missing = sorted(needed - self._scores.stored_chunks()) if needed else []
         if missing:
@@ -105,7 +101,7 @@ class ScoreArray:
 
     @property
     def tile_done(self) -> np.ndarray:
-        """``[num_tiles]``, bool, a copy: which tiles are durably done."""
+        """``[num_tiles]``, bool, a copy of the marks of durably done tiles."""
         return self._mask.done
 
     @property
@@ -115,18 +111,11 @@ class ScoreArray:
 
     @property
     def pending(self) -> int:
-        """How many tiles were written since the last flush."""
+        """The number of tiles written since the last flush."""
         return int(np.count_nonzero(self._mask.pending))
 
     def remaining(self, process: tuple[int, int] = (0, 1)) -> list[tuple[int, int]]:
-        """Flush and return ``(start, stop)`` of the rows of each tile that is not done, in order.
-
-        Args:
-            process: A process's number and how many there are: only tiles in files of this process.
-
-        Returns:
-            The ranges.
-        """
+        """Flush and return the row ranges of tiles that are not done, in files of this process ``(number, count)``."""
         self.flush()
         files = self._scores.layout.num_chunks
         first, last = (files * (process[0] + part) // process[1] for part in (0, 1))
@@ -136,17 +125,7 @@ class ScoreArray:
         return [(start, min(start + self.tile_rows, self.shape[0])) for start in starts]
 
     def write(self, start: int, rows: np.ndarray) -> None:
-        """Write the scores of whole tiles; they are pending until the next flush.
-
-        Args:
-            start: The first row, a multiple of ``tile_rows``.
-            rows: ``[n, M]``, float; n is a multiple of ``tile_rows`` or reaches the last row.
-
-        Raises:
-            CallOrderError: The array is closed.
-            InputTypeError: The values are not of shape ``[n, M]`` or not floats.
-            InputError: They are not whole tiles within the array.
-        """
+        """Write scores ``rows [n, M]``, whole tiles from row ``start`` on; they are pending until the next flush."""
         if self._closed:
             raise CallOrderError(f"{self.path} is closed: get it again from the store")
         rows = np.asarray(rows)
@@ -216,22 +195,13 @@ class ScoreArray:
         self._mask.flush()
 
     def matrix(self) -> Any:
-        """Return all scores without copying: ``[N, M]``, float32, not writable.
-
-        Returns:
-            A memory map if they are float32 in one file; tiles that are not done may hold anything, so check `complete`
-            first. Else a `ScoreMatrix`.
-        """
+        """Return all scores without copying: ``[N, M]``, float32, read-only; a memory map or a `ScoreMatrix`."""
         if self.in_one_file:
             return self._scores.chunk(0)[: self.shape[0]]
         return ScoreMatrix(self.shape, self.read)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return the scores of rows ``start`` to ``stop``: ``[stop - start, M]``, float32.
-
-        Raises:
-            IncompleteError: Some of them are not computed yet.
-        """
+        """Return the scores of rows ``start`` to ``stop``, float32, or raise `IncompleteError`."""
         done = self._mask.written(np.arange(start // self.tile_rows, -(-stop // self.tile_rows)))
         if not done.all() and stop > start:
             raise IncompleteError(
@@ -270,7 +240,7 @@ def beside(path: StorePath, suffix: str) -> StorePath:
 
 
 def remove_scores(path: StorePath) -> None:
-    """Remove scores and the arrays that belong to them; if a crash leaves some of it, it counts as not done."""
+    """Remove scores and the arrays that belong to them; what a crash leaves counts as not done."""
     with disk_errors(path):
         mask = beside(path, DONE_SUFFIX)
         (mask / "c").remove()  # marks first: without them nothing counts as done
@@ -288,9 +258,9 @@ def open_scores(
     dtype: str | None = None,
     may_replace: bool = True,
 ) -> ScoreArray:
-    """Continue existing scores if they come from the same inputs, else begin new ones.
+    """Continue existing scores if they come from the same inputs, else remove them and begin new ones.
 
-    If training rows were added since, the scores of the other rows stay. Processes may create the same scores at once.
+    If training examples were added, their scores are missing. Processes may create the same scores at once.
 
     Args:
         path: The array's directory; its parent is a zarr group.
@@ -305,8 +275,8 @@ def open_scores(
         The array; some of its tiles may be done.
 
     Raises:
-        InputError: The shape, the dtype or ``tile_rows`` cannot be used.
-        IncompleteError: Scores of other inputs exist and this process may not replace them.
+        InputError: If the shape, the dtype or ``tile_rows`` is invalid.
+        IncompleteError: If scores of other inputs exist and this process may not replace them.
     """
     rows, cols = shape
     if rows < 1 or cols < 1:

@@ -1,12 +1,12 @@
 """The store: everything that is computed, in one zarr version 3 hierarchy, on a local disk or remote.
 
     save_dir/                           group; its attributes are the manifest
-      checkpoints/<model_id>/           a `RowTable` of training rows
-      targets/<exp_name>/<model_id>/    a `RowTable` of target rows
+      checkpoints/<model_id>/           a `RowTable` of training examples
+      targets/<exp_name>/<model_id>/    a `RowTable` of targets
       scores/<exp_name>/<estimator>     a `ScoreArray`, with ``<estimator>_done`` and other arrays next to it
       cosines/<exp_name>/<model_id>/<first target>      a `ScoreArray` of exact gradients, which are not stored
-      top/<exp_name>/<estimator>/<key>/<rows>           the strongest training rows among some of them
-      kernels/<model_id>/<weighting>    a kernel of all training rows, for estimators with curvature
+      top/<exp_name>/<estimator>/<key>/<rows>           the strongest training examples among some of them
+      kernels/<model_id>/<weighting>    a kernel of all training examples, for estimators with curvature
 
 A store exists as soon as its root ``zarr.json`` does, a table as soon as its own does. There are no locks, so none is
 left behind by a crash: processes may create the same things at once, and they write different chunks.
@@ -76,15 +76,15 @@ class Store:
             save_dir: A directory, or a URL that fsspec knows: a store, empty, or not existing yet.
             manifest: The settings that decide the numbers.
             resume: Whether an existing store may be continued.
-            processes: The number of processes that rows are to be divided among, for a new store.
+            processes: The number of processes to share the examples of a new store.
 
         Returns:
             The store.
 
         Raises:
-            InputError: A store exists and ``resume`` is False.
-            MismatchError: It was made with other settings.
-            StoreError: The path is a file, or a directory that is neither empty nor a store.
+            InputError: If a store exists and ``resume`` is False.
+            MismatchError: If it was made with other settings.
+            StoreError: If the path is a file, or a directory that is neither empty nor a store.
         """
         path = store_path(save_dir)
         with disk_errors(path):
@@ -105,17 +105,7 @@ class Store:
 
     @classmethod
     def open_existing(cls, save_dir: str | os.PathLike[str] | StorePath) -> Store:
-        """Open a store with the settings that it was made with.
-
-        Args:
-            save_dir: The store's directory or URL.
-
-        Returns:
-            The store.
-
-        Raises:
-            StoreError: There is none, it is damaged, or another version of this package wrote it.
-        """
+        """Open a store with the settings it was made with; raise `StoreError` if there is none or it cannot be read."""
         path = store_path(save_dir)
         try:
             document = read_document(path / NODE)
@@ -126,28 +116,20 @@ class Store:
 
     @property
     def results(self) -> ComputedResults:
-        """Scores, cosines, top-k parts and kernels that were computed from the store's rows."""
+        """Scores, cosines, top-k parts and kernels that were computed from the store's tables."""
         return ComputedResults(self.catalog, self.manifest)
 
     @property
     def chunk_rows(self) -> int:
-        """The training rows of one file: processes that write at the same time write different chunks."""
+        """The training examples of one file: processes that write at the same time write different chunks."""
         return self.manifest.layout["chunk_rows"]
 
     def target_chunk_rows(self, num_targets: int) -> int:
-        """Return the rows of one file of a table of this many targets."""
+        """Return the targets of one file, in a table of so many."""
         return _chunk_rows(self.path, self.manifest, num_targets, self.manifest.layout["processes"])
 
     def grow(self, train_set_size: int) -> None:
-        """Raise the number of training rows; the new ones are not done, at any checkpoint.
-
-        Args:
-            train_set_size: The new number, at least the old one.
-
-        Raises:
-            InputError: It is below the old one.
-            StoreError: The disk fails.
-        """
+        """Raise the number of training examples; new ones are missing at all checkpoints."""
         known = self.manifest.train_set_size
         if train_set_size < known:
             raise InputError(
@@ -165,15 +147,7 @@ class Store:
         self.manifest = manifest
 
     def invalidate_rows(self, rows: np.ndarray, exp_name: str | None = None) -> None:
-        """Mark rows as not done, at all checkpoints, and with them everything computed from them.
-
-        Args:
-            rows: ``[n]``, int64, indices of training rows, or of targets.
-            exp_name: The target set; None: training rows.
-
-        Raises:
-            InputError: An index is out of range, or the target set is not known.
-        """
+        """Mark training examples, or targets of ``exp_name``, as not done at all checkpoints, and results from them."""
         if exp_name is None:
             tables = [self.checkpoint(model_id) for model_id in self.catalog.checkpoint_ids()]
         else:
@@ -196,38 +170,13 @@ class Store:
         *,
         flush_seconds: float = FLUSH_SECONDS,
     ) -> RowTable:
-        """Create the table of training rows of a checkpoint.
-
-        Args:
-            model_id: The checkpoint's number, 0 or more.
-            weights_fingerprint: Identifies its weights.
-            learning_rate: η of the checkpoint; None if it is not known yet.
-            flush_seconds: How long written rows may wait for a flush.
-
-        Returns:
-            The empty table; if another process created one in the meantime, that one.
-
-        Raises:
-            MismatchError: There is one already, of other weights; it stays as it is.
-        """
+        """Create the table of a checkpoint, or return the existing one; raise `MismatchError` for other weights."""
         attributes = _table_attributes(weights_fingerprint, learning_rate)
         path = self.catalog.checkpoint_path(model_id)
         return self._create(path, self.manifest.train_set_size, self.chunk_rows, attributes, flush_seconds)
 
     def checkpoint(self, model_id: int, *, flush_seconds: float = FLUSH_SECONDS) -> RowTable:
-        """Open the table of training rows of a checkpoint.
-
-        Args:
-            model_id: The checkpoint's number.
-            flush_seconds: How long written rows may wait for a flush.
-
-        Returns:
-            The table.
-
-        Raises:
-            CallOrderError: There is none.
-            StoreError: It is damaged.
-        """
+        """Open the table of a checkpoint, or raise `CallOrderError`."""
         path = self.catalog.checkpoint_path(model_id)
         if not self.catalog.has_checkpoint(model_id):
             raise CallOrderError(
@@ -236,13 +185,13 @@ class Store:
         return self._table(path, self.manifest.train_set_size, flush_seconds)
 
     def table_attributes(self, model_id: int, exp_name: str | None = None) -> dict[str, Any]:
-        """Return the attributes of a checkpoint's training rows, or of its targets, without opening the table."""
+        """Return the attributes of a checkpoint's table, or of its targets' table, without opening it."""
         catalog = self.catalog
         path = catalog.checkpoint_path(model_id) if exp_name is None else catalog.targets_path(exp_name, model_id)
         return read_attributes(path)
 
     def other_checkpoint(self, model_id: int) -> RowTable | None:
-        """Return the fullest table of training rows at another checkpoint, to compare fingerprints with, or None."""
+        """Return the fullest table of training examples at another checkpoint, to compare fingerprints, or None."""
         return _fullest(self.checkpoint(other) for other in self.catalog.checkpoint_ids() if other != model_id)
 
     def other_targets(self, exp_name: str, model_id: int) -> RowTable | None:
@@ -260,23 +209,7 @@ class Store:
         learning_rate: float | None = None,
         flush_seconds: float = FLUSH_SECONDS,
     ) -> RowTable:
-        """Create the table of target rows of a checkpoint.
-
-        Args:
-            exp_name: The target set's name: letters, digits and ``-_.``.
-            model_id: The checkpoint's number, 0 or more.
-            num_targets: M, at least 1.
-            weights_fingerprint: Of the checkpoint that the rows are computed with.
-            learning_rate: Recorded only.
-            flush_seconds: How long written rows may wait for a flush.
-
-        Returns:
-            The empty table; if another process created one in the meantime, that one.
-
-        Raises:
-            MismatchError: There is one already, of other weights; it stays as it is.
-            StoreError: There is one already, of another size; it stays as it is.
-        """
+        """Create a table of targets at a checkpoint, or return the existing one unless its weights differ."""
         attributes = _table_attributes(weights_fingerprint, learning_rate)
         path = self.catalog.targets_path(exp_name, model_id)
         if self.manifest.storage == "int8":
@@ -285,20 +218,7 @@ class Store:
         return self._create(path, size, self.target_chunk_rows(size), attributes, flush_seconds)
 
     def targets(self, exp_name: str, model_id: int, *, flush_seconds: float = FLUSH_SECONDS) -> RowTable:
-        """Open the table of target rows of a checkpoint.
-
-        Args:
-            exp_name: The target set's name.
-            model_id: The checkpoint's number.
-            flush_seconds: How long written rows may wait for a flush.
-
-        Returns:
-            The table.
-
-        Raises:
-            CallOrderError: There is none.
-            StoreError: It is damaged.
-        """
+        """Open the table of targets at a checkpoint, or raise `CallOrderError`."""
         path = self.catalog.targets_path(exp_name, model_id)
         if not self.catalog.has_targets(exp_name, model_id):
             raise CallOrderError(

@@ -1,12 +1,12 @@
-"""Top-k parts: the strongest training rows found so far, so that a repeated question is read and not computed again.
+"""Top-k parts: the strongest training examples so far, stored so that a repeated question is read.
 
     top/<exp_name>/<estimator>/<key>/<start>-<stop>/    group; its attributes are ``inputs``, ``start`` and ``stop``
-      proponents_rows, opponents_rows        [M, n]  int64    indices of training rows, strongest first
+      proponents_rows, opponents_rows        [M, n]  int64    indices of training examples, strongest first
       proponents_scores, opponents_scores    [M, n]  float32
 
-A *part* covers the training rows of a question from ``start`` to ``stop``; parts that together cover all rows are the
-answer. ``<key>`` is a digest of ``inputs``, which is everything that decides the answer. A part exists as soon as its
-group's document does, which is written last and removed first.
+A *part* covers the training examples of a question from ``start`` to ``stop``; parts that cover all of them are the
+answer. ``<key>`` is a digest of ``inputs``, everything that decides the answer. A part exists as soon as its group's
+document does, which is written last and removed first.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _NAME = re.compile("(0|[1-9][0-9]*)-([1-9][0-9]*)")
 
 @dataclass(frozen=True)
 class Part:
-    """A part in the store.
+    """A stored part.
 
     Attributes:
         path: Its directory.
-        start: The first training row that it covers.
+        start: The first training example that it covers.
         stop: One past the last.
         inputs: Everything that decides it, JSON values; ``k`` among them.
     """
@@ -54,18 +54,7 @@ class Part:
 
 
 def save_part(directory: StorePath, start: int, stop: int, inputs: Mapping[str, Any], ends: tuple[TopK, TopK]) -> Part:
-    """Write a part durably; an existing one of the same rows and inputs stays.
-
-    Args:
-        directory: ``top/<exp_name>/<estimator>`` of the store, a zarr group.
-        start: The first training row that it covers.
-        stop: One past the last.
-        inputs: Everything that decides it, JSON values.
-        ends: Proponents and opponents.
-
-    Returns:
-        The part.
-    """
+    """Write a part durably below ``directory``; an existing one of the same range and inputs stays."""
     inputs = dict(json_value(dict(inputs), "inputs"))
     group = directory / _key(inputs)
     path = group / f"{start}-{stop}"
@@ -132,7 +121,7 @@ def remove_part(part: Part) -> None:
 
 
 def usable(parts: Iterable[Part], inputs: Mapping[str, Any]) -> list[Part]:
-    """Return parts that answer a question and do not overlap, in the order of their rows; the longest are preferred."""
+    """Return parts that answer a question and do not overlap, in order; the longest are preferred."""
     wanted = json_value(dict(inputs), "inputs")
     chosen: list[Part] = []
     for part in sorted(parts, key=lambda part: (part.start - part.stop, part.start)):

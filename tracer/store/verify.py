@@ -27,12 +27,12 @@ logger = logging.getLogger("tracer")
 
 @dataclass(frozen=True)
 class Damage:
-    """One group or array of a store that is not as it was written.
+    """Damage to one group or array of a store.
 
     Attributes:
         path: The group or array concerned.
         what: The problem.
-        rows: The rows (of scores: training rows) that are lost by it, ascending; empty if only metadata is damaged.
+        rows: The lost rows (of scores: training examples), ascending; empty if only metadata is damaged.
         repaired: Whether it was repaired: lost rows are then marked as missing.
     """
 
@@ -52,9 +52,9 @@ class Verification:
 
     Attributes:
         save_dir: The store.
-        damage: Everything that is damaged.
-        num_rows: How many rows marked as done were read.
-        num_tiles: How many tiles of scores marked as done were read.
+        damage: All damage.
+        num_rows: The number of rows read.
+        num_tiles: The number of tiles of scores read.
     """
 
     save_dir: str
@@ -81,15 +81,15 @@ def verify(save_dir: str | os.PathLike[str], *, repair: bool = True, progress: b
 
     Args:
         save_dir: The store's directory or URL.
-        repair: Mark damaged rows as missing, at their checkpoint, so that featurizing again computes them and nothing
-            else; remove scores and top-k parts that come from them. With False nothing is changed.
+        repair: Mark damaged rows as missing, so that featurizing again computes them and nothing else; remove scores
+            and top-k parts that depend on them. With False nothing is changed. Default: True.
         progress: Show a bar; None: on a terminal only.
 
     Returns:
-        Everything found; ``print`` shows it.
+        All damage found; ``print`` shows it.
 
     Raises:
-        StoreError: There is no store, or its manifest is damaged.
+        StoreError: If there is no store, or its manifest is damaged.
     """
     store = Store.open_existing(save_dir)
     checker = _Checker(store, repair)

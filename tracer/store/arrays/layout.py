@@ -39,13 +39,7 @@ _MANY_CHUNKS, _SMALL_CHUNK = 16, 4096
 def rows_per_chunk(
     num_rows: int, row_bytes: int, processes: int = 1, chunk_bytes: int = LocalPath.feature_chunk_bytes
 ) -> int:
-    """Return the rows of a chunk of a table.
-
-    Args:
-        num_rows: N.
-        row_bytes: The stored bytes of a row's features.
-        processes: How many processes are to share the rows.
-        chunk_bytes: How many bytes of features a chunk has at most.
+    """Return the rows of a chunk: at most ``chunk_bytes`` of features, and a multiple of ``processes`` chunks.
 
     >>> rows_per_chunk(1000, 8192), rows_per_chunk(1000, 8192, processes=4), rows_per_chunk(10**6, 8192)
     (1000, 250, 8131)
