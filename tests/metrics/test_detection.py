@@ -115,7 +115,7 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(tracer.InputError, match=r"is_mislabelled \[N\] must be True/False or 0/1, got 2"):
         metrics.mislabel_detection(scores, wrong + 1)
     found = metrics.mislabel_detection(scores, wrong)
-    with pytest.raises(tracer.InputError, match="k must be from 1 to 40, got 41"):
+    with pytest.raises(tracer.InputError, match="k is 41; expected 1 to 40"):
         found.precision_at(41)
     with pytest.raises(tracer.InputError, match="share must be from 0 to 1, got 1.5"):
         found.recall_at(1.5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tracer
-from tracer.metrics import inputs, lds, values
+from tracer.metrics import inputs, lds, mislabel_detection, values
 
 
 def test_ragged_lists_are_named():
@@ -53,11 +53,12 @@ def test_a_target_names_each_row_once():
 
 
 def test_whole_numbers():
-    assert inputs.whole_number("k", np.int64(3), 1, 3) == 3
-    with pytest.raises(tracer.InputTypeError, match="k must be an integer, got 1.5"):
-        inputs.whole_number("k", 1.5, 1)
-    with pytest.raises(tracer.InputError, match="k must be from 1 to 3, got 4"):
-        inputs.whole_number("k", 4, 1, 3)
+    found = mislabel_detection([2.0, 1.0, 0.0], [1, 0, 0])
+    assert found.precision_at(np.int64(2)) == 0.5
+    with pytest.raises(tracer.InputTypeError, match="k is 1.5; expected an integer"):
+        found.precision_at(1.5)
+    with pytest.raises(tracer.InputError, match="k is 4; expected 1 to 3"):
+        found.precision_at(4)
 
 
 def test_results_are_shown_short():

@@ -109,11 +109,11 @@ def test_counts_are_sorted_and_each_tried_once():
 
 def test_brittleness_errors():
     training = Training()
-    with pytest.raises(tracer.InputError, match="counts must be from 1 to 6, got 7"):
+    with pytest.raises(tracer.InputError, match="counts is 7; expected 1 to 6"):
         flip(training, counts=[1, 7])
     with pytest.raises(tracer.InputError, match="counts must name at least one"):
         flip(training, counts=[])
-    with pytest.raises(tracer.InputError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(tracer.InputError, match="batch_size is 0; expected 1 or more"):
         flip(training, batch_size=0)
     with pytest.raises(tracer.InputError, match="must be row indices from 0 to 8"):
         metrics.brittleness(training.proponents, training, train_set_size=9)

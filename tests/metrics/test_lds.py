@@ -280,8 +280,8 @@ def test_arrays_are_left_as_they_were():
         ({"scores": np.full((13, 5), 1e308)}, "so large that sums of them overflow float64"),
         ({"masks": np.ones((1, 13)), "outputs": np.ones((1, 5))}, "at least 2 subsets"),
         ({"confidence": 1.0}, "confidence must be between 0 and 1, got 1.0"),
-        ({"num_resamples": -1}, "num_resamples must be at least 0, got -1"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"num_resamples": -1}, "num_resamples is -1; expected 0 or more"),
+        ({"seed": -1}, "seed is -1; expected 0 or more"),
     ],
 )
 def test_errors_say_what_is_wrong(change, message):

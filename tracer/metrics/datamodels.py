@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tracer._core.validation import check_integer
 from tracer.errors import InputError
-from tracer.metrics.inputs import Array, flags, numbers, same_size, whole_number
+from tracer.metrics.inputs import Array, flags, numbers, same_size
 from tracer.metrics.ranks import rank_correlation, sorted_ties, subset_sums
 from tracer.metrics.values import Result, mean_over_targets
 
@@ -95,20 +96,6 @@ def lds(
     >>> lds([[3.0, 1.0], [2.0, 1.0], [1.0, 1.0]], masks, [[9.0, 1.0], [8.0, 2.0], [7.0, 3.0]], num_resamples=0)
     LDS(mean=0.5, interval=(nan, nan), per_target=[1, 0], resampled=[])
     """
-    scores, masks, outputs = _checked(scores, masks, outputs)
-    num_resamples = whole_number("num_resamples", num_resamples, 0)
-    seed = whole_number("seed", seed, 0)
-    predicted, constant = subset_sums(masks, scores)
-    predicted[:, constant] = 0  # rounding would rank them
-    per_target = np.where(constant, 0, rank_correlation(predicted, outputs))
-    per_target[np.ptp(outputs, axis=0) == 0] = np.nan
-    mean = mean_over_targets("LDS", per_target, "outputs are the same for all subsets")
-    resampled = _resampled_means(predicted, outputs, num_resamples, seed)
-    return LDS(mean, _interval(mean, resampled, confidence, 1), per_target, resampled)
-
-
-def _checked(scores: Array, masks: Array, outputs: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the three arrays of `lds`, checked to be finite and to agree in shape; masks as booleans."""
     scores, masks = numbers("scores", scores, "[N, M]"), flags("masks", masks, "[S, N]")
     outputs = numbers("outputs", outputs, "[S, M]")
     same_size("scores [N, M]", len(scores), "masks [S, N]", masks.shape[1], "N")
@@ -116,7 +103,15 @@ def _checked(scores: Array, masks: Array, outputs: Array) -> tuple[np.ndarray, n
     same_size("scores [N, M]", scores.shape[1], "outputs [S, M]", outputs.shape[1], "M")
     if len(masks) < 2:
         raise InputError("masks [S, N] must have at least 2 subsets: a correlation is over subsets.")
-    return scores, masks, outputs
+    num_resamples = check_integer(num_resamples, "num_resamples", 0)
+    seed = check_integer(seed, "seed", 0)
+    predicted, constant = subset_sums(masks, scores)
+    predicted[:, constant] = 0  # rounding would rank them
+    per_target = np.where(constant, 0, rank_correlation(predicted, outputs))
+    per_target[np.ptp(outputs, axis=0) == 0] = np.nan
+    mean = mean_over_targets("LDS", per_target, "outputs are the same for all subsets")
+    resampled = _resampled_means(predicted, outputs, num_resamples, seed)
+    return LDS(mean, _interval(mean, resampled, confidence, 1), per_target, resampled)
 
 
 def _interval(estimate: float, resampled: np.ndarray, confidence: float, limit: float) -> tuple[float, float]:

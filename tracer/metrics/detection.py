@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tracer._core.validation import check_integer
 from tracer.errors import InputError
-from tracer.metrics.inputs import Array, flags, numbers, same_size, whole_number
+from tracer.metrics.inputs import Array, flags, numbers, same_size
 from tracer.metrics.ranks import average_ranks
 from tracer.metrics.values import Result
 
@@ -42,7 +43,7 @@ class MislabelDetection(Result):
             InputError: If k is out of bounds.
             InputTypeError: If k is not an integer.
         """
-        k = whole_number("k", k, 1, len(self.curve) - 1)
+        k = check_integer(k, "k", 1, len(self.curve) - 1)
         return float(self.curve[k]) * self.num_mislabelled / k
 
     def recall_at(self, share: float) -> float:

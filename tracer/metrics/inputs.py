@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -30,17 +28,7 @@ def as_array(name: str, value: Array, shape: str) -> np.ndarray:
 
 
 def numbers(name: str, value: Array, shape: str) -> np.ndarray:
-    """Return an array of finite booleans, integers or floats, in its own dtype, or raise naming the first bad value.
-
-    Raises:
-        InputError: If a value is NaN or infinite, or the shape is another.
-        InputTypeError: If it does not hold real numbers.
-
-    >>> numbers("scores", [[0.5, float("nan")]], "[N, M]")
-    Traceback (most recent call last):
-        ...
-    tracer.errors.InputError: scores [N, M] has 1 NaN or infinite value of 2, the first at [0, 1]. Leave its row or ...
-    """
+    """Return an array of finite booleans, integers or floats, in its own dtype, or raise naming the first bad value."""
     array = as_array(name, value, shape)
     if array.dtype.kind not in "biuf":
         raise InputTypeError(f"{name} {shape} must hold real numbers, got dtype {array.dtype}.")
@@ -55,15 +43,7 @@ def numbers(name: str, value: Array, shape: str) -> np.ndarray:
 
 
 def flags(name: str, value: Array, shape: str) -> np.ndarray:
-    """Return booleans from booleans or from numbers that are all 0 or 1.
-
-    Raises:
-        InputError: If a number is neither 0 nor 1, or the shape is another.
-        InputTypeError: If it does not hold real numbers.
-
-    >>> flags("masks", [[1, 0], [0, 1]], "[S, N]").tolist()
-    [[True, False], [False, True]]
-    """
+    """Return booleans from booleans or from numbers that are all 0 or 1."""
     array = as_array(name, value, shape)
     if array.dtype == np.bool_:
         return array
@@ -102,18 +82,6 @@ def same_size(first: str, first_size: int, second: str, second_size: int, letter
     """Raise InputError if two arguments differ in the size of the axis ``letter``; names include shapes."""
     if first_size != second_size:
         raise InputError(f"{first} and {second} must agree in {letter}, got {first_size} and {second_size}.")
-
-
-def whole_number(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
-    """Return an int within bounds; ``maximum=None`` means no upper bound."""
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]  # what does not fit raises TypeError
-    except TypeError as error:
-        raise InputTypeError(f"{name} must be an integer, got {value!r}.") from error
-    if number < minimum or (maximum is not None and number > maximum):
-        bounds = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-        raise InputError(f"{name} must be {bounds}, got {number}.")
-    return number
 
 
 def _first(bad: np.ndarray) -> list[int]:

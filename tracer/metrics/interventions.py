@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tracer._core.validation import check_count, check_integer
 from tracer.errors import InputError
-from tracer.metrics.inputs import Array, numbers, proponent_indices, whole_number
+from tracer.metrics.inputs import Array, numbers, proponent_indices
 from tracer.metrics.values import Result
 
 
@@ -78,10 +79,11 @@ def brittleness(
     >>> found.counts.tolist(), found.share_flipped.tolist(), found.smallest.tolist()
     ([1, 2, 3], [0.0, 1.0, 1.0], [2.0, 2.0])
     """
-    num_rows = whole_number("train_set_size", train_set_size, 1)
+    num_rows = check_count(train_set_size, "train_set_size")
     proponents = proponent_indices("proponents", proponents, num_rows)
     num_targets, k = proponents.shape
-    counts = _powers_of_two(k) if counts is None else sorted({whole_number("counts", n, 1, k) for n in counts})
+    counts = [*(1 << power for power in range((k - 1).bit_length())), k] if counts is None else counts
+    counts = sorted({check_integer(count, "counts", 1, k) for count in counts})
     if not counts:
         raise InputError("counts must name at least one number of proponents to remove.")
     initial = _margins(predict, np.ones((1, num_rows), np.bool_), num_targets)[0]
@@ -90,10 +92,16 @@ def brittleness(
         raise InputError(
             f"None of {num_targets} targets has a positive margin with all rows: there is nothing to flip."
         )
-
-    batch_size = None if batch_size is None else whole_number("batch_size", batch_size, 1)
     margins = np.full((num_targets, len(counts)), np.nan)
-    margins[targets] = _margins_without(proponents, targets, counts, predict, num_rows, batch_size)
+    removals = [(target, place) for target in targets for place in range(len(counts))]
+    size = len(removals) if batch_size is None else check_count(batch_size, "batch_size")
+    for start in range(0, len(removals), size):
+        batch = removals[start : start + size]
+        keep = np.ones((len(batch), num_rows), np.bool_)
+        for mask, (target, place) in zip(keep, batch, strict=True):
+            mask[proponents[target, : counts[place]]] = False
+        for found, (target, place) in zip(_margins(predict, keep, num_targets), batch, strict=True):
+            margins[target, place] = found[target]
     flipped = margins[targets] <= 0
     smallest = np.full(num_targets, np.nan)
     smallest[targets] = np.where(flipped.any(axis=1), np.asarray(counts)[flipped.argmax(axis=1)], np.inf)
@@ -149,47 +157,22 @@ def tail_patch(
     >>> tail_patch([[0, 1], [2, 0]], step, train_set_size=3)
     TailPatch(mean=0.275, per_target=[0.2, 0.35], changes=<[2, 2] from -0.1 to 0.5>)
     """
-    num_rows = whole_number("train_set_size", train_set_size, 1)
-    proponents = proponent_indices("proponents", proponents, num_rows)
+    proponents = proponent_indices("proponents", proponents, check_count(train_set_size, "train_set_size"))
     changes = np.empty((len(proponents), 1 if together else proponents.shape[1]))
     if together:
-        for target, rows in enumerate(proponents):
-            changes[target] = _changes(step, rows, np.array([target]))
+        steps = [(rows, np.array([target]), np.array([0])) for target, rows in enumerate(proponents)]
     else:
         order = np.argsort(proponents, axis=None, kind="stable")
         rows, starts = np.unique(proponents.ravel()[order], return_index=True)
-        for row, uses in zip(rows, np.split(order, starts[1:]), strict=True):
-            targets, places = np.unravel_index(uses, proponents.shape)
-            changes[targets, places] = _changes(step, np.array([row]), targets)
+        uses = (np.unravel_index(places, proponents.shape) for places in np.split(order, starts[1:]))
+        steps = [(np.array([row]), *use) for row, use in zip(rows, uses, strict=True)]
+    for rows, targets, places in steps:
+        found = numbers("the changes that step returns", step(rows, targets), "[t]")
+        if len(found) != len(targets):
+            raise InputError(f"step must return a change for each of its {len(targets)} targets, got {len(found)}.")
+        changes[targets, places] = found
     per_target = changes.mean(axis=1)
     return TailPatch(float(per_target.mean()), per_target, changes)
-
-
-def _margins_without(
-    proponents: np.ndarray,
-    targets: np.ndarray,
-    counts: Sequence[int],
-    predict: Callable[[np.ndarray], Array],
-    num_rows: int,
-    batch_size: int | None,
-) -> np.ndarray:
-    """Return each target's margin ``[t, C]`` after training without its first proponents, for each of C counts."""
-    removals = [(target, count) for target in targets for count in counts]
-    step = batch_size or len(removals)
-    margins: list[float] = []
-    for start in range(0, len(removals), step):
-        batch = removals[start : start + step]
-        keep = np.ones((len(batch), num_rows), np.bool_)
-        for mask, (target, count) in zip(keep, batch, strict=True):
-            mask[proponents[target, :count]] = False
-        found = _margins(predict, keep, len(proponents))
-        margins += [row[target] for row, (target, _) in zip(found, batch, strict=True)]
-    return np.array(margins).reshape(len(targets), len(counts))
-
-
-def _powers_of_two(k: int) -> list[int]:
-    """Return 1, 2, 4 and so on below k, and k."""
-    return [1 << power for power in range((k - 1).bit_length())] + [k]
 
 
 def _margins(predict: Callable[[np.ndarray], Array], keep: np.ndarray, num_targets: int) -> np.ndarray:
@@ -201,11 +184,3 @@ def _margins(predict: Callable[[np.ndarray], Array], keep: np.ndarray, num_targe
             f"for each target, got {list(margins.shape)}."
         )
     return margins
-
-
-def _changes(step: Callable[[np.ndarray, np.ndarray], Array], rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Call ``step`` and check that it returns finite changes ``[t]``."""
-    changes = numbers("the changes that step returns", step(rows, targets), "[t]")
-    if len(changes) != len(targets):
-        raise InputError(f"step must return a change for each of its {len(targets)} targets, got {len(changes)}.")
-    return changes

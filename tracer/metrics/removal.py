@@ -65,12 +65,8 @@ def removal_correlation(scores: Array, removed: Array | Sequence[Array], changes
     same_size("removed [R]", len(predicted), "changes [R, M]", len(changes), "R")
     if len(changes) < 2:
         raise InputError("changes [R, M] must have at least 2 removals: a correlation is over removals.")
-    unchanged = np.ptp(changes, axis=0) == 0
-    per_target = []
-    for correlation in (pearson, rank_correlation):
-        found = np.where(constant, 0, correlation(predicted, changes))
-        found[unchanged] = np.nan
-        per_target.append(found)
+    found = [correlation(predicted, changes) for correlation in (pearson, rank_correlation)]
+    per_target = np.where(np.ptp(changes, axis=0) == 0, np.nan, np.where(constant, 0, found))
     means = [mean_over_targets("The correlation", found, "all removals change them alike") for found in per_target]
     return RemovalCorrelation(means[0], means[1], per_target[0], per_target[1])
 

@@ -8,9 +8,6 @@ import numpy as np
 
 from tracer.errors import InputError
 
-_SHOWN = 4
-"""Arrays with at most this many values are shown in full."""
-
 
 class Result:
     """A frozen dataclass whose representation rounds numbers and shortens arrays."""
@@ -32,7 +29,7 @@ def shortened(value: object) -> str:
         return f"({', '.join(map(shortened, value))})"
     if not isinstance(value, np.ndarray):
         return f"{value:.4g}" if isinstance(value, float) else repr(value)
-    if value.ndim == 1 and value.size <= _SHOWN:
+    if value.ndim == 1 and value.size <= 4:
         return f"[{', '.join(shortened(number.item()) for number in value)}]"
     defined = value[~np.isnan(value)]
     values = f"from {defined.min():.4g} to {defined.max():.4g}" if defined.size else "nan"
