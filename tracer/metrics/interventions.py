@@ -164,8 +164,8 @@ def tail_patch(
     else:
         order = np.argsort(proponents, axis=None, kind="stable")
         rows, starts = np.unique(proponents.ravel()[order], return_index=True)
-        uses = (np.unravel_index(places, proponents.shape) for places in np.split(order, starts[1:]))
-        steps = [(np.array([row]), *use) for row, use in zip(rows, uses, strict=True)]
+        uses = np.split(np.stack(np.unravel_index(order, proponents.shape)), starts[1:], axis=1)
+        steps = [(np.array([row]), targets, places) for row, (targets, places) in zip(rows, uses, strict=True)]
     for rows, targets, places in steps:
         found = numbers("the changes that step returns", step(rows, targets), "[t]")
         if len(found) != len(targets):
