@@ -46,7 +46,7 @@ napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_preserve_defaults = True
+
 autodoc_type_aliases = {"Array": "ArrayLike"}
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True

@@ -58,7 +58,7 @@ class Attribution:
         """Return the strongest training examples of each target.
 
         Args:
-            k: The number for each target. Default: 10.
+            k: The number for each target.
             kind: ``proponents`` or ``opponents``. Default: ``proponents``.
 
         Returns:

@@ -105,8 +105,7 @@ class StoreReader:
 
         Returns:
             A subset whose ``indices`` are the examples' indices in ``dataset``, a range, for ``inds=``. It is empty if
-                there
-            are more processes than files.
+            there are more processes than files.
         """
         size = len(dataset)
         chunk_rows = self.store.chunk_rows if size == self.train_set_size else self.store.target_chunk_rows(size)
@@ -226,10 +225,8 @@ class StoreReader:
 
         Returns:
             ``[train_set_size, num_targets]``, float32, read-only; only the parts that are used take memory. Positive
-                scores
-            are proponents. A numpy memory map if scores are float32 on a local disk and computed by one process; else a
-                matrix
-            that is indexed like one and reads from the store (`numpy.asarray` reads all).
+            scores are proponents. A numpy memory map if scores are float32 on a local disk and computed by one process;
+            else a matrix that is indexed like one and reads from the store (`numpy.asarray` reads all).
 
         Raises:
             InputError: If the name, the estimator or a checkpoint is not known.

@@ -75,9 +75,9 @@ def token_influence(
 
     Returns:
         ``[num_targets, num_rows, T]``, float64. For language modelling ``[..., t]`` belongs to the t-th label, the
-            token
-        being predicted: the first of an example whose labels are shifted inside has no prediction. Tokens that are not
-        predicted (label -100, padding) have 0. For other tasks ``[..., t]`` belongs to the t-th position of the logits.
+        token being predicted: the first of an example whose labels are shifted inside has no prediction. Tokens that
+        are not predicted (label -100, padding) have 0. For other tasks ``[..., t]`` belongs to the t-th position of the
+        logits.
 
     Raises:
         InputError: If there are no checkpoints, only some have a learning rate, or the model is sharded.
