@@ -21,9 +21,9 @@ from tracer._core.sharding import is_sharded
 from tracer._core.text import listing
 from tracer._core.validation import check_choice
 from tracer.errors import CheckpointError, InputError
-from tracer.training.checkpoints import as_state, checkpoint_value, weights_fingerprint
+from tracer.training.checkpoints import as_state, checkpoint_value, is_state, weights_fingerprint
 from tracer.training.fit_state import fit_state
-from tracer.training.optimizer_states import assign_parameters, is_optimizer_state
+from tracer.training.optimizer_states import assign_parameters
 from tracer.types import Checkpoint
 
 PRECONDITIONERS = ("adam",)
@@ -38,9 +38,10 @@ _PASS = 'pass {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
 def check_preconditioner(preconditioner: str | None, sharded: bool = False) -> str | None:
     """Return a known preconditioner or None; FSDP models, whose optimizer states are divided, can have none."""
-    if preconditioner is not None:
-        check_choice("preconditioner", preconditioner, PRECONDITIONERS)
-    if preconditioner is not None and sharded:
+    if preconditioner is None:
+        return None
+    check_choice("preconditioner", preconditioner, PRECONDITIONERS)
+    if sharded:
         raise InputError(
             f"preconditioner={preconditioner!r} came with a model that fully_shard divides among processes, whose "
             f"optimizer state is divided too; pass the plain model, or preconditioner=None."
@@ -50,17 +51,9 @@ def check_preconditioner(preconditioner: str | None, sharded: bool = False) -> s
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """Adam's second moment of one parameter.
+    """Adam's second moment of one parameter, after a number of steps."""
 
-    Attributes:
-        values: ``exp_avg_sq``, or ``max_exp_avg_sq`` with amsgrad, ``[*shape]``: a running mean of squared gradients
-            that begins at zero.
-        step: The number of steps in it.
-        beta2: The share of the mean that each step keeps.
-        eps: The number added to the root of the mean.
-    """
-
-    values: Tensor
+    values: Tensor  # ``exp_avg_sq``, or ``max_exp_avg_sq`` with amsgrad
     step: float
     beta2: float
     eps: float
@@ -77,12 +70,7 @@ class SecondMoment:
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
-    """A model's weights and its optimizer's second moments.
-
-    Attributes:
-        state: The state dict, fitted to the model.
-        moments: The second moments of the selected parameters, by name.
-    """
+    """A model's weights, and its optimizer's second moments of the selected parameters by name."""
 
     state: dict[str, Tensor]
     moments: dict[str, SecondMoment]
@@ -115,66 +103,34 @@ def optimizer_path(path: str | os.PathLike[str]) -> Path:
 
 
 def read_training_checkpoint(checkpoint: Checkpoint, model: nn.Module, names: Sequence[str]) -> TrainingCheckpoint:
-    """Read a model's weights and its optimizer's second moments, without executing anything that a file may contain.
-
-    The two state dicts are recognized by their form, under any keys. For a ``.safetensors`` file the optimizer's state
-    is read from `optimizer_path`, if a recorder saved it.
-
-    Args:
-        checkpoint: A training checkpoint, or its path.
-        model: The model; it is not changed.
-        names: The parameters whose second moments are needed, as in ``model.named_parameters()``.
-
-    Returns:
-        Weights and second moments.
-
-    Raises:
-        InputTypeError: If it is neither a mapping nor a path.
-        CheckpointError: If it cannot be read safely, is not a training checkpoint, or holds several state dicts that
-            fit; if the optimizer has no second moments, or they cannot be matched with the parameters; or if a
-            parameter has none.
-
-    >>> model = nn.Linear(2, 1)
-    >>> optimizer = torch.optim.AdamW(model.parameters(), eps=0.1)
-    >>> model(torch.tensor([[2.0, 0.0]])).sum().backward()
-    >>> optimizer.step()
-    >>> whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    >>> read_training_checkpoint(whole, model, ["weight"]).scales()["weight"]
-    tensor([[0.6901, 3.1623]])
-    """
+    """Read weights and the named parameters' second moments; the two state dicts are found by their form."""
     value, where, _ = checkpoint_value(checkpoint)
     if isinstance(checkpoint, (str, os.PathLike)) and Path(checkpoint).suffix == ".safetensors":
         beside = optimizer_path(checkpoint)
         value = {"model": value, "optimizer": checkpoint_value(beside)[0]} if beside.exists() else value
-    nested = {key: item for key, item in value.items() if isinstance(item, Mapping)} if _is_mapping(value) else {}
-    found = _keys(value) if _is_mapping(value) else f"a value of type {type(value).__name__}"
-    optimizer = nested[_only("optimizer", [key for key in nested if is_optimizer_state(nested[key])], where, found)]
-    states = [key for key in nested if _is_state(nested[key])]
+    nested: dict[Any, Mapping] = {}
+    found = f"a value of type {type(value).__name__}"
+    if isinstance(value, Mapping):
+        nested = {key: item for key, item in value.items() if isinstance(item, Mapping)}
+        found = f"the keys {listing([repr(key) for key in value]) or 'none'}"
+    optimizers = [
+        key
+        for key, item in nested.items()
+        if isinstance(item.get("state"), Mapping) and isinstance(item.get("param_groups"), (list, tuple))
+    ]
+    optimizer = nested[_only("optimizer", optimizers, where, found)]
     fitted: dict[Any, dict[str, Tensor]] = {}
     misfits: dict[Any, CheckpointError] = {}
-    for key in states:
+    for key in filter(lambda key: is_state(nested[key]), nested):
         try:
             fitted[key] = fit_state(model, as_state(nested[key], f"{where}, key {key!r},", "checkpoint"))
         except CheckpointError as error:
             misfits[key] = error
-    if states and not fitted:
+    if misfits and not fitted:
         key, reason = next(iter(misfits.items()))
         raise CheckpointError(f"{where} has no state dict that fits the model; of key {key!r}: {reason}") from reason
     state = fitted[_only("model", list(fitted), where, found)]
     return TrainingCheckpoint(state, _moments(optimizer, model, names))
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, Mapping)
-
-
-def _keys(value: Mapping) -> str:
-    return f"the keys {listing([repr(key) for key in value]) or 'none'}"
-
-
-def _is_state(value: Mapping) -> bool:
-    items = [item for key, item in value.items() if not str(key).endswith("_extra_state")]
-    return bool(items) and all(isinstance(item, Tensor) for item in items)
 
 
 def _only(whose: str, keys: list, where: str, found: str) -> Any:
@@ -210,21 +166,19 @@ def _moments(optimizer: Mapping, model: nn.Module, names: Sequence[str]) -> dict
             f"the optimizer does not hold {len(missing)} selected parameters: {listing(missing)}; it holds {known}. "
             f"Leave them out with params=, or pass the state of the optimizer that trains them"
         )
-    idle = [repr(name) for name in names if not _has_stepped(state.get(assigned[name][0]))]
+    entries = {name: state.get(assigned[name][0]) for name in names}
+    idle = [
+        repr(name)
+        for name, entry in entries.items()
+        if not (isinstance(entry, Mapping) and entry and float(entry.get("step", 1)) >= 1)
+    ]
     if idle:
         raise CheckpointError(
             f"the optimizer has never stepped {len(idle)} selected parameters, which so have no second moments: "
             f"{listing(idle)}. Leave them out with params="
         )
     parameters = dict(model.named_parameters())
-    return {
-        name: _moment(state[number], group, parameters[name].shape, name)
-        for name, (number, group) in ((name, assigned[name]) for name in names)
-    }
-
-
-def _has_stepped(entry: Any) -> bool:
-    return isinstance(entry, Mapping) and bool(entry) and float(entry.get("step", 1)) >= 1
+    return {name: _moment(entries[name], assigned[name][1], parameters[name].shape, name) for name in names}
 
 
 def _moment(entry: Mapping, group: Mapping, shape: torch.Size, name: str) -> SecondMoment:

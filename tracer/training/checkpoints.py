@@ -23,21 +23,9 @@ from tracer._core.text import listing
 from tracer.errors import CheckpointError, InputTypeError
 from tracer.types import Checkpoint
 
-_MAX_NAMED = 6
-
 
 def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return the state dict in a checkpoint, without executing anything that a file may contain.
-
-    Args:
-        checkpoint: A state dict, or the path of a ``.safetensors`` file or of a file written by `torch.save`.
-
-    Returns:
-        Names to tensors: not copied from a state dict, on the CPU from a path. ``_extra_state`` entries are left out.
-
-    Raises:
-        InputTypeError: If it is neither a mapping nor a path.
-        CheckpointError: If the file is missing, damaged or holds code, or it does not hold a state dict.
+    """Return the state dict in a checkpoint, not copied, or on the CPU from a path; without ``_extra_state`` entries.
 
     >>> sorted(read_checkpoint(nn.Linear(2, 3).state_dict()))
     ['bias', 'weight']
@@ -46,12 +34,7 @@ def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def checkpoint_value(checkpoint: Checkpoint) -> tuple[Any, str, str]:
-    """Return the value in a checkpoint, its name in errors, and the expression that gives it.
-
-    Raises:
-        InputTypeError: If it is neither a mapping nor a path.
-        CheckpointError: If the file is missing, damaged or holds code.
-    """
+    """Return the value in a checkpoint, its name in errors, and the expression that gives it."""
     if isinstance(checkpoint, Mapping):
         return checkpoint, "the checkpoint", "checkpoint"
     if isinstance(checkpoint, nn.Module):
@@ -97,35 +80,22 @@ def _read_torch(path: Path) -> Any:
 
 
 def as_state(value: Any, where: str, call: str) -> dict[str, Tensor]:
-    """Return a mapping as a state, or raise an error that says what it is instead.
-
-    Args:
-        value: The content of a checkpoint.
-        where: Its name in errors.
-        call: The expression that gives it, for the call that errors suggest.
-
-    Returns:
-        Names to tensors.
-
-    Raises:
-        CheckpointError: If it is not a state dict.
-    """
+    """Return a mapping as a state, or raise an error that suggests ``call``, the expression for the value."""
     if not isinstance(value, Mapping):
         raise CheckpointError(
             f"{where} holds a value of type {type(value).__name__}: expected a state dict; save `model.state_dict()`"
         )
-    state = {key: item for key, item in value.items() if not str(key).endswith("_extra_state")}
+    state = without_extra_state(value)
     wrong = [key for key, item in state.items() if not (isinstance(key, str) and isinstance(item, Tensor))]
     if wrong or not state:
         keys = listing([repr(key) for key in value])
-        nested = [key for key in wrong if is_state(value[key])]
-        nested.sort(key=lambda key: -len(value[key]))
-        if nested:
+        nested = max(filter(lambda key: is_state(value[key]), wrong), key=lambda key: len(value[key]), default=None)
+        if nested is not None:
             raise CheckpointError(
                 f"{where} is a training checkpoint with the keys {keys}: expected the state dict of the model alone; "
-                f"pass `{call}[{nested[0]!r}]`"
+                f"pass `{call}[{nested!r}]`"
             )
-        what = ", ".join(f"{key!r} ({type(value[key]).__name__})" for key in wrong[:_MAX_NAMED]) or "nothing"
+        what = listing([f"{key!r} ({type(value[key]).__name__})" for key in wrong]) or "nothing"
         raise CheckpointError(
             f"{where} is no state dict: expected names to tensors, found {what} among the keys {keys or 'none'}; "
             "pass `model.state_dict()`"
@@ -143,9 +113,15 @@ def as_state(value: Any, where: str, call: str) -> dict[str, Tensor]:
     return state
 
 
+def without_extra_state(state: Mapping) -> dict[Any, Any]:
+    """Return a state dict without what modules add by ``get_extra_state``."""
+    return {key: item for key, item in state.items() if not str(key).endswith("_extra_state")}
+
+
 def is_state(value: Any) -> bool:
-    """Return whether a value is a non-empty mapping to tensors."""
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+    """Return whether a value is a non-empty mapping to tensors, apart from ``_extra_state`` entries."""
+    items = without_extra_state(value).values() if isinstance(value, Mapping) else ()
+    return bool(items) and all(isinstance(item, Tensor) for item in items)
 
 
 def weights_fingerprint(state: Mapping[str, Tensor]) -> str:

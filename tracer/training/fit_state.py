@@ -9,43 +9,28 @@ from torch import Tensor, nn
 
 from tracer._core.text import listing
 from tracer.errors import CheckpointError
+from tracer.training.checkpoints import without_extra_state
 
 
 def fit_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state with exactly the model's keys, shapes and dtypes.
-
-    A key may be missing if the model ties it to one that is present, as in safetensors files of tied models.
-
-    Args:
-        model: The model; it is not changed.
-        state: From `read_checkpoint`.
-
-    Returns:
-        Names to tensors in the model's order and dtypes, on the devices of ``state``; copied only to change the dtype.
-
-    Raises:
-        CheckpointError: If keys are missing or unexpected, shapes or kinds of dtype differ, or tied values differ.
-    """
-    expected = {
-        key: value
-        for key, value in model.state_dict(keep_vars=True).items()
-        if isinstance(value, Tensor) and not key.endswith("_extra_state")
-    }
+    """Return a state with exactly the model's keys, shapes and dtypes; tensors are copied only to change the dtype."""
+    own = without_extra_state(model.state_dict(keep_vars=True))
+    expected = {key: value for key, value in own.items() if isinstance(value, Tensor)}
     lazy = [repr(key) for key, value in expected.items() if nn.parameter.is_lazy(value)]
     if lazy:
         raise CheckpointError(f"the model has parameters without a shape: {listing(lazy)}; run one forward pass first")
-    given = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+    given = without_extra_state(state)
     twins: dict[int, list[str]] = {}
     for key, value in expected.items():
         twins.setdefault(id(value), []).append(key)
-    for keys in twins.values():
+    for keys in twins.values():  # safetensors files have one of the keys that a model ties
         there = [key for key in keys if key in given]
         given.update({key: given[there[0]] for key in keys if there and key not in given})
     _check_fit(expected, given)
     fitted = {key: given[key].detach().to(value.dtype) for key, value in expected.items()}
     for keys in twins.values():
         for key in keys[1:]:
-            if fitted[key] is not fitted[keys[0]] and not _same_values(fitted[key], fitted[keys[0]]):
+            if not torch.equal(fitted[key], fitted[keys[0]].to(fitted[key].device)):
                 raise CheckpointError(
                     f"the model ties {keys[0]!r} and {key!r}, the checkpoint has different values for them: it is of "
                     "a model that does not tie them; build the model as it was trained"
@@ -93,7 +78,3 @@ def _prefix_hint(missing: list[str], unexpected: list[str]) -> str:
                     change = f"{prefix!r} + key: value for key, value in state.items()"
                 return f"keys of the {more} begin with {prefix!r}; pass {{{change}}}"
     return ""
-
-
-def _same_values(left: Tensor, right: Tensor) -> bool:
-    return torch.equal(left, right.to(left.device))
