@@ -49,7 +49,7 @@ def test_version_and_that_the_list_of_commands_imports_none_of_them():
 
     *_, version, modules = done.stdout.splitlines()
     assert version == f"tracer {tracer.__version__}"
-    assert modules.split() == ["tracer.cli.app", "tracer.cli.help"]
+    assert modules.split() == ["tracer.cli.app"]
 
 
 def test_an_unknown_command_is_bad_usage():

@@ -1,17 +1,20 @@
-"""The program: its commands, imported on demand, and the exit codes of errors."""
+"""The program: its commands, imported on demand, their help, and the exit codes of errors."""
 
 from __future__ import annotations
 
 import errno
 import importlib
+import inspect
 import logging
 import shlex
+import textwrap
 import traceback
 from typing import Any
 
 import click
+from click.shell_completion import get_completion_class
 
-from tracer.cli.help import write_examples
+from tracer import __version__
 from tracer.errors import TracerError
 
 FINDING, BAD_INPUT, UNEXPECTED, INTERRUPTED = 1, 2, 3, 130
@@ -19,16 +22,16 @@ FINDING, BAD_INPUT, UNEXPECTED, INTERRUPTED = 1, 2, 3, 130
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "Find flipped labels among handwritten digits, on built-in data."),
-    "init": ("init", "Write a commented configuration for `tracer run`."),
+    "init": ("settings", "Write a commented configuration for `tracer run`."),
     "run": ("run", "Trace targets to training examples over the checkpoints of a training run."),
     "info": ("info", "Show the contents of a store: settings, checkpoints, targets, sizes."),
     "verify": ("verify", "Read a whole store and report damage."),
     "top": ("top", "Show the strongest training examples of targets."),
-    "self-influence": ("self_influence", "Show the training examples of highest self-influence."),
+    "self-influence": ("top", "Show the training examples of highest self-influence."),
     "export": ("export", "Write scores, top examples or summaries as CSV, Parquet or a numpy matrix."),
     "report": ("report", "Write an HTML page with the results."),
     "compare": ("compare", "Compare the rankings of two runs, or of two estimators."),
-    "completion": ("completion", "Print the completion script of a shell."),
+    "completion": ("app", "Print the completion script of a shell."),
 }
 """Each command's module and first line of help; written here, so that the list of commands imports none of them."""
 
@@ -48,6 +51,19 @@ class UserCodeError(Exception):
     """The user's own code, named by a setting, failed; the message says where and how."""
 
 
+class ExampleCommand(click.Command):
+    """A command whose help ends with the examples of its docstring, line by line as they are."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.help, _, examples = inspect.cleandoc(self.help or "").partition("\n\nExamples:\n")
+        self._examples = textwrap.dedent(examples)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples."""
+        _write_lines(formatter, "Examples", self._examples)
+
+
 class Program(click.Group):
     """Commands that are modules of this package; exceptions become messages and exit codes."""
 
@@ -59,7 +75,8 @@ class Program(click.Group):
         """Import a command; None for an unknown name."""
         if cmd_name not in COMMANDS:
             return None
-        return importlib.import_module(f"tracer.cli.{COMMANDS[cmd_name][0]}").command
+        module = importlib.import_module(f"tracer.cli.{COMMANDS[cmd_name][0]}")
+        return getattr(module, cmd_name.replace("-", "_"))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands without importing them."""
@@ -68,7 +85,7 @@ class Program(click.Group):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the first steps."""
-        write_examples(formatter, "First steps", FIRST_STEPS)
+        _write_lines(formatter, "First steps", FIRST_STEPS)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Remember the typed command line for messages that tell how to continue."""
@@ -99,6 +116,13 @@ class Program(click.Group):
         ctx.exit(code)
 
 
+def _write_lines(formatter: click.HelpFormatter, heading: str, text: str) -> None:
+    """Write lines under a heading without wrapping them."""
+    with formatter.section(heading):
+        for line in text.splitlines():
+            formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+
+
 def _report_error(ctx: click.Context, message: str, code: int) -> int:
     """Print an error, with its traceback after ``--debug``, and return the exit code."""
     if ctx.params.get("debug"):
@@ -112,20 +136,10 @@ def typed_command(ctx: click.Context) -> str:
     return str(ctx.meta.get("tracer.typed", ctx.command_path))
 
 
-def _print_version(ctx: click.Context, parameter: click.Parameter, requested: bool) -> None:
-    if requested:
-        from tracer import __version__
-
-        click.echo(f"tracer {__version__}")
-        ctx.exit()
-
-
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.option("-v", "--verbose", is_flag=True, help="Show the library's log messages.")
-@click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
-)
+@click.version_option(__version__, message="tracer %(version)s", help="Show the version.")
 def main(debug: bool, verbose: bool) -> None:
     """Trace a PyTorch model's predictions to the training examples that caused them.
 
@@ -135,3 +149,23 @@ def main(debug: bool, verbose: bool) -> None:
     if verbose:
         logging.basicConfig(format="%(name)s: %(message)s")
         logging.getLogger("tracer").setLevel(logging.INFO)
+
+
+@click.command("completion", cls=ExampleCommand)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """Print the completion script of a shell.
+
+    Save it once in the shell's directory of completions. The script asks the installed program, so it stays correct
+    when the program changes. bash needs version 4.4 or newer.
+
+    Examples:
+        bash:  mkdir -p ~/.local/share/bash-completion/completions
+               tracer completion bash > ~/.local/share/bash-completion/completions/tracer
+        zsh:   tracer completion zsh > "${fpath[1]}/_tracer"       then start a new shell
+        fish:  tracer completion fish > ~/.config/fish/completions/tracer.fish
+    """
+    found = get_completion_class(shell)
+    assert found is not None  # click has these three
+    click.echo(found(ctx.find_root().command, {}, "tracer", "_TRACER_COMPLETE").source())

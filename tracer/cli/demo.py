@@ -7,17 +7,10 @@ from pathlib import Path
 import click
 
 from tracer.cli.demo_digits import Settings, run
-from tracer.cli.help import ExampleCommand
-from tracer.cli.output import json_option, print_result
-
-EXAMPLES = """
-tracer demo
-tracer demo --quick --output-dir /tmp/digits
-tracer self-influence runs/mislabeled_digits/store -k 10
-"""
+from tracer.cli.output import ResultCommand, print_result, wants_json
 
 
-@click.command("demo", cls=ExampleCommand, examples=EXAMPLES)
+@click.command("demo", cls=ResultCommand)
 @click.option(
     "--output-dir", type=click.Path(file_okay=False, path_type=Path), default="runs/mislabeled_digits",
     show_default=True, help="Directory of checkpoints, store and report.",
@@ -27,18 +20,20 @@ tracer self-influence runs/mislabeled_digits/store -k 10
 @click.option("--proj-dim", type=click.IntRange(min=1), help="Size of a projected gradient (4096).")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of data and training.")
 @click.option("--quick", is_flag=True, help="Fewer images, fewer epochs, smaller projections: a few seconds.")
-@json_option
-def command(
-    output_dir: Path, flip_rate: float, epochs: int | None, proj_dim: int | None, seed: int, quick: bool, as_json: bool
-) -> None:
+def demo(output_dir: Path, flip_rate: float, epochs: int | None, proj_dim: int | None, seed: int, quick: bool) -> None:
     """Find flipped labels among handwritten digits, on built-in data.
 
     A tenth of the labels of 1,297 digits (8 by 8 pixels) is flipped. A small convolutional network is trained on them
     and recorded at five epochs. Self-influence then ranks the training images: flipped labels stand out. Run it again
     and it continues from the existing files. It also writes an HTML page, with pictures if matplotlib is installed
     (pip install 'tracin[report]').
+
+    Examples:
+        tracer demo
+        tracer demo --quick --output-dir /tmp/digits
+        tracer self-influence runs/mislabeled_digits/store -k 10
     """
     settings = Settings.for_demo(seed, flip_rate, epochs, quick)
     dim = proj_dim or (512 if quick else 4096)
-    found = run(settings, output_dir, dim, (lambda line: None) if as_json else click.echo)
-    print_result(as_json, found, f"\nNext: tracer top {output_dir / 'store'} --targets 0 -k 5")
+    found = run(settings, output_dir, dim, (lambda line: None) if wants_json() else click.echo)
+    print_result(found, f"\nNext: tracer top {output_dir / 'store'} --targets 0 -k 5")

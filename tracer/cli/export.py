@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
+import importlib
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 import numpy as np
 
-from tracer.cli.help import ExampleCommand
-from tracer.cli.output import json_option, print_result
+from tracer._core.files import write_whole
+from tracer.cli.output import ResultCommand, print_result
 from tracer.cli.stores import Integers, StoreView, check_targets, count_option, open_view, ranking_options
-from tracer.cli.writers import Columns, matrix_blocks, write_csv, write_matrix, write_parquet
-from tracer.errors import InputError
+from tracer.errors import InputError, MissingDependencyError
 from tracer.scoring.scorer import KINDS
 from tracer.store.table_schema import NO_LABEL
 
-EXAMPLES = """
-tracer export runs/first scores.parquet                   one line a pair: train_row, target, score
-tracer export runs/first scores.npy                       the matrix [training examples, targets]
-tracer export runs/first top.csv --what top -k 20         proponents and opponents of each target
-tracer export runs/first rows.csv --what rows             each training example: self-influence, mean score
-tracer export runs/first targets.csv --what targets       each target: mean score
-"""
 _BLOCK_SCORES = 1 << 20
 """Scores of a block: the most in memory at a time, apart from summaries."""
-_SUFFIXES = (".csv", ".parquet", ".npy")
+
+Columns = Mapping[str, np.ndarray]
+"""Columns of equal length, by name: integers, floats, or texts."""
 
 
-@click.command("export", cls=ExampleCommand, examples=EXAMPLES)
+@click.command("export", cls=ResultCommand)
 @click.argument("store")
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
@@ -39,44 +36,55 @@ _SUFFIXES = (".csv", ".parquet", ".npy")
 @click.option("--targets", type=Integers(), help="Only these targets, such as 0,5,10-12 (scores and top).")
 @count_option(10, "Training examples for each target (top).")
 @ranking_options
-@json_option
-def command(store: str, out: Path, what: str, targets: list[int] | None, k: int, as_json: bool, **options: Any) -> None:
+def export(store: str, out: Path, what: str, targets: list[int] | None, k: int, **options: Any) -> None:
     """Write scores, top examples or summaries as CSV, Parquet or a numpy matrix.
 
     OUT's ending decides the format: .csv, .parquet (needs pyarrow) or .npy (scores only). An existing file is replaced
     when the new one is complete. Pairs are never all in memory at once; scores that are not yet in the store are
     computed and stored first. With --estimator cosine, self-influence is that of tracin, in the column
     self_influence_tracin, since each example's cosine with itself is 1.
+
+    Examples:
+        tracer export runs/first scores.parquet                   one line a pair: train_row, target, score
+        tracer export runs/first scores.npy                       the matrix [training examples, targets]
+        tracer export runs/first top.csv --what top -k 20         proponents and opponents of each target
+        tracer export runs/first rows.csv --what rows             each training example: self-influence, mean score
+        tracer export runs/first targets.csv --what targets       each target: mean score
     """
     suffix = _check_suffix(out, what, targets)
     view = open_view(store, **options)
-    if suffix == ".npy":
-        scores = view.found.scores
-        num_lines = write_matrix(out, scores, _block_rows(scores))
+    chosen = check_targets(targets, view.num_targets)
+    content: Any
+    if what == "scores":
+        content = view.found.scores if suffix == ".npy" else score_blocks(view.found.scores, chosen)
     else:
-        chosen = check_targets(targets, view.num_targets)
-        if what == "scores":
-            blocks = score_blocks(view.found.scores, chosen)
-        elif what == "top":
-            blocks = _top_blocks(view, chosen, k)
-        else:
-            blocks = iter([_train_summary(view) if what == "rows" else _target_summary(view)])
-        num_lines = (write_csv if suffix == ".csv" else write_parquet)(out, blocks)
-    result = {"path": out, "what": what, "rows": num_lines, "bytes": out.stat().st_size}
-    print_result(as_json, result, f"{out}: {num_lines:,} rows")
+        content = _top_blocks(view, chosen, k) if what == "top" else [_summary(view, what)]
+    counts: list[int] = []
+    write_whole(out, lambda file: counts.extend(_WRITERS[suffix](file, content)))
+    result = {"path": out, "what": what, "rows": sum(counts), "bytes": out.stat().st_size}
+    print_result(result, f"{out}: {sum(counts):,} rows")
 
 
 def _check_suffix(out: Path, what: str, targets: list[int] | None) -> str:
     """Return the ending, which decides the format; refuse what does not fit together."""
     suffix = out.suffix.lower()
-    if suffix not in _SUFFIXES:
-        raise InputError(f"{out} ends with {out.suffix!r}; expected one of {', '.join(_SUFFIXES)}.")
+    if suffix not in _WRITERS:
+        raise InputError(f"{out} ends with {out.suffix!r}; expected one of {', '.join(_WRITERS)}.")
     if not out.parent.is_dir():
         raise InputError(f"{out} cannot be written: there is no directory {out.parent}; create it first.")
     if suffix == ".npy" and (what != "scores" or targets is not None):
         raise InputError("A .npy file is the matrix of all scores; for anything else write .csv or .parquet.")
     if targets is not None and what in ("rows", "targets"):
         raise InputError(f"got --targets with --what {what}, which covers all targets; leave --targets out.")
+    if suffix == ".parquet":
+        try:
+            for name in ("pyarrow", "pyarrow.parquet"):
+                importlib.import_module(name)
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"{out} needs pyarrow, which is not installed ({error}); install it with: pip install "
+                f"'tracin[parquet]', or write .csv."
+            ) from error
     return suffix
 
 
@@ -84,7 +92,7 @@ def score_blocks(scores: Any, targets: list[int]) -> Iterator[Columns]:
     """Yield pairs of scores ``[N, M]`` in long form, all targets of one training example after another."""
     columns = np.asarray(targets, dtype=np.int64)
     everything = len(targets) == scores.shape[1]
-    for start, block in matrix_blocks(scores, _block_rows(scores)):
+    for start, block in matrix_blocks(scores, _BLOCK_SCORES):
         rows = np.arange(start, start + len(block))
         yield {
             "train_row": np.repeat(rows, len(columns)),
@@ -108,41 +116,78 @@ def _top_blocks(view: StoreView, targets: list[int], k: int) -> Iterator[Columns
         }
 
 
-def _train_summary(view: StoreView) -> Columns:
-    scores = view.found.scores
-    mean, absolute = np.zeros(scores.shape[0]), np.zeros(scores.shape[0])
-    for start, block in matrix_blocks(scores, _block_rows(scores)):
-        values = block.astype(np.float64)
-        mean[start : start + len(block)] = values.mean(axis=1)
-        absolute[start : start + len(block)] = np.abs(values).mean(axis=1)
+def _summary(view: StoreView, what: str) -> Columns:
+    """Return the mean scores of each training example (``what`` is rows) or of each target."""
+    found, by_row = view.found, what == "rows"
+    scores = found.scores
+    size = scores.shape[0 if by_row else 1]
+    mean, absolute = np.zeros(size), np.zeros(size)
+    for start, block in matrix_blocks(scores, _BLOCK_SCORES):
+        rows = slice(start, start + len(block)) if by_row else slice(None)
+        for sums, values in ((mean, block.astype(np.float64)), (absolute, np.abs(block, dtype=np.float64))):
+            sums[rows] += values.mean(axis=1) if by_row else values.sum(axis=0)
+    labels = view.train_labels if by_row else view.target_labels
+    if labels is not None and (labels == NO_LABEL).any():
+        labels = None  # integers have no missing value
+    own = "self_influence" + ("_tracin" if found.estimator == "cosine" else "")
     return {
-        "train_row": np.arange(scores.shape[0]),
-        **_label_column(view.train_labels),
-        "self_influence" + ("_tracin" if view.found.estimator == "cosine" else ""): view.self_influence(),
-        "mean_score": mean,
-        "mean_absolute_score": absolute,
+        "train_row" if by_row else "target": np.arange(size),
+        **({} if labels is None else {"class": labels}),
+        **({own: view.self_influence()} if by_row else {}),
+        "mean_score": mean if by_row else mean / scores.shape[0],
+        "mean_absolute_score": absolute if by_row else absolute / scores.shape[0],
     }
 
 
-def _target_summary(view: StoreView) -> Columns:
-    scores = view.found.scores
-    total, absolute = np.zeros(scores.shape[1]), np.zeros(scores.shape[1])
-    for _, block in matrix_blocks(scores, _block_rows(scores)):
-        values = block.astype(np.float64)
-        total += values.sum(axis=0)
-        absolute += np.abs(values).sum(axis=0)
-    return {
-        "target": np.arange(scores.shape[1]),
-        **_label_column(view.target_labels),
-        "mean_score": total / scores.shape[0],
-        "mean_absolute_score": absolute / scores.shape[0],
-    }
+def matrix_blocks(matrix: Any, block_scores: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield blocks of about so many scores of anything that returns rows if it is sliced, each with its first row."""
+    step = max(1, block_scores // int(matrix.shape[1]))
+    for start in range(0, matrix.shape[0], step):
+        yield start, np.asarray(matrix[start : start + step])
 
 
-def _label_column(labels: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Return the classes as a column; none if an example has no class, since integers have no missing value."""
-    return {} if labels is None or (labels == NO_LABEL).any() else {"class": labels}
+def _write_csv(file: BinaryIO, blocks: Iterable[Columns]) -> Iterator[int]:
+    """Write blocks with the same columns as CSV with a header; yield the number of lines of each."""
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+    lines = csv.writer(text, lineterminator="\n")
+    for number, block in enumerate(blocks):
+        if not number:
+            lines.writerow(block)
+        columns = [
+            # nine digits distinguish any two float32
+            [format(value, ".9g") for value in column.tolist()] if column.dtype == np.float32 else column.tolist()
+            for column in block.values()
+        ]
+        lines.writerows(zip(*columns, strict=True))
+        yield len(columns[0])
+    text.detach()  # else closing the wrapper would close the file before it is synced
 
 
-def _block_rows(scores: Any) -> int:
-    return max(1, _BLOCK_SCORES // int(scores.shape[1]))
+def _write_parquet(file: BinaryIO, blocks: Iterable[Columns]) -> Iterator[int]:
+    """Write blocks with the same columns as Parquet, a row group each; yield the number of lines of each."""
+    pyarrow: Any = importlib.import_module("pyarrow")
+    writer: Any = None
+    for block in blocks:
+        table = pyarrow.table(dict(block))
+        writer = writer or pyarrow.parquet.ParquetWriter(file, table.schema)
+        writer.write_table(table)
+        yield table.num_rows
+    if writer is not None:
+        writer.close()
+
+
+def _write_matrix(file: BinaryIO, scores: Any) -> Iterator[int]:
+    """Write scores ``[N, M]`` as a numpy file, float32; yield the number of lines of each block."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": tuple(scores.shape)}
+    np.lib.format.write_array_header_2_0(file, header)
+    for _, block in matrix_blocks(scores, _BLOCK_SCORES):
+        file.write(np.ascontiguousarray(block, "<f4").tobytes())
+        yield len(block)
+
+
+_WRITERS: Mapping[str, Callable[[BinaryIO, Any], Iterator[int]]] = {
+    ".csv": _write_csv,
+    ".parquet": _write_parquet,
+    ".npy": _write_matrix,
+}
+"""The writer of each ending; the first two take blocks of columns, the last one the matrix."""

@@ -6,29 +6,26 @@ from typing import Any
 
 import click
 
-from tracer.cli.help import ExampleCommand
-from tracer.cli.output import format_facts, format_size, format_table, json_option, print_result
+from tracer.cli.output import ResultCommand, format_facts, format_size, format_table, print_result
 from tracer.cli.stores import open_store
 from tracer.store import Store
 from tracer.store.arrays.store_path import StorePath
 
-EXAMPLES = r"""
-tracer info runs/first
-tracer info runs/first --json | jq '.checkpoints[].train_rows_done'
-"""
 
-
-@click.command("info", cls=ExampleCommand, examples=EXAMPLES)
+@click.command("info", cls=ResultCommand)
 @click.argument("store")
-@json_option
-def command(store: str, as_json: bool) -> None:
+def info(store: str) -> None:
     """Show the contents of a store: settings, checkpoints, targets, sizes.
 
     STORE is a store's directory or URL, or the TOML file of its run. Nothing is computed or changed.
+
+    Examples:
+        tracer info runs/first
+        tracer info runs/first --json | jq '.checkpoints[].train_rows_done'
     """
     reader, _ = open_store(store)
     found = describe(reader.store)
-    print_result(as_json, found, _text(found))
+    print_result(found, _text(found))
 
 
 def describe(store: Store) -> dict[str, Any]:
@@ -92,10 +89,7 @@ def _text(found: dict[str, Any]) -> str:
     if found["bytes"] is not None:
         folders = ", ".join(f"{name} {format_size(size)}" for name, size in found["bytes"].items() if name != "total")
         facts.append(("on disk", f"{format_size(found['bytes']['total'])} ({folders})"))
-    checkpoints = [
-        (each["model_id"], each["learning_rate"], each["train_rows_done"], each["finalized"], each["source"])
-        for each in found["checkpoints"]
-    ]
+    checkpoints = [list(each.values()) for each in found["checkpoints"]]
     target_sets = [
         (name, each["num_targets"], min(each["done"].values()), len(each["done"]), ", ".join(each["scores"]) or None)
         for name, each in found["targets"].items()

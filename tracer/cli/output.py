@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
+
+from tracer.cli.app import ExampleCommand
 
 _STDOUT = "tracer.stdout"
 """Key of the real standard output in a command's context while it is redirected."""
 
 
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--json`` to a command as its argument ``as_json``."""
+class ResultCommand(ExampleCommand):
+    """A command with ``--json``, which shows its result by `print_result`."""
 
-    @functools.wraps(command)
-    def redirecting(*args: Any, as_json: bool, **options: Any) -> Any:
-        if not as_json:
-            return command(*args, as_json=False, **options)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        text = "Print one JSON object, for scripts."
+        self.params.append(click.Option(["--json", "as_json"], is_flag=True, help=text))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        if not ctx.params.pop("as_json"):
+            return super().invoke(ctx)
         # The standard output must hold the JSON object alone, so prints of the user's code go to the standard error.
-        click.get_current_context().meta[_STDOUT] = sys.stdout
+        ctx.meta[_STDOUT] = sys.stdout
         with contextlib.redirect_stdout(sys.stderr):
-            return command(*args, as_json=True, **options)
-
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for scripts.")(redirecting)
+            return super().invoke(ctx)
 
 
-def print_result(as_json: bool, result: dict[str, Any], text: str) -> None:
+def wants_json() -> bool:
+    """Return whether the current command prints JSON."""
+    return _STDOUT in click.get_current_context().meta
+
+
+def print_result(result: dict[str, Any], text: str) -> None:
     """Print a command's result as JSON, or its text for people."""
-    if as_json:
+    if wants_json():
         click.echo(json.dumps(json_value(result), allow_nan=False), file=click.get_current_context().meta[_STDOUT])
     else:
         click.echo(text)

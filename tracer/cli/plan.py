@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,59 +32,8 @@ TRIAL_BATCHES, TRIAL_CHECKPOINTS = 4, 2
 """The number of batches of each side and of checkpoints in the trial; the first batch only warms up."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The work of a run and its estimated cost."""
-
-    save_dir: str
-    train_rows: int
-    num_targets: int
-    settings: dict[str, Any]  # of the store's manifest
-    checkpoints: list[dict[str, Any]]
-    num_values: int  # in the selected parameters
-    seconds: float  # of the missing work, by one process
-    worst_seconds: float  # with the most passes over the training examples that memory may require
-    train_seconds_per_row: float  # of a training example at one checkpoint, including loading
-    target_seconds_per_row: float
-    disk_bytes: int  # of all features, existing ones included
-    score_bytes: int  # of the score matrix, which is computed on demand
-    peak_bytes: int | None  # of the process in the trial; None if the system does not report it
-    device_bytes: int | None  # peak of the GPU in the trial; None without a GPU
-    memory_bytes: int  # limit of scoring
-
-    def as_text(self) -> str:
-        """Return the plan for people."""
-        settings, params = self.settings, list(self.settings["params"])
-        times = format_time(self.seconds)
-        if self.worst_seconds > 1.1 * self.seconds:
-            times += f" to {format_time(self.worst_seconds)}, depending on how many target gradients fit into memory"
-        memory = "unknown on this system" if self.peak_bytes is None else f"{format_size(self.peak_bytes)} so far"
-        if self.device_bytes is not None:
-            memory += f", {format_size(self.device_bytes)} on the GPU"
-        storage = FeatureStorage(settings["storage"])
-        stored = f"stored as {storage.name}" if storage.stores_features else "not stored: exact gradients"
-        train_ms, target_ms = 1000 * self.train_seconds_per_row, 1000 * self.target_seconds_per_row
-        facts = [
-            ("store", self.save_dir),
-            ("task", settings["task"]["name"]),
-            ("training set", f"{self.train_rows:,} examples"),
-            ("targets", f"{self.num_targets:,} examples"),
-            ("parameters", f"{len(params)} with {self.num_values:,} values: {listing(params)}"),
-            ("features", f"{settings['feature_dim']:,} values an example ({settings['projector']['kind']}), {stored}"),
-            ("time", f"about {times}; {train_ms:.2f} ms a training example, {target_ms:.2f} ms a target"),
-            ("disk", f"{format_size(self.disk_bytes)}; all scores, on demand: {format_size(self.score_bytes)}"),
-            ("peak memory", f"{memory} in the trial; scoring takes up to {format_size(self.memory_bytes)} more"),
-        ]
-        headers = ("id", "checkpoint", "learning rate", "examples to do", "targets to do")
-        rows = [(model_id, *each.values()) for model_id, each in enumerate(self.checkpoints)]
-        text = f"{format_facts(facts)}\n\n{format_table(headers, rows)}"
-        if any(each["learning_rate"] is None for each in self.checkpoints):
-            text += "\n\nCheckpoints have no learning rate: each weighs 1. Pass --learning-rate for TracIn's weights."
-        return text
-
-
-def make_plan(job: Job) -> Plan:
-    """Run a few batches and estimate the rest; raises whatever the run itself would raise on them."""
+def make_plan(job: Job) -> dict[str, Any]:
+    """Run a few batches and return the work and its estimated cost; raises whatever the run would raise on them."""
     samples = [_Sample.of(source, name) for source, name in ((job.train, "train"), (job.targets, "targets"))]
     before = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tracer-plan-") as folder:
@@ -106,23 +54,56 @@ def make_plan(job: Job) -> Plan:
     checkpoints = [(str(path), rate, *left) for (path, rate), left in zip(job.checkpoints, missing, strict=True)]
     once = fixed + (num_train * train_seconds + num_targets * target_seconds) / num_processes
     passes = math.ceil(len(job.targets) / len(samples[1])) if not manifest.feature_storage.stores_features else 1
-    return Plan(
-        save_dir=job.save_dir,
-        train_rows=len(job.train),
-        num_targets=len(job.targets),
-        settings=dict(manifest.settings),
-        checkpoints=[dict(zip(names, each, strict=True)) for each in checkpoints],
-        num_values=sum(math.prod(shape) for shape in manifest.settings["params"].values()),
-        seconds=once,
-        worst_seconds=once + (passes - 1) * num_train * train_seconds / num_processes,
-        train_seconds_per_row=train_seconds,
-        target_seconds_per_row=target_seconds,
-        disk_bytes=len(missing) * _checkpoint_bytes(manifest, len(job.targets)),
-        score_bytes=4 * len(job.train) * len(job.targets),
-        peak_bytes=_peak_bytes(),
-        device_bytes=torch.cuda.max_memory_allocated(reader.device) if reader.device.type == "cuda" else None,
-        memory_bytes=int(job.options.get("memory_bytes", 1 << 30)),
-    )
+    return {
+        "save_dir": job.save_dir,
+        "train_rows": len(job.train),
+        "num_targets": len(job.targets),
+        "settings": dict(manifest.settings),
+        "checkpoints": [dict(zip(names, each, strict=True)) for each in checkpoints],
+        "num_values": sum(math.prod(shape) for shape in manifest.settings["params"].values()),
+        "seconds": once,  # of the missing work, by one process
+        # with the most passes over the training examples that memory may require
+        "worst_seconds": once + (passes - 1) * num_train * train_seconds / num_processes,
+        "train_seconds_per_row": train_seconds,  # at one checkpoint, including loading
+        "target_seconds_per_row": target_seconds,
+        "disk_bytes": len(missing) * _checkpoint_bytes(manifest, len(job.targets)),  # existing features included
+        "score_bytes": 4 * len(job.train) * len(job.targets),
+        "peak_bytes": _peak_bytes(),  # of the process so far; None if the system does not report it
+        "device_bytes": torch.cuda.max_memory_allocated(reader.device) if reader.device.type == "cuda" else None,
+        "memory_bytes": int(job.options.get("memory_bytes", 1 << 30)),
+    }
+
+
+def plan_text(plan: dict[str, Any]) -> str:
+    """Return a plan for people."""
+    settings, params = plan["settings"], list(plan["settings"]["params"])
+    times = format_time(plan["seconds"])
+    if plan["worst_seconds"] > 1.1 * plan["seconds"]:
+        worst = format_time(plan["worst_seconds"])
+        times += f" to {worst}, depending on how many target gradients fit into memory"
+    memory = "unknown on this system" if plan["peak_bytes"] is None else f"{format_size(plan['peak_bytes'])} so far"
+    if plan["device_bytes"] is not None:
+        memory += f", {format_size(plan['device_bytes'])} on the GPU"
+    storage = FeatureStorage(settings["storage"])
+    stored = f"stored as {storage.name}" if storage.stores_features else "not stored: exact gradients"
+    train_ms, target_ms = (1000 * plan[f"{side}_seconds_per_row"] for side in ("train", "target"))
+    facts = [
+        ("store", plan["save_dir"]),
+        ("task", settings["task"]["name"]),
+        ("training set", f"{plan['train_rows']:,} examples"),
+        ("targets", f"{plan['num_targets']:,} examples"),
+        ("parameters", f"{len(params)} with {plan['num_values']:,} values: {listing(params)}"),
+        ("features", f"{settings['feature_dim']:,} values an example ({settings['projector']['kind']}), {stored}"),
+        ("time", f"about {times}; {train_ms:.2f} ms a training example, {target_ms:.2f} ms a target"),
+        ("disk", f"{format_size(plan['disk_bytes'])}; all scores, on demand: {format_size(plan['score_bytes'])}"),
+        ("peak memory", f"{memory} in the trial; scoring takes up to {format_size(plan['memory_bytes'])} more"),
+    ]
+    headers = ("id", "checkpoint", "learning rate", "examples to do", "targets to do")
+    rows = [(model_id, *each.values()) for model_id, each in enumerate(plan["checkpoints"])]
+    text = f"{format_facts(facts)}\n\n{format_table(headers, rows)}"
+    if any(each["learning_rate"] is None for each in plan["checkpoints"]):
+        text += "\n\nCheckpoints have no learning rate: each weighs 1. Pass --learning-rate for TracIn's weights."
+    return text
 
 
 class _Sample(DataSource):

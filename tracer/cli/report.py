@@ -10,9 +10,8 @@ import click
 import numpy as np
 import torch
 
-from tracer.cli.help import ExampleCommand
 from tracer.cli.job import load_data
-from tracer.cli.output import json_option, print_result
+from tracer.cli.output import ResultCommand, print_result
 from tracer.cli.references import build
 from tracer.cli.stores import count_option, open_view, ranking_options
 from tracer.data.batches import tensor_from_numpy
@@ -20,15 +19,10 @@ from tracer.data.datasets import DataSource
 from tracer.data.model_inputs import label_key
 from tracer.errors import InputError
 
-EXAMPLES = """
-tracer report tracer.toml --output-dir report             examples as in the file of the run
-tracer report runs/first --output-dir report --train training:train_set --targets training:test_set
-tracer report runs/first --output-dir report --inputs training:train_texts --class-names negative,positive
-"""
 _NAMES = {"train": "training examples", "targets": "targets"}
 
 
-@click.command("report", cls=ExampleCommand, examples=EXAMPLES)
+@click.command("report", cls=ResultCommand)
 @click.argument("store")
 @click.option("--output-dir", required=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--train", help="Training examples (inputs, labels), as module:callable. Default: from the file.")
@@ -41,30 +35,24 @@ _NAMES = {"train": "training examples", "targets": "targets"}
 @click.option("--title", help="The page's title.")
 @count_option(8, "Training examples shown for each target.")
 @ranking_options
-@json_option
-def command(
-    store: str,
-    output_dir: Path,
-    class_names: str | None,
-    figures: bool,
-    all_scores: bool,
-    title: str | None,
-    k: int,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def report(store: str, output_dir: Path, class_names: str | None, **options: Any) -> None:
     """Write an HTML page with the results.
 
     STORE is a store's directory or URL, or the TOML file of its run, which also names the examples. Without examples
     the page has numbers and no pictures. Of each example the first item is the input and the last one the label; tokens
     are not shown: pass texts by --inputs. Figures need matplotlib and images Pillow: pip install 'tracin[report]'.
+
+    Examples:
+        tracer report tracer.toml --output-dir report             examples as in the file of the run
+        tracer report runs/first --output-dir report --train training:train_set --targets training:test_set
+        tracer report runs/first --output-dir report --inputs training:train_texts --class-names negative,positive
     """
     given = {name: options.pop(name) for name in ("train", "targets", "inputs", "target_inputs")}
+    shown = {name: options.pop(name) for name in ("k", "figures", "all_scores", "title")}
     view = open_view(store, **options)
     settings = {**view.settings, **{name: given[name] for name in _NAMES if given[name]}}
     train = _displayable_data(settings, "train", view.reader.train_set_size, given["inputs"], view.train_labels)
     targets = _displayable_data(settings, "targets", view.num_targets, given["target_inputs"], view.target_labels)
-    more: dict[str, Any] = {"title": title} if title else {}
     page = view.found.report(
         output_dir,
         inputs=train[0],
@@ -72,12 +60,9 @@ def command(
         class_names=_class_names(class_names),
         target_inputs=targets[0],
         target_labels=targets[1],
-        k=k,
-        figures=figures,
-        all_scores=all_scores,
-        **more,
+        **{name: value for name, value in shown.items() if value is not None},
     )
-    print_result(as_json, {"page": page}, f"Report: {page}")
+    print_result({"page": page}, f"Report: {page}")
 
 
 def _class_names(class_names: str | None) -> list[str] | None:

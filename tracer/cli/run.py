@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 from typing import Any
@@ -13,33 +12,31 @@ import torch.distributed as dist
 from tracer.cli.app import INTERRUPTED, typed_command
 from tracer.cli.interrupts import Interruption
 from tracer.cli.job import RANKING, Job
-from tracer.cli.output import json_option, print_result
-from tracer.cli.plan import make_plan
+from tracer.cli.output import print_result
+from tracer.cli.plan import make_plan, plan_text
 from tracer.cli.settings import BY_NAME, SettingsCommand, check_required, read_settings, setting_flags
 from tracer.errors import IncompleteError, InputError
 from tracer.store.feature_storage import FeatureStorage
 
-EXAMPLES = r"""
-With training.py in the current directory:
-  tracer run --model training:build_model --task image_classification \
-      --train training:train_set --targets training:test_set \
-      --checkpoints 'checkpoints/epoch_*.pt' --learning-rate 0.1 --save-dir runs/first --dry-run
-or the same from a file, with one setting changed:
-  tracer run tracer.toml --proj-dim 1024
-"""
 
-
-@click.command("run", cls=SettingsCommand, examples=EXAMPLES)
+@click.command("run", cls=SettingsCommand)
 @click.argument("config", required=False, type=click.Path())
 @click.option("--dry-run", is_flag=True, help="Show the plan and its cost from a few timed batches; store nothing.")
-@json_option
 @setting_flags
-def command(config: str | None, dry_run: bool, as_json: bool, **flags: Any) -> None:
-    """Trace targets to training examples over the checkpoints of a training run.
+def run(config: str | None, dry_run: bool, **flags: Any) -> None:
+    r"""Trace targets to training examples over the checkpoints of a training run.
 
     CONFIG is a TOML file of settings; each is also a flag, which overrides the file. Model and data are named as
     package.module:callable and imported from the current directory first. Run it again with the same store and it
     resumes; Ctrl-C stops it without losing a finished batch.
+
+    Examples:
+        With training.py in the current directory:
+          tracer run --model training:build_model --task image_classification \
+              --train training:train_set --targets training:test_set \
+              --checkpoints 'checkpoints/epoch_*.pt' --learning-rate 0.1 --save-dir runs/first --dry-run
+        or the same from a file, with one setting changed:
+          tracer run tracer.toml --proj-dim 1024
     """
     settings = read_settings(config, flags)
     check_required(settings, config)
@@ -47,9 +44,7 @@ def command(config: str | None, dry_run: bool, as_json: bool, **flags: Any) -> N
     _check_alone(settings)
     if dry_run:
         plan = make_plan(job)
-        print_result(
-            as_json, {**dataclasses.asdict(plan), "notes": job.notes}, "\n\n".join([plan.as_text(), *job.notes])
-        )
+        print_result({**plan, "notes": job.notes}, "\n\n".join([plan_text(plan), *job.notes]))
         return
     found = _run(click.get_current_context(), job, settings)
     result = {"save_dir": job.save_dir, "checkpoints": len(job.checkpoints), **found, "notes": job.notes}
@@ -61,7 +56,7 @@ def command(config: str | None, dry_run: bool, as_json: bool, **flags: Any) -> N
             f"This process's shard is stored in {job.save_dir}; those of other processes are missing. When all "
             f"processes are done, run the same command in each once more."
         ]
-    print_result(as_json, result, "\n".join([*job.notes, *parts]))
+    print_result(result, "\n".join([*job.notes, *parts]))
 
 
 def _run(ctx: click.Context, job: Job, settings: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import Any
 import click
 
 from tracer.api.settings import FeatureSettings
-from tracer.cli.help import ExampleCommand
+from tracer.cli.app import ExampleCommand
+from tracer.cli.output import ResultCommand
 from tracer.errors import InputError, InputTypeError, nearest_name
 from tracer.scoring.estimators import Estimate
 
@@ -73,10 +75,6 @@ _KIND_OF_TYPE = {
     "int": "count",
     "bool": "switch",
     "bool | None": "switch",
-    "str": "text",
-    "str | None": "text",
-    "str | torch.device | None": "text",
-    "str | torch.dtype | None": "text",
     "float | str": "number",
     "ParamSelection": "texts",
     "ProcessChoice": "process",
@@ -124,16 +122,13 @@ def _from_fields(settings: type, names: Sequence[str], section: str) -> tuple[Se
     for field in (field for field in dataclasses.fields(settings) if field.name in names):
         choices = tuple(field.metadata.get("choices", ()))
         example = _EXAMPLES.get(field.name) or json.dumps(field.default or next(iter(choices), field.default))
-        text = (
-            field.metadata["help"]
-            .replace("`", "")
-            .replace(". None:", ". By default")
-            .replace("; None:", "; by default")
-        )
-        text = _HELP.get(field.name, text)
+        text = field.metadata["help"].replace("`", "").replace(". None:", ". By default")
+        text = _HELP.get(field.name, text.replace("; None:", "; by default"))
         if "efault" not in text and field.default is not None:
             text += " Default: " + example.strip('"') + "."
-        found.append(Setting(field.name, _KIND_OF_TYPE[str(field.type)], section, text, example, choices=choices))
+        found.append(
+            Setting(field.name, _KIND_OF_TYPE.get(str(field.type), "text"), section, text, example, choices=choices)
+        )
     return tuple(found)
 
 
@@ -203,7 +198,7 @@ def setting_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-class SettingsCommand(ExampleCommand):
+class SettingsCommand(ResultCommand):
     """A command whose help lists settings under their headings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -247,3 +242,43 @@ def _read_file(path: str) -> dict[str, Any]:
             raise InputError(f"{path} has the unknown key {name!r}; {nearest_name(name, BY_NAME)}.")
         BY_NAME[name].check(value, path)
     return found
+
+
+_HEAD = """\
+# Settings of `tracer run`. Each is also a flag, which overrides the file: proj_dim = 1024 is --proj-dim 1024.
+# Paths, and the modules in module:callable, are relative to the directory in which tracer is called.
+# Lines behind # show all other settings; without them the library's defaults hold.
+"""
+
+
+@click.command("init", cls=ExampleCommand)
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path), default="tracer.toml")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+def init(path: Path, force: bool) -> None:
+    """Write a commented configuration for `tracer run`.
+
+    PATH is tracer.toml by default. Settings that a run needs come first, with made-up values to replace; all others are
+    comments.
+
+    Examples:
+        tracer init
+        $EDITOR tracer.toml
+        tracer run tracer.toml --dry-run
+    """
+    _write_template(path, force)
+    click.echo(f"Wrote {path}. Fill in model and data, then: tracer run {path} --dry-run")
+
+
+def _write_template(path: Path, force: bool) -> None:
+    """Write required settings as keys, all others as comments."""
+    if path.exists() and not force:
+        raise InputError(f"{path} exists already; choose another name, or pass --force to replace it.")
+    parts, section = [_HEAD], ""
+    for setting in SETTINGS:
+        if setting.section != section:
+            section = setting.section
+            parts.append(f"# --- {section} ---\n")
+        about = setting.help + (f" One of: {', '.join(setting.choices)}." if setting.choices else "")
+        comment = textwrap.fill(about, 110, initial_indent="# ", subsequent_indent="# ")
+        parts.append(f"{comment}\n{'' if setting.required else '# '}{setting.name} = {setting.example}\n")
+    path.write_text("\n".join(parts), encoding="utf-8")

@@ -72,13 +72,11 @@ class StoreView:
 
     def ranking_table(self, name: str, indices: Iterable[int], values: Iterable[float]) -> str:
         """Return a table of ranked training examples with their values and, if known, classes."""
-        labels, pairs = self.train_labels, zip(indices, values, strict=True)
-        headers = ["rank", "example", name, *([] if labels is None else ["class"])]
-        rows = [
-            [rank, index, value, *([] if labels is None else [class_of(labels, index)])]
-            for rank, (index, value) in enumerate(pairs, 1)
-        ]
-        return format_table(headers, rows)
+        labels = self.train_labels
+        ranked = enumerate(zip(indices, values, strict=True), 1)
+        rows = [(rank, index, value, class_of(labels, index)) for rank, (index, value) in ranked]
+        width = 3 if labels is None else 4
+        return format_table(("rank", "example", name, "class")[:width], [row[:width] for row in rows])
 
 
 def _known_labels(table: RowTable) -> np.ndarray | None:

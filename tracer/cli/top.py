@@ -1,13 +1,13 @@
-"""``tracer top``: the strongest training examples of targets."""
+"""``tracer top`` and ``tracer self-influence``: the training examples at the top of a ranking."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import click
+import numpy as np
 
-from tracer.cli.help import ExampleCommand
-from tracer.cli.output import json_option, print_result
+from tracer.cli.output import ResultCommand, print_result
 from tracer.cli.stores import Integers, StoreView, check_targets, class_of, count_option, open_view, ranking_options
 from tracer.scoring.scorer import KINDS
 from tracer.types import TopK
@@ -15,13 +15,8 @@ from tracer.types import TopK
 SHOWN_TARGETS = 10
 """The number of targets printed for people if none are named."""
 
-EXAMPLES = r"""
-tracer top runs/first --targets 0,5 -k 10
-tracer top runs/first --kind opponents --estimator influence --json
-"""
 
-
-@click.command("top", cls=ExampleCommand, examples=EXAMPLES)
+@click.command("top", cls=ResultCommand)
 @click.argument("store")
 @click.option("--targets", type=Integers(), help="Only these targets, such as 0,5,10-12.")
 @count_option(10, "Training examples for each target.")
@@ -30,24 +25,50 @@ tracer top runs/first --kind opponents --estimator influence --json
     help="Examples that lowered the target's loss, raised it, or both.",
 )  # fmt: skip
 @ranking_options
-@json_option
-def command(store: str, targets: list[int] | None, k: int, kind: str, as_json: bool, **options: Any) -> None:
+def top(store: str, targets: list[int] | None, k: int, kind: str, **options: Any) -> None:
     """Show the strongest training examples of targets.
 
     Positive scores mark proponents: training on the example lowered the target's loss. STORE is a store's directory or
     URL, or the TOML file of its run.
+
+    Examples:
+        tracer top runs/first --targets 0,5 -k 10
+        tracer top runs/first --kind opponents --estimator influence --json
     """
     view = open_view(store, **options)
     chosen = check_targets(targets, view.num_targets)
     k = min(k, view.reader.train_set_size)
     found = {each: view.found.top(k, each) for each in (KINDS if kind == "both" else (kind,))}
-    shown = chosen if targets is not None or as_json else chosen[:SHOWN_TARGETS]
+    shown = chosen if targets is not None else chosen[:SHOWN_TARGETS]
     text = _text(view, shown, found)
     if len(shown) < len(chosen):
         text += f"\n\n{len(chosen) - len(shown)} more targets: choose by --targets, or use --json or export for all."
     listed = [{"target": target, **_entries(target, found)} for target in chosen]
     result = {"exp_name": view.found.exp_name, "estimator": view.found.estimator, "targets": listed}
-    print_result(as_json, result, text)
+    print_result(result, text)
+
+
+@click.command("self-influence", cls=ResultCommand)
+@click.argument("store")
+@count_option(20, "Training examples to show.")
+@click.option("--lowest", is_flag=True, help="Those of lowest self-influence instead.")
+@ranking_options
+def self_influence(store: str, k: int, lowest: bool, **options: Any) -> None:
+    """Show the training examples of highest self-influence.
+
+    An example's influence on itself is large if its gradient stays large, for example because its label is wrong or
+    because it is rare or hard. STORE is a store's directory or URL, or the TOML file of its run; targets are not
+    needed. With --estimator cosine, self-influence is that of tracin.
+
+    Examples:
+        tracer self-influence runs/first -k 20
+        tracer self-influence runs/first -k 100 --json | jq '.rows'
+    """
+    view = open_view(store, needs_targets=False, **options)
+    values = view.self_influence()
+    order = np.argsort(values if lowest else -values, kind="stable")[:k]
+    result = {"rows": order, "self_influence": values[order], "train_rows": len(values), "mean": values.mean()}
+    print_result(result, view.ranking_table("self-influence", order.tolist(), values[order].tolist()))
 
 
 def _entries(target: int, found: dict[str, TopK]) -> dict[str, Any]:

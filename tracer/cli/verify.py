@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import click
 import numpy as np
 
 from tracer.cli.app import FINDING
-from tracer.cli.help import ExampleCommand
-from tracer.cli.output import json_option, print_result
+from tracer.cli.output import ResultCommand, print_result
 from tracer.cli.stores import find_store
 from tracer.errors import StoreError
-from tracer.store import Damage, Store, Verification, verify
+from tracer.store import Damage, Store, Verification
+from tracer.store import verify as verify_store
 from tracer.store.arrays.metadata import NODE, read_document
 from tracer.store.arrays.store_path import StorePath, store_path
 from tracer.store.manifest import FORMAT, FORMAT_VERSION
 
-EXAMPLES = r"""
-tracer verify runs/first || tracer verify runs/first --repair
-tracer run tracer.toml                    computes the lost rows
-"""
 
-
-@click.command("verify", cls=ExampleCommand, examples=EXAMPLES)
+@click.command("verify", cls=ResultCommand)
 @click.argument("store")
 @click.option("--repair", is_flag=True, help="Mark damaged rows as missing, so that the next run computes them again.")
-@json_option
 @click.pass_context
-def command(ctx: click.Context, store: str, repair: bool, as_json: bool) -> None:
+def verify(ctx: click.Context, store: str, repair: bool) -> None:
     """Read a whole store and report damage.
 
     Checked are the metadata of the store and of each array, the files of rows that are marked as done, the checksum of
@@ -34,6 +30,10 @@ def command(ctx: click.Context, store: str, repair: bool, as_json: bool) -> None
     rates, and marks that were lost before a checkpoint was finished: such rows only count as missing. Without --repair
     nothing is changed. Exit code 1 means damage, even if it was repaired. No other process may write to the store
     meanwhile.
+
+    Examples:
+        tracer verify runs/first || tracer verify runs/first --repair
+        tracer run tracer.toml                    computes the lost rows
     """
     found = _verify(store_path(find_store(store)[0]), repair)
     result = {
@@ -41,15 +41,12 @@ def command(ctx: click.Context, store: str, repair: bool, as_json: bool) -> None
         "ok": found.ok,
         "rows_read": found.num_rows,
         "tiles_read": found.num_tiles,
-        "damage": [
-            {"path": each.path, "what": each.what, "rows": each.rows, "repaired": each.repaired}
-            for each in found.damage
-        ],
+        "damage": [dataclasses.asdict(each) for each in found.damage],
     }
     text = str(found)
     if not found.ok and not repair and any(len(each.rows) for each in found.damage):
         text += "\nTo compute the lost rows again: tracer verify --repair, then the run."
-    print_result(as_json, result, text)
+    print_result(result, text)
     if not found.ok:
         ctx.exit(FINDING)
 
@@ -62,7 +59,7 @@ def _verify(path: StorePath, repair: bool) -> Verification:
         if not (path / NODE).exists() or _is_foreign(path):
             raise
         return Verification(str(path), [Damage(str(path / NODE), str(error), np.empty(0, np.int64), False)], 0, 0)
-    return verify(str(path), repair=repair)
+    return verify_store(str(path), repair=repair)
 
 
 def _is_foreign(path: StorePath) -> bool:

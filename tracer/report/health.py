@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,9 +118,26 @@ def recovery_curve(scores: np.ndarray, mislabelled: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(mislabelled[descending(scores)], dtype=np.int64)])
 
 
-def num_checked(num_train: int, share: float) -> int:
-    """Return a share of the training examples as a number, rounded."""
-    return round(share * num_train)
+def checked_counts(num_train: int) -> list[int]:
+    """Return `CHECKED_SHARES` of the training examples as numbers, rounded."""
+    return [round(share * num_train) for share in CHECKED_SHARES]
+
+
+def recovered(scores: np.ndarray, mislabelled: np.ndarray) -> list[int]:
+    """Return the number of mislabelled examples among each of `CHECKED_SHARES` of the highest scores.
+
+    >>> recovered(np.array([0.1, 0.9, 0.5, 0.3, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0]), np.arange(10) < 3)
+    [1, 2, 2]
+    """
+    return recovery_curve(scores, mislabelled)[checked_counts(len(scores))].tolist()
+
+
+def recovery_table(rankings: Mapping[str, np.ndarray], mislabelled: np.ndarray) -> list[list[str]]:
+    """Return the name of each ranking, then of chance, and the mislabelled examples found in `CHECKED_SHARES`."""
+    total, num_train = int(mislabelled.sum()), len(mislabelled)
+    found: dict[str, list] = {name: recovered(scores, mislabelled) for name, scores in rankings.items()}
+    found["chance (expected)"] = [total * count / num_train for count in checked_counts(num_train)]
+    return [[name, *(f"{count:.0f} ({count / total:.0%})" for count in counts)] for name, counts in found.items()]
 
 
 def _corrected(share: float, false_positive: float, detected: float) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from tracer.report import charts
 from tracer.report.content import ReportContent
 from tracer.report.figure import Figure
-from tracer.report.health import CHECKED_SHARES, MIN_CLASSES, count_classes, num_checked, recovery_curve
+from tracer.report.health import CHECKED_SHARES, MIN_CLASSES, checked_counts, count_classes, recovered, recovery_table
 from tracer.report.page import Section
 from tracer.report.payload import MAX_TABLE_EXAMPLES, MAX_TARGETS
 from tracer.report.plot import legend_figure, round_ticks
@@ -40,8 +40,8 @@ def lead(data: ReportContent) -> str:
     sizes = f"{data.num_train:,} training examples and {data.target.size:,} targets"
     if data.known_mislabelled is None:
         return f"{sizes}."
-    count, total = num_checked(data.num_train, CHECKED_SHARES[0]), int(data.known_mislabelled.sum())
-    found = int(recovery_curve(data.self_influence, data.known_mislabelled)[count])
+    count, total = checked_counts(data.num_train)[0], int(data.known_mislabelled.sum())
+    found = recovered(data.self_influence, data.known_mislabelled)[0]
     return (
         f"{sizes}; {total:,} training examples are known to be mislabelled. The {count:,} examples with the highest "
         f"self-influence contain {found:,} of them ({found / total:.0%}); chance would find "
@@ -111,19 +111,12 @@ def _recovery(data: ReportContent) -> dict[str, Any] | None:
     rankings = all_rankings(data)
     legend = charts.recovery_keys(list(rankings))
     size = (RECOVERY_SIZE[0], RECOVERY_SIZE[1] + int(legend_figure(legend, RECOVERY_SIZE[0]).height))
-    total, num_train = int(mask.sum()), len(mask)
-    counts = [num_checked(num_train, share) for share in CHECKED_SHARES]
-    lines = []
-    for name, scores in rankings.items():
-        curve = recovery_curve(scores, mask)[counts]
-        lines.append([name, *(f"{found} ({found / total:.0%})" for found in curve)])
-    chance = [f"{total * count / num_train:.0f} ({count / num_train:.0%})" for count in counts]
-    tops = [f"top {share:.0%} ({count:,})" for share, count in zip(CHECKED_SHARES, counts, strict=True)]
+    counts = zip(CHECKED_SHARES, checked_counts(len(mask)), strict=True)
     return {
         "figures": [charts.recovery_chart(rankings, mask, size, legend, enlarged=part) for part in (False, True)],
-        "caption": f"Mislabelled examples found, of {total}",
-        "header": ["ranking", *tops],
-        "lines": [*lines, ["chance (expected)", *chance]],
+        "caption": f"Mislabelled examples found, of {mask.sum()}",
+        "header": ["ranking", *(f"top {share:.0%} ({count:,})" for share, count in counts)],
+        "lines": recovery_table(rankings, mask),
     }
 
 

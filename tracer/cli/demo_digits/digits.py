@@ -64,10 +64,7 @@ class Digits:
 
 
 def read_digits() -> tuple[Float[np.ndarray, "1797 8 8"], Int64[np.ndarray, " 1797"]]:
-    """Read the images, from 0 to 16, and labels in the package.
-
-    Returns:
-        Images and labels.
+    """Return the images, from 0 to 16, and labels in the package.
 
     >>> images, labels = read_digits()
     >>> images.shape, int(images.max()), np.bincount(labels)[:3].tolist()
@@ -130,8 +127,7 @@ def train_or_reuse(
     data: Digits, settings: Settings, directory: Path, log: Callable[[str], object] = print
 ) -> list[tuple[Path, float]]:
     """Return the checkpoints of an earlier run with the same settings, or train."""
-    described = directory / "training.json"
-    wanted = asdict(settings)
+    described, wanted = directory / "training.json", asdict(settings)
     found = json.loads(described.read_text()) if described.exists() else {"settings": wanted, "finished": False}
     if found["settings"] != wanted:
         raise InputError(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -24,9 +24,7 @@ from tracer.cli.demo_digits.digits import (
     train_or_reuse,
 )
 from tracer.errors import MissingDependencyError
-
-CHECKED_SHARES = (0.1, 0.2, 0.3)
-"""Shares of the training images that are checked, in the order of a ranking."""
+from tracer.report.health import CHECKED_SHARES, checked_counts, recovered, recovery_table
 
 
 @torch.random.fork_rng(devices=[])  # building a network draws initial weights from the global generator
@@ -34,12 +32,6 @@ def run(
     settings: Settings, output_dir: Path, proj_dim: int = 4096, log: Callable[[str], object] = print
 ) -> dict[str, Any]:
     """Train on digits with flipped labels, attribute, print the results and write the report; resumes if run again.
-
-    Args:
-        settings: The data and the training.
-        output_dir: The directory of checkpoints, store and report.
-        proj_dim: The size of a projected gradient.
-        log: Called with each line of text.
 
     Returns:
         ``accuracy`` on test images; ``flipped``, the number of flipped labels; ``checked``, the numbers of images that
@@ -67,13 +59,10 @@ def run(
     predictions, _ = evaluate(checkpoints[-1][0], data.test_images, data.test_labels)
     losses = np.stack([loss for _, loss in evaluated])
     rankings = {"loss, mean over checkpoints": losses.mean(axis=0), "loss at the last checkpoint": losses[-1]}
-    counts = {
-        name: count_hits(scores, data.flipped)
-        for name, scores in {"self-influence": found.self_influence(), **rankings}.items()
-    }
+    every = {"self-influence": found.self_influence(), **rankings}
     accuracy = float((predictions == data.test_labels).float().mean())
     log(f"Test accuracy at the last checkpoint: {accuracy:.1%}")
-    log(_table(counts, total, len(data.flipped)))
+    log(_table(every, data.flipped))
     shown = choose_targets(predictions, data.test_labels)
     log(_examples(found, data, predictions, shown))
     page, note = _report(
@@ -90,21 +79,11 @@ def run(
     return {
         "accuracy": accuracy,
         "flipped": total,
-        "checked": [round(share * len(data.flipped)) for share in CHECKED_SHARES],
-        "found": counts,
+        "checked": checked_counts(len(data.flipped)),
+        "found": {name: recovered(scores, data.flipped) for name, scores in every.items()},
         "report": page,
         "store": output_dir / "store",
     }
-
-
-def count_hits(scores: Float[np.ndarray, " N"], flipped: Bool[np.ndarray, " N"]) -> list[int]:
-    """Return the number of flipped labels among the highest scores, for each of `CHECKED_SHARES`.
-
-    >>> count_hits(np.array([0.1, 0.9, 0.5, 0.3, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0]), np.arange(10) < 3)
-    [1, 2, 2]
-    """
-    hits = np.cumsum(flipped[np.argsort(-scores, kind="stable")])
-    return [int(hits[round(share * len(hits)) - 1]) for share in CHECKED_SHARES]
 
 
 def choose_targets(predictions: Int64[Tensor, " M"], labels: Int64[Tensor, " M"], count: int = 3) -> list[int]:
@@ -114,15 +93,15 @@ def choose_targets(predictions: Int64[Tensor, " M"], labels: Int64[Tensor, " M"]
     return [*right.tolist(), *wrong.tolist()]
 
 
-def _table(counts: dict[str, list[int]], total: int, num_train: int) -> str:
-    expected = [total * round(share * num_train) / num_train for share in CHECKED_SHARES]
-    rankings: list[tuple[str, Sequence[float]]] = [*counts.items(), ("chance (expected)", expected)]
+def _table(rankings: dict[str, np.ndarray], flipped: Bool[np.ndarray, " N"]) -> str:
+    total = f"{flipped.sum()} of {len(flipped)} labels are flipped"
     lines = [
-        f"\nFlipped labels found among the images ranked highest ({total} of {num_train} labels are flipped)",
+        f"\nFlipped labels found among the images ranked highest ({total})",
         f"{'':<30}" + "".join(f"{f'top {share:.0%}':>14}" for share in CHECKED_SHARES),
     ]
-    for name, numbers in rankings:
-        lines.append(f"{name:<30}" + "".join(f"{f'{found:.0f} ({found / total:.0%})':>14}" for found in numbers))
+    lines += [
+        f"{name:<30}" + "".join(f"{cell:>14}" for cell in row) for name, *row in recovery_table(rankings, flipped)
+    ]
     return "\n".join(lines)
 
 
