@@ -535,7 +535,7 @@ def refusals(path: Path) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     with raises(tracer.GradientError, "torch.bfloat16", "pass autocast="):
         job.tracer(shard(copy.deepcopy(job.model), mp_policy=policy), "half")
-    with raises(tracer.InputError, "attribute passes all rows in one process", "inds="):
+    with raises(tracer.InputError, "attribute passes all examples in one process", "inds="):
         tracer.attribute(shard(copy.deepcopy(job.model)), job.task, job.train, job.targets, job.states, save_dir=path)
     model = shard(copy.deepcopy(job.model))
     with raises(tracer.GradientError, "part of a larger one"):

@@ -13,7 +13,7 @@ from tracer.projection import fast_jl
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 class OnlyDense(PerSampleGradient):
@@ -27,7 +27,7 @@ class OnlyDense(PerSampleGradient):
     dtype = property(lambda self: self.values.dtype)
 
     def dense(self, start, stop):
-        return self.values[start:stop].flatten(1)
+        return self.values[start:stop].reshape(stop - start, -1)
 
 
 def outer(shape, batch_size=5, positions=3, seed=0, dtype=torch.float64, positions_last=False):

@@ -94,3 +94,19 @@ def test_long_float32_rows_keep_six_digits():
 def test_parameters_without_entries_have_norm_zero(shape):
     assert DenseGradient(torch.zeros(2, *shape)).squared_norm().tolist() == [0.0, 0.0]
     assert OnlyDense(torch.zeros(2, *shape)).squared_norm().tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weighted_sums_are_those_of_built_gradients(form):
+    rows, weights = oracle_rows(FORMS[form]), normal(5, seed=4)
+    total, norms = FORMS[form].weighted_sum(weights)
+    torch.testing.assert_close(total, weights @ rows, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(norms, (weights.abs() * rows.norm(dim=1)).sum().reshape(1), rtol=1e-10, atol=0)
+
+
+def test_the_weighted_sum_of_a_large_table_builds_none_of_its_gradients(monkeypatch):
+    gradient = RowsGradient(torch.randint(0, 1 << 20, (64, 5)), torch.randn(64, 5, 8), (1 << 20, 8))
+    monkeypatch.setattr(RowsGradient, "dense", lambda *rows: pytest.fail("built a gradient"))
+    for one in (gradient, SumGradient([gradient, gradient])):
+        total, norms = one.weighted_sum(torch.ones(64))
+        assert total.shape == (8 << 20,) and norms > 0

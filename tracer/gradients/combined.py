@@ -8,7 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from tracer.gradients.per_sample import PerSampleGradient
+from tracer.gradients.per_sample import PerSampleGradient, weighted_norms
 
 
 class SumGradient(PerSampleGradient):
@@ -35,6 +35,10 @@ class SumGradient(PerSampleGradient):
     def squared_norm(self) -> Tensor:
         parts = self.parts()
         return sum_of([part.squared_norm() for part in parts]) + cross_terms(parts)
+
+    def weighted_sum(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        total = sum_of([part.weighted_sum(weights)[0] for part in self.parts()])
+        return total, weighted_norms(self, weights)
 
 
 def cross_terms(parts: Sequence[PerSampleGradient]) -> Tensor:

@@ -155,6 +155,15 @@ class PerSampleGradient(ABC):
         """Return fewer gradients with the same sum, if the factors of this form can be joined along ``T``."""
         return list(gradients)
 
+    def weighted_sum(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sums of weighted gradients ``[numel]`` and of weighted norms ``[1]``, given ``weights [B]``."""
+        total, norms = weights.new_zeros(self.numel), weights.new_zeros(1)
+        for start, stop in row_blocks(self.batch_size, 8 * self.numel, 32 << 20):
+            block = self.dense(start, stop).to(weights.dtype)
+            total += weights[start:stop] @ block
+            norms += (weights[start:stop].abs() * torch.linalg.vector_norm(block, dim=1)).sum()
+        return total, norms
+
     def fold(self, factor: int) -> PerSampleGradient:
         """Add up groups of ``factor`` consecutive gradients: those of ``B * factor`` rows become those of ``B``."""
         return self if factor == 1 else FoldedGradient(self, factor)
@@ -363,3 +372,9 @@ class ScaledGradient(PerSampleGradient):
 def join_samples(values: Tensor, factor: int) -> Tensor:
     """Join groups of ``factor`` consecutive samples of ``[B * factor, T, n]`` along ``T``."""
     return values.reshape(len(values) // factor, -1, values.shape[-1])
+
+
+def weighted_norms(gradient: PerSampleGradient, weights: Tensor) -> Tensor:
+    """Return the sum of norms times the sizes of ``weights [B]``, in their dtype: ``[1]``."""
+    norms = gradient.squared_norm().clamp(min=0).sqrt().to(weights.dtype)
+    return (weights.abs() * norms).sum().reshape(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tracer._core.blocks import full_precision
 from tracer.gradients.norms import row_squares
-from tracer.gradients.per_sample import PerSampleGradient, join_samples, matrix_shape
+from tracer.gradients.per_sample import PerSampleGradient, join_samples, matrix_shape, weighted_norms
 
 
 class RowsGradient(PerSampleGradient):
@@ -91,6 +91,14 @@ class RowsGradient(PerSampleGradient):
         if positions is not None:
             return self._by_block(8 * (positions * (touched + cols) + 2 * touched * cols), with_outer)
         return self._built_inner(other)
+
+    def weighted_sum(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        # A table may be large and a batch touches few of its rows: nothing of B * V * I numbers is built.
+        cols = self.values.shape[-1]
+        weighted = self.values.to(weights.dtype) * weights.view(-1, 1, 1)
+        total = weights.new_zeros(matrix_shape(self.shape))
+        total.index_add_(0, self.index.reshape(-1), weighted.reshape(-1, cols))
+        return total.reshape(-1), weighted_norms(self, weights)
 
     @classmethod
     def joined(cls, gradients: Sequence[RowsGradient]) -> list[PerSampleGradient]:

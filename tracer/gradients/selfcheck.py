@@ -69,7 +69,7 @@ class Reference:
 
     def above_noise(self) -> set[str]:
         """Return the parameters whose gradient is more than rounding noise."""
-        return {name for name, value in self.gradients.items() if float(value.double().norm()) > self._noise(value)}
+        return {name for name, value in self.gradients.items() if _norm(value) > self._noise(value)}
 
     def _noise(self, gradient: Tensor) -> float:
         return min(_NOISE * torch.finfo(self.precision or gradient.dtype).eps, _MOST_NOISE) * self.scale
@@ -78,15 +78,17 @@ class Reference:
         """Return the parameters whose weighted sums differ, missing ones being zero, with a measure for the message."""
         wrong = {}
         for name, expected in self.gradients.items():
-            flat = expected.reshape(-1).double()
-            total = totals.get(name)
-            found = torch.zeros_like(flat) if total is None else total[:-1].to(flat)
-            scale = max(float(flat.norm()), float(total[-1]) if total is not None else 0.0)
-            difference = float((found - flat).norm())
+            flat, total = expected.reshape(-1), totals.get(name)
+            scale = max(_norm(flat), float(total[-1]) if total is not None else 0.0)
+            difference = _norm(flat) if total is None else _norm(total[:-1].to(flat.device) - flat)
             bound = tolerance(self.precision or expected.dtype, expected.device)
             if difference > max(strictness * bound * scale, self._noise(expected)):
                 wrong[name] = f"relative difference {difference / scale:.2g}, tolerance {bound:.0e}"
         return wrong
+
+
+def _norm(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
 def check_weights(batch_size: int) -> Tensor:
@@ -131,24 +133,11 @@ class WeightedSums:
         """Add the gradients of samples from ``start`` on."""
         for name, gradient in gradients.items():
             weights = self._weights[start : start + gradient.batch_size].to(gradient.device)
-            total = _weighted_sum(gradient, weights)
+            dtype = torch.promote_types(gradient.dtype, torch.float32)
+            total = torch.cat(gradient.weighted_sum(weights.to(dtype)))
             if self._shrink:
                 total = torch.cat((shrunk(total[:-1]), total[-1:]))
             self.totals[name] = self.totals[name] + total if name in self.totals else total
-
-
-def _weighted_sum(gradient: PerSampleGradient, weights: Tensor) -> Tensor:
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    total = torch.zeros(gradient.numel + 1, dtype=dtype, device=gradient.device)
-    weights = weights.to(dtype)
-    step = max(1, BLOCK_BYTES // max(1, 8 * gradient.numel))
-    for start in range(0, gradient.batch_size, step):
-        stop = min(start + step, gradient.batch_size)
-        block = gradient.dense(start, stop).to(dtype)
-        part = weights[start:stop]
-        total[:-1] += part @ block
-        total[-1] += (part.abs() * torch.linalg.vector_norm(block, dim=1)).sum()
-    return total
 
 
 def reference_pass(
@@ -189,7 +178,7 @@ def reference_pass(
     for name, parameter, grad in zip(names, wanted, grads, strict=True):
         dense = torch.zeros_like(parameter) if grad is None else grad.to_dense() if grad.is_sparse else grad
         gradients[name] = dense.detach()
-    scale = max(float(gradient.double().norm()) for gradient in gradients.values())
+    scale = max(_norm(gradient) for gradient in gradients.values())
     return Reference(output.detach(), gradients, scale, precision)
 
 
@@ -228,7 +217,7 @@ def sharded_reference_pass(
     for name, shape in shapes.items():
         if name not in gradients:
             gradients[name] = torch.zeros(min(math.prod(shape), _SHRUNK), device=output.device)
-    scale = max(float(gradient.double().norm()) for gradient in gradients.values())
+    scale = max(_norm(gradient) for gradient in gradients.values())
     return Reference(output.detach(), gradients, scale, precision)
 
 

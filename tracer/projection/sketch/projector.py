@@ -235,7 +235,7 @@ class SketchProjector(Projector):
             total[start:stop] = norms.row_squares(built)
             matrix = built.reshape(stop - start, rows, cols)
             for tile in self.tiles(name, gradient.device):
-                if rows == 1:  # a vector is in order
+                if rows == tile.num_taps == 1:  # a vector is in order; with taps, memory goes tap by tap
                     signed = matrix[:, 0, tile.channels] * (tile.col_sign * tile.row_sign)
                     fold(signed, tile.offset, features[start:stop])
                 else:
