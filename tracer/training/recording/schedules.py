@@ -10,7 +10,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -41,9 +41,9 @@ class Schedule(ABC):
             loss: The loss of the step, or None.
         """
 
-    @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Return the schedule's arguments as JSON values, equal for equal schedules."""
+        """Return the schedule's name and arguments as JSON values, equal for equal schedules."""
+        return {"name": self.name, **asdict(self)}  # type: ignore[call-overload]  # schedules are dataclasses
 
     def state(self) -> dict[str, float]:
         """Return its state, as JSON values."""
@@ -79,10 +79,6 @@ class Even(Schedule):
         """Return ``floor(t / steps)``."""
         return step // self.steps
 
-    def settings(self) -> dict[str, Any]:
-        """Return the name and the number of steps."""
-        return {"name": self.name, "steps": self.steps}
-
 
 @dataclass
 class Geometric(Schedule):
@@ -107,6 +103,7 @@ class Geometric(Schedule):
     def __post_init__(self) -> None:
         if not 1 < self.ratio < math.inf:
             raise InputError(f"ratio is {self.ratio!r}; expected a number above 1, such as 2 or 1.5.")
+        self.ratio = float(self.ratio)
 
     def level(self, step: int, loss: float | None) -> int:
         """Return how many of the steps ``t_i`` were taken."""
@@ -116,10 +113,6 @@ class Geometric(Schedule):
                 level, due = level + 1, max(due + 1, math.ceil(self.ratio * due))
             self._seen = {"level": level, "due": due}
         return level
-
-    def settings(self) -> dict[str, Any]:
-        """Return the name and the ratio."""
-        return {"name": self.name, "ratio": float(self.ratio)}
 
 
 @dataclass
@@ -151,20 +144,10 @@ class LossDecrease(Schedule):
             raise InputError(f"fraction is {self.fraction!r}; expected a number between 0 and 1, such as 0.1.")
         if not 0 <= self.beta < 1:
             raise InputError(f"beta is {self.beta!r}; expected a number from 0 to below 1, such as 0.95.")
+        self.fraction, self.beta = float(self.fraction), float(self.beta)
 
     def level(self, step: int, loss: float | None) -> int:
-        """Return how many times the smoothed loss has fallen by the fraction.
-
-        Args:
-            step: The number of steps taken; a loss that arrives after several steps counts for all of them.
-            loss: The loss of the step; NaN and infinite losses are ignored.
-
-        Returns:
-            The level.
-
-        Raises:
-            InputError: If the first loss is not positive.
-        """
+        """Return how many times the smoothed loss has fallen by the fraction; NaN and infinite losses are ignored."""
         seen = self._seen
         if loss is not None and math.isfinite(loss):
             if not seen and loss <= 0:
@@ -172,25 +155,18 @@ class LossDecrease(Schedule):
                     f"every='loss' came with a first loss of {loss:.6g}, which cannot fall by a fraction of itself; "
                     f"expected a positive loss. Pass every=100 or every='geometric'."
                 )
-            keep = self.beta ** (step - int(seen.get("step", 0)))
+            keep = self.beta ** (step - int(seen.get("step", 0)))  # a loss counts for all steps since the last one
             weight = keep * seen.get("weight", 0.0) + 1.0 - keep
             total = keep * seen.get("total", 0.0) + (1.0 - keep) * loss
             mean = total / weight
             first = seen.get("first", mean)
             lowest = min(seen.get("lowest", mean), mean)
             self._seen = {"step": step, "weight": weight, "total": total, "first": first, "lowest": lowest}
-        return self._level()
-
-    def _level(self) -> int:
         if not self._seen:
             return 0
         first, lowest = self._seen["first"], max(self._seen["lowest"], 1e-300)
         # A loss of exactly (1 - fraction)^i must reach level i whatever the logarithm's last bit is.
         return min(int(math.log(first / lowest) / -math.log1p(-self.fraction) + 1e-9), _MOST_LEVELS)
-
-    def settings(self) -> dict[str, Any]:
-        """Return the name, the fraction and beta."""
-        return {"name": self.name, "fraction": float(self.fraction), "beta": float(self.beta)}
 
 
 _NAMED: dict[str, type[Schedule]] = {"geometric": Geometric, "loss": LossDecrease}

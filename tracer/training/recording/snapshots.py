@@ -34,12 +34,7 @@ def check_whole(model: nn.Module) -> nn.Module:
 
 
 def check_optimizer(optimizer: Any, model: nn.Module, second_moments: bool) -> torch.optim.Optimizer:
-    """Return the torch optimizer of a model's parameters, without the wrappers that hold it as ``.optimizer``.
-
-    Raises:
-        InputTypeError: If it is not a torch optimizer.
-        InputError: If it holds none of the model's parameters, or has no learning rates or required second moments.
-    """
+    """Return the torch optimizer of a model's parameters, without the wrappers that hold it as ``.optimizer``."""
     while getattr(optimizer, "optimizer", None) is not None:
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -72,20 +67,7 @@ def check_optimizer(optimizer: Any, model: nn.Module, second_moments: bool) -> t
 def parameter_groups(
     optimizer: torch.optim.Optimizer, model: nn.Module, before: Sequence[Sequence[str]] = ()
 ) -> tuple[list[list[str]], list[str]]:
-    """Return the names of a model's parameters in each group of an optimizer, and trainable ones in no group.
-
-    Args:
-        optimizer: The optimizer; parameters of other models in it are ignored.
-        model: The model.
-        before: An earlier result; parameters that were frozen since stay in their groups.
-
-    Returns:
-        The names in each group that require a gradient, or did; and those that require one and are in no group.
-
-    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
-    >>> parameter_groups(torch.optim.SGD([{"params": net[1].parameters()}], lr=0.1), net)
-    ([['1.weight', '1.bias']], ['0.weight', '0.bias'])
-    """
+    """Return the trained parameters in each group, also those frozen since ``before``, and the ones in no group."""
     named = {id(parameter): (name, parameter) for name, parameter in model.named_parameters()}
     groups = []
     for number, group in enumerate(optimizer.param_groups):
@@ -112,11 +94,9 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def moments_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """Return an optimizer's second moments in the form of its state dict, with parameters numbered by name.
-
-    Raises:
-        CheckpointError: If the optimizer has no second moments.
-    """
+    """Return an optimizer's second moments in the form of its state dict, with parameters numbered by name."""
+    # get_optimizer_state_dict of torch.distributed.checkpoint copies all states, and fails if the optimizer has
+    # parameters of another model.
     named = {id(parameter): name for name, parameter in model.named_parameters()}
     state: dict[str, dict[str, Any]] = {}
     groups = []
@@ -140,12 +120,7 @@ def moments_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 
 def write_checkpoint(path: Path, state: dict[str, Tensor], moments: dict[str, Any] | None = None) -> None:
-    """Write a state dict to a safetensors file, and second moments to a file next to it, each whole or not at all.
-
-    Raises:
-        CheckpointError: If the format cannot hold a tensor.
-        OSError: If the system cannot write it.
-    """
+    """Write a state dict to a safetensors file, and second moments to a file next to it, each whole or not at all."""
     if moments is not None:
         write_whole(optimizer_path(path), lambda file: torch.save(moments, file))
     # No second copy of the weights in memory. The file's name becomes durable when the directory is synced, which
