@@ -19,8 +19,8 @@ from typing import Any
 
 from tracer._core.files import write_whole
 from tracer._core.text import listing
-from tracer._core.validation import check_choice
-from tracer.errors import InputError, InputTypeError, StoreError
+from tracer._core.validation import check_choice, check_integer
+from tracer.errors import InputError, StoreError
 from tracer.training.adam import optimizer_path
 
 FILE = "recording.json"
@@ -120,19 +120,13 @@ class Recording:
         rates = [one.learning_rate_sums if learning_rate == "sum" else one.learning_rates for one in self.checkpoints]
         table = [[*row, *[0.0] * (len(self.groups) - len(row))] for row in rates]  # groups may be added on the way
         if group is not None:
-            return [row[self._check_group(group)] for row in table]
+            number = check_integer(group, "group", 0, len(self.groups) - 1)
+            return [row[number] for row in table]
         held = [number for number, names in enumerate(self.groups) if names]
         columns = [[row[number] for row in table] for number in held]
         if self.untrained or any(column != columns[0] for column in columns):
             raise InputError(self._refusal(held, columns))
         return columns[0]
-
-    def _check_group(self, group: int) -> int:
-        if isinstance(group, bool) or not isinstance(group, int):
-            raise InputTypeError(f"group is {group!r}; expected the number of a parameter group, from 0.")
-        if not 0 <= group < len(self.groups):
-            raise InputError(f"group is {group}; the optimizer had {len(self.groups)} parameter groups, from 0.")
-        return group
 
     def _refusal(self, held: Sequence[int], columns: Sequence[Sequence[float]]) -> str:
         """Return which parameters had which rates, and what to do."""

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +27,7 @@ from tracer.training.recording.snapshots import (
     model_state,
     moments_state,
     parameter_groups,
+    shapes_of,
     write_checkpoint,
 )
 from tracer.training.recording.thinning import add_rates, thin, total_rates
@@ -257,34 +259,29 @@ class CheckpointRecorder:
             self._depth = 0
             self._count_step(optimizer)
 
-    def _note_trained(self, number: int, group: dict[str, Any], flags: tuple[bool, ...]) -> None:
-        """Update which parameters of a group are trained, after a change."""
-        self._flags[number] = flags
-        own = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        names = {own[id(one)] for one in group["params"] if one.requires_grad and id(one) in own}
-        self._uneven |= self._trained.setdefault(number, names) ^ names
-        self._trained[number] = names
-
     def _count_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the learning rates of the optimizer's last step."""
         self.steps += 1
         overflow = getattr(optimizer, "found_inf", None)  # fused optimizers skip a step by themselves
         self._rates = []
+        moved: list[Rate] = []
         for number, group in enumerate(optimizer.param_groups):
             rate = group["lr"]
             rate = rate.detach().to(torch.float64, copy=True) if isinstance(rate, Tensor) else float(rate)
             self._rates.append(rate)
             flags = tuple(parameter.requires_grad for parameter in group["params"])
             if flags != self._flags.get(number) and any(flags) and (isinstance(rate, Tensor) or rate):
-                self._note_trained(number, group, flags)
+                self._flags[number] = flags
+                own = {id(parameter): name for name, parameter in self.model.named_parameters()}
+                names = {own[id(one)] for one in group["params"] if one.requires_grad and id(one) in own}
+                self._uneven |= self._trained.setdefault(number, names) ^ names
+                self._trained[number] = names
             if not any(flags):
                 rate = 0.0  # it does not move
             elif overflow is not None:
                 rate = rate * (overflow == 0).double()
-            if number < len(self._sums):
-                self._sums[number] = self._sums[number] + rate
-            else:
-                self._sums.append(rate)
+            moved.append(rate)
+        self._sums = [done + rate for done, rate in zip_longest(self._sums, moved, fillvalue=0.0)]
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state at which the recording held the checkpoints that it holds now."""
@@ -294,12 +291,10 @@ class CheckpointRecorder:
         self._trained = {int(number): set(names) for number, names in state.get("trained", {}).items()}
         self._uneven = set(self._recording.uneven)
         self._schedule.restore(state["schedule"])
-        totals, kept = list(state["learning_rate_totals"]), self._recording.checkpoints
+        totals, kept = state["learning_rate_totals"], self._recording.checkpoints
         if kept and kept[-1].step == self.steps:
-            self._sums = [0.0] * len(totals)  # exactly, whatever rounding says
-        else:
-            done = add_rates(total_rates(kept), [0.0] * len(totals))
-            self._sums = [max(total - one, 0.0) for total, one in zip(totals, done, strict=True)]
+            totals = [0.0] * len(totals)  # exactly, whatever rounding says
+        self._sums = [max(rate, 0.0) for rate in add_rates(totals, [-rate for rate in total_rates(kept)])]
 
     def _save(self, level: int, keep: bool) -> None:
         """Write a checkpoint, unless no parameter moved since the last one; ``keep`` protects it from thinning."""
@@ -322,9 +317,9 @@ class CheckpointRecorder:
         kept, stride, left_out = thin([*old.checkpoints, new], old.stride, self.max_checkpoints, keep)
         state = model_state(self.model)
         groups, untrained = parameter_groups(self.optimizer, self.model, old.groups)
-        shapes = {name: list(value.shape) for name, value in state.items()}
-        recording = replace(old, checkpoints=kept, groups=groups, untrained=untrained, stride=stride, shapes=shapes)
+        recording = replace(old, checkpoints=kept, stride=stride, groups=groups, untrained=untrained)
         recording = replace(recording, uneven=sorted(self._uneven), trained=self._trained_names())
+        recording = replace(recording, shapes=shapes_of(state))
         check_owner(old)
         try:
             if kept[-1].path == path:
@@ -333,21 +328,14 @@ class CheckpointRecorder:
                 recording = replace(recording, next_model_id=old.next_model_id + 1)
             self._recording, self._sums = recording, list(add_rates(left_out, [0.0] * len(sums)))
             write_recording(recording)
-            _remove(old.checkpoints, kept)
+            paths = {one.path for one in kept}
+            for gone in (file for one in old.checkpoints if one.path not in paths for file in one.files):
+                gone.unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(
                 f"a checkpoint cannot be written to {self.directory} ({error}). Those saved before are whole: free "
                 f"space or mend the disk; to train without recording, close the recorder with close(save=False)"
             ) from error
-
-
-def _remove(checkpoints: list[CheckpointRecord], kept: list[CheckpointRecord]) -> None:
-    """Remove the files of checkpoints that are no longer listed."""
-    named = {one.path for one in kept}
-    for one in checkpoints:
-        if one.path not in named:
-            for path in one.files:
-                path.unlink(missing_ok=True)
 
 
 def _number(value: float | Tensor | None) -> float | None:

@@ -18,8 +18,15 @@ from tracer._core.text import listing
 from tracer.errors import CheckpointError, InputError, InputTypeError, MismatchError, StoreError
 from tracer.training.checkpoints import read_checkpoint
 from tracer.training.fit_state import fit_state
-from tracer.training.recording.record import FILE, Recording, check_owner, open_recording, write_recording
-from tracer.training.recording.snapshots import model_state, parameter_groups
+from tracer.training.recording.record import (
+    FILE,
+    CheckpointRecord,
+    Recording,
+    check_owner,
+    open_recording,
+    write_recording,
+)
+from tracer.training.recording.snapshots import model_state, parameter_groups, shapes_of
 from tracer.training.recording.thinning import total_rates
 
 logger = logging.getLogger("tracer")
@@ -30,6 +37,9 @@ OWN_FILE = re.compile(r"step_\d{8,}\.(safetensors|optimizer\.pt)")
 State = Mapping[str, Any]
 """What `CheckpointRecorder.state_dict` returns."""
 
+_KEYS = ("recording", "step", "learning_rates", "learning_rate_totals", "schedule", "epoch", "loss")
+_START = CheckpointRecord(Path(), -1, 0, None, None, (), (), second_moments=False, level=0)
+
 
 def begin_recording(
     directory: Path,
@@ -38,39 +48,22 @@ def begin_recording(
     every: dict[str, Any],
     resume: bool | State,
 ) -> tuple[Recording, State]:
-    """Return the recording that a recorder writes, without checkpoints of later steps than its state, and the state.
-
-    Args:
-        directory: Its directory.
-        model: The model in training.
-        optimizer: Its optimizer.
-        every: The schedule's settings.
-        resume: As in `CheckpointRecorder`.
-
-    Returns:
-        The recording and the state.
-
-    Raises:
-        InputTypeError: If ``resume`` has an invalid type.
-        InputError: If it is a mapping that lacks keys.
-        StoreError: If there is a recording and ``resume`` is False, or the directory cannot be read or created.
-        MismatchError: If the recording is of another model, optimizer, schedule or point of training.
-    """
+    """Return the recording that a recorder writes, without checkpoints of later steps than its state, and the state."""
     if not isinstance(resume, (bool, Mapping)):
         raise InputTypeError(f"resume is {resume!r}; expected True, False, or what recorder.state_dict() returned.")
-    if isinstance(resume, Mapping) and resume:
-        lacking = [repr(key) for key in _KEYS if key not in resume]
-        if lacking:
-            raise InputError(
-                f"resume= came with a state without {listing(lacking)}; pass all that recorder.state_dict() returned."
-            )
+    given = resume if isinstance(resume, Mapping) and resume else None
+    lacking = [repr(key) for key in _KEYS if given is not None and key not in given]
+    if lacking:
+        raise InputError(
+            f"resume= came with a state without {listing(lacking)}; pass all that recorder.state_dict() returned."
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"{directory} cannot be made ({error}): choose another directory") from error
     sweep(directory)
     if not (directory / FILE).exists():
-        if isinstance(resume, Mapping) and resume:
+        if given is not None:
             raise MismatchError(
                 f"resume= came with the state of a recording, and {directory} holds none: pass the directory that it "
                 f"was recorded in, or resume=False to begin a new one."
@@ -81,63 +74,64 @@ def begin_recording(
                 f"{directory} holds no recording, but files that a recorder would replace: {listing(strange)}; choose "
                 f"another directory, or move them"
             )
-        groups, untrained = parameter_groups(optimizer, model)
-        shapes = {name: list(value.shape) for name, value in model_state(model).items()}
-        fresh = Recording(directory, [], groups, untrained, every, 1, shapes, uuid.uuid4().hex, owner=uuid.uuid4().hex)
-        _claim(fresh, replace=False)
-        return fresh, _first_state(fresh)
+        groups = parameter_groups(optimizer, model)
+        fresh = Recording(directory, [], *groups, every, 1, shapes_of(model_state(model)), uuid.uuid4().hex)
+        fresh = _claim(fresh, exists=False)
+        return fresh, _last_state(fresh, model)
     recording = open_recording(directory)
     if not resume:
-        last = recording.checkpoints[-1].step if recording.checkpoints else 0
+        last = [_START, *recording.checkpoints][-1].step
         raise StoreError(
             f"{directory} holds a recording of {len(recording.checkpoints)} checkpoints up to step {last}: pass "
             f"resume=True to continue it, choose another directory, or remove it"
         )
     _check_same(recording, model, optimizer, every)
-    state = resume if isinstance(resume, Mapping) else _last_state(recording, model)
+    state = _last_state(recording, model) if given is None else given
     if state.get("recording") != recording.identity:
         raise MismatchError(
             f"resume= came with the state of another recording than that in {directory}: pass the directory that it "
             f"was recorded in, or resume=False and another directory to begin a new one."
         )
-    recording = replace(recording, owner=uuid.uuid4().hex, uneven=list(state.get("uneven", recording.uneven)))
-    _claim(recording, replace=True)
-    return _back_to(recording, int(state["step"])), state
+    kept = [one for one in recording.checkpoints if one.step <= int(state["step"])]
+    removed = len(recording.checkpoints) - len(kept)
+    if removed:
+        logger.info("%s: %d checkpoints after step %d are removed", directory, removed, int(state["step"]))
+    recording = replace(recording, checkpoints=kept, uneven=list(state.get("uneven", recording.uneven)))
+    recording = _claim(recording, exists=True)
+    named = {path for one in kept for path in one.files}
+    for path in list(directory.iterdir()):  # also files that a process did not remove before it was killed
+        if path not in named and OWN_FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    return recording, state
 
 
-_KEYS = ("recording", "step", "learning_rates", "learning_rate_totals", "schedule", "epoch", "loss")
-
-
-def _claim(recording: Recording, replace: bool) -> None:
+def _claim(recording: Recording, exists: bool) -> Recording:
+    """Write a recording with a new owner, unless another recorder is faster."""
+    recording = replace(recording, owner=uuid.uuid4().hex)
     try:
-        write_recording(recording, replace=replace)
+        write_recording(recording, replace=exists)
     except OSError as error:
         raise StoreError(f"{recording.directory} cannot be written ({error}): choose another directory") from error
     check_owner(recording)
-
-
-def _first_state(recording: Recording) -> dict[str, Any]:
-    rates: dict[str, Any] = {"learning_rates": [], "learning_rate_totals": []}
-    return {"recording": recording.identity, "step": 0, **rates, "schedule": {}, "epoch": None, "loss": None}
+    return recording
 
 
 def _last_state(recording: Recording, model: nn.Module) -> dict[str, Any]:
-    """Return the state at the last checkpoint, whose weights the model must have."""
-    if not recording.checkpoints:
-        return _first_state(recording)
-    last = recording.checkpoints[-1]
-    try:
-        there = fit_state(model, read_checkpoint(last.path))
-    except CheckpointError as error:
-        raise MismatchError(f"the last checkpoint of {recording.directory} does not fit: {error}") from error
-    if not all(same_values(value, there[name].cpu()) for name, value in model_state(model).items()):
-        raise MismatchError(
-            f"resume=True continues after the last checkpoint, and the model does not have its weights: load "
-            f"{last.path} (after {last.step} steps) into the model first, or pass the recorder.state_dict() that was "
-            f"saved with the training's own checkpoint, resume=state."
-        )
+    """Return the state at the last checkpoint, whose weights the model must have, or at the start of the training."""
+    last = [_START, *recording.checkpoints][-1]
+    if recording.checkpoints:
+        try:
+            there = fit_state(model, read_checkpoint(last.path))
+        except CheckpointError as error:
+            raise MismatchError(f"the last checkpoint of {recording.directory} does not fit: {error}") from error
+        if not all(same_values(value, there[name].cpu()) for name, value in model_state(model).items()):
+            raise MismatchError(
+                f"resume=True continues after the last checkpoint, and the model does not have its weights: load "
+                f"{last.path} (after {last.step} steps) into the model first, or pass the recorder.state_dict() that "
+                f"was saved with the training's own checkpoint, resume=state."
+            )
     return {
-        **_first_state(recording),
+        "recording": recording.identity,
         "step": last.step,
         "learning_rates": last.learning_rates,
         "learning_rate_totals": total_rates(recording.checkpoints),
@@ -159,8 +153,7 @@ def _check_same(
     recording: Recording, model: nn.Module, optimizer: torch.optim.Optimizer, every: dict[str, Any]
 ) -> None:
     """Raise MismatchError if model, parameter groups or schedule differ from the recording's."""
-    there = recording.shapes
-    now = {name: list(value.shape) for name, value in model_state(model).items()}
+    there, now = recording.shapes, shapes_of(model_state(model))
     differing = [name for name in sorted({*now, *there}) if now.get(name) != there.get(name)]
     groups, _ = parameter_groups(optimizer, model, recording.groups)
     if differing:
@@ -179,19 +172,3 @@ def _check_same(
         f"{recording.directory} was recorded with {wrong}. Continue it with what it was begun with, or choose another "
         f"directory."
     )
-
-
-def _back_to(recording: Recording, step: int) -> Recording:
-    """Remove the checkpoints after a step, and files left by a process that was killed while it removed them."""
-    directory = recording.directory
-    kept = [one for one in recording.checkpoints if one.step <= step]
-    removed = len(recording.checkpoints) - len(kept)
-    if removed:
-        logger.info("%s: %d checkpoints after step %d are removed", directory, removed, step)
-        recording = replace(recording, checkpoints=kept)
-        write_recording(recording)
-    named = {path for one in kept for path in one.files}
-    for path in list(directory.iterdir()):
-        if path not in named and OWN_FILE.fullmatch(path.name):
-            path.unlink(missing_ok=True)
-    return recording

@@ -93,6 +93,11 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def shapes_of(state: dict[str, Tensor]) -> dict[str, list[int]]:
+    """Return the shapes of a state dict's values as JSON values."""
+    return {name: list(value.shape) for name, value in state.items()}
+
+
 def moments_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
     """Return an optimizer's second moments in the form of its state dict, with parameters numbered by name."""
     # get_optimizer_state_dict of torch.distributed.checkpoint copies all states, and fails if the optimizer has
