@@ -71,25 +71,15 @@ class HuggingFaceRecorderCallback(_Callback):
         if self._logged is not None or not self.recorder.needs_loss:
             self.recorder.step(loss=self._logged, epoch=state.epoch)
             self._logged = None
-        self._save_at_the_end(state, control)
+        self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the last state if the training is about to end."""
-        self._save_at_the_end(state, control)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the last state if the training is about to end."""
-        self._save_at_the_end(state, control)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the last state if the training is about to end, also if a later callback has decided so."""
-        self._save_at_the_end(state, control)
-
-    def _save_at_the_end(self, state: Any, control: Any) -> None:
-        """Save before load_best_model_at_end loads other weights."""
+        """Save the last state if the training is about to end, before load_best_model_at_end loads other weights."""
         ends = control.should_training_stop or state.global_step >= state.max_steps
         if ends and self.recorder is not None and not self.recorder.closed:
             self.recorder.save()
+
+    on_evaluate = on_save = on_epoch_end  # also if a later callback has decided to end it
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the last state."""
