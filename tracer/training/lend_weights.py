@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,17 +64,16 @@ class LoadedWeights:
 @contextlib.contextmanager
 def weights_in(model: nn.Module, loaded: LoadedWeights) -> Iterator[nn.Module]:
     """Lend a checkpoint's values to a model within a ``with`` block, in which gradients are None."""
-    divided = reshard(model)
+    divided, modules = reshard(model), list(model.modules())
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     if parameters.keys() != loaded.parameters.keys() or not loaded.buffers.keys() <= buffers.keys():
         raise CheckpointError("the weights were loaded for another model: make LoadedWeights with this one")
     # Afterwards the modules hold the same objects as before, with the same memory, values and gradients, even if a
     # forward replaced, added or removed some. Tensors that are plain attributes of modules are not touched.
     with contextlib.ExitStack() as restore:
-        for tensor in (*parameters.values(), *buffers.values()):
-            if tensor.is_leaf:
-                restore.callback(setattr, tensor, "grad", tensor.grad)
-                tensor.grad = None
+        leaves = [tensor for tensor in (*parameters.values(), *buffers.values()) if tensor.is_leaf]
+        restore.callback(_assign, "grad", [(tensor, tensor.grad) for tensor in leaves])
+        _assign("grad", [(tensor, None) for tensor in leaves])
         lent: list[tuple[Tensor, Tensor]] = []
         for name, buffer in buffers.items():  # copied, so in-place changes inside are discarded
             value = loaded.buffers.get(name, buffer.detach())
@@ -87,12 +86,10 @@ def weights_in(model: nn.Module, loaded: LoadedWeights) -> Iterator[nn.Module]:
                 part.copy_(value)
             else:  # not copied: in-place changes inside persist in ``loaded``, and a warning names them
                 lent.append((parameters[name], value))
-        for tensor, value in lent:
-            restore.callback(setattr, tensor, "data", tensor.data)
-            tensor.data = value
-        for module in model.modules():
-            own = dict(module._parameters), dict(module._buffers), set(module._non_persistent_buffers_set)
-            restore.callback(_put_back, module, *own)
+        restore.callback(_assign, "data", [(tensor, tensor.data) for tensor, _ in lent])
+        _assign("data", lent)
+        own = [(dict(one._parameters), dict(one._buffers), set(one._non_persistent_buffers_set)) for one in modules]
+        restore.callback(_put_back, modules, own)
 
         def reshard_again(kind: type[BaseException] | None, *_: object) -> None:
             reshard(model, failed=kind is not None)
@@ -102,11 +99,17 @@ def weights_in(model: nn.Module, loaded: LoadedWeights) -> Iterator[nn.Module]:
         yield model
 
 
-def _put_back(module: nn.Module, parameters: dict[str, Any], buffers: dict[str, Any], non_persistent: set[str]) -> None:
-    for registry, held in ((module._parameters, parameters), (module._buffers, buffers)):
-        registry.clear()
-        registry.update(held)
-    module._non_persistent_buffers_set = non_persistent
+def _assign(attribute: str, values: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    for tensor, value in values:
+        setattr(tensor, attribute, value)
+
+
+def _put_back(modules: Sequence[nn.Module], own: Sequence[tuple[dict[str, Any], dict[str, Any], set[str]]]) -> None:
+    for module, (parameters, buffers, non_persistent) in zip(modules, own, strict=True):
+        for registry, held in ((module._parameters, parameters), (module._buffers, buffers)):
+            registry.clear()
+            registry.update(held)
+        module._non_persistent_buffers_set = non_persistent
 
 
 def _warn_of_changes(parameters: Mapping[str, Tensor], versions: Mapping[str, int]) -> None:
