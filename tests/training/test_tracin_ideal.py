@@ -13,7 +13,8 @@ from torch import nn
 
 import tracer
 from tracer import attribute
-from tracer.training.tracin_ideal import IdealRecorder, read_ideal
+from tracer.training.tracin_ideal import IdealRecorder
+from tracer.training.tracin_ideal_record import read_ideal
 
 
 def mlp():

@@ -29,12 +29,6 @@ from tracer.types import Checkpoint
 PRECONDITIONERS = ("adam",)
 """The values of ``preconditioner=`` apart from None."""
 
-_EXPECTED = (
-    "preconditioner='adam' takes a training checkpoint: a mapping, or the path of one that torch.save wrote, with the "
-    "model's state dict under one key and the optimizer's under another"
-)
-_PASS = 'pass {"model": model.state_dict(), "optimizer": optimizer.state_dict()}'
-
 
 def check_preconditioner(preconditioner: str | None, sharded: bool = False) -> str | None:
     """Return a known preconditioner or None; FSDP models, whose optimizer states are divided, can have none."""
@@ -58,15 +52,6 @@ class SecondMoment:
     beta2: float
     eps: float
 
-    def scale(self) -> Tensor:
-        """Return ``Γ^{1/2} = (sqrt(v̂) + eps)^{-1/2}``, ``[*shape]``, float64, with v̂ corrected for its start at zero.
-
-        >>> SecondMoment(torch.tensor([0.04]), step=1, beta2=0.99, eps=0.5).scale()
-        tensor([0.6325], dtype=torch.float64)
-        """
-        corrected = self.values.double() / (1.0 - self.beta2**self.step)
-        return corrected.sqrt_().add_(self.eps).reciprocal_().sqrt_()
-
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
@@ -77,10 +62,12 @@ class TrainingCheckpoint:
 
     def scales(self) -> dict[str, Tensor]:
         """Return ``Γ^{1/2}`` of each selected parameter; float64 for float64 parameters and else float32."""
-        return {
-            name: moment.scale().to(torch.promote_types(self.state[name].dtype, torch.float32))
-            for name, moment in self.moments.items()
-        }
+        found = {}
+        for name, moment in self.moments.items():
+            corrected = moment.values.double() / (1.0 - moment.beta2**moment.step)  # a mean that begins at zero
+            scale = corrected.sqrt_().add_(moment.eps).reciprocal_().sqrt_()
+            found[name] = scale.to(torch.promote_types(self.state[name].dtype, torch.float32))
+        return found
 
     def fingerprint(self) -> str:
         """Return a digest of the weights, ``+``, and a digest of the second moments and their settings."""
@@ -139,7 +126,10 @@ def _only(whose: str, keys: list, where: str, found: str) -> Any:
         form = "a mapping with 'state' and 'param_groups'" if whose == "optimizer" else "names to tensors"
         record = ", or record with CheckpointRecorder(second_moments=True)" if whose == "optimizer" else ""
         raise CheckpointError(
-            f"{_EXPECTED}. {where} has no state dict of the {whose} ({form}), but {found}; {_PASS}{record}"
+            f"preconditioner='adam' takes a training checkpoint: a mapping, or the path of one that torch.save wrote, "
+            f"with the model's state dict under one key and the optimizer's under another. {where} has no state dict "
+            f"of the {whose} ({form}), but {found}; "
+            f'pass {{"model": model.state_dict(), "optimizer": optimizer.state_dict()}}{record}'
         )
     if len(keys) > 1:
         raise CheckpointError(
@@ -181,13 +171,10 @@ def _moments(optimizer: Mapping, model: nn.Module, names: Sequence[str]) -> dict
     return {name: _moment(entries[name], assigned[name][1], parameters[name].shape, name) for name in names}
 
 
-def _moment(entry: Mapping, group: Mapping, shape: torch.Size, name: str) -> SecondMoment:
+def _moment(entry: Any, group: Any, shape: torch.Size, name: str) -> SecondMoment:
     """Read and check the second moment of one parameter from its state and group."""
     key = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
-    values: Any = entry.get(key)
-    step: Any = entry.get("step")
-    betas: Any = group.get("betas")
-    eps: Any = group.get("eps")
+    values, step, betas, eps = entry.get(key), entry.get("step"), group.get("betas"), group.get("eps")
     wrong = ""
     if not isinstance(values, Tensor) or step is None or betas is None or eps is None:
         wrong = f"expected {key!r} and 'step' in it, and 'betas' and 'eps' in its group"

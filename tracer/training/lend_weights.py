@@ -22,7 +22,7 @@ class LoadedWeights:
     """A checkpoint's values for one model, fitted and copied once to ``device``, or to the devices of the model's own.
 
     Of a sharded parameter, only this rank's part is copied, to the device of its own part. ``scales`` are factors for
-    the entries of parameters' gradients, ``[*shape]`` each: float64 for float64 parameters and else float32.
+    the entries of parameters' gradients, ``[*shape]`` each.
     """
 
     def __init__(
@@ -52,13 +52,9 @@ class LoadedWeights:
         reshard(model)
         self.parameters = copies(model.named_parameters())  # each tied one once
         self.buffers = copies(model.named_buffers())
-        self.scales: dict[str, Tensor] | None = None
+        self.scales = None
         if scales is not None:
-            likes = {name: self.parameters[name] for name in scales}
-            self.scales = {
-                name: scale.to(likes[name].device, torch.promote_types(likes[name].dtype, torch.float32))
-                for name, scale in scales.items()
-            }
+            self.scales = {name: scale.to(self.parameters[name].device) for name, scale in scales.items()}
 
 
 @contextlib.contextmanager

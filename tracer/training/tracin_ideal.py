@@ -29,10 +29,8 @@ from tracer.errors import BatchError, CallOrderError, InputError, MismatchError,
 from tracer.gradients.isolation import isolated, seed_generators
 from tracer.training.checkpoints import weights_fingerprint
 from tracer.training.lend_weights import LoadedWeights, weights_in
-from tracer.training.tracin_ideal_record import IdealRecord, read_ideal, read_with_context, write_ideal
+from tracer.training.tracin_ideal_record import IdealRecord, read_with_context, write_ideal
 from tracer.types import Batch
-
-__all__ = ["IdealRecord", "IdealRecorder", "read_ideal"]
 
 logger = logging.getLogger("tracer")
 
@@ -99,10 +97,10 @@ class IdealRecorder:
         source = as_data_source(targets, "targets", check_count(batch_size, "batch_size"), collate_fn)
         self.num_targets = len(source)
         with self._undisturbed():  # data sets may draw random numbers
-            self._batches = [
-                (to_device(map_leaves(batch, _cloned), self._device), len(inds))
-                for batch, inds in source.batches(np.arange(len(source)))
-            ]
+            self._batches = []
+            for batch, inds in source.batches(np.arange(len(source))):
+                own = map_leaves(batch, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
+                self._batches.append((to_device(own, self._device), len(inds)))  # the user may reuse the batch's memory
         self._fingerprint = np.concatenate([fingerprint_samples(batch, size) for batch, size in self._batches])
 
     @property
@@ -138,7 +136,8 @@ class IdealRecorder:
             CallOrderError: If it is called inside another step.
             NonFiniteError: If a target's loss is NaN or infinite; the step is not recorded.
         """
-        rows = _batch_rows(inds, self.train_set_size)
+        rows = inds.detach().cpu().numpy() if isinstance(inds, Tensor) else np.asarray(inds)
+        check_indices(np.unique(rows) if rows.ndim == 1 else rows, self.train_set_size, "train_set_size")
         if self._stepping:
             raise CallOrderError("recorder.step came inside another recorder.step; end the first one before it.")
         if self._weights is None:
@@ -152,7 +151,7 @@ class IdealRecorder:
         finally:
             self._stepping = False
         self._evaluate()
-        self.rows.append(rows)
+        self.rows.append(rows.astype(np.int64))
         self._changes.append(before - self._losses)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -167,12 +166,7 @@ class IdealRecorder:
         Raises:
             StoreError: If it cannot be written.
         """
-        about = {
-            "target_fingerprints": self._fingerprint,
-            "task": np.array(json.dumps(self.task.settings(), sort_keys=True)),
-            "weights_fingerprint": np.array(self._weights_fingerprint()),
-        }
-        write_ideal(path, self.record, about)
+        write_ideal(path, self.record, self._context())
 
     @classmethod
     def load(
@@ -201,9 +195,10 @@ class IdealRecorder:
             StoreError: If the file is missing, damaged, not a recording, or of a newer version.
             MismatchError: If targets, task or weights differ from those of the recording.
         """
-        about, record = read_with_context(path)
+        there, record = read_with_context(path)
         recorder = cls(model, task, targets, record.train_set_size, batch_size, collate_fn)
-        found, known = recorder._fingerprint, about["target_fingerprints"]
+        now = recorder._context()
+        found, known = now["target_fingerprints"], there["target_fingerprints"]
         if not np.array_equal(found, known):
             differ = f"{len(known)} rows there, {len(found)} now"
             if len(found) == len(known):
@@ -212,12 +207,11 @@ class IdealRecorder:
                 f"{path} was recorded for other targets ({differ}): pass the same targets in the same order, or begin "
                 f"a new recording."
             )
-        settings = json.dumps(recorder.task.settings(), sort_keys=True)
-        if settings != str(about["task"]):
+        if now["task"] != there["task"]:
             raise MismatchError(
-                f"{path} was recorded with the task {about['task']}, and {settings} came; pass that task."
+                f"{path} was recorded with the task {there['task']}, and {now['task']} came; pass that task."
             )
-        if recorder._weights_fingerprint() != str(about["weights_fingerprint"]):
+        if now["weights_fingerprint"] != there["weights_fingerprint"]:
             raise MismatchError(
                 f"the model does not have the weights at which {path} was saved, after {len(record.rows)} steps: load "
                 f"the checkpoint that was saved with it into the model first, or begin a new recording."
@@ -225,17 +219,22 @@ class IdealRecorder:
         recorder.rows, recorder._changes = record.rows, list(record.loss_changes)
         return recorder
 
-    def _weights_fingerprint(self) -> str:
+    def _context(self) -> dict[str, np.ndarray]:
+        """Return the arrays that describe targets, task and present weights."""
         weights = LoadedWeights(self.model, self.model.state_dict())
-        return weights_fingerprint(weights.parameters | weights.buffers)
+        return {
+            "target_fingerprints": self._fingerprint,
+            "task": np.array(json.dumps(self.task.settings(), sort_keys=True)),
+            "weights_fingerprint": np.array(weights_fingerprint(weights.parameters | weights.buffers)),
+        }
 
     def _has_changed(self, weights: LoadedWeights) -> bool:
         """Return whether the model's parameters and persistent buffers differ from those of the last losses."""
         now: dict[str, Tensor] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        for name, value in (weights.parameters | weights.buffers).items():
-            if name not in now or now[name].device != value.device or not torch.equal(now[name], value):
-                return True
-        return False
+        return not all(
+            name in now and now[name].device == value.device and torch.equal(now[name], value)
+            for name, value in (weights.parameters | weights.buffers).items()
+        )
 
     def _evaluate(self) -> None:
         """Compute the targets' losses, ``[M]``, at the model's present weights."""
@@ -272,15 +271,3 @@ class IdealRecorder:
             stack.enter_context(torch.autocast(self._device.type, enabled=False))
             stack.enter_context(isolated(self.model, trainable, self._device))
             yield
-
-
-def _batch_rows(inds: ExampleIndices, train_set_size: int) -> np.ndarray:
-    """Return the indices of a batch, ``[B]``, int64, which may repeat."""
-    values = inds.detach().cpu().numpy() if isinstance(inds, Tensor) else np.asarray(inds)
-    check_indices(np.unique(values) if values.ndim == 1 else values, train_set_size, "train_set_size")
-    return values.astype(np.int64)
-
-
-def _cloned(leaf: Any) -> Any:
-    """Return a copy of a tensor, since the user may reuse its memory."""
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf

@@ -93,14 +93,7 @@ def read_ideal(path: str | os.PathLike[str]) -> IdealRecord:
 
 
 def read_with_context(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], IdealRecord]:
-    """Read a recording.
-
-    Returns:
-        The arrays that describe its targets, task and weights; and the record.
-
-    Raises:
-        StoreError: If the file is missing, damaged, not a recording, or of a newer version.
-    """
+    """Return the arrays that describe a recording's targets, task and weights; and its record."""
     path = Path(path)
     if not path.exists():
         raise StoreError(f"{path} does not exist: pass the path that IdealRecorder.save wrote (now in {Path.cwd()})")
@@ -124,11 +117,7 @@ def read_with_context(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarra
 
 
 def write_ideal(path: str | os.PathLike[str], record: IdealRecord, more: Mapping[str, np.ndarray]) -> None:
-    """Write a record and arrays that describe its targets, task and weights to an ``.npz`` file, whole or not at all.
-
-    Raises:
-        StoreError: If it cannot be written.
-    """
+    """Write a record and arrays about its targets, task and weights to an ``.npz`` file, whole or not at all."""
     arrays: dict[str, Any] = {
         "format_version": np.array(FORMAT_VERSION),
         "train_set_size": np.array(record.train_set_size),

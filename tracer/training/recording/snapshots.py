@@ -106,16 +106,14 @@ def moments_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
     state: dict[str, dict[str, Any]] = {}
     groups = []
     for group in optimizer.param_groups:
-        held = [parameter for parameter in group["params"] if id(parameter) in named]
+        held = {named[id(one)]: optimizer.state.get(one, {}) for one in group["params"] if id(one) in named}
         key = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
-        for parameter in held:
-            entry = optimizer.state.get(parameter, {})
+        for name, entry in held.items():
             if key in entry:
                 moment = entry[key].detach().cpu()
-                state[named[id(parameter)]] = {"step": float(entry["step"]), "exp_avg_sq": moment, key: moment}
+                state[name] = {"step": float(entry["step"]), "exp_avg_sq": moment, key: moment}
         settings = {"betas": tuple(map(float, group["betas"])), "eps": float(group["eps"])}
-        names = [named[id(parameter)] for parameter in held]
-        groups.append({"params": names, "amsgrad": bool(group.get("amsgrad")), **settings})
+        groups.append({"params": list(held), "amsgrad": bool(group.get("amsgrad")), **settings})
     if not state:
         raise CheckpointError(
             f"second_moments=True came with {type(optimizer).__name__}, whose state has no 'exp_avg_sq' after a step; "
