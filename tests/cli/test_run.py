@@ -226,6 +226,8 @@ def test_a_recorders_directory_brings_its_learning_rates(project):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     with CheckpointRecorder(model, optimizer, "recorded", every=2) as recorder:
         for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
             optimizer.step()
             recorder.step()
     assert find_checkpoints(["recorded"], None) == load_checkpoints("recorded")

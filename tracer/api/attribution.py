@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from tracer._core.sharding import fsdp_modules
 from tracer._core.validation import bar_disabled, check_count
+from tracer.api.checkpoint_sources import check_distinct
 from tracer.api.report_metadata import StoreFacts
 from tracer.api.settings import FeatureOptions, FeatureSettings, feature_settings, takes_settings
 from tracer.api.store_reader import StoreReader
@@ -220,6 +221,7 @@ def attribute(
             "rank and pass its own examples by inds=, or pass the plain model."
         )
     pairs = [_pair(checkpoint) for checkpoint in _as_list(checkpoints)]
+    check_distinct([checkpoint for checkpoint, _ in pairs])
     size = check_count(batch_size, "batch_size")
     train_rows = as_data_source(train, "train", size, collate_fn)
     target_rows = as_data_source(targets, "targets", size, collate_fn)

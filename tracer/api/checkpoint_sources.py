@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tracer.errors import CallOrderError
-from tracer.store import RowTable
+from torch import Tensor
+
+from tracer.errors import CallOrderError, InputError
+from tracer.store import RowTable, Store
 from tracer.types import Checkpoint
+
+_ALIASING = (
+    "Note that state_dict() returns references to the model's tensors, which training changes: copy them, for example "
+    "{name: value.clone() for name, value in model.state_dict().items()}, or save each checkpoint to a file."
+)
+
+
+def check_distinct(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise `InputError` if two checkpoints are the same file or share all their memory."""
+    seen: dict[object, int] = {}
+    for place, checkpoint in enumerate(checkpoints):
+        is_path = isinstance(checkpoint, (str, os.PathLike))
+        key = Path(str(checkpoint)).absolute() if is_path else tuple(_addresses(checkpoint))
+        if key and (first := seen.setdefault(key, place)) != place:
+            what = f"the file {checkpoint}" if is_path else f"the same tensors. {_ALIASING}"
+            raise InputError(f"expected different checkpoints, got checkpoints[{first}] and [{place}], both {what}")
+
+
+def _addresses(values: object) -> Iterator[int]:
+    if isinstance(values, Tensor):
+        yield values.data_ptr()
+    elif isinstance(values, Mapping):
+        for value in values.values():
+            yield from _addresses(value)
 
 
 class CheckpointSources:
@@ -15,6 +42,20 @@ class CheckpointSources:
 
     def __init__(self) -> None:
         self._passed: dict[int, Checkpoint] = {}
+        self._ids: dict[str, int] | None = None
+
+    def check_new(self, store: Store, model_id: int, fingerprint: str) -> None:
+        """Raise `InputError` if the store has a new checkpoint's weights under another number."""
+        if self._ids is None:  # read once: a store may have thousands of checkpoints
+            ids = store.catalog.checkpoint_ids()
+            self._ids = {str(store.table_attributes(each)["weights_fingerprint"]): each for each in ids}
+        other = self._ids.setdefault(fingerprint, model_id)
+        if other != model_id and store.catalog.has_checkpoint(other):
+            raise InputError(
+                f"expected other weights under model_id={model_id} than under model_id={other}, got the same: scores "
+                f"would count them twice. {_ALIASING} To use a checkpoint again, keep its model_id."
+            )
+        self._ids[fingerprint] = model_id
 
     def remember(self, model_id: int, checkpoint: Checkpoint, table: RowTable) -> None:
         """Remember a checkpoint's path or state dict (not copied); a path is stored with the checkpoint's table."""

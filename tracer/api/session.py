@@ -97,6 +97,7 @@ def begin_featurizing(
                 logger.info("checkpoint %d: learning rate %s replaces %s", model_id, learning_rate, stored)
                 table.set_attributes(learning_rate=learning_rate)
         else:
+            sources.check_new(store, model_id, loaded.fingerprint)
             table = store.create_checkpoint(model_id, loaded.fingerprint, learning_rate)
         sources.remember(model_id, checkpoint, table)
     return _session(FEATURIZE, factory, table, loaded, model_id, store.other_checkpoint(model_id))

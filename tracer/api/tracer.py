@@ -131,6 +131,7 @@ class Tracer:
         Raises:
             CheckpointError: If it cannot be read safely, or does not fit the model.
             MismatchError: If the store holds other weights under this ``model_id``.
+            InputError: If the store holds the same weights under another ``model_id``.
         """
         model_id, rate = check_model_id(model_id), check_rate(learning_rate)
         with self._all_ranks():
