@@ -96,7 +96,7 @@ def plain_training(make_model, initial, run, train, optimizer, recipe: Recipe) -
     }
     scheduler = schedulers[recipe.schedule]()
     for _ in range(recipe.epochs):
-        for rows in orders.draw().split(recipe.batch_size):
+        for rows in next(orders).split(recipe.batch_size):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(train[0][rows]), train[1][rows]).backward()
             optimizer.step()
@@ -253,7 +253,7 @@ def test_results_do_not_depend_on_what_else_is_trained():
 def test_each_epoch_passes_each_row_of_the_subset_once_in_a_new_order():
     (run,) = make_runs(random_subsets(1, N), N, [0], paired=False)
     orders = run.orders()
-    first, second = orders.draw().tolist(), orders.draw().tolist()
+    first, second = next(orders).tolist(), next(orders).tolist()
     assert sorted(first) == sorted(second) == np.flatnonzero(run.mask).tolist()
     assert first != second
 
@@ -280,7 +280,7 @@ def test_paired_models_of_a_seed_pass_their_common_rows_in_the_same_order():
     masks = np.ones((2, N), dtype=bool)
     masks[1, 4] = False
     for paired in (True, False):
-        whole, without = (run.orders().draw().tolist() for run in make_runs(masks, N, [0], paired=paired))
+        whole, without = (next(run.orders()).tolist() for run in make_runs(masks, N, [0], paired=paired))
         assert ([row for row in whole if row != 4] == without) == paired
 
 

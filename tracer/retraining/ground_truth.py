@@ -121,8 +121,7 @@ def retrain(
                 if files is not None:
                     files.write(group, outputs, losses)
                 found.update({run.key: (outputs[model], losses[model]) for model, run in enumerate(group)})
-    of_runs = np.array([found[run.key] for run in runs])  # [S * seeds, 2, M]
-    given = np.stack([run.mask for run in runs if run.seed == runs[0].seed])
-    of_subsets = of_runs.reshape(len(given), -1, *of_runs.shape[1:])
     used = tuple(run.seed for run in runs if run.subset == 0)
-    return Retrained(given, used, of_subsets[:, :, 0], of_subsets[:, :, 1])
+    given = np.stack([run.mask for run in runs[:: len(used)]])
+    of_runs = np.array([found[run.key] for run in runs]).reshape(len(given), len(used), 2, -1)  # [S, seeds, 2, M]
+    return Retrained(given, used, of_runs[:, :, 0], of_runs[:, :, 1])

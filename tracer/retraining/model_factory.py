@@ -25,14 +25,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class ModelFactory:
-    """A factory of the untrained model of a run.
-
-    Args:
-        make_model: The user's function.
-
-    Raises:
-        InputTypeError: If it is not callable, or is a model.
-    """
+    """A factory of the untrained model of a run, which calls the user's function."""
 
     def __init__(self, make_model: Callable[[], nn.Module]) -> None:
         if isinstance(make_model, nn.Module) or not callable(make_model):
@@ -44,11 +37,7 @@ class ModelFactory:
         self._last: nn.Module | None = None
 
     def __call__(self, run: Run) -> nn.Module:
-        """Return a new model, whose weights follow from the run's seed and subset.
-
-        Raises:
-            InputError: If it shares trained tensors with the previous model, or has nothing to train.
-        """
+        """Return a new model, whose weights follow from the run's seed and subset."""
         had_cuda = torch.cuda.is_initialized()
         model = self._build(run)
         if torch.cuda.is_initialized() and not had_cuda:

@@ -50,7 +50,14 @@ class Recipe:
         for field, choices in (("optimizer", _OPTIMIZERS), ("schedule", _SCHEDULES)):
             check_choice(field, getattr(self, field), choices)
         for field, bound in (("learning_rate", math.inf), ("momentum", 1.0), ("weight_decay", math.inf)):
-            object.__setattr__(self, field, _number_below(getattr(self, field), field, bound))
+            try:
+                number = float(getattr(self, field))
+            except (TypeError, ValueError):
+                raise InputTypeError(f"{field} is {getattr(self, field)!r}; expected a number.") from None
+            if not 0.0 <= number < bound:
+                below = "" if bound == math.inf else f", below {bound:g}"
+                raise InputError(f"{field} is {number}; expected 0 or more{below}.")
+            object.__setattr__(self, field, number)
         for field in ("batch_size", "epochs"):
             object.__setattr__(self, field, check_count(getattr(self, field), field))
         if self.optimizer == "adamw" and self.momentum:
@@ -83,14 +90,3 @@ class Recipe:
         if self.schedule == "cosine":
             return self.learning_rate * (1.0 + math.cos(math.pi * step / num_steps)) / 2.0
         return self.learning_rate
-
-
-def _number_below(value: object, field: str, bound: float) -> float:
-    """Return a number as float, at least 0 and below a bound."""
-    try:
-        number = float(value)  # type: ignore[arg-type]  # what cannot be converted is told below
-    except (TypeError, ValueError):
-        raise InputTypeError(f"{field} is {value!r}; expected a number.") from None
-    if not 0.0 <= number < bound:
-        raise InputError(f"{field} is {number}; expected 0 or more{'' if bound == math.inf else f', below {bound:g}'}.")
-    return number

@@ -10,7 +10,6 @@ have another digest, and so another folder.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import uuid
@@ -73,14 +72,10 @@ class ResultFiles:
             sweep(self._folder)
             described = self._folder / "settings.json"
             if not described.exists():
-                self._write(described, text.encode())
+                write_whole(described, lambda file: file.write(text.encode()))
 
     def read(self, runs: Sequence[Run]) -> dict[RunKey, tuple[np.ndarray, np.ndarray]]:
-        """Return outputs and losses ``[M]`` of the stored runs, by subset and seed.
-
-        Raises:
-            StoreError: If a file is damaged.
-        """
+        """Return outputs and losses ``[M]`` of the stored runs, by subset and seed."""
         stored: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for path in sorted(self._folder.glob("*.npz")):
             try:
@@ -96,11 +91,6 @@ class ResultFiles:
 
     def write(self, runs: Sequence[Run], outputs: np.ndarray, losses: np.ndarray) -> None:
         """Write outputs ``[K, M]`` and losses ``[K, M]`` of K runs."""
-        names = np.array([_name(run) for run in runs])
-        buffer = io.BytesIO()
-        np.savez(buffer, runs=names, outputs=outputs, losses=losses)
-        self._write(self._folder / f"{uuid.uuid4().hex}.npz", buffer.getvalue())
-
-    def _write(self, path: Path, content: bytes) -> None:
+        names, path = np.array([_name(run) for run in runs]), self._folder / f"{uuid.uuid4().hex}.npz"
         with disk_errors(path):
-            write_whole(path, lambda file: file.write(content))
+            write_whole(path, lambda file: np.savez(file, runs=names, outputs=outputs, losses=losses))

@@ -34,7 +34,6 @@ _NOISE = 1e-2  # of the largest gradient: below it a gradient may be zero but fo
 
 def models_at_once(
     pair: tuple[nn.Module, nn.Module],
-    pair_runs: tuple[Run, Run],
     data: Examples,
     runs: Sequence[Run],
     task: Task,
@@ -43,24 +42,7 @@ def models_at_once(
     stacked: bool | None,
     most: int | None,
 ) -> int:
-    """Return how many models to train at once; it depends on the kind of device, not on the machine.
-
-    Args:
-        pair: Two untrained models; they are not changed.
-        pair_runs: Their runs.
-        data: The training examples.
-        runs: All runs, also finished ones.
-        task: The task.
-        recipe: The settings of training.
-        stacked: As in `retrain`.
-        most: The largest number at once; None: by size.
-
-    Returns:
-        The number.
-
-    Raises:
-        InputError: If ``stacked`` is True and the models cannot be stacked.
-    """
+    """Return how many models to train at once, judged by the untrained models of the first run and the last."""
     if stacked is False or most == 1:
         return 1
     num_values = sum(parameter.numel() for parameter in pair[0].parameters())
@@ -69,7 +51,7 @@ def models_at_once(
     if reason:
         logger.info("models are trained one after another: %s", reason)
         return 1
-    reason = why_not_stacked(pair, pair_runs, data, task, recipe)
+    reason = why_not_stacked(pair, (runs[0], runs[-1]), data, task, recipe)
     if reason and stacked:
         raise InputError(f"stacked=True, but the models cannot be stacked: {reason}. Pass stacked=None or False.")
     if reason:
@@ -121,7 +103,7 @@ def why_not_stacked(
 def first_batches(runs: Sequence[Run], recipe: Recipe) -> Tensor:
     """Return the first batch of each run, cut to the size of the smallest: ``[K, B]``, int64."""
     size = min(recipe.batch_size, min(run.num_rows for run in runs))
-    return torch.stack([run.orders().draw()[:size] for run in runs])
+    return torch.stack([next(run.orders())[:size] for run in runs])
 
 
 _Found = dict[tuple[str, str], Tensor]
@@ -138,13 +120,11 @@ def _step(models: Models, data: Examples, rows: Tensor, seed: int, train: bool =
     with seeded(seed):
         objectives, losses = models.objectives(data, rows)
         gradients = torch.autograd.grad(objectives.sum(), list(models.trained.values()), allow_unused=True)
-    found: _Found = {("loss", "of the batch"): losses}
-    for name, gradient in zip(models.trained, gradients, strict=True):
-        if gradient is not None:
-            found["gradient", name] = gradient.unsqueeze(0) if isinstance(models, SingleModel) else gradient
-    for name, value in models.fixed.items():
-        found["buffer", name] = value.unsqueeze(0) if isinstance(models, SingleModel) else value
-    return found
+    found = {("gradient", name): one for name, one in zip(models.trained, gradients, strict=True) if one is not None}
+    found |= {("buffer", name): value for name, value in models.fixed().items()}
+    if isinstance(models, SingleModel):
+        found = {key: value.unsqueeze(0) for key, value in found.items()}
+    return {("loss", "of the batch"): losses, **found}
 
 
 def _difference(expected: Sequence[_Found], found: _Found, device: torch.device) -> str | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from tracer._core.random_streams import Stream
@@ -57,24 +59,17 @@ RunKey = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One model to train.
+    """One model to train."""
 
-    Attributes:
-        subset: The subset's position in the masks.
-        seed: The seed.
-        mask: ``[N]``, bool: its training examples.
-        paired: Whether random numbers depend on the seed alone.
-        num_rows: The number of its training examples.
-    """
-
-    subset: int
+    subset: int  # its position in the masks
     seed: int
-    mask: np.ndarray
-    paired: bool
-    num_rows: int = field(init=False)
+    mask: np.ndarray  # ``[N]``, bool: its training examples
+    paired: bool  # whether random numbers depend on the seed alone
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "num_rows", int(self.mask.sum()))
+    @cached_property
+    def num_rows(self) -> int:
+        """The number of its training examples."""
+        return int(self.mask.sum())
 
     @property
     def key(self) -> RunKey:
@@ -85,48 +80,22 @@ class Run:
         """Return the seed of torch's generator for ``purpose``: ``weights`` or ``noise``."""
         return int(self._stream(purpose).words(1)[0]) >> 1
 
-    def orders(self) -> _Orders:
-        """Return the run's orders of its examples, a new one for each epoch."""
-        return _Orders(self._stream("order"), self.mask)
+    def orders(self) -> Iterator[Int64[Tensor, " n"]]:
+        """Yield a random order of the run's training examples, by their indices, for each epoch."""
+        stream = self._stream("order")
+        while True:
+            # All N examples are permuted and those left out are skipped, so that subsets that differ by one example
+            # are visited in nearly the same order.
+            order = stream.permutation(len(self.mask))
+            yield torch.from_numpy(order[self.mask[order]])
 
     def _stream(self, purpose: str) -> Stream:
         return Stream(self.seed, _VERSION, "retraining", purpose, *(() if self.paired else (self.subset,)))
 
 
-class _Orders:
-    """Random orders of a subset's examples."""
-
-    def __init__(self, stream: Stream, mask: np.ndarray) -> None:
-        self._stream, self._mask = stream, mask
-
-    def draw(self) -> Tensor:
-        """Return the next epoch's order: ``[n]``, int64, indices of training examples."""
-        # All N examples are permuted and those left out are skipped, so that subsets that differ by one example are
-        # visited in nearly the same order.
-        order = self._stream.permutation(len(self._mask))
-        return torch.from_numpy(order[self._mask[order]])
-
-
 def make_runs(masks: Any, num_rows: int, seeds: Iterable[int], paired: bool) -> list[Run]:
-    """Return the runs of all subsets and seeds, those of a subset next to each other; no masks means all examples.
-
-    Raises:
-        InputError: If seeds are missing or repeated.
-    """
-    found = np.ones((1, num_rows), dtype=bool) if masks is None else check_masks(masks, num_rows)
-    checked = [check_seed(seed) for seed in as_list(seeds, "seeds")]
-    if not checked or len(set(checked)) != len(checked):
-        raise InputError(f"seeds is {checked}; expected at least one seed, each once.")
-    return [Run(subset, seed, mask, paired) for subset, mask in enumerate(found) for seed in checked]
-
-
-def check_masks(masks: Any, num_rows: int) -> np.ndarray:
-    """Return the user's masks as ``[S, N]``, bool.
-
-    Raises:
-        InputTypeError: If they are not bool.
-        InputError: If their shape does not fit, or a subset is empty.
-    """
+    """Return the runs of all subsets and seeds, those of a subset next to each other; no masks means all examples."""
+    masks = np.ones((1, num_rows), dtype=bool) if masks is None else masks
     found = masks.cpu().numpy() if isinstance(masks, Tensor) else np.asarray(masks)
     if found.dtype != bool:
         raise InputTypeError(
@@ -138,6 +107,9 @@ def check_masks(masks: Any, num_rows: int) -> np.ndarray:
             f"masks is of shape {found.shape}; expected [subsets, {num_rows}], a column per training example."
         )
     empty = np.flatnonzero(~found.any(axis=1))
-    if len(empty):
+    if num_rows and len(empty):  # a training set without examples is refused later
         raise InputError(f"masks leaves no examples in subsets {empty[:5].tolist()}; expected at least one in each.")
-    return found
+    checked = [check_seed(seed) for seed in as_list(seeds, "seeds")]
+    if not checked or len(set(checked)) != len(checked):
+        raise InputError(f"seeds is {checked}; expected at least one seed, each once.")
+    return [Run(subset, seed, mask, paired) for subset, mask in enumerate(found) for seed in checked]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,18 +13,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tracer._core.text import listing
 from tracer._core.validation import as_list, bar_disabled, check_count
 from tracer.data.batches import count_samples
 from tracer.data.tasks import Task, make_task
 from tracer.errors import InputError, InputTypeError, NonFiniteError
 from tracer.retraining.model_factory import ModelFactory, seeded
-from tracer.retraining.models import Examples, Models, SingleModel, StackedModels, quiet_vmap
+from tracer.retraining.models import Examples, Models, SingleModel, StackedModels
 from tracer.retraining.recipe import Recipe
 from tracer.retraining.stacking import models_at_once as choose_at_once
 from tracer.retraining.subsets import Run, RunKey, make_runs
 from tracer.types import Batch
-
-_MAX_NAMED = 5
 
 
 class EpochCheckpoint(NamedTuple):
@@ -134,27 +134,20 @@ def _check_epochs(epochs: Iterable[int] | None, recipe: Recipe) -> list[int]:
 
 @contextmanager
 def ordinary_mode() -> Iterator[None]:
-    """Record gradients regardless of the caller's mode."""
-    with torch.inference_mode(False), torch.enable_grad(), quiet_vmap():
+    """Record gradients regardless of the caller's mode, without vmap's hints about operations run model by model."""
+    with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # the user can do nothing about it
         yield
 
 
 def progress_bar(label: str, runs: Sequence[Run], recipe: Recipe, progress: bool | None, num_done: int = 0) -> tqdm:
     """Return a progress bar over the epochs of all models."""
-    epochs = recipe.epochs
-    disable = bar_disabled(progress)
+    epochs, disable = recipe.epochs, bar_disabled(progress)
     return tqdm(total=len(runs) * epochs, initial=num_done * epochs, desc=label, unit="epoch", disable=disable)
 
 
 class Trainer:
-    """Training of models of one architecture, task, data set and recipe.
-
-    Attributes:
-        task: The task.
-        recipe: The settings of training.
-        reference: An untrained model, the same for all runs.
-        data: The training examples, on the models' device.
-    """
+    """Training of models of one architecture, task, data set and recipe; ``reference`` is an untrained model."""
 
     def __init__(
         self,
@@ -187,9 +180,7 @@ class Trainer:
         if all(run.key in done for run in runs):
             return []
         first, last = self._build(runs[0]), self._build(runs[-1])  # ends, whose numbers of rows may differ
-        size = choose_at_once(
-            (first, last), (runs[0], runs[-1]), self.data, runs, self.task, self.recipe, stacked=stacked, most=most
-        )
+        size = choose_at_once((first, last), self.data, runs, self.task, self.recipe, stacked=stacked, most=most)
         self._are_stacked = size > 1
         of_size: dict[int, list[Run]] = {}
         for run in runs:
@@ -213,7 +204,7 @@ class Trainer:
         with seeded(group[0].torch_seed("noise")):
             for epoch in range(self.recipe.epochs + 1):
                 if epoch:
-                    rows = torch.stack([order.draw() for order in orders])
+                    rows = torch.stack([next(order) for order in orders])
                     losses = self._epoch(models, optimizer, rows, epoch, rates)
                     _check_finite(models, losses, group, epoch)
                     bar.update(len(group))
@@ -245,11 +236,7 @@ class Trainer:
         return total
 
     def evaluate(self, models: Models, group: Sequence[Run], targets: Examples) -> tuple[np.ndarray, np.ndarray]:
-        """Return f and L of all targets in eval mode, ``[K, M]`` each, float64.
-
-        Raises:
-            NonFiniteError: If one is not finite.
-        """
+        """Return f and L of all targets in eval mode, ``[K, M]`` each, float64, all finite."""
         models.train(False)
         with seeded(0):
             found = [torch.stack(models.outputs(batch)) for batch in targets.slices(self.recipe.batch_size)]
@@ -259,7 +246,7 @@ class Trainer:
             if len(bad):
                 raise NonFiniteError(
                     f"The model of (subset {run.subset}, seed {run.seed}) gives NaN or infinite outputs or losses for "
-                    f"{len(bad)} targets, indices {bad[:_MAX_NAMED].tolist()}: look at these, or lower the recipe's "
+                    f"{len(bad)} targets, indices {bad[:5].tolist()}: look at these, or lower the recipe's "
                     f"learning_rate."
                 )
         return outputs, losses
@@ -272,7 +259,7 @@ def _check_finite(models: Models, losses: Tensor, group: Sequence[Run], epoch: i
         fine &= value.detach().reshape(len(group), -1).isfinite().all(1)
     bad = (~fine).nonzero().flatten().tolist()
     if bad:
-        named = ", ".join(f"(subset {group[model].subset}, seed {group[model].seed})" for model in bad[:_MAX_NAMED])
+        named = listing([f"(subset {group[model].subset}, seed {group[model].seed})" for model in bad], most=5)
         raise NonFiniteError(
             f"{len(bad)} of {len(group)} models diverged in epoch {epoch}: {named}; their losses or parameters are NaN "
             f"or infinite. Lower the recipe's learning_rate, or look for such values in the training examples."
