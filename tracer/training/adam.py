@@ -37,7 +37,7 @@ def check_preconditioner(preconditioner: str | None, sharded: bool = False) -> s
     check_choice("preconditioner", preconditioner, PRECONDITIONERS)
     if sharded:
         raise InputError(
-            f"preconditioner={preconditioner!r} came with a model that fully_shard divides among processes, whose "
+            f"preconditioner={preconditioner!r} got a model that fully_shard divides among processes, whose "
             f"optimizer state is divided too; pass the plain model, or preconditioner=None."
         )
     return preconditioner
