@@ -2,8 +2,8 @@
 
 `attribute` is the one call for the usual case; `Tracer` is the scorer it is built on.
 
-Names are imported on first use, since a second of imports for torch is too long for `tracer --help`, or for the completion
-of a word.
+Names are imported on first use, since a second of imports for torch is too long for `tracer --help`, or for the
+completion of a word.
 """
 
 from __future__ import annotations
