@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tracer.report.figure import FONT_SIZE, PAGE, Figure, Line, Rect, Size, Text, moved, text_width
+from tracer.report.figure import FONT_SIZE, PAGE, Figure, Line, Mark, Point, Rect, Size, Text, moved, text_width
 from tracer.report.health import recovery_curve
 from tracer.report.plot import Axis, Key, Plot, legend_figure, log_ticks, round_ticks
 from tracer.report.text import number, shortened
@@ -97,7 +97,7 @@ def recovery_slide(rankings: Mapping[str, np.ndarray], known: np.ndarray) -> Fig
     joined = Figure(860, legend.height + 346, parts[0].description, legend.marks)
     for left, part in zip((0, 440), parts, strict=True):
         joined.marks.append(Text(left + 420, legend.height + 10 + FONT_SIZE, part.title, anchor="end"))
-        joined.marks += moved(part.marks, left, legend.height + 10)
+        joined.marks += [moved(mark, left, legend.height + 10) for mark in part.marks]
     return joined
 
 
@@ -171,9 +171,8 @@ def class_map(influence: np.ndarray, names: Sequence[str], train_counts: np.ndar
             figure.marks.append(Text(middle + 4, margin - 7, label, turned=True))
         for b, other in enumerate(labels):
             title = f"examples of {label} on targets of {other}: {number(values[a, b])}"
-            figure.marks += _cell(values[a, b], largest, (margin + b * cell, margin + a * cell), cell, title)
-            if len(shown) <= MAP_NUMBERS and np.isfinite(values[a, b]):
-                figure.marks.append(_cell_number(values[a, b], largest, margin + b * cell, margin + a * cell, cell))
+            corner = (margin + b * cell, margin + a * cell)
+            figure.marks += _cell(values[a, b], largest, corner, cell, title)[: 2 if len(shown) <= MAP_NUMBERS else 1]
     middle = margin + side / 2
     figure.marks.append(Text(middle, 12, "targets of class", anchor="middle"))
     figure.marks.append(Text(13, middle, "training examples of class", anchor="middle", turned=True))
@@ -181,20 +180,19 @@ def class_map(influence: np.ndarray, names: Sequence[str], train_counts: np.ndar
     return figure
 
 
-def _cell(value: float, largest: float, corner: tuple[float, float], side: float, title: str) -> list[Rect | Line]:
-    """Return a cell of the map in the color of its value, or a dashed outline for NaN."""
-    x, y, side = corner[0] + 0.5, corner[1] + 0.5, side - 1
+def _cell(value: float, largest: float, corner: Point, side: float, title: str) -> list[Mark]:
+    """Return a cell of the map in the color of its value, and its percentage of the largest; an outline for NaN."""
+    x, y, inner = corner[0] + 0.5, corner[1] + 0.5, side - 1
     if not np.isfinite(value):
-        corners = [(x, y), (x + side, y), (x + side, y + side), (x, y + side)]
+        corners = [(x, y), (x + inner, y), (x + inner, y + inner), (x, y + inner)]
         return [Line(corners, "line", 1, (3, 3), closed=True)]
-    return [Rect(x, y, side, side, "pos" if value >= 0 else "neg", _opacity(value, largest), title)]
-
-
-def _cell_number(value: float, largest: float, x: float, y: float, side: float) -> Text:
-    """Return a cell's number in percent of the largest, readable on the cell's color."""
-    text = f"{round(value / largest * 100)}".replace("-", "−") if largest else "0"
-    strong = _opacity(value, largest) > 0.6
-    return Text(x + side / 2, y + side / 2 + 4, text, "card" if strong else "text", "middle", 11, strong)
+    opacity = _opacity(value, largest)
+    text, strong = f"{round(value / largest * 100) if largest else 0}".replace("-", "−"), opacity > 0.6
+    middle = (corner[0] + side / 2, corner[1] + side / 2 + 4)
+    return [
+        Rect(x, y, inner, inner, "pos" if value >= 0 else "neg", opacity, title),
+        Text(*middle, text, "card" if strong else "text", "middle", 11, strong),  # readable on the cell's color
+    ]
 
 
 def _opacity(value: float, largest: float) -> float:
@@ -202,11 +200,11 @@ def _opacity(value: float, largest: float) -> float:
     return 0.04 + 0.86 * (abs(value) / largest if largest else 0.0) ** 0.6
 
 
-def _color_scale(largest: float, x: float, y: float, width: float) -> list[Rect | Text]:
+def _color_scale(largest: float, x: float, y: float, width: float) -> list[Mark]:
     """Return a strip of the map's colors from the most negative to the most positive, with numbers below."""
     values = np.linspace(-largest, largest, 41)
     step = width / len(values)
-    marks: list[Rect | Text] = [
+    marks: list[Mark] = [
         Rect(x + place * step, y, step, 10, "pos" if value >= 0 else "neg", _opacity(value, largest))
         for place, value in enumerate(values.tolist())
     ]

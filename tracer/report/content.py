@@ -26,15 +26,6 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Texts in tokens, and scores of tokens by (target, training example)."""
-
-    train: Sequence[Sequence[str]] | None
-    target: Sequence[Sequence[str]] | None
-    scores: Mapping[tuple[int, int], np.ndarray]  # a number for each token of the training example
-
-
-@dataclass(frozen=True)
 class ReportContent:
     """Arrays of N training examples and M targets that fit each other; without scores there is no summary."""
 
@@ -49,7 +40,9 @@ class ReportContent:
     settings: Mapping[str, Any]
     shown_targets: Sequence[int]  # first in the page, and drawn in influence.png
     num_top_examples: int  # drawn in top_self_influence.png
-    tokens: Tokens
+    train_tokens: Sequence[Sequence[str]] | None
+    target_tokens: Sequence[Sequence[str]] | None
+    token_scores: Mapping[tuple[int, int], np.ndarray]  # of each token, by (target, training example)
     summary: ScoreSummary | None = None
     class_names: Sequence[str] = ()  # of the class indices in summary
     train_codes: Int64[np.ndarray, " _"] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -111,16 +104,6 @@ def check_top(top: TopK, name: str, num_train: int, num_targets: int) -> TopK:
     return TopK(indices.astype(np.int64), scores)
 
 
-def check_matrix(scores: Any, num_train: int, num_targets: int) -> None:
-    """Refuse scores that are not ``[N, M]``."""
-    shape = tuple(getattr(scores, "shape", ()))
-    if shape != (num_train, num_targets):
-        raise InputError(
-            f"scores have shape {list(shape)}; expected [{num_train}, {num_targets}], a line for each training example "
-            "and a column for each target, as Tracer.finalize_scores returns them."
-        )
-
-
 def check_mask(mask: Any, num_train: int) -> np.ndarray | None:
     """Return ``[N]``, bool, or None if no example is known to be mislabelled."""
     if mask is None:
@@ -156,8 +139,10 @@ def check_shown(shown: Sequence[int] | None, num_targets: int) -> list[int]:
     return [int(target) for target in shown]
 
 
-def check_tokens(train: Any, target: Any, scores: Mapping | None, num_train: int, num_targets: int) -> Tokens:
-    """Return tokens, and finite scores of which each has its token."""
+def check_tokens(
+    train: Any, target: Any, scores: Mapping | None, num_train: int, num_targets: int
+) -> dict[tuple[int, int], np.ndarray]:
+    """Return the scores of tokens, finite and one for each token."""
     for name, tokens, size in (("train_tokens", train, num_train), ("target_tokens", target, num_targets)):
         if tokens is not None and len(tokens) != size:
             raise InputError(f"{name} has {len(tokens)} lists; expected {size}, a list of tokens for each example.")
@@ -178,4 +163,4 @@ def check_tokens(train: Any, target: Any, scores: Mapping | None, num_train: int
                 f"numbers, one for each token of train_tokens[{index}]."
             )
         checked[number, index] = array.astype(np.float64)
-    return Tokens(train, target, checked)
+    return checked

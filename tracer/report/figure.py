@@ -6,7 +6,7 @@ assets/report.css, so figures in the page follow light and dark mode.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -94,24 +94,16 @@ class Figure:
     min_width: int = 0  # on narrower screens the figure scrolls sideways
 
 
-def text_width(text: str, size: float = FONT_SIZE) -> float:
+def text_width(text: str) -> float:
     """Return about how wide a text will be; fonts differ, so this leaves some room."""
-    return size * sum(map(_em, text))
+    return FONT_SIZE * sum(
+        0.96 if char in "%−+→" or ord(char) >= 0x2E80 else 0.68 if char.isupper() or char.isdigit() else 0.58
+        for char in text
+    )
 
 
-def _em(char: str) -> float:
-    """Return about how wide a character is, in font sizes: signs and CJK, capitals and digits, small letters."""
-    if char in "%−+→" or ord(char) >= 0x2E80:
-        return 0.96
-    return 0.68 if char.isupper() or char.isdigit() else 0.58
-
-
-def moved(marks: Iterable[Mark], right: float, down: float) -> list[Mark]:
-    """Return marks that are moved."""
-    found: list[Mark] = []
-    for mark in marks:
-        if isinstance(mark, Line):
-            found.append(replace(mark, points=[(x + right, y + down) for x, y in mark.points]))
-        else:
-            found.append(replace(mark, x=mark.x + right, y=mark.y + down))
-    return found
+def moved(mark: Mark, right: float, down: float) -> Mark:
+    """Return a mark at another place."""
+    if isinstance(mark, Line):
+        return replace(mark, points=[(x + right, y + down) for x, y in mark.points])
+    return replace(mark, x=mark.x + right, y=mark.y + down)

@@ -49,19 +49,12 @@ class WrongLabels:
 
 
 def estimate_wrong_labels(classes: ClassSummary, calibration: Calibration = CALIBRATION) -> WrongLabels:
-    """Estimate the share of wrong labels from the share of contradicted examples.
+    """Return an estimate of the share of wrong labels from the share of contradicted examples.
 
     With f the share of contradicted examples, α the rate among correct labels and β the rate among wrong ones, the
     share of wrong labels is ``(f - α) / (β - α)`` (Rogan & Gladen 1978, eq. 1), clipped to [0, 1]. The interval covers
     f ± 1.96 standard errors and the measured ranges of α and β, so it includes the error of the method if the data
     resemble those of the calibration.
-
-    Args:
-        classes: The scores by class.
-        calibration: α and β with their ranges.
-
-    Returns:
-        The estimate.
 
     >>> from tracer.report.summaries import summarize_scores
     >>> scores = np.kron(2 * np.eye(2) - 1, np.ones((10, 4)))  # every example helps its own class
@@ -71,8 +64,8 @@ def estimate_wrong_labels(classes: ClassSummary, calibration: Calibration = CALI
     (0.0, 0.0, 0.0)
     """
     wrong = classes.contradicted
-    num_train, share = len(wrong), float(wrong.mean())
-    variance = share * (1 - share) / num_train
+    num_train, observed = len(wrong), float(wrong.mean())
+    variance = observed * (1 - observed) / num_train
     folds = classes.fold_shares
     if len(folds):
         variance += (len(folds) - 1) / len(folds) * float(np.square(folds - folds.mean()).sum())
@@ -80,14 +73,15 @@ def estimate_wrong_labels(classes: ClassSummary, calibration: Calibration = CALI
     # both ends take the rates that move them outwards: many false positives for the low end, few for the high one
     low_rate, high_rate = calibration.false_positive_range
     least, most = calibration.detected_range
-    return WrongLabels(
-        share=_corrected(share, calibration.false_positive, calibration.detected),
-        low=_corrected(share - Z * error, high_rate, most),
-        high=_corrected(share + Z * error, low_rate, least),
-        contradicted=share,
-        error=error,
-        num_contradicted=int(wrong.sum()),
+    share, low, high = (
+        min(1.0, max(0.0, (contradicted - rate) / (detected - rate)))
+        for contradicted, rate, detected in (
+            (observed, calibration.false_positive, calibration.detected),
+            (observed - Z * error, high_rate, most),
+            (observed + Z * error, low_rate, least),
+        )
     )
+    return WrongLabels(share, low, high, observed, error, int(wrong.sum()))
 
 
 def enough_classes(classes: ClassSummary) -> bool:
@@ -138,8 +132,3 @@ def recovery_table(rankings: Mapping[str, np.ndarray], mislabelled: np.ndarray) 
     found: dict[str, list] = {name: recovered(scores, mislabelled) for name, scores in rankings.items()}
     found["chance (expected)"] = [total * count / num_train for count in checked_counts(num_train)]
     return [[name, *(f"{count:.0f} ({count / total:.0%})" for count in counts)] for name, counts in found.items()]
-
-
-def _corrected(share: float, false_positive: float, detected: float) -> float:
-    """Return ``(f - α) / (β - α)``, clipped to [0, 1]."""
-    return min(1.0, max(0.0, (share - false_positive) / (detected - false_positive)))

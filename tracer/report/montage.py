@@ -34,19 +34,18 @@ def influence_montage(
     headings = zip(starts, (1, *counts), ("target", "proponents", "opponents"), ("text", "pos", "series1"), strict=True)
     for start, count, name, color in headings:
         figure.marks.append(Text(start + count * PITCH / 2, 16, name, color, "middle", 14, bold=True))
-    framed = _no_frames(train) if known_mislabelled is None else known_mislabelled
+    framed = () if known_mislabelled is None else np.flatnonzero(known_mislabelled)
     for line, target_index in enumerate(shown):
         y = 30 + line * LINE_HEIGHT
-        _add_tile(
-            figure, (0.0, y), PITCH, target.image(target_index), heading(target, target_index), f"target {target_index}"
-        )
+        title, caption = heading(target, target_index), f"target {target_index}"
+        _add_tile(figure, (0.0, y), PITCH, target.image(target_index), title, caption)
         for start, top, sign in zip(starts[1:], (proponents, opponents), (1, -1), strict=True):
             pairs = zip(top.indices[target_index, :MAX_TILES].tolist(), top.scores[target_index], strict=False)
             for place, (index, score) in enumerate(pairs):
                 if sign * score <= 0:
                     break  # the strongest go on past zero if fewer examples help, or harm
                 corner, caption = (start + place * PITCH, y), number(float(f"{score:.2g}"), signed=True)
-                _add_tile(figure, corner, PITCH, train.image(index), train.label(index), caption, framed[index])
+                _add_tile(figure, corner, PITCH, train.image(index), train.label(index), caption, index in framed)
     return figure
 
 
@@ -55,34 +54,26 @@ def ranking_montage(
 ) -> Figure:
     """Draw training examples in the order given, each with its label, prediction and score."""
     figure = Figure(num_columns * WIDE_PITCH, LINE_HEIGHT * -(-len(indices) // num_columns))
-    framed = _no_frames(train) if known_mislabelled is None else known_mislabelled
+    framed = () if known_mislabelled is None else np.flatnonzero(known_mislabelled)
     for place, index in enumerate(indices.tolist()):
         corner = (place % num_columns * WIDE_PITCH, place // num_columns * LINE_HEIGHT)
-        caption = number(scores[index])
-        _add_tile(figure, corner, WIDE_PITCH, train.image(index), heading(train, index), caption, framed[index])
+        title, caption = heading(train, index), number(scores[index])
+        _add_tile(figure, corner, WIDE_PITCH, train.image(index), title, caption, index in framed)
     return figure
 
 
 def heading(samples: Samples, index: int) -> str:
     """Return an example's label and, if it differs, the model's prediction."""
     label, prediction = samples.label(index), samples.prediction(index)
-    if not prediction or prediction == label:
-        return label
-    return f"{label} → {prediction}"
-
-
-def _no_frames(samples: Samples) -> np.ndarray:
-    """Return a mask of no examples."""
-    return np.zeros(samples.size, dtype=bool)
+    return label if prediction in ("", label) else f"{label} → {prediction}"
 
 
 def _add_tile(
     figure: Figure, corner: Point, pitch: float, pixels: np.ndarray, title: str, caption: str, framed: bool = False
 ) -> None:
     """Add an image with a line above and a line below it, if ``framed`` in a strong frame."""
-    height, width = pixels.shape[:2]
-    scale = TILE / max(height, width)
-    width, height = width * scale, height * scale
+    scale = TILE / max(pixels.shape[:2])
+    height, width = (side * scale for side in pixels.shape[:2])
     middle = corner[0] + pitch / 2
     x, y = middle - width / 2, corner[1] + 20
     color = "neg" if framed else "text"

@@ -1,29 +1,32 @@
-"""The page: HTML from templates/ with autoescape, which embeds the style sheet, the scripts and their data."""
+"""The page: sections with figures and tables of numbers, as HTML from templates/ with autoescape.
+
+It embeds the style sheet, the scripts and their data, so it loads nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from tracer.report import charts
+from tracer.report.content import ReportContent
+from tracer.report.health import CHECKED_SHARES, MIN_CLASSES, checked_counts, count_classes, recovered, recovery_table
+from tracer.report.payload import MAX_TABLE_EXAMPLES, MAX_TARGETS, payload
+from tracer.report.plot import legend_figure, round_ticks
+from tracer.report.recommendations import recommendations
 from tracer.report.text import number
+
+RECOVERY_SIZE = (420, 260)
+QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
 SCRIPTS = ("data.js", "inputs.js", "suspects.js", "targets.js", "main.js")
 """The page's scripts, in the order in which they depend on each other."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A section of the page, whose body is ``templates/<anchor>.html``."""
-
-    anchor: str
-    heading: str
-    view: dict[str, Any]  # shown by its template besides the content of the report
 
 
 @cache
@@ -32,14 +35,14 @@ def asset(name: str) -> str:
     return files("tracer.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def render_page(title: str, lead: str, sections: Sequence[Section], report: Any, data: Any) -> str:
-    """Return an HTML document that loads nothing, of a `ReportContent` and of JSON values for the scripts."""
+def render_page(title: str, data: ReportContent) -> str:
+    """Return an HTML document that loads nothing."""
     return _environment().get_template("page.html").render(
         title=title,
-        lead=lead,
-        sections=sections,
-        report=report,
-        data=data,
+        lead=_lead(data),
+        sections=_sections(data),
+        report=data,
+        data=payload(data),
         style=Markup(asset("report.css")),
         script=Markup("\n".join(asset(name) for name in SCRIPTS)),
     )  # fmt: skip
@@ -61,3 +64,154 @@ def _environment() -> Environment:
     # NaN is no JSON; the scripts would fail to parse it in the reader's browser
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return environment
+
+
+def _sections(data: ReportContent) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return the template, the heading and the values of each section, without those whose numbers are missing."""
+    has_top = data.target.size and (data.proponents.indices.size or data.opponents.indices.size)
+    found: tuple[tuple[str, str, dict[str, Any] | None], ...] = (
+        ("overview", "Overview", _overview(data)),
+        ("distributions", "Distributions", _distributions(data)),
+        ("recovery", "Finding mislabelled examples", _recovery(data)),
+        ("suspects", "Suspects", {"limit": MAX_TABLE_EXAMPLES}),
+        ("targets", "Proponents and opponents", {"limit": MAX_TARGETS} if has_top else None),
+        ("classes", "Classes", _classes(data)),
+        ("reading", "How to read this", {}),
+    )
+    return [(name, heading, view) for name, heading, view in found if view is not None]
+
+
+def _lead(data: ReportContent) -> str:
+    """Return the paragraph below the title."""
+    sizes = f"{data.num_train:,} training examples and {data.target.size:,} targets"
+    if data.known_mislabelled is None:
+        return f"{sizes}."
+    count, total = checked_counts(data.num_train)[0], int(data.known_mislabelled.sum())
+    found = recovered(data.self_influence, data.known_mislabelled)[0]
+    return (
+        f"{sizes}; {total:,} training examples are known to be mislabelled. The {count:,} examples with the highest "
+        f"self-influence contain {found:,} of them ({found / total:.0%}); chance would find "
+        f"{total * count / data.num_train:.0f}."
+    )
+
+
+def self_influence_groups(data: ReportContent) -> dict[str, np.ndarray]:
+    """Return self-influence of clean and of mislabelled examples if these are known, else of all."""
+    mask, values = data.known_mislabelled, data.self_influence
+    if mask is None or mask.all():
+        return {"all training examples": values}
+    return {"clean": values[~mask], "known mislabelled": values[mask]}
+
+
+def all_rankings(data: ReportContent) -> dict[str, np.ndarray]:
+    """Return the scores ``[N]`` of self-influence and of the other rankings by name."""
+    return {"self-influence": data.self_influence, **data.rankings}
+
+
+def _overview(data: ReportContent) -> dict[str, Any]:
+    """Return recommendations, and the scale of the estimate of wrong labels."""
+    known = None if data.known_mislabelled is None else float(data.known_mislabelled.mean())
+    largest = max(data.health.high if data.health else 0.0, known or 0.0)
+    end = max(0.1, min(1.0, np.ceil(largest * 10.5) / 10))
+    return {
+        "known": known,
+        "end": end,
+        "ticks": round_ticks(0.0, end, 5),
+        "num_classes": None if data.classes is None else count_classes(data.classes),
+        "min_classes": MIN_CLASSES,
+        "advice": recommendations(data),
+    }
+
+
+def _distributions(data: ReportContent) -> dict[str, Any]:
+    """Return the histograms of self-influence, scores and targets, and their quantiles."""
+    groups, summary = self_influence_groups(data), data.summary
+    drawn = [
+        (
+            "Self-influence",
+            charts.histogram(groups, "self-influence", "% of each group"),
+            "Dashed: median of each group.",
+        )
+    ]
+    columns = {f"self-influence, {name}": values for name, values in groups.items()}
+    if summary is not None:
+        step = summary.train_step
+        sampled = "" if step == 1 else f" One in {step} training examples is counted."
+        drawn += [
+            (
+                "Scores",
+                charts.signed_histogram(summary.edges, summary.counts),
+                f"A positive score helps the target, a negative one harms it.{sampled}",
+            ),
+            (
+                "Average influence per target",
+                charts.histogram({"targets": summary.target_mean}, "mean score of a target", "% of targets"),
+                "Mean over all training examples. Below zero, their scores add up to harm.",
+            ),
+        ]
+        columns["mean score of a training example"] = summary.train_mean
+        columns["mean score of a target"] = summary.target_mean
+    lines = [
+        [name, f"{len(values):,}", *(number(float(value)) for value in np.quantile(values, QUANTILES))]
+        for name, values in columns.items()
+        if len(values)
+    ]
+    figures = [replace(figure, title=title, caption=caption) for title, figure, caption in drawn]
+    return {"figures": figures, "quantiles": lines}
+
+
+def _recovery(data: ReportContent) -> dict[str, Any] | None:
+    """Return how many mislabelled examples each ranking finds, or None if they are not known."""
+    mask = data.known_mislabelled
+    if mask is None:
+        return None
+    rankings = all_rankings(data)
+    legend = charts.recovery_keys(list(rankings))
+    size = (RECOVERY_SIZE[0], RECOVERY_SIZE[1] + int(legend_figure(legend, RECOVERY_SIZE[0]).height))
+    counts = zip(CHECKED_SHARES, checked_counts(len(mask)), strict=True)
+    return {
+        "figures": [charts.recovery_chart(rankings, mask, size, legend, enlarged=part) for part in (False, True)],
+        "caption": f"Mislabelled examples found, of {mask.sum()}",
+        "header": ["ranking", *(f"top {share:.0%} ({count:,})" for share, count in counts)],
+        "lines": recovery_table(rankings, mask),
+    }
+
+
+def _classes(data: ReportContent) -> dict[str, Any] | None:
+    """Return the map of classes and their table, or None without classes."""
+    classes = data.classes
+    if classes is None:
+        return None
+    names, shown = data.class_names, charts.map_classes(classes.train_counts).tolist()
+    drawn = np.abs(classes.influence[np.ix_(shown, shown)])
+    largest = float(np.nanmax(drawn)) if np.isfinite(drawn).any() else 0.0
+    figure = charts.class_map(classes.influence, names, classes.train_counts)
+    figure.caption = (
+        "Mean score of the training examples of a class on the targets of a class: blue helps, orange harms."
+    )
+    if len(shown) <= charts.MAP_NUMBERS:
+        figure.caption += f" Numbers are in percent of the largest, {number(largest)}."
+    codes = data.train_codes
+    sums = np.bincount(codes, weights=data.self_influence, minlength=len(names))
+    wrong = None if data.contradicted is None else np.bincount(codes[data.contradicted], minlength=len(names))
+    lines = []
+    for place in np.flatnonzero(classes.train_counts + classes.target_counts).tolist():
+        count = int(classes.train_counts[place])
+        line = [names[place], f"{count:,}", f"{int(classes.target_counts[place]):,}"]
+        line += [number(sums[place] / count) if count else "", _number_or_empty(classes.influence[place, place])]
+        if wrong is not None:
+            line.append(f"{wrong[place]:,} ({wrong[place] / count:.1%})" if count else "")
+        lines.append(line)
+    header = ["class", "training examples", "targets", "mean self-influence", "score on own class"]
+    return {
+        "map": figure,
+        "map_header": ["", *(names[b] for b in shown)],
+        "map_lines": [[names[a], *(_number_or_empty(classes.influence[a, b]) for b in shown)] for a in shown],
+        "header": header if wrong is None else [*header, "contradicted"],
+        "lines": lines,
+    }
+
+
+def _number_or_empty(value: float) -> str:
+    """Format a number, and NaN as nothing."""
+    return number(float(value)) if np.isfinite(value) else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,8 +57,19 @@ def page_targets(data: ReportContent) -> np.ndarray:
 def payload(data: ReportContent) -> dict[str, Any]:
     """Return everything that the scripts need; assets/data.js unpacks it."""
     table, targets = data.order[:MAX_TABLE_EXAMPLES], page_targets(data)
+    flags = {"known": data.known_mislabelled, "disagrees": data.disagrees, "contradicted": data.contradicted}
+    masks = {name: mask[table] for name, mask in flags.items() if mask is not None}
     top = np.concatenate([np.unique(ends.indices[targets]) for ends in (data.proponents, data.opponents)])
-    flags = _flags(data)
+    # the suspects of the first pages come first, then flagged examples, proponents and opponents, and the rest
+    half = MAX_THUMBNAILS // 2
+    wanted = np.concatenate([table[:half], *(table[mask][:half] for mask in masks.values()), top, table[half:]])
+    suggested = outside = None
+    if data.classes is not None and data.contradicted is not None:
+        harmed = np.where(data.contradicted, data.classes.harmed + 1, 0)  # the empty name for all other examples
+        suggested = {"names": ["", *data.class_names], "codes": packed(harmed[table], "i4")}
+    if data.num_train > MAX_TABLE_EXAMPLES:
+        indices = np.unique(top)
+        outside = {"indices": packed(indices, "i4"), "labels": _names(data.train.labels, indices)}
     return {
         "indices": packed(table, "i4"),
         "columns": [
@@ -68,9 +78,9 @@ def payload(data: ReportContent) -> dict[str, Any]:
         ],
         "labels": _names(data.train.labels, table),
         "predictions": _names(data.train.predictions, table),
-        "suggested": _suggested(data, table),
-        "flags": {name: packed(mask[table], "u1") for name, mask in flags.items()},
-        "train": _inputs(data.train, _wanted(table, flags, top), data.train),
+        "suggested": suggested,
+        "flags": {name: packed(mask, "u1") for name, mask in masks.items()},
+        "train": _inputs(data.train, list(dict.fromkeys(wanted.tolist())), data.train),
         "target": _inputs(data.target, targets.tolist(), data.train),
         "targets": {
             "indices": packed(targets, "i4"),
@@ -79,7 +89,7 @@ def payload(data: ReportContent) -> dict[str, Any]:
             "mean": None if data.summary is None else packed(data.summary.target_mean[targets], "f4"),
             "proponents": _top(data.proponents, targets),
             "opponents": _top(data.opponents, targets),
-            "train_labels": _labels_outside(data, targets),
+            "train_labels": outside,
         },
         "tokens": _tokens(data, targets),
     }
@@ -88,29 +98,13 @@ def payload(data: ReportContent) -> dict[str, Any]:
 def _columns(data: ReportContent) -> list[tuple[str, str, str, np.ndarray]]:
     """Return key, title, explanation and values ``[N]`` of the table's numbers."""
     columns = [("self", "Self-influence", "How hard training pulled on the example.", data.self_influence)]
-    columns += [
-        (f"ranking{place}", name[:1].upper() + name[1:], "", values)
-        for place, (name, values) in enumerate(data.rankings.items())
-    ]
+    for place, (name, values) in enumerate(data.rankings.items()):
+        columns.append((f"ranking{place}", name[:1].upper() + name[1:], "", values))
     if data.summary is not None:
         columns.append(("mean", "Mean score", "Over all targets; positive helps.", data.summary.train_mean))
         help_ = "How strongly the example moves targets in either direction."
         columns.append(("abs", "Mean |score|", help_, data.summary.train_mean_abs))
     return columns
-
-
-def _flags(data: ReportContent) -> dict[str, np.ndarray]:
-    """Return the masks ``[N]`` that exist, by name."""
-    found = {"known": data.known_mislabelled, "disagrees": data.disagrees, "contradicted": data.contradicted}
-    return {name: mask for name, mask in found.items() if mask is not None}
-
-
-def _suggested(data: ReportContent, table: np.ndarray) -> dict[str, Any] | None:
-    """Return the class that each contradicted example harms most; an empty name for the rest."""
-    if data.classes is None or data.contradicted is None:
-        return None
-    harmed = np.where(data.contradicted, data.classes.harmed + 1, 0)
-    return {"names": ["", *data.class_names], "codes": packed(harmed[table], "i4")}
 
 
 def _names(values: list[str] | None, indices: np.ndarray) -> dict[str, Any] | None:
@@ -128,44 +122,18 @@ def _top(top: TopK, targets: np.ndarray) -> dict[str, Any]:
     return {"k": top.indices.shape[1], "indices": indices, "scores": scores}
 
 
-def _labels_outside(data: ReportContent, targets: np.ndarray) -> dict[str, Any] | None:
-    """Return the labels of proponents and opponents if the table does not have all training examples."""
-    if data.num_train <= MAX_TABLE_EXAMPLES:
-        return None
-    indices = np.unique(np.concatenate([top.indices[targets].ravel() for top in (data.proponents, data.opponents)]))
-    return {"indices": packed(indices, "i4"), "labels": _names(data.train.labels, indices)}
-
-
-def _wanted(table: np.ndarray, flags: Mapping[str, np.ndarray], top: np.ndarray) -> list[int]:
-    """Return training examples by how much a reader wants to see their inputs.
-
-    The suspects of the first pages come first, then flagged examples, proponents and opponents, and the rest.
-    """
-    half = MAX_THUMBNAILS // 2
-    flagged = [table[mask[table]][:half] for mask in flags.values()]
-    return list(dict.fromkeys(np.concatenate([table[:half], *flagged, top, table[half:]]).tolist()))
-
-
 def _inputs(samples: Samples, indices: list[int], train: Samples) -> dict[str, Any]:
     """Return the inputs of as many examples as the budget of their kind allows."""
     if samples.kind == "images" and indices:
         indices = indices[:MAX_THUMBNAILS]
         return {"kind": "images", "indices": packed(indices, "i4"), **sprite_sheets(samples, indices)}
     if samples.kind == "texts":
-        texts = dict(_within(((index, shortened(samples.text(index), TEXT_LENGTH)) for index in indices), TEXT_BUDGET))
-        return {"kind": "texts", "indices": packed(list(texts), "i4"), "texts": list(texts.values())}
+        texts = [shortened(samples.text(index), TEXT_LENGTH) for index in indices]
+        count = np.searchsorted(np.cumsum([len(text) for text in texts]), TEXT_BUDGET, side="right")
+        return {"kind": "texts", "indices": packed(indices[:count], "i4"), "texts": texts[:count]}
     if samples.kind == "vectors" and indices:
         return _vectors(samples, indices, train)
     return {"kind": "absent", "indices": ""}
-
-
-def _within(items: Iterable[tuple[int, str]], budget: int) -> Iterable[tuple[int, str]]:
-    """Yield texts until the budget of characters is used up."""
-    for index, text in items:
-        budget -= len(text)
-        if budget < 0:
-            return
-        yield index, text
 
 
 def _vectors(samples: Samples, indices: list[int], train: Samples) -> dict[str, Any]:
@@ -174,32 +142,28 @@ def _vectors(samples: Samples, indices: list[int], train: Samples) -> dict[str, 
     shown = min(width, VECTOR_LENGTH)
     indices = indices[: max(1, NUMBER_BUDGET // max(1, shown))]
     reference = train if train.kind == "vectors" and len(train.vector(0)) == width else samples
-    assert reference.inputs is not None
     values = np.asarray(reference.inputs, dtype=np.float64).reshape(reference.size, -1)[:, :shown]
-    finite = np.isfinite(values)
-    counts = np.maximum(1, finite.sum(axis=0))
-    mean = np.where(finite, values, 0.0).sum(axis=0) / counts
-    spread = np.where(finite, values, mean) - mean  # a missing number adds nothing
+    known = np.ma.masked_invalid(values)
     names = samples.feature_names or [f"[{place}]" for place in range(shown)]
     return {
         "kind": "vectors",
         "indices": packed(indices, "i4"),
         "width": width,
         "names": names[:shown],
-        "mean": packed(mean, "f4"),
-        "deviation": packed(np.sqrt(np.square(spread).sum(axis=0) / counts), "f4"),
+        "mean": packed(known.mean(axis=0).filled(0.0), "f4"),
+        "deviation": packed(known.std(axis=0).filled(0.0), "f4"),
         "values": packed([samples.vector(index)[:shown] for index in indices], "f4"),
     }
 
 
 def _tokens(data: ReportContent, targets: np.ndarray) -> dict[str, Any] | None:
     """Return the tokens of pairs that have token scores, and of targets."""
-    tokens, shown = data.tokens, set(targets.tolist())
-    pairs = {pair: values for pair, values in tokens.scores.items() if pair[0] in shown}
-    if not pairs and tokens.target is None:
+    shown = set(targets.tolist())
+    pairs = {pair: values for pair, values in data.token_scores.items() if pair[0] in shown}
+    if not pairs and data.target_tokens is None:
         return None
-    train = () if tokens.train is None else tokens.train  # an array of tokens has no truth value
-    target = {} if tokens.target is None else {index: tokens.target[index] for index in shown}
+    train = () if data.train_tokens is None else data.train_tokens  # an array of tokens has no truth value
+    target = {} if data.target_tokens is None else {index: data.target_tokens[index] for index in shown}
     return {
         "train": {str(index): [str(token) for token in train[index]] for index in {index for _, index in pairs}},
         "target": {str(index): [str(token) for token in words] for index, words in target.items()},

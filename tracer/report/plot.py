@@ -53,8 +53,22 @@ class Plot:
         self._left = 6 + max(text_width(text) for _, text in y.ticks)
         self._right = self.figure.width - MARGIN
         self._top, self._bottom = top + MARGIN, self.figure.height - 2 * LINE_HEIGHT - 4
-        self._draw_y_axis()
-        self._draw_x_axis()
+        baseline = self._bottom + LINE_HEIGHT
+        for value, text in y.ticks:
+            level = self.point(x.low, value)[1]
+            self.figure.marks.append(Line([(self._left, level), (self._right, level)], "line"))
+            self.figure.marks.append(Text(self._left - 6, level + 4, text, anchor="end"))
+        self.figure.marks.append(Line([(self._left, self._bottom), (self._right, self._bottom)], "line"))
+        taken: list[tuple[float, float]] = []
+        for value, text in x.ticks:
+            half, at = text_width(text) / 2, self.point(value, y.low)[0]
+            self.figure.marks.append(Line([(at, self._bottom), (at, self._bottom + 4)], "line"))
+            middle = min(max(at, half), self.figure.width - half)  # numbers at the edges stay inside the figure
+            if all(middle + half + 6 < low or high + 6 < middle - half for low, high in taken):  # none over another
+                taken.append((middle - half, middle + half))
+                self.figure.marks.append(Text(middle, baseline, text, anchor="middle"))
+        middle = (self._left + self._right) / 2
+        self.figure.marks.append(Text(middle, baseline + LINE_HEIGHT, x.name, anchor="middle"))
 
     def point(self, x: float, y: float) -> Point:
         """Return the pixels of a point."""
@@ -66,14 +80,13 @@ class Plot:
             return
         left, top = self.point(low, height)
         right, bottom = self.point(high, self._y.low)
-        mark = Rect(left + 0.3, top, max(0.5, right - left - 0.6), bottom - top, color, 0.62, title)
-        self.figure.marks.append(mark)
+        width = max(0.5, right - left - 0.6)
+        self.figure.marks.append(Rect(left + 0.3, top, width, bottom - top, color, 0.62, title))
 
     def line(self, points: Sequence[Point], key: Key) -> None:
         """Draw a line in the style of a legend entry; points outside the axes are left out."""
-        inside = [
-            self.point(x, y) for x, y in points if self._x.low <= x <= self._x.high and self._y.low <= y <= self._y.high
-        ]
+        across, up = self._x, self._y
+        inside = [self.point(x, y) for x, y in points if across.low <= x <= across.high and up.low <= y <= up.high]
         if len(inside) > 1:
             self.figure.marks.append(Line(inside, key.color, key.width, key.dash, key.name))
 
@@ -81,29 +94,6 @@ class Plot:
         """Draw a dashed line over the whole height."""
         at = self.point(x, 0.0)[0]
         self.figure.marks.append(Line([(at, self._top), (at, self._bottom)], color, 1.6, (5, 4)))
-
-    def _draw_y_axis(self) -> None:
-        """Draw horizontal lines with their numbers."""
-        for value, text in self._y.ticks:
-            y = self.point(self._x.low, value)[1]
-            self.figure.marks.append(Line([(self._left, y), (self._right, y)], "line"))
-            self.figure.marks.append(Text(self._left - 6, y + 4, text, anchor="end"))
-
-    def _draw_x_axis(self) -> None:
-        """Draw numbers below the plot, none over another, and the name of the axis."""
-        baseline = self._bottom + LINE_HEIGHT
-        self.figure.marks.append(Line([(self._left, self._bottom), (self._right, self._bottom)], "line"))
-        taken: list[tuple[float, float]] = []
-        for value, text in self._x.ticks:
-            half = text_width(text) / 2
-            x = self.point(value, self._y.low)[0]
-            self.figure.marks.append(Line([(x, self._bottom), (x, self._bottom + 4)], "line"))
-            middle = min(max(x, half), self.figure.width - half)  # numbers at the edges stay inside the figure
-            if all(middle + half + 6 < low or high + 6 < middle - half for low, high in taken):
-                taken.append((middle - half, middle + half))
-                self.figure.marks.append(Text(middle, baseline, text, anchor="middle"))
-        middle = (self._left + self._right) / 2
-        self.figure.marks.append(Text(middle, baseline + LINE_HEIGHT, self._x.name, anchor="middle"))
 
 
 def legend_figure(keys: Sequence[Key], width: float) -> Figure:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from tracer.report.content import ReportContent
-from tracer.report.health import Z
+from tracer.report.health import WrongLabels, Z
 from tracer.report.summaries import ClassSummary
 from tracer.report.text import number
 
@@ -34,17 +33,18 @@ class Advice:
 
 def recommendations(data: ReportContent) -> list[Advice]:
     """Return at most one recommendation of each kind, the most urgent first; often none."""
-    kinds: tuple[Callable[[ReportContent], Advice | None], ...] = (
-        _wrong_labels, _worst_class, _confused_pair, _concentration, _omnipresent_example, _small_class,
-        _harmed_targets,
-    )  # fmt: skip
-    return [advice for kind in kinds if (advice := kind(data)) is not None]
+    found: list[Advice | None] = []
+    # If the interval of wrong labels includes zero, all contradicted examples may have correct labels, and nothing
+    # follows from where they are.
+    if data.health is not None and data.classes is not None and data.health.low > 0:
+        found += [_wrong_labels(data.health), _worst_class(data, data.classes), _confused_pair(data, data.classes)]
+    found += [_concentration(data), _omnipresent_example(data), _small_class(data), _harmed_targets(data)]
+    return [advice for advice in found if advice is not None]
 
 
-def _wrong_labels(data: ReportContent) -> Advice | None:
-    """Check labels if the interval of the estimate is above zero."""
-    health = data.health
-    if health is None or health.low <= 0 or health.num_contradicted < MIN_EXAMPLES:
+def _wrong_labels(health: WrongLabels) -> Advice | None:
+    """Check labels of contradicted examples."""
+    if health.num_contradicted < MIN_EXAMPLES:
         return None
     return Advice(
         f"Check the labels of the {health.num_contradicted:,} contradicted examples, highest self-influence first.",
@@ -54,19 +54,14 @@ def _wrong_labels(data: ReportContent) -> Advice | None:
     )
 
 
-def _worst_class(data: ReportContent) -> Advice | None:
+def _worst_class(data: ReportContent, classes: ClassSummary) -> Advice | None:
     """Look at a class if far more of its examples are contradicted than of all other classes together."""
-    classes = _contradicting_classes(data)
-    if classes is None:
-        return None
     counts = classes.train_counts
     wrong = np.bincount(data.train_codes[classes.contradicted], minlength=len(counts))
     pooled = wrong.sum() / counts.sum()
     best: tuple[float, int, float] | None = None
-    for place in np.flatnonzero(wrong >= MIN_EXAMPLES).tolist():
+    for place in np.flatnonzero((wrong >= MIN_EXAMPLES) & (counts < counts.sum())).tolist():
         rest = int(counts.sum() - counts[place])
-        if not rest:
-            continue
         here, there = float(wrong[place] / counts[place]), float((wrong.sum() - wrong[place]) / rest)
         error = (pooled * (1 - pooled) * (1 / counts[place] + 1 / rest)) ** 0.5
         # every class could have stood out, so the threshold grows with their number (roughly Bonferroni)
@@ -82,11 +77,8 @@ def _worst_class(data: ReportContent) -> Advice | None:
     )
 
 
-def _confused_pair(data: ReportContent) -> Advice | None:
+def _confused_pair(data: ReportContent, classes: ClassSummary) -> Advice | None:
     """Look at a pair of classes if it has a large part of all contradicted examples."""
-    classes = _contradicting_classes(data)
-    if classes is None:
-        return None
     mask = classes.contradicted & (classes.harmed != data.train_codes)
     pairs = data.train_codes[mask] * len(data.class_names) + classes.harmed[mask]
     if not len(pairs):
@@ -168,13 +160,3 @@ def _harmed_targets(data: ReportContent) -> Advice | None:
         f"the lowest is {number(float(data.summary.target_mean.min()))}.",
         "targets",
     )
-
-
-def _contradicting_classes(data: ReportContent) -> ClassSummary | None:
-    """Return the scores by class if the interval of wrong labels is above zero.
-
-    Otherwise all contradicted examples may have correct labels, and nothing follows from where they are.
-    """
-    if data.health is None or data.health.low <= 0:
-        return None
-    return data.classes

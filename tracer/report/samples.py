@@ -24,18 +24,10 @@ MISSING_COLOR = (1.0, 0.0, 1.0)
 
 
 class Samples:
-    """Inputs, labels and predictions of ``size`` examples, to be shown one by one.
+    """Inputs, labels and predictions of ``size`` examples, to be shown one by one; ``role`` is named in errors.
 
-    Args:
-        role: ``"train"`` or ``"target"``, for error messages.
-        size: The number of examples.
-        inputs: Images ``[size, H, W]``, ``[size, C, H, W]`` or ``[size, H, W, C]`` with C of 1, 3 or 4 (channels first
-            where both readings are possible), vectors ``[size, D]`` or ``[size]``, texts, records (mappings, or a
-            two-dimensional array of objects), or None.
-        labels: ``[size]``, class indices, names or numbers, or None.
-        predictions: ``[size]``, of the same form, or None.
-        class_names: The name of each class index.
-        feature_names: The name of each number of a vector, ``D`` of them.
+    Inputs, labels and predictions are as in `tracer.report.write_report`; channels come first if both readings of an
+    image's shape are possible. Records (mappings, or a two-dimensional array of objects) become texts.
 
     Raises:
         InputError: If a length differs from ``size``, or a label is not an index of ``class_names``.
@@ -49,17 +41,14 @@ class Samples:
         self,
         role: str,
         size: int,
-        *,
         inputs: Any = None,
         labels: Any = None,
         predictions: Any = None,
         class_names: Sequence[str] | None = None,
         feature_names: Sequence[str] | None = None,
     ) -> None:
-        self.role = role
         self.size = size
-        inputs = _without_records(inputs, feature_names)
-        self.inputs = None if inputs is None else as_array(inputs, f"{role}_inputs")
+        self.inputs = np.zeros(size) if inputs is None else as_array(_as_texts(inputs, feature_names), f"{role}_inputs")
         self.labels = None if labels is None else _names(labels, f"{role}_labels", class_names)
         self.predictions = None if predictions is None else _names(predictions, f"{role}_predictions", class_names)
         self.has_classes = labels is not None and _are_classes(as_array(labels, f"{role}_labels"))
@@ -68,24 +57,20 @@ class Samples:
                 raise InputError(
                     f"{role}_{name} has {len(values)} examples; expected {size}, one for each {role} example."
                 )
-        self.kind: Kind = _kind(self.inputs, f"{role}_inputs")
-        self._low, self._high = (
-            _limits(self.inputs) if self.inputs is not None and self.kind == "images" else (0.0, 1.0)
-        )
+        self.kind: Kind = "absent" if inputs is None else _kind(self.inputs, f"{role}_inputs")
+        self.feature_names: list[str] | None = None
+        if self.kind == "vectors" and feature_names is not None:
+            width = int(np.prod(self.inputs.shape[1:]))
+            if len(feature_names) != width:
+                raise InputError(
+                    f"feature_names has {len(feature_names)} names; expected {width}, one for each number of "
+                    f"{role}_inputs."
+                )
+            self.feature_names = [str(name) for name in feature_names]
+        images = self.inputs if self.kind == "images" else np.zeros(0)
+        self._low, self._high = _limits(images)
         # if any image has missing pixels all get colors, so that thumbnails can share a sheet
-        self._has_missing = self.inputs is not None and self.kind == "images" and _has_nan(self.inputs)
-        self.feature_names = self._check_names(feature_names)
-
-    def _check_names(self, names: Sequence[str] | None) -> list[str] | None:
-        """Return a name for each number of a vector; None for other inputs."""
-        if names is None or self.kind != "vectors" or self.inputs is None:
-            return None
-        width = 1 if self.inputs.ndim == 1 else self.inputs.shape[1]
-        if len(names) != width:
-            raise InputError(
-                f"feature_names has {len(names)} names; expected {width}, one for each number of {self.role}_inputs."
-            )
-        return [str(name) for name in names]
+        self._has_missing = images.dtype.kind == "f" and bool(np.isnan(images).any())
 
     def label(self, index: int) -> str:
         """Return the name of an example's label; empty without labels."""
@@ -97,23 +82,25 @@ class Samples:
 
     def image(self, index: int) -> np.ndarray:
         """Return an image between 0 and 1, float64: ``[H, W]`` or ``[H, W, C]`` with C of 3 or 4."""
-        assert self.inputs is not None
         pixels = np.asarray(self.inputs[index], dtype=np.float64)
         if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4):
             pixels = np.moveaxis(pixels, 0, -1)  # [C, H, W] -> [H, W, C]
         if pixels.ndim == 3 and pixels.shape[-1] == 1:
             pixels = pixels[..., 0]
         scaled = np.clip((pixels - self._low) / (self._high - self._low), 0.0, 1.0)
-        return _mark_missing(scaled) if self._has_missing else scaled
+        if not self._has_missing:
+            return scaled
+        if scaled.ndim == 2:
+            scaled = np.repeat(scaled[..., None], 3, axis=-1)
+        scaled[np.isnan(scaled).any(axis=-1)] = (*MISSING_COLOR, 1.0)[: scaled.shape[-1]]
+        return scaled
 
     def text(self, index: int) -> str:
-        """Return an example's text, unchanged; empty for other inputs."""
-        return str(self.inputs[index]) if self.inputs is not None and self.kind == "texts" else ""
+        """Return an example's text, unchanged."""
+        return str(self.inputs[index])
 
     def vector(self, index: int) -> np.ndarray:
-        """Return an example's numbers ``[D]``; empty for other inputs."""
-        if self.inputs is None or self.kind != "vectors":
-            return np.zeros(0)
+        """Return an example's numbers ``[D]``."""
         return np.atleast_1d(self.inputs[index])
 
 
@@ -159,19 +146,13 @@ def _by_value(name: str) -> tuple[bool, int, str]:
 
 def _are_classes(labels: np.ndarray) -> bool:
     """Return whether labels are classes: few distinct values, and of floats very few without fractions."""
-    if labels.dtype.kind == "f" and not (labels == np.round(labels)).all():
+    is_float = labels.dtype.kind == "f"
+    if is_float and not (labels == np.round(labels)).all():
         return False
-    return 0 < len(np.unique(labels)) <= (MAX_FLOAT_CLASSES if labels.dtype.kind == "f" else MAX_CLASSES)
+    return 0 < len(np.unique(labels)) <= (MAX_FLOAT_CLASSES if is_float else MAX_CLASSES)
 
 
-def _are_indices(values: np.ndarray, num_classes: int) -> bool:
-    """Return whether floats or bools, as labels of two classes often are, are class indices."""
-    if values.dtype.kind not in "fb":
-        return False
-    return bool(((values == np.round(values)) & (values >= 0) & (values < num_classes)).all())
-
-
-def _without_records(inputs: Any, feature_names: Sequence[str] | None) -> Any:
+def _as_texts(inputs: Any, feature_names: Sequence[str] | None) -> Any:
     """Return records as texts with a line for each field, and anything else unchanged."""
     if isinstance(inputs, np.ndarray) and inputs.dtype == object and inputs.ndim == 2:
         names = feature_names or [f"field {place}" for place in range(inputs.shape[1])]
@@ -181,15 +162,13 @@ def _without_records(inputs: Any, feature_names: Sequence[str] | None) -> Any:
     return inputs
 
 
-def _kind(inputs: np.ndarray | None, name: str) -> Kind:
+def _kind(inputs: np.ndarray, name: str) -> Kind:
     """Return the kind of inputs from their dtype and number of dimensions."""
-    if inputs is None:
-        return "absent"
     if inputs.dtype.kind in "UO":
         return "texts"
     if inputs.ndim <= 2:
         return "vectors"
-    if inputs.ndim == 3 or (inputs.ndim == 4 and (inputs.shape[1] in (1, 3, 4) or inputs.shape[3] in (1, 3, 4))):
+    if inputs.ndim == 3 or (inputs.ndim == 4 and {inputs.shape[1], inputs.shape[3]} & {1, 3, 4}):
         return "images"
     raise InputError(
         f"{name} has shape {list(inputs.shape)}; expected images [N, H, W], [N, C, H, W] or [N, H, W, C] with C of 1, "
@@ -214,26 +193,15 @@ def _limits(images: np.ndarray) -> tuple[float, float]:
     return (low, high) if high > low else (low, low + 1.0)
 
 
-def _has_nan(values: np.ndarray) -> bool:
-    """Return whether any value is NaN."""
-    return values.dtype.kind == "f" and bool(np.isnan(values).any())
-
-
-def _mark_missing(image: np.ndarray) -> np.ndarray:
-    """Return an image in color with NaN pixels in `MISSING_COLOR`."""
-    if image.ndim == 2:
-        image = np.repeat(image[..., None], 3, axis=-1)
-    image[np.isnan(image).any(axis=-1)] = (*MISSING_COLOR, 1.0)[: image.shape[-1]]
-    return image
-
-
 def _names(values: Any, name: str, class_names: Sequence[str] | None) -> list[str]:
     """Return each label as text: the class's name, the index, or a number to four digits."""
     array = as_array(values, name)
     if array.ndim != 1:
         raise InputError(f"{name} has shape {list(array.shape)}; expected one value for each example.")
-    if class_names is not None and _are_indices(array, len(class_names)):
-        array = array.astype(np.int64)
+    if class_names is not None and array.dtype.kind in "fb":
+        # labels of two classes are often floats or bools
+        if ((array == np.round(array)) & (array >= 0) & (array < len(class_names))).all():
+            array = array.astype(np.int64)
     if class_names is None or array.dtype.kind not in "iu":
         return [f"{value:.4g}" if array.dtype.kind == "f" else as_text(value) for value in array]
     outside = np.flatnonzero((array < 0) | (array >= len(class_names)))

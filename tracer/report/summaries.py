@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -65,21 +66,12 @@ def summarize_scores(
     target_labels: np.ndarray | None = None,
     num_classes: int | None = None,
 ) -> ScoreSummary:
-    """Summarize scores in two passes over blocks of training examples.
+    """Return a summary of scores ``[N, M]`` and of class indices, in two passes over blocks of training examples.
 
     The *help* and *harm* of an example are the largest and the negated smallest of its mean scores on the targets of
     each class. Each target's scores are first divided by their root mean square, so that targets with large gradients
     do not dominate. An example with a correct label helps one class much and harms the other classes a little. An
     example of class b with the label a harms class b, to whose targets it is similar, about as much as it helps a.
-
-    Args:
-        scores: ``[N, M]``, finite; slices of it must be numpy arrays, for example a memory map.
-        train_labels: ``[N]``, integers from 0 to C - 1, or None.
-        target_labels: ``[M]``, integers from 0 to C - 1; None if and only if ``train_labels`` is.
-        num_classes: C. Default: one more than the largest label.
-
-    Returns:
-        The summary; ``classes`` is None without labels.
 
     Raises:
         InputError: If shapes do not fit each other, or labels are not class indices.
@@ -167,7 +159,7 @@ class _ClassSums:
     """Sums of scores by class and fold, from blocks of training examples, in the order of the examples."""
 
     def __init__(self, train: np.ndarray, target: np.ndarray, num_classes: int) -> None:
-        self._train, self._num_classes = train, num_classes
+        self._train = train
         self._train_counts = np.bincount(train, minlength=num_classes)
         self._target_counts = np.bincount(target, minlength=num_classes)
         self._present = np.flatnonzero(self._target_counts)
@@ -176,17 +168,15 @@ class _ClassSums:
         most = int(self._target_counts[self._present].min())
         # every class must have targets outside each fold
         self._num_folds = min(NUM_FOLDS, most) if most > 1 else 0
-        fold = place % max(1, self._num_folds)
-        self._order = order[np.lexsort((fold, target[order]))]  # by class, then by fold
-        pairs = np.sort(target[order] * NUM_FOLDS + fold)
-        self._cells, self._starts, self._sizes = np.unique(pairs, return_index=True, return_counts=True)
-        self._sums = np.zeros((self._num_classes, self._num_classes))
+        pairs = target[order] * NUM_FOLDS + place % max(1, self._num_folds)
+        self._order = order[np.argsort(pairs, kind="stable")]  # by class, then by fold
+        self._cells, self._starts, self._sizes = np.unique(np.sort(pairs), return_index=True, return_counts=True)
+        self._sums = np.zeros((num_classes, num_classes))
         self._ratio = np.zeros(len(train), dtype=np.float32)
         self._harmed = np.zeros(len(train), dtype=np.int64)
         self._fold_ratios = np.zeros((self._num_folds, len(train)), dtype=np.float32)
-        self._num_top = min(TOP_PER_CLASS, len(train))
         none = (0, len(self._present))
-        self._ends = [TopK(np.zeros(none, dtype=np.int64), np.zeros(none)) for _ in range(2)]
+        self._ends = [TopK(np.zeros(none, dtype=np.int64), np.zeros(none))] * 2  # greatest and least
 
     def add(self, start: int, block: np.ndarray, rms: np.ndarray) -> None:
         """Add the scores ``[n, M]`` of the training examples from ``start`` on."""
@@ -195,13 +185,12 @@ class _ClassSums:
         np.add.at(self._sums, (self._train[rows][:, None], self._cells // NUM_FOLDS), plain)
         scaled = np.divide(block, rms, out=np.zeros_like(block), where=rms > 0)
         cells = np.add.reduceat(scaled[:, self._order], self._starts, axis=1)
-        means = self._class_means(cells, np.ones(len(self._cells), dtype=bool))
+        means = self._class_means(cells)
         self._ratio[rows] = _harm_over_help(means)
         self._harmed[rows] = self._present[means.argmin(axis=1)]
         for fold in range(self._num_folds):
-            outside = self._class_means(cells, self._cells % NUM_FOLDS != fold)
-            self._fold_ratios[fold, rows] = _harm_over_help(outside)
-        self._add_ends(start, self._class_means(plain, np.ones(len(self._cells), dtype=bool)))
+            self._fold_ratios[fold, rows] = _harm_over_help(self._class_means(cells, self._cells % NUM_FOLDS != fold))
+        self._add_ends(start, self._class_means(plain))
 
     def _add_ends(self, start: int, means: np.ndarray) -> None:
         """Merge mean scores ``[n, classes with targets]`` into the greatest and the least of each class."""
@@ -210,18 +199,18 @@ class _ClassSums:
             known = self._ends[place]
             rows = np.concatenate([known.indices, indices])
             values = np.concatenate([known.scores, means])
-            best = np.argsort(sign * values, axis=0, kind="stable")[: self._num_top]
+            best = np.argsort(sign * values, axis=0, kind="stable")[:TOP_PER_CLASS]
             self._ends[place] = TopK(np.take_along_axis(rows, best, 0), np.take_along_axis(values, best, 0))
 
     def _end(self, place: int) -> TopK:
         """Return the greatest (0) or least (1) mean scores of all classes, ``[C, k]``."""
-        rows = np.full((self._num_classes, self._num_top), -1, dtype=np.int64)
-        values = np.zeros(rows.shape)
-        rows[self._present], values[self._present] = self._ends[place].indices.T, self._ends[place].scores.T
-        return TopK(rows, values)
+        indices, values = self._ends[place]
+        found = TopK(np.full((len(self._sums), len(indices)), -1), np.zeros((len(self._sums), len(indices))))
+        found.indices[self._present], found.scores[self._present] = indices.T, values.T
+        return found
 
-    def _class_means(self, cells: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        """Return the mean of the chosen cells by class, ``[n, classes with targets]``."""
+    def _class_means(self, cells: np.ndarray, chosen: np.ndarray | EllipsisType = ...) -> np.ndarray:
+        """Return the mean of all or the chosen cells by class, ``[n, classes with targets]``."""
         classes = self._cells[chosen] // NUM_FOLDS
         starts = np.searchsorted(classes, self._present)
         sizes = np.add.reduceat(self._sizes[chosen], starts)

@@ -7,12 +7,11 @@ from typing import Any
 
 def number(value: float, *, signed: bool = False) -> str:
     """Format a number to three significant digits, with a true minus sign."""
-    plus = "+" if signed else ""
+    sign = "+" if signed else ""
+    form = ",.0f" if abs(value) >= 1000 else ".3g"
     if value != 0 and (abs(value) >= 1e7 or abs(value) < 1e-4):
-        return f"{value:{plus}.2e}".replace("-", "−")
-    if abs(value) >= 1000:
-        return f"{value:{plus},.0f}".replace("-", "−")
-    return f"{value:{plus}.3g}".replace("-", "−")
+        form = ".2e"
+    return f"{value:{sign}{form}}".replace("-", "−")
 
 
 def as_text(value: Any) -> str:

@@ -46,9 +46,7 @@ def pil_image(pixels: np.ndarray) -> Any:
 
 def png_bytes(pixels: np.ndarray) -> bytes:
     """Return an image between 0 and 1 as a PNG file."""
-    buffer = io.BytesIO()
-    pil_image(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
+    return _encoded(pil_image(pixels), "PNG")
 
 
 def thumbnail_size(height: int, width: int, count: int) -> tuple[int, int]:
@@ -68,30 +66,22 @@ def sprite_sheets(samples: Samples, indices: Sequence[int]) -> dict[str, Any]:
     height, width = thumbnail_size(first.shape[0], first.shape[1], len(indices))
     columns = max(1, int((SHEET_PIXELS / (height * width)) ** 0.5))
     per_sheet = columns * columns
-    sheets = [
-        _sheet(samples, indices[start : start + per_sheet], (height, width), columns)
-        for start in range(0, len(indices), per_sheet)
-    ]
+    sheets = []
+    for start in range(0, len(indices), per_sheet):
+        images = [pil_image(samples.image(index)) for index in indices[start : start + per_sheet]]
+        sheet = images[0].resize((1, 1)).resize((columns * width, -(-len(images) // columns) * height))
+        for place, image in enumerate(images):
+            if image.size != (width, height):
+                image = image.resize((width, height), resample=1)  # Lanczos
+            sheet.paste(image, ((place % columns) * width, (place // columns) * height))
+        best, chosen = _encoded(sheet, "PNG"), "png"
+        if max(height, width) > LOSSLESS_SIDE:
+            # JPEG blurs edges, so it must be much smaller
+            smaller = _encoded(sheet, "JPEG")
+            if len(smaller) < 0.7 * len(best):
+                best, chosen = smaller, "jpeg"
+        sheets.append(f"data:image/{chosen};base64,{base64.b64encode(best).decode('ascii')}")
     return {"width": width, "height": height, "columns": columns, "per_sheet": per_sheet, "sheets": sheets}
-
-
-def _sheet(samples: Samples, indices: Sequence[int], size: tuple[int, int], columns: int) -> str:
-    """Return one sheet as a data URL."""
-    height, width = size
-    images = [pil_image(samples.image(index)) for index in indices]
-    lines = -(-len(indices) // columns)
-    sheet = images[0].resize((1, 1)).resize((columns * width, lines * height))
-    for place, image in enumerate(images):
-        if image.size != (width, height):
-            image = image.resize((width, height), resample=1)  # Lanczos
-        sheet.paste(image, ((place % columns) * width, (place // columns) * height))
-    best, chosen = _encoded(sheet, "PNG"), "png"
-    if max(size) > LOSSLESS_SIDE:
-        # JPEG blurs edges, so it must be much smaller
-        smaller = _encoded(sheet, "JPEG")
-        if len(smaller) < 0.7 * len(best):
-            best, chosen = smaller, "jpeg"
-    return f"data:image/{chosen};base64,{base64.b64encode(best).decode('ascii')}"
 
 
 def _encoded(image: Any, format_: str) -> bytes:

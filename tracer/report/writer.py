@@ -8,13 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from tracer.errors import InputTypeError
-from tracer.report import charts, content, sections, tables
+from tracer.errors import InputError, InputTypeError
+from tracer.report import charts, content, page, tables
 from tracer.report.figure import SLIDE, Figure
 from tracer.report.health import descending, enough_classes, estimate_wrong_labels
 from tracer.report.montage import influence_montage, ranking_montage
-from tracer.report.page import render_page
-from tracer.report.payload import payload
 from tracer.report.png import png
 from tracer.report.samples import Samples, class_codes
 from tracer.report.summaries import summarize_scores
@@ -118,36 +116,39 @@ def write_report(
         )
     own = content.check_scores(self_influence, "self_influence")
     num_train, num_targets = len(own), len(proponents.indices)
-    names: dict[str, Any] = {"class_names": class_names, "feature_names": options.get("feature_names")}
-    predicted = options.get("train_predictions")
-    train = Samples("train", num_train, inputs=train_inputs, labels=train_labels, predictions=predicted, **names)
-    predicted = options.get("target_predictions")
-    target = Samples("target", num_targets, inputs=target_inputs, labels=target_labels, predictions=predicted, **names)
     tokens = (options.get("train_tokens"), options.get("target_tokens"), options.get("token_scores"))
+    names = (class_names, options.get("feature_names"))
     data = content.ReportContent(
         self_influence=own,
         order=descending(own),
         proponents=content.check_top(proponents, "proponents", num_train, num_targets),
         opponents=content.check_top(opponents, "opponents", num_train, num_targets),
-        train=train,
-        target=target,
+        train=Samples("train", num_train, train_inputs, train_labels, options.get("train_predictions"), *names),
+        target=Samples("target", num_targets, target_inputs, target_labels, options.get("target_predictions"), *names),
         known_mislabelled=content.check_mask(options.get("known_mislabelled"), num_train),
         rankings=content.check_rankings(options.get("rankings") or {}, num_train),
         settings=dict(options.get("settings") or {}),
         shown_targets=content.check_shown(options.get("shown_targets"), num_targets),
         num_top_examples=options.get("num_top_examples", 24),
-        tokens=content.check_tokens(*tokens, num_train, num_targets),
+        train_tokens=tokens[0],
+        target_tokens=tokens[1],
+        token_scores=content.check_tokens(*tokens, num_train, num_targets),
     )
     if scores is not None and num_targets:
         data = _with_scores(data, scores, class_names)
-    html = render_page(title, sections.lead(data), sections.build_sections(data), data, payload(data))
+    html = page.render_page(title, data)
     drawn = {name: png(figure) for name, figure in _slides(data).items()} if figures else {}
     return _write(Path(directory), html, data, drawn)
 
 
 def _with_scores(data: content.ReportContent, scores: Any, class_names: Sequence[str] | None) -> content.ReportContent:
     """Return the content with a summary of all scores, by class if both sides have classes."""
-    content.check_matrix(scores, data.num_train, data.target.size)
+    shape, expected = list(getattr(scores, "shape", ())), [data.num_train, data.target.size]
+    if shape != expected:
+        raise InputError(
+            f"scores have shape {shape}; expected {expected}, a line for each training example and a column for each "
+            "target, as Tracer.finalize_scores returns them."
+        )
     both = data.train.has_classes and data.target.has_classes
     if not both or len(set(data.target.labels or ())) < 2:
         return replace(data, summary=summarize_scores(scores))
@@ -160,24 +161,21 @@ def _with_scores(data: content.ReportContent, scores: Any, class_names: Sequence
 
 def _slides(data: content.ReportContent) -> dict[str, Figure]:
     """Return the figures that become PNG files, by name."""
-    known = data.known_mislabelled
-    groups = sections.self_influence_groups(data)
+    known, classes = data.known_mislabelled, data.classes
+    groups = page.self_influence_groups(data)
     drawn = {"self_influence": charts.histogram(groups, "self-influence (dashed: median)", "% of each group", SLIDE)}
     if known is not None:
-        drawn["recovery"] = charts.recovery_slide(sections.all_rankings(data), known)
+        drawn["recovery"] = charts.recovery_slide(page.all_rankings(data), known)
     if data.summary is not None:
         drawn["scores"] = charts.signed_histogram(data.summary.edges, data.summary.counts, SLIDE)
-    if data.classes is not None:
-        classes = data.classes
+    if classes is not None:
         drawn["class_influence"] = charts.class_map(classes.influence, data.class_names, classes.train_counts, 24)
-    if data.train.kind == "images":
-        top = data.order[: data.num_top_examples]
-        if len(top):
-            drawn["top_self_influence"] = ranking_montage(data.train, top, data.self_influence, known)
-        if data.target.kind == "images" and data.shown_targets:
-            drawn["influence"] = influence_montage(
-                data.train, data.target, data.proponents, data.opponents, data.shown_targets, known
-            )
+    top = data.order[: data.num_top_examples]
+    if data.train.kind == "images" and len(top):
+        drawn["top_self_influence"] = ranking_montage(data.train, top, data.self_influence, known)
+    if data.train.kind == data.target.kind == "images" and data.shown_targets:
+        ends = (data.proponents, data.opponents)
+        drawn["influence"] = influence_montage(data.train, data.target, *ends, data.shown_targets, known)
     return drawn
 
 
