@@ -51,8 +51,7 @@ def assign_parameters(optimizer: Mapping, model: nn.Module) -> tuple[Assigned, s
     entries = [optimizer["state"].get(number) for number, _ in held]
     moments = [entry.get("exp_avg_sq") if isinstance(entry, Mapping) else None for entry in entries]
     shapes = [tuple(values.shape) if isinstance(values, Tensor) else None for values in moments]
-    by = _by_order if len({id(group) for _, group in held}) == 1 else _by_shape
-    return by(held, shapes, fitting), f"{len(held)} of the model's parameters"
+    return _by_shape(held, shapes, fitting), f"{len(held)} of the model's parameters"
 
 
 def _by_name(held: Sequence[tuple[Any, Mapping]], given: Sequence[str], model: nn.Module) -> Assigned:
@@ -67,23 +66,18 @@ def _by_name(held: Sequence[tuple[Any, Mapping]], given: Sequence[str], model: n
     return {aliases[name]: one for name, one in zip(given, held, strict=True) if name in aliases}
 
 
-def _by_order(
-    held: Sequence[tuple[Any, Mapping]], shapes: Sequence[Shape | None], named: Sequence[tuple[str, Shape]]
-) -> Assigned:
-    """Match the parameters of one group in the model's order, as ``Adam(model.parameters())`` numbers them."""
-    for (number, _), found, (name, shape) in zip(held, shapes, named, strict=True):
-        if found is not None and found != shape:
-            raise CheckpointError(
-                f"the optimizer's parameters have no names and do not fit in the model's order: {name!r} is "
-                f"{list(shape)}, 'exp_avg_sq' of the optimizer's parameter {number!r} is {list(found)}; {_NAME}"
-            )
-    return {name: one for (name, _), one in zip(named, held, strict=True)}
-
-
 def _by_shape(
     held: Sequence[tuple[Any, Mapping]], shapes: Sequence[Shape | None], named: Sequence[tuple[str, Shape]]
 ) -> Assigned:
-    """Match the parameters of several groups by shape, within a group in the model's order."""
+    """Match parameters without names in the model's order; those of several groups by shape first."""
+    if len({id(group) for _, group in held}) == 1:  # as Adam(model.parameters()) numbers them
+        for (number, _), found, (name, shape) in zip(held, shapes, named, strict=True):
+            if found is not None and found != shape:
+                raise CheckpointError(
+                    f"the optimizer's parameters have no names and do not fit in the model's order: {name!r} is "
+                    f"{list(shape)}, 'exp_avg_sq' of the optimizer's parameter {number!r} is {list(found)}; {_NAME}"
+                )
+        return {name: one for (name, _), one in zip(named, held, strict=True)}
     known = [shape for shape in shapes if shape is not None]
     if len(known) < len(held):
         unknown = [repr(number) for (number, _), shape in zip(held, shapes, strict=True) if shape is None]

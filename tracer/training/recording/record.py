@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,31 +117,26 @@ class Recording:
             )
         check_choice("learning_rate", learning_rate, RATES)
         rates = [one.learning_rate_sums if learning_rate == "sum" else one.learning_rates for one in self.checkpoints]
-        table = [[*row, *[0.0] * (len(self.groups) - len(row))] for row in rates]  # groups may be added on the way
-        if group is not None:
-            number = check_integer(group, "group", 0, len(self.groups) - 1)
-            return [row[number] for row in table]
         held = [number for number, names in enumerate(self.groups) if names]
-        columns = [[row[number] for row in table] for number in held]
-        if self.untrained or any(column != columns[0] for column in columns):
-            raise InputError(self._refusal(held, columns))
+        if group is not None:
+            held = [check_integer(group, "group", 0, len(self.groups) - 1)]
+        # Groups may be added on the way.
+        columns = [[row[number] if number < len(row) else 0.0 for row in rates] for number in held]
+        if group is None and (self.untrained or any(column != columns[0] for column in columns)):
+            parts = [
+                f"group {number} ({listing([repr(name) for name in self.groups[number]])}) from {min(column):.4g} to "
+                f"{max(column):.4g}"
+                for number, column in zip(held, columns, strict=True)
+            ]
+            if self.untrained:
+                parts.append(f"no group, so never trained: {listing([repr(name) for name in self.untrained])}")
+            raise InputError(
+                f"{self.directory}: a checkpoint has one learning rate, and parameters were trained with different "
+                f"ones: {'; '.join(parts)}. Take one group and its parameters only: load_checkpoints(directory, group="
+                f"{held[0]}) with params=open_recording(directory).groups[{held[0]}]; scores of several groups, each "
+                f"with a save_dir of its own, add up"
+            )
         return columns[0]
-
-    def _refusal(self, held: Sequence[int], columns: Sequence[Sequence[float]]) -> str:
-        """Return which parameters had which rates, and what to do."""
-        parts = [
-            f"group {number} ({listing([repr(name) for name in self.groups[number]])}) from {min(column):.4g} to "
-            f"{max(column):.4g}"
-            for number, column in zip(held, columns, strict=True)
-        ]
-        if self.untrained:
-            parts.append(f"no group, so never trained: {listing([repr(name) for name in self.untrained])}")
-        return (
-            f"{self.directory}: a checkpoint has one learning rate, and parameters were trained with different ones: "
-            f"{'; '.join(parts)}. Take one group and its parameters only: load_checkpoints(directory, group="
-            f"{held[0]}) with params=open_recording(directory).groups[{held[0]}]; scores of several groups, each with "
-            f"a save_dir of its own, add up"
-        )
 
 
 def open_recording(directory: str | os.PathLike[str]) -> Recording:

@@ -110,8 +110,6 @@ class CheckpointRecorder:
         self._seen_sample = self._sample()
         self._depth = 0  # of calls of the optimizer's step inside each other
         self._flags: dict[int, tuple[bool, ...]] = {}  # of each group, at the last step that moved it
-        self._trained: dict[int, set[str]] = {}
-        self._uneven: set[str] = set()
         self._rates: list[Rate] = []
         self._sums: list[Rate] = []  # since the last checkpoint
         self._writes = this_process().rank == 0
@@ -186,8 +184,9 @@ class CheckpointRecorder:
         if self.closed:
             return
         try:
-            changed = self.steps == self._seen_steps and self._moved()
-            if save and changed and any(_numbers(self._sums)):
+            now, seen = self._sample(), self._seen_sample
+            same = len(now) == len(seen) and all(map(same_values, now, seen))
+            if save and not same and self.steps == self._seen_steps and any(_numbers(self._sums)):
                 logger.warning(
                     "%s: the last state is not saved, since weights were changed after step %d; close the recorder "
                     "before loading others",
@@ -231,8 +230,8 @@ class CheckpointRecorder:
             "schedule": self._schedule.state(),
             "epoch": self._epoch,
             "loss": _finite(self._loss),
-            "trained": self._trained_names(),
-            "uneven": sorted(self._uneven),
+            "trained": self._recording.trained,
+            "uneven": self._recording.uneven,
         }
 
     def _sample(self) -> list[Tensor]:
@@ -242,25 +241,14 @@ class CheckpointRecorder:
         flat = [one.detach().reshape(-1) for one in chosen]
         return [one[:: max(one.numel() // 256, 1)].clone() for one in flat]
 
-    def _trained_names(self) -> dict[str, list[str]]:
-        return {str(number): sorted(names) for number, names in self._trained.items()}
-
-    def _moved(self) -> bool:
-        now = self._sample()
-        pairs = zip(now, self._seen_sample, strict=False)
-        return len(now) != len(self._seen_sample) or not all(same_values(one, other.to(one)) for one, other in pairs)
-
     def _enter_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._depth += 1
 
     def _leave_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._depth -= 1  # torch calls the hooks of a step that calls super().step() for each of the two
-        if self._depth <= 0:
-            self._depth = 0
-            self._count_step(optimizer)
-
-    def _count_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add the learning rates of the optimizer's last step."""
+        """Add the learning rates of the optimizer's step."""
+        self._depth = max(self._depth - 1, 0)  # torch calls the hooks of a step and of the super().step() in it
+        if self._depth:
+            return
         self.steps += 1
         overflow = getattr(optimizer, "found_inf", None)  # fused optimizers skip a step by themselves
         self._rates = []
@@ -274,8 +262,10 @@ class CheckpointRecorder:
                 self._flags[number] = flags
                 own = {id(parameter): name for name, parameter in self.model.named_parameters()}
                 names = {own[id(one)] for one in group["params"] if one.requires_grad and id(one) in own}
-                self._uneven |= self._trained.setdefault(number, names) ^ names
-                self._trained[number] = names
+                trained = self._recording.trained
+                uneven = {*self._recording.uneven} | (names ^ {*trained.get(str(number), names)})
+                trained = {**trained, str(number): sorted(names)}
+                self._recording = replace(self._recording, trained=trained, uneven=sorted(uneven))
             if not any(flags):
                 rate = 0.0  # it does not move
             elif overflow is not None:
@@ -288,8 +278,6 @@ class CheckpointRecorder:
         self.steps = self._seen_steps = int(state["step"])
         self._epoch, self._loss = state["epoch"], state["loss"]
         self._rates = list(state["learning_rates"])
-        self._trained = {int(number): set(names) for number, names in state.get("trained", {}).items()}
-        self._uneven = set(self._recording.uneven)
         self._schedule.restore(state["schedule"])
         totals, kept = state["learning_rate_totals"], self._recording.checkpoints
         if kept and kept[-1].step == self.steps:
@@ -318,7 +306,6 @@ class CheckpointRecorder:
         state = model_state(self.model)
         groups, untrained = parameter_groups(self.optimizer, self.model, old.groups)
         recording = replace(old, checkpoints=kept, stride=stride, groups=groups, untrained=untrained)
-        recording = replace(recording, uneven=sorted(self._uneven), trained=self._trained_names())
         recording = replace(recording, shapes=shapes_of(state))
         check_owner(old)
         try:

@@ -96,7 +96,8 @@ def begin_recording(
     removed = len(recording.checkpoints) - len(kept)
     if removed:
         logger.info("%s: %d checkpoints after step %d are removed", directory, removed, int(state["step"]))
-    recording = replace(recording, checkpoints=kept, uneven=list(state.get("uneven", recording.uneven)))
+    uneven, trained = state.get("uneven", recording.uneven), state.get("trained", {})
+    recording = replace(recording, checkpoints=kept, uneven=list(uneven), trained=dict(trained))
     recording = _claim(recording, exists=True)
     named = {path for one in kept for path in one.files}
     for path in list(directory.iterdir()):  # also files that a process did not remove before it was killed
@@ -124,7 +125,7 @@ def _last_state(recording: Recording, model: nn.Module) -> dict[str, Any]:
             there = fit_state(model, read_checkpoint(last.path))
         except CheckpointError as error:
             raise MismatchError(f"the last checkpoint of {recording.directory} does not fit: {error}") from error
-        if not all(same_values(value, there[name].cpu()) for name, value in model_state(model).items()):
+        if not all(same_values(value, there[name]) for name, value in model_state(model).items()):
             raise MismatchError(
                 f"resume=True continues after the last checkpoint, and the model does not have its weights: load "
                 f"{last.path} (after {last.step} steps) into the model first, or pass the recorder.state_dict() that "
@@ -143,7 +144,8 @@ def _last_state(recording: Recording, model: nn.Module) -> dict[str, Any]:
 
 
 def same_values(left: Tensor, right: Tensor) -> bool:
-    """Return whether two tensors are equal, with NaN equal to itself."""
+    """Return whether two tensors are equal, with NaN equal to itself, on whatever device."""
+    right = right.to(left)
     if left.shape != right.shape:
         return False
     return torch.equal(left, right) or bool(((left == right) | ((left != left) & (right != right))).all())
