@@ -11,8 +11,7 @@ from tracer._core.validation import complete_rates
 from tracer.errors import InputError
 from tracer.training.recording import FILE, load_checkpoints
 
-WeightedPaths = list[tuple[Path, float | None]]
-"""Paths, each with its learning rate or, if that is unknown, None."""
+WeightedPaths = list[tuple[Path, float | None]]  # paths, each with its learning rate or, if that is unknown, None
 
 
 def find_checkpoints(patterns: Sequence[str], learning_rate: float | Sequence[float] | None) -> WeightedPaths:

@@ -16,8 +16,7 @@ from tracer.errors import MismatchError
 from tracer.metrics.ranks import rank_correlation
 from tracer.scoring.scorer import KINDS
 
-_BLOCK_SCORES = 1 << 22
-"""Scores of a block of targets, of each side."""
+_BLOCK_SCORES = 1 << 22  # scores of a block of targets, of each side
 
 
 @click.command("compare", cls=ResultCommand)

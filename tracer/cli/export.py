@@ -19,11 +19,8 @@ from tracer.errors import InputError, MissingDependencyError
 from tracer.scoring.scorer import KINDS
 from tracer.store.table_schema import NO_LABEL
 
-_BLOCK_SCORES = 1 << 20
-"""Scores of a block: the most in memory at a time, apart from summaries."""
-
-Columns = Mapping[str, np.ndarray]
-"""Columns of equal length, by name: integers, floats, or texts."""
+_BLOCK_SCORES = 1 << 20  # scores of a block: the most in memory at a time, apart from summaries
+Columns = Mapping[str, np.ndarray]  # columns of equal length, by name: integers, floats, or texts
 
 
 @click.command("export", cls=ResultCommand)

@@ -13,8 +13,7 @@ import click
 
 from tracer.cli.app import ExampleCommand
 
-_STDOUT = "tracer.stdout"
-"""Key of the real standard output in a command's context while it is redirected."""
+_STDOUT = "tracer.stdout"  # key of the real standard output in a command's context while it is redirected
 
 
 class ResultCommand(ExampleCommand):

@@ -22,8 +22,7 @@ from tracer.cli.output import ResultCommand
 from tracer.errors import InputError, InputTypeError, nearest_name
 from tracer.scoring.estimators import Estimate
 
-LARGEST_COUNT = (1 << 63) - 1
-"""The largest int64: larger counts do not fit into tensors and files."""
+LARGEST_COUNT = (1 << 63) - 1  # the largest int64: larger counts do not fit into tensors and files
 
 
 def _parse_rates(text: str) -> float | list[float]:

@@ -12,8 +12,7 @@ from tracer.cli.stores import Integers, StoreView, check_targets, class_of, coun
 from tracer.scoring.scorer import KINDS
 from tracer.types import TopK
 
-SHOWN_TARGETS = 10
-"""The number of targets printed for people if none are named."""
+SHOWN_TARGETS = 10  # the number of targets printed for people if none are named
 
 
 @click.command("top", cls=ResultCommand)

@@ -1,8 +1,8 @@
 """Reports of influence scores: one self-contained page, CSV tables, PNG figures, and the top examples as files.
 
 `write_report` takes plain arrays, so it shows scores of any origin. `samples` and `content` check them, `summaries`,
-`health` and `recommendations` analyze them; `page` and ``templates/`` write HTML, `payload` and
-`thumbnails` the data of its scripts (``assets/``); `charts` and `montage` draw figures, `png` and `tables` write files.
+`health` and `recommendations` analyze them; `page` and ``templates/`` write HTML, `payload` the data of its scripts
+(``assets/``); `charts` and `montage` draw each `figure` once, `png` and `tables` write files.
 """
 
 from tracer.report.writer import ReportOptions, write_report

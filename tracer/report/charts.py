@@ -6,24 +6,37 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tracer.report.figure import FONT_SIZE, PAGE, Figure, Line, Mark, Point, Rect, Size, Text, moved, text_width
+from tracer.report.figure import (
+    FONT_SIZE,
+    PAGE,
+    Axis,
+    Figure,
+    Key,
+    Line,
+    Mark,
+    Plot,
+    Point,
+    Rect,
+    Size,
+    Text,
+    legend_figure,
+    log_ticks,
+    moved,
+    round_ticks,
+    text_width,
+)  # fmt: skip
 from tracer.report.health import recovery_curve
-from tracer.report.plot import Axis, Key, Plot, legend_figure, log_ticks, round_ticks
 from tracer.report.text import number, shortened
 
 NUM_BINS = 44
-DECADES = 8
-"""Self-influence that is smaller than the greatest by more powers of ten is drawn at the left edge."""
-
+DECADES = 8  # self-influence that is smaller than the greatest by more powers of ten is drawn at the left edge
 MAX_CURVE_POINTS = 400
 MAX_NAME = 40
 
 MAX_MAP_CLASSES = 40
 """With more classes, those with the most training examples are on the map; class_influence.csv has all."""
 
-MAP_NUMBERS = 12
-"""With more classes the cells of the map hold no numbers."""
-
+MAP_NUMBERS = 12  # with more classes the cells of the map hold no numbers
 BEST, CHANCE = Key("best possible", "muted", 1.3, (6, 5)), Key("chance", "muted", 1.6, (1.5, 4))
 _DASHES: tuple[tuple[float, ...], ...] = ((), (7, 3), (2, 3), (9, 3, 2, 3))
 
@@ -162,6 +175,11 @@ def class_map(influence: np.ndarray, names: Sequence[str], train_counts: np.ndar
     largest = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 0.0
     figure = Figure(margin + side + 8, margin + side + 48, "Mean scores by class. A table below has the numbers.")
     figure.min_width = 380
+    figure.caption = (
+        "Mean score of the training examples of a class on the targets of a class: blue helps, orange harms."
+    )
+    if len(shown) <= MAP_NUMBERS:
+        figure.caption += f" Numbers are in percent of the largest, {number(largest)}."
     for a, label in enumerate(labels):
         middle = margin + cell * (a + 0.5)
         figure.marks.append(Text(margin - 7, middle + 4, label, anchor="end"))

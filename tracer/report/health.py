@@ -9,9 +9,7 @@ import numpy as np
 
 from tracer.report.summaries import ClassSummary
 
-Z = 1.959964
-"""Half the width of a two-sided 95 % interval, in standard errors."""
-
+Z = 1.959964  # half the width of a two-sided 95 % interval, in standard errors
 MIN_CLASSES = 10
 """With fewer classes there is no estimate, because the rates were measured with ten.
 
@@ -19,8 +17,7 @@ With two classes an example harms one whenever it helps the other, so harm over 
 correct example near the boundary. On three and five classes of digits the rates leave their ranges (docs/report.md).
 """
 
-CHECKED_SHARES = (0.1, 0.2, 0.3)
-"""The shares of checked training examples that tables list."""
+CHECKED_SHARES = (0.1, 0.2, 0.3)  # the shares of checked training examples that tables list
 
 
 @dataclass(frozen=True)

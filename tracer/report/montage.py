@@ -12,11 +12,8 @@ from tracer.report.text import number, shortened
 from tracer.types import TopK
 
 TILE, PITCH, WIDE_PITCH, LINE_HEIGHT = 64.0, 71.0, 88.0, 104.0
-GAP = 25.0
-"""Space between the columns of targets, proponents and opponents."""
-
-MAX_TILES = 5
-"""More proponents or opponents of a target would be too small to see; the page and the CSV file list all."""
+GAP = 25.0  # space between the columns of targets, proponents and opponents
+MAX_TILES = 5  # more proponents or opponents of a target would be too small to see; the page and the CSV file list all
 
 
 def influence_montage(

@@ -5,9 +5,7 @@ It embeds the style sheet, the scripts and their data, so it loads nothing.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -16,23 +14,17 @@ from markupsafe import Markup
 
 from tracer.report import charts
 from tracer.report.content import ReportContent
+from tracer.report.figure import legend_figure, round_ticks
 from tracer.report.health import CHECKED_SHARES, MIN_CLASSES, checked_counts, count_classes, recovered, recovery_table
 from tracer.report.payload import MAX_TABLE_EXAMPLES, MAX_TARGETS, payload
-from tracer.report.plot import legend_figure, round_ticks
 from tracer.report.recommendations import recommendations
-from tracer.report.text import number
+from tracer.report.text import asset, number
 
 RECOVERY_SIZE = (420, 260)
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
 SCRIPTS = ("data.js", "inputs.js", "suspects.js", "targets.js", "main.js")
 """The page's scripts, in the order in which they depend on each other."""
-
-
-@cache
-def asset(name: str) -> str:
-    """Return a style sheet or a script of this package."""
-    return files("tracer.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def render_page(title: str, data: ReportContent) -> str:
@@ -126,29 +118,11 @@ def _overview(data: ReportContent) -> dict[str, Any]:
 def _distributions(data: ReportContent) -> dict[str, Any]:
     """Return the histograms of self-influence, scores and targets, and their quantiles."""
     groups, summary = self_influence_groups(data), data.summary
-    drawn = [
-        (
-            "Self-influence",
-            charts.histogram(groups, "self-influence", "% of each group"),
-            "Dashed: median of each group.",
-        )
-    ]
+    figures = [charts.histogram(groups, "self-influence", "% of each group")]
     columns = {f"self-influence, {name}": values for name, values in groups.items()}
     if summary is not None:
-        step = summary.train_step
-        sampled = "" if step == 1 else f" One in {step} training examples is counted."
-        drawn += [
-            (
-                "Scores",
-                charts.signed_histogram(summary.edges, summary.counts),
-                f"A positive score helps the target, a negative one harms it.{sampled}",
-            ),
-            (
-                "Average influence per target",
-                charts.histogram({"targets": summary.target_mean}, "mean score of a target", "% of targets"),
-                "Mean over all training examples. Below zero, their scores add up to harm.",
-            ),
-        ]
+        figures.append(charts.signed_histogram(summary.edges, summary.counts))
+        figures.append(charts.histogram({"targets": summary.target_mean}, "mean score of a target", "% of targets"))
         columns["mean score of a training example"] = summary.train_mean
         columns["mean score of a target"] = summary.target_mean
     lines = [
@@ -156,7 +130,6 @@ def _distributions(data: ReportContent) -> dict[str, Any]:
         for name, values in columns.items()
         if len(values)
     ]
-    figures = [replace(figure, title=title, caption=caption) for title, figure, caption in drawn]
     return {"figures": figures, "quantiles": lines}
 
 
@@ -183,14 +156,6 @@ def _classes(data: ReportContent) -> dict[str, Any] | None:
     if classes is None:
         return None
     names, shown = data.class_names, charts.map_classes(classes.train_counts).tolist()
-    drawn = np.abs(classes.influence[np.ix_(shown, shown)])
-    largest = float(np.nanmax(drawn)) if np.isfinite(drawn).any() else 0.0
-    figure = charts.class_map(classes.influence, names, classes.train_counts)
-    figure.caption = (
-        "Mean score of the training examples of a class on the targets of a class: blue helps, orange harms."
-    )
-    if len(shown) <= charts.MAP_NUMBERS:
-        figure.caption += f" Numbers are in percent of the largest, {number(largest)}."
     codes = data.train_codes
     sums = np.bincount(codes, weights=data.self_influence, minlength=len(names))
     wrong = None if data.contradicted is None else np.bincount(codes[data.contradicted], minlength=len(names))
@@ -204,7 +169,7 @@ def _classes(data: ReportContent) -> dict[str, Any] | None:
         lines.append(line)
     header = ["class", "training examples", "targets", "mean self-influence", "score on own class"]
     return {
-        "map": figure,
+        "map": charts.class_map(classes.influence, names, classes.train_counts),
         "map_header": ["", *(names[b] for b in shown)],
         "map_lines": [[names[a], *(_number_or_empty(classes.influence[a, b]) for b in shown)] for a in shown],
         "header": header if wrong is None else [*header, "contradicted"],

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from tracer.report.content import ReportContent
+from tracer.report.png import encoded, pil_image
 from tracer.report.samples import Samples
 from tracer.report.text import shortened
-from tracer.report.thumbnails import sprite_sheets
 from tracer.types import TopK
 
 MAX_TABLE_EXAMPLES = 200_000
 """With more training examples, the page's table has those of highest self-influence; the CSV file has all."""
 
-MAX_TARGETS = 2_000
-"""With more targets, the page has the shown ones and others, spread evenly; the CSV files have all."""
-
-MAX_THUMBNAILS = 4_000
-"""Images in the page, of training examples and of targets each."""
-
-TEXT_BUDGET = 6_000_000
-"""Characters of texts in the page, of training examples and of targets each."""
-
-TEXT_LENGTH = 600
-"""Longer texts are cut to this many characters."""
-
-NUMBER_BUDGET = 1_500_000
-"""Numbers of vectors in the page, of training examples and of targets each."""
-
-VECTOR_LENGTH = 24
-"""Longer vectors are cut to this many numbers."""
+MAX_TARGETS = 2_000  # with more targets, the page has the shown ones and others, spread evenly; the CSV files have all
+MAX_THUMBNAILS = 4_000  # images in the page, of training examples and of targets each
+TEXT_BUDGET = 6_000_000  # characters of texts in the page, of training examples and of targets each
+TEXT_LENGTH = 600  # longer texts are cut to this many characters
+NUMBER_BUDGET = 1_500_000  # numbers of vectors in the page, of training examples and of targets each
+VECTOR_LENGTH = 24  # longer vectors are cut to this many numbers
+MAX_SIDE = 96  # larger images are scaled down to this many pixels
+MAX_PIXELS = 20_000_000  # the pixels of all training or all target thumbnails; more images are scaled down further
+MIN_SIDE = 32
+LOSSLESS_SIDE = 16  # images up to this many pixels stay exact, because the page enlarges their pixels
+SHEET_PIXELS = 1_000_000
 
 
 def packed(values: Any, dtype: str) -> str:
@@ -172,3 +167,38 @@ def _tokens(data: ReportContent, targets: np.ndarray) -> dict[str, Any] | None:
             for (target, index), values in pairs.items()
         },
     }
+
+
+def thumbnail_size(height: int, width: int, count: int) -> tuple[int, int]:
+    """Return height and width of the thumbnails of ``count`` images.
+
+    >>> thumbnail_size(8, 8, 1000), thumbnail_size(480, 640, 100), thumbnail_size(480, 640, 100_000)
+    ((8, 8), (72, 96), (24, 32))
+    """
+    side = min(MAX_SIDE, max(MIN_SIDE, int((MAX_PIXELS / max(1, count)) ** 0.5)))
+    scale = min(1.0, side / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def sprite_sheets(samples: Samples, indices: Sequence[int]) -> dict[str, Any]:
+    """Return sheets as data URLs; image ``i`` is at place ``i % per_sheet`` of sheet ``i // per_sheet``."""
+    first = samples.image(indices[0])
+    height, width = thumbnail_size(first.shape[0], first.shape[1], len(indices))
+    columns = max(1, int((SHEET_PIXELS / (height * width)) ** 0.5))
+    per_sheet = columns * columns
+    sheets = []
+    for start in range(0, len(indices), per_sheet):
+        images = [pil_image(samples.image(index)) for index in indices[start : start + per_sheet]]
+        sheet = images[0].resize((1, 1)).resize((columns * width, -(-len(images) // columns) * height))
+        for place, image in enumerate(images):
+            if image.size != (width, height):
+                image = image.resize((width, height), resample=1)  # Lanczos
+            sheet.paste(image, ((place % columns) * width, (place // columns) * height))
+        best, chosen = encoded(sheet, "PNG"), "png"
+        if max(height, width) > LOSSLESS_SIDE:
+            # JPEG blurs edges, so it must be much smaller
+            smaller = encoded(sheet, "JPEG")
+            if len(smaller) < 0.7 * len(best):
+                best, chosen = smaller, "jpeg"
+        sheets.append(f"data:image/{chosen};base64,{base64.b64encode(best).decode('ascii')}")
+    return {"width": width, "height": height, "columns": columns, "per_sheet": per_sheet, "sheets": sheets}

@@ -1,22 +1,23 @@
-"""PNG files of figures for slides, drawn by matplotlib without its global state."""
+"""Image files: figures for slides, drawn by matplotlib without its global state, and images of examples by Pillow."""
 
 from __future__ import annotations
 
 import io
 import re
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from tracer.errors import MissingDependencyError
 from tracer.report.figure import Figure, Line, Rect, Text
-from tracer.report.page import asset
+from tracer.report.text import asset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SCALE = 2
-"""Pixels of the file for each pixel of the figure."""
-
+JPEG_QUALITY = 88
+SCALE = 2  # pixels of the file for each pixel of the figure
 _DOTS_PER_INCH = 100
 _POINTS = 72 / _DOTS_PER_INCH  # matplotlib measures text and lines in points
 _PADDING = 10
@@ -92,3 +93,28 @@ def _draw_shape(axes: Axes, mark: Rect | Line) -> None:
     line = Line2D(across, down, color=color, linewidth=width, linestyle=dash)
     line.set_solid_capstyle("projecting" if mark.closed else "butt")
     axes.add_line(line)
+
+
+def pil_image(pixels: np.ndarray) -> Any:
+    """Return an image between 0 and 1, ``[H, W]`` or ``[H, W, C]``, as a Pillow image on white."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Reports of images need Pillow, which is not installed. Install it: pip install tracin[report]"
+        ) from error
+    if pixels.ndim == 3 and pixels.shape[-1] == 4:
+        pixels = pixels[..., :3] * pixels[..., 3:] + 1 - pixels[..., 3:]
+    return Image.fromarray(np.round(pixels * 255).astype(np.uint8))
+
+
+def png_bytes(pixels: np.ndarray) -> bytes:
+    """Return an image between 0 and 1 as a PNG file."""
+    return encoded(pil_image(pixels), "PNG")
+
+
+def encoded(image: Any, format_: str) -> bytes:
+    """Return a Pillow image as a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=format_, quality=JPEG_QUALITY)
+    return buffer.getvalue()

@@ -11,9 +11,7 @@ from tracer.report.health import WrongLabels, Z
 from tracer.report.summaries import ClassSummary
 from tracer.report.text import number
 
-MIN_EXAMPLES = 5
-"""Fewer examples or targets support no recommendation."""
-
+MIN_EXAMPLES = 5  # fewer examples or targets support no recommendation
 PAIR_SHARE = 0.2
 CLASS_FACTOR = 2.0
 CONCENTRATION = 0.2
@@ -58,21 +56,20 @@ def _worst_class(data: ReportContent, classes: ClassSummary) -> Advice | None:
     """Look at a class if far more of its examples are contradicted than of all other classes together."""
     counts = classes.train_counts
     wrong = np.bincount(data.train_codes[classes.contradicted], minlength=len(counts))
-    pooled = wrong.sum() / counts.sum()
-    best: tuple[float, int, float] | None = None
-    for place in np.flatnonzero((wrong >= MIN_EXAMPLES) & (counts < counts.sum())).tolist():
-        rest = int(counts.sum() - counts[place])
-        here, there = float(wrong[place] / counts[place]), float((wrong.sum() - wrong[place]) / rest)
-        error = (pooled * (1 - pooled) * (1 / counts[place] + 1 / rest)) ** 0.5
-        # every class could have stood out, so the threshold grows with their number (roughly Bonferroni)
-        if here > CLASS_FACTOR * there and here - there > (Z + np.log10(len(counts))) * error:
-            best = max(best or (0.0, 0, 0.0), (here, place, there))
-    if best is None:
+    rest = counts.sum() - counts
+    with np.errstate(divide="ignore", invalid="ignore"):  # classes without examples; they are not chosen
+        here, there, pooled = wrong / counts, (wrong.sum() - wrong) / rest, wrong.sum() / counts.sum()
+        error = (pooled * (1 - pooled) * (1 / counts + 1 / rest)) ** 0.5
+    # every class could have stood out, so the threshold grows with their number (roughly Bonferroni)
+    far = (here > CLASS_FACTOR * there) & (here - there > (Z + np.log10(len(counts))) * error)
+    found = np.flatnonzero((wrong >= MIN_EXAMPLES) & (rest > 0) & far).tolist()
+    if not found:
         return None
-    here, place, there = best
+    place = max(found, key=lambda place: (here[place], place))
+    name, share, others = data.class_names[place], f"{here[place]:.1%}", f"{there[place]:.1%}"
     return Advice(
-        f"Look at how examples of class {data.class_names[place]} were labelled.",
-        f"{here:.1%} of its {counts[place]:,} examples are contradicted, against {there:.1%} in all other classes.",
+        f"Look at how examples of class {name} were labelled.",
+        f"{share} of its {counts[place]:,} examples are contradicted, against {others} in all other classes.",
         "classes",
     )
 

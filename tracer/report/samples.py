@@ -13,12 +13,8 @@ from tracer.report.text import as_text
 
 Kind = Literal["images", "texts", "vectors", "absent"]
 
-MAX_CLASSES = 1000
-"""Labels with more distinct values are numbers or names of single examples, not classes."""
-
-MAX_FLOAT_CLASSES = 20
-"""The same for labels that are floats, as those of two classes often are."""
-
+MAX_CLASSES = 1000  # labels with more distinct values are numbers or names of single examples, not classes
+MAX_FLOAT_CLASSES = 20  # the same for labels that are floats, as those of two classes often are
 MISSING_COLOR = (1.0, 0.0, 1.0)
 """The color of NaN pixels: magenta, which gray images and most photographs do not contain."""
 

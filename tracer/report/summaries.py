@@ -20,12 +20,8 @@ from tracer.types import TopK
 SPREAD_FACTOR = 1.25
 """The distance of the threshold from the median, in units of the distance from the 10 % quantile to the median."""
 
-TOP_PER_CLASS = 10
-"""The number of examples that help a class most, and of those that harm it most, in a summary."""
-
-NUM_FOLDS = 10
-"""Folds of the targets that the jackknife leaves out in turn."""
-
+TOP_PER_CLASS = 10  # the number of examples that help a class most, and of those that harm it most, in a summary
+NUM_FOLDS = 10  # folds of the targets that the jackknife leaves out in turn
 _BLOCK_BYTES = 64 << 20
 _HISTOGRAM_SCORES = 20_000_000
 _DECADES, _BINS_A_DECADE = 6, 5

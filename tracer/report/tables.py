@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from tracer.report.content import ReportContent
+from tracer.report.png import png_bytes
 from tracer.report.samples import Samples
-from tracer.report.thumbnails import png_bytes
 
 TOP_FOLDER = "top_influences"
 _MARK = ".written_by_tracer"

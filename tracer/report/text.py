@@ -1,7 +1,9 @@
-"""Numbers and names as readers see them."""
+"""Numbers and names as readers see them, and the style sheet and scripts of the page."""
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
 
@@ -26,3 +28,9 @@ def as_text(value: Any) -> str:
 def shortened(text: str, length: int) -> str:
     """Cut a text to ``length`` characters, the last of which is then an ellipsis."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+@cache
+def asset(name: str) -> str:
+    """Return a style sheet or a script of this package."""
+    return files("tracer.report").joinpath("assets", name).read_text(encoding="utf-8")
