@@ -92,18 +92,23 @@ def begin_recording(
             f"resume= came with the state of another recording than that in {directory}: pass the directory that it "
             f"was recorded in, or resume=False and another directory to begin a new one."
         )
+    return _truncate(recording, state), state
+
+
+def _truncate(recording: Recording, state: State) -> Recording:
+    """Remove checkpoints of later steps than a state from a recording and its directory."""
     kept = [one for one in recording.checkpoints if one.step <= int(state["step"])]
     removed = len(recording.checkpoints) - len(kept)
     if removed:
-        logger.info("%s: %d checkpoints after step %d are removed", directory, removed, int(state["step"]))
+        logger.info("%s: %d checkpoints after step %d are removed", recording.directory, removed, int(state["step"]))
     uneven, trained = state.get("uneven", recording.uneven), state.get("trained", {})
     recording = replace(recording, checkpoints=kept, uneven=list(uneven), trained=dict(trained))
     recording = _claim(recording, exists=True)
     named = {path for one in kept for path in one.files}
-    for path in list(directory.iterdir()):  # also files that a process did not remove before it was killed
+    for path in list(recording.directory.iterdir()):  # also files that a process did not remove before it was killed
         if path not in named and OWN_FILE.fullmatch(path.name):
             path.unlink(missing_ok=True)
-    return recording, state
+    return recording
 
 
 def _claim(recording: Recording, exists: bool) -> Recording:
