@@ -525,7 +525,7 @@ def refusals(path: Path) -> None:
     """What cannot work says so on all ranks, names the parameters, and what to do."""
     job = Traced("conv", path)
     job.model = Scaled()
-    job.states = [copy.deepcopy(job.model.state_dict())] * 2
+    job.states = [{name: scale * value for name, value in job.model.state_dict().items()} for scale in (1.0, 0.9)]
     with raises(tracer.GradientError, "'scale': no layer rule covers it in", "Leave them out with params="):
         job.tracer(shard(copy.deepcopy(job.model), "whole"), "raw")
     job.shared(job.tracer(shard(copy.deepcopy(job.model), "whole"), "chosen", params="linear"))
@@ -557,7 +557,7 @@ def a_wrong_rule_is_found(path: Path) -> None:
     """The self-check compares with autograd's gradients of the whole parameters, on every rank."""
     job = Traced("conv", path)
     job.model = nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.ReLU(), Odd(8, 3))
-    job.states = [copy.deepcopy(job.model.state_dict())] * 2
+    job.states = [{name: scale * value for name, value in job.model.state_dict().items()} for scale in (1.0, 0.9)]
 
     def rule(call: tracer.LayerCall) -> dict:
         return {"weight": factor * torch.einsum("bo,bi->boi", call.grad_output, call.x), "bias": call.grad_output}

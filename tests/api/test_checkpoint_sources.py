@@ -7,6 +7,7 @@ import torch
 from tracer_cases import build, featurize
 
 from tracer import InputError, attribute
+from tracer.api.checkpoint_sources import check_distinct
 
 
 def data(run):
@@ -53,3 +54,48 @@ def test_a_number_that_was_removed_may_be_used_again(run, tmp_path):
     tracing.store.catalog.checkpoint_path(0).remove()
     tracing.load_checkpoint(state, model_id=1, learning_rate=rate)
     assert tracing.store.catalog.checkpoint_ids() == [1]
+
+
+def test_an_aliased_optimizer_state_and_equal_weights_with_other_moments_are_refused(run, tmp_path):
+    model, options = copy.deepcopy(run.model), {"preconditioner": "adam"}
+    optimizer = torch.optim.Adam(model.named_parameters())
+    checkpoints = []
+    for _ in range(2):
+        torch.nn.functional.cross_entropy(model(run.x), run.y).backward()
+        optimizer.step()
+        checkpoints.append(({"model": copy.deepcopy(model.state_dict()), "optimizer": optimizer.state_dict()}, 0.1))
+    with pytest.raises(InputError, match="both the same tensors"):
+        attribute(model, *data(run), checkpoints, save_dir=tmp_path / "a", **options)
+    own = [({**each, "optimizer": copy.deepcopy(each["optimizer"])}, rate) for each, rate in checkpoints]
+    own[0][0]["optimizer"]["state"][0]["exp_avg_sq"] += 1
+    attribute(model, *data(run), own, save_dir=tmp_path / "b", **options)
+    own[1] = ({**own[1][0], "model": copy.deepcopy(own[0][0]["model"])}, 0.1)
+    with pytest.raises(InputError, match="got the same"):
+        attribute(model, *data(run), own, save_dir=tmp_path / "c", **options)
+
+
+class Lazy(dict):
+    """Makes each tensor when it is asked for, as safetensors files do."""
+
+    def __getitem__(self, name):
+        return super().__getitem__(name).clone()
+
+
+def test_lazy_mappings_and_paths_of_any_class_are_told_apart(tmp_path):
+    check_distinct([Lazy(w=torch.zeros(9)), Lazy(w=torch.ones(9))])
+    check_distinct([{"w": torch.zeros(3, device="meta")}, {"w": torch.zeros(3, device="meta")}, {}, {}])
+    check_distinct([{"w": torch.zeros(2, 2).to_sparse()}, {"w": torch.zeros(2, 2).to_sparse()}])
+
+    class Named:
+        def __init__(self, name):
+            self.name = name
+
+        def __fspath__(self):
+            return self.name
+
+        def __str__(self):
+            return "checkpoint"
+
+    check_distinct([Named("a.pt"), Named("b.pt")])
+    with pytest.raises(InputError, match="both the file"):
+        check_distinct([Named("a.pt"), "a.pt"])

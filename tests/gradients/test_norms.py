@@ -5,7 +5,8 @@ import torch
 from projection_cases import OnlyDense, all_forms, embedding, normal, oracle_rows, outer
 
 from tracer.gradients import norms, per_sample
-from tracer.gradients.combined import SumGradient
+from tracer.gradients.combined import SumGradient, add_gradients
+from tracer.gradients.layers import conv_weight_gradient
 from tracer.gradients.per_sample import DenseGradient, OuterGradient
 from tracer.gradients.rows import RowsGradient
 
@@ -110,3 +111,18 @@ def test_the_weighted_sum_of_a_large_table_builds_none_of_its_gradients(monkeypa
     for one in (gradient, SumGradient([gradient, gradient])):
         total, norms = one.weighted_sum(torch.ones(64))
         assert total.shape == (8 << 20,) and norms > 0
+
+
+def test_a_single_gradient_is_not_copied_and_empty_parameters_have_norm_zero():
+    gradient = outer((8, 5), 6)
+    assert add_gradients([gradient]) is gradient
+    assert outer((0, 5), 6).fold(2).squared_norm().tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_divided_gradient_of_a_grouped_convolution_keeps_one_dtype(dtype):
+    module = torch.nn.Conv2d(2, 4, 3, groups=2)
+    gradient = conv_weight_gradient(module, normal(3, 2, 5, 5, dtype=dtype), normal(3, 4, 3, 3, seed=1, dtype=dtype))
+    divided = gradient.divided(torch.tensor([1.0, 2.0, 4.0])).dense(0, 3)
+    expected = gradient.dense(0, 3).float() / torch.tensor([[1.0], [2.0], [4.0]])
+    torch.testing.assert_close(divided, expected, rtol=2e-2, atol=2e-2)

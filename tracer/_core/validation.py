@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,11 +55,11 @@ def bar_disabled(progress: bool | None) -> bool | None:
 
 def check_integer(value: Any, name: str, least: int, most: int | None = None) -> int:
     """Return a Python int from ``least`` to ``most``; raise `InputTypeError` or `InputError` for anything else."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise InputTypeError(f"{name} is {value!r}; expected an integer.")
     try:
+        if isinstance(value, bool) or getattr(value, "dtype", None) in (bool, torch.bool):
+            raise TypeError
         number = operator.index(value)
-    except TypeError:  # for example a tensor of float
+    except (TypeError, RuntimeError):  # for example a tensor of float, or without memory
         raise InputTypeError(f"{name} is {value!r}; expected an integer.") from None
     if number < least or (most is not None and number > most):
         raise InputError(f"{name} is {number}; expected {least} {'or more' if most is None else f'to {most}'}.")

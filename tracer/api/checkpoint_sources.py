@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from tracer.errors import CallOrderError, InputError
 from tracer.store import RowTable, Store
@@ -19,22 +21,45 @@ _ALIASING = (
 
 
 def check_distinct(checkpoints: Sequence[Checkpoint]) -> None:
-    """Raise `InputError` if two checkpoints are the same file or share all their memory."""
+    """Raise `InputError` if two checkpoints are the same file, or share all memory of a state dict in them."""
     seen: dict[object, int] = {}
+    alive = []  # a mapping may make its tensors on access, and freed memory is used again
     for place, checkpoint in enumerate(checkpoints):
-        is_path = isinstance(checkpoint, (str, os.PathLike))
-        key = Path(str(checkpoint)).absolute() if is_path else tuple(_addresses(checkpoint))
-        if key and (first := seen.setdefault(key, place)) != place:
-            what = f"the file {checkpoint}" if is_path else f"the same tensors. {_ALIASING}"
-            raise InputError(f"expected different checkpoints, got checkpoints[{first}] and [{place}], both {what}")
+        if isinstance(checkpoint, (str, os.PathLike)):
+            if (first := seen.setdefault(Path(checkpoint).absolute(), place)) != place:
+                both = f"checkpoints[{first}] and [{place}], both the file {checkpoint}"
+                raise InputError(f"expected different checkpoints, got {both}")
+            continue
+        for part, tensors in _state_dicts(checkpoint):
+            alive.append(tensors)
+            key = part, *(tensor.data_ptr() for tensor in tensors)
+            if (first := seen.setdefault(key, place)) != place:
+                raise InputError(
+                    f"expected different checkpoints, got checkpoints[{first}] and [{place}], both the same tensors. "
+                    f"{_ALIASING}"
+                )
 
 
-def _addresses(values: object) -> Iterator[int]:
-    if isinstance(values, Tensor):
-        yield values.data_ptr()
-    elif isinstance(values, Mapping):
-        for value in values.values():
-            yield from _addresses(value)
+def _state_dicts(checkpoint: object, part: tuple[object, ...] = ()) -> Iterator[tuple[object, list[Tensor]]]:
+    """Yield the plain tensors of each mapping below a checkpoint, for an optimizer's state all of them together."""
+    if not isinstance(checkpoint, Mapping):
+        return
+    tensors = list(_tensors(checkpoint)) if "param_groups" in checkpoint else list(_tensors(checkpoint, nested=False))
+    if tensors:
+        yield part, tensors
+    if "param_groups" not in checkpoint:
+        for name in checkpoint:
+            yield from _state_dicts(checkpoint[name], (*part, name))
+
+
+def _tensors(values: Mapping[Any, Any], nested: bool = True) -> Iterator[Tensor]:
+    for name in values:
+        value = values[name]
+        if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided:
+            if value.device.type != "meta" and value.numel():
+                yield value
+        elif nested and isinstance(value, Mapping):
+            yield from _tensors(value)
 
 
 class CheckpointSources:
@@ -48,12 +73,13 @@ class CheckpointSources:
         """Raise `InputError` if the store has a new checkpoint's weights under another number."""
         if self._ids is None:  # read once: a store may have thousands of checkpoints
             ids = store.catalog.checkpoint_ids()
-            self._ids = {str(store.table_attributes(each)["weights_fingerprint"]): each for each in ids}
+            self._ids = {_weights(str(store.table_attributes(each)["weights_fingerprint"])): each for each in ids}
+        fingerprint = _weights(fingerprint)
         other = self._ids.setdefault(fingerprint, model_id)
         if other != model_id and store.catalog.has_checkpoint(other):
             raise InputError(
                 f"expected other weights under model_id={model_id} than under model_id={other}, got the same: scores "
-                f"would count them twice. {_ALIASING} To use a checkpoint again, keep its model_id."
+                f"would count them twice. {_ALIASING} If training did not change them, pass one with both rates."
             )
         self._ids[fingerprint] = model_id
 
@@ -80,3 +106,8 @@ class CheckpointSources:
                 f"model_id={model_id}) with the checkpoint that was featurized; a path is remembered in the store."
             )
         return str(source)
+
+
+def _weights(fingerprint: str) -> str:
+    """Return the part of a checkpoint's fingerprint that is its weights', without an optimizer's moments."""
+    return fingerprint.partition("+")[0]

@@ -62,5 +62,6 @@ def add_gradients(gradients: Sequence[PerSampleGradient]) -> PerSampleGradient:
     by_type: dict[type[PerSampleGradient], list[PerSampleGradient]] = {}
     for gradient in gradients:
         by_type.setdefault(type(gradient), []).append(gradient)
-    joined = [one for kind, alike in by_type.items() for one in kind.joined(alike)]
+    # Joining copies the factors, so a single gradient, the usual case, stays as it is.
+    joined = [one for kind, alike in by_type.items() for one in (kind.joined(alike) if len(alike) > 1 else alike)]
     return joined[0] if len(joined) == 1 else SumGradient(joined)

@@ -50,7 +50,7 @@ class Fallback:
             return
         parameters = dict(self._model.named_parameters())
         row_bytes = sum(parameters[name].numel() * parameters[name].element_size() for name in names)
-        step = max(1, min(batch_size, FALLBACK_BYTES // row_bytes))
+        step = max(1, min(batch_size, FALLBACK_BYTES // max(1, row_bytes)))
         for start in range(0, batch_size, step):
             stop = min(start + step, batch_size)
             block = batch

@@ -120,7 +120,7 @@ class PerSampleGradient(ABC):
 
     def squared_norm(self) -> Tensor:
         """Return the exact squared norm of each sample's gradient: ``[B]``, float64, in bounded memory."""
-        (rows, cols), positions = matrix_shape(self.shape), self.num_positions
+        (rows, cols), positions = matrix_shape(self.shape), self.num_positions if self.numel else None
         if positions is not None and gram_cost(positions, rows, cols) <= build_cost(positions, rows, cols):
 
             def gram(start: int, stop: int) -> Tensor:
@@ -371,7 +371,7 @@ class ScaledGradient(PerSampleGradient):
 
 def join_samples(values: Tensor, factor: int) -> Tensor:
     """Join groups of ``factor`` consecutive samples of ``[B * factor, T, n]`` along ``T``."""
-    return values.reshape(len(values) // factor, -1, values.shape[-1])
+    return values.reshape(len(values) // factor, factor * values.shape[1], values.shape[-1])
 
 
 def weighted_norms(gradient: PerSampleGradient, weights: Tensor) -> Tensor:

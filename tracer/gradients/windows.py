@@ -48,6 +48,8 @@ class WindowGradient(PerSampleGradient):
         patches = self.windows(self.padded[start:stop])
         patches = patches.reshape(rows * self.groups, -1, math.prod(self.left.shape[2:]))
         left = self.left[start:stop].reshape(rows * self.groups, -1, patches.shape[-1])
+        dtype = torch.promote_types(left.dtype, patches.dtype)  # `divided` widens one of them
+        left, patches = left.to(dtype), patches.to(dtype)
         return torch.bmm(left, patches.transpose(1, 2)).reshape(rows, self.numel)
 
     def outer(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:

@@ -58,7 +58,8 @@ class Projector(ABC):
             raise InputError("shapes is empty: a projector needs at least one parameter; check `params=`")
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.proj_dim = check_count(proj_dim, "proj_dim")
-        self.dim = getattr(type(self), "dim", self.proj_dim)
+        if not hasattr(type(self), "dim"):  # a subclass may have it as a class attribute or a property
+            self.dim = self.proj_dim
         self.seed = check_seed(seed)
         self._prepare(device)
 

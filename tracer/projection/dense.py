@@ -40,7 +40,7 @@ class DenseProjector(Projector):
         """Add ``P_nameᵀ g`` to ``features [B, k]`` and the exact squared norm of g, both in place."""
         if not gradient.is_divisible:  # build it once for all blocks of P
             for start, stop in row_blocks(gradient.batch_size, 4 * gradient.numel, CACHE_BYTES):
-                whole = DenseGradient(gradient.entries(start, stop).view(-1, *gradient.shape))
+                whole = DenseGradient(gradient.entries(start, stop).view(stop - start, *gradient.shape))
                 self.add(name, whole, features[start:stop], squared_norm[start:stop])
             return
         cols = max(1, matrix_shape(gradient.shape)[1])
