@@ -26,8 +26,7 @@ from tracer.training.fit_state import fit_state
 from tracer.training.optimizer_states import assign_parameters
 from tracer.types import Checkpoint
 
-PRECONDITIONERS = ("adam",)
-"""The values of ``preconditioner=`` apart from None."""
+PRECONDITIONERS = ("adam",)  # the values of ``preconditioner=`` apart from None
 
 
 def check_preconditioner(preconditioner: str | None, sharded: bool = False) -> str | None:
@@ -81,11 +80,7 @@ class TrainingCheckpoint:
 
 
 def optimizer_path(path: str | os.PathLike[str]) -> Path:
-    """Return the path of the optimizer's state that belongs to the weights in a ``.safetensors`` file.
-
-    >>> optimizer_path("run/step_00000100.safetensors").name
-    'step_00000100.optimizer.pt'
-    """
+    """Return the path of the optimizer's state that belongs to the weights in a ``.safetensors`` file."""
     return Path(path).with_suffix(".optimizer.pt")
 
 

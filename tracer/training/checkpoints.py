@@ -25,11 +25,7 @@ from tracer.types import Checkpoint
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return the state dict in a checkpoint, not copied, or on the CPU from a path; without ``_extra_state`` entries.
-
-    >>> sorted(read_checkpoint(nn.Linear(2, 3).state_dict()))
-    ['bias', 'weight']
-    """
+    """Return the state dict in a checkpoint, not copied, or on the CPU from a path, without ``_extra_state``."""
     return as_state(*checkpoint_value(checkpoint))
 
 
@@ -50,24 +46,17 @@ def checkpoint_value(checkpoint: Checkpoint) -> tuple[Any, str, str]:
     if path.is_dir():
         raise CheckpointError(f"the checkpoint {path} is a directory: pass the path of the file in it")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path), str(path), "checkpoint"
-    return _read_torch(path), str(path), f'torch.load("{path}", map_location="cpu", weights_only=True)'
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path, device="cpu")
-    except Exception as error:  # the library raises its own class, OSError and more
-        raise CheckpointError(
-            f"{path} cannot be read as safetensors ({error}): it is damaged or of another format; write it again"
-        ) from error
-
-
-def _read_torch(path: Path) -> Any:
+        try:
+            return load_file(path, device="cpu"), str(path), "checkpoint"
+        except Exception as error:  # the library raises its own class, OSError and more
+            raise CheckpointError(
+                f"{path} cannot be read as safetensors ({error}): it is damaged or of another format; write it again"
+            ) from error
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            value = torch.load(path, map_location="cpu", weights_only=True)
+        return value, str(path), f'torch.load("{path}", map_location="cpu", weights_only=True)'
     except Exception as error:  # a damaged file can raise nearly anything out of the unpickler
         reason = type(error).__name__
         if not isinstance(error, pickle.UnpicklingError):  # torch's text on those proposes to execute the file

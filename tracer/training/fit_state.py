@@ -42,10 +42,11 @@ def _check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> N
     """Raise CheckpointError if keys, shapes or kinds of dtype differ."""
     missing = [key for key in expected if key not in given]
     unexpected = [key for key in given if key not in expected]
-    problems = []
-    for keys, what in ((missing, "missing"), (unexpected, "unexpected")):
-        if keys:
-            problems.append(f"{len(keys)} keys are {what}: {listing([repr(key) for key in keys])}")
+    problems = [
+        f"{len(keys)} keys are {what}: {listing([repr(key) for key in keys])}"
+        for keys, what in ((missing, "missing"), (unexpected, "unexpected"))
+        if keys
+    ]
     reshaped = []
     for key, value in expected.items():
         if key in given and given[key].shape != value.shape:

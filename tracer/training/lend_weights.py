@@ -87,11 +87,15 @@ def weights_in(model: nn.Module, loaded: LoadedWeights) -> Iterator[nn.Module]:
         own = [(dict(one._parameters), dict(one._buffers), set(one._non_persistent_buffers_set)) for one in modules]
         restore.callback(_put_back, modules, own)
 
-        def reshard_again(kind: type[BaseException] | None, *_: object) -> None:
+        versions = {name: value._version for name, value in parameters.items()}
+
+        def finish(kind: type[BaseException] | None, *_: object) -> None:
+            changed = [name for name, version in versions.items() if parameters[name]._version != version]
+            if changed:
+                logger.warning("parameters were changed in place while a checkpoint was in use: %s", listing(changed))
             reshard(model, failed=kind is not None)
 
-        restore.push(reshard_again)
-        restore.callback(_warn_of_changes, parameters, {name: value._version for name, value in parameters.items()})
+        restore.push(finish)
         yield model
 
 
@@ -106,9 +110,3 @@ def _put_back(modules: Sequence[nn.Module], own: Sequence[tuple[dict[str, Any], 
             registry.clear()
             registry.update(held)
         module._non_persistent_buffers_set = non_persistent
-
-
-def _warn_of_changes(parameters: Mapping[str, Tensor], versions: Mapping[str, int]) -> None:
-    changed = [name for name, version in versions.items() if parameters[name]._version != version]
-    if changed:
-        logger.warning("parameters were changed in place while a checkpoint was in use: %s", listing(changed))

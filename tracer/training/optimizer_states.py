@@ -22,9 +22,7 @@ _NAME = (
     'dict a list of its parameters\' names, group["param_names"] = [...]'
 )
 
-Assigned = dict[str, tuple[Any, Mapping]]
-"""The optimizer's number and group of each parameter, by the model's name."""
-
+Assigned = dict[str, tuple[Any, Mapping]]  # the optimizer's number and group of each parameter, by the model's name
 Shape = tuple[int, ...]
 
 
@@ -39,7 +37,16 @@ def assign_parameters(optimizer: Mapping, model: nn.Module) -> tuple[Assigned, s
     held = [(number, group) for group in groups for number in group["params"]]
     given = [name for group in groups if group["params"] for name in group.get("param_names") or group["params"]]
     if all(isinstance(name, str) for name in given):  # torch.distributed.checkpoint numbers parameters by their names
-        return _by_name(held, given, model), listing([repr(name) for name in given]) or "none"
+        if len(given) != len(held):
+            raise CheckpointError(
+                f"the optimizer's state dict has {len(given)} 'param_names' for {len(held)} parameters: expected one "
+                f"each; pass optimizer.state_dict()"
+            )
+        canonical = {id(parameter): name for name, parameter in model.named_parameters()}
+        # Any name of a tied parameter counts. Names unknown to the model are left out.
+        aliases = {name: canonical[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        assigned = {aliases[name]: one for name, one in zip(given, held, strict=True) if name in aliases}
+        return assigned, listing([repr(name) for name in given]) or "none"
     named = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
     trainable = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
     fitting = next((some for some in (named, trainable) if len(some) == len(held)), None)
@@ -52,18 +59,6 @@ def assign_parameters(optimizer: Mapping, model: nn.Module) -> tuple[Assigned, s
     moments = [entry.get("exp_avg_sq") if isinstance(entry, Mapping) else None for entry in entries]
     shapes = [tuple(values.shape) if isinstance(values, Tensor) else None for values in moments]
     return _by_shape(held, shapes, fitting), f"{len(held)} of the model's parameters"
-
-
-def _by_name(held: Sequence[tuple[Any, Mapping]], given: Sequence[str], model: nn.Module) -> Assigned:
-    """Match parameters by name; any name of a tied parameter counts, and names unknown to the model are left out."""
-    if len(given) != len(held):
-        raise CheckpointError(
-            f"the optimizer's state dict has {len(given)} 'param_names' for {len(held)} parameters: expected one each; "
-            f"pass optimizer.state_dict()"
-        )
-    canonical = {id(parameter): name for name, parameter in model.named_parameters()}
-    aliases = {name: canonical[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-    return {aliases[name]: one for name, one in zip(given, held, strict=True) if name in aliases}
 
 
 def _by_shape(

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -229,7 +229,6 @@ class IdealRecorder:
         }
 
     def _has_changed(self, weights: LoadedWeights) -> bool:
-        """Return whether the model's parameters and persistent buffers differ from those of the last losses."""
         now: dict[str, Tensor] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         return not all(
             name in now and now[name].device == value.device and torch.equal(now[name], value)
@@ -264,10 +263,9 @@ class IdealRecorder:
     def _undisturbed(self) -> Iterator[None]:
         """Restore modes and random state afterwards, and leave a surrounding autocast."""
         trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        with ExitStack() as stack:
-            # Casts that autocast has cached are of the training's weights.
+        torch.clear_autocast_cache()  # casts that autocast has cached are of the training's weights
+        try:
+            with torch.autocast(self._device.type, enabled=False), isolated(self.model, trainable, self._device):
+                yield
+        finally:
             torch.clear_autocast_cache()
-            stack.callback(torch.clear_autocast_cache)
-            stack.enter_context(torch.autocast(self._device.type, enabled=False))
-            stack.enter_context(isolated(self.model, trainable, self._device))
-            yield

@@ -16,8 +16,6 @@ from tracer._core.validation import check_choice
 from tracer.errors import InputError, StoreError
 
 FORMAT_VERSION = 1
-_SHARES = ("equal",)
-_ABOUT = ("target_fingerprints", "task", "weights_fingerprint")
 
 
 @dataclass(frozen=True)
@@ -56,15 +54,9 @@ class IdealRecord:
         >>> record.influence()[:, 0]
         array([0.25, 0.  , 0.5 ])
         """
-        total = np.zeros((self.train_set_size, self.loss_changes.shape[1]))
-        for rows, change, part in zip(self.rows, self.loss_changes, self._shares(share), strict=True):
-            np.add.at(total, rows, part[:, None] * change)  # a row may be in a batch twice
-        return total
-
-    def _shares(self, share: str | Sequence[np.ndarray]) -> list[np.ndarray]:
         if isinstance(share, str):
-            check_choice("share", share, _SHARES, ", or an array a step")
-            return [np.full(len(rows), 1.0 / len(rows)) for rows in self.rows]
+            check_choice("share", share, ("equal",), ", or an array a step")
+            share = [np.full(len(rows), 1.0 / len(rows)) for rows in self.rows]
         shares = [np.asarray(part, dtype=np.float64) for part in share]
         if len(shares) != len(self.rows):
             raise InputError(f"share has {len(shares)} arrays; expected one for each of the {len(self.rows)} steps.")
@@ -74,7 +66,10 @@ class IdealRecord:
                     f"share[{step}] has shape {part.shape} and sums to {part.sum():.6g}; expected {len(rows)} numbers, "
                     f"one for each row of the step, that sum to 1."
                 )
-        return shares
+        total = np.zeros((self.train_set_size, self.loss_changes.shape[1]))
+        for rows, change, part in zip(self.rows, self.loss_changes, shares, strict=True):
+            np.add.at(total, rows, part[:, None] * change)  # a row may be in a batch twice
+        return total
 
 
 def read_ideal(path: str | os.PathLike[str]) -> IdealRecord:
@@ -106,7 +101,7 @@ def read_with_context(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarra
                 f"{path} has format version {version}, this package knows up to {FORMAT_VERSION}: upgrade it"
             )
         rows = np.split(arrays["rows"], np.cumsum(arrays["batch_sizes"])[:-1]) if len(arrays["batch_sizes"]) else []
-        about = {name: arrays[name] for name in _ABOUT}
+        about = {name: arrays[name] for name in ("target_fingerprints", "task", "weights_fingerprint")}
         record = IdealRecord(int(arrays["train_set_size"]), rows, arrays["loss_changes"])
     except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise StoreError(

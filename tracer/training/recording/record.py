@@ -25,8 +25,7 @@ from tracer.training.adam import optimizer_path
 FILE = "recording.json"
 FORMAT = "tracer recording"
 FORMAT_VERSION = 1
-RATES = ("sum", "last")
-"""The values of ``learning_rate=``."""
+RATES = ("sum", "last")  # the values of ``learning_rate=``
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def open_recording(directory: str | os.PathLike[str]) -> Recording:
         )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        version = int(document["format_version"])
+        version = int(document.pop("format_version"))
         if version <= FORMAT_VERSION:
             return _from_document(directory, document)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -172,17 +171,17 @@ def open_recording(directory: str | os.PathLike[str]) -> Recording:
 
 
 def _from_document(directory: Path, document: dict[str, Any]) -> Recording:
-    if document["format"] != FORMAT:
-        raise ValueError(f"its format is {document['format']!r}")
-    entries = [dict(entry) for entry in document.pop("checkpoints")]
-    for entry in entries:
+    kind = document.pop("format")
+    if kind != FORMAT:
+        raise ValueError(f"its format is {kind!r}")
+    checkpoints = []
+    for entry in document.pop("checkpoints"):
         name = entry.pop("file")
         if Path(name).name != name:
             raise ValueError(f"a checkpoint's file is {name!r}, which is not in the directory")
-        entry["path"] = directory / name
         entry.update({key: tuple(map(float, entry[key])) for key in ("learning_rates", "learning_rate_sums")})
-    rest = {key: value for key, value in document.items() if key not in ("format", "format_version")}
-    return Recording(directory=directory, checkpoints=[CheckpointRecord(**entry) for entry in entries], **rest)
+        checkpoints.append(CheckpointRecord(path=directory / name, **entry))
+    return Recording(directory=directory, checkpoints=checkpoints, **document)
 
 
 def check_owner(recording: Recording) -> None:
@@ -198,12 +197,9 @@ def check_owner(recording: Recording) -> None:
 def write_recording(recording: Recording, replace: bool = True) -> None:
     """Write a recording whole or not at all; with ``replace=False`` an existing one is left unchanged."""
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(recording)}
-    directory = document.pop("directory")
-    document["checkpoints"] = []
-    for one in recording.checkpoints:
-        entry = asdict(one)
-        entry["file"] = str(entry.pop("path").relative_to(directory))
-        document["checkpoints"].append(entry)
+    del document["directory"]
+    for entry in document["checkpoints"]:
+        entry["file"] = entry.pop("path").name
     text = json.dumps(document, indent=1, allow_nan=False).encode()
     write_whole(recording.directory / FILE, lambda file: file.write(text), replace=replace)
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from tracer._core.processes import this_process
 from tracer._core.validation import check_count, check_model
 from tracer.errors import CallOrderError, InputError, StoreError
 from tracer.training.recording.record import CheckpointRecord, check_owner, write_recording
-from tracer.training.recording.resuming import begin_recording, same_values
+from tracer.training.recording.resuming import begin_recording, same_values, state_after
 from tracer.training.recording.schedules import Schedule, make_schedule
 from tracer.training.recording.snapshots import (
     check_optimizer,
@@ -34,8 +33,7 @@ from tracer.training.recording.thinning import add_rates, thin, total_rates
 
 logger = logging.getLogger("tracer")
 
-Rate = float | Tensor
-"""A learning rate; a tensor is read only when a checkpoint is saved, so that training never waits for it."""
+Rate = float | Tensor  # a tensor is read only when a checkpoint is saved, so that training never waits for it
 
 
 class CheckpointRecorder:
@@ -117,7 +115,13 @@ class CheckpointRecorder:
             self._recording, state = begin_recording(
                 self.directory, self.model, self.optimizer, self._schedule.settings(), resume
             )
-            self._restore(state)
+            self.steps = self._seen_steps = int(state["step"])
+            self._epoch, self._loss, self._rates = state["epoch"], state["loss"], list(state["learning_rates"])
+            self._schedule.restore(state["schedule"])
+            totals, kept = state["learning_rate_totals"], self._recording.checkpoints
+            if kept and kept[-1].step == self.steps:
+                totals = [0.0] * len(totals)  # exactly, whatever rounding says
+            self._sums = [max(rate, 0.0) for rate in add_rates(totals, [-rate for rate in total_rates(kept)])]
             self._handles = [
                 self.optimizer.register_step_pre_hook(self._enter_step),
                 self.optimizer.register_step_post_hook(self._leave_step),
@@ -208,9 +212,7 @@ class CheckpointRecorder:
     def __enter__(self) -> CheckpointRecorder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # An error may have come in the middle of a step, when the weights are of no step.
         self.close(save=kind is None)
 
@@ -221,18 +223,16 @@ class CheckpointRecorder:
         """
         if not self._writes:
             return {}
-        totals = add_rates(total_rates(self._recording.checkpoints), _numbers(self._sums))
-        return {
-            "recording": self._recording.identity,
-            "step": self.steps,
-            "learning_rates": list(_numbers(self._rates)),
-            "learning_rate_totals": list(totals),
-            "schedule": self._schedule.state(),
-            "epoch": self._epoch,
-            "loss": _finite(self._loss),
-            "trained": self._recording.trained,
-            "uneven": self._recording.uneven,
-        }
+        return state_after(self._recording, [*self._recording.checkpoints, self._record(level=0)])
+
+    def _record(self, level: int) -> CheckpointRecord:
+        """Return the record of a checkpoint at this point of the training."""
+        path, next_id = self.directory / f"step_{self.steps:08d}.safetensors", self._recording.next_model_id
+        loss, rates, sums = _number(self._loss), _numbers(self._rates), _numbers(self._sums)
+        schedule = self._schedule.state()
+        return CheckpointRecord(
+            path, next_id, self.steps, self._epoch, loss, rates, sums, self.second_moments, level, schedule
+        )
 
     def _sample(self) -> list[Tensor]:
         """Return copies of some values of three trained parameters, a fast way to tell states apart."""
@@ -273,35 +273,11 @@ class CheckpointRecorder:
             moved.append(rate)
         self._sums = [done + rate for done, rate in zip_longest(self._sums, moved, fillvalue=0.0)]
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state at which the recording held the checkpoints that it holds now."""
-        self.steps = self._seen_steps = int(state["step"])
-        self._epoch, self._loss = state["epoch"], state["loss"]
-        self._rates = list(state["learning_rates"])
-        self._schedule.restore(state["schedule"])
-        totals, kept = state["learning_rate_totals"], self._recording.checkpoints
-        if kept and kept[-1].step == self.steps:
-            totals = [0.0] * len(totals)  # exactly, whatever rounding says
-        self._sums = [max(rate, 0.0) for rate in add_rates(totals, [-rate for rate in total_rates(kept)])]
-
     def _save(self, level: int, keep: bool) -> None:
         """Write a checkpoint, unless no parameter moved since the last one; ``keep`` protects it from thinning."""
-        sums = _numbers(self._sums)
-        if not any(sums):
+        old, new = self._recording, self._record(level)
+        if not any(new.learning_rate_sums):
             return
-        old, path = self._recording, self.directory / f"step_{self.steps:08d}.safetensors"
-        new = CheckpointRecord(
-            path,
-            old.next_model_id,
-            self.steps,
-            self._epoch,
-            _finite(self._loss),
-            _numbers(self._rates),
-            sums,
-            self.second_moments,
-            level,
-            self._schedule.state(),
-        )
         kept, stride, left_out = thin([*old.checkpoints, new], old.stride, self.max_checkpoints, keep)
         state = model_state(self.model)
         groups, untrained = parameter_groups(self.optimizer, self.model, old.groups)
@@ -309,11 +285,11 @@ class CheckpointRecorder:
         recording = replace(recording, shapes=shapes_of(state))
         check_owner(old)
         try:
-            if kept[-1].path == path:
+            if kept[-1].path == new.path:
                 moments = moments_state(self.optimizer, self.model) if self.second_moments else None
-                write_checkpoint(path, state, moments)
+                write_checkpoint(new.path, state, moments)
                 recording = replace(recording, next_model_id=old.next_model_id + 1)
-            self._recording, self._sums = recording, list(add_rates(left_out, [0.0] * len(sums)))
+            self._recording, self._sums = recording, list(add_rates(left_out, [0.0] * len(self._sums)))
             write_recording(recording)
             paths = {one.path for one in kept}
             for gone in (file for one in old.checkpoints if one.path not in paths for file in one.files):
@@ -326,15 +302,10 @@ class CheckpointRecorder:
 
 
 def _number(value: float | Tensor | None) -> float | None:
-    """Return a loss as a float, or raise InputError if it is not a single number."""
+    """Return a loss as a float, None if it is not finite, or raise InputError if it is not a single number."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise InputError(f"loss has shape {list(value.shape)}; expected one number, such as loss.mean().")
-    return None if value is None else float(value)
-
-
-def _finite(value: float | Tensor | None) -> float | None:
-    number = _number(value)
-    return number if number is not None and math.isfinite(number) else None  # JSON has no other numbers
+    return float(value) if value is not None and math.isfinite(value) else None  # JSON has no other numbers
 
 
 def _numbers(rates: list[Rate]) -> tuple[float, ...]:

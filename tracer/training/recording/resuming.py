@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,22 +31,14 @@ from tracer.training.recording.thinning import total_rates
 
 logger = logging.getLogger("tracer")
 
-OWN_FILE = re.compile(r"step_\d{8,}\.(safetensors|optimizer\.pt)")
-"""The names of a recorder's files; all other files are the user's."""
-
-State = Mapping[str, Any]
-"""What `CheckpointRecorder.state_dict` returns."""
-
+OWN_FILE = re.compile(r"step_\d{8,}\.(safetensors|optimizer\.pt)")  # all other files are the user's
+State = Mapping[str, Any]  # from CheckpointRecorder.state_dict
 _KEYS = ("recording", "step", "learning_rates", "learning_rate_totals", "schedule", "epoch", "loss")
 _START = CheckpointRecord(Path(), -1, 0, None, None, (), (), second_moments=False, level=0)
 
 
 def begin_recording(
-    directory: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    every: dict[str, Any],
-    resume: bool | State,
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, every: dict[str, Any], resume: bool | State
 ) -> tuple[Recording, State]:
     """Return the recording that a recorder writes, without checkpoints of later steps than its state, and the state."""
     if not isinstance(resume, (bool, Mapping)):
@@ -124,8 +116,8 @@ def _claim(recording: Recording, exists: bool) -> Recording:
 
 def _last_state(recording: Recording, model: nn.Module) -> dict[str, Any]:
     """Return the state at the last checkpoint, whose weights the model must have, or at the start of the training."""
-    last = [_START, *recording.checkpoints][-1]
     if recording.checkpoints:
+        last = recording.checkpoints[-1]
         try:
             there = fit_state(model, read_checkpoint(last.path))
         except CheckpointError as error:
@@ -136,15 +128,22 @@ def _last_state(recording: Recording, model: nn.Module) -> dict[str, Any]:
                 f"{last.path} (after {last.step} steps) into the model first, or pass the recorder.state_dict() that "
                 f"was saved with the training's own checkpoint, resume=state."
             )
+    return state_after(recording, [_START, *recording.checkpoints])
+
+
+def state_after(recording: Recording, checkpoints: Sequence[CheckpointRecord]) -> dict[str, Any]:
+    """Return the state for ``resume=``, as JSON values, after the last of some checkpoints."""
+    last = checkpoints[-1]
     return {
         "recording": recording.identity,
         "step": last.step,
-        "learning_rates": last.learning_rates,
-        "learning_rate_totals": total_rates(recording.checkpoints),
+        "learning_rates": list(last.learning_rates),
+        "learning_rate_totals": list(total_rates(checkpoints)),
         "schedule": last.schedule,
         "epoch": last.epoch,
         "loss": last.loss,
         "trained": recording.trained,
+        "uneven": recording.uneven,
     }
 
 

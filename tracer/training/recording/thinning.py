@@ -30,11 +30,7 @@ def thin(
 
 
 def add_rates(left: Sequence[float], right: Sequence[float]) -> tuple[float, ...]:
-    """Return the sums of two sequences of rates by group, either of which may have fewer groups.
-
-    >>> add_rates((1.0,), (2.0, 3.0))
-    (3.0, 3.0)
-    """
+    """Return the sums of two sequences of rates by group, either of which may have fewer groups."""
     return tuple(one + other for one, other in zip_longest(left, right, fillvalue=0.0))
 
 
