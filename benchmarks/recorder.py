@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tracer import CheckpointRecorder, open_recording
 from tracer.training.recording import Even, Geometric, LossDecrease, Schedule, make_schedule
 from tracer.training.recording.record import CheckpointRecord
-from tracer.training.recording.thinning import thin
+from tracer.training.recording.schedules import thin
 
 RESULTS = Path(__file__).parent / "results"
 COST_COLUMNS = {

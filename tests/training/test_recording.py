@@ -16,7 +16,7 @@ from tracer import CheckpointRecorder, attribute, load_checkpoints, open_recordi
 from tracer.training.checkpoints import read_checkpoint
 from tracer.training.recording import Even, Geometric, LossDecrease, make_schedule
 from tracer.training.recording.record import CheckpointRecord
-from tracer.training.recording.thinning import thin
+from tracer.training.recording.schedules import thin
 
 
 def test_geometric_steps_are_those_of_the_formula():

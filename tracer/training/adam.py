@@ -162,8 +162,7 @@ def _moments(optimizer: Mapping, model: nn.Module, names: Sequence[str]) -> dict
             f"the optimizer has never stepped {len(idle)} selected parameters, which so have no second moments: "
             f"{listing(idle)}. Leave them out with params="
         )
-    parameters = dict(model.named_parameters())
-    return {name: _moment(entries[name], assigned[name][1], parameters[name].shape, name) for name in names}
+    return {name: _moment(entries[name], assigned[name][1], model.get_parameter(name).shape, name) for name in names}
 
 
 def _moment(entry: Any, group: Any, shape: torch.Size, name: str) -> SecondMoment:

@@ -114,11 +114,7 @@ def is_state(value: Any) -> bool:
 
 
 def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Return 32 hexadecimal digits from names, dtypes, shapes and values, independent of order and device.
-
-    >>> weights_fingerprint({"w": torch.zeros(2)}) == weights_fingerprint({"w": torch.zeros(4)[::2]})
-    True
-    """
+    """Return 32 hexadecimal digits from names, dtypes, shapes and values, independent of order and device."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(state):
         value = state[name].detach().resolve_conj().resolve_neg()

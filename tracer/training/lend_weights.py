@@ -21,8 +21,7 @@ logger = logging.getLogger("tracer")
 class LoadedWeights:
     """A checkpoint's values for one model, fitted and copied once to ``device``, or to the devices of the model's own.
 
-    Of a sharded parameter, only this rank's part is copied, to the device of its own part. ``scales`` are factors for
-    the entries of parameters' gradients, ``[*shape]`` each.
+    Of sharded parameters, only this rank's parts are copied, to their devices. ``scales`` are factors of gradients.
     """
 
     def __init__(

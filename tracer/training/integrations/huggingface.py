@@ -66,9 +66,7 @@ class HuggingFaceRecorderCallback(_Callback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the recorder that a step is over."""
-        if self.recorder is None:
-            return
-        if self._logged is not None or not self.recorder.needs_loss:
+        if self.recorder is not None and (self._logged is not None or not self.recorder.needs_loss):
             self.recorder.step(loss=self._logged, epoch=state.epoch)
             self._logged = None
         self.on_epoch_end(args, state, control)

@@ -1,7 +1,7 @@
 """Record a training run for TracIn from inside the training loop, and read the recording.
 
-`recorder` watches the loop, `schedules` decide when to save, `snapshots` take what is saved, `record` is the format of
-a directory, `thinning` limits the number of checkpoints, and `resuming` decides where a recording continues.
+`recorder` watches the loop, `schedules` decide when to save and what to leave out, `snapshots` take what is saved,
+`record` is the format of a directory, and `resuming` decides where a recording continues.
 """
 
 from tracer.training.recording.record import FILE, CheckpointRecord, Recording, load_checkpoints, open_recording

@@ -11,8 +11,11 @@ Files are written before ``recording.json`` names them, and removed after it sto
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -250,4 +253,14 @@ def load_checkpoints(
             f"the paths and learning rates of the others yourself"
         )
     rates = recording.learning_rates(learning_rate, group)
-    return list(zip([one.path for one in recording.checkpoints], rates, strict=True))
+    return [(one.path, rate) for one, rate in zip(recording.checkpoints, rates, strict=True)]
+
+
+def add_rates(left: Sequence[float], right: Sequence[float]) -> tuple[float, ...]:
+    """Return the sums of two sequences of rates by group, either of which may have fewer groups."""
+    return tuple(one + other for one, other in zip_longest(left, right, fillvalue=0.0))
+
+
+def total_rates(checkpoints: Sequence[CheckpointRecord]) -> tuple[float, ...]:
+    """Return the sum over checkpoints of each group's learning rates."""
+    return tuple(map(math.fsum, zip_longest(*(one.learning_rate_sums for one in checkpoints), fillvalue=0.0)))

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tracer._core.processes import this_process
 from tracer._core.validation import check_count, check_model
 from tracer.errors import CallOrderError, InputError, StoreError
-from tracer.training.recording.record import CheckpointRecord, check_owner, write_recording
+from tracer.training.recording.record import CheckpointRecord, add_rates, check_owner, total_rates, write_recording
 from tracer.training.recording.resuming import begin_recording, same_values, state_after
-from tracer.training.recording.schedules import Schedule, make_schedule
+from tracer.training.recording.schedules import Schedule, make_schedule, thin
 from tracer.training.recording.snapshots import (
     check_optimizer,
     check_whole,
@@ -29,7 +29,6 @@ from tracer.training.recording.snapshots import (
     shapes_of,
     write_checkpoint,
 )
-from tracer.training.recording.thinning import add_rates, thin, total_rates
 
 logger = logging.getLogger("tracer")
 

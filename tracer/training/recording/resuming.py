@@ -24,10 +24,10 @@ from tracer.training.recording.record import (
     Recording,
     check_owner,
     open_recording,
+    total_rates,
     write_recording,
 )
 from tracer.training.recording.snapshots import model_state, parameter_groups, shapes_of
-from tracer.training.recording.thinning import total_rates
 
 logger = logging.getLogger("tracer")
 

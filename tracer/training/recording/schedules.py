@@ -9,15 +9,14 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 from tracer._core.validation import check_choice, check_count
 from tracer.errors import InputError, InputTypeError
-
-_MOST_LEVELS = 10**9  # of a loss that is all but zero
+from tracer.training.recording.record import CheckpointRecord, add_rates
 
 
 class Schedule(ABC):
@@ -166,7 +165,7 @@ class LossDecrease(Schedule):
             return 0
         first, lowest = self._seen["first"], max(self._seen["lowest"], 1e-300)
         # A loss of exactly (1 - fraction)^i must reach level i whatever the logarithm's last bit is.
-        return min(int(math.log(first / lowest) / -math.log1p(-self.fraction) + 1e-9), _MOST_LEVELS)
+        return min(int(math.log(first / lowest) / -math.log1p(-self.fraction) + 1e-9), 10**9)  # the loss may be near 0
 
 
 _NAMED: dict[str, type[Schedule]] = {"geometric": Geometric, "loss": LossDecrease}
@@ -195,3 +194,22 @@ def make_schedule(every: int | str | Schedule | Mapping[str, Any]) -> Schedule:
     if isinstance(every, bool) or not hasattr(every, "__index__"):
         raise InputTypeError(f"every is {every!r}; expected a number of steps, 'geometric', 'loss' or a schedule.")
     return Even(int(every))
+
+
+def thin(
+    checkpoints: Sequence[CheckpointRecord], stride: int, max_checkpoints: int | None, keep_last: bool
+) -> tuple[list[CheckpointRecord], int, tuple[float, ...]]:
+    """Leave out checkpoints, evenly in levels; return the rest, the new stride and the rates after the last of them."""
+    kept: list[CheckpointRecord] = list(checkpoints)
+    left_out: tuple[float, ...] = ()
+    while max_checkpoints is not None and len(kept) > max_checkpoints:
+        stride *= 2
+        kept, left_out, before = [], (), 0
+        for one in checkpoints:
+            left_out = add_rates(left_out, one.learning_rate_sums)
+            # The first at each floor(level / stride), counted from 1, remains. It stands for the steps of those left
+            # out before it, so sums over checkpoints stay the same.
+            if one.level // stride > before or (keep_last and one is checkpoints[-1]):
+                kept.append(replace(one, learning_rate_sums=left_out))
+                before, left_out = one.level // stride, ()
+    return kept, stride, left_out
