@@ -28,8 +28,8 @@ from cli_cases import (
 )
 
 from tracer import Attribution, CheckpointRecorder, Tracer, attribute, load_checkpoints
-from tracer.cli.checkpoints import find_checkpoints
-from tracer.cli.interrupts import Interruption
+from tracer.cli.job import find_checkpoints
+from tracer.cli.run import Interruption
 from tracer.cli.settings import BY_NAME, read_settings
 from tracer.data.datasets import as_data_source
 from tracer.errors import InputError

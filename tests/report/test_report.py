@@ -20,8 +20,8 @@ import tracer
 from tracer import attribute
 from tracer.report import payload as payload_module
 from tracer.report import write_report
+from tracer.report.charts import heading, influence_montage
 from tracer.report.health import WrongLabels, descending, recovery_curve
-from tracer.report.montage import heading, influence_montage
 from tracer.report.samples import Samples
 from tracer.report.text import number
 from tracer.types import TopK

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Float
 
 from tracer.cli.export import matrix_blocks
-from tracer.cli.output import ResultCommand, print_result
+from tracer.cli.output import print_result
 from tracer.cli.settings import BY_NAME
-from tracer.cli.stores import Integers, StoreView, count_option, open_view, ranking_options
+from tracer.cli.stores import Integers, RankingCommand, StoreView, count_option, open_view
 from tracer.errors import MismatchError
 from tracer.metrics.ranks import rank_correlation
 from tracer.scoring.scorer import KINDS
@@ -19,23 +19,14 @@ from tracer.scoring.scorer import KINDS
 _BLOCK_SCORES = 1 << 22  # scores of a block of targets, of each side
 
 
-@click.command("compare", cls=ResultCommand)
+@click.command("compare", cls=RankingCommand)
 @click.argument("a")
 @click.argument("b")
 @count_option(10, "Size of the compared tops.")
 @click.option("--estimator-b", type=click.Choice(BY_NAME["estimator"].choices), help="Estimator of B. Default: A's.")
 @click.option("--exp-name-b", help="The targets' name in B. Default: A's.")
 @click.option("--model-ids-b", type=Integers(), help="Only these checkpoints of B. Default: A's.")
-@ranking_options
-def compare(
-    a: str,
-    b: str,
-    k: int,
-    estimator_b: str | None,
-    exp_name_b: str | None,
-    model_ids_b: list[int] | None,
-    **options: Any,
-) -> None:
+def compare(a: str, b: str, k: int, **options: Any) -> None:
     """Compare the rankings of two runs, or of two estimators.
 
     A and B are stores with the same training examples and the same targets, or one store twice. For each target:
@@ -47,17 +38,13 @@ def compare(
         tracer compare runs/k1024 runs/k4096 -k 20                two projections
         tracer compare runs/first runs/first --estimator tracin --estimator-b influence
     """
+    of_b = {name: options.pop(f"{name}_b") for name in ("estimator", "exp_name", "model_ids")}
     first = open_view(a, **options)
-    of_b = {"estimator": estimator_b, "exp_name": exp_name_b, "model_ids": model_ids_b}
     second = open_view(b, **{**options, **{name: value for name, value in of_b.items() if value is not None}})
     _check_alike(first, second)
     found = _similarity(first, second, k)
     sides = {
-        name: {
-            "path": view.reader.store.path,
-            "exp_name": view.found.exp_name,
-            "estimator": view.found.estimator,
-        }
+        name: {"path": view.reader.store.path, "exp_name": view.found.exp_name, "estimator": view.found.estimator}
         for name, view in (("a", first), ("b", second))
     }
     print_result({**sides, **found}, _text(sides, found))

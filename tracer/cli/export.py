@@ -13,8 +13,8 @@ import click
 import numpy as np
 
 from tracer._core.files import write_whole
-from tracer.cli.output import ResultCommand, print_result
-from tracer.cli.stores import Integers, StoreView, check_targets, count_option, open_view, ranking_options
+from tracer.cli.output import print_result
+from tracer.cli.stores import Integers, RankingCommand, StoreView, check_targets, count_option, known_labels, open_view
 from tracer.errors import InputError, MissingDependencyError
 from tracer.scoring.scorer import KINDS
 from tracer.store.table_schema import NO_LABEL
@@ -23,7 +23,7 @@ _BLOCK_SCORES = 1 << 20  # scores of a block: the most in memory at a time, apar
 Columns = Mapping[str, np.ndarray]  # columns of equal length, by name: integers, floats, or texts
 
 
-@click.command("export", cls=ResultCommand)
+@click.command("export", cls=RankingCommand)
 @click.argument("store")
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
@@ -32,7 +32,6 @@ Columns = Mapping[str, np.ndarray]  # columns of equal length, by name: integers
 )  # fmt: skip
 @click.option("--targets", type=Integers(), help="Only these targets, such as 0,5,10-12 (scores and top).")
 @count_option(10, "Training examples for each target (top).")
-@ranking_options
 def export(store: str, out: Path, what: str, targets: list[int] | None, k: int, **options: Any) -> None:
     """Write scores, top examples or summaries as CSV, Parquet or a numpy matrix.
 
@@ -50,7 +49,7 @@ def export(store: str, out: Path, what: str, targets: list[int] | None, k: int, 
     """
     suffix = _check_suffix(out, what, targets)
     view = open_view(store, **options)
-    chosen = check_targets(targets, view.num_targets)
+    chosen = check_targets(targets, view.target_table.num_rows)
     content: Any
     if what == "scores":
         content = view.found.scores if suffix == ".npy" else score_blocks(view.found.scores, chosen)
@@ -123,7 +122,7 @@ def _summary(view: StoreView, what: str) -> Columns:
         rows = slice(start, start + len(block)) if by_row else slice(None)
         for sums, values in ((mean, block.astype(np.float64)), (absolute, np.abs(block, dtype=np.float64))):
             sums[rows] += values.mean(axis=1) if by_row else values.sum(axis=0)
-    labels = view.train_labels if by_row else view.target_labels
+    labels = known_labels(view.train_table if by_row else view.target_table)
     if labels is not None and (labels == NO_LABEL).any():
         labels = None  # integers have no missing value
     own = "self_influence" + ("_tracin" if found.estimator == "cosine" else "")

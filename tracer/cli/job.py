@@ -1,24 +1,31 @@
-"""A run with its model, data and checkpoints loaded."""
+"""A run with its model, data and checkpoints loaded, from references ``package.module:name`` to the user's code."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import glob
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tracer._core.validation import check_count
+from tracer._core.validation import check_count, complete_rates
 from tracer.api.attribution import Attribution, attribute
-from tracer.cli.checkpoints import WeightedPaths, find_checkpoints, replaced_rates
-from tracer.cli.references import build, resolve
+from tracer.api.settings import FeatureSettings
+from tracer.cli.app import UserCodeError
 from tracer.data.datasets import DataSource, as_data_source
-from tracer.errors import InputTypeError
+from tracer.errors import InputError, InputTypeError, nearest_name
+from tracer.training.recording import FILE, load_checkpoints
+
+WeightedPaths = list[tuple[Path, float | None]]  # paths, each with its learning rate or, if that is unknown, None
 
 RANKING: tuple[str, ...] = ("exp_name", "estimator", "target", "regularization")
 """The settings that decide the scores of a finished store."""
-
-_LOADED = ("model", "task", "train", "targets", "checkpoints", "learning_rate", "collate_fn", "save_dir", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Job:
             checkpoints,
             settings["save_dir"],
             {name: settings[name] for name in RANKING if name in settings},
-            {name: value for name, value in settings.items() if name not in (*_LOADED, *RANKING)},
+            {name: value for name, value in settings.items() if name in FeatureSettings.__annotations__},
             replaced_rates(settings["checkpoints"], checkpoints),
         )
 
@@ -81,3 +88,125 @@ def load_task(task: str) -> Any:
         return task
     found = resolve(task, "task")
     return build(task, "task") if isinstance(found, type) else found
+
+
+def resolve(reference: str, setting: str) -> Any:
+    """Import the object of a reference, from the current directory first; its name may have dots too."""
+    module_name, colon, name = reference.partition(":")
+    if not (colon and module_name and name):
+        raise InputError(f"{setting} is {reference!r}; expected package.module:callable, such as training:build_model.")
+    directory = os.getcwd()
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
+    found = _import(module_name, reference, setting)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            public = [each for each in vars(found) if not each.startswith("_")] if hasattr(found, "__dict__") else []
+            raise InputError(
+                f"{setting} is {reference!r}, and {module_name} has no {part!r}; {nearest_name(part, public)}."
+            )
+        found = getattr(found, part)
+    return found
+
+
+def build(reference: str, setting: str) -> Any:
+    """Import the object of a reference and call it, unless it is already data or a module."""
+    found = resolve(reference, setting)
+    # A data set or a model may be callable too; it is the object itself that is meant.
+    ready = not isinstance(found, type) and (hasattr(found, "__getitem__") or hasattr(found, "parameters"))
+    if ready or not callable(found):
+        return found
+    return _guard(found, reference, setting)
+
+
+def _import(module_name: str, reference: str, setting: str) -> Any:
+    try:
+        return _guard(lambda: importlib.import_module(module_name), reference, setting)
+    except UserCodeError as error:
+        cause = error.__cause__
+        # A missing module is bad input; a module that fails to import, or misses another one, is the user's code.
+        if isinstance(cause, ModuleNotFoundError) and f"{module_name}.".startswith(f"{cause.name}."):
+            raise InputError(f"{setting} is {reference!r}: {cause} in {os.getcwd()}.") from cause
+        raise
+
+
+def _guard(call: Callable[[], Any], reference: str, setting: str) -> Any:
+    """Call the user's code; raise `UserCodeError` for whatever it raises."""
+    try:
+        return call()
+    except SystemExit as error:  # argparse, or a script without a guard
+        raise UserCodeError(
+            f"{setting}: {reference} ended the program (SystemExit: {error}). Move code that must not run on import, "
+            f"such as the parsing of arguments, under `if __name__ == '__main__':`."
+        ) from error
+    except Exception as error:
+        raise UserCodeError(
+            f"{setting}: {reference} failed with {type(error).__name__}: {error} (tracer --debug shows the traceback)"
+        ) from error
+
+
+def find_checkpoints(patterns: Sequence[str], learning_rate: float | Sequence[float] | None) -> WeightedPaths:
+    """Find checkpoint files and their learning rates: the given ones, else those that a recorder wrote."""
+    found = _all_matches(patterns)
+    seen: set[Path] = set()
+    for path, _ in found:
+        if path.resolve() in seen:
+            raise InputError(f"checkpoints names {path} more than once; name each checkpoint once.")
+        seen.add(path.resolve())
+    if learning_rate is None:
+        paths, known = [path.name for path, _ in found], [rate for _, rate in found]
+        complete_rates(paths, known, "Give learning_rate, one for all or one for each in the order of the checkpoints.")
+        return found
+    rates = [learning_rate] * len(found) if isinstance(learning_rate, (int, float)) else list(learning_rate)
+    if len(rates) != len(found):
+        names = ", ".join(path.name for path, _ in found)
+        raise InputError(f"learning_rate has {len(rates)} values for {len(found)} checkpoints: {names}.")
+    return [(path, float(rate)) for (path, _), rate in zip(found, rates, strict=True)]
+
+
+def replaced_rates(patterns: Sequence[str], used: WeightedPaths) -> tuple[str, ...]:
+    """Return a note if given learning rates replace recorded ones."""
+    pairs = [(before, rate) for (_, before), (_, rate) in zip(_all_matches(patterns), used, strict=True)]
+    replaced = [(before, rate) for before, rate in pairs if before is not None and before != rate]
+    if not replaced:
+        return ()
+    recorded, given = (", ".join(f"{rate:.4g}" for rate in rates) for rates in zip(*replaced, strict=True))
+    return (
+        f"The given learning_rate replaces recorded rates of {len(replaced)} checkpoints ({recorded}) by ({given}); "
+        f"leave learning_rate out to use the recorded rates.",
+    )
+
+
+def natural_key(path: Path) -> list[tuple[int, int | str]]:
+    """Return a sort key that compares the numbers in names as numbers.
+
+    >>> sorted(map(Path, ["epoch_10.pt", "epoch_2.pt", "best.pt"]), key=natural_key)[1].name
+    'epoch_2.pt'
+    """
+    parts = re.split(r"(\d+)", str(path))
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
+
+
+def _all_matches(patterns: Sequence[str]) -> WeightedPaths:
+    return [found for pattern in patterns for found in _matches(pattern)]
+
+
+def _matches(pattern: str) -> WeightedPaths:
+    path = Path(pattern)
+    if path.is_dir():
+        if not (path / FILE).exists():
+            raise InputError(
+                f"checkpoints={pattern!r} is a directory that CheckpointRecorder did not write (there is no {FILE} in "
+                f"it); for other files pass a glob, such as '{path}/*.pt'."
+            )
+        return list(load_checkpoints(path))
+    if path.is_file():
+        return [(path, None)]
+    files = sorted((Path(name) for name in glob.glob(pattern, recursive=True)), key=natural_key)
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise InputError(
+            f"checkpoints={pattern!r} finds no file in {Path.cwd()}; expected a file, a glob such as "
+            f"'checkpoints/*.pt', or a directory that CheckpointRecorder wrote."
+        )
+    return [(file, None) for file in files]

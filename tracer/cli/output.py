@@ -17,12 +17,14 @@ _STDOUT = "tracer.stdout"  # key of the real standard output in a command's cont
 
 
 class ResultCommand(ExampleCommand):
-    """A command with ``--json``, which shows its result by `print_result`."""
+    """A command with ``--json``, which shows its result by `print_result`, and with the options in ``shared``."""
+
+    shared: tuple[click.Option, ...] = ()
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         text = "Print one JSON object, for scripts."
-        self.params.append(click.Option(["--json", "as_json"], is_flag=True, help=text))
+        self.params += [*self.shared, click.Option(["--json", "as_json"], is_flag=True, help=text)]
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""

@@ -34,7 +34,7 @@ TRIAL_BATCHES, TRIAL_CHECKPOINTS = 4, 2
 
 def make_plan(job: Job) -> dict[str, Any]:
     """Run a few batches and return the work and its estimated cost; raises whatever the run would raise on them."""
-    samples = [_Sample.of(source, name) for source, name in ((job.train, "train"), (job.targets, "targets"))]
+    samples = [_Sample(source, name) for source, name in ((job.train, "train"), (job.targets, "targets"))]
     before = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tracer-plan-") as folder:
         trial_options = {"save_dir": Path(folder) / "store", "progress": False, "process": None, "resume": True}
@@ -109,18 +109,13 @@ def plan_text(plan: dict[str, Any]) -> str:
 class _Sample(DataSource):
     """The first batches of a source; measures the time until each next one is requested."""
 
-    def __init__(self, source: DataSource, load_seconds: float) -> None:
-        self._source, self._load_seconds = source, load_seconds
-        self.began, self.seconds = 0.0, 0.0
-        self._timed_rows, self._timed_seconds = 0, 0.0
-
-    @classmethod
-    def of(cls, source: DataSource, name: str) -> _Sample:
-        """Load the first batches."""
+    def __init__(self, source: DataSource, name: str) -> None:
         before = time.perf_counter()
         batches = [batch for batch, _ in islice(source.batches(np.arange(len(source))), TRIAL_BATCHES)]
-        loaded, sample = time.perf_counter() - before, as_data_source(batches, name, 1)
-        return cls(sample, loaded / len(sample))
+        loaded, self._source = time.perf_counter() - before, as_data_source(batches, name, 1)
+        self._load_seconds = loaded / len(self._source)
+        self.began, self.seconds = 0.0, 0.0
+        self._timed_rows, self._timed_seconds = 0, 0.0
 
     def __len__(self) -> int:
         return len(self._source)

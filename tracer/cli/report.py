@@ -10,19 +10,19 @@ import click
 import numpy as np
 import torch
 
-from tracer.cli.job import load_data
-from tracer.cli.output import ResultCommand, print_result
-from tracer.cli.references import build
-from tracer.cli.stores import count_option, open_view, ranking_options
+from tracer.cli.job import build, load_data
+from tracer.cli.output import print_result
+from tracer.cli.stores import RankingCommand, count_option, known_labels, open_view
 from tracer.data.batches import tensor_from_numpy
 from tracer.data.datasets import DataSource
 from tracer.data.model_inputs import label_key
 from tracer.errors import InputError
+from tracer.store import RowTable
 
 _NAMES = {"train": "training examples", "targets": "targets"}
 
 
-@click.command("report", cls=ResultCommand)
+@click.command("report", cls=RankingCommand)
 @click.argument("store")
 @click.option("--output-dir", required=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--train", help="Training examples (inputs, labels), as module:callable. Default: from the file.")
@@ -34,7 +34,6 @@ _NAMES = {"train": "training examples", "targets": "targets"}
 @click.option("--all-scores/--no-all-scores", default=True, help="Use all scores, 4 bytes for each pair in the store.")
 @click.option("--title", help="The page's title.")
 @count_option(8, "Training examples shown for each target.")
-@ranking_options
 def report(store: str, output_dir: Path, class_names: str | None, **options: Any) -> None:
     """Write an HTML page with the results.
 
@@ -51,8 +50,8 @@ def report(store: str, output_dir: Path, class_names: str | None, **options: Any
     shown = {name: options.pop(name) for name in ("k", "figures", "all_scores", "title")}
     view = open_view(store, **options)
     settings = {**view.settings, **{name: given[name] for name in _NAMES if given[name]}}
-    train = _displayable_data(settings, "train", view.reader.train_set_size, given["inputs"], view.train_labels)
-    targets = _displayable_data(settings, "targets", view.num_targets, given["target_inputs"], view.target_labels)
+    train = _displayable_data(settings, "train", view.train_table, given["inputs"])
+    targets = _displayable_data(settings, "targets", view.target_table, given["target_inputs"])
     page = view.found.report(
         output_dir,
         inputs=train[0],
@@ -73,18 +72,17 @@ def _class_names(class_names: str | None) -> list[str] | None:
     return [name.strip() for name in class_names.split(",")]
 
 
-def _displayable_data(
-    settings: Mapping[str, Any], name: str, size: int, inputs: str | None, labels: np.ndarray | None
-) -> tuple[Any, Any]:
+def _displayable_data(settings: Mapping[str, Any], name: str, table: RowTable, inputs: str | None) -> tuple[Any, Any]:
     """Return inputs and labels of one side: of its setting, if there is one, unless inputs and labels are given."""
     shown: tuple[Any, Any] = (None, None)
     if name in settings:
         source = load_data(settings, name)
-        if len(source) != size:
+        if len(source) != table.num_rows:
             raise InputError(
-                f"{name}: {settings[name]} has {len(source)} examples; the store has {size} {_NAMES[name]}."
+                f"{name}: {settings[name]} has {len(source)} examples; the store has {table.num_rows} {_NAMES[name]}."
             )
         shown = displayable(source)
+    labels = known_labels(table)
     return build(inputs, name) if inputs else shown[0], shown[1] if labels is None else labels
 
 
@@ -92,7 +90,9 @@ def displayable(source: DataSource) -> tuple[Any, Any]:
     """Return the inputs and labels of all examples as arrays or a list of texts; None for tokens and other kinds."""
     pairs = [_split(batch) for batch, _ in source.batches(np.arange(len(source)))]
     inputs, labels = ([pair[side] for pair in pairs] for side in (0, 1))
-    return _concatenate(inputs, _is_displayable), _concatenate(labels, lambda values: values.ndim == 1)
+    # a matrix of integers holds tokens
+    shown = _concatenate(inputs, lambda values: values.ndim > 2 or (values.ndim == 2 and values.dtype.kind == "f"))
+    return shown, _concatenate(labels, lambda values: values.ndim == 1)
 
 
 def _split(batch: Any) -> tuple[Any, Any]:
@@ -103,11 +103,6 @@ def _split(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, (list, tuple)) and len(batch) > 1:
         return batch[0], batch[-1]
     return batch, None
-
-
-def _is_displayable(values: np.ndarray) -> bool:
-    """Return whether inputs are images or vectors; a matrix of integers holds tokens."""
-    return values.ndim > 2 or (values.ndim == 2 and values.dtype.kind == "f")
 
 
 def _concatenate(parts: list[Any], is_usable: Callable[[np.ndarray], bool]) -> Any:

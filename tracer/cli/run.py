@@ -1,28 +1,35 @@
-"""``tracer run``: `attribute` from a file of settings, or its plan."""
+"""``tracer run``: `attribute` from a file of settings, or its plan.
+
+After Ctrl-C the current batch is finished, computed values are saved, and then the run stops.
+"""
 
 from __future__ import annotations
 
 import os
 import shlex
+import signal
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import click
+import numpy as np
 import torch.distributed as dist
 
 from tracer.cli.app import INTERRUPTED, typed_command
-from tracer.cli.interrupts import Interruption
 from tracer.cli.job import RANKING, Job
 from tracer.cli.output import print_result
 from tracer.cli.plan import make_plan, plan_text
-from tracer.cli.settings import BY_NAME, SettingsCommand, check_required, read_settings, setting_flags
+from tracer.cli.settings import BY_NAME, SettingsCommand, check_required, read_settings
+from tracer.data.datasets import DataSource
 from tracer.errors import IncompleteError, InputError
 from tracer.store.feature_storage import FeatureStorage
+from tracer.types import Batch
 
 
 @click.command("run", cls=SettingsCommand)
 @click.argument("config", required=False, type=click.Path())
 @click.option("--dry-run", is_flag=True, help="Show the plan and its cost from a few timed batches; store nothing.")
-@setting_flags
 def run(config: str | None, dry_run: bool, **flags: Any) -> None:
     r"""Trace targets to training examples over the checkpoints of a training run.
 
@@ -61,7 +68,9 @@ def run(config: str | None, dry_run: bool, **flags: Any) -> None:
 
 def _run(ctx: click.Context, job: Job, settings: dict[str, Any]) -> dict[str, Any]:
     """Run `attribute`; an interruption ends the program and prints the command that resumes it."""
-    exact = _stores_nothing(settings)
+    kernel = settings.get("estimator") in ("influence", "trak")
+    default = FeatureStorage.default(settings.get("projector", "sketch"), kernel)
+    exact = not FeatureStorage(settings.get("storage", default)).stores_features
     sizes = {"train_rows": len(job.train), "targets": len(job.targets)}
     try:
         with Interruption() as interruption:
@@ -95,13 +104,6 @@ def _check_alone(settings: dict[str, Any]) -> None:
         )
 
 
-def _stores_nothing(settings: dict[str, Any]) -> bool:
-    """Return whether exact gradients are compared without being stored, as `attribute` decides by default."""
-    kernel = settings.get("estimator") in ("influence", "trak")
-    default = FeatureStorage.default(settings.get("projector", "sketch"), kernel)
-    return not FeatureStorage(settings.get("storage", default)).stores_features
-
-
 def _next_steps(config: str | None, flags: dict[str, Any], settings: dict[str, Any]) -> str:
     """Return commands on the store, with flags for whatever their file does not set or sets to other values."""
     in_file = config is not None and not flags["save_dir"]
@@ -118,3 +120,60 @@ Next:
   tracer self-influence {store}{ranking} -k 20
   tracer export {store}{ranking} scores.csv
   tracer report {store}{ranking}{as_flags("train", "targets")} --output-dir report"""
+
+
+class Interruption:
+    """A context in which the first Ctrl-C ends the batches of a source and the second one interrupts immediately.
+
+    >>> with Interruption() as interruption:
+    ...     interruption.is_requested()
+    False
+    """
+
+    def __init__(self) -> None:
+        self._requested = self.in_batches = False
+        self._before: Any = None
+
+    def is_requested(self) -> bool:
+        """Return whether Ctrl-C was pressed."""
+        return self._requested
+
+    def guard(self, source: DataSource, *, immediately: bool) -> DataSource:
+        """Return a source whose batches end after Ctrl-C, with ``KeyboardInterrupt`` now or at the next request."""
+        return _InterruptibleSource(source, self, immediately)
+
+    def __enter__(self) -> Interruption:
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        repeated, self._requested = self._requested, True
+        if repeated or not self.in_batches:
+            raise KeyboardInterrupt
+        click.echo("\nStopping after this batch; Ctrl-C again stops immediately.", err=True)
+
+
+class _InterruptibleSource(DataSource):
+    def __init__(self, source: DataSource, interruption: Interruption, immediately: bool) -> None:
+        self._source, self._interruption, self._immediately = source, interruption, immediately
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def batches(self, indices: np.ndarray) -> Iterator[tuple[Batch, np.ndarray]]:
+        interruption = self._interruption
+        if interruption.is_requested():
+            raise KeyboardInterrupt
+        interruption.in_batches = True
+        try:
+            for each in self._source.batches(indices):
+                yield each
+                if interruption.is_requested():  # by a signal during the yield
+                    if self._immediately:
+                        raise KeyboardInterrupt
+                    return  # an ordinary end: the caller finalizes what it has, so that it is saved
+        finally:
+            interruption.in_batches = False

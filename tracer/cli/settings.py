@@ -62,22 +62,15 @@ class _Kind:
 
 
 _KINDS = {
-    "text": _Kind((str,), "a text"),
-    "count": _Kind((int,), "a whole number"),
-    "switch": _Kind((bool,), "true or false"),
+    "str": _Kind((str,), "a text"),
+    "int": _Kind((int,), "a whole number"),
+    "bool": _Kind((bool,), "true or false"),
     "texts": _Kind((str, list), "a text or a list of texts", lambda text: [text], (str,)),
     "rates": _Kind((int, float, list), "a number or a list of numbers", _parse_rates),
-    "number": _Kind((int, float, str), 'a number or "auto"', _parse_number),
+    "float": _Kind((int, float, str), 'a number or "auto"', _parse_number),
     "process": _Kind((str,), "a text", _parse_process),
 }
-_KIND_OF_TYPE = {
-    "int": "count",
-    "bool": "switch",
-    "bool | None": "switch",
-    "float | str": "number",
-    "ParamSelection": "texts",
-    "ProcessChoice": "process",
-}
+_KINDS_OF_NAMED_TYPES = {"ParamSelection": "texts", "ProcessChoice": "process"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +101,7 @@ class Setting:
 
     def parse(self, value: Any) -> Any:
         """Return the value that the library accepts, of a value from a file or a flag."""
-        if self.kind == "count" and abs(value) > LARGEST_COUNT:
+        if self.kind == "int" and abs(value) > LARGEST_COUNT:
             raise InputError(f"{self.name} is {value}; expected at most {LARGEST_COUNT}.")
         if isinstance(value, tuple):  # a flag that was repeated
             return list(value)
@@ -125,9 +118,9 @@ def _from_fields(settings: type, names: Sequence[str], section: str) -> tuple[Se
         text = _HELP.get(field.name, text.replace("; None:", "; by default"))
         if "efault" not in text and field.default is not None:
             text += " Default: " + example.strip('"') + "."
-        found.append(
-            Setting(field.name, _KIND_OF_TYPE.get(str(field.type), "text"), section, text, example, choices=choices)
-        )
+        kind = str(field.type).split(" | ")[0]
+        kind = _KINDS_OF_NAMED_TYPES.get(kind, kind)
+        found.append(Setting(field.name, kind, section, text, example, choices=choices))
     return tuple(found)
 
 
@@ -142,13 +135,13 @@ _HELP = {
 _EXAMPLES = {"params": '["*"]', "device": '"cpu"', "process": '"slurm"', "progress": "true"}
 
 SETTINGS = (
-    Setting("model", "text", _INPUT, "Model, as module:callable, which builds it.", '"training:build_model"', True),
+    Setting("model", "str", _INPUT, "Model, as module:callable, which builds it.", '"training:build_model"', True),
     Setting(
-        "task", "text", _INPUT, "A task's name, or module:callable of a loss function or Task.",
+        "task", "str", _INPUT, "A task's name, or module:callable of a loss function or Task.",
         '"image_classification"', True,
     ),
-    Setting("train", "text", _INPUT, "Training examples, as module:callable.", '"training:train_set"', True),
-    Setting("targets", "text", _INPUT, "Examples to explain, as module:callable.", '"training:test_set"', True),
+    Setting("train", "str", _INPUT, "Training examples, as module:callable.", '"training:train_set"', True),
+    Setting("targets", "str", _INPUT, "Examples to explain, as module:callable.", '"training:test_set"', True),
     Setting(
         "checkpoints", "texts", _INPUT,
         "A recorder's directory, files or globs, which are sorted by their numbers; may be repeated.",
@@ -160,14 +153,14 @@ SETTINGS = (
         "for a recorder's directory, which has each checkpoint's sum over its steps.",
         "0.1",
     ),
-    Setting("save_dir", "text", _INPUT, "Directory or URL of the store; created if missing.", '"runs/first"', True),
-    Setting("exp_name", "text", _INPUT, "The name of the targets in the store.", '"targets"'),
+    Setting("save_dir", "str", _INPUT, "Directory or URL of the store; created if missing.", '"runs/first"', True),
+    Setting("exp_name", "str", _INPUT, "The name of the targets in the store.", '"targets"'),
     *_from_fields(
         FeatureSettings, [name for name in FeatureSettings.__annotations__ if name not in _EXECUTION_NAMES], _FEATURES
     ),
     *_from_fields(Estimate, ("estimator", "target", "regularization"), _SCORES),
-    Setting("batch_size", "count", _EXECUTION, "Batch size of data sets and tensors. Default: 64.", "64"),
-    Setting("collate_fn", "text", _EXECUTION, "Makes batches of examples, as module:callable.", '"training:collate"'),
+    Setting("batch_size", "int", _EXECUTION, "Batch size of data sets and tensors. Default: 64.", "64"),
+    Setting("collate_fn", "str", _EXECUTION, "Makes batches of examples, as module:callable.", '"training:collate"'),
     *_from_fields(FeatureSettings, _EXECUTION_NAMES, _EXECUTION),
 )  # fmt: skip
 """All settings: those of `attribute` and `Tracer`, from the fields that define them, and the inputs of a run."""
@@ -175,30 +168,25 @@ SETTINGS = (
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 
-def setting_option(name: str, **options: Any) -> Callable[..., Any]:
-    """Return the click option of a setting; without the flag its value is None or an empty tuple."""
+def setting_option(name: str, **options: Any) -> click.Option:
+    """Return the option of a setting; without the flag its value is None or an empty tuple."""
     setting = BY_NAME[name]
     flag, kind = setting.flag, setting.kind
     options = {"help": setting.help, "default": None, **options}
-    if kind == "switch":
+    if kind == "bool":
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
     elif kind == "texts":
         del options["default"]
         options["multiple"] = True
     else:
-        options["type"] = click.Choice(setting.choices) if setting.choices else int if kind == "count" else str
-    return click.option(flag, name, **options)
-
-
-def setting_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add every setting to a command as a flag."""
-    for setting in reversed(SETTINGS):
-        command = setting_option(setting.name)(command)
-    return command
+        options["type"] = click.Choice(setting.choices) if setting.choices else int if kind == "int" else str
+    return click.Option([flag, name], **options)
 
 
 class SettingsCommand(ResultCommand):
-    """A command whose help lists settings under their headings."""
+    """A command with a flag for every setting; its help lists them under their headings."""
+
+    shared = tuple(setting_option(setting.name) for setting in SETTINGS)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, settings by section."""

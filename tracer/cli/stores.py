@@ -16,7 +16,7 @@ from tracer.api.attribution import Attribution
 from tracer.api.store_reader import StoreReader
 from tracer.api.tracer import Tracer
 from tracer.cli.job import RANKING
-from tracer.cli.output import format_table
+from tracer.cli.output import ResultCommand, format_table
 from tracer.cli.settings import read_settings, setting_option
 from tracer.errors import InputError, nearest_name
 from tracer.store import RowTable
@@ -36,11 +36,6 @@ class StoreView:
         return self.found.tracer
 
     @property
-    def num_targets(self) -> int:
-        """The number of targets M."""
-        return self.target_table.num_rows
-
-    @property
     def train_table(self) -> RowTable:
         """The training examples at the first chosen checkpoint."""
         return self.reader.store.checkpoint(self._first_id)
@@ -54,16 +49,6 @@ class StoreView:
     def _first_id(self) -> int:
         return (self.found.model_ids or self.reader.store.catalog.checkpoint_ids())[0]
 
-    @property
-    def train_labels(self) -> Integer[np.ndarray, " N"] | None:
-        """The classes of the training examples; None if the store knows none."""
-        return _known_labels(self.train_table)
-
-    @property
-    def target_labels(self) -> Integer[np.ndarray, " M"] | None:
-        """The classes of the targets; None if the store knows none."""
-        return _known_labels(self.target_table)
-
     def self_influence(self) -> Float64[np.ndarray, " N"]:
         """Return each training example's influence on itself; for ``cosine``, which has none, that of ``tracin``."""
         found = self.found
@@ -72,14 +57,15 @@ class StoreView:
 
     def ranking_table(self, name: str, indices: Iterable[int], values: Iterable[float]) -> str:
         """Return a table of ranked training examples with their values and, if known, classes."""
-        labels = self.train_labels
+        labels = known_labels(self.train_table)
         ranked = enumerate(zip(indices, values, strict=True), 1)
         rows = [(rank, index, value, class_of(labels, index)) for rank, (index, value) in ranked]
         width = 3 if labels is None else 4
         return format_table(("rank", "example", name, "class")[:width], [row[:width] for row in rows])
 
 
-def _known_labels(table: RowTable) -> np.ndarray | None:
+def known_labels(table: RowTable) -> Integer[np.ndarray, " n"] | None:
+    """Return the classes of examples; None if the store knows none."""
     labels = np.asarray(table.column("label"))
     return None if (labels == NO_LABEL).all() else labels
 
@@ -112,19 +98,15 @@ class Integers(click.ParamType):
         return numbers
 
 
-_RANKING_OPTIONS = (
-    setting_option("exp_name", help="The name of the targets; needed if the store has several."),
-    *(setting_option(name) for name in ("estimator", "target", "regularization")),
-    click.option("--model-ids", type=Integers(), help="Only these checkpoints, such as 0,2 or 0-3."),
-    click.option("--device", help="Device of the products, such as cuda:0.", default="cpu", show_default=True),
-)
+class RankingCommand(ResultCommand):
+    """A command with the options that decide the scores, as keywords of `open_view`."""
 
-
-def ranking_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that decide the scores to a command, as keywords of `open_view`."""
-    for option in reversed(_RANKING_OPTIONS):
-        command = option(command)
-    return command
+    shared = (
+        setting_option("exp_name", help="The name of the targets; needed if the store has several."),
+        *(setting_option(name) for name in ("estimator", "target", "regularization")),
+        click.Option(["--model-ids"], type=Integers(), help="Only these checkpoints, such as 0,2 or 0-3."),
+        click.Option(["--device"], help="Device of the products, such as cuda:0.", default="cpu", show_default=True),
+    )
 
 
 def count_option(default: int, text: str) -> Callable[..., Any]:

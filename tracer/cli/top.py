@@ -7,15 +7,24 @@ from typing import Any
 import click
 import numpy as np
 
-from tracer.cli.output import ResultCommand, print_result
-from tracer.cli.stores import Integers, StoreView, check_targets, class_of, count_option, open_view, ranking_options
+from tracer.cli.output import print_result
+from tracer.cli.stores import (
+    Integers,
+    RankingCommand,
+    StoreView,
+    check_targets,
+    class_of,
+    count_option,
+    known_labels,
+    open_view,
+)
 from tracer.scoring.scorer import KINDS
 from tracer.types import TopK
 
 SHOWN_TARGETS = 10  # the number of targets printed for people if none are named
 
 
-@click.command("top", cls=ResultCommand)
+@click.command("top", cls=RankingCommand)
 @click.argument("store")
 @click.option("--targets", type=Integers(), help="Only these targets, such as 0,5,10-12.")
 @count_option(10, "Training examples for each target.")
@@ -23,7 +32,6 @@ SHOWN_TARGETS = 10  # the number of targets printed for people if none are named
     "--kind", type=click.Choice([*KINDS, "both"]), default="proponents", show_default=True,
     help="Examples that lowered the target's loss, raised it, or both.",
 )  # fmt: skip
-@ranking_options
 def top(store: str, targets: list[int] | None, k: int, kind: str, **options: Any) -> None:
     """Show the strongest training examples of targets.
 
@@ -35,23 +43,26 @@ def top(store: str, targets: list[int] | None, k: int, kind: str, **options: Any
         tracer top runs/first --kind opponents --estimator influence --json
     """
     view = open_view(store, **options)
-    chosen = check_targets(targets, view.num_targets)
+    chosen = check_targets(targets, view.target_table.num_rows)
     k = min(k, view.reader.train_set_size)
     found = {each: view.found.top(k, each) for each in (KINDS if kind == "both" else (kind,))}
     shown = chosen if targets is not None else chosen[:SHOWN_TARGETS]
     text = _text(view, shown, found)
     if len(shown) < len(chosen):
         text += f"\n\n{len(chosen) - len(shown)} more targets: choose by --targets, or use --json or export for all."
-    listed = [{"target": target, **_entries(target, found)} for target in chosen]
+    listed = [
+        {"target": target}
+        | {each: {"rows": top.indices[target], "scores": top.scores[target]} for each, top in found.items()}
+        for target in chosen
+    ]
     result = {"exp_name": view.found.exp_name, "estimator": view.found.estimator, "targets": listed}
     print_result(result, text)
 
 
-@click.command("self-influence", cls=ResultCommand)
+@click.command("self-influence", cls=RankingCommand)
 @click.argument("store")
 @count_option(20, "Training examples to show.")
 @click.option("--lowest", is_flag=True, help="Those of lowest self-influence instead.")
-@ranking_options
 def self_influence(store: str, k: int, lowest: bool, **options: Any) -> None:
     """Show the training examples of highest self-influence.
 
@@ -70,12 +81,8 @@ def self_influence(store: str, k: int, lowest: bool, **options: Any) -> None:
     print_result(result, view.ranking_table("self-influence", order.tolist(), values[order].tolist()))
 
 
-def _entries(target: int, found: dict[str, TopK]) -> dict[str, Any]:
-    return {kind: {"rows": top.indices[target], "scores": top.scores[target]} for kind, top in found.items()}
-
-
 def _text(view: StoreView, targets: list[int], found: dict[str, TopK]) -> str:
-    labels, parts = view.target_labels, []
+    labels, parts = known_labels(view.target_table), []
     for target in targets:
         label = class_of(labels, target)
         of_class = "" if label is None else f" (class {label})"

@@ -2,7 +2,7 @@
 
 `write_report` takes plain arrays, so it shows scores of any origin. `samples` and `content` check them, `summaries`,
 `health` and `recommendations` analyze them; `page` and ``templates/`` write HTML, `payload` the data of its scripts
-(``assets/``); `charts` and `montage` draw each `figure` once, `png` and `tables` write files.
+(``assets/``); `charts` draws each `figure` once, `png` and `tables` write files.
 """
 
 from tracer.report.writer import ReportOptions, write_report

@@ -1,4 +1,4 @@
-"""The charts of a report: distributions, recovery of mislabelled examples, mean scores by class."""
+"""The figures of a report: distributions, recovery of mislabelled examples, mean scores by class, montages."""
 
 from __future__ import annotations
 
@@ -6,27 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tracer.report.figure import (
-    FONT_SIZE,
-    PAGE,
-    Axis,
-    Figure,
-    Key,
-    Line,
-    Mark,
-    Plot,
-    Point,
-    Rect,
-    Size,
-    Text,
-    legend_figure,
-    log_ticks,
-    moved,
-    round_ticks,
-    text_width,
-)  # fmt: skip
+from tracer.report.figure import FONT_SIZE, PAGE, Figure, Line, Mark, Picture, Point, Rect, Size, Text, text_width
 from tracer.report.health import recovery_curve
+from tracer.report.plot import Axis, Key, Plot, legend_figure, log_ticks, round_ticks
+from tracer.report.samples import Samples
 from tracer.report.text import number, shortened
+from tracer.types import TopK
 
 NUM_BINS = 44
 DECADES = 8  # self-influence that is smaller than the greatest by more powers of ten is drawn at the left edge
@@ -39,6 +24,9 @@ MAX_MAP_CLASSES = 40
 MAP_NUMBERS = 12  # with more classes the cells of the map hold no numbers
 BEST, CHANCE = Key("best possible", "muted", 1.3, (6, 5)), Key("chance", "muted", 1.6, (1.5, 4))
 _DASHES: tuple[tuple[float, ...], ...] = ((), (7, 3), (2, 3), (9, 3, 2, 3))
+TILE, PITCH, WIDE_PITCH, TILE_HEIGHT = 64.0, 71.0, 88.0, 104.0
+GAP = 25.0  # space between the columns of targets, proponents and opponents
+MAX_TILES = 5  # more proponents or opponents of a target would be too small to see; the page and the CSV file list all
 
 
 def histogram(groups: Mapping[str, np.ndarray], name: str, share_of: str, size: Size = PAGE) -> Figure:
@@ -105,24 +93,23 @@ def signed_histogram(edges: np.ndarray, counts: np.ndarray, size: Size = PAGE) -
 
 def recovery_slide(rankings: Mapping[str, np.ndarray], known: np.ndarray) -> Figure:
     """Draw both views of `recovery_chart` side by side, with one legend above them."""
-    parts = [recovery_chart(rankings, known, (420, 320), enlarged=enlarged) for enlarged in (False, True)]
+    parts = [recovery_chart(rankings, known, (420, 320), enlarged, legend=False) for enlarged in (False, True)]
     legend = legend_figure(recovery_keys(list(rankings)), 860)
     joined = Figure(860, legend.height + 346, parts[0].description, legend.marks)
     for left, part in zip((0, 440), parts, strict=True):
         joined.marks.append(Text(left + 420, legend.height + 10 + FONT_SIZE, part.title, anchor="end"))
-        joined.marks += [moved(mark, left, legend.height + 10) for mark in part.marks]
+        joined.add(part, left, legend.height + 10)
     return joined
 
 
 def recovery_chart(
     rankings: Mapping[str, np.ndarray],
     known: np.ndarray,
-    size: Size,
-    legend: Sequence[Key] = (),
-    *,
+    size: Size = (420, 260),
     enlarged: bool = False,
+    legend: bool = True,
 ) -> Figure:
-    """Draw the share of mislabelled examples that each ranking finds, of all or enlarged around their number."""
+    """Draw the share of mislabelled examples that each ranking finds, of all or enlarged; a legend adds to the size."""
     num_train, total = len(known), int(known.sum())
     curves = {name: recovery_curve(scores, known) * 100.0 / total for name, scores in rankings.items()}
     best, left, right, floor = 100.0 * total / num_train, 0.0, 100.0, 0.0
@@ -130,11 +117,12 @@ def recovery_chart(
         left, right = 0.5 * best, min(100.0, 2.5 * best)
         floor = min(90.0, 0.9 * next(iter(curves.values()))[round(left / 100 * num_train)])
     keys = recovery_keys(list(rankings))
+    shown_keys = keys if legend else []
     plot = Plot(
-        size,
+        (size[0], size[1] + int(legend_figure(shown_keys, size[0]).height)),
         Axis(left, right, [(tick, f"{tick:g} %") for tick in round_ticks(left, right, 5)], "training examples checked"),
         Axis(floor, 102, [(tick, f"{tick:g} %") for tick in round_ticks(floor, 100, 4)], "mislabelled examples found"),
-        legend,
+        shown_keys,
     )
     shown = np.linspace(np.ceil(left / 100 * num_train), np.floor(right / 100 * num_train), MAX_CURVE_POINTS + 1)
     points = np.unique(shown.round().astype(int))
@@ -234,3 +222,68 @@ def _percent_axis(top: float, name: str) -> Axis:
     """Return a vertical axis from 0 to a little more than the tallest bar, in percent."""
     top = max(1e-9, float(top)) * 1.06
     return Axis(0.0, top, [(tick, f"{tick:.3g} %") for tick in round_ticks(0.0, top, 4)], name)
+
+
+def influence_montage(
+    train: Samples,
+    target: Samples,
+    proponents: TopK,
+    opponents: TopK,
+    shown: Sequence[int],
+    known_mislabelled: np.ndarray | None,
+) -> Figure:
+    """Draw each shown target with its five strongest proponents and opponents; known mislabelled ones are framed."""
+    counts = [min(MAX_TILES, top.indices.shape[1]) for top in (proponents, opponents)]
+    starts = [0.0, PITCH + GAP, PITCH + GAP + counts[0] * PITCH + GAP]
+    figure = Figure(starts[2] + counts[1] * PITCH, 30 + TILE_HEIGHT * len(shown))
+    headings = zip(starts, (1, *counts), ("target", "proponents", "opponents"), ("text", "pos", "series1"), strict=True)
+    for start, count, name, color in headings:
+        figure.marks.append(Text(start + count * PITCH / 2, 16, name, color, "middle", 14, bold=True))
+    framed = () if known_mislabelled is None else np.flatnonzero(known_mislabelled)
+    for line, target_index in enumerate(shown):
+        y = 30 + line * TILE_HEIGHT
+        title, caption = heading(target, target_index), f"target {target_index}"
+        _add_tile(figure, (0.0, y), PITCH, target.image(target_index), title, caption)
+        for start, top, sign in zip(starts[1:], (proponents, opponents), (1, -1), strict=True):
+            pairs = zip(top.indices[target_index, :MAX_TILES].tolist(), top.scores[target_index], strict=False)
+            for place, (index, score) in enumerate(pairs):
+                if sign * score <= 0:
+                    break  # the strongest go on past zero if fewer examples help, or harm
+                corner, caption = (start + place * PITCH, y), number(float(f"{score:.2g}"), signed=True)
+                _add_tile(figure, corner, PITCH, train.image(index), train.label(index), caption, index in framed)
+    return figure
+
+
+def ranking_montage(
+    train: Samples, indices: np.ndarray, scores: np.ndarray, known_mislabelled: np.ndarray | None, num_columns: int = 8
+) -> Figure:
+    """Draw training examples in the order given, each with its label, prediction and score."""
+    figure = Figure(num_columns * WIDE_PITCH, TILE_HEIGHT * -(-len(indices) // num_columns))
+    framed = () if known_mislabelled is None else np.flatnonzero(known_mislabelled)
+    for place, index in enumerate(indices.tolist()):
+        corner = (place % num_columns * WIDE_PITCH, place // num_columns * TILE_HEIGHT)
+        title, caption = heading(train, index), number(scores[index])
+        _add_tile(figure, corner, WIDE_PITCH, train.image(index), title, caption, index in framed)
+    return figure
+
+
+def heading(samples: Samples, index: int) -> str:
+    """Return an example's label and, if it differs, the model's prediction."""
+    label, prediction = samples.label(index), samples.prediction(index)
+    return label if prediction in ("", label) else f"{label} → {prediction}"
+
+
+def _add_tile(
+    figure: Figure, corner: Point, pitch: float, pixels: np.ndarray, title: str, caption: str, framed: bool = False
+) -> None:
+    """Add an image with a line above and a line below it, if ``framed`` in a strong frame."""
+    scale = TILE / max(pixels.shape[:2])
+    height, width = (side * scale for side in pixels.shape[:2])
+    middle = corner[0] + pitch / 2
+    x, y = middle - width / 2, corner[1] + 20
+    color = "neg" if framed else "text"
+    figure.marks.append(Text(middle, corner[1] + 14, shortened(title, int(pitch / 6.8)), color, "middle", 11))
+    figure.marks.append(Picture(x, y, width, height, pixels))
+    corners = [(x, y), (x + width, y), (x + width, y + height), (x, y + height)]
+    frame = Line(corners, "neg" if framed else "line", 2.6 if framed else 0.8, closed=True)
+    figure.marks += [frame, Text(middle, y + height + 14, caption, "muted", "middle", 11)]

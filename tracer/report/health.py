@@ -101,11 +101,7 @@ def descending(scores: np.ndarray) -> np.ndarray:
 
 
 def recovery_curve(scores: np.ndarray, mislabelled: np.ndarray) -> np.ndarray:
-    """Return the number of mislabelled examples among the first n by descending score, ``[N + 1]``, int64.
-
-    >>> recovery_curve(np.array([0.1, 0.9, 0.5]), np.array([False, True, False])).tolist()
-    [0, 1, 1, 1]
-    """
+    """Return the number of mislabelled examples among the first n by descending score, ``[N + 1]``, int64."""
     return np.concatenate([[0], np.cumsum(mislabelled[descending(scores)], dtype=np.int64)])
 
 

@@ -14,13 +14,12 @@ from markupsafe import Markup
 
 from tracer.report import charts
 from tracer.report.content import ReportContent
-from tracer.report.figure import legend_figure, round_ticks
 from tracer.report.health import CHECKED_SHARES, MIN_CLASSES, checked_counts, count_classes, recovered, recovery_table
 from tracer.report.payload import MAX_TABLE_EXAMPLES, MAX_TARGETS, payload
+from tracer.report.plot import round_ticks
 from tracer.report.recommendations import recommendations
 from tracer.report.text import asset, number
 
-RECOVERY_SIZE = (420, 260)
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
 SCRIPTS = ("data.js", "inputs.js", "suspects.js", "targets.js", "main.js")
@@ -29,9 +28,13 @@ SCRIPTS = ("data.js", "inputs.js", "suspects.js", "targets.js", "main.js")
 
 def render_page(title: str, data: ReportContent) -> str:
     """Return an HTML document that loads nothing."""
+    mask, found = data.known_mislabelled, None
+    if mask is not None:
+        found = {"total": mask.sum(), "checked": checked_counts(len(mask))[0]}
+        found["count"] = recovered(data.self_influence, mask)[0]
     return _environment().get_template("page.html").render(
         title=title,
-        lead=_lead(data),
+        found=found,
         sections=_sections(data),
         report=data,
         data=payload(data),
@@ -71,20 +74,6 @@ def _sections(data: ReportContent) -> list[tuple[str, str, dict[str, Any]]]:
         ("reading", "How to read this", {}),
     )
     return [(name, heading, view) for name, heading, view in found if view is not None]
-
-
-def _lead(data: ReportContent) -> str:
-    """Return the paragraph below the title."""
-    sizes = f"{data.num_train:,} training examples and {data.target.size:,} targets"
-    if data.known_mislabelled is None:
-        return f"{sizes}."
-    count, total = checked_counts(data.num_train)[0], int(data.known_mislabelled.sum())
-    found = recovered(data.self_influence, data.known_mislabelled)[0]
-    return (
-        f"{sizes}; {total:,} training examples are known to be mislabelled. The {count:,} examples with the highest "
-        f"self-influence contain {found:,} of them ({found / total:.0%}); chance would find "
-        f"{total * count / data.num_train:.0f}."
-    )
 
 
 def self_influence_groups(data: ReportContent) -> dict[str, np.ndarray]:
@@ -139,11 +128,9 @@ def _recovery(data: ReportContent) -> dict[str, Any] | None:
     if mask is None:
         return None
     rankings = all_rankings(data)
-    legend = charts.recovery_keys(list(rankings))
-    size = (RECOVERY_SIZE[0], RECOVERY_SIZE[1] + int(legend_figure(legend, RECOVERY_SIZE[0]).height))
     counts = zip(CHECKED_SHARES, checked_counts(len(mask)), strict=True)
     return {
-        "figures": [charts.recovery_chart(rankings, mask, size, legend, enlarged=part) for part in (False, True)],
+        "figures": [charts.recovery_chart(rankings, mask, enlarged=enlarged) for enlarged in (False, True)],
         "caption": f"Mislabelled examples found, of {mask.sum()}",
         "header": ["ranking", *(f"top {share:.0%} ({count:,})" for share, count in counts)],
         "lines": recovery_table(rankings, mask),
@@ -163,7 +150,7 @@ def _classes(data: ReportContent) -> dict[str, Any] | None:
     for place in np.flatnonzero(classes.train_counts + classes.target_counts).tolist():
         count = int(classes.train_counts[place])
         line = [names[place], f"{count:,}", f"{int(classes.target_counts[place]):,}"]
-        line += [number(sums[place] / count) if count else "", _number_or_empty(classes.influence[place, place])]
+        line += [number(sums[place] / count) if count else "", number(classes.influence[place, place])]
         if wrong is not None:
             line.append(f"{wrong[place]:,} ({wrong[place] / count:.1%})" if count else "")
         lines.append(line)
@@ -171,12 +158,7 @@ def _classes(data: ReportContent) -> dict[str, Any] | None:
     return {
         "map": charts.class_map(classes.influence, names, classes.train_counts),
         "map_header": ["", *(names[b] for b in shown)],
-        "map_lines": [[names[a], *(_number_or_empty(classes.influence[a, b]) for b in shown)] for a in shown],
+        "map_lines": [[names[a], *(number(classes.influence[a, b]) for b in shown)] for a in shown],
         "header": header if wrong is None else [*header, "contradicted"],
         "lines": lines,
     }
-
-
-def _number_or_empty(value: float) -> str:
-    """Format a number, and NaN as nothing."""
-    return number(float(value)) if np.isfinite(value) else ""

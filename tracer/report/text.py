@@ -8,12 +8,12 @@ from typing import Any
 
 
 def number(value: float, *, signed: bool = False) -> str:
-    """Format a number to three significant digits, with a true minus sign."""
+    """Format a number to three significant digits, with a true minus sign, and NaN as nothing."""
     sign = "+" if signed else ""
     form = ",.0f" if abs(value) >= 1000 else ".3g"
     if value != 0 and (abs(value) >= 1e7 or abs(value) < 1e-4):
         form = ".2e"
-    return f"{value:{sign}{form}}".replace("-", "−")
+    return "" if value != value else f"{value:{sign}{form}}".replace("-", "−")
 
 
 def as_text(value: Any) -> str:

@@ -12,7 +12,6 @@ from tracer.errors import InputError, InputTypeError
 from tracer.report import charts, content, page, tables
 from tracer.report.figure import SLIDE, Figure
 from tracer.report.health import descending, enough_classes, estimate_wrong_labels
-from tracer.report.montage import influence_montage, ranking_montage
 from tracer.report.png import png
 from tracer.report.samples import Samples, class_codes
 from tracer.report.summaries import summarize_scores
@@ -172,10 +171,10 @@ def _slides(data: content.ReportContent) -> dict[str, Figure]:
         drawn["class_influence"] = charts.class_map(classes.influence, data.class_names, classes.train_counts, 24)
     top = data.order[: data.num_top_examples]
     if data.train.kind == "images" and len(top):
-        drawn["top_self_influence"] = ranking_montage(data.train, top, data.self_influence, known)
+        drawn["top_self_influence"] = charts.ranking_montage(data.train, top, data.self_influence, known)
     if data.train.kind == data.target.kind == "images" and data.shown_targets:
         ends = (data.proponents, data.opponents)
-        drawn["influence"] = influence_montage(data.train, data.target, *ends, data.shown_targets, known)
+        drawn["influence"] = charts.influence_montage(data.train, data.target, *ends, data.shown_targets, known)
     return drawn
 
 

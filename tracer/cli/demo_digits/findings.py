@@ -14,15 +14,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from tracer.api.attribution import Attribution, attribute
-from tracer.cli.demo_digits.digits import (
-    CLASS_NAMES,
-    Digits,
-    Settings,
-    build_model,
-    evaluate,
-    load_data,
-    train_or_reuse,
-)
+from tracer.cli.demo_digits import digits
+from tracer.cli.demo_digits.digits import Digits, Settings
 from tracer.errors import MissingDependencyError
 from tracer.report.health import CHECKED_SHARES, checked_counts, recovered, recovery_table
 
@@ -38,15 +31,15 @@ def run(
         are checked; ``found``, the number of flipped labels that each ranking finds among them; the paths ``report``
         and ``store``.
     """
-    data = load_data(settings)
+    data = digits.load_data(settings)
     total = int(data.flipped.sum())
     log(
         f"Handwritten digits: {settings.num_train:,} for training, {settings.num_test} for testing; "
         f"{total} training labels are flipped."
     )
-    checkpoints = train_or_reuse(data, settings, output_dir / "checkpoints", log)
+    checkpoints = digits.train_or_reuse(data, settings, output_dir / "checkpoints", log)
     found = attribute(
-        build_model(),
+        digits.build_model(),
         "image_classification",
         TensorDataset(data.train_images, data.train_labels),
         TensorDataset(data.test_images, data.test_labels),
@@ -55,8 +48,8 @@ def run(
         proj_dim=proj_dim,
         seed=settings.seed,
     )
-    evaluated = [evaluate(path, data.train_images, data.train_labels) for path, _ in checkpoints]
-    predictions, _ = evaluate(checkpoints[-1][0], data.test_images, data.test_labels)
+    evaluated = [digits.evaluate(path, data.train_images, data.train_labels) for path, _ in checkpoints]
+    predictions, _ = digits.evaluate(checkpoints[-1][0], data.test_images, data.test_labels)
     losses = np.stack([loss for _, loss in evaluated])
     rankings = {"loss, mean over checkpoints": losses.mean(axis=0), "loss at the last checkpoint": losses[-1]}
     every = {"self-influence": found.self_influence(), **rankings}
@@ -126,7 +119,7 @@ def _report(found: Attribution, data: Digits, directory: Path, **options: Any) -
     options |= {
         "labels": data.train_labels,
         "target_labels": data.test_labels,
-        "class_names": CLASS_NAMES,
+        "class_names": digits.CLASS_NAMES,
         "known_mislabelled": data.flipped,
         "title": "Mislabelled digits",
     }
