@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from itertools import combinations
 
 import torch
@@ -15,29 +16,29 @@ class SumGradient(PerSampleGradient):
     """The sum of several gradients of one parameter."""
 
     def __init__(self, summands: Sequence[PerSampleGradient]) -> None:
+        first = summands[0]
+        super().__init__(first.shape, first.batch_size, first)
         self.summands = tuple(summands)
-        first = self.summands[0]
-        self.shape, self.batch_size, self.device, self.dtype = first.shape, first.batch_size, first.device, first.dtype
 
     @property
     def is_divisible(self) -> bool:
         return all(part.is_divisible for part in self.summands)
 
     def dense(self, start: int, stop: int) -> Tensor:
-        return sum_of([part.dense(start, stop) for part in self.summands])
+        return reduce(torch.add, [part.dense(start, stop) for part in self.summands])
 
     def entries(self, start: int, stop: int, first: int = 0, last: int | None = None) -> Tensor:
-        return sum_of([part.entries(start, stop, first, last) for part in self.summands])
+        return reduce(torch.add, [part.entries(start, stop, first, last) for part in self.summands])
 
     def parts(self) -> list[PerSampleGradient]:
         return [leaf for part in self.summands for leaf in part.parts()]
 
     def squared_norm(self) -> Tensor:
         parts = self.parts()
-        return sum_of([part.squared_norm() for part in parts]) + cross_terms(parts)
+        return reduce(torch.add, [part.squared_norm() for part in parts]) + cross_terms(parts)
 
     def weighted_sum(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        total = sum_of([part.weighted_sum(weights)[0] for part in self.parts()])
+        total = reduce(torch.add, [part.weighted_sum(weights)[0] for part in self.parts()])
         return total, weighted_norms(self, weights)
 
 
@@ -46,14 +47,6 @@ def cross_terms(parts: Sequence[PerSampleGradient]) -> Tensor:
     total = torch.zeros(parts[0].batch_size, dtype=torch.float64, device=parts[0].device)
     for one, other in combinations(parts, 2):
         total += 2.0 * one.inner(other)
-    return total
-
-
-def sum_of(values: Sequence[Tensor]) -> Tensor:
-    """Add up tensors of one shape."""
-    total = values[0]
-    for value in values[1:]:
-        total = total + value
     return total
 
 

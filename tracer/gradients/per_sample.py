@@ -55,7 +55,7 @@ class PerSampleGradient(ABC):
     dtype: torch.dtype
     touches_rows = False
 
-    def __init__(self, shape: Sequence[int], batch_size: int, like: Tensor) -> None:
+    def __init__(self, shape: Sequence[int], batch_size: int, like: Tensor | PerSampleGradient) -> None:
         self.shape, self.batch_size = tuple(shape), batch_size
         self.device, self.dtype = like.device, like.dtype
 
@@ -69,6 +69,12 @@ class PerSampleGradient(ABC):
         The gradient of a sample is ``sum_t left[t] (outer) right[t]``. None if the gradient has no such form.
         """
         return None
+
+    def factors(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return the factors of `outer` of a gradient that has them."""
+        factors = self.outer(start, stop)
+        assert factors is not None
+        return factors
 
     def touched_rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return the row numbers ``[b, T]`` that are touched and the values ``[b, T, I]`` that are added to them."""
@@ -122,13 +128,8 @@ class PerSampleGradient(ABC):
         """Return the exact squared norm of each sample's gradient: ``[B]``, float64, in bounded memory."""
         (rows, cols), positions = matrix_shape(self.shape), self.num_positions if self.numel else None
         if positions is not None and gram_cost(positions, rows, cols) <= build_cost(positions, rows, cols):
-
-            def gram(start: int, stop: int) -> Tensor:
-                factors = self.outer(start, stop)
-                assert factors is not None
-                return gram_squares(*factors)
-
-            return self._by_block(8 * positions * (2 * positions + rows + cols), gram)
+            row_bytes = 8 * positions * (2 * positions + rows + cols)
+            return self._by_block(row_bytes, lambda start, stop: gram_squares(*self.factors(start, stop)))
         return self._by_block(4 * rows * cols, lambda start, stop: row_squares(self.entries(start, stop)))
 
     def inner(self, other: PerSampleGradient) -> Tensor:
@@ -142,8 +143,7 @@ class PerSampleGradient(ABC):
             if gram_size <= build_cost(first + second, rows, cols):
 
                 def gram(start: int, stop: int) -> Tensor:
-                    one, two = self.outer(start, stop), other.outer(start, stop)
-                    assert one is not None and two is not None
+                    one, two = self.factors(start, stop), other.factors(start, stop)
                     lefts = torch.bmm(one[0].double(), two[0].double().transpose(1, 2))
                     return (lefts * torch.bmm(one[1].double(), two[1].double().transpose(1, 2))).sum((1, 2))
 
@@ -194,15 +194,11 @@ class PerSampleGradient(ABC):
 
     def position_views(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return the factors of `outer` as views: ``[b, T, O]``, and right ones whose ``T`` and ``I`` may be split."""
-        factors = self.outer(start, stop)
-        assert factors is not None
-        return factors
+        return self.factors(start, stop)
 
     def product_factors(self, start: int, stop: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
         """Return ``left [b, O, T]`` and ``right [b, T, I]``, whose product is the gradient."""
-        factors = self.outer(start, stop)
-        assert factors is not None
-        left, right = full_precision(factors[0]), full_precision(factors[1])
+        left, right = map(full_precision, self.factors(start, stop))
         dtype = torch.promote_types(left.dtype, right.dtype)
         return left.to(dtype).transpose(1, 2), right.to(dtype)
 
@@ -304,9 +300,8 @@ class FoldedGradient(PerSampleGradient):
     """
 
     def __init__(self, inner: PerSampleGradient, factor: int) -> None:
+        super().__init__(inner.shape, inner.batch_size // factor, inner)
         self.inner_gradient, self.factor = inner, factor
-        self.shape, self.batch_size = inner.shape, inner.batch_size // factor
-        self.device, self.dtype = inner.device, inner.dtype
 
     def dense(self, start: int, stop: int) -> Tensor:
         inner = self.inner_gradient.dense(start * self.factor, stop * self.factor)
@@ -352,8 +347,8 @@ class ScaledGradient(PerSampleGradient):
     """
 
     def __init__(self, inner: PerSampleGradient, scale: Tensor) -> None:
+        super().__init__(inner.shape, inner.batch_size, inner)
         self.inner_gradient, self.scale = inner, scale
-        self.shape, self.batch_size, self.device = inner.shape, inner.batch_size, inner.device
         self.dtype = torch.promote_types(inner.dtype, scale.dtype)
 
     def dense(self, start: int, stop: int) -> Tensor:

@@ -78,9 +78,7 @@ class RowsGradient(PerSampleGradient):
             return (torch.bmm(values.double(), added.double().transpose(1, 2)) * equal).sum((1, 2))
 
         def with_outer(start: int, stop: int) -> Tensor:
-            factors = other.outer(start, stop)
-            assert factors is not None
-            left, right = factors
+            left, right = other.factors(start, stop)
             index = self.index[start:stop].unsqueeze(1).expand(-1, left.shape[1], -1)
             weights = left.gather(2, index).double()  # [b, T, S]: only touched rows of the outer form are built
             rows = torch.bmm(weights.transpose(1, 2), right.double())

@@ -23,8 +23,7 @@ def factors(gradient: PerSampleGradient, start: int, stop: int, tile: Tile, scra
     """Return signed ``left [b, o, T]`` and ``right [b, T, stride]`` whose product is the tile in memory order."""
     if has_windows(gradient):
         return _left_planes(gradient, start, stop, tile, scratch), _patches(gradient, start, stop, tile, scratch)
-    outer = gradient.outer(start, stop)
-    assert outer is not None
+    outer = gradient.factors(start, stop)
     left = full_precision(outer[0][..., tile.rows])
     placed = scratch.take("right", (*left.shape[:2], tile.stride), left.dtype, left.device)
     place_columns(outer[1], tile, placed)

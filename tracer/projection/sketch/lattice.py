@@ -102,8 +102,7 @@ class Lattice:
 
     def _ordered(self, gradient: PerSampleGradient, start: int, stop: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
         """Return signed factors in order: ``[b, T, groups, G + c - 1]`` and ``[b, T, c, d]``, the last step first."""
-        outer = gradient.outer(start, stop)
-        assert outer is not None
+        outer = gradient.factors(start, stop)
         left, (rows, sign) = full_precision(outer[0]), self._rows
         b, positions = left.shape[:2]
         vectors = scratch.take("left", (b, positions, rows.numel()), left.dtype, left.device)

@@ -58,8 +58,7 @@ class Spectrum:
     def hold(self, gradient: PerSampleGradient, tiles: Sequence[Tile], scratch: Scratch) -> None:
         """Store the gradient of a vector-input layer, of all samples, to transform it with those of other layers."""
         self._vectors.append((gradient, tiles, scratch))
-        factors = gradient.outer(0, gradient.batch_size)
-        assert factors is not None
+        factors = gradient.factors(0, gradient.batch_size)
         self._held += sum(factor.untyped_storage().nbytes() for factor in factors)  # a view keeps more than it shows
         if self._held > HELD_BYTES:
             self._transform_vectors(last=False)
@@ -127,8 +126,7 @@ def _products(
         left, right = _placed_windows(gradient, start, stop, tile, bucket, k, scratch)
         yield _product(left, right, k)
         return
-    outer = gradient.outer(start, stop)
-    assert outer is not None
+    outer = gradient.factors(start, stop)
     positions = outer[0].shape[1]
     step = max(1, SPECTRAL_BYTES // (k * outer[0].element_size()))
     for low in range(0, positions, step):
