@@ -29,7 +29,7 @@ from tracer._core.sharding import fsdp_modules
 from tracer._core.validation import check_device, check_model, check_rate, complete_rates
 from tracer.data.batches import check_batch_size, count_samples, select_samples, to_device
 from tracer.data.model_inputs import logits_of
-from tracer.data.tasks import LanguageModeling, Task, make_task
+from tracer.data.tasks import LanguageModeling, Task, TaskModule, make_task
 from tracer.errors import BatchError, GradientError, InputError, InputTypeError, NonFiniteError
 from tracer.gradients import ParamSelection, isolated, select_parameters
 from tracer.training.adam import check_preconditioner, read_training_checkpoint
@@ -235,7 +235,7 @@ def _forward(model: nn.Module, task: Task, batch: Batch, direction: Mapping[str,
             for name, tangent in direction.items()
         }
         with _hooked(model, cut):
-            outputs = torch.func.functional_call(_TaskModule(model, task), duals, (batch,))
+            outputs = torch.func.functional_call(TaskModule(model, task), duals, (batch,))
         logits, change = _only(found, task)
         beside = forward_mode.unpack_dual(outputs.output).tangent
         beside = torch.zeros_like(outputs.output) if beside is None else beside.detach().clone()
@@ -283,17 +283,6 @@ def _twice(model: nn.Module, task: Task, batch: Batch, direction: Mapping[str, T
         ) from error
     beside = along(torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True))
     return outputs, leaf, change.detach(), beside.detach().reshape(1)
-
-
-class _TaskModule(nn.Module):
-    """A task on a model as a module of the model's parameters, for ``torch.func.functional_call``."""
-
-    def __init__(self, model: nn.Module, task: Task) -> None:
-        super().__init__()
-        self.model, self.task = model, task
-
-    def forward(self, batch: Batch) -> SampleOutputs:
-        return self.task.outputs(self.model, batch)
 
 
 @contextmanager

@@ -72,6 +72,27 @@ class Task(ABC):
         return {"name": self.name, "class": f"{type(self).__module__}.{type(self).__qualname__}"}
 
 
+class TaskModule(nn.Module):
+    """A task on a model as a module of the model's parameters, ``model.…``, for ``torch.func.functional_call``."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, batch: Batch) -> Any:
+        """Return the task's outputs."""
+        return self.task.outputs(self.model, batch)
+
+
+def check_per_sample(name: str, value: Tensor, size: int, samples: str) -> None:
+    """Raise `BatchError` unless a task returned one number for each sample of a batch."""
+    if value.shape != (size,):
+        raise BatchError(
+            f"The task gave {name} of shape {tuple(value.shape)} for a batch of {size} {samples}; expected ({size},). "
+            f"A task returns one number a sample (losses of torch take reduction='none')."
+        )
+
+
 def loss_outputs(loss: Float[Tensor, " B"], baseline: Float[Tensor, " B"] | None = None) -> SampleOutputs:
     """Return the outputs of a task that has only a loss: ``f = L, Q = 1, w = 0``.
 

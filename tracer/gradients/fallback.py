@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tracer.data.batches import is_per_sample, leaves, map_leaves, select_samples
-from tracer.data.tasks import Task
+from tracer.data.tasks import Task, TaskModule
 from tracer.errors import GradientError, TracerError
 from tracer.gradients.per_sample import DenseGradient, PerSampleGradient
 from tracer.types import Batch
@@ -80,17 +80,6 @@ class Fallback:
             ) from error
 
 
-class _TaskModule(nn.Module):
-    """A task's f as a module of the model's parameters, for ``torch.func.functional_call``."""
-
-    def __init__(self, model: nn.Module, task: Task) -> None:
-        super().__init__()
-        self.model, self.task = model, task
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.task.outputs(self.model, batch).output
-
-
 def can_vmap(batch: Batch, batch_size: int) -> bool:
     """Return whether all per-sample leaves of a batch are tensors, which vmap can split."""
     return all(isinstance(leaf, Tensor) or not is_per_sample(leaf, batch_size) for _, leaf in leaves(batch))
@@ -102,7 +91,7 @@ def vmap_gradients(
     """Compute f ``[B]`` and its gradients ``[B, *shape]`` by ``vmap(grad)``: every sample is run as a batch of one."""
     parameters = dict(model.named_parameters())
     subset = {f"model.{name}": parameters[name].detach() for name in names}
-    module = _TaskModule(model, task)
+    module = TaskModule(model, task)
     rows = [leaf for _, leaf in leaves(batch) if isinstance(leaf, Tensor) and is_per_sample(leaf, batch_size)]
 
     def f_of_one(subset: dict[str, Tensor], *one_row: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +101,7 @@ def vmap_gradients(
             per_row = isinstance(leaf, Tensor) and is_per_sample(leaf, batch_size)
             return next(remaining).unsqueeze(0) if per_row else leaf
 
-        output = torch.func.functional_call(module, subset, (map_leaves(batch, fill),))
+        output = torch.func.functional_call(module, subset, (map_leaves(batch, fill),)).output
         return output.sum(), output.detach().sum()
 
     per_sample = torch.func.vmap(

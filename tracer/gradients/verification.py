@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tracer.data.batches import select_samples
-from tracer.data.tasks import LowerPrecision, Task
-from tracer.errors import BatchError, GradientError
+from tracer.data.tasks import LowerPrecision, Task, check_per_sample
+from tracer.errors import GradientError
 from tracer.gradients.backend import Backend
 from tracer.gradients.capture import CallPattern
 from tracer.gradients.isolation import seed_generators
@@ -108,11 +108,8 @@ class Verifier:
         """Raise `BatchError` unless a task returned one number a sample."""
         for name in ("output", "loss", "loss_grad", "loss_hess", "label", "baseline"):
             value = getattr(outputs, name)
-            if value is not None and value.shape != (batch_size,):
-                raise BatchError(
-                    f"The task gave {name} of shape {tuple(value.shape)} for a batch of {batch_size} rows; expected "
-                    f"({batch_size},). A task returns one number a sample (losses of torch take reduction='none')."
-                )
+            if value is not None:
+                check_per_sample(name, value, batch_size, "rows")
 
     def check_first_sample(self, outputs: Tensor, batch: Batch, batch_size: int) -> None:
         """Raise `GradientError` if the first sample run alone has another f than within its batch (centring, …)."""

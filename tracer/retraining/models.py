@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from tracer.data.batches import count_samples, is_per_sample, leaves, map_leaves, select_samples, to_device
-from tracer.data.tasks import Task
+from tracer.data.tasks import Task, TaskModule
 from tracer.errors import BatchError, InputError
 from tracer.types import Batch
 
@@ -52,15 +52,11 @@ class Examples:
             yield self.take(rows)
 
 
-class _Objective(nn.Module):
-    """A task's numbers as a module of the model's parameters, for ``torch.func.functional_call``."""
-
-    def __init__(self, model: nn.Module, task: Task) -> None:
-        super().__init__()
-        self.model, self.task = model, task
+class _Objective(TaskModule):
+    """The objective, f and L of a task, as a module of the model's parameters."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        found = self.task.outputs(self.model, batch)
+        found = super().forward(batch)
         # L is a function of f alone, so the gradient of the mean of Q f, with Q detached, is that of the mean of L.
         return (found.loss_grad.detach() * found.output).mean(), found.output, found.loss.detach()
 

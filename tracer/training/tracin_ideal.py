@@ -24,8 +24,8 @@ from tracer.data.batches import map_leaves, to_device
 from tracer.data.datasets import as_data_source
 from tracer.data.fingerprints import fingerprint_samples
 from tracer.data.indices import ExampleIndices, check_indices
-from tracer.data.tasks import make_task
-from tracer.errors import BatchError, CallOrderError, InputError, MismatchError, NonFiniteError
+from tracer.data.tasks import check_per_sample, make_task
+from tracer.errors import CallOrderError, InputError, MismatchError, NonFiniteError
 from tracer.gradients.isolation import isolated, seed_generators
 from tracer.training.checkpoints import weights_fingerprint
 from tracer.training.lend_weights import LoadedWeights, weights_in
@@ -244,11 +244,7 @@ class IdealRecorder:
             seed_generators(self._device)
             for batch, size in self._batches:
                 loss = self.task.outputs(self.model, batch).loss
-                if loss.shape != (size,):
-                    raise BatchError(
-                        f"The task gave losses of shape {tuple(loss.shape)} for a batch of {size} targets; expected "
-                        f"({size},). A task returns one number a sample (losses of torch take reduction='none')."
-                    )
+                check_per_sample("losses", loss, size, "targets")
                 found.append(loss.detach().to("cpu", torch.float64).numpy())
         losses = np.concatenate(found)
         bad = np.flatnonzero(~np.isfinite(losses))
