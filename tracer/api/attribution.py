@@ -16,7 +16,7 @@ from tracer._core.sharding import fsdp_modules
 from tracer._core.validation import bar_disabled, check_count
 from tracer.api.checkpoint_sources import check_distinct
 from tracer.api.report_metadata import StoreFacts
-from tracer.api.settings import FeatureOptions, FeatureSettings, feature_settings, takes_settings
+from tracer.api.settings import FeatureOptions, FeatureSettings, chosen_storage, feature_settings, takes_settings
 from tracer.api.store_reader import StoreReader
 from tracer.api.tracer import Tracer
 from tracer.data.datasets import DataSource, as_data_source
@@ -24,7 +24,6 @@ from tracer.errors import InputError, InputTypeError
 from tracer.report import ReportOptions, write_report
 from tracer.report.samples import as_array
 from tracer.scoring.estimators import Estimate
-from tracer.store.feature_storage import FeatureStorage
 from tracer.types import Batch, Checkpoint, TopK
 
 
@@ -225,8 +224,7 @@ def attribute(
     size = check_count(batch_size, "batch_size")
     train_rows = as_data_source(train, "train", size, collate_fn)
     target_rows = as_data_source(targets, "targets", size, collate_fn)
-    projector = options.get("projector", FeatureSettings.projector)
-    options.setdefault("storage", FeatureStorage.default(projector, bool(estimate.kernel)))
+    options["storage"] = chosen_storage(options, bool(estimate.kernel)).name
     settings = feature_settings({"proj_dim": proj_dim, **options}, "attribute")
     tracer = Tracer(model, task, len(train_rows), save_dir, proj_dim, **options)
     chosen = list(range(len(pairs)))

@@ -145,6 +145,12 @@ def feature_settings(options: Mapping[str, Any], caller: str) -> FeatureSettings
     return FeatureSettings(**options)
 
 
+def chosen_storage(options: Mapping[str, Any], needs_features: bool) -> FeatureStorage:
+    """Return the storage of `attribute` with these options; by default exact gradients are stored only if needed."""
+    default = FeatureStorage.default(options.get("projector", FeatureSettings.projector), needs_features)
+    return FeatureStorage(options.get("storage", default))
+
+
 def takes_settings(target: Signed) -> Signed:
     """Put the settings into the signature of a class or function, and into its docstring at ``**options:``."""
     function: Any = target.__init__ if inspect.isclass(target) else target

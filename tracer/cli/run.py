@@ -16,6 +16,7 @@ import click
 import numpy as np
 import torch.distributed as dist
 
+from tracer.api.settings import chosen_storage
 from tracer.cli.app import INTERRUPTED, typed_command
 from tracer.cli.job import RANKING, Job
 from tracer.cli.output import print_result
@@ -23,7 +24,7 @@ from tracer.cli.plan import make_plan, plan_text
 from tracer.cli.settings import BY_NAME, SettingsCommand, check_required, read_settings
 from tracer.data.datasets import DataSource
 from tracer.errors import IncompleteError, InputError
-from tracer.store.feature_storage import FeatureStorage
+from tracer.scoring.estimators import Estimate
 from tracer.types import Batch
 
 
@@ -68,9 +69,8 @@ def run(config: str | None, dry_run: bool, **flags: Any) -> None:
 
 def _run(ctx: click.Context, job: Job, settings: dict[str, Any]) -> dict[str, Any]:
     """Run `attribute`; an interruption ends the program and prints the command that resumes it."""
-    kernel = settings.get("estimator") in ("influence", "trak")
-    default = FeatureStorage.default(settings.get("projector", "sketch"), kernel)
-    exact = not FeatureStorage(settings.get("storage", default)).stores_features
+    estimate = Estimate(settings.get("estimator", "tracin"))
+    exact = not chosen_storage(settings, bool(estimate.kernel)).stores_features
     sizes = {"train_rows": len(job.train), "targets": len(job.targets)}
     try:
         with Interruption() as interruption:
