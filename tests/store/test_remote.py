@@ -314,3 +314,20 @@ def test_an_object_of_scores_is_bounded_however_many_targets_there_are():
     store = Store.open(f"memory://{uuid.uuid4().hex}", manifest())
     with store.results.scores("test", "tracin", (N, 4_000_000), {}) as scores:
         assert scores._scores.layout.data_bytes <= 32 << 20
+
+
+UNCLOSED = """
+import sys
+import numpy as np
+sys.path.insert(0, sys.argv[2])
+from store_cases import batch, manifest
+from tracer.store import Store
+table = Store.open(sys.argv[1], manifest()).create_checkpoint(0, "a", 0.1)
+table.write(**batch(np.arange(4)))
+"""
+
+
+def test_rows_that_wait_are_uploaded_when_the_process_ends(s3_server):
+    url = f"s3://runs/{uuid.uuid4().hex}"
+    subprocess.run([sys.executable, "-c", UNCLOSED, url, os.path.dirname(os.path.dirname(__file__))], check=True)
+    assert Store.open_existing(url).checkpoint(0).num_done == 4

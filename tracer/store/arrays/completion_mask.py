@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import logging
+import os
+import threading
 import time
+import weakref
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,13 +20,16 @@ from tracer.store.arrays.chunked import ChunkedArray
 FLUSH_SECONDS = 5.0
 _OPEN_CHUNKS = 8
 
+logger = logging.getLogger("tracer")
+
 
 class CompletionMask:
     """Marks what is done. Chunks of the marks and of the data belong together by their position.
 
     Several processes may write as long as no two of them write rows of the same chunk. On a disk, written rows wait
     for a flush, which happens every few seconds of writing. Remotely, each chunk is uploaded once it is full; `flush`
-    uploads the remaining ones as they are.
+    uploads the remaining ones as they are. What still waits when a mask is collected or the process ends is flushed
+    then, by the process that wrote it: a forked child has nothing pending.
 
     Args:
         mask: The bool array ``[R]``.
@@ -29,11 +37,17 @@ class CompletionMask:
         flush_seconds: How long written rows may wait before a write flushes them.
     """
 
+    _waits = False  # whether rows may be pending: `__del__` may be too late to ask numpy
+
     def __init__(self, mask: ChunkedArray, data: Sequence[ChunkedArray], flush_seconds: float) -> None:
         self._mask, self._data = mask, tuple(data)
         self.flush_seconds = flush_seconds
         self._pending = np.zeros(mask.layout.shape[0], dtype=bool)
         self._last_flush = time.monotonic()
+
+    def __del__(self) -> None:
+        if self._waits:
+            self._flush_at_end()
 
     @property
     def done(self) -> Bool[np.ndarray, " R"]:
@@ -70,6 +84,8 @@ class CompletionMask:
             self._pending[:] = False
             raise
         self._pending[items] = True
+        self._waits = True
+        _waiting.add(self)
         if self._mask.uploads:
             self._upload(items)
         elif time.monotonic() - self._last_flush > self.flush_seconds:
@@ -78,9 +94,17 @@ class CompletionMask:
     def flush(self) -> None:
         """Make the data of pending rows durable, then mark them done and make the marks durable."""
         self._last_flush = time.monotonic()
+        self._waits = False
         items = np.flatnonzero(self._pending)
         if len(items):
             self._finish(items, None)
+
+    def _flush_at_end(self) -> None:
+        """Flush where no caller could handle an error, which is logged."""
+        try:
+            self.flush()
+        except Exception as error:
+            logger.error("the last rows were not stored, and are computed again: %s", error)
 
     def _upload(self, items: Int64[np.ndarray, " n"]) -> None:
         """Upload the chunks that these rows filled; all chunks if too many of them are half full."""
@@ -113,3 +137,26 @@ class CompletionMask:
         # Only now is the data durable: a mark on the disk is a promise that the row is, too.
         self._mask.assign(items, np.ones(len(items), dtype=bool))
         self._mask.flush(chunks)
+
+
+_waiting: weakref.WeakSet[CompletionMask] = weakref.WeakSet()
+"""The masks that may have pending rows."""
+
+
+def _flush_all() -> None:
+    for mask in list(_waiting):
+        mask._flush_at_end()
+
+
+def _disown() -> None:
+    """Forget in a forked child what is pending: the parent writes it."""
+    for mask in list(_waiting):
+        mask._pending[:] = mask._waits = False
+    _waiting.clear()
+
+
+atexit.register(_flush_all)
+# Earlier than that: before pools of threads, which uploads need, shut down; and also in children of multiprocessing.
+getattr(threading, "_register_atexit", atexit.register)(_flush_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown)

@@ -40,7 +40,8 @@ class LocalArray(ChunkedArray):
     def __init__(self, path: LocalPath) -> None:
         super().__init__(path)
         self._number = _maps.number(self)
-        self._dirty: set[int] = set()
+        self._files: dict[int, int] = {}  # the inodes of files that were opened to write
+        self._dirty: dict[int, int] = {}  # those of files that were written to since the last flush
         self._unsynced_directories: set[LocalPath] = set()  # new names in them are not durable yet
 
     def chunk_path(self, chunk: int) -> LocalPath:
@@ -56,7 +57,7 @@ class LocalArray(ChunkedArray):
                 return np.broadcast_to(np.zeros((), self.dtype), self.chunk_shape)
             _maps.put((self._number, chunk, writable), mapped)
         if writable:
-            self._dirty.add(chunk)
+            self._dirty.setdefault(chunk, self._files[chunk])
         return mapped
 
     def _map(self, chunk: int, writable: bool) -> np.ndarray | None:
@@ -70,7 +71,10 @@ class LocalArray(ChunkedArray):
                     raise FileNotFoundError(2, "the array has been removed", str(self.path))
                 create_file(path, self.layout.data_bytes, tail)
                 self._unsynced_directories.update(path.parents[: len(self.layout.shape) + 1])
-            size = path.stat().st_size
+            found = path.stat()
+            size = found.st_size
+            if writable:
+                self._files[chunk] = found.st_ino
             if size != self.layout.data_bytes + len(tail):  # reading beyond the end of a shorter file raises SIGBUS
                 raise StoreError(
                     f"{path} is damaged: expected {self.layout.data_bytes + len(tail)} bytes, found "
@@ -99,11 +103,13 @@ class LocalArray(ChunkedArray):
         wanted = [chunk for chunk in self._dirty if chunks is None or chunk in chunks]
         # Forgotten before the sync: the system drops pages that it could not write, so after an error a second sync
         # would succeed without them and claim data that is lost.
-        self._dirty.difference_update(wanted)
+        written = {chunk: self._dirty.pop(chunk) for chunk in sorted(wanted)}
         directories, self._unsynced_directories = self._unsynced_directories, set()
-        for chunk in sorted(wanted):
+        for chunk, inode in written.items():
             with disk_errors(self.chunk_path(chunk)):
-                os.stat(self.chunk_path(chunk))  # raises if it was removed: a map of it still takes writes, for nobody
+                # A map of a file that was removed still takes writes, for nobody.
+                if os.stat(self.chunk_path(chunk)).st_ino != inode:
+                    raise FileNotFoundError(2, "the file was replaced while it was written", str(self.path))
                 # fsync by descriptor first, since it lets other threads run and the map's msync holds Python's lock.
                 sync(self.chunk_path(chunk))
                 mapped = _maps.get((self._number, chunk, True))  # pages of a map that was dropped are in the fsync
