@@ -180,13 +180,13 @@ def attribute(
     Args:
         model: The model; it is not changed.
         task: As for `Tracer`.
-        train: The training examples: a map-style data set, a tuple of tensors, a `DataLoader` with ``shuffle=False``,
-            or a list of batches.
+        train: The training examples: a map-style data set, a tuple of tensors, or a `DataLoader`, list or other
+            iterable that yields the same batches or examples each time.
         targets: The examples to explain, in one of the same forms.
         checkpoints: State dicts or paths, each alone or as ``(checkpoint, learning rate)``; with ``preconditioner=``,
             training checkpoints.
         save_dir: The directory or URL of the store, which is created if it does not exist.
-        batch_size: The batch size, for data sets and tensors. Default: 64.
+        batch_size: The batch size, for data sets, tensors and single examples. Default: 64.
         collate_fn: Makes a batch of a data set's examples. Default: that of `DataLoader`.
         exp_name: The name of the targets in the store.
         estimator: ``tracin``, ``cosine``, ``influence`` or ``trak``, as in `Tracer.finalize_scores`. Default:
@@ -222,8 +222,9 @@ def attribute(
     pairs = [_pair(checkpoint) for checkpoint in _as_list(checkpoints)]
     check_distinct([checkpoint for checkpoint, _ in pairs])
     size = check_count(batch_size, "batch_size")
-    train_rows = as_data_source(train, "train", size, collate_fn)
-    target_rows = as_data_source(targets, "targets", size, collate_fn)
+    in_order = bool(options.get("check_rows", True))
+    train_rows = as_data_source(train, "train", size, collate_fn, in_order)
+    target_rows = as_data_source(targets, "targets", size, collate_fn, in_order)
     options["storage"] = chosen_storage(options, bool(estimate.kernel)).name
     settings = feature_settings({"proj_dim": proj_dim, **options}, "attribute")
     tracer = Tracer(model, task, len(train_rows), save_dir, proj_dim, **options)

@@ -54,8 +54,8 @@ def score_exactly(
     Args:
         checkpoint: The checkpoint that was loaded under ``model_id`` by `load_checkpoint`.
         model_id: Its number in the store.
-        train: All training examples: a map-style data set, a tuple of tensors, a `DataLoader` with ``shuffle=False``,
-            or a list of batches.
+        train: All training examples: a map-style data set, a tuple of tensors, or a `DataLoader`, list or other
+            iterable that yields the same batches or examples each time.
         targets: All targets, in one of the same forms.
         exp_name: The name of this set of targets.
         batch_size: The batch size, for data sets and tensors. Default: 64.
@@ -80,8 +80,9 @@ def score_exactly(
             "fully_shard divides, use featurize, score and finalize_scores with storage='float32' or 'float16'."
         )
     model_id, batch_size = check_model_id(model_id), check_count(batch_size, "batch_size")
-    train_rows = as_data_source(train, "train", batch_size, collate_fn)
-    target_rows = as_data_source(targets, "targets", batch_size, collate_fn)
+    in_order = bool(factory.settings.check_rows)
+    train_rows = as_data_source(train, "train", batch_size, collate_fn, in_order)
+    target_rows = as_data_source(targets, "targets", batch_size, collate_fn, in_order)
     if len(train_rows) != _tracer.train_set_size:
         raise InputError(f"train has {len(train_rows)} rows; expected train_set_size={_tracer.train_set_size}.")
     loaded = factory.read(checkpoint)

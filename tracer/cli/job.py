@@ -75,7 +75,8 @@ def load_data(settings: Mapping[str, Any], name: str) -> DataSource:
     """Return the examples of the setting ``train`` or ``targets``."""
     collate = resolve(settings["collate_fn"], "collate_fn") if "collate_fn" in settings else None
     batch_size = check_count(settings.get("batch_size", 64), "batch_size")
-    return as_data_source(build(settings[name], name), name, batch_size, collate)
+    in_order = bool(settings.get("check_rows", True))
+    return as_data_source(build(settings[name], name), name, batch_size, collate, in_order)
 
 
 def load_task(task: str) -> Any:

@@ -19,7 +19,7 @@ from tracer._core.processes import this_process
 from tracer._core.text import listing
 from tracer.cli.job import Job
 from tracer.cli.output import format_facts, format_size, format_table, format_time
-from tracer.data.datasets import DataSource, as_data_source
+from tracer.data.datasets import DataSource, IteratedSource
 from tracer.store import Store
 from tracer.store.arrays.metadata import NODE
 from tracer.store.arrays.store_path import store_path
@@ -112,7 +112,7 @@ class _Sample(DataSource):
     def __init__(self, source: DataSource, name: str) -> None:
         before = time.perf_counter()
         batches = [batch for batch, _ in islice(source.batches(np.arange(len(source))), TRIAL_BATCHES)]
-        loaded, self._source = time.perf_counter() - before, as_data_source(batches, name, 1)
+        loaded, self._source = time.perf_counter() - before, IteratedSource(batches, name)
         self._load_seconds = loaded / len(self._source)
         self.began, self.seconds = 0.0, 0.0
         self._timed_rows, self._timed_seconds = 0, 0.0

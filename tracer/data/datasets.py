@@ -1,20 +1,37 @@
-"""Adapters that load examples by index: from data sets, loaders with a fixed order, batches and tensors."""
+"""Adapters that load examples by index: from data sets, tensors, and loaders or other iterables with a fixed order."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
+)
 
-from tracer.data.batches import count_samples, tensor_from_numpy
+from tracer.data.batches import check_batch_size, count_samples, leaves, tensor_from_numpy
+from tracer.data.fingerprints import fingerprint_samples
+from tracer.data.model_inputs import as_mapping, label_key
 from tracer.errors import InputError, InputTypeError
 from tracer.types import Batch
+
+_RANDOM_SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_LOOP = "make a Tracer and call tracer.featurize(batch, inds=...) with the index of each example"
 
 
 class DataSource(ABC):
@@ -47,77 +64,190 @@ class _MapStyleSource(DataSource):
             yield batch, indices[number * size : (number + 1) * size]
 
 
-class _BatchListSource(DataSource):
-    """Batches that exist already; skips those without a requested example."""
+class IteratedSource(DataSource):
+    """Whatever can be iterated again and again: yields batches, or examples that are collated to batches.
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self._batches, self._sizes = batches, [count_samples(batch) for batch in batches]
+    The data are iterated once to count the examples, and again for each pass; batches that are not needed are skipped.
+
+    Args:
+        data: The iterable.
+        name: The argument's name, for messages.
+        collate: Collates so many examples; None if the data yield batches, or if the first item is to decide.
+        batch_size: The batch size of examples that are collated.
+        check_order: Whether each pass must yield what the first one did.
+    """
+
+    def __init__(
+        self,
+        data: Iterable[Any],
+        name: str = "data",
+        batch_size: int = 1,
+        collate: Callable[[list], Batch] | None = None,
+        check_order: bool = False,
+    ) -> None:
+        self._data, self._name, self._collate, self._batch_size = data, name, collate, batch_size
+        self._starts, self._hashes = [0], []
+        for batch in self._items():
+            size = count_samples(batch)
+            check_batch_size(batch, size)
+            self._starts.append(self._starts[-1] + size)
+            if check_order:
+                self._hashes.append(fingerprint_samples(batch, size))
 
     def __len__(self) -> int:
-        return sum(self._sizes)
+        return self._starts[-1]
 
     def batches(self, indices: Int64[np.ndarray, " n"]) -> Iterator[tuple[Batch, Int64[np.ndarray, " b"]]]:
+        """Iterate the data, and yield the batches that hold one of the indices."""
         start = 0
-        for batch, size in zip(self._batches, self._sizes, strict=True):
-            own = np.arange(start, start + size)
-            start += size
+        for number, batch in enumerate(self._items()):
+            if start > indices[-1]:
+                return
+            own = np.arange(start, start + count_samples(batch))
+            start += len(own)
+            if self._starts[number + 1 : number + 2] != [start]:
+                raise InputError(self._other_order(own[0]))
             if np.isin(own, indices, assume_unique=True).any():
+                if self._hashes:
+                    differs = fingerprint_samples(batch, len(own)) != self._hashes[number]
+                    if differs.any():
+                        raise InputError(self._other_order(own[differs][0]))
                 yield batch, own
+        if start <= indices[-1]:
+            raise InputError(self._other_order(start))
+
+    def _items(self) -> Iterator[Batch]:
+        items = iter(self._data)
+        for first in items:
+            items = chain([first], items)
+            if self._collate is None or not is_sample(first):
+                yield from items
+            else:
+                while samples := list(islice(items, self._batch_size)):
+                    yield self._collate(samples)
+
+    def _other_order(self, index: int) -> str:
+        return (
+            f"{self._name} is iterated at each checkpoint, and this pass differs from the first one at example {index} "
+            f"of {len(self)}: it shuffles, changes examples at random, or ends early. Make it yield the same each "
+            f"time, pass the data set itself, or pass check_rows=False if only augmentation differs; or write the loop "
+            f"yourself: {_LOOP}."
+        )
 
 
 def as_data_source(
-    data: Any, name: str, batch_size: int, collate_fn: Callable[[list], Batch] | None = None
+    data: Any,
+    name: str,
+    batch_size: int,
+    collate_fn: Callable[[list], Batch] | None = None,
+    check_order: bool = True,
 ) -> DataSource:
     """Return an adapter for data as users pass it.
 
     Args:
-        data: A map-style data set; a tuple of tensors or arrays, examples first; a `DataLoader` that keeps the order; a
-            list of batches; or a `DataSource`, which is returned unchanged.
+        data: A map-style data set; a tuple of tensors or arrays, examples first; a `DataLoader` or another iterable
+            that yields the same batches, or single examples, each time; a list of them; or a `DataSource`, which is
+            returned unchanged.
         name: The argument's name, for messages.
-        batch_size: The batch size for data sets and tensors.
-        collate_fn: Makes a batch of a data set's items.
+        batch_size: The batch size for data sets, tensors and single examples.
+        collate_fn: Makes a batch of examples.
+        check_order: Whether loaders and other iterables must yield equal examples in each pass.
 
     Returns:
-        The adapter. It yields every example, also of a loader with ``drop_last``.
+        The adapter. It yields every example, also of a plain `DataLoader` with ``drop_last``.
 
     Raises:
         InputError: There are no examples, or a loader shuffles.
         InputTypeError: The data are none of these.
     """
-    source = data if isinstance(data, DataSource) else _adapt(data, name, batch_size, collate_fn)
+    source = data if isinstance(data, DataSource) else _adapt(data, name, batch_size, collate_fn, check_order)
     if not len(source):
         raise InputError(f"{name} has no examples; expected at least one.")
     return source
 
 
-def _adapt(data: Any, name: str, batch_size: int, collate_fn: Callable[[list], Batch] | None) -> DataSource:
+def is_sample(item: Any) -> bool:
+    """Return whether an item is a single example, not a batch: its label or all of it has no batch dimension."""
+    item = as_mapping(item)
+    tensors = [leaf for _, leaf in leaves(item) if isinstance(leaf, Tensor) and leaf.ndim]
+    if not tensors:
+        return True
+    if isinstance(item, Mapping):
+        tokens = item.get("input_ids")
+        if isinstance(tokens, (list, tuple)) or (isinstance(tokens, Tensor) and tokens.ndim == 1):
+            return True
+        key = label_key(item)
+        label = item[key] if key is not None else None
+    else:
+        label = item[-1] if isinstance(item, (tuple, list)) and len(item) > 1 else None
+    if isinstance(label, (Tensor, np.ndarray, np.generic)):
+        return label.ndim == 0 or (label.shape == (1,) and len(tensors[0]) > 1)
+    return isinstance(label, (int, float, str))
+
+
+def _adapt(
+    data: Any, name: str, batch_size: int, collate_fn: Callable[[list], Batch] | None, check_order: bool
+) -> DataSource:
     if isinstance(data, DataLoader):
-        return _adapt_loader(data, name)
+        _check_sampler(data, name)
+        if _is_plain(data):
+            return _loader_source(data)
     if isinstance(data, tuple) and data and all(isinstance(column, (Tensor, np.ndarray)) for column in data):
         columns = [tensor_from_numpy(column) if isinstance(column, np.ndarray) else column for column in data]
         if len({len(column) if column.ndim else None for column in columns}) != 1 or not columns[0].ndim:
             shapes = [tuple(column.shape) for column in columns]
             raise InputError(f"{name} is a tuple of tensors; expected one length for all of them, got shapes {shapes}.")
         return _MapStyleSource(TensorDataset(*columns), batch_size=batch_size)
-    if isinstance(data, (list, tuple)):
-        return _BatchListSource(data)
-    is_map_style = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    if is_map_style and not isinstance(data, (IterableDataset, Tensor, Mapping)):
+    is_list = isinstance(data, (list, tuple))
+    is_other = isinstance(data, (IterableDataset, DataLoader, Tensor, Mapping, str, bytes))
+    is_map_style = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not is_other
+    if is_sample(data[0]) if is_list and data else is_map_style and not is_list:
         return _MapStyleSource(data, batch_size=batch_size, collate_fn=collate_fn)
-    raise InputTypeError(
-        f"{name} is a {type(data).__name__}; expected a data set with __len__ and __getitem__, a tuple of tensors, a "
-        f"torch DataLoader, or a list of batches. Streams cannot be used, since examples need indices."
+    if not hasattr(data, "__iter__") or isinstance(data, (Tensor, Mapping, str, bytes)):
+        raise InputTypeError(
+            f"{name} is a {type(data).__name__}; expected a data set with __len__ and __getitem__, a tuple of tensors, "
+            f"a torch DataLoader or another iterable of batches, or a list of batches or examples."
+        )
+    if isinstance(data, Iterator) and not hasattr(data, "__len__"):  # some loaders are their own iterators
+        raise InputTypeError(
+            f"{name} is a {type(data).__name__}, which can be iterated only once; expected data that every checkpoint "
+            f"can iterate again. Pass a list, a data set or a DataLoader; or write the loop yourself: {_LOOP}."
+        )
+    return IteratedSource(data, name, batch_size, collate_fn or default_collate, check_order and not is_list)
+
+
+def _is_plain(loader: DataLoader) -> bool:
+    """Return whether a loader does nothing but collate its data set in order, so that parts can be loaded alone."""
+    dataset: Any = loader.dataset
+    return (
+        type(loader) is DataLoader
+        and not isinstance(dataset, IterableDataset)
+        and type(loader.batch_sampler) is BatchSampler
+        and type(loader.sampler) is SequentialSampler
+        and len(loader.sampler) == len(dataset)
     )
 
 
-def _adapt_loader(loader: DataLoader, name: str) -> DataSource:
-    plain = type(loader.batch_sampler) is BatchSampler and isinstance(loader.sampler, SequentialSampler)
-    if isinstance(loader.dataset, IterableDataset) or not plain or loader.batch_size is None:
-        raise InputError(
-            f"{name} is a DataLoader that does not go through its data set in order (its sampler is "
-            f"{type(loader.sampler).__name__}), so an index would mean another example each time. Create it with "
-            f"shuffle=False, or pass the data set itself."
-        )
+def _check_sampler(loader: DataLoader, name: str) -> None:
+    """Raise `InputError` if a loader is known to shuffle, or to yield only the share of one of several processes."""
+    for part in (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)):
+        if isinstance(part, _RANDOM_SAMPLERS) or getattr(part, "shuffle", False):
+            raise InputError(
+                f"{name} is a DataLoader that does not go through its data set in order (its sampler is "
+                f"{type(part).__name__}), so an index would mean another example each time. Create it with "
+                f"shuffle=False, or pass the data set itself."
+            )
+    for part in (loader.sampler, loader.batch_sampler, loader.dataset, getattr(loader, "state", None)):
+        shares = getattr(part, "num_replicas", None) or getattr(part, "num_processes", None) or 1
+        if shares > 1:
+            raise InputError(
+                f"{name} is a DataLoader that yields only this process's share of its data set, one of {shares}; "
+                f"expected all examples, which are divided here. Pass the data set, or the loader before it was "
+                f"prepared for several processes."
+            )
+
+
+def _loader_source(loader: DataLoader) -> DataSource:
     return _MapStyleSource(
         loader.dataset,
         batch_size=loader.batch_size,
