@@ -235,15 +235,19 @@ def test_only_old_leftovers_are_swept(tmp_path):
 class Recorded(LocalArray):
     """A mapped array that writes down when it is flushed, and can fail."""
 
-    log: list[str] = []
+    log: list[list[str]] = []
     fail = False
 
-    def flush(self, chunks=None) -> None:
-        if self.fail:
-            self._dirty.clear()
+    @staticmethod
+    def flush_together(arrays, chunks=None, group=None) -> None:
+        failing = any(array.fail for array in arrays)
+        for array in arrays:
+            if failing:
+                array._dirty.clear()
+        if failing:
             raise StoreError("the disk failed")
-        super().flush(chunks)
-        self.log.append(self.path.name)
+        LocalArray.flush_together(arrays, chunks, group)
+        Recorded.log.append([array.path.name for array in arrays])
 
 
 @pytest.fixture
@@ -266,7 +270,7 @@ def test_marks_are_set_only_after_the_data_is_synced(completion):
     assert not marks.done.any() and np.flatnonzero(marks.pending).tolist() == [1, 2]
     marks.flush()
     assert np.flatnonzero(marks.done).tolist() == [1, 2] and not marks.pending.any()
-    assert Recorded.log == ["data", "mask"]
+    assert Recorded.log == [["data", "mask"], ["mask"]]
 
 
 def test_rows_lose_their_mark_durably_before_they_change(completion):
@@ -275,7 +279,7 @@ def test_rows_lose_their_mark_durably_before_they_change(completion):
     marks.flush()
     Recorded.log.clear()
     with marks.writing(np.array([2, 3])):
-        assert Recorded.log == ["mask"] and np.flatnonzero(marks.done).tolist() == [1]
+        assert Recorded.log == [["mask"]] and np.flatnonzero(marks.done).tolist() == [1]
 
 
 def test_nothing_is_marked_when_the_data_cannot_be_synced(completion):
@@ -304,11 +308,12 @@ def test_a_write_flushes_when_time_is_up(completion):
     assert np.flatnonzero(marks.done).tolist() == [4]
 
 
-def test_a_failed_msync_is_a_store_error(tmp_path):
+def test_a_failed_msync_is_a_store_error(tmp_path, monkeypatch):
     class Failing(np.memmap):
         def flush(self):
             raise OSError(errno.EIO, "Input/output error")
 
+    monkeypatch.setattr(local, "_FSYNC_HAS_MAPS", False)
     array = make(tmp_path / "a")
     array.assign(np.array([0]), np.ones((1, 3), np.float32))
     local._maps.put((array._number, 0, True), array.chunk(0, writable=True).view(Failing))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from tracer.errors import InputError, InputTypeError
-from tracer.store.arrays.metadata import NODE, child_nodes, write_group
+from tracer.store.arrays.metadata import NODE, child_nodes, group_document, write_documents
 from tracer.store.arrays.store_path import StorePath
 
 DONE_SUFFIX, CHECKSUM_SUFFIX, SCALE_SUFFIX = SCORE_SUFFIXES = ("_done", "_checksum", "_scale")
@@ -24,9 +24,8 @@ def ensure_groups(root: StorePath, path: StorePath) -> None:
     while path != root:
         groups.append(path)
         path = path.parent
-    for group in reversed(groups):
-        if not (group / NODE).exists():
-            write_group(group, {}, replace=False)
+    missing = [group / NODE for group in reversed(groups) if not (group / NODE).exists()]
+    write_documents({document: group_document({}) for document in missing}, replace=False)
 
 
 def checked_name(what: str, name: str) -> str:

@@ -25,8 +25,8 @@ from jaxtyping import Float, Float32, Int64
 from tracer._core.files import disk_errors
 from tracer.errors import CallOrderError, IncompleteError, InputError, InputTypeError, StoreError
 from tracer.store.arrays.completion_mask import FLUSH_SECONDS, CompletionMask
-from tracer.store.arrays.layout import Layout, create_array
-from tracer.store.arrays.metadata import NODE
+from tracer.store.arrays.layout import Layout, array_document
+from tracer.store.arrays.metadata import NODE, write_documents
 from tracer.store.arrays.opening import open_array
 from tracer.store.arrays.store_path import StorePath
 from tracer.store.lazy_matrix import ScoreMatrix
@@ -352,11 +352,13 @@ def _same_scores(path: StorePath, described: Mapping[str, Any], rows: int, cols:
 def _create(path: StorePath, layout: Layout, described: Mapping[str, Any]) -> None:
     """Write the documents of all arrays; no tile becomes done."""
     with disk_errors(path):
-        create_array(path, layout, dict(described))
         own = {"generation": described["generation"]}
+        documents = {path: array_document(layout, described)}
         if layout.dtype == "float16":
-            create_array(beside(path, SCALE_SUFFIX), Layout(layout.shape[:1], "float32", layout.chunk_rows), own)
+            scale = Layout(layout.shape[:1], "float32", layout.chunk_rows)
+            documents[beside(path, SCALE_SUFFIX)] = array_document(scale, own)
         # The marks' document comes last: while it is missing, or has another generation, nothing counts as done.
-        marks = (layout.num_tiles,)
-        create_array(beside(path, CHECKSUM_SUFFIX), Layout(marks, "uint32", layout.tiles_per_chunk), own)
-        create_array(beside(path, DONE_SUFFIX), Layout(marks, "bool", layout.tiles_per_chunk), own)
+        for suffix, dtype in ((CHECKSUM_SUFFIX, "uint32"), (DONE_SUFFIX, "bool")):
+            marks = Layout((layout.num_tiles,), dtype, layout.tiles_per_chunk)
+            documents[beside(path, suffix)] = array_document(marks, own)
+        write_documents({array / NODE: document for array, document in documents.items()})

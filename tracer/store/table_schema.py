@@ -11,8 +11,8 @@ from jaxtyping import Shaped, UInt64
 
 from tracer._core.files import disk_errors
 from tracer.errors import InputError, StoreError
-from tracer.store.arrays.layout import Layout, create_array
-from tracer.store.arrays.metadata import NODE, read_document, write_group
+from tracer.store.arrays.layout import Layout, array_document
+from tracer.store.arrays.metadata import NODE, group_document, read_document, write_documents
 from tracer.store.arrays.store_path import StorePath
 from tracer.store.feature_storage import FeatureStorage
 
@@ -48,12 +48,11 @@ def create_table(
     if num_rows < 1:
         raise InputError(f"expected a table of at least 1 row, got {num_rows}")
     with disk_errors(path):
-        for name, layout in table_layouts(num_rows, dim, storage, chunk_rows).items():
-            create_array(path / name, layout)
+        layouts = table_layouts(num_rows, dim, storage, chunk_rows)
         described = {**attributes, "num_rows": num_rows, "storage": storage, "chunk_rows": chunk_rows}
         # The group's document comes last: the table exists from this instant on, with all of its arrays. Processes
         # that create the same table at once all write the same arrays, and one of them writes the document.
-        write_group(path, described, replace=False)
+        _write(path, layouts, described, replace=False)
 
 
 def read_attributes(path: StorePath) -> dict[str, Any]:
@@ -72,10 +71,14 @@ def grow_table(path: StorePath, num_rows: int) -> None:
             return
         stored = FeatureStorage(described["storage"]).stores_features
         dim = Layout.read(path / "features")[0].shape[-1] if stored else 0
-        for name, layout in table_layouts(num_rows, dim, described["storage"], described["chunk_rows"]).items():
-            create_array(path / name, layout)
+        layouts = table_layouts(num_rows, dim, described["storage"], described["chunk_rows"])
         # The new size comes last: after a crash the table has its old one here, and the next call does all of it again.
-        write_group(path, {**described, "num_rows": num_rows, "finalized": False})
+        _write(path, layouts, {**described, "num_rows": num_rows, "finalized": False}, replace=True)
+
+
+def _write(path: StorePath, layouts: Mapping[str, Layout], described: Mapping[str, Any], replace: bool) -> None:
+    arrays = {path / name / NODE: array_document(layout) for name, layout in layouts.items()}
+    write_documents({**arrays, path / NODE: group_document(described)}, replace=replace)
 
 
 def row_checksums(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int64, Shaped
 
+from tracer._core.syncing import SyncGroup
 from tracer.store.arrays.layout import DTYPES, Layout
 from tracer.store.arrays.store_path import StorePath
 
@@ -58,6 +60,17 @@ class ChunkedArray(ABC):
     @abstractmethod
     def flush(self, chunks: Collection[int] | None = None) -> None:
         """Make durable what was written to these chunks (None: all) since the last flush; after an error it is lost."""
+
+    @staticmethod
+    @abstractmethod
+    def flush_together(
+        arrays: Sequence[Any], chunks: Collection[int] | None = None, group: SyncGroup | None = None
+    ) -> None:
+        """Flush arrays of one kind at once, with the group of `sync_group` that began before they were written."""
+
+    def sync_group(self) -> SyncGroup | None:
+        """Begin a group of files that are made durable together; None if there is no such thing."""
+        return None
 
     @abstractmethod
     def stored_chunks(self) -> set[int]:

@@ -10,11 +10,11 @@ import threading
 import time
 import weakref
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from tracer._core.syncing import SyncGroup
 from tracer.store.arrays.chunked import ChunkedArray
 
 FLUSH_SECONDS = 5.0
@@ -44,6 +44,7 @@ class CompletionMask:
         self.flush_seconds = flush_seconds
         self._pending = np.zeros(mask.layout.shape[0], dtype=bool)
         self._last_flush = time.monotonic()
+        self._group: SyncGroup | None = None
 
     def __del__(self) -> None:
         if self._waits:
@@ -74,6 +75,7 @@ class CompletionMask:
     @contextlib.contextmanager
     def writing(self, items: Int64[np.ndarray, " n"]) -> Iterator[None]:
         """Wrap the writing of rows ``items``: they lose their marks first, and wait for a flush afterwards."""
+        self._group = self._group or self._mask.sync_group()
         try:
             # Marks are gone from the disk before the data changes: a crash in between never leaves a marked row that
             # is half old and half new.
@@ -124,16 +126,21 @@ class CompletionMask:
         # No longer pending, whatever happens: after a failed sync the system drops the pages that it could not write,
         # so a second sync would succeed without them, and rows that are lost would be marked.
         self._pending[items] = False
+        group, self._group = self._group, None
         try:
-            if self._mask.uploads:
-                with ThreadPoolExecutor(len(self._data)) as pool:
-                    list(pool.map(lambda array: array.flush(chunks), self._data))
-            else:
-                for array in self._data:
-                    array.flush(chunks)
+            arrays = list(self._data)
+            if not self._mask.uploads:
+                for chunk in np.unique(items // self._mask.layout.chunk_rows).tolist():
+                    if not self._mask.chunk_path(chunk).exists():
+                        self._mask.chunk(chunk, writable=True)
+                arrays.append(self._mask)  # names of new files become durable with the data
+            self._mask.flush_together(arrays, chunks, group)
         except BaseException:
             self._pending[:] = False
             raise
+        finally:
+            if group is not None:
+                group.close()
         # Only now is the data durable: a mark on the disk is a promise that the row is, too.
         self._mask.assign(items, np.ones(len(items), dtype=bool))
         self._mask.flush(chunks)

@@ -8,8 +8,10 @@ index that zarr readers look up.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,8 +145,19 @@ class Layout:
         return layout, document["attributes"]
 
 
-def create_array(path: StorePath, layout: Layout, attributes: dict[str, Any] | None = None) -> None:
-    """Write the metadata of an array as zarr makes it, replacing existing metadata; no chunk is written."""
+def array_document(layout: Layout, attributes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the metadata of an array as zarr makes it."""
+    document: dict[str, Any] = json.loads(_zarr_metadata(layout))
+    return {**document, "attributes": dict(attributes or {})}
+
+
+def create_array(path: StorePath, layout: Layout, attributes: Mapping[str, Any] | None = None) -> None:
+    """Write the metadata of an array, replacing existing metadata; no chunk is written."""
+    write_document(path / NODE, array_document(layout, attributes))
+
+
+@functools.lru_cache(64)
+def _zarr_metadata(layout: Layout) -> bytes:
     chunks = (layout.chunk_rows, *layout.shape[1:])
     made: dict[str, Any] = {}
     zarr.create_array(
@@ -157,6 +170,5 @@ def create_array(path: StorePath, layout: Layout, attributes: dict[str, Any] | N
         compressors=None,
         fill_value=0,
         zarr_format=3,
-        attributes=dict(attributes or {}),
     )
-    write_document(path / NODE, json.loads(made[NODE].to_bytes()))
+    return bytes(made[NODE].to_bytes())

@@ -7,12 +7,14 @@ part of a chunk: that reads and writes the whole chunk. Any zarr reader opens th
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from jaxtyping import Int64, Shaped
 
 from tracer._core.files import create_file, disk_errors, sync
+from tracer._core.syncing import SyncGroup
 from tracer.errors import StoreError
 from tracer.store.arrays.chunk_cache import ChunkCache
 from tracer.store.arrays.chunked import ChunkedArray
@@ -20,6 +22,8 @@ from tracer.store.arrays.local_path import LocalPath
 
 _MAX_MAPS = 256
 """How many maps are cached, of all arrays together: each holds a file descriptor."""
+_FSYNC_HAS_MAPS = sys.platform == "linux"
+"""Whether a sync of a file includes what was written through its maps."""
 _WRITTEN_BYTES = 1 << 16
 _ADVISED_BYTES = 1 << 20  # Linux reads no more than the device's read-ahead window for one advice
 
@@ -70,7 +74,8 @@ class LocalArray(ChunkedArray):
                 if not self.path.exists():
                     raise FileNotFoundError(2, "the array has been removed", str(self.path))
                 create_file(path, self.layout.data_bytes, tail)
-                self._unsynced_directories.update(path.parents[: len(self.layout.shape) + 1])
+                # With the array's parent, whose document may be new.
+                self._unsynced_directories.update(path.parents[: len(self.layout.shape) + 2])
             found = path.stat()
             size = found.st_size
             if writable:
@@ -100,24 +105,43 @@ class LocalArray(ChunkedArray):
 
     def flush(self, chunks: Collection[int] | None = None) -> None:
         """Sync files, then the directories with their names; after an error what was written is lost."""
-        wanted = [chunk for chunk in self._dirty if chunks is None or chunk in chunks]
+        self.flush_together([self], chunks)
+
+    @staticmethod
+    def flush_together(
+        arrays: Sequence[LocalArray], chunks: Collection[int] | None = None, group: SyncGroup | None = None
+    ) -> None:
+        """Flush arrays of one file system."""
         # Forgotten before the sync: the system drops pages that it could not write, so after an error a second sync
         # would succeed without them and claim data that is lost.
-        written = {chunk: self._dirty.pop(chunk) for chunk in sorted(wanted)}
+        taken = [array._take_written(chunks) for array in arrays]
+        paths = [path for files, _ in taken for path in files]
+        paths += sorted({path for _, directories in taken for path in directories}, reverse=True)
+        if group is not None:
+            group.sync(paths)
+            return
+        for path in paths:
+            with disk_errors(path):
+                sync(path)
+
+    def _take_written(self, chunks: Collection[int] | None) -> tuple[list[LocalPath], set[LocalPath]]:
+        """Return what is to be synced, files and directories, and forget it."""
+        wanted = sorted(chunk for chunk in self._dirty if chunks is None or chunk in chunks)
+        written = {self.chunk_path(chunk): self._dirty.pop(chunk) for chunk in wanted}
         directories, self._unsynced_directories = self._unsynced_directories, set()
-        for chunk, inode in written.items():
-            with disk_errors(self.chunk_path(chunk)):
+        for (path, inode), chunk in zip(written.items(), wanted, strict=True):
+            with disk_errors(path):
                 # A map of a file that was removed still takes writes, for nobody.
-                if os.stat(self.chunk_path(chunk)).st_ino != inode:
-                    raise FileNotFoundError(2, "the file was replaced while it was written", str(self.path))
-                # fsync by descriptor first, since it lets other threads run and the map's msync holds Python's lock.
-                sync(self.chunk_path(chunk))
-                mapped = _maps.get((self._number, chunk, True))  # pages of a map that was dropped are in the fsync
-                if mapped is not None:
+                if os.stat(path).st_ino != inode:
+                    raise FileNotFoundError(2, "the file was replaced while it was written", str(path))
+                mapped = _maps.get((self._number, chunk, True))
+                if mapped is not None and not _FSYNC_HAS_MAPS:
                     mapped.flush()  # type: ignore[attr-defined]
-        for directory in sorted(directories, reverse=True):
-            with disk_errors(directory):
-                sync(directory)
+        return list(written), directories
+
+    def sync_group(self) -> SyncGroup:
+        """Begin a group of files that are made durable together."""
+        return SyncGroup(self.path)
 
     def stored_chunks(self) -> set[int]:
         """Return the chunks whose files exist."""

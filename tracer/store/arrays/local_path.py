@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 
-from tracer._core.files import sweep, sync, write_whole
+from tracer._core.files import partial_path, publish, sweep, sync, write_whole
+from tracer._core.syncing import SyncGroup
 
 if sys.platform == "win32":
     from pathlib import WindowsPath as _NativePath
@@ -29,19 +31,42 @@ class LocalPath(_NativePath):
 
         Missing parent directories are created, and their names made durable.
         """
-        self._make_parent()
+        changed = self._make_parent()
+        # A synced file is still lost in a power failure if the name of a directory above it is not on the disk.
+        for directory in changed:
+            sync(directory)
         self.parent.remove_stale()
         write_whole(self, lambda file: file.write(data), replace=replace)
 
-    def _make_parent(self) -> None:
+    @staticmethod
+    def write_all(files: Mapping[LocalPath, bytes], *, replace: bool = True) -> None:
+        """Write files whole, of which the last one is seen only once all are durable.
+
+        Without ``replace`` an existing last one stays. Its name is durable with the next sync of its directory.
+        """
+        *others, last = files
+        changed = {directory for path in files for directory in [*path._make_parent(), path.parent]}
+        partials = {path: partial_path(path.parent) for path in files}
+        try:
+            with SyncGroup(last.parent) as group:
+                for path, partial in partials.items():
+                    partial.write_bytes(files[path])
+                for path in others:
+                    partials[path].replace(path)
+                group.sync([*others, partials[last], *sorted(changed, reverse=True)])
+            partials[last].replace(last) if replace else publish(partials[last], last)
+        finally:
+            for partial in partials.values():
+                partial.unlink(missing_ok=True)
+
+    def _make_parent(self) -> list[LocalPath]:
+        """Create missing parent directories; return those that got a new name, to be synced."""
         missing = [self.parent]
         while not missing[-1].exists():
             missing.append(missing[-1].parent)
         if len(missing) > 1:
             self.parent.mkdir(parents=True, exist_ok=True)
-            # A synced file is still lost in a power failure if the name of a directory above it is not on the disk.
-            for directory in missing[1:]:
-                sync(directory)
+        return missing[1:]
 
     def children(self) -> list[str]:
         """Return the names of all entries, sorted; an empty list if this is not a directory."""

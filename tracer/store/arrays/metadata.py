@@ -28,15 +28,35 @@ def read_document(path: StorePath) -> dict[str, Any]:
     return document
 
 
+def write_documents(documents: Mapping[StorePath, Mapping[str, Any]], *, replace: bool = True) -> None:
+    """Write several ``zarr.json``, of which the last one is seen only once all are durable.
+
+    Args:
+        documents: By path, in their order.
+        replace: Whether an existing last one is replaced.
+    """
+    files: dict[Any, bytes] = {path: _encoded(document) for path, document in documents.items()}
+    if files:
+        next(iter(files)).write_all(files, replace=replace)
+
+
 def write_document(path: StorePath, document: Mapping[str, Any], *, replace: bool = True) -> None:
     """Write a JSON document whole; without ``replace`` an existing one stays as it is."""
-    path.write_whole(json.dumps(document, indent=2, allow_nan=False).encode(), replace=replace)
+    path.write_whole(_encoded(document), replace=replace)
+
+
+def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the document of a zarr group with these attributes."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
 def write_group(path: StorePath, attributes: Mapping[str, Any], *, replace: bool = True) -> None:
     """Make a directory a zarr group with these attributes."""
-    document = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
-    write_document(path / NODE, document, replace=replace)
+    write_document(path / NODE, group_document(attributes), replace=replace)
+
+
+def _encoded(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, indent=2, allow_nan=False).encode()
 
 
 def child_nodes(path: StorePath) -> list[str]:

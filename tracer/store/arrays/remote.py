@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from tracer._core.files import disk_errors
+from tracer._core.syncing import SyncGroup
 from tracer.errors import StoreError
 from tracer.store.arrays.chunk_cache import ChunkCache
 from tracer.store.arrays.chunked import ChunkedArray
@@ -122,6 +123,14 @@ class RemoteArray(ChunkedArray):
                 except BaseException:
                     _cache.forget(self._number)  # it holds rows of this upload that the store does not have
                     raise
+
+    @staticmethod
+    def flush_together(
+        arrays: Sequence[RemoteArray], chunks: Collection[int] | None = None, group: SyncGroup | None = None
+    ) -> None:
+        """Upload the chunks of several arrays at once."""
+        with ThreadPoolExecutor(len(arrays)) as pool:
+            list(pool.map(lambda array: array.flush(chunks), arrays))
 
     def stored_chunks(self) -> set[int]:
         """Return the chunks whose objects exist."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tracer.errors import InputError, MissingDependencyError, StoreError
@@ -124,6 +124,14 @@ class RemotePath:
                 # A service without conditional writes: two processes that create at the same instant may both write.
                 if not self.exists():
                     self.write_whole(data)
+
+    @staticmethod
+    def write_all(files: Mapping[RemotePath, bytes], *, replace: bool = True) -> None:
+        """Write objects one after another; without ``replace`` an existing last one stays."""
+        *others, last = files
+        for path in others:
+            path.write_whole(files[path])
+        last.write_whole(files[last], replace=replace)
 
     def children(self) -> list[str]:
         """Return the names directly below the key, sorted."""
