@@ -7,9 +7,11 @@ VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RELEASE := build/release-check
+ZOO := build/zoo-env
+ZOO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs release-check clean
+.PHONY: help demo test zoo lint format docs release-check clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +21,11 @@ demo: $(STAMP)  ## Find flipped labels among handwritten digits and write runs/m
 
 test: lint  ## Run every gate, one after another: lint, types, doctests, tests, examples, docs, packages.
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(PYTEST_WORKERS)
+
+zoo: $(ZOO)/.installed  ## Check 200 models of transformers, timm and peft; ZOO_ARGS="-k Llama" for some.
+	OMP_NUM_THREADS=1 ZOO_OUTCOME=build/zoo/outcome.md $(ZOO)/bin/python -m pytest -n $(PYTEST_WORKERS) \
+		tests/zoo/test_oddities.py tests/zoo/whole.py $(ZOO_ARGS)
+	@echo "Outcomes: build/zoo/outcome.md"
 
 lint: $(STAMP)  ## Run ruff, mypy, import-linter and codespell.
 	$(RUN)/ruff check .
@@ -45,6 +52,12 @@ release-check: $(STAMP)  ## Build wheel and sdist into dist, and run the wheel's
 clean:  ## Remove the environment, caches and builds; runs/ stays.
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(ZOO)/.installed: tests/zoo/requirements.txt constraints.txt setup.py
+	$(PYTHON) -m venv $(ZOO) || $(PYTHON) -m venv --without-pip $(ZOO)
+	$(ZOO)/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m pip --python $(ZOO)/bin/python install --quiet pip
+	$(ZOO)/bin/python -m pip install --quiet --constraint constraints.txt --requirement tests/zoo/requirements.txt --editable .
+	@touch $@
 
 # The stamp is newer than what decides the environment, or the environment is made again.
 $(STAMP): pyproject.toml setup.py constraints.txt
