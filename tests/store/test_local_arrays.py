@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -205,6 +207,46 @@ def test_files_are_made_where_blocks_cannot_be_reserved(tmp_path, monkeypatch, m
         monkeypatch.setattr(os, "posix_fallocate", unsupported, raising=False)
     create_file(tmp_path / "c" / "0", 100, b"tail")
     assert (tmp_path / "c" / "0").read_bytes() == bytes(100) + b"tail"
+
+
+@pytest.mark.skipif(not hasattr(os, "pwrite"), reason="needs pwrite")
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bool"])
+def test_where_blocks_cannot_be_reserved_rows_are_not_written_through_maps(tmp_path, monkeypatch, dtype):
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    array = make(tmp_path / "a", (3000, 3), dtype, 2500)
+    values, rows = np.random.default_rng(0).random((3000, 3)).round().astype(np.float32), np.arange(3000)
+    rows[3:2000:7] = rows[3:2000:7][::-1]  # across both files, some in ranges and some alone
+    with monkeypatch.context() as patch:
+        patch.setattr("tracer.store.arrays.chunked.copy_values", None)
+        array.assign(rows, values[rows])
+        array.flush()
+        np.testing.assert_array_equal(zarr.open_array(str(tmp_path / "a"), mode="r")[:], values.astype(dtype))
+        patch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(StoreError, match=r"No space left on device.*Free space"):
+            make(tmp_path / "b", (3000, 3), dtype, 2500).assign(rows, values)
+
+
+MANY_FILES = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+import numpy as np
+from tracer.store.arrays.layout import Layout, create_array
+from tracer.store.arrays.local import LocalArray
+from tracer.store.arrays.local_path import LocalPath
+arrays = []
+for name in "abc":
+    create_array(LocalPath(sys.argv[1]) / name, Layout((150, 2), "float32", 1))
+    arrays.append(LocalArray(LocalPath(sys.argv[1]) / name))
+    arrays[-1].assign(np.arange(150), np.ones((150, 2), np.float32))
+    arrays[-1].flush()
+held = [view for array in arrays for _, view in array.rows(0, 150)]
+assert sum(view.sum() for view in held) == 900
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="sets the limit as Linux does")
+def test_a_process_that_may_open_few_files_reads_and_writes_many(tmp_path):
+    subprocess.run([sys.executable, "-c", MANY_FILES, str(tmp_path)], check=True)
 
 
 def test_a_file_that_is_there_is_never_replaced(tmp_path, monkeypatch):

@@ -300,3 +300,22 @@ def test_a_full_disk_marks_nothing_and_the_table_still_works(store, table, monke
         resumed.write(**batch(resumed.remaining()))
         assert resumed.remaining().size == 0
         np.testing.assert_array_equal(stored_features(resumed, 0, N), batch(np.arange(N))["features"])
+
+
+def test_tables_to_compare_with_are_found_without_opening_all(store, monkeypatch):
+    for model_id in range(30):
+        with store.create_checkpoint(model_id, f"a{model_id}", 0.1) as table:
+            table.write(**batch(np.arange(1 + (model_id == 3))))
+    opened = []
+    monkeypatch.setattr("tracer.store.store.RowTable", lambda path, **kw: opened.append(path) or RowTable(path, **kw))
+    again = Store.open_existing(store.path)
+    assert again.other_checkpoint(20).path.name == "3" and len(opened) <= 8
+    opened.clear()
+    with again.checkpoint(20) as table:
+        table.write(**batch(np.arange(N)))
+    assert again.other_checkpoint(21).path.name == "20" and len(opened) <= 3
+    opened.clear()
+    assert [again.other_checkpoint(model_id).path.name for model_id in (22, 23, 20)] == ["20", "20", "23"]
+    assert len(opened) <= 4
+    shutil.rmtree(store.path / "checkpoints" / "20")
+    assert again.other_checkpoint(5).path.name != "20"

@@ -46,6 +46,8 @@ def _advice(error: OSError) -> str:
         return "Give this user the right to write there, or copy the store to where it may, and open it again"
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
         return "The store was removed or moved, or something else is in its way: put it back and open it again"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "Allow the process more open files (ulimit -n), or close some, and open the store again"
     return "Free space or mend the disk and open the store again"
 
 

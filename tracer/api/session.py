@@ -124,15 +124,15 @@ def begin_scoring(
 
 def target_table(store: Store, exp_name: str, model_id: int, num_targets: int) -> RowTable:
     """Return the table of a set of targets at a checkpoint, new or existing, or raise MismatchError by their number."""
-    for other in store.catalog.target_ids(exp_name):
-        stored = store.targets(exp_name, other).num_rows
-        if stored != num_targets:
+    own = store.targets(exp_name, model_id) if store.catalog.has_targets(exp_name, model_id) else None
+    for known in (own, store.other_targets(exp_name, model_id)):
+        if known is not None and known.num_rows != num_targets:
             raise MismatchError(
-                f"expected num_targets={stored}, as exp_name={exp_name!r} has at checkpoint {other}, got "
-                f"num_targets={num_targets}; pass num_targets={stored}, or choose another exp_name."
+                f"expected num_targets={known.num_rows}, as exp_name={exp_name!r} has at checkpoint {known.path.name}, "
+                f"got num_targets={num_targets}; pass num_targets={known.num_rows}, or choose another exp_name."
             )
-    if store.catalog.has_targets(exp_name, model_id):
-        return store.targets(exp_name, model_id)
+    if own is not None:
+        return own
     return store.create_targets(exp_name, model_id, num_targets)
 
 

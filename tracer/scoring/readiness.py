@@ -29,8 +29,8 @@ def finalize_features(store: Store, model_ids: list[int] | None, progress: bool 
 
 def check_finalized(store: Store, model_id: int) -> None:
     """Raise `CallOrderError` if a checkpoint is not finalized, `IncompleteError` if files of it are gone since then."""
-    known = store.catalog.checkpoint_ids()
-    if model_id not in known:
+    if not store.catalog.has_checkpoint(model_id):
+        known = store.catalog.checkpoint_ids()
         raise CallOrderError(
             f"Checkpoint {model_id} is not in the store, which has {known}. Featurize all training examples at it and "
             f"call tracer.finalize_features() before scoring."
@@ -84,10 +84,10 @@ def learning_rates(store: Store, model_ids: Sequence[int]) -> list[float]:
 
 def target_table(store: Store, exp_name: str, model_id: int) -> RowTable:
     """Return the targets of an experiment at a checkpoint, some of which may be missing."""
-    known = store.catalog.exp_names()
-    if exp_name not in known:
-        raise InputError(f"exp_name={exp_name!r} was never scored; {nearest_name(exp_name, known)}.")
     if not store.catalog.has_targets(exp_name, model_id):
+        known = store.catalog.exp_names()
+        if exp_name not in known:
+            raise InputError(f"exp_name={exp_name!r} was never scored; {nearest_name(exp_name, known)}.")
         scored = [each for each in store.catalog.checkpoint_ids() if store.catalog.has_targets(exp_name, each)]
         raise IncompleteError(
             f"Targets {exp_name!r} were not scored at checkpoint {model_id}. Call start_scoring_checkpoint and "

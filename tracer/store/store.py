@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +36,8 @@ from tracer.store.manifest import Manifest, check_same, json_value
 from tracer.store.paths import ensure_groups
 from tracer.store.row_table import RowTable
 from tracer.store.table_schema import create_table, grow_table, read_attributes
+
+_COMPARED = 8
 
 logger = logging.getLogger("tracer")
 
@@ -65,6 +66,7 @@ class Store:
 
     def __init__(self, path: StorePath, manifest: Manifest) -> None:
         self.path, self.manifest, self.catalog = path, manifest, Catalog(path)
+        self._asked: dict[str | None, list[int]] = {}  # checkpoints whose tables were last asked for, of each set
 
     @classmethod
     def open(
@@ -191,13 +193,29 @@ class Store:
         return read_attributes(path)
 
     def other_checkpoint(self, model_id: int) -> RowTable | None:
-        """Return the fullest table of training examples at another checkpoint, to compare fingerprints, or None."""
-        return _fullest(self.checkpoint(other) for other in self.catalog.checkpoint_ids() if other != model_id)
+        """Return a table of training examples at another checkpoint, to compare fingerprints, or None."""
+        return self._other(None, model_id)
 
     def other_targets(self, exp_name: str, model_id: int) -> RowTable | None:
-        """Return the fullest table of a target set at another checkpoint, or None."""
-        ids = self.catalog.target_ids(exp_name)
-        return _fullest(self.targets(exp_name, other) for other in ids if other != model_id)
+        """Return a table of a target set at another checkpoint, or None."""
+        return self._other(exp_name, model_id)
+
+    def _other(self, exp_name: str | None, model_id: int) -> RowTable | None:
+        """Return the fullest of the tables asked for last, or at first of a few: there may be thousands."""
+        catalog = self.catalog
+        numbers = [each for each in self._asked.get(exp_name, ()) if each != model_id]
+        if not numbers:
+            known = catalog.checkpoint_ids() if exp_name is None else catalog.target_ids(exp_name)
+            numbers = [each for each in known if each != model_id][:_COMPARED]
+        found: dict[int, RowTable] = {}
+        for each in numbers:
+            if catalog.has_checkpoint(each) if exp_name is None else catalog.has_targets(exp_name, each):
+                found[each] = self.checkpoint(each) if exp_name is None else self.targets(exp_name, each)
+                if found[each].num_done == found[each].num_rows:
+                    break
+        best = max(found, key=lambda each: found[each].num_done, default=None)
+        self._asked[exp_name] = [each for each in (best, model_id) if each is not None]
+        return None if best is None else found[best]
 
     def create_targets(
         self,
@@ -294,7 +312,3 @@ def _table_attributes(weights_fingerprint: str | None, learning_rate: float | No
         "table_id": uuid.uuid4().hex,
     }
     return dict(json_value(attributes, "attributes"))
-
-
-def _fullest(tables: Iterable[RowTable]) -> RowTable | None:
-    return max(tables, key=lambda table: table.num_done, default=None)

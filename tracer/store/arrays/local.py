@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int64, Shaped
@@ -20,6 +20,9 @@ from tracer.store.arrays.chunk_cache import ChunkCache
 from tracer.store.arrays.chunked import ChunkedArray
 from tracer.store.arrays.local_path import LocalPath
 
+if sys.platform != "win32":
+    import resource
+
 _MAX_MAPS = 256
 """How many maps are cached, of all arrays together: each holds a file descriptor."""
 _FSYNC_HAS_MAPS = sys.platform == "linux"
@@ -27,7 +30,16 @@ _FSYNC_HAS_MAPS = sys.platform == "linux"
 _WRITTEN_BYTES = 1 << 16
 _ADVISED_BYTES = 1 << 20  # Linux reads no more than the device's read-ahead window for one advice
 
-_maps: ChunkCache[np.ndarray] = ChunkCache(lambda: _MAX_MAPS)
+
+def _max_maps() -> int:
+    """Return how many maps may be cached: a quarter of the descriptors that the process may have, if that is less."""
+    if sys.platform == "win32":
+        return _MAX_MAPS
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MAX_MAPS if limit == resource.RLIM_INFINITY else max(1, min(_MAX_MAPS, limit // 4))
+
+
+_maps: ChunkCache[np.ndarray] = ChunkCache(_max_maps)
 
 
 class LocalArray(ChunkedArray):
@@ -46,6 +58,7 @@ class LocalArray(ChunkedArray):
         self._number = _maps.number(self)
         self._files: dict[int, int] = {}  # the inodes of files that were opened to write
         self._dirty: dict[int, int] = {}  # those of files that were written to since the last flush
+        self._sparse: set[int] = set()  # those of which the disk may lack blocks
         self._unsynced_directories: set[LocalPath] = set()  # new names in them are not durable yet
 
     def chunk_path(self, chunk: int) -> LocalPath:
@@ -80,6 +93,8 @@ class LocalArray(ChunkedArray):
             size = found.st_size
             if writable:
                 self._files[chunk] = found.st_ino
+                if 512 * getattr(found, "st_blocks", found.st_size) < found.st_size:
+                    self._sparse.add(chunk)
             if size != self.layout.data_bytes + len(tail):  # reading beyond the end of a shorter file raises SIGBUS
                 raise StoreError(
                     f"{path} is damaged: expected {self.layout.data_bytes + len(tail)} bytes, found "
@@ -87,21 +102,35 @@ class LocalArray(ChunkedArray):
                 )
             return np.memmap(path, self.dtype, mode="r+" if writable else "r", shape=self.chunk_shape)
 
+    def rows(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the rows from ``start`` to ``stop`` of one chunk each: views, or copies if there would be many maps."""
+        many = -(-(stop - start) // self.layout.chunk_rows) > _max_maps() // 2
+        for first, view in super().rows(start, stop):
+            yield first, np.array(view) if many else view
+
     def assign_in_chunk(self, chunk: int, inside: Int64[np.ndarray, " n"], values: Shaped[np.ndarray, "n ..."]) -> None:
-        """Write rows of one file: scores with `os.pwrite`, everything else through the map."""
-        # pwrite takes a fifth of the processor time of a map, which scores share with the matrix products. Features go
-        # through the map, whose new pages torch fills on all cores while nothing else is to be done.
-        many = values.nbytes >= _WRITTEN_BYTES and values.dtype == self.dtype and values.flags.c_contiguous
-        if not many or self.layout.tile_rows is None or not hasattr(os, "pwrite") or not (np.diff(inside) == 1).all():
+        """Write rows of one file: scores, and rows of sparse files, with `os.pwrite`, everything else through the map.
+
+        A write to a page of a map for which the disk has no block is a signal that ends the process; of pwrite it is an
+        error. It also takes a fifth of the processor time of a map, which scores share with the matrix products.
+        Features go through the map, whose new pages torch fills on all cores while nothing else is to be done.
+        """
+        self.chunk(chunk, writable=True)  # creates the file, and `flush` will sync it
+        at_once = values.dtype == self.dtype and values.flags.c_contiguous and bool((np.diff(inside) == 1).all())
+        matrix = self.layout.tile_rows is not None and at_once and values.nbytes >= _WRITTEN_BYTES
+        if not hasattr(os, "pwrite") or not (matrix or chunk in self._sparse):
             super().assign_in_chunk(chunk, inside, values)
             return
-        self.chunk(chunk, writable=True)  # creates the file, and `flush` will sync it
-        offset = int(inside[0]) * (self.layout.data_bytes // self.layout.chunk_rows)
-        left = values.reshape(-1).view(np.uint8).data
-        with disk_errors(self.chunk_path(chunk)), self.chunk_path(chunk).open("r+b", buffering=0) as file:
-            while len(left):
-                written = os.pwrite(file.fileno(), left, offset)
-                offset, left = offset + written, left[written:]
+        path, row_bytes = self.chunk_path(chunk), self.layout.data_bytes // self.layout.chunk_rows
+        data = np.ascontiguousarray(values, self.dtype).reshape(-1).view(np.uint8).data
+        ranges = np.split(inside, np.flatnonzero(np.diff(inside) != 1) + 1)
+        with disk_errors(path), path.open("r+b", buffering=0) as file:
+            for rows in ranges:
+                left, data = data[: len(rows) * row_bytes], data[len(rows) * row_bytes :]
+                offset = int(rows[0]) * row_bytes
+                while len(left):
+                    written = os.pwrite(file.fileno(), left, offset)
+                    offset, left = offset + written, left[written:]
 
     def flush(self, chunks: Collection[int] | None = None) -> None:
         """Sync files, then the directories with their names; after an error what was written is lost."""
