@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tracer.data.batches import select_samples
-from tracer.data.tasks import make_task
+from tracer.data.named_tasks import make_task
 from tracer.gradients import GradientEngine, isolated
 
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from tracer.api.attribution import Attribution, attribute
     from tracer.api.token_influence import token_influence
     from tracer.api.tracer import Tracer
-    from tracer.data.tasks import LanguageModeling, Task, loss_outputs
+    from tracer.data.named_tasks import BinaryClassification, Classification
+    from tracer.data.tasks import Task, loss_outputs
+    from tracer.data.token_tasks import LanguageModeling
     from tracer.errors import (
         BatchError,
         CallOrderError,
@@ -78,7 +80,9 @@ _HOMES = {
         "open_recording",
     ),
     "tracer.store": ("Verification", "verify"),
-    "tracer.data.tasks": ("LanguageModeling", "Task", "loss_outputs"),
+    "tracer.data.named_tasks": ("BinaryClassification", "Classification"),
+    "tracer.data.tasks": ("Task", "loss_outputs"),
+    "tracer.data.token_tasks": ("LanguageModeling",),
     "tracer.api.token_influence": ("token_influence",),
     "tracer.api.tracer": ("Tracer",),
     "tracer.types": ("SampleOutputs", "TopK"),
@@ -88,10 +92,12 @@ _HOMES = {
 __all__ = [
     "Attribution",
     "BatchError",
+    "BinaryClassification",
     "CallOrderError",
     "CheckpointError",
     "CheckpointRecord",
     "CheckpointRecorder",
+    "Classification",
     "GradientError",
     "IdealRecord",
     "IdealRecorder",

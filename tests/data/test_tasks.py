@@ -12,7 +12,8 @@ from torch import nn
 
 import tracer
 from tracer.data.model_inputs import LABEL_KEYS
-from tracer.data.tasks import LanguageModeling, make_task
+from tracer.data.named_tasks import make_task
+from tracer.data.token_tasks import LanguageModeling
 
 
 class Model(nn.Module):
@@ -135,7 +136,7 @@ def test_language_modeling_row_without_a_token_to_predict():
 def test_language_modeling_of_wrong_shapes():
     with pytest.raises(tracer.BatchError, match=r"expects logits \[B, T, vocabulary\]"):
         make_task("language_modeling").outputs(Model(), (torch.randn(2, 4), torch.ones(2, 4)))
-    with pytest.raises(tracer.BatchError, match="'input_ids' or 'labels'"):
+    with pytest.raises(tracer.BatchError, match="needs 'labels', or for a causal language model"):
         make_task("language_modeling").outputs(Model(), {"x": torch.randn(2, 4, 5)})
     with pytest.raises(tracer.BatchError, match="label 7 "):
         make_task("language_modeling").outputs(Model(), (torch.randn(1, 2, 5), torch.tensor([[1, 7]])))
@@ -215,6 +216,153 @@ def test_dataclasses_are_read_by_their_fields():
     logits, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
     found = make_task("image_classification").outputs(Model(), Sample(logits, labels))
     torch.testing.assert_close(found.loss, F.cross_entropy(logits, labels, reduction="none"))
+
+
+def of_outputs(outputs, labels):
+    return F.cross_entropy(outputs, labels, reduction="none")
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        nn.CrossEntropyLoss(reduction="none"),
+        nn.MSELoss(),
+        of_outputs,
+        F.cross_entropy,
+        functools.partial(F.binary_cross_entropy_with_logits, reduction="none"),
+        lambda y_pred, y_true: y_pred,
+        lambda x: x,
+        lambda model, batch, extra: batch,
+    ],
+)
+def test_losses_of_outputs_and_labels_are_no_tasks(task):
+    with pytest.raises(tracer.InputTypeError, match=r"expected a function \(model, batch\)"):
+        make_task(task)
+
+
+@pytest.mark.parametrize(
+    "task", [lambda m, b: b, lambda model, y: y, lambda *args: args[1], functools.partial(torch.mul)]
+)
+def test_functions_of_a_model_and_a_batch_are_tasks(task):
+    assert make_task(task).name == "callable"
+
+
+def test_losses_of_training_mode_only_name_a_way():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(2, 3)
+
+        def forward(self, x, y):
+            logits = self.head(x)
+            losses = {"class": F.cross_entropy(logits, y, reduction="none")}
+            return losses if self.training else [{"scores": row} for row in logits.softmax(1)]
+
+    def summed(model, batch):
+        return sum(model(*batch).values())
+
+    def in_training(model, batch):
+        model.train()
+        return summed(model, batch)
+
+    model, batch = Detector().eval(), (torch.randn(4, 2), torch.tensor([0, 1, 2, 0]))
+    with pytest.raises(tracer.BatchError, match=r"AttributeError.*eval mode.*model\.train\(\)"):
+        make_task(summed).outputs(model, batch)
+    found = make_task(in_training).outputs(model, batch)
+    torch.testing.assert_close(found.loss, F.cross_entropy(model.head(batch[0]), batch[1], reduction="none"))
+
+
+PROBABILITIES = {
+    "sigmoid": nn.Sequential(nn.Linear(4, 1), nn.Sigmoid()),
+    "sigmoid, squeezed": nn.Sequential(nn.Linear(4, 1), nn.Sigmoid(), nn.Flatten(0)),
+    "softmax": nn.Sequential(nn.Linear(4, 3), nn.Softmax(1)),
+    "clamped": nn.Sequential(nn.Linear(4, 3), nn.Softmax(1), nn.Hardtanh(1e-7, 1 - 1e-7)),
+}
+
+
+class Normalized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        weights = self.head(x).exp()
+        return weights / weights.sum(1, keepdim=True)
+
+
+PROBABILITIES["normalized"] = Normalized()
+
+
+@pytest.mark.parametrize("kind", PROBABILITIES)
+def test_probabilities_are_not_taken_for_logits(kind):
+    model, x = PROBABILITIES[kind].double(), torch.randn(5, 4, dtype=torch.float64)
+    binary = "sigmoid" in kind
+    labels = torch.tensor([0, 1, 1, 0, 1])
+    batch = x, labels.double() if binary else labels
+    task = (tracer.BinaryClassification if binary else tracer.Classification)(from_probabilities=True)
+    with pytest.raises(tracer.BatchError, match=r"from_probabilities=True"):
+        make_task("binary_classification" if binary else "image_classification").outputs(model, batch)
+    found = task.outputs(model, batch)
+    p = model(x)
+    expected = F.binary_cross_entropy(p.flatten(), batch[1], reduction="none") if binary else None
+    expected = F.nll_loss(p.log(), labels, reduction="none") if expected is None else expected
+    torch.testing.assert_close(found.loss, expected.detach())
+    parameters = tuple(model.parameters())
+    ours = torch.autograd.grad((found.loss_grad * found.output).sum(), parameters)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected.sum(), parameters))
+    assert task.settings() != make_task("binary_classification" if binary else "image_classification").settings()
+    with pytest.raises(tracer.BatchError, match=r"expects outputs in \[0, 1\]"):
+        task.outputs(model[0] if isinstance(model, nn.Sequential) else model.head, (10 * x, batch[1]))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0])
+def test_logits_between_zero_and_one_are_logits(scale):
+    binary = nn.Linear(4, 1)
+    several = nn.Linear(4, 3)
+    for model in (binary, several):
+        nn.init.constant_(model.bias, 0.4)
+        model.weight.data.mul_(scale)
+    x = torch.rand(6, 4)
+    make_task("binary_classification").outputs(binary, (x, torch.ones(6)))
+    make_task("image_classification").outputs(several, (x, torch.zeros(6).long()))
+    make_task("image_classification").outputs(nn.LogSoftmax(1), (x, torch.zeros(6).long()))
+
+
+class Masked(nn.Module):
+    def forward(self, x, mask=None, segments=None):
+        return x.sum(1) if mask is None else (x * mask.unsqueeze(-1)).sum(1)
+
+
+def test_tuples_are_bound_only_if_that_is_no_guess():
+    x, y, mask = torch.randn(5, 3, 4), torch.tensor([0, 1, 1, 0, 1]), torch.ones(5, 3)
+    task = make_task("image_classification")
+    named = task.outputs(Masked(), {"x": x, "mask": mask, "labels": y}).loss
+    torch.testing.assert_close(task.outputs(Masked(), (x, mask, y)).loss, named)
+    for batch in ((x, y, torch.arange(5)), (x, y.float(), torch.arange(5)), (x, mask, mask, y)):
+        with pytest.raises(tracer.BatchError, match="which is a guess"):
+            task.outputs(Masked(), batch)
+    with pytest.raises(tracer.BatchError, match="which is a guess"):
+        task.outputs(nn.Linear(4, 3), (x[:, 0], y, torch.arange(5)))
+
+
+def test_both_inputs_of_a_model_of_two_are_bound():
+    task = make_task("image_classification")
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+    torch.testing.assert_close(
+        task.outputs(nn.Bilinear(3, 3, 2), (x, x, y)).loss.shape, task.outputs(nn.Linear(3, 2), (x, y)).loss.shape
+    )
+
+
+def test_columns_that_are_not_the_models_are_dropped():
+    x, y = torch.randn(5, 3, 4), torch.tensor([0, 1, 1, 0, 1])
+    task = make_task("image_classification")
+    expected = task.outputs(Masked(), (x, y)).loss
+    for batch in ({"x": x, "labels": y, "index": torch.arange(5)}, ({"x": x, "names": list("abcde")}, y)):
+        torch.testing.assert_close(task.outputs(Masked(), batch).loss, expected)
+    with pytest.raises(tracer.BatchError, match=r"does not take \['target'\]; pass one of them only"):
+        task.outputs(Masked(), {"x": x, "label": y, "target": y})
+    with pytest.raises(tracer.BatchError, match=r"without \['x'\]; name the entries as the model does"):
+        task.outputs(Masked(), {"pixels": x, "mask": x, "labels": y})
 
 
 def test_task_without_a_name():

@@ -9,7 +9,7 @@ from oracles import assert_gradients_match, engine_gradients, oracle_gradients
 from torch import nn
 
 import tracer
-from tracer.data.tasks import make_task
+from tracer.data.named_tasks import make_task
 from tracer.gradients import GradientEngine, isolated
 
 

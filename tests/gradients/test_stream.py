@@ -9,7 +9,7 @@ import torch
 from oracles import BuildingSink, assert_gradients_match, selected_names
 from torch import nn
 
-from tracer.data.tasks import make_task
+from tracer.data.named_tasks import make_task
 from tracer.gradients import GradientEngine, isolated
 from tracer.gradients.per_sample import OuterGradient
 

@@ -14,7 +14,8 @@ from tracer._core.sharding import layer_type
 from tracer._core.validation import check_autocast, check_device, check_model
 from tracer.api.featurizer import Featurizer
 from tracer.api.settings import FeatureSettings
-from tracer.data.tasks import LowerPrecision, make_task
+from tracer.data.named_tasks import make_task
+from tracer.data.tasks import LowerPrecision
 from tracer.errors import MismatchError
 from tracer.gradients import GradientEngine, select_parameters
 from tracer.gradients.backend import find_backend

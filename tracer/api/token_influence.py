@@ -29,7 +29,9 @@ from tracer._core.sharding import fsdp_modules
 from tracer._core.validation import check_device, check_model, check_rate, complete_rates
 from tracer.data.batches import check_batch_size, count_samples, select_samples, to_device
 from tracer.data.model_inputs import logits_of
-from tracer.data.tasks import LanguageModeling, Task, TaskModule, make_task
+from tracer.data.named_tasks import make_task
+from tracer.data.tasks import Task, TaskModule
+from tracer.data.token_tasks import TokenTask
 from tracer.errors import BatchError, GradientError, InputError, InputTypeError, NonFiniteError
 from tracer.gradients import ParamSelection, isolated, select_parameters
 from tracer.training.adam import check_preconditioner, read_training_checkpoint
@@ -113,7 +115,7 @@ def token_influence(
         total = rate * parts if total is None else total + rate * parts
     assert total is not None  # there is a checkpoint
     _check_finite(total)
-    return _by_label(task, train_batch, total).cpu().numpy()
+    return _by_label(task, model, train_batch, total).cpu().numpy()
 
 
 def _with_rates(checkpoints: Any) -> list[tuple[Checkpoint, float]]:
@@ -321,10 +323,9 @@ def _with_logits(output: Any, logits: Tensor) -> Any:
     return changed
 
 
-def _by_label(task: Task, batch: Batch, parts: Tensor) -> Tensor:
+def _by_label(task: Task, model: nn.Module, batch: Batch, parts: Tensor) -> Tensor:
     """Move the parts ``[M, B, T]`` of a language model from the predicting position to the predicted token."""
-    is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2  # the only batch whose labels are not shifted
-    if not isinstance(task, LanguageModeling) or is_pair:
+    if not isinstance(task, TokenTask) or not task.shifts(model, batch):
         return parts
     return torch.cat([torch.zeros_like(parts[..., :1]), parts[..., :-1]], dim=-1)
 

@@ -53,7 +53,8 @@ class Tracer:
     Args:
         model: The model. Its own weights do not matter: each checkpoint's are lent to it for each batch.
         task: A name (``image_classification``, ``text_classification``, ``binary_classification``, ``regression``,
-            ``language_modeling``), a function ``(model, batch) -> loss [B]``, or a `Task`.
+            ``language_modeling``, ``masked_language_modeling``, ``seq2seq``, ``token_classification``,
+            ``question_answering``), a function ``(model, batch) -> loss [B]``, or a `Task`.
         train_set_size: The number of training examples ``N``.
         save_dir: The directory or URL of the store, which is created if it does not exist.
         proj_dim: The number of values ``k`` stored of an example's gradient; inner products have a relative RMS error

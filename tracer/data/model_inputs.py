@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,20 +27,38 @@ def split_labels(model: nn.Module, batch: Batch, task: str) -> tuple[tuple, dict
     """Split ``(*inputs, labels)``, ``(mapping, labels)`` or a mapping into positional and keyword inputs and labels."""
     batch = as_mapping(batch)
     if isinstance(batch, Mapping):
-        key = label_key(batch)
-        if key is None:
+        kwargs, labels = split_mapping(model, batch, task)
+        if labels is None:
             raise BatchError(f"{task} needs labels under one of {LABEL_KEYS}; the batch has {sorted(map(str, batch))}.")
-        args, kwargs = bind_inputs(model, {k: value for k, value in batch.items() if k != key})
-        return args, kwargs, _check_labels(batch[key], task)
+        args, kwargs = bind_inputs(model, kwargs)
+        return args, kwargs, _check_labels(labels, task)
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         *inputs, labels = batch
         if len(inputs) == 1 and isinstance(inputs[0], Mapping):
-            return (), dict(inputs[0]), _check_labels(labels, task)
+            args, kwargs = bind_inputs(model, dict(inputs[0]))
+            return args, kwargs, _check_labels(labels, task)
+        if len(inputs) > 1:
+            _check_positional(model, inputs, task)
         return tuple(inputs), {}, _check_labels(labels, task)
     raise BatchError(
         f"{task} expects a batch (inputs, labels) or a mapping with labels; got {type(batch).__name__}. For other "
         f"batches pass task=a function (model, batch) -> loss [B]."
     )
+
+
+def split_mapping(model: nn.Module, batch: Mapping, task: str) -> tuple[dict[str, Any], Any]:
+    """Split a mapping into the model's inputs and labels, or None if it has none; refuse two columns of labels."""
+    keys = [key for key in LABEL_KEYS if key in batch]
+    if len(keys) > 1:
+        accepted = _parameters(model)
+        unknown = [key for key in keys[1:] if accepted is not None and key not in accepted]
+        if unknown:
+            raise BatchError(
+                f"{task}: the batch may have its labels under any of {keys}, and {type(model).__name__}.forward does "
+                f"not take {unknown}; pass one of them only, under 'labels'."
+            )
+    labels = batch[keys[0]] if keys else None
+    return {key: value for key, value in batch.items() if key not in keys[:1]}, labels
 
 
 def as_mapping(batch: Batch) -> Batch:
@@ -50,14 +68,59 @@ def as_mapping(batch: Batch) -> Batch:
     return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
 
 
+def _parameters(model: nn.Module) -> dict[str, inspect.Parameter] | None:
+    """Return the parameters of a model's forward; None if it takes any keywords."""
+    parameters = dict(inspect.signature(model.forward).parameters)
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else parameters
+
+
 def bind_inputs(model: nn.Module, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Pass a mapping's only input by position if the model's forward has another name for it."""
-    if len(kwargs) != 1:
+    """Return a mapping as arguments of the forward: a single entry also by position; unknown ones are dropped."""
+    accepted = _parameters(model)
+    if accepted is None:
         return (), kwargs
-    parameters = inspect.signature(model.forward).parameters
-    key, value = next(iter(kwargs.items()))
-    is_argument = key in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return ((), kwargs) if is_argument else ((value,), {})
+    if len(kwargs) == 1 and not kwargs.keys() & accepted.keys():
+        return tuple(kwargs.values()), {}
+    named = {key: value for key, value in kwargs.items() if key in accepted}
+    missing = [name for name, p in accepted.items() if _is_required(p) and name not in named]
+    if missing or not named:
+        raise BatchError(
+            f"{type(model).__name__}.forward takes {list(accepted)}, and the batch has {sorted(map(str, kwargs))} "
+            f"beside its labels{f', without {missing}' if missing else ''}; name the entries as the model does."
+        )
+    return (), named
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty and parameter.kind in (
+        parameter.POSITIONAL_ONLY,
+        parameter.POSITIONAL_OR_KEYWORD,
+        parameter.KEYWORD_ONLY,
+    )
+
+
+def _check_positional(model: nn.Module, inputs: Sequence[Any], task: str) -> None:
+    """Raise `BatchError` unless a tuple's inputs are as many as the forward needs, or one more that is its mask."""
+    forward = model.forward if isinstance(model, nn.Module) else model
+    parameters = list(inspect.signature(forward).parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = sum(_is_required(p) for p in parameters)
+    is_mask = len(inputs) == 2 and len(names) > 1 and "mask" in names[1] and _looks_like_mask(*inputs)
+    if len(inputs) != required and not is_mask:
+        raise BatchError(
+            f"{task}: a batch of {len(inputs) + 1} values would give {type(model).__name__}.forward{tuple(names)} the "
+            f"first {len(inputs)} by position and take the last for the labels, which is a guess (is one of them an "
+            f"index, a mask, token types?). Pass (inputs, labels), or a mapping with the names of the model's inputs "
+            f"and 'labels': {{'{names[0] if names else 'x'}': ..., 'labels': ...}}."
+        )
+
+
+def _looks_like_mask(first: Any, mask: Any) -> bool:
+    if not (isinstance(first, Tensor) and isinstance(mask, Tensor)) or mask.ndim < 2 or mask.shape != first.shape[:2]:
+        return False
+    return is_transformed(mask) or bool(((mask == 0) | (mask == 1)).all())
 
 
 def logits_of(output: Any) -> Tensor:
@@ -73,6 +136,39 @@ def logits_of(output: Any) -> Tensor:
             f"logits, or a tuple that begins with them. For other outputs pass task=a function (model, batch) -> loss."
         )
     return found
+
+
+def check_logits(logits: Tensor, task: str) -> None:
+    """Raise `BatchError` if a model's output is one of probabilities, by the operation that made it or by its sums."""
+    kind = _operation(logits.grad_fn)
+    rows = logits.detach()
+    if kind is None and rows.ndim == 2 and min(rows.shape) > 1 and not is_transformed(rows):
+        sums = (rows.sum(1) - 1).abs() <= (1e-2 if rows.dtype in (torch.float16, torch.bfloat16) else 1e-5)
+        kind = "normalized" if bool((sums & (rows >= 0).all(1)).all()) else None
+    if kind is not None:
+        raise BatchError(
+            f"{task}: the model's output is one of probabilities ({kind}), where logits are expected. Pass "
+            f"task=tracer.Classification(from_probabilities=True) or tracer.BinaryClassification("
+            f"from_probabilities=True), whose losses are those of nn.NLLLoss and nn.BCELoss, or a model without its "
+            f"last layer. If training took these values for logits, pass a function (model, batch) -> loss [B]."
+        )
+
+
+_SAME_VALUES = (
+    "Alias AsStrided Clamp ClampMax ClampMin Clone Expand Hardtanh Index Permute ReshapeAlias Select Slice Squeeze T "
+    "ToCopy Transpose UnsafeView Unsqueeze View"
+).split()
+_PROBABILITIES = ("Sigmoid", "Softmax", "Hardsigmoid")
+
+
+def _operation(node: Any) -> str | None:
+    """Return the operation that made probabilities, whatever their shape was made since; None for any other values."""
+    while node is not None:
+        name = node.name().rstrip("0123456789").removesuffix("Backward")
+        if name not in _SAME_VALUES:
+            return name.lower() if name in _PROBABILITIES else None
+        node = node.next_functions[0][0]
+    return None
 
 
 def upcast_half(values: Tensor) -> Tensor:
@@ -143,8 +239,8 @@ def flatten_scalars(output: Tensor, labels: Tensor, task: str) -> tuple[Float[Te
     return output.reshape(batch_size), labels.reshape(batch_size)
 
 
-def check_probabilities(labels: Shaped[Tensor, " B"]) -> None:
-    """Raise `BatchError` if a label is outside [0, 1]; labels inside a transform are not checked."""
-    if not is_transformed(labels) and not bool(((labels >= 0) & (labels <= 1)).all()):
-        low, high = float(labels.min()), float(labels.max())
-        raise BatchError(f"binary_classification expects labels in [0, 1]; got {low} to {high}.")
+def check_probabilities(values: Shaped[Tensor, "B ..."], what: str, task: str) -> None:
+    """Raise `BatchError` if a value is outside [0, 1]; values inside a transform are not checked."""
+    if not is_transformed(values) and not bool(((values >= 0) & (values <= 1)).all()):
+        low, high = values.min().item(), values.max().item()
+        raise BatchError(f"{task} expects {what} in [0, 1]; got {low} to {high}.")

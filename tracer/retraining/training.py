@@ -16,7 +16,8 @@ from tqdm import tqdm
 from tracer._core.text import listing
 from tracer._core.validation import as_list, bar_disabled, check_count
 from tracer.data.batches import count_samples
-from tracer.data.tasks import Task, make_task
+from tracer.data.named_tasks import make_task
+from tracer.data.tasks import Task
 from tracer.errors import InputError, InputTypeError, NonFiniteError
 from tracer.retraining.model_factory import ModelFactory, seeded
 from tracer.retraining.models import Examples, Models, SingleModel, StackedModels

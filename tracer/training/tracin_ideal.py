@@ -24,7 +24,8 @@ from tracer.data.batches import map_leaves, to_device
 from tracer.data.datasets import as_data_source
 from tracer.data.fingerprints import fingerprint_samples
 from tracer.data.indices import ExampleIndices, check_indices
-from tracer.data.tasks import check_per_sample, make_task
+from tracer.data.named_tasks import make_task
+from tracer.data.tasks import check_per_sample
 from tracer.errors import CallOrderError, InputError, MismatchError, NonFiniteError
 from tracer.gradients.isolation import isolated, seed_generators
 from tracer.training.checkpoints import weights_fingerprint

@@ -1,0 +1,207 @@
+"""Tasks by name: classification and regression here, those of tokens in `tracer.data.token_tasks`."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tracer._core.validation import check_choice
+from tracer.data.model_inputs import (
+    LABEL_KEYS,
+    check_classes,
+    check_logits,
+    check_probabilities,
+    flatten_scalars,
+    logits_of,
+    shapes_message,
+    split_labels,
+    upcast_half,
+)
+from tracer.data.tasks import LossTask, Task, loss_outputs
+from tracer.data.token_tasks import LanguageModeling, QuestionAnswering, TokenTask
+from tracer.errors import BatchError, InputTypeError
+from tracer.types import Batch, SampleOutputs
+
+
+class Classification(Task):
+    """Cross-entropy over classes; f is the margin ``logit_y - logsumexp(other logits)`` (Park et al. 2023, eq. 9).
+
+    Then ``L = softplus(-f)``, ``Q = -(1 - p_y)`` and ``w = p_y (1 - p_y)``. Batches are ``(*inputs, labels)`` or
+    mappings with a key of `LABEL_KEYS`; the model returns the logits ``[B, C]`` or an object with ``logits``.
+
+    Args:
+        name: The task's name.
+        from_probabilities: The model returns probabilities instead of logits, as for `torch.nn.NLLLoss` of their
+            logarithm.
+    """
+
+    def __init__(self, name: str = "image_classification", from_probabilities: bool = False) -> None:
+        self.name, self.from_probabilities = name, from_probabilities
+
+    def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
+        """Return margins and cross-entropies; see `Task.outputs`."""
+        args, kwargs, labels = split_labels(model, batch, self.name)
+        logits = upcast_half(logits_of(model(*args, **kwargs)))
+        check_classes(logits, labels, self.name)
+        if self.from_probabilities:
+            check_probabilities(logits, "outputs", self.name)
+            logits = logits.clamp_min(torch.finfo(logits.dtype).tiny).log()
+        else:
+            check_logits(logits, self.name)
+        is_label = labels.unsqueeze(1) == torch.arange(logits.shape[1], device=logits.device)
+        chosen = torch.where(is_label, logits, 0.0).sum(1)
+        others = logits.masked_fill(is_label, -torch.inf).logsumexp(1)
+        # The gradient of L vanishes for fitted examples, that of the margin does not: float16 features keep precision.
+        margin = chosen - others
+        detached = margin.detach()
+        wrong = torch.sigmoid(-detached)  # 1 - p_y without the cancellation that 1 - softmax has for p_y near 1
+        baseline = torch.full_like(detached, -math.log(max(logits.shape[1] - 1, 1)))
+        loss_hess = wrong * torch.sigmoid(detached)
+        return SampleOutputs(margin, F.softplus(-detached), -wrong, loss_hess, labels, baseline)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the name, and whether the model returns probabilities."""
+        return {"name": self.name} | ({"from_probabilities": True} if self.from_probabilities else {})
+
+
+class BinaryClassification(Task):
+    """Logistic loss on one logit for each example, with float labels in [0, 1] (also soft labels).
+
+    f is the logit, ``L = BCEWithLogits(f, y)``, ``Q = sigmoid(f) - y`` and ``w = sigmoid(f)(1 - sigmoid(f))``.
+
+    Args:
+        from_probabilities: The model returns a probability instead of a logit, as for `torch.nn.BCELoss`.
+    """
+
+    name = "binary_classification"
+
+    def __init__(self, from_probabilities: bool = False) -> None:
+        self.from_probabilities = from_probabilities
+
+    def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
+        """Return logits and logistic losses; see `Task.outputs`."""
+        args, kwargs, labels = split_labels(model, batch, self.name)
+        logit = upcast_half(logits_of(model(*args, **kwargs)))
+        logit, labels = flatten_scalars(logit, labels, self.name)
+        check_probabilities(labels, "labels", self.name)
+        if self.from_probabilities:
+            check_probabilities(logit, "outputs", self.name)
+            logit = torch.logit(logit, eps=torch.finfo(logit.dtype).eps)
+        else:
+            check_logits(logit, self.name)
+        detached = logit.detach()
+        labels = labels.to(detached.dtype)
+        loss = F.binary_cross_entropy_with_logits(detached, labels, reduction="none")
+        probability = torch.sigmoid(detached)
+        loss_hess = probability * torch.sigmoid(-detached)
+        loss_grad, baseline = probability - labels, torch.zeros_like(detached)
+        return SampleOutputs(logit, loss, loss_grad, loss_hess, labels.round().long(), baseline)
+
+    settings = Classification.settings
+
+
+class Regression(Task):
+    """Squared error as in `torch.nn.MSELoss`: the mean over an example's outputs, without a factor of one half.
+
+    With one output for each example, f is the prediction, ``L = (f - y)²``, ``Q = 2 (f - y)`` and ``w = 2``; with
+    several, ``f = L``.
+    """
+
+    name = "regression"
+
+    def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
+        """Return predictions and squared errors; see `Task.outputs`."""
+        args, kwargs, targets = split_labels(model, batch, self.name)
+        predicted = upcast_half(logits_of(model(*args, **kwargs)))
+        if predicted.numel() != predicted.shape[0]:
+            if predicted.shape != targets.shape:
+                raise BatchError(shapes_message(self.name, predicted, targets))
+            targets = targets.to(predicted.dtype)
+            loss = (predicted - targets).square().flatten(1).mean(1)
+            return loss_outputs(loss, targets.square().flatten(1).mean(1))
+        predicted, targets = flatten_scalars(predicted, targets, self.name)
+        residual = predicted.detach() - targets.to(predicted.dtype)
+        loss_hess, baseline = torch.full_like(residual, 2.0), torch.zeros_like(residual)
+        return SampleOutputs(predicted, residual.square(), 2 * residual, loss_hess, baseline=baseline)
+
+
+_TASKS: dict[str, Callable[[], Task]] = {
+    "image_classification": lambda: Classification("image_classification"),
+    "text_classification": lambda: Classification("text_classification"),
+    "binary_classification": BinaryClassification,
+    "regression": Regression,
+    "language_modeling": LanguageModeling,
+    "masked_language_modeling": lambda: TokenTask("masked_language_modeling"),
+    "seq2seq": lambda: TokenTask("seq2seq"),
+    "token_classification": lambda: TokenTask("token_classification"),
+    "question_answering": QuestionAnswering,
+}
+
+TASK_NAMES = tuple(_TASKS)
+"""The names that ``task=`` accepts."""
+
+
+def make_task(task: str | Task | Callable[[nn.Module, Batch], Tensor]) -> Task:
+    """Return the task of a name in `TASK_NAMES` or of a function; a `Task` is returned unchanged.
+
+    Raises:
+        InputError: The name is unknown.
+        InputTypeError: The task is not a name, a function of a model and a batch, or a `Task`.
+
+    >>> make_task("regression").name
+    'regression'
+    """
+    if isinstance(task, Task):
+        return task
+    if isinstance(task, str):
+        check_choice("task", task, _TASKS)
+        return _TASKS[task]()
+    if isinstance(task, type) or not callable(task):
+        raise InputTypeError(
+            f"task is {task!r}; expected a name ({', '.join(_TASKS)}), a function (model, batch) -> loss [B], or an "
+            f"instance of tracer.Task."
+        )
+    _check_signature(task)
+    return LossTask(task)
+
+
+_MODEL_NAMES = {"model", "m", "net", "network", "module"}
+_OUTPUT_NAMES = {
+    "input",
+    "output",
+    "outputs",
+    "logits",
+    "pred",
+    "preds",
+    "prediction",
+    "predictions",
+    "y_pred",
+    "y_hat",
+}
+_TARGET_NAMES = {*LABEL_KEYS, "y_true", "truth"}
+
+
+def _check_signature(function: Callable) -> None:
+    """Raise `InputTypeError` for a loss of outputs and labels, and for a function that does not take two arguments."""
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):  # some functions in C have none
+        return
+    names = list(signature.parameters)[:2]
+    try:
+        signature.bind(None, None)
+        of_outputs = names[0] in _OUTPUT_NAMES or (names[0] not in _MODEL_NAMES and {*names[1:]} & _TARGET_NAMES)
+    except TypeError:
+        of_outputs = True
+    if of_outputs:
+        raise InputTypeError(
+            f"task is {function!r}, which takes {signature}; expected a function (model, batch) -> loss of each "
+            f"example [B], a name ({', '.join(_TASKS)}), or an instance of tracer.Task. Wrap a loss of outputs and "
+            f"labels, with reduction='none': lambda model, batch: loss(model(batch[0]), batch[1])."
+        )
