@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tracer import CallOrderError, IncompleteError, InputError, MismatchError, N
 from tracer.gradients.inner_products import TargetGradients
 from tracer.store import RowTable
 from tracer.store.arrays.store_path import store_path
+from tracer.store.revisions import Revisions
 
 
 def direct(run, path, **options):
@@ -24,14 +26,18 @@ def direct(run, path, **options):
     return attribute(run.model, task, run.train, run.targets, run.checkpoints, save_dir=path, **options)
 
 
+def blocks(found):
+    store = found.tracer.store
+    return store.results.cosines("targets", Revisions(store, [0], "targets"))
+
+
 @pytest.mark.parametrize("estimator", ["tracin", "cosine"])
 @pytest.mark.parametrize("memory_bytes", [1 << 30, 1])
 def test_scores_equal_a_float64_loop_of_autograd(run, tmp_path, estimator, memory_bytes):
     found = direct(run, tmp_path / "store", estimator=estimator, memory_bytes=memory_bytes, batch_size=2)
     expected = oracle_scores(run, cosine=estimator == "cosine")
     assert np.abs(found.scores - expected).max() <= 1e-5 * np.abs(expected).max()
-    blocks = found.tracer.store.results.cosines("targets", 0)
-    assert [first for first, _ in blocks] == ([0] if memory_bytes > 1 else [0, 2, 4])
+    assert [first for first, _ in blocks(found)] == ([0] if memory_bytes > 1 else [0, 2, 4])
 
 
 def test_everything_else_is_there_too(run, tmp_path):
@@ -148,7 +154,7 @@ def test_a_run_that_was_stopped_goes_on(run, tmp_path, monkeypatch):
 def test_other_memory_goes_on_with_the_blocks_that_are_there(run, tmp_path):
     one = direct(run, tmp_path / "store", memory_bytes=1)
     again = direct(run, tmp_path / "store")
-    assert len(again.tracer.store.results.cosines("targets", 0)) == 2  # batches of 4 targets, of 5
+    assert len(blocks(again)) == 2  # batches of 4 targets, of 5
     np.testing.assert_array_equal(one.scores, again.scores)
 
 
@@ -199,8 +205,8 @@ def test_targets_of_another_order_at_another_checkpoint_are_refused(run, tmp_pat
 @pytest.mark.parametrize("left", ["no marks", "no array"])
 def test_a_block_that_a_crash_left_half_made_is_computed_again(run, tmp_path, left):
     expected = np.array(direct(run, tmp_path / "store", memory_bytes=1).scores)
-    block = tmp_path / "store" / "cosines" / "targets" / "0" / "4"
-    shutil.rmtree(block.with_name("4_done") if left == "no marks" else block)
+    block = Path(blocks(direct(run, tmp_path / "store"))[-1][1].path)
+    shutil.rmtree(block / "done" if left == "no marks" else block / "scores")
     shutil.rmtree(tmp_path / "store" / "scores")
     np.testing.assert_allclose(direct(run, tmp_path / "store").scores, expected, rtol=1e-5, atol=1e-7)
 

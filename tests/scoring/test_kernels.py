@@ -19,6 +19,7 @@ from tracer.scoring.feature_tables import InMemoryTable
 from tracer.scoring.preconditioned_targets import PreconditionedTargets
 from tracer.scoring.regularization import LAMBDAS, choose_regularization
 from tracer.scoring.scorer import Scorer
+from tracer.store.revisions import Revisions
 
 ESTIMATORS = ("trak", "influence")
 SHAPES = [(60, 5, 12), (12, 5, 60), (33, 1, 33), (1, 2, 3)]
@@ -264,7 +265,7 @@ def test_a_damaged_kernel_is_computed_again(tmp_path, caplog):
     estimate = Estimate("trak", regularization=1.0)
     first = np.array(found.scores("test", estimate, None))
     shutil.rmtree(found.store.path / "scores")
-    chunk = found.store.path / "kernels" / "0" / "plain" / "matrix" / "c" / "0" / "0"
+    (chunk,) = (found.store.path / "kernels" / "0" / "plain").glob("*/matrix/c/0/0")
     chunk.write_bytes(b"\x07" * chunk.stat().st_size)
     found = Scorer(found.store, torch.device("cpu"), False)
     with caplog.at_level(logging.WARNING):
@@ -315,9 +316,9 @@ def test_stores_without_features_have_no_kernels(tmp_path):
     found = scorer(tmp_path, 10, 2, 4)
     found.store.manifest.settings["storage"] = "none"
     with pytest.raises(CallOrderError, match="estimator='trak' needs stored features"):
-        found._kernels(Estimate("trak"))
+        found._kernels(Estimate("trak"), Revisions(found.store, []))
     with pytest.raises(CallOrderError, match="groups= needs stored features"):
-        found._kernels(Estimate(groups=[0]))
+        found._kernels(Estimate(groups=[0]), Revisions(found.store, []))
 
 
 def gradients_of_margins(run, state, rows) -> tuple[np.ndarray, np.ndarray]:

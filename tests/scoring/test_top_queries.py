@@ -17,11 +17,12 @@ import zarr
 from scoring_cases import expected, scorer, strongest
 
 from tracer.data.indices import resolve_selection
-from tracer.errors import InputError, InputTypeError, StoreError
+from tracer.errors import InputError, InputTypeError
 from tracer.scoring import streaming, top_queries
 from tracer.scoring.estimators import Estimate
 from tracer.scoring.scorer import KINDS, Scorer
 from tracer.store import Store
+from tracer.store.arrays.metadata import NODE
 from tracer.store.topk_parts import list_parts
 
 N, M, DIM, K = 300, 4, 16, 7
@@ -230,14 +231,24 @@ def test_equal_scores_come_by_row_index_also_across_parts(tmp_path):
     np.testing.assert_array_equal(top(found, rows=slice(100, None)).indices, np.tile(100 + np.arange(K), (M, 1)))
 
 
-def test_a_damaged_part_is_named(found):
-    top(found)
+@pytest.mark.parametrize("damage", ["short file", "flipped bit", "cut document", "no array"])
+def test_a_damaged_part_is_computed_again(found, damage):
+    answer = top(found)
     (part,) = parts(found)
-    next((part.path / "opponents_scores").rglob("c/*")).joinpath("0").write_bytes(b"12")
-    with pytest.raises(StoreError, match=r"0-300 is damaged .* remove it to compute it again"):
-        top(found)
-    shutil.rmtree(part.path)
-    assert top(found).indices.shape == (M, K)
+    file = part.path / "proponents_scores" / "c" / "0" / "0"
+    if damage == "short file":
+        file.write_bytes(b"12")
+    elif damage == "flipped bit":
+        data = bytearray(file.read_bytes())
+        data[3] ^= 1
+        file.write_bytes(data)
+    elif damage == "cut document":
+        os.truncate(part.path / NODE, 20)
+    else:
+        shutil.rmtree(part.path / "proponents_scores")
+    for _ in range(2):
+        np.testing.assert_array_equal(top(found).scores, answer.scores)
+    assert ranges(found) == [(0, N)]
 
 
 CHILD = """
@@ -248,6 +259,7 @@ from tracer.scoring import streaming, top_queries
 from tracer.scoring.scorer import Scorer
 from tracer.scoring.estimators import Estimate
 from tracer.store import Store
+from tracer.store.arrays.metadata import NODE
 top_queries.SAVE_SECONDS = 0.0
 save = top_queries.save_part
 

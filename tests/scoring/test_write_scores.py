@@ -12,7 +12,7 @@ from tracer.scoring.write_scores import write_scores
 
 
 def open_scores(found, **options):
-    tiles, _ = found._tile_scorer("test", Estimate(), None)
+    tiles, *_ = found._tile_scorer("test", Estimate(), None)
     shape = found.num_rows, tiles.num_targets
     return tiles, found.store.results.scores("test", "tracin", shape, {"a": 1}, tile_rows=10)
 

@@ -27,7 +27,7 @@ def test_attributes_change_atomically_and_flush_first(store, table):
     table.set_attributes(learning_rate=0.25, finalized=True)
     assert table.pending == 0 and table.num_done == 3
     assert store.checkpoint(0).attributes == {
-        "table_id": table.attributes["table_id"],
+        "revision": table.attributes["revision"],
         "learning_rate": 0.25,
         "weights_fingerprint": "abc",
         "finalized": True,

@@ -14,6 +14,7 @@ from store_cases import manifest
 from tracer._core.files import PARTIAL
 from tracer.errors import CallOrderError, IncompleteError, InputError, InputTypeError, StoreError
 from tracer.store import Store
+from tracer.store.arrays.metadata import NODE
 from tracer.store.lazy_matrix import ScoreMatrix
 
 
@@ -41,12 +42,12 @@ def test_scores_are_one_matrix_and_a_zarr_array(store):
     assert isinstance(seen, np.memmap) and seen.dtype == np.float32 and seen.shape == SHAPE
     assert not seen.flags.writeable and seen.flags.c_contiguous
     np.testing.assert_array_equal(seen, values)
-    read = zarr.open_array(str(scores.path), mode="r")
+    read = zarr.open_array(str(scores.path / "scores"), mode="r")
     assert read.chunks == (4, 3)
     np.testing.assert_array_equal(read[:], values)
     for row in range(10):
         np.testing.assert_array_equal(read[row : row + 1], values[row : row + 1])
-    assert zarr.open_array(str(scores.path) + "_done", mode="r")[:].all()
+    assert zarr.open_array(str(scores.path / "done"), mode="r")[:].all()
 
 
 def test_tiles_of_scores_are_done_only_after_a_flush(store):
@@ -81,27 +82,34 @@ def test_scores_of_other_inputs_begin_anew_and_held_matrices_stay(store, shape, 
     assert not new.tile_done.any() and new.shape == shape and (new.matrix() == 0).all() and new.inputs == inputs
     np.testing.assert_array_equal(held, matrix())
     assert not list(store.path.glob(PARTIAL + "*"))
-    assert (zarr.open_array(str(new.path), mode="r")[:] == 0).all()
+    assert (zarr.open_array(str(new.path / "scores"), mode="r")[:] == 0).all()
+    assert store.results.scores("test", "tracin", SHAPE, INPUTS).complete
 
 
-@pytest.mark.parametrize("damage", ["mask gone", "array gone", "file gone", "other mask", "file short"])
-def test_a_half_replaced_or_damaged_score_array_begins_anew(store, damage):
+@pytest.mark.parametrize(
+    "damage",
+    ["mask gone", "array gone", "all gone", "document cut", "file gone", "other mask", "file short", "checksums short"],
+)
+def test_half_made_or_damaged_scores_begin_anew(store, damage):
     with store.results.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4) as scores:
         scores.write(0, matrix())
-    with store.results.scores("test", "other", SHAPE, INPUTS, tile_rows=4) as other:
-        other.write(0, matrix())
-    mask = scores.path.with_name("tracin_done")
-    if damage in ("mask gone", "other mask"):
-        shutil.rmtree(mask)
+    if damage == "mask gone":
+        shutil.rmtree(scores.path / "done")
     if damage == "other mask":
-        shutil.copytree(scores.path.with_name("other_done"), mask)
+        (scores.path / "done" / NODE).write_bytes((scores.path / "checksum" / NODE).read_bytes())
     if damage == "array gone":
+        shutil.rmtree(scores.path / "scores")
+    if damage == "all gone":
         shutil.rmtree(scores.path)
+    if damage == "document cut":
+        os.truncate(scores.path / NODE, 20)
     if damage == "file gone":
-        (scores.path / "c" / "0" / "0").unlink()
+        (scores.path / "scores" / "c" / "0" / "0").unlink()
     if damage == "file short":
-        os.truncate(scores.path / "c" / "0" / "0", 40)
-    if damage != "array gone" and damage != "mask gone":
+        os.truncate(scores.path / "scores" / "c" / "0" / "0", 40)
+    if damage == "checksums short":
+        os.truncate(scores.path / "checksum" / "c" / "0", 1)
+    if damage != "all gone":
         with pytest.raises(StoreError):
             store.results.read_scores("test", "tracin")
     assert not store.results.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4).tile_done.any()
@@ -144,29 +152,12 @@ def test_scores_at_the_edges(store):
             store.results.scores("test", "none", shape, {})
     with pytest.raises(InputError, match="tile_rows is 0"):
         store.results.scores("test", "none", (1, 1), {}, tile_rows=0)
-    with pytest.raises(InputError, match="expected a name that does not end with _done, _checksum, _scale"):
-        store.results.scores("test", "tracin_done", (1, 1), {})
     with pytest.raises(InputTypeError, match=r"inputs\.x is of type set"):
         store.results.scores("test", "none", (1, 1), {"x": {1}})
     with pytest.raises(CallOrderError, match=r"no 'none' scores of 'test', only \['few', 'one'\]"):
         store.results.read_scores("test", "none")
     with pytest.raises(CallOrderError, match="is closed"):
         scores.write(0, np.ones((1, 1), np.float32))
-
-
-def test_rows_that_come_in_leave_the_scores_of_the_others(store):
-    with store.results.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4) as scores:
-        scores.write(0, matrix())
-    with store.results.scores("test", "tracin", (17, 3), INPUTS, tile_rows=4) as grown:
-        assert grown.remaining() == [(8, 12), (12, 16), (16, 17)]  # the last tile was not full
-        np.testing.assert_array_equal(grown.read(0, 8), matrix()[:8])
-        more = np.arange(27, dtype=np.float32).reshape(9, 3)
-        grown.write(8, more)
-    expected = np.concatenate([matrix()[:8], more])
-    np.testing.assert_array_equal(np.asarray(grown.matrix()), expected)
-    np.testing.assert_array_equal(zarr.open_array(str(grown.path), mode="r")[:], expected)
-    assert store.results.scores("test", "tracin", (17, 3), INPUTS).complete
-    assert not store.results.scores("test", "tracin", SHAPE, INPUTS).tile_done.any()  # rows never leave: other inputs
 
 
 def divided(tmp_path) -> Store:
@@ -194,7 +185,7 @@ def test_processes_write_files_of_their_own(tmp_path, dtype):
         np.testing.assert_array_equal(np.asarray(found), values.astype(np.float32))
     else:  # relative to the largest of a row, whatever the row's size
         assert (np.abs(found - values) <= np.abs(values).max(1, keepdims=True) * 2.0**-11).all()
-    assert (zarr.open_array(str(again.path), mode="r")[:] != 0).all()
+    assert (zarr.open_array(str(again.path / "scores"), mode="r")[:] != 0).all()
 
 
 def test_scores_that_are_not_there_yet_are_refused_when_read(tmp_path):
@@ -206,14 +197,17 @@ def test_scores_that_are_not_there_yet_are_refused_when_read(tmp_path):
         np.asarray(found)
 
 
-def test_only_the_first_process_replaces_scores(tmp_path):
-    store = divided(tmp_path)
-    store.results.scores("test", "tracin", (23, 3), INPUTS).close()
-    with pytest.raises(IncompleteError, match="which only the first process replaces"):
-        store.results.scores("test", "tracin", (23, 3), {"model_ids": [0]}, may_replace=False)
-    store.results.scores("test", "tracin", (23, 3), {"model_ids": [0]}).close()
-    again = store.results.scores("test", "tracin", (23, 3), {"model_ids": [0]}, may_replace=False)
-    assert again.inputs == {"model_ids": [0]}
+def test_scores_of_different_inputs_share_no_path(store):
+    first = store.results.scores("test", "tracin", SHAPE, {"question": 1})
+    second = store.results.scores("test", "tracin", SHAPE, {"question": 2})
+    first.write(0, np.full(SHAPE, 1, np.float32))
+    first.flush()
+    assert not second.tile_done.any() and first.complete and (first.matrix() == 1).all()
+    second.write(0, np.full(SHAPE, 2, np.float32))
+    second.flush()
+    for question in (1, 2):
+        again = Store.open_existing(store.path).results.scores("test", "tracin", SHAPE, {"question": question})
+        assert again.complete and (again.matrix() == question).all()
 
 
 @pytest.mark.parametrize(
@@ -266,7 +260,7 @@ def test_a_changed_tile_is_found(store):
     with store.results.scores("test", "tracin", SHAPE, INPUTS, tile_rows=4) as scores:
         scores.write(0, matrix())
     assert store.results.read_scores("test", "tracin").damaged_tiles().tolist() == []
-    file = scores.path / "c" / "0" / "0"
+    file = scores.path / "scores" / "c" / "0" / "0"
     data = bytearray(file.read_bytes())
     data[5 * 3 * 4] ^= 1
     file.write_bytes(data)

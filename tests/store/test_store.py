@@ -46,14 +46,14 @@ def test_any_zarr_reader_sees_the_layout(store, table):
         names = {name for name, _ in root.members(max_depth=None)}
     columns = set(COLUMNS) | {"features"}
     expected = {"checkpoints", "checkpoints/0", "targets", "targets/test", "targets/test/0"}
-    expected |= {"scores", "scores/test", "scores/test/tracin"}
-    expected |= {"scores/test/tracin_done", "scores/test/tracin_checksum"}
+    expected |= {"scores", "scores/test", "scores/test/tracin", (result := f"scores/test/tracin/{scores.path.name}")}
+    expected |= {f"{result}/{name}" for name in ("scores", "rows", "checksum", "done")}
     expected |= {f"{group}/{name}" for group in ("checkpoints/0", "targets/test/0") for name in columns}
     assert names == expected
     assert root.attrs["settings"]["train_set_size"] == N and root.attrs["format"] == "tracer"
     group = root["checkpoints/0"]
     attributes = dict(group.attrs)
-    assert len(attributes.pop("table_id")) == 32
+    assert len(attributes.pop("revision")) == 32
     assert attributes == {
         "learning_rate": 0.1,
         "weights_fingerprint": "abc",

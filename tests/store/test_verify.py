@@ -14,6 +14,7 @@ from tracer.errors import IncompleteError, StoreError
 from tracer.scoring.readiness import check_finalized
 from tracer.store import Store
 from tracer.store.arrays.metadata import NODE
+from tracer.store.revisions import Revisions
 
 
 @pytest.fixture
@@ -27,7 +28,8 @@ def store(tmp_path, monkeypatch) -> Store:
             table.set_attributes(finalized=True)
     with store.create_targets("test", 0, 6) as table:
         table.write(**batch(np.arange(6)))
-    with store.results.scores("test", "tracin", (N, 6), {}, tile_rows=5) as scores:
+    revisions = Revisions(store, [0], "test")
+    with store.results.scores("test", "tracin", (N, 6), {}, tile_rows=5, revisions=revisions) as scores:
         scores.write(0, np.ones((N, 6), np.float32))
     return store
 
@@ -83,15 +85,21 @@ def test_damaged_rows_are_named_and_marked_as_missing(store, damage, lost):
     with again:
         again.write(**batch(np.array(lost)))
     np.testing.assert_array_equal(stored_features(store.checkpoint(0), 0, N), batch(np.arange(N))["features"])
-    scores = store.results.read_scores("test", "tracin")
-    assert [start for start, _ in scores.remaining()] == sorted({row // 5 * 5 for row in lost})
+    again.set_attributes(finalized=True)
+    revisions = Revisions(store, [0], "test")
+    scores = store.results.scores("test", "tracin", (N, 6), {}, revisions=revisions)
+    assert not scores.tile_done.any()
+    store.results.adopt(scores)  # the rows are those that were there before, so are their scores
+    assert scores.complete
 
 
 def test_damaged_targets_take_their_scores_with_them(store):
     flip(store.path / "targets" / "test" / "0" / "features" / "c" / "1" / "0", 0)
     assert [found.rows.tolist() for found in verify(store.path).damage] == [[3]]
     assert store.targets("test", 0).remaining().tolist() == [3]
-    assert not store.results.read_scores("test", "tracin").tile_done.any()
+    scores = store.results.scores("test", "tracin", (N, 6), {}, revisions=Revisions(store, [0], "test"))
+    store.results.adopt(scores)
+    assert not scores.tile_done.any()
 
 
 def test_metadata_that_follows_from_the_tables_own_is_written_again(store):
@@ -109,11 +117,12 @@ def test_a_table_without_its_document_is_named_and_left(store):
 
 
 def test_damaged_scores_are_computed_again(store):
-    flip(store.path / "scores" / "test" / "tracin" / "c" / "0" / "0", 6 * 6 * 4)
+    (chunk,) = (store.path / "scores" / "test" / "tracin").glob("*/scores/c/0/0")
+    flip(chunk, 6 * 6 * 4)
     (damage,) = verify(store.path).damage
     assert damage.rows.tolist() == [5, 6, 7, 8, 9]
     assert store.results.read_scores("test", "tracin").remaining() == [(5, 10)]
-    os.truncate(store.path / "scores" / "test" / "tracin" / "c" / "0" / "0", 6)
+    os.truncate(chunk, 6)
     assert "computed again" in verify(store.path).damage[0].what
     assert store.catalog.score_names("test") == [] and verify(store.path).ok
 
@@ -158,6 +167,13 @@ def test_a_chunk_that_is_gone_with_its_marks_is_missed(store):
         check_finalized(store, 0)
     found = verify(store.path)
     assert [damage.rows.tolist() for damage in found.damage] == [[8, 9, 10, 11]]
-    with store.checkpoint(0) as table, store.results.read_scores("test", "tracin") as scores:
-        assert not table.attributes["finalized"] and scores.tile_done.tolist() == [True, False, False, True, True]
+    with store.checkpoint(0) as table:
+        assert not table.attributes["finalized"]
+        missing = batch(np.arange(8, 12))
+        missing["features"] += 1
+        table.write(**missing)
+        table.set_attributes(finalized=True)
+    with store.results.scores("test", "tracin", (N, 6), {}, revisions=Revisions(store, [0], "test")) as scores:
+        store.results.adopt(scores)
+        assert scores.tile_done.tolist() == [True, False, False, True, True]
     assert verify(store.path).ok

@@ -26,6 +26,7 @@ from tracer.errors import CallOrderError, InputError, NonFiniteError
 from tracer.gradients.inner_products import TargetGradients
 from tracer.gradients.per_sample import PerSampleGradient
 from tracer.store import RowTable, ScoreArray, Store
+from tracer.store.revisions import Revisions
 from tracer.types import Batch, Checkpoint
 
 if TYPE_CHECKING:
@@ -118,9 +119,10 @@ class CosineWriter:
         memory_bytes: int,
         progress: bool | None = None,
     ) -> None:
-        self._featurizer, self._store, self._key = featurizer, store, (exp_name, model_id)
+        self._featurizer, self._store, self._exp_name = featurizer, store, exp_name
         self._memory_bytes, self._progress = memory_bytes, progress
         self._train, self._targets = store.checkpoint(model_id), store.targets(exp_name, model_id)
+        self._revisions = Revisions(store, [model_id], exp_name)
         self._same_rows = store.other_checkpoint(model_id)
         self._same_targets = store.other_targets(exp_name, model_id)
 
@@ -143,31 +145,23 @@ class CosineWriter:
                 table.close()
 
     def _run_blocks(self, train: DataSource, targets: DataSource) -> None:
-        first = 0
+        results, first = self._store.results, 0
+        # Blocks of examples that were replaced since keep their sizes, so that the cosines of the rest can be adopted.
+        earlier = results.cosines(self._exp_name, self._revisions, earlier=True)
+        sizes = {start: block.shape[1] for start, block in earlier}
+        stored = dict(results.cosines(self._exp_name, self._revisions))
         while first < len(targets):
-            block = self._stored(first)
+            block = stored.get(first)
             if block is None or not block.complete or block.shape[0] < len(train):
-                held = self._hold(targets, first, None if block is None else block.shape[1])
+                held = self._hold(targets, first, sizes.get(first))
                 last = first + held.num_rows
                 self._targets.flush()  # a block that is there says that its targets' values are
-                block = self._store.results.cosine_block(
-                    *self._key,
-                    first,
-                    held.num_rows,
-                    self._inputs(first, held.num_rows),
-                    tile_rows=min(TILE_ROWS, len(train)),
+                block = results.cosine_block(
+                    self._exp_name, first, held.num_rows, self._revisions, tile_rows=min(TILE_ROWS, len(train))
                 )
                 self._write_block(block, train, held, f"targets {first}-{last - 1}")
             first += block.shape[1]
-
-    def _inputs(self, first: int, size: int) -> dict:
-        tables = [table.attributes["table_id"] for table in (self._train, self._targets)]
-        return {"tables": tables, "targets": [first, first + size]}
-
-    def _stored(self, first: int) -> ScoreArray | None:
-        """Return the stored block that begins with a target, or None if there is none of these tables."""
-        block = dict(self._store.results.cosines(*self._key)).get(first)
-        return block if block is not None and block.inputs == self._inputs(first, block.shape[1]) else None
+        results.remove_superseded(self._store.catalog.cosines_path(self._exp_name, self._revisions.model_ids[0]))
 
     def _hold(self, targets: DataSource, first: int, size: int | None) -> TargetGradients:
         """Compute the gradients of ``size`` targets, or of as many as memory allows."""

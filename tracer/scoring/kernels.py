@@ -5,7 +5,6 @@ Layout: train features ``Φ [N, k]``, kernels ``[k, k]``. Sums are float64.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,8 +28,9 @@ from tracer.scoring.regularization import (
 )
 from tracer.store import RowTable, Store
 from tracer.store.kernels import load_kernel, save_kernel
+from tracer.store.revisions import Revisions
 
-_VERSION = 3
+_VERSION = 4
 """The version of what is stored with a kernel."""
 
 _Stored = tuple[dict[str, float], dict[str, np.ndarray]]
@@ -59,16 +59,13 @@ class Kernels:
         self._max_kernels = max(1, memory_bytes // (24 * dim * min(dim, num_rows)))
         self._kernels: dict[tuple[str, ...], tuple[Kernel, KernelSums]] = {}
         self._regularizations: dict[tuple[str, ...], Regularization] = {}
-        self._digests: dict[int, str] = {}
-
-    def invalidate(self) -> None:
-        """Check again whether training examples have changed, before the next call."""
-        self._digests = {}
+        self.revisions = Revisions(store, [])
+        """The checkpoints of the next call, as they were before it began."""
 
     def get(self, model_id: int, weighting: str, averaged: Sequence[int]) -> tuple[Kernel, KernelSums]:
         """Return a checkpoint's kernel for a weighting of `KERNELS`, with ``loss_hess`` averaged over checkpoints."""
         averaged = [] if weighting == "plain" else sorted(averaged)
-        key = weighting, *(self._digest(each) for each in (model_id, *averaged))
+        key = weighting, *(self._revision(each) for each in (model_id, *averaged))
         if key not in self._kernels:
             while len(self._kernels) >= self._max_kernels:
                 del self._kernels[next(iter(self._kernels))]
@@ -81,12 +78,9 @@ class Kernels:
         """Return ``(K + λI)⁻¹`` times features ``[m, k]``."""
         return self.get(model_id, weighting, averaged)[0].solve(features, regularization)
 
-    def _digest(self, model_id: int) -> str:
-        """Return a digest of a checkpoint's training examples, which changes when one is replaced."""
-        if model_id not in self._digests:
-            checksums = self.store.checkpoint(model_id).column("checksum")
-            self._digests[model_id] = hashlib.sha256(checksums.tobytes()).hexdigest()
-        return self._digests[model_id]
+    def _revision(self, model_id: int) -> str:
+        """Return the revision of a checkpoint's training examples, which changes when one is replaced."""
+        return self.revisions.tables[f"checkpoints/{model_id}"]
 
     def regularization(self, model_ids: list[int], estimate: Estimate) -> Regularization:
         """Return the given λ, or the one chosen by `choose_regularization`; the estimator has a kernel."""
@@ -95,7 +89,7 @@ class Kernels:
             return Regularization(float(estimate.regularization), "given")
         losses = [float(np.mean(self.store.checkpoint(model_id).column("loss"))) for model_id in model_ids]
         last = model_ids[int(np.argmin(losses))]  # the lowest loss: trained longest
-        key = tuple(self._digest(model_id) for model_id in (last, *sorted(model_ids)))
+        key = tuple(self._revision(model_id) for model_id in (last, *sorted(model_ids)))
         if key not in self._regularizations:
             self._regularizations[key] = self._stored_choice(model_ids, last)
         found = self._regularizations[key]
@@ -107,15 +101,14 @@ class Kernels:
         return Regularization(self.process.agreed(found.value * used / chosen_for), found.rule)
 
     def _stored_choice(self, model_ids: list[int], last: int) -> Regularization:
-        tables = [self.store.checkpoint(model_id) for model_id in (last, *sorted(model_ids))]
+        few = self.store.manifest.train_set_size < self.store.manifest.feature_dim
 
         def choose() -> _Stored:
             found = self._choose(model_ids, last)
             return {"value": self.process.agreed(found.value), "held_out": float(found.rule == "held-out")}, {}
 
         # with so few examples no kernel is stored either, so that a question changes nothing in the store
-        few = tables[0].num_rows < tables[0].dim
-        sums, _ = choose() if few else self._stored(last, "regularization", tables, choose)
+        sums, _ = choose() if few else self._stored(last, "regularization", model_ids, choose)
         return Regularization(sums["value"], "held-out" if sums["held_out"] else "trace")
 
     def _choose(self, model_ids: list[int], last: int) -> Regularization:
@@ -162,24 +155,32 @@ class Kernels:
 
         # The kernel is stored and not its inverse, as λ may change and a Cholesky factor takes a second. It is float64:
         # the inverse of a float32 sum has few correct digits.
-        numbers, arrays = self._stored(model_id, weighting, [table, *tables], compute)
+        numbers, arrays = self._stored(model_id, weighting, averaged, compute)
         matrix, residual_sum = (torch.from_numpy(arrays[name]).to(self.device) for name in ("matrix", "residual_sum"))
         return Kernel(matrix), KernelSums(numbers["trace"], residual_sum[0])
 
-    def _stored(self, model_id: int, name: str, tables: Sequence[RowTable], compute: Callable[[], _Stored]) -> _Stored:
-        """Return what the store has for these tables, or compute it in all processes together and store it."""
-        path = self.store.results.kernel_path(model_id, name)
+    def _stored(self, model_id: int, name: str, averaged: Sequence[int], compute: Callable[[], _Stored]) -> _Stored:
+        """Return what the store has for these checkpoints, or compute it in all processes together and store it."""
+        results = self.store.results
+        parent = results.kernel_path(model_id, name)
         inputs = {
             "version": _VERSION,
-            "num_rows": tables[0].num_rows,
-            "tables": [each.attributes["table_id"] for each in tables],
+            "num_rows": self.store.manifest.train_set_size,
+            "averaged": sorted(averaged),
+            "revisions": {f"checkpoints/{each}": self._revision(each) for each in (model_id, *averaged)},
         }
         self.process.wait()
-        known = load_kernel(path, inputs)
+        known = load_kernel(parent, inputs)
         if self.process.agreed(known is not None) and known is not None:
             return known
         computed = compute()
-        self.process.rank_zero_only(lambda: save_kernel(path, inputs, *computed))
+
+        def save() -> None:
+            self.revisions.check()
+            save_kernel(parent, inputs, *computed)
+            results.remove_superseded(parent)
+
+        self.process.rank_zero_only(save)
         return computed
 
     def _shard(self, table: RowTable) -> range:

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from tracer._core.validation import as_list, bar_disabled, check_model_id, complete_rates
 from tracer.errors import CallOrderError, IncompleteError, InputError, nearest_name
 from tracer.store import RowTable, ScoreArray, Store
+from tracer.store.revisions import Revisions
 
 
 def finalize_features(store: Store, model_ids: list[int] | None, progress: bool | None = None) -> None:
@@ -67,12 +68,17 @@ def checkpoint_ids(store: Store, model_ids: list[int] | None) -> list[int]:
     return chosen
 
 
-def finalized_ids(store: Store, model_ids: list[int] | None) -> list[int]:
-    """Return the chosen checkpoints, or all in the store, after `check_finalized`."""
+def finalized_revisions(store: Store, model_ids: list[int] | None, exp_name: str | None = None) -> Revisions:
+    """Return the revisions of the chosen checkpoints (None: all) and a target set, after `check_finalized`."""
     chosen = checkpoint_ids(store, model_ids)
+    if exp_name is not None:
+        for model_id in chosen:
+            target_table(store, exp_name, model_id)
+    # Before anything is checked or read: if a table changes from here on, `Revisions.check` fails.
+    revisions = Revisions(store, chosen, exp_name)
     for model_id in chosen:
         check_finalized(store, model_id)
-    return chosen
+    return revisions
 
 
 def learning_rates(store: Store, model_ids: Sequence[int]) -> list[float]:
@@ -111,17 +117,10 @@ def complete_targets(store: Store, exp_name: str, model_ids: Sequence[int]) -> l
     return tables
 
 
-def complete_cosines(
-    store: Store, exp_name: str, model_id: int, train: RowTable, targets: RowTable
-) -> list[tuple[int, ScoreArray]]:
-    """Return the blocks of exact cosines of two tables, each with its first target; all targets must have them."""
-    tables = [table.attributes["table_id"] for table in (train, targets)]
-    blocks, end = [], 0
-    for first, block in store.results.cosines(exp_name, model_id):
-        whole = block.complete and block.shape[0] == train.num_rows
-        if first == end and whole and block.inputs["tables"] == tables:
-            blocks.append((first, block))
-            end += block.shape[1]
+def complete_cosines(store: Store, exp_name: str, model_id: int, targets: RowTable) -> list[tuple[int, ScoreArray]]:
+    """Return the blocks of exact cosines at a checkpoint, each with its first target; all targets must have them."""
+    blocks = store.results.cosines(exp_name, Revisions(store, [model_id], exp_name))
+    end = sum(block.shape[1] for _, block in blocks if block.complete)
     if end < targets.num_rows:
         raise IncompleteError(
             f"Of {targets.num_rows} targets {exp_name!r} at checkpoint {model_id}, {end} were compared with all "

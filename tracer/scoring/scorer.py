@@ -19,13 +19,14 @@ from tracer.scoring.estimators import Estimate, self_influence
 from tracer.scoring.feature_tables import CheckpointPair, FeatureTable, TrainIndices
 from tracer.scoring.kernels import Kernels, leverages
 from tracer.scoring.preconditioned_targets import PreconditionedTargets, group_indices
-from tracer.scoring.readiness import complete_cosines, complete_targets, finalized_ids, learning_rates
+from tracer.scoring.readiness import complete_cosines, complete_targets, finalized_revisions, learning_rates
 from tracer.scoring.regularization import Regularization
 from tracer.scoring.streaming import MEMORY_BYTES, TileScorer, stream_topk
 from tracer.scoring.top_queries import TopKQuery
 from tracer.scoring.write_scores import write_scores
 from tracer.store import ScoreArray, Store
 from tracer.store.lazy_matrix import ScoreMatrix
+from tracer.store.revisions import Revisions
 from tracer.store.table_schema import NO_LABEL
 from tracer.types import TopK
 
@@ -58,25 +59,28 @@ class Scorer:
 
     def scores(self, exp_name: str, estimate: Estimate, model_ids: list[int] | None, dtype: str | None = None) -> Any:
         """Compute all scores, or this process's shard of them; see `tracer.Tracer.finalize_scores`."""
-        scorer, inputs = self._tile_scorer(exp_name, estimate, model_ids)
-        shape, tile_rows, process = (self.num_rows, scorer.num_targets), scorer.stored_tile_rows, self.process
+        scorer, inputs, revisions = self._tile_scorer(exp_name, estimate, model_ids)
+        results, process = self.store.results, self.process
+        shape, tile_rows = (self.num_rows, scorer.num_targets), scorer.stored_tile_rows
 
         def opened() -> ScoreArray:
-            first = process.rank == 0
-            return self.store.results.scores(
-                exp_name, estimate.name, shape, inputs, tile_rows=tile_rows, dtype=dtype, may_replace=first
+            return results.scores(
+                exp_name, estimate.name, shape, inputs, tile_rows=tile_rows, dtype=dtype, revisions=revisions
             )
 
         if process.together:
             process.rank_zero_only(lambda: opened().close())
         with opened() as scores:
-            ranges = scores.remaining((process.rank, process.count))
-            found = write_scores(scorer, scores, self.progress, ranges)
-        if process.count == 1:
-            return found
+            share = process.rank, process.count
+            results.adopt(scores, share)
+            found: Any = write_scores(scorer, scores, self.progress, scores.remaining(share))
         process.wait()
-        done = self.store.results.read_scores(exp_name, estimate.name)
-        return done.matrix() if done.complete else ScoreMatrix(done.shape, done.read)  # which refuses what is missing
+        if process.count > 1:
+            scores = opened()
+            found = scores.matrix() if scores.complete else ScoreMatrix(scores.shape, scores.read)
+        if scores.complete and process.rank == 0:
+            results.remove_superseded(scores.path.parent)
+        return found
 
     def top(
         self,
@@ -115,9 +119,11 @@ class Scorer:
         estimate: Estimate,
     ) -> TopK:
         """Select the strongest training examples of targets in memory, given at each checkpoint; see `check_query`."""
-        pairs, _ = self._terms(model_ids, targets, estimate)
+        revisions = finalized_revisions(self.store, model_ids)
+        pairs, _ = self._terms(revisions, targets, estimate)
         scorer = TileScorer(pairs, estimate, self.device, self.memory_bytes)
         *_, (_, *ends) = stream_topk(scorer, indices, k, self.progress, aligned=len(indices) == self.num_rows)
+        revisions.check()
         return ends[KINDS.index(kind)].result()
 
     def check_query(
@@ -131,7 +137,7 @@ class Scorer:
     ) -> tuple[list[int], TrainIndices]:
         """Check a query's arguments before gradients are computed; return its checkpoints and training examples."""
         indices = self._check_top(k, kind, model_ids, rows, labels)
-        chosen = finalized_ids(self.store, model_ids)
+        chosen = finalized_revisions(self.store, model_ids).model_ids
         self._weights(chosen, estimate)
         return chosen, indices
 
@@ -156,7 +162,7 @@ class Scorer:
         if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
             raise InputTypeError(f"labels={labels!r}; expected a class index or a list of them.")
         # all finalized checkpoints have the same labels
-        known = self.store.checkpoint(finalized_ids(self.store, model_ids)[0]).column("label")
+        known = self.store.checkpoint(finalized_revisions(self.store, model_ids).model_ids[0]).column("label")
         if (known == NO_LABEL).all():
             raise InputError("labels= needs a task with labels, but the store knows no labels; choose by rows=.")
         chosen = np.asarray(indices)[np.isin(known[np.asarray(indices)], wanted)]
@@ -169,59 +175,62 @@ class Scorer:
     def _topk_query(
         self, exp_name: str, k: int, estimate: Estimate, model_ids: list[int] | None, indices: TrainIndices
     ) -> TopKQuery:
-        scorer, inputs = self._tile_scorer(exp_name, estimate, model_ids)
-        return TopKQuery(self.store, exp_name, inputs, scorer, indices, int(k), self.progress)
+        scorer, inputs, revisions = self._tile_scorer(exp_name, estimate, model_ids)
+        return TopKQuery(self.store, exp_name, inputs, revisions, scorer, indices, int(k), self.progress)
 
     def self_influence(self, model_ids: list[int] | None, estimate: Estimate) -> np.ndarray:
         """Return each training example's influence on itself, ``[N]``; see `tracer.Tracer.self_influence`."""
-        chosen = finalized_ids(self.store, model_ids)
+        revisions = finalized_revisions(self.store, model_ids)
+        chosen = revisions.model_ids
         weights, tables = self._weights(chosen, estimate), [self.store.checkpoint(model_id) for model_id in chosen]
         total, loss_grad = np.zeros(self.num_rows), np.zeros(self.num_rows)
         if estimate.kernel is None:
             for weight, table in zip(weights, tables, strict=True):
                 total += weight * self_influence(table.column("loss_grad"), table.column("gradient_norm"))
+            revisions.check()
             return total
-        kernels = self._kernels(estimate)
+        kernels = self._kernels(estimate, revisions)
         found = kernels.regularization(chosen, estimate)
         for weight, model_id, table in zip(weights, chosen, tables, strict=True):
             kernel, _ = kernels.get(model_id, estimate.kernel, chosen)
             total += weight * leverages(table, kernel, found.value, self.device)
             loss_grad += weight * table.column("loss_grad")
+        revisions.check()
         return total * np.square(loss_grad)
 
     def regularization(self, model_ids: list[int] | None, estimate: Estimate) -> Regularization:
         """Return the regularization of an estimator with a kernel; see `tracer.Tracer.regularization`."""
-        return self._kernels(estimate).regularization(finalized_ids(self.store, model_ids), estimate)
+        revisions = finalized_revisions(self.store, model_ids)
+        found = self._kernels(estimate, revisions).regularization(revisions.model_ids, estimate)
+        revisions.check()
+        return found
 
     def _tile_scorer(
         self, exp_name: str, estimate: Estimate, model_ids: list[int] | None
-    ) -> tuple[TileScorer, dict[str, Any]]:
-        """Return a scorer of stored targets, and JSON values that decide scores besides the estimator's name."""
-        chosen = finalized_ids(self.store, model_ids)
+    ) -> tuple[TileScorer, dict[str, Any], Revisions]:
+        """Return a scorer of stored targets, JSON values that decide scores besides the tables, and these."""
+        revisions = finalized_revisions(self.store, model_ids, exp_name)
+        chosen = revisions.model_ids
         tables = complete_targets(self.store, exp_name, chosen)
-        pairs, described = self._terms(chosen, tables, estimate)
+        pairs, described = self._terms(revisions, tables, estimate)
         if not self.store.manifest.feature_storage.stores_features:
             pairs = [
-                replace(pair, cosines=complete_cosines(self.store, exp_name, model_id, pair.train, targets))
+                replace(pair, cosines=complete_cosines(self.store, exp_name, model_id, targets))
                 for model_id, pair, targets in zip(chosen, pairs, tables, strict=True)
             ]
-        attributes = [(self.store.table_attributes(i), self.store.table_attributes(i, exp_name)) for i in chosen]
-        return TileScorer(pairs, estimate, self.device, self.memory_bytes), {
-            "model_ids": chosen,
-            "learning_rates": [pair.weight for pair in pairs],
-            "tables": [[each["table_id"] for each in pair] for pair in attributes],
-            **described,
-        }
+        inputs = {"model_ids": chosen, "learning_rates": [pair.weight for pair in pairs], **described}
+        return TileScorer(pairs, estimate, self.device, self.memory_bytes), inputs, revisions
 
     def _terms(
-        self, model_ids: list[int], targets: Sequence[FeatureTable], estimate: Estimate
+        self, revisions: Revisions, targets: Sequence[FeatureTable], estimate: Estimate
     ) -> tuple[list[CheckpointPair], dict[str, Any]]:
         """Return the terms of the sum over checkpoints, and JSON values that decide how targets are transformed."""
+        model_ids = revisions.model_ids
         weights = self._weights(model_ids, estimate)
         trains = [self.store.checkpoint(model_id) for model_id in model_ids]
         if not estimate.transforms_targets:
             return list(map(CheckpointPair, weights, trains, targets)), {}
-        groups, kernels = group_indices(estimate, targets[0]), self._kernels(estimate)
+        groups, kernels = group_indices(estimate, targets[0]), self._kernels(estimate, revisions)
         described: dict[str, Any] = {}
         solves: list[Any] = [None] * len(model_ids)
         if estimate.kernel:
@@ -237,7 +246,7 @@ class Scorer:
         ]
         return list(map(CheckpointPair, weights, trains, transformed)), described
 
-    def _kernels(self, estimate: Estimate) -> Kernels:
+    def _kernels(self, estimate: Estimate, revisions: Revisions) -> Kernels:
         """Return the kernels of this store, which must have features."""
         what = f"estimator={estimate.estimator!r}" if estimate.kernel else "groups="
         self.store.manifest.feature_storage.require_features(what)
@@ -245,7 +254,7 @@ class Scorer:
         if known is None or known.store is not self.store:  # a store that has grown is another object
             known = Kernels(self.store, self.device, self.process, self.progress, self.memory_bytes // 2)
             self._known_kernels = known
-        known.invalidate()
+        known.revisions = revisions
         return known
 
     def _weights(self, model_ids: list[int], estimate: Estimate) -> list[float]:

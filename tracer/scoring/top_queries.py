@@ -14,7 +14,8 @@ from tracer.scoring.feature_tables import TrainIndices
 from tracer.scoring.streaming import TileScorer, stream_topk
 from tracer.scoring.topk import RunningTopK
 from tracer.store import Store
-from tracer.store.topk_parts import Part, list_parts, load_part, remove_part, save_part, usable
+from tracer.store.revisions import Revisions, is_superseded, remove_result
+from tracer.store.topk_parts import Part, list_parts, load_part, save_part, usable
 from tracer.types import TopK
 
 SAVE_SECONDS = 10.0
@@ -45,7 +46,8 @@ class TopKQuery:
 
     store: Store
     exp_name: str
-    inputs: dict[str, Any]  # what decides scores besides the estimator's name, JSON values
+    inputs: dict[str, Any]  # what decides scores besides the estimator's name and the tables, JSON values
+    revisions: Revisions
     scorer: TileScorer
     indices: TrainIndices
     k: int
@@ -55,8 +57,8 @@ class TopKQuery:
         """Return proponents and opponents, ``[M, k]`` each, after computing what no part covers."""
         self.compute([(0, self.scorer.num_rows)])
         parts = list_parts(self._directory)
-        loaded = self._load(usable(parts, self._all_inputs))
-        if self._count(self._gaps([part for part, _ in loaded])):  # another process removed a part just now
+        loaded = self._load(usable(parts, self._all_inputs, self.revisions))
+        if self._count(self._gaps([part for part, _ in loaded])):  # a part was removed just now, or was damaged
             return self.result()
         # ties go to the lower index, so that the merged result is the same whatever the parts
         merged = [RunningTopK(self.scorer.num_targets, self.k, largest) for largest in (True, False)]
@@ -65,11 +67,12 @@ class TopKQuery:
                 running.merge(found)
         proponents, opponents = (running.result() for running in merged)
         used = {part.path for part, _ in loaded}
-        if len(loaded) > 1:
+        if len(loaded) > 1 or any(self._is_obsolete(part) for part, _ in loaded):
             used = {self._save(0, self.scorer.num_rows, (proponents, opponents)).path}
         for part in parts:
             if part.path not in used and self._is_obsolete(part):
-                remove_part(part)
+                remove_result(part.path)
+        self.store.results.remove_superseded(self._directory)
         return proponents, opponents
 
     def compute(self, ranges: Sequence[tuple[int, int]]) -> None:
@@ -95,7 +98,7 @@ class TopKQuery:
         return {**self.inputs, "estimator": self.scorer.estimate.name, "k": self.k, "rows": choice}
 
     def _usable_parts(self) -> list[Part]:
-        return usable(list_parts(self._directory), self._all_inputs)
+        return usable(list_parts(self._directory), self._all_inputs, self.revisions)
 
     def _gaps(self, parts: Sequence[Part]) -> list[tuple[int, int]]:
         """Return the ranges between parts, ascending."""
@@ -134,15 +137,14 @@ class TopKQuery:
                 reached = stop if seen == len(indices) else int(indices[seen])
                 part = self._save(first, reached, (proponents.result(), opponents.result()))
                 if last is not None and self._is_obsolete(last):
-                    remove_part(last)
+                    remove_result(last.path)
                 last, saved = part, time.monotonic()
 
     def _save(self, start: int, stop: int, ends: tuple[TopK, TopK]) -> Part:
-        return save_part(self._directory, start, stop, self._all_inputs, ends)
+        return save_part(self._directory, start, stop, self._all_inputs, ends, self.revisions)
 
     def _is_obsolete(self, part: Part) -> bool:
-        """Tell whether ours says at least as much as a part, or its tables are gone."""
-        inputs = self._all_inputs
-        covered = {**part.inputs, "k": self.k} == inputs and part.inputs["k"] <= self.k
-        gone = part.inputs["model_ids"] == inputs["model_ids"] and part.inputs["tables"] != inputs["tables"]
-        return covered or gone
+        """Tell whether ours says at least as much as a part, or its tables have changed."""
+        ours = {**self._all_inputs, "revisions": self.revisions.tables}
+        covered = {**part.inputs, "k": self.k} == ours and part.inputs["k"] <= self.k
+        return covered or is_superseded(self.store.path, part.inputs)

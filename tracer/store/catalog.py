@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from tracer._core.validation import check_integer
-from tracer.errors import InputError
 from tracer.store.arrays.metadata import NODE, child_nodes
 from tracer.store.arrays.store_path import StorePath
-from tracer.store.paths import DONE_SUFFIX, SCORE_SUFFIXES, checked_name, numbered_nodes
+from tracer.store.paths import checked_name, numbered_nodes
 
 
 class Catalog:
@@ -31,17 +30,11 @@ class Catalog:
         return self.root / "targets" / checked_name("exp_name", exp_name) / _number(model_id)
 
     def scores_path(self, exp_name: str, estimator: str) -> StorePath:
-        """Return the path of a target set's scores; refuse names that the arrays belonging to scores have."""
-        path = self.root / "scores" / checked_name("exp_name", exp_name) / checked_name("estimator", estimator)
-        if estimator.endswith(SCORE_SUFFIXES):
-            raise InputError(
-                f"estimator is {estimator!r}: expected a name that does not end with {', '.join(SCORE_SUFFIXES)}, the "
-                "endings of the arrays that belong to scores"
-            )
-        return path
+        """Return the path of a target set's scores, which are in one group for each question."""
+        return self.root / "scores" / checked_name("exp_name", exp_name) / checked_name("estimator", estimator)
 
     def cosines_path(self, exp_name: str, model_id: int) -> StorePath:
-        """Return the path of a target set's cosines at a checkpoint."""
+        """Return the path of a target set's cosines at a checkpoint, which are in blocks of targets."""
         return self.root / "cosines" / checked_name("exp_name", exp_name) / _number(model_id)
 
     def top_path(self, exp_name: str, estimator: str) -> StorePath:
@@ -49,7 +42,7 @@ class Catalog:
         return self.root / "top" / checked_name("exp_name", exp_name) / checked_name("estimator", estimator)
 
     def kernel_path(self, model_id: int, weighting: str) -> StorePath:
-        """Return the path of a checkpoint's kernel (see `tracer.store.kernels`)."""
+        """Return the path of a checkpoint's kernels of a weighting (see `tracer.store.kernels`)."""
         return self.root / "kernels" / _number(model_id) / weighting
 
     def checkpoint_ids(self) -> list[int]:
@@ -74,16 +67,8 @@ class Catalog:
 
     def score_names(self, exp_name: str) -> list[str]:
         """Return the estimators for which a target set has scores, sorted."""
-        names = child_nodes(self.root / "scores" / checked_name("exp_name", exp_name))
-        return [name for name in names if name + DONE_SUFFIX in names]
-
-    def cosine_ids(self, exp_name: str) -> list[int]:
-        """Return the model ids for which a target set has cosines, ascending."""
-        return numbered_nodes(self.root / "cosines" / exp_name)
-
-    def result_names(self) -> list[str]:
-        """Return the names of all target sets for which something was computed, sorted."""
-        return sorted({name for kind in ("scores", "cosines", "top") for name in child_nodes(self.root / kind)})
+        path = self.root / "scores" / checked_name("exp_name", exp_name)
+        return [name for name in child_nodes(path) if child_nodes(path / name)]
 
     def table_paths(self) -> list[tuple[StorePath, str | None]]:
         """Return the path and target set (None: training examples) of all tables, even if their document is missing."""
@@ -92,16 +77,10 @@ class Catalog:
         return [*found, *((path, name) for name in sets for path in _numbered_entries(self.root / "targets" / name))]
 
     def score_paths(self) -> list[StorePath]:
-        """Return the paths of all arrays of scores and of cosines."""
-        paths = []
-        for exp_name in child_nodes(self.root / "scores"):
-            names = child_nodes(self.root / "scores" / exp_name)
-            paths += [self.root / "scores" / exp_name / name for name in names if not name.endswith(SCORE_SUFFIXES)]
-        for exp_name in child_nodes(self.root / "cosines"):
-            for model_id in self.cosine_ids(exp_name):
-                parent = self.root / "cosines" / exp_name / str(model_id)
-                paths += [parent / str(first) for first in numbered_nodes(parent)]
-        return paths
+        """Return the paths of all results with scores and with cosines."""
+        parents = [self.root / kind / name for kind in ("scores", "cosines") for name in child_nodes(self.root / kind)]
+        groups = [parent / name for parent in parents for name in child_nodes(parent)]
+        return [group / key for group in groups for key in child_nodes(group)]
 
 
 def _number(model_id: int) -> str:

@@ -8,8 +8,6 @@ from tracer.errors import InputError, InputTypeError
 from tracer.store.arrays.metadata import NODE, child_nodes, group_document, write_documents
 from tracer.store.arrays.store_path import StorePath
 
-DONE_SUFFIX, CHECKSUM_SUFFIX, SCALE_SUFFIX = SCORE_SUFFIXES = ("_done", "_checksum", "_scale")
-"""Endings of the names of the arrays that belong to an array of scores."""
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", re.ASCII)
 
 

@@ -21,7 +21,7 @@ from tracer.store.arrays.store_path import StorePath
 from tracer.store.feature_storage import FeatureStorage
 from tracer.store.manifest import json_value
 from tracer.store.row_writer import RowWriter, checked_fingerprint, checked_rows, named_rows
-from tracer.store.table_schema import COLUMNS, read_attributes, table_layouts
+from tracer.store.table_schema import COLUMNS, changing, read_attributes, table_layouts
 
 
 class RowTable:
@@ -91,11 +91,16 @@ class RowTable:
         return read_attributes(self.path)
 
     def set_attributes(self, **changes: Any) -> None:
-        """Flush, then change attributes on the disk, all of them or none, for example ``learning_rate=0.1``."""
+        """Flush, then change attributes on the disk, all of them or none, for example ``learning_rate=0.1``.
+
+        ``finalized=False``, after which rows may change, gives the table another revision, so that no result that was
+        computed from it is taken for one of the changed rows.
+        """
         # A table must not be finalized on the disk while rows that count are still pending in memory.
         self.flush()
         with disk_errors(self.path):
-            write_group(self.path, {**self.attributes, **json_value(changes, "attributes")})
+            described = {**self.attributes, **json_value(changes, "attributes")}
+            write_group(self.path, described if changes.get("finalized", True) else changing(described))
 
     @property
     def done(self) -> np.ndarray:

@@ -1,19 +1,21 @@
 """Scores ``[N training examples, M targets]``, written tile by tile.
 
+    <key>/         group; its attributes say what the scores come from and how they are cut into files
+      scores       [N, M]   float32 or float16
+      scale        [N]      float32, with float16: the factor of a row, its largest score
+      rows         [tiles]  uint64, a digest of the training examples that a tile comes from
+      checksum     [tiles]  uint32, CRC-32C of a tile
+      done         [tiles]  bool
+
 On a local disk, for one process, all scores are a single zarr shard whose inner chunks are tiles of whole rows, one
 after another, so the file begins with the matrix in row-major order and one memory map shows it, while any zarr reader
-uses the index at the file's end. Several processes, and remote stores, have a shard for each chunk of rows. Float16
-scores are relative to the largest score of their row, in ``<estimator>_scale``. ``<estimator>_done`` has a bool for
-each tile, and ``<estimator>_checksum`` its CRC-32C. All these arrays have a digest of the inputs of the scores, so that
-marks never count for an array that they were not made for.
+uses the index at the file's end. Several processes, and remote stores, have a shard for each chunk of rows.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -26,12 +28,12 @@ from tracer._core.files import disk_errors
 from tracer.errors import CallOrderError, IncompleteError, InputError, InputTypeError, StoreError
 from tracer.store.arrays.completion_mask import FLUSH_SECONDS, CompletionMask
 from tracer.store.arrays.layout import Layout, array_document
-from tracer.store.arrays.metadata import NODE, write_documents
-from tracer.store.arrays.opening import open_array
+from tracer.store.arrays.metadata import NODE, group_document, read_document, write_documents
+from tracer.store.arrays.opening import open_arrays
 from tracer.store.arrays.store_path import StorePath
 from tracer.store.lazy_matrix import ScoreMatrix
 from tracer.store.manifest import json_value
-from tracer.store.paths import CHECKSUM_SUFFIX, DONE_SUFFIX, SCALE_SUFFIX
+from tracer.store.revisions import Revisions, remove_result, result_key
 
 SCORE_DTYPES = ("float16", "float32")
 TILE_BYTES = 16 << 20
@@ -43,7 +45,8 @@ class ScoreArray:
     """Scores ``[N, M]``, written tile by tile; a tile is done once it is durable.
 
     Args:
-        path: The array's directory.
+        path: The group of scores.
+        revisions: The tables that written scores are computed from.
         flush_seconds: The time that written tiles may wait for a flush.
 
     Attributes:
@@ -54,38 +57,38 @@ class ScoreArray:
         inputs: Everything that decides the scores, JSON values.
 
     Raises:
-        StoreError: If the array is damaged, or a crash left it half replaced.
+        StoreError: If the scores are damaged.
     """
 
-    def __init__(self, path: StorePath, *, flush_seconds: float = FLUSH_SECONDS) -> None:
-        self.path = path
-        self._scores = open_array(path)
+    def __init__(
+        self, path: StorePath, *, revisions: Revisions | None = None, flush_seconds: float = FLUSH_SECONDS
+    ) -> None:
+        self.path, self._revisions = path, revisions
+        described, layouts = read_description(path)
+        arrays = open_arrays(path, list(layouts))
+        for name, layout in layouts.items():
+            if arrays[name].layout != layout:
+                raise StoreError(f"{path / name} is damaged: expected {layout}, found {arrays[name].layout}")
+        mask = arrays.pop("done")
+        self._scores, self._checksums, self._rows = (arrays[name] for name in ("scores", "checksum", "rows"))
+        self._scale = arrays.get("scale")
         layout = self._scores.layout
-        self._checksums = open_array(beside(path, CHECKSUM_SUFFIX))
-        mask = open_array(beside(path, DONE_SUFFIX))
         self.dtype = layout.dtype
-        self._scale = open_array(beside(path, SCALE_SUFFIX)) if self.dtype == "float16" else None
         self.num_tiles, self.tile_rows = layout.num_tiles, int(layout.tile_rows or 0)
         self.shape: tuple[int, int] = (layout.shape[0], layout.shape[-1])
-        data = [self._scores, self._checksums, *([] if self._scale is None else [self._scale])]
-        generation = self._scores.attributes.get("generation")
-        fits = all(array.attributes.get("generation") == generation for array in (mask, *data))
-        if not fits or mask.layout.shape != (self.num_tiles,) or self._checksums.layout.shape != (self.num_tiles,):
-            raise StoreError(f"{path} and {mask.path.name} do not belong together: remove both to compute them again")
-        self.inputs: dict[str, Any] = self._scores.attributes["inputs"]
-        self._mask = CompletionMask(mask, data, flush_seconds)
+        self.inputs: dict[str, Any] = described["inputs"]
+        self._mask = CompletionMask(mask, list(arrays.values()), flush_seconds)
         self._closed = False
         self._check_files()
 
     def _check_files(self) -> None:
-        """Check that every file with a done tile exists, and the size of the one that is mapped as a whole."""
+        """Check that every file with a done tile exists, and the sizes of the small ones and of a single map."""
         needed = set((np.flatnonzero(self.tile_done) // self._scores.layout.tiles_per_chunk).tolist())
         missing = sorted(needed - self._scores.stored_chunks()) if needed else []
         if missing:
-            raise StoreError(
-                f"{self._scores.chunk_path(missing[0])} is missing: restore it, or remove {self.path} to compute it "
-                "again"
-            )
+            raise StoreError(f"{self._scores.chunk_path(missing[0])} is missing")
+        for array in (self._checksums, self._rows):
+            array.read(0, self.num_tiles)
         if self.in_one_file and needed:
             self._scores.chunk(0)
 
@@ -141,11 +144,32 @@ class ScoreArray:
                 f"or {self.shape[0]}; `remaining()` lists the tiles"
             )
         tiles = np.arange(start // self.tile_rows, -(-stop // self.tile_rows))
+        sources = np.array([self._row_digest(tile) for tile in tiles.tolist()], np.uint64)
+        if self._revisions is not None:  # what these scores come from must not have changed while they were computed
+            self._revisions.check()
         with self._mask.writing(tiles):
             if self._scale is not None:
                 rows = self._relative(start, rows)
             self._scores.assign(np.arange(start, stop), rows)
+            self._rows.assign(tiles, sources)
             self._checksums.assign(tiles, np.array([self._checksum(tile) for tile in tiles.tolist()], np.uint32))
+
+    def _row_digest(self, tile: int) -> int:
+        """Return a digest of a tile's training examples; 0 if they are not known."""
+        start, stop = tile * self.tile_rows, min((tile + 1) * self.tile_rows, self.shape[0])
+        return 0 if self._revisions is None else self._revisions.digest(start, stop)
+
+    def adopt(self, earlier: ScoreArray, ranges: Sequence[tuple[int, int]]) -> None:
+        """Copy tiles among ``ranges`` that earlier scores, of equal targets, have of the same training examples."""
+        if (earlier.tile_rows, earlier.shape[1], earlier.dtype) != (self.tile_rows, self.shape[1], self.dtype):
+            return
+        known, done = earlier._rows.read(0, earlier.num_tiles), earlier.tile_done
+        for start, stop in ranges:
+            tile = start // self.tile_rows
+            if stop <= earlier.shape[0] and done[tile] and known[tile] == self._row_digest(tile) and known[tile]:
+                if not earlier.is_damaged(tile):
+                    self.write(start, earlier.read(start, stop))
+        self.flush()
 
     def _relative(self, start: int, rows: Float[np.ndarray, "n M"]) -> Float32[np.ndarray, "n M"]:
         """Write the scales of rows and return the rows relative to them."""
@@ -171,24 +195,19 @@ class ScoreArray:
 
     def damaged_tiles(self) -> Int64[np.ndarray, " n"]:
         """Return the done tiles whose content is not what was written."""
-        stored, bad = self._checksums.read(0, self.num_tiles), []
-        for tile in np.flatnonzero(self.tile_done).tolist():
-            try:
-                fine = self._checksum(tile, writable=False) == stored[tile]
-            except StoreError:
-                fine = False
-            if not fine:
-                bad.append(tile)
-        return np.array(bad, np.int64)
+        done = np.flatnonzero(self.tile_done)
+        return done[np.array([self.is_damaged(tile) for tile in done.tolist()], bool)]
+
+    def is_damaged(self, tile: int) -> bool:
+        """Return whether a done tile's content is not what was written."""
+        try:
+            return bool(self._checksum(tile, writable=False) != self._checksums.read(tile, tile + 1)[0])
+        except StoreError:
+            return True
 
     def unmark(self, tiles: np.ndarray) -> None:
         """Mark tiles ``[n]``, int64, durably as not done."""
         self._mask.unmark(tiles)
-
-    def unmark_rows(self, rows: np.ndarray) -> None:
-        """Mark the tiles of training rows ``[n]``, int64, durably as not done."""
-        tiles = np.unique(np.asarray(rows) // self.tile_rows)
-        self.unmark(tiles[tiles < self.num_tiles])
 
     def flush(self) -> None:
         """Make pending tiles durable, then mark them done; after an error they have to be written again."""
@@ -197,7 +216,9 @@ class ScoreArray:
     def matrix(self) -> Any:
         """Return all scores without copying: ``[N, M]``, float32, read-only; a memory map or a `ScoreMatrix`."""
         if self.in_one_file:
-            return self._scores.chunk(0)[: self.shape[0]]
+            matrix = self._scores.chunk(0)[: self.shape[0]]
+            self._check_present(0, self.shape[0])
+            return matrix
         return ScoreMatrix(self.shape, self.read)
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -209,10 +230,19 @@ class ScoreArray:
                 f"are not computed: other processes still work on them, or were stopped. Call finalize_scores again."
             )
         rows = self._scores.read(start, stop)
+        self._check_present(start, stop)
         if self._scale is None:
             return rows
         scale = torch.from_numpy(np.array(self._scale.read(start, stop)))
         return (torch.from_numpy(np.array(rows)).float() * scale[:, None]).numpy()
+
+    def _check_present(self, start: int, stop: int) -> None:
+        """Raise `StoreError` if rows that were just read were removed before that: they read as zeros."""
+        size = self._scores.layout.chunk_rows
+        for chunk in range(start // size, -(-stop // size)) if self.tile_done.any() else ():
+            with disk_errors(self.path):
+                if not self._scores.chunk_path(chunk).exists():
+                    raise StoreError(f"{self.path} was removed, since its tables have changed: ask for scores again")
 
     def close(self) -> None:
         """Flush and release the files; the matrix stays valid as long as it is held."""
@@ -234,49 +264,33 @@ class ScoreArray:
         self.close()
 
 
-def beside(path: StorePath, suffix: str) -> StorePath:
-    """Return the path of an array that belongs to scores."""
-    return path.with_name(path.name + suffix)
-
-
-def remove_scores(path: StorePath) -> None:
-    """Remove scores and the arrays that belong to them; what a crash leaves counts as not done."""
-    with disk_errors(path):
-        mask = beside(path, DONE_SUFFIX)
-        (mask / "c").remove()  # marks first: without them nothing counts as done
-        for array in (path, beside(path, SCALE_SUFFIX), beside(path, CHECKSUM_SUFFIX), mask):
-            array.remove()
-
-
 def open_scores(
-    path: StorePath,
+    parent: StorePath,
     shape: tuple[int, int],
     inputs: Mapping[str, Any],
     *,
     tile_rows: int | None = None,
     chunk_rows: int | None = None,
     dtype: str | None = None,
-    may_replace: bool = True,
+    revisions: Revisions | None = None,
 ) -> ScoreArray:
-    """Continue existing scores if they come from the same inputs, else remove them and begin new ones.
-
-    If training examples were added, their scores are missing. Processes may create the same scores at once.
+    """Continue scores of the same inputs, or begin new ones; processes may do so at once.
 
     Args:
-        path: The array's directory; its parent is a zarr group.
+        parent: The group that has scores of other inputs too, each under a name of its own.
         shape: ``(N, M)``, both at least 1.
         inputs: Everything that decides the scores, as JSON values.
         tile_rows: The most rows of a tile; None: tiles of about 16 MB. Existing scores keep theirs.
         chunk_rows: About how many rows a file has; None: all.
         dtype: ``"float32"`` or ``"float16"``; None: the dtype of existing scores of these inputs, else float32.
-        may_replace: Whether scores of other inputs, or of another dtype, may be removed.
+        revisions: The tables that scores are computed from, checked before a tile counts as written.
 
     Returns:
         The array; some of its tiles may be done.
 
     Raises:
         InputError: If the shape, the dtype or ``tile_rows`` is invalid.
-        IncompleteError: If scores of other inputs exist and this process may not replace them.
+        StoreError: If the disk fails.
     """
     rows, cols = shape
     if rows < 1 or cols < 1:
@@ -285,80 +299,55 @@ def open_scores(
         raise InputError(f"tile_rows is {tile_rows}: expected at least 1")
     if dtype not in (None, *SCORE_DTYPES):
         raise InputError(f"dtype is {dtype!r}: expected one of {list(SCORE_DTYPES)}")
-    wanted = json_value(dict(inputs), "inputs")
-    if dtype is None:
-        existing = (_described(path) or {}).get("generation")
-        dtype = "float16" if existing == _generation(path.name, wanted, cols, "float16") else "float32"
-    described = {"inputs": wanted, "generation": _generation(path.name, wanted, cols, dtype)}
-    mask = beside(path, DONE_SUFFIX)
-    with disk_errors(path):
-        found = (path / NODE).exists(), (mask / NODE).exists()
-    if all(found):
-        scores = _same_scores(path, described, rows, cols)
-        if scores is not None:
-            return scores
-    if any(found):
-        # Scores without marks, of the same inputs: another process is creating them just now, or a crash left them.
-        # Either way their remaining documents can be written over them, and nothing has to be removed.
-        unfinished = found == (True, False) and _described(path) == described
-        if not unfinished:
-            if not may_replace:
-                raise IncompleteError(
-                    f"{path} holds scores of other inputs, which only the first process replaces: run that one, or "
-                    "one process alone, and then this one again."
-                )
-            remove_scores(path)
     size = min(tile_rows or TILE_BYTES // (4 * cols) or 1, chunk_rows or rows, rows)
-    tiles = max(1, (chunk_rows or rows) // size) if chunk_rows else None
-    layout = Layout.tiled((rows, cols), dtype, size, tiles)
-    _create(path, layout, described)
-    return ScoreArray(path)
-
-
-def _generation(name: str, inputs: Mapping[str, Any], cols: int, dtype: str) -> str:
-    """Return a digest that ties an array of scores to the arrays that belong to it."""
-    text = json.dumps([name, inputs, cols, dtype], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _described(path: StorePath) -> dict[str, Any] | None:
+    described = {
+        "inputs": json_value(dict(inputs), "inputs"),
+        "shape": [rows, cols],
+        "tile_rows": size,
+        "tiles_per_file": max(1, chunk_rows // size) if chunk_rows else -(-rows // size),
+    }
+    paths = {known: parent / result_key([described["inputs"], [rows, cols], known]) for known in SCORE_DTYPES}
+    if dtype is None:
+        dtype = "float16" if (paths["float16"] / NODE).exists() else "float32"
+    path, described = paths[dtype], {**described, "dtype": dtype}
     try:
-        return Layout.read(path)[1]
-    except StoreError:
-        return None
-
-
-def _same_scores(path: StorePath, described: Mapping[str, Any], rows: int, cols: int) -> ScoreArray | None:
-    """Return existing scores if they come from the same inputs, with rows added up to ``rows``; else None."""
-    try:
-        scores = ScoreArray(path)
+        _create(path, described)
+        return ScoreArray(path, revisions=revisions)
     except StoreError as error:
-        logger.info("computing %s again: %s", path, error)
-        return None
-    known = {name: scores._scores.attributes.get(name) for name in described}
-    if known != described or scores.shape[1] != cols or scores.shape[0] > rows:
-        scores.close()
-        logger.info("computing %s again: it comes from other inputs or has another shape", path)
-        return None
-    if scores.shape[0] == rows:
-        return scores
-    scores.unmark_rows(np.array([scores.shape[0] - 1]))  # the last tile may get more rows
-    layout = scores._scores.layout
-    scores.close()
-    _create(path, Layout((rows, cols), layout.dtype, layout.chunk_rows, layout.tile_rows), described)
-    return ScoreArray(path)
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise  # of the disk, and no damage
+        logger.warning("computing %s again: %s", path, error)
+    remove_result(path)
+    _create(path, described)
+    return ScoreArray(path, revisions=revisions)
 
 
-def _create(path: StorePath, layout: Layout, described: Mapping[str, Any]) -> None:
-    """Write the documents of all arrays; no tile becomes done."""
+def read_description(path: StorePath) -> tuple[dict[str, Any], dict[str, Layout]]:
+    """Return the attributes of a group of scores, and the layouts of its arrays, which follow from them."""
+    try:
+        described = read_document(path / NODE)["attributes"]
+        shape, tile_rows = (int(described["shape"][0]), int(described["shape"][1])), int(described["tile_rows"])
+        scores = Layout.tiled(shape, described["dtype"], tile_rows, int(described["tiles_per_file"]))
+        found = dict(described["inputs"])
+    except (FileNotFoundError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise StoreError(
+            f"{path / NODE} is missing or damaged ({error!r}): remove {path} to compute it again"
+        ) from error
+    marks = (scores.num_tiles,)
+    layouts = {"scores": scores} | {
+        name: Layout(marks, dtype, scores.tiles_per_chunk)
+        for name, dtype in (("rows", "uint64"), ("checksum", "uint32"), ("done", "bool"))
+    }
+    if scores.dtype == "float16":
+        layouts["scale"] = Layout(shape[:1], "float32", scores.chunk_rows)
+    return {**described, "inputs": found}, layouts
+
+
+def _create(path: StorePath, described: Mapping[str, Any]) -> None:
+    """Write the documents that are missing; no tile becomes done."""
     with disk_errors(path):
-        own = {"generation": described["generation"]}
-        documents = {path: array_document(layout, described)}
-        if layout.dtype == "float16":
-            scale = Layout(layout.shape[:1], "float32", layout.chunk_rows)
-            documents[beside(path, SCALE_SUFFIX)] = array_document(scale, own)
-        # The marks' document comes last: while it is missing, or has another generation, nothing counts as done.
-        for suffix, dtype in ((CHECKSUM_SUFFIX, "uint32"), (DONE_SUFFIX, "bool")):
-            marks = Layout((layout.num_tiles,), dtype, layout.tiles_per_chunk)
-            documents[beside(path, suffix)] = array_document(marks, own)
-        write_documents({array / NODE: document for array, document in documents.items()})
+        # The group's own comes first, and one process writes it. The arrays' follow from it, so all write the same.
+        if not (path / NODE).exists():
+            write_documents({path / NODE: group_document(described)}, replace=False)
+        layouts = {path / name / NODE: layout for name, layout in read_description(path)[1].items()}
+        write_documents({node: array_document(layout) for node, layout in layouts.items() if not node.exists()})

@@ -3,20 +3,21 @@
     save_dir/                           group; its attributes are the manifest
       checkpoints/<model_id>/           a `RowTable` of training examples
       targets/<exp_name>/<model_id>/    a `RowTable` of targets
-      scores/<exp_name>/<estimator>     a `ScoreArray`, with ``<estimator>_done`` and other arrays next to it
-      cosines/<exp_name>/<model_id>/<first target>      a `ScoreArray` of exact gradients, which are not stored
-      top/<exp_name>/<estimator>/<key>/<rows>           the strongest training examples among some of them
-      kernels/<model_id>/<weighting>    a kernel of all training examples, for estimators with curvature
+      scores/<exp_name>/<estimator>/<key>       a `ScoreArray`
+      cosines/<exp_name>/<model_id>/<key>       a `ScoreArray` of exact gradients, which are not stored
+      top/<exp_name>/<estimator>/<key>/<rows>   the strongest training examples among some of them
+      kernels/<model_id>/<weighting>/<key>      a kernel of all training examples, for estimators with curvature
 
-A store exists as soon as its root ``zarr.json`` does, a table as soon as its own does. There are no locks, so none is
-left behind by a crash: processes may create the same things at once, and they write different chunks.
+A ``<key>`` is a digest of everything that decides a result, the revisions of its tables among it (see
+`tracer.store.revisions`). A store exists as soon as its root ``zarr.json`` does, a table as soon as its own does. There
+are no locks, so none is left behind by a crash: processes may create the same things at once, and they write different
+chunks.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import uuid
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +36,7 @@ from tracer.store.computed_results import ComputedResults
 from tracer.store.manifest import Manifest, check_same, json_value
 from tracer.store.paths import ensure_groups
 from tracer.store.row_table import RowTable
-from tracer.store.table_schema import create_table, grow_table, read_attributes
+from tracer.store.table_schema import changing, create_table, grow_table, read_attributes
 
 _COMPARED = 8
 
@@ -119,7 +120,7 @@ class Store:
     @property
     def results(self) -> ComputedResults:
         """Scores, cosines, top-k parts and kernels that were computed from the store's tables."""
-        return ComputedResults(self.catalog, self.manifest)
+        return ComputedResults(self)
 
     @property
     def chunk_rows(self) -> int:
@@ -157,9 +158,8 @@ class Store:
         for table in tables:
             table.checked_rows(rows)
         for table in tables:
-            table.set_attributes(finalized=False)  # from here on no process computes scores from these tables
-        # Results before rows: a crash in between costs time. The other order could leave scores that look right.
-        self.results.invalidate(rows, exp_name)
+            # From here on no process computes scores from these tables, or takes earlier ones for theirs.
+            table.set_attributes(finalized=False)
         for table in tables:
             with table:
                 table.unmark(rows)
@@ -304,11 +304,5 @@ def _check_empty(path: StorePath) -> None:
 
 
 def _table_attributes(weights_fingerprint: str | None, learning_rate: float | None) -> dict[str, Any]:
-    attributes = {
-        "learning_rate": learning_rate,
-        "weights_fingerprint": weights_fingerprint,
-        "finalized": False,
-        # Scores remember it, so they are never returned for a table that was removed and computed again.
-        "table_id": uuid.uuid4().hex,
-    }
-    return dict(json_value(attributes, "attributes"))
+    attributes = {"learning_rate": learning_rate, "weights_fingerprint": weights_fingerprint}
+    return dict(json_value(changing(attributes), "attributes"))

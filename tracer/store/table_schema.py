@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,6 +64,12 @@ def read_attributes(path: StorePath) -> dict[str, Any]:
         raise StoreError(f"{path} has been removed: open the store again") from error
 
 
+def changing(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a table whose rows may change from now on: not finalized, and of another revision."""
+    # Random and no counter: of two processes that change a table at once, neither can give it an earlier revision.
+    return {**attributes, "finalized": False, "revision": uuid.uuid4().hex}
+
+
 def grow_table(path: StorePath, num_rows: int) -> None:
     """Add rows that are not done, if the table has fewer than ``num_rows``; no existing row is read or written."""
     with disk_errors(path):
@@ -73,7 +80,7 @@ def grow_table(path: StorePath, num_rows: int) -> None:
         dim = Layout.read(path / "features")[0].shape[-1] if stored else 0
         layouts = table_layouts(num_rows, dim, described["storage"], described["chunk_rows"])
         # The new size comes last: after a crash the table has its old one here, and the next call does all of it again.
-        _write(path, layouts, {**described, "num_rows": num_rows, "finalized": False}, replace=True)
+        _write(path, layouts, changing({**described, "num_rows": num_rows}), replace=True)
 
 
 def _write(path: StorePath, layouts: Mapping[str, Layout], described: Mapping[str, Any], replace: bool) -> None:
@@ -90,12 +97,16 @@ def row_checksums(
     parts = [np.ascontiguousarray(columns[name]) for name in _CHECKED]
     sums = np.full(len(parts[0]), 0x9E3779B97F4A7C15, np.uint64)
     for part in parts:
-        bits = part.view(np.uint32 if part.dtype.itemsize == 4 else np.uint64).astype(np.uint64)
-        sums = (sums ^ bits) * np.uint64(0xFF51AFD7ED558CCD)
-        sums ^= sums >> np.uint64(32)
+        sums = mixed(sums, part.view(np.uint32 if part.dtype.itemsize == 4 else np.uint64).astype(np.uint64))
     if features is not None:
         raw = np.ascontiguousarray(features).view(np.uint8).view()
         raw.flags.writeable = False  # google_crc32c takes read-only buffers only
         crcs = np.fromiter(map(google_crc32c.value, raw), np.uint64, len(raw))
         sums ^= crcs | crcs << np.uint64(32)
     return sums
+
+
+def mixed(sums: UInt64[np.ndarray, " n"], bits: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    """Return hashes with more bits mixed into each."""
+    sums = (sums ^ bits) * np.uint64(0xFF51AFD7ED558CCD)
+    return sums ^ sums >> np.uint64(32)

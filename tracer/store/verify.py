@@ -18,9 +18,10 @@ from tracer.store.arrays.layout import Layout, create_array
 from tracer.store.arrays.metadata import NODE, read_document, write_group
 from tracer.store.arrays.opening import open_array
 from tracer.store.arrays.store_path import StorePath
-from tracer.store.score_array import ScoreArray, remove_scores
+from tracer.store.revisions import remove_result
+from tracer.store.score_array import ScoreArray
 from tracer.store.store import Store
-from tracer.store.table_schema import COLUMNS, row_checksums, table_layouts
+from tracer.store.table_schema import COLUMNS, changing, row_checksums, table_layouts
 
 logger = logging.getLogger("tracer")
 
@@ -133,9 +134,7 @@ class _Checker:
         lost = list(self._lost_rows(arrays, num_rows, chunk_rows, bool(described.get("finalized"))))
         rows = np.unique(np.concatenate(lost)) if lost else np.empty(0, np.int64)
         if len(rows) and self.repair:
-            # Results first: a crash in between costs time; the other order could leave wrong scores that look right.
-            self.store.results.invalidate(rows, exp_name)
-            write_group(path, {**described, "finalized": False})
+            write_group(path, changing(described))  # first, so that no result of these rows counts any more
             marked = rows[arrays["done"].take(rows)]
             arrays["done"].assign(marked, np.zeros(len(marked), bool))
             arrays["done"].flush()
@@ -205,7 +204,7 @@ class _Checker:
         except StoreError as error:
             self._found(path, f"{error}; scores are computed again")
             if self.repair:
-                remove_scores(path)
+                remove_result(path)
             return
         tiles = scores.damaged_tiles()
         self.num_tiles += int(np.count_nonzero(scores.tile_done))
