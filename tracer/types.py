@@ -14,8 +14,8 @@ Batch = Any
 """A batch of a data loader: a tensor, or tuples, lists, mappings and dataclasses of tensors."""
 
 Checkpoint = Mapping[str, Any] | str | os.PathLike[str]
-"""A state dict, or the path of a ``.pt``, ``.pth`` or ``.safetensors`` file that holds one; with a preconditioner, a
-training checkpoint that holds the optimizer's state dict too."""
+"""A mapping with a state dict, or the path of a file or directory with one; with a preconditioner, one that holds the
+optimizer's state dict too."""
 
 
 @dataclass(frozen=True)

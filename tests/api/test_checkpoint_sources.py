@@ -1,12 +1,15 @@
 """Equal weights under two numbers are refused: each checkpoint would count twice, or all are the last one."""
 
 import copy
+import gc
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from tracer_cases import build, featurize
 
-from tracer import InputError, attribute
+from tracer import CheckpointError, InputError, attribute
 from tracer.api.checkpoint_sources import check_distinct
 
 
@@ -72,6 +75,49 @@ def test_an_aliased_optimizer_state_and_equal_weights_with_other_moments_are_ref
     own[1] = ({**own[1][0], "model": copy.deepcopy(own[0][0]["model"])}, 0.1)
     with pytest.raises(InputError, match="got the same"):
         attribute(model, *data(run), own, save_dir=tmp_path / "c", **options)
+
+
+def test_checkpoints_of_an_iterator_are_loaded_one_at_a_time(run, tmp_path):
+    alive = []
+
+    class State(dict):
+        """A state dict that can be referenced weakly."""
+
+    def states():
+        for state, rate in run.checkpoints:
+            gc.collect()
+            assert sum(each() is not None for each in alive) <= 1  # the one before, which is being replaced
+            made = State({name: value.clone() for name, value in state.items()})
+            alive.append(weakref.ref(made))
+            yield made, rate
+            del made
+
+    for options in ({"proj_dim": 16}, {"projector": "none"}):
+        alive.clear()
+        folder = tmp_path / next(iter(options))
+        found = attribute(run.model, *data(run), states(), save_dir=folder / "a", **options)
+        listed = attribute(run.model, *data(run), run.checkpoints, save_dir=folder / "b", **options)
+        assert found.model_ids == listed.model_ids and np.array_equal(found.scores, listed.scores)
+    with pytest.raises(InputError, match="checkpoints is empty"):
+        attribute(run.model, *data(run), iter([]), save_dir=tmp_path / "c")
+
+
+def test_a_folder_is_its_checkpoints(run, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for number, (state, _) in enumerate(run.checkpoints):
+        torch.save({"epoch": number, "state": state}, tmp_path / "checkpoints" / f"epoch_{number + 9}.pt")
+    found = attribute(run.model, *data(run), tmp_path / "checkpoints", save_dir=tmp_path / "a", proj_dim=16)
+    states = [state for state, _ in run.checkpoints]
+    listed = attribute(run.model, *data(run), states, save_dir=tmp_path / "b", proj_dim=16)
+    assert np.array_equal(found.scores, listed.scores)
+
+
+def test_all_headers_are_read_before_the_first_checkpoint_is_used(run, tmp_path):
+    (state, rate), *_ = run.checkpoints
+    for wrong in (tmp_path / "nowhere.pt", {**state, "more": torch.ones(1)}):
+        with pytest.raises(CheckpointError, match="nowhere.pt does not exist|1 keys are unexpected: 'more'"):
+            attribute(run.model, *data(run), [(state, rate), (wrong, rate)], save_dir=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
 
 
 class Lazy(dict):

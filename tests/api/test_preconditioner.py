@@ -264,13 +264,14 @@ def test_without_a_preconditioner_nothing_is_scaled_and_the_manifest_is_as_it_wa
     np.testing.assert_allclose(plain.scores, run.scores(), rtol=1e-4, atol=1e-9)
 
 
-def test_a_training_checkpoint_without_a_preconditioner_stays_an_error(tmp_path):
+def test_a_training_checkpoint_without_a_preconditioner_is_its_weights(tmp_path):
     run = AdamRun("mlp", num_checkpoints=1)
-    tracing = Tracer(run.model, run.loss, 9, tmp_path / "store")
-    with pytest.raises(
-        tracer.CheckpointError, match=r"keys 'model', 'adam': expected the state dict of the model alon"
-    ):
-        tracing.load_checkpoint(run.checkpoints[0][0], 0)
+    stored = []
+    for name, checkpoint in (("whole", run.checkpoints[0][0]), ("weights", run.checkpoints[0][0]["model"])):
+        tracing = Tracer(run.model, run.loss, 9, tmp_path / name)
+        tracing.load_checkpoint(checkpoint, 0)
+        stored.append(tracing.store.table_attributes(0)["weights_fingerprint"])
+    assert stored[0] == stored[1]
 
 
 def test_a_store_is_opened_with_the_preconditioner_it_was_made_with(tmp_path):

@@ -150,7 +150,7 @@ def test_processes_do_their_shares(project):
         (["--process", "a/2"], "process is 'a/2'; expected 'slurm', or a number and a count"),
         (["--checkpoints", "none/*.pt"], "checkpoints='none/*.pt' finds no file"),
         (["--checkpoints", "checkpoints/*.pt", "--checkpoints", "checkpoints/epoch_2.pt"], "more than once"),
-        (["--checkpoints", "checkpoints"], "CheckpointRecorder did not write (there is no"),
+        (["--checkpoints", "."], "is a directory without checkpoints: expected a recording (recording.json)"),
         (["--model", "build_model"], "model is 'build_model'; expected package.module:callable"),
         (["--model", "no_such_module:build"], "model is 'no_such_module:build': No module named 'no_such_module'"),
         (["--model", f"{MODULE}:build_modle"], "has no 'build_modle'; did you mean 'build_model'"),
@@ -248,6 +248,33 @@ def test_a_recorders_directory_brings_its_learning_rates(project):
 def test_one_learning_rate_is_for_all_checkpoints(project):
     assert [rate for _, rate in find_checkpoints(["checkpoints/*.pt"], 0.5)] == [0.5, 0.5]
     assert [rate for _, rate in find_checkpoints(["checkpoints/*.pt"], None)] == [None, None]
+
+
+def test_every_header_is_read_before_the_first_batch(project):
+    for name in ("epoch_3.pt", "epoch_11.pt"):
+        torch.save({"0.weight": torch.ones(1)}, project / "checkpoints" / name)
+    for options in (["--dry-run"], []):
+        message = refused("run", "tracer.toml", "--learning-rate", "1", *options)
+        assert "epoch_3.pt: the checkpoint does not fit the model." in message
+    (project / "checkpoints" / "epoch_3.pt").unlink()
+    assert "epoch_11.pt: " in refused("run", "tracer.toml", "--learning-rate", "1", "--dry-run")  # after the trial's
+    assert not (project / "store").exists()
+
+
+def test_a_key_chooses_the_state_dict_of_training_checkpoints(project):
+    for name in CHECKPOINTS:
+        state = torch.load(path := project / "checkpoints" / name)
+        other = {f"module.{key}": torch.zeros_like(value) for key, value in state.items()}
+        torch.save({"epoch": 1, "ema": {"weights": state}, "model_state_dict": other}, path)
+    assert "choose one by checkpoint_key='ema.weights'" in refused("run", "tracer.toml")
+    assert run_tracer("run", "tracer.toml", "--checkpoint-key", "ema").exit_code == 0
+    given = [(torch.load(project / "checkpoints" / name)["ema"]["weights"], 0.1) for name in CHECKPOINTS]
+    stored = Tracer.open("store").store
+    wanted = Tracer(__import__(MODULE).build_model(), "image_classification", NUM_TRAIN, "given", 64)
+    for model_id, (state, rate) in enumerate(given):
+        wanted.load_checkpoint(state, model_id, rate)
+        attributes = [each.table_attributes(model_id)["weights_fingerprint"] for each in (stored, wanted.store)]
+        assert attributes[0] == attributes[1]
 
 
 def test_a_plan_says_what_is_to_be_done_and_leaves_nothing(project):

@@ -12,11 +12,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import tracer
 from tracer import attribute, load_checkpoints, open_recording
-from tracer.training.checkpoints import read_checkpoint
 from tracer.training.recording import Even
 
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(1))
@@ -96,7 +96,7 @@ def test_a_hugging_face_training_is_recorded_up_to_scores(tmp_path):
     for one, steps in zip(recording.checkpoints, [(1, 2, 3), (4, 5, 6), (7,)], strict=True):
         assert one.learning_rate_sums[0] == pytest.approx(sum(rates[step] for step in steps))
     assert len(recording.groups) == 2  # with weight decay and without, of one rate
-    last = read_checkpoint(recording.checkpoints[-1].path)
+    last = load_file(recording.checkpoints[-1].path)
     assert all(torch.equal(value, last[name]) for name, value in trainer.model.state_dict().items())
     found = attribute(
         trainer.model, "text_classification", Tokens(12), Tokens(4), load_checkpoints(tmp_path / "run"),
@@ -158,7 +158,7 @@ def test_the_last_state_is_saved_before_the_best_one_is_loaded(tmp_path):
     trainer.train()
     recording = open_recording(tmp_path / "run")
     assert [one.step for one in recording.checkpoints] == [5, 7]
-    last = read_checkpoint(recording.checkpoints[-1].path)
+    last = load_file(recording.checkpoints[-1].path)
     assert all(torch.equal(value, last[name]) for name, value in seen[7].items())
     assert not all(torch.equal(value, last[name]) for name, value in trainer.model.state_dict().items())
 
@@ -255,7 +255,7 @@ def test_a_lightning_training_is_recorded_up_to_scores(tmp_path):
     found = load_checkpoints(tmp_path / "run")
     assert [rate for _, rate in found] == [0.5 + 0.25, 0.125 + 0.0625, 0.03125]
     assert [one.loss for one in recording.checkpoints] == pytest.approx([module.losses[at] for at in (1, 3, 4)])
-    last = read_checkpoint(found[-1][0])
+    last = load_file(found[-1][0])
     assert all(torch.equal(value, last[name]) for name, value in module.net.state_dict().items())
     scores = attribute(
         module.net, "image_classification", (X, Y), (X[:4], Y[:4]), found, save_dir=tmp_path / "s"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tracer.errors import CheckpointError
 from tracer.training.checkpoints import weights_fingerprint
+from tracer.training.fit_state import fit_state
 from tracer.training.lend_weights import LoadedWeights, weights_in
 
 TOKENS = torch.tensor([0, 3, 6, 3])
@@ -24,6 +25,10 @@ def model() -> Tied:
 @pytest.fixture
 def other() -> Tied:
     return Tied(1).eval()
+
+
+def load(model: nn.Module, state: dict[str, Tensor], device: str | None = None) -> LoadedWeights:
+    return LoadedWeights(model, fit_state(model, state), device)
 
 
 def everything(model: nn.Module) -> list[tuple[str, int, int, Tensor]]:
@@ -40,7 +45,7 @@ def assert_unchanged(model: nn.Module, before: list[tuple[str, int, int, Tensor]
 
 def test_a_model_computes_with_the_checkpoint_inside_only(model, other):
     before, own = everything(model), model(TOKENS)
-    loaded = LoadedWeights(model, other.state_dict())
+    loaded = load(model, other.state_dict())
     other.mask.copy_(model.mask)  # no checkpoint holds it: it follows the model
     for _ in range(2):
         with weights_in(model, loaded) as inside:
@@ -54,7 +59,7 @@ def test_a_model_computes_with_the_checkpoint_inside_only(model, other):
 
 
 def test_gradients_inside_are_the_checkpoints(model, other):
-    loaded = LoadedWeights(model, {**other.state_dict()})
+    loaded = load(model, {**other.state_dict()})
     other.mask.copy_(model.mask)
     with weights_in(model, loaded):
         inside = torch.autograd.grad(model(TOKENS).sum(), list(model.parameters()))
@@ -64,14 +69,14 @@ def test_gradients_inside_are_the_checkpoints(model, other):
 
 def test_the_model_is_put_back_after_an_exception(model, other):
     before = everything(model)
-    with pytest.raises(KeyError), weights_in(model, LoadedWeights(model, other.state_dict())):
+    with pytest.raises(KeyError), weights_in(model, load(model, other.state_dict())):
         raise KeyError
     assert_unchanged(model, before)
 
 
 def test_the_model_is_put_back_when_entering_fails_halfway(model, other):
     before = everything(model)
-    loaded = LoadedWeights(model, other.state_dict())
+    loaded = load(model, other.state_dict())
     loaded.parameters["head.bias"] = "no tensor"  # type: ignore[assignment]
     with pytest.raises(TypeError), weights_in(model, loaded):
         pass
@@ -81,7 +86,7 @@ def test_the_model_is_put_back_when_entering_fails_halfway(model, other):
 def test_loaded_weights_share_no_memory_with_the_model_or_the_state(model):
     before = everything(model)
     state = model.state_dict()
-    loaded = LoadedWeights(model, state)
+    loaded = load(model, state)
     with torch.no_grad():
         for value in state.values():
             value.zero_()
@@ -94,7 +99,7 @@ def test_loaded_weights_share_no_memory_with_the_model_or_the_state(model):
 def test_buffers_changed_in_place_are_put_back_and_do_not_leak(model, other):
     model.norm.train()
     before = everything(model)
-    loaded = LoadedWeights(model, other.state_dict())
+    loaded = load(model, other.state_dict())
     outputs = []
     for _ in range(2):
         with weights_in(model, loaded):
@@ -108,7 +113,7 @@ def test_buffers_changed_in_place_are_put_back_and_do_not_leak(model, other):
 
 def test_what_a_forward_replaces_adds_or_removes_is_put_back(model, other):
     before, names = everything(model), [name for name, _ in model.named_buffers()]
-    with weights_in(model, LoadedWeights(model, other.state_dict())):
+    with weights_in(model, load(model, other.state_dict())):
         model.scale = torch.zeros(9)
         model.mask = None
         model.norm.running_mean = torch.ones(4)
@@ -125,17 +130,37 @@ def test_what_a_forward_replaces_adds_or_removes_is_put_back(model, other):
 def test_gradients_of_the_model_stay(model, other):
     model(TOKENS).sum().backward()
     grads = [(value.grad, value.grad.clone()) for value in model.parameters()]
-    with weights_in(model, LoadedWeights(model, other.state_dict())):
+    with weights_in(model, load(model, other.state_dict())):
         assert all(value.grad is None for value in model.parameters())
         model(TOKENS).sum().backward()
     for value, (grad, values) in zip(model.parameters(), grads, strict=True):
         assert value.grad is grad and torch.equal(grad, values)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scripted_parts_compute_with_the_checkpoint_and_are_put_back():
+    part = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval())
+    model, other = nn.Sequential(part, nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+    other = nn.Sequential(other, nn.Linear(2, 2))
+    before, x = everything(model), torch.randn(3, 2)
+    with weights_in(model, load(model, other.state_dict())):
+        torch.testing.assert_close(model(x), other(x))
+    assert_unchanged(model, before)
+
+
+def test_values_are_put_back_whatever_else_fails(model, other):
+    before = everything(model)
+    with pytest.raises(AttributeError), weights_in(model, load(model, other.state_dict())):
+        model.norm._parameters = model.embed._buffers = None
+        raise KeyError
+    values = {name: value for name, _, _, value in before}
+    assert model.embed.weight.equal(values["embed.weight"]) and model.scale.equal(values["scale"])
+
+
 def test_blocks_nest(model, other):
     before = everything(model)
     third = Tied(2).eval()
-    first, second = LoadedWeights(model, other.state_dict()), LoadedWeights(model, third.state_dict())
+    first, second = load(model, other.state_dict()), load(model, third.state_dict())
     with weights_in(model, first):
         with weights_in(model, second):
             assert torch.equal(model.head.bias, third.head.bias)
@@ -145,7 +170,7 @@ def test_blocks_nest(model, other):
 
 def test_a_parameter_changed_in_place_is_named_once_left(model, other, caplog):
     before = everything(model)
-    loaded = LoadedWeights(model, other.state_dict())
+    loaded = load(model, other.state_dict())
     with caplog.at_level(logging.WARNING, logger="tracer"), weights_in(model, loaded):
         model(TOKENS)
     assert not caplog.records
@@ -159,7 +184,7 @@ def test_a_parameter_changed_in_place_is_named_once_left(model, other, caplog):
 def test_values_are_cast_to_the_models_dtype(model, other, dtype):
     model.to(dtype)
     before = everything(model)
-    with weights_in(model, LoadedWeights(model, other.state_dict())):
+    with weights_in(model, load(model, other.state_dict())):
         assert model.head.weight.dtype == dtype
         assert torch.equal(model.head.weight, other.head.weight.to(dtype))
     assert_unchanged(model, before)
@@ -169,16 +194,16 @@ def test_frozen_parameters_and_those_made_by_expansion_work():
     model = nn.Linear(3, 3)
     model.weight.requires_grad_(False)
     state = {"weight": torch.ones(1).expand(3, 3), "bias": torch.ones(6)[::2]}
-    with weights_in(model, LoadedWeights(model, state)):
+    with weights_in(model, load(model, state)):
         assert model(torch.ones(1, 3)).tolist() == [[4.0] * 3] and not model.weight.requires_grad
 
 
 def test_weights_of_another_model_are_refused(model):
-    loaded = LoadedWeights(nn.Linear(2, 2), nn.Linear(2, 2).state_dict())
+    loaded = load(nn.Linear(2, 2), nn.Linear(2, 2).state_dict())
     with pytest.raises(CheckpointError, match="loaded for another model"), weights_in(model, loaded):
         pass
     with pytest.raises(CheckpointError, match="does not fit the model"):
-        LoadedWeights(model, nn.Linear(2, 2).state_dict())
+        load(model, nn.Linear(2, 2).state_dict())
 
 
 def test_parameters_that_a_model_keeps_out_of_its_state_are_refused():
@@ -189,7 +214,7 @@ def test_parameters_that_a_model_keeps_out_of_its_state_are_refused():
             return state
 
     with pytest.raises(CheckpointError, match="leaves out parameters, which no checkpoint can set: 'bias'"):
-        LoadedWeights(Hidden(2, 2), {"weight": torch.ones(2, 2)})
+        load(Hidden(2, 2), {"weight": torch.ones(2, 2)})
 
 
 @pytest.mark.gpu
@@ -197,7 +222,7 @@ def test_parameters_that_a_model_keeps_out_of_its_state_are_refused():
 def test_a_model_on_the_cpu_computes_on_the_gpu_inside(model, other):
     before = everything(model)
     model(TOKENS).sum().backward()
-    loaded = LoadedWeights(model, other.state_dict(), "cuda")
+    loaded = load(model, other.state_dict(), "cuda")
     other.mask.copy_(model.mask)
     with weights_in(model, loaded):
         assert {value.device.type for value in [*model.parameters(), *model.buffers()]} == {"cuda"}

@@ -18,13 +18,13 @@ import pytest
 import torch
 from conftest import small_net
 from recording_cases import X, Y, backward, mlp, record, same
+from safetensors.torch import load_file
 from tied_model import TOKENS, Tied
 from torch import nn
 
 import tracer
 from tracer import CheckpointRecorder, attribute, load_checkpoints, open_recording
 from tracer._core.processes import Process
-from tracer.training.checkpoints import read_checkpoint
 from tracer.training.fit_state import fit_state
 from tracer.training.recording import Geometric
 
@@ -34,7 +34,7 @@ def test_every_few_steps_and_at_the_end_with_the_sums_of_rates(tmp_path):
     recording = open_recording(tmp_path)
     assert [one.step for one in recording.checkpoints] == [3, 6, 9, 10]
     for one, before in zip(recording.checkpoints, [0, 3, 6, 9], strict=True):
-        assert same(read_checkpoint(one.path), states[one.step])
+        assert same(load_file(one.path), states[one.step])
         expected = sum(rates[step] for step in range(before + 1, one.step + 1))
         assert one.learning_rate_sums == (pytest.approx(expected, rel=1e-12),)
         assert one.learning_rates == (rates[one.step],) and one.epoch == one.step / 4
@@ -210,8 +210,8 @@ def test_tied_buffers_and_odd_strides_come_back_strictly(tmp_path):
         optimizer.step()
         recorder.step()
     ((path, _),) = load_checkpoints(tmp_path)
-    assert same(fit_state(model, read_checkpoint(path)), model.state_dict())
-    assert len(read_checkpoint(path)) == len(model.state_dict()) - 1  # the tied weight once
+    assert same(fit_state(model, load_file(path)), model.state_dict())
+    assert len(load_file(path)) == len(model.state_dict()) - 1  # the tied weight once
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_wrappers_are_seen_through(tmp_path):
         optimizer.step()
         recorder.step()
     ((path, _),) = load_checkpoints(tmp_path)
-    assert read_checkpoint(path).keys() == mlp().state_dict().keys()
+    assert load_file(path).keys() == mlp().state_dict().keys()
 
 
 @pytest.mark.usefixtures("_one_process")
@@ -315,7 +315,7 @@ def test_thinning_keeps_the_sum_over_all_steps(tmp_path):
     for one, before in zip(recording.checkpoints, [0, *steps], strict=False):
         expected = sum(rates[step] for step in range(before + 1, one.step + 1))
         assert one.learning_rate_sums == (pytest.approx(expected, rel=1e-12),)
-        assert same(read_checkpoint(one.path), states[one.step])
+        assert same(load_file(one.path), states[one.step])
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
 
 
@@ -491,7 +491,7 @@ def test_a_crash_at_any_moment_leaves_a_whole_recording(tmp_path, monkeypatch, o
                     recorder.step()
         if (directory / "recording.json").exists():
             for one in open_recording(directory).checkpoints:
-                assert same(read_checkpoint(one.path), states[one.step]) and all(path.exists() for path in one.files)
+                assert same(load_file(one.path), states[one.step]) and all(path.exists() for path in one.files)
             assert not open_recording(directory).checkpoints or load_checkpoints(directory)
 
 
@@ -520,7 +520,7 @@ def test_a_killed_process_leaves_a_whole_recording(tmp_path):
     recording = open_recording(tmp_path)
     found = load_checkpoints(tmp_path)
     assert sum(rate for _, rate in found) == 0.5 * recording.checkpoints[-1].step
-    assert all(read_checkpoint(path)["weight"].shape == (300, 300) for path, _ in found)
+    assert all(load_file(path)["weight"].shape == (300, 300) for path, _ in found)
 
 
 def test_a_schedule_of_ones_own_settings(tmp_path):

@@ -9,11 +9,11 @@ import math
 import pytest
 import torch
 from recording_cases import X, Y, backward, mlp, no_waiting_for_the_disk, record, same  # noqa: F401
+from safetensors.torch import load_file
 from torch import nn
 
 import tracer
 from tracer import CheckpointRecorder, attribute, load_checkpoints, open_recording
-from tracer.training.checkpoints import read_checkpoint
 from tracer.training.recording import Even, Geometric, LossDecrease, make_schedule
 from tracer.training.recording.record import CheckpointRecord
 from tracer.training.recording.schedules import thin
@@ -192,7 +192,7 @@ def test_scores_of_groups_add_up(tmp_path):
 
     expected = 0.0
     for rates, (path, _) in zip([(0.4, 0.8), (0.2, 0.4)], load_checkpoints(tmp_path / "run", group=0), strict=True):
-        left, right = grads(7, read_checkpoint(path)), grads(2, read_checkpoint(path))
+        left, right = grads(7, load_file(path)), grads(2, load_file(path))
         expected += sum(float((left[name] * right[name]).sum()) * rates[name.startswith("4")] for name in left)
     assert total[7, 2] == pytest.approx(expected, rel=1e-4)
 
@@ -295,7 +295,7 @@ def test_a_state_continues_from_where_it_was_taken(tmp_path, most):
         )
         before = sums[one.step] = one.step
     assert before == 24 and (most is None or len(found) <= most)
-    assert same(read_checkpoint(found[-1].path), again.state_dict())
+    assert same(load_file(found[-1].path), again.state_dict())
     on_disk = {path.name for path in (tmp_path / "parts").glob("step_*")}
     assert on_disk == {one.path.name for one in found}
     if most is None:

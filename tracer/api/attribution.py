@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tracer._core.sharding import fsdp_modules
-from tracer._core.validation import bar_disabled, check_count
+from tracer._core.validation import bar_disabled, check_count, check_model
 from tracer.api.checkpoint_sources import check_distinct
 from tracer.api.report_metadata import StoreFacts
 from tracer.api.settings import FeatureOptions, FeatureSettings, chosen_storage, feature_settings, takes_settings
@@ -24,6 +24,8 @@ from tracer.errors import InputError, InputTypeError
 from tracer.report import ReportOptions, write_report
 from tracer.report.samples import as_array
 from tracer.scoring.estimators import Estimate
+from tracer.training.checkpoint_paths import checkpoints_at
+from tracer.training.load_state import check_headers
 from tracer.types import Batch, Checkpoint, TopK
 
 
@@ -158,7 +160,7 @@ def attribute(
     task: Any,
     train: Any,
     targets: Any,
-    checkpoints: Sequence[Checkpoint | tuple[Checkpoint, float]],
+    checkpoints: str | os.PathLike[str] | Iterable[Checkpoint | tuple[Checkpoint, float]],
     *,
     save_dir: str | os.PathLike[str],
     batch_size: int = 64,
@@ -184,7 +186,8 @@ def attribute(
             iterable that yields the same batches or examples each time.
         targets: The examples to explain, in one of the same forms.
         checkpoints: State dicts or paths, each alone or as ``(checkpoint, learning rate)``; with ``preconditioner=``,
-            training checkpoints.
+            training checkpoints. An iterator's are loaded one at a time. A path alone may be a folder of checkpoints,
+            a recording or a glob.
         save_dir: The directory or URL of the store, which is created if it does not exist.
         batch_size: The batch size, for data sets, tensors and single examples. Default: 64.
         collate_fn: Makes a batch of a data set's examples. Default: that of `DataLoader`.
@@ -219,8 +222,11 @@ def attribute(
             "model is sharded by fully_shard, and attribute passes all examples in one process; make a Tracer on each "
             "rank and pass its own examples by inds=, or pass the plain model."
         )
-    pairs = [_pair(checkpoint) for checkpoint in _as_list(checkpoints)]
-    check_distinct([checkpoint for checkpoint, _ in pairs])
+    pairs = _pairs(checkpoints)
+    if isinstance(pairs, list):
+        check_distinct([checkpoint for checkpoint, _ in pairs])
+        for checkpoint, _ in pairs:
+            check_headers(check_model(model), checkpoint, options.get("checkpoint_key"))
     size = check_count(batch_size, "batch_size")
     in_order = bool(options.get("check_rows", True))
     train_rows = as_data_source(train, "train", size, collate_fn, in_order)
@@ -228,26 +234,31 @@ def attribute(
     options["storage"] = chosen_storage(options, bool(estimate.kernel)).name
     settings = feature_settings({"proj_dim": proj_dim, **options}, "attribute")
     tracer = Tracer(model, task, len(train_rows), save_dir, proj_dim, **options)
-    chosen = list(range(len(pairs)))
-    if not tracer.store.manifest.feature_storage.stores_features:
-        for model_id, (checkpoint, learning_rate) in enumerate(pairs):
-            tracer.load_checkpoint(checkpoint, model_id=model_id, learning_rate=learning_rate)
-            tracer.score_exactly(checkpoint, model_id, train_rows, target_rows, exp_name)
-        tracer.finalize_features(chosen)
-        return Attribution(tracer, exp_name, estimator, chosen, target, regularization)
+    stores_features = tracer.store.manifest.feature_storage.stores_features
     bar_options = {"unit": "row", "disable": bar_disabled(settings.progress)}
-    for model_id, (checkpoint, learning_rate) in enumerate(pairs):
-        tracer.load_checkpoint(checkpoint, model_id=model_id, learning_rate=learning_rate)
-        missing = _own(tracer, train_rows, tracer.remaining(model_id))
-        label = f"featurize {model_id + 1}/{len(pairs)}"
-        _feed(tracer.featurize, train_rows, missing, {"desc": label, **bar_options})
-    tracer.finalize_features(chosen)
-    for model_id, (checkpoint, _) in enumerate(pairs):
-        tracer.start_scoring_checkpoint(checkpoint, model_id, len(target_rows), exp_name)
-        missing = _own(tracer, target_rows, tracer.remaining(model_id, exp_name))
-        _feed(tracer.score, target_rows, missing, {"desc": f"score {model_id + 1}/{len(pairs)}", **bar_options})
-    tracer.flush()
-    tracer.process.wait()
+    chosen: list[int] = []
+    for group in _groups(pairs):
+        of = f"/{len(group)}" if isinstance(pairs, list) else ""
+        for model_id, (checkpoint, learning_rate) in group:
+            tracer.load_checkpoint(checkpoint, model_id=model_id, learning_rate=learning_rate)
+            if stores_features:
+                missing = _own(tracer, train_rows, tracer.remaining(model_id))
+                _feed(tracer.featurize, train_rows, missing, {"desc": f"featurize {model_id + 1}{of}", **bar_options})
+            else:
+                tracer.score_exactly(checkpoint, model_id, train_rows, target_rows, exp_name)
+        chosen += [model_id for model_id, _ in group]
+        tracer.finalize_features(chosen[-len(group) :])
+        for model_id, (checkpoint, _) in group if stores_features else ():
+            tracer.start_scoring_checkpoint(checkpoint, model_id, len(target_rows), exp_name)
+            missing = _own(tracer, target_rows, tracer.remaining(model_id, exp_name))
+            _feed(tracer.score, target_rows, missing, {"desc": f"score {model_id + 1}{of}", **bar_options})
+        if not isinstance(pairs, list):
+            tracer._sources.forget(chosen[-1])
+    if not chosen:
+        raise InputError("checkpoints is empty; pass one checkpoint at least.")
+    if stores_features:
+        tracer.flush()
+        tracer.process.wait()
     return Attribution(tracer, exp_name, estimator, chosen, target, regularization)
 
 
@@ -267,16 +278,32 @@ def _feed(step: Callable[..., None], source: DataSource, rows: np.ndarray, bar_o
             bar.update(int(np.isin(inds, rows, assume_unique=True).sum()))
 
 
-def _as_list(checkpoints: Any) -> list:
-    if isinstance(checkpoints, (str, os.PathLike, Mapping)) or not hasattr(checkpoints, "__iter__"):
+def _pairs(checkpoints: Any) -> list[tuple[Checkpoint, float | None]] | Iterator[tuple[Checkpoint, float | None]]:
+    """Return the checkpoints with their learning rates: a list, or what an iterator yields one at a time."""
+    if isinstance(checkpoints, (str, os.PathLike)):
+        return list(checkpoints_at(checkpoints))
+    if isinstance(checkpoints, Mapping) or not hasattr(checkpoints, "__iter__"):
         raise InputTypeError(
-            f"checkpoints is a {type(checkpoints).__name__}; expected a list of state dicts or paths, each alone or as "
-            f"(checkpoint, learning_rate)."
+            f"checkpoints is a {type(checkpoints).__name__}; expected a path, or a list or iterator of state dicts or "
+            f"paths, each alone or as (checkpoint, learning_rate)."
         )
-    found = list(checkpoints)
+    if isinstance(checkpoints, Iterator):
+        return map(_pair, checkpoints)
+    found = [_pair(checkpoint) for checkpoint in checkpoints]
     if not found:
         raise InputError("checkpoints is empty; pass one checkpoint at least.")
     return found
+
+
+def _groups(pairs: Iterable[tuple[Checkpoint, float | None]]) -> Iterator[list[tuple[int, tuple]]]:
+    """Yield the numbered checkpoints that can be loaded again: those of a list together, of an iterator each alone."""
+    if isinstance(pairs, list):
+        yield list(enumerate(pairs))
+        return
+    number = 0
+    for pair in pairs:
+        yield [(number, pair)]  # enumerate would hold the first one
+        number += 1
 
 
 def _pair(checkpoint: Any) -> tuple[Checkpoint, float | None]:

@@ -91,6 +91,10 @@ class CheckpointSources:
                 table.set_attributes(source=checkpoint)
         self._passed[model_id] = checkpoint
 
+    def forget(self, model_id: int) -> None:
+        """Release a checkpoint's state dict; its path is stored."""
+        self._passed.pop(model_id, None)
+
     def find(self, model_id: int, table: RowTable) -> Checkpoint:
         """Return a checkpoint's state dict or path, or raise `CallOrderError` if none is known or the file is gone."""
         passed = self._passed.get(model_id)

@@ -24,9 +24,9 @@ from tracer.store import RowTable
 from tracer.store.feature_storage import FeatureStorage
 from tracer.store.manifest import Manifest
 from tracer.training.adam import check_preconditioner, read_training_checkpoint
-from tracer.training.checkpoints import read_checkpoint, weights_fingerprint
-from tracer.training.fit_state import fit_state
+from tracer.training.checkpoints import weights_fingerprint
 from tracer.training.lend_weights import LoadedWeights
+from tracer.training.load_state import load_state
 from tracer.types import Checkpoint
 
 
@@ -86,10 +86,12 @@ class FeaturizerFactory:
         """Return a checkpoint fitted to the model, or raise `CheckpointError`."""
         with torch.inference_mode(False):
             if self.settings.preconditioner is not None:
-                training = read_training_checkpoint(checkpoint, self.model, list(self._shapes))
+                training = read_training_checkpoint(
+                    checkpoint, self.model, list(self._shapes), self.settings.checkpoint_key
+                )
                 weights = LoadedWeights(self.model, training.state, self.device, training.scales())
                 return LoadedCheckpoint(weights, training.fingerprint())
-            state = fit_state(self.model, read_checkpoint(checkpoint))
+            state = load_state(self.model, checkpoint, self.settings.checkpoint_key)
             return LoadedCheckpoint(LoadedWeights(self.model, state, self.device), weights_fingerprint(state))
 
     def make(self, loaded: LoadedCheckpoint, model_id: int) -> Featurizer:

@@ -89,6 +89,11 @@ class FeatureSettings:
         "for SGD.",
         PRECONDITIONERS,
     )
+    checkpoint_key: str | None = _setting(
+        None,
+        "The key of the model's state dict in checkpoints that hold several that fit, or the prefix of its names, "
+        "such as ``ema`` or ``state_dict.net``; None: the single one that fits the model.",
+    )
     memory_bytes: int = _setting(
         1 << 30, "The approximate memory of scoring; for `score_exactly`, more memory means fewer passes over the data."
     )
@@ -129,6 +134,7 @@ class FeatureOptions(TypedDict, total=False):
     check_rows: bool
     autocast: str | torch.dtype | None
     preconditioner: str | None
+    checkpoint_key: str | None
     memory_bytes: int
     process: ProcessChoice
     progress: bool | None

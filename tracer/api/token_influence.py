@@ -35,8 +35,8 @@ from tracer.data.token_tasks import TokenTask
 from tracer.errors import BatchError, GradientError, InputError, InputTypeError, NonFiniteError
 from tracer.gradients import ParamSelection, isolated, select_parameters
 from tracer.training.adam import check_preconditioner, read_training_checkpoint
-from tracer.training.checkpoints import read_checkpoint
 from tracer.training.lend_weights import LoadedWeights, weights_in
+from tracer.training.load_state import load_state
 from tracer.types import Batch, Checkpoint, SampleOutputs
 
 logger = logging.getLogger("tracer")
@@ -140,7 +140,7 @@ def _load(
     model: nn.Module, checkpoint: Checkpoint, names: Sequence[str], preconditioner: str | None, device: torch.device
 ) -> LoadedWeights:
     if preconditioner is None:
-        return LoadedWeights(model, read_checkpoint(checkpoint), device)
+        return LoadedWeights(model, load_state(model, checkpoint), device)
     training = read_training_checkpoint(checkpoint, model, list(names))
     return LoadedWeights(model, training.state, device, training.scales())
 

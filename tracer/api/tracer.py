@@ -122,9 +122,9 @@ class Tracer:
         """Select the checkpoint for `featurize`, and reset the count of ``num_samples`` to 0.
 
         Args:
-            checkpoint: A state dict, or the path of a ``.pt``/``.pth`` (read with ``weights_only=True``) or
-                ``.safetensors`` file. With a ``preconditioner``, a mapping, or the path of one, that holds the model's
-                state dict under one key and the optimizer's under another.
+            checkpoint: A mapping with the model's state dict, or the path of a file (read with ``weights_only=True``)
+                or a directory of Hugging Face or peft with one. With a ``preconditioner``, it holds the optimizer's
+                state dict too.
             model_id: The checkpoint's number in the store, 0 or more.
             learning_rate: The weight of the checkpoint's scores. Another value for a known checkpoint replaces the
                 stored one; None keeps it, or gives all checkpoints the weight 1.

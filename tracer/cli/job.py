@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import importlib
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +18,7 @@ from tracer.api.settings import FeatureSettings
 from tracer.cli.app import UserCodeError
 from tracer.data.datasets import DataSource, as_data_source
 from tracer.errors import InputError, InputTypeError, nearest_name
-from tracer.training.recording import FILE, load_checkpoints
-
-WeightedPaths = list[tuple[Path, float | None]]  # paths, each with its learning rate or, if that is unknown, None
+from tracer.training.checkpoint_paths import WeightedPaths, checkpoints_at
 
 RANKING: tuple[str, ...] = ("exp_name", "estimator", "target", "regularization")
 """The settings that decide the scores of a finished store."""
@@ -148,7 +144,7 @@ def _guard(call: Callable[[], Any], reference: str, setting: str) -> Any:
 
 def find_checkpoints(patterns: Sequence[str], learning_rate: float | Sequence[float] | None) -> WeightedPaths:
     """Find checkpoint files and their learning rates: the given ones, else those that a recorder wrote."""
-    found = _all_matches(patterns)
+    found = [each for pattern in patterns for each in checkpoints_at(pattern)]
     seen: set[Path] = set()
     for path, _ in found:
         if path.resolve() in seen:
@@ -167,7 +163,8 @@ def find_checkpoints(patterns: Sequence[str], learning_rate: float | Sequence[fl
 
 def replaced_rates(patterns: Sequence[str], used: WeightedPaths) -> tuple[str, ...]:
     """Return a note if given learning rates replace recorded ones."""
-    pairs = [(before, rate) for (_, before), (_, rate) in zip(_all_matches(patterns), used, strict=True)]
+    found = [each for pattern in patterns for each in checkpoints_at(pattern)]
+    pairs = [(before, rate) for (_, before), (_, rate) in zip(found, used, strict=True)]
     replaced = [(before, rate) for before, rate in pairs if before is not None and before != rate]
     if not replaced:
         return ()
@@ -176,38 +173,3 @@ def replaced_rates(patterns: Sequence[str], used: WeightedPaths) -> tuple[str, .
         f"The given learning_rate replaces recorded rates of {len(replaced)} checkpoints ({recorded}) by ({given}); "
         f"leave learning_rate out to use the recorded rates.",
     )
-
-
-def natural_key(path: Path) -> list[tuple[int, int | str]]:
-    """Return a sort key that compares the numbers in names as numbers.
-
-    >>> sorted(map(Path, ["epoch_10.pt", "epoch_2.pt", "best.pt"]), key=natural_key)[1].name
-    'epoch_2.pt'
-    """
-    parts = re.split(r"(\d+)", str(path))
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
-
-
-def _all_matches(patterns: Sequence[str]) -> WeightedPaths:
-    return [found for pattern in patterns for found in _matches(pattern)]
-
-
-def _matches(pattern: str) -> WeightedPaths:
-    path = Path(pattern)
-    if path.is_dir():
-        if not (path / FILE).exists():
-            raise InputError(
-                f"checkpoints={pattern!r} is a directory that CheckpointRecorder did not write (there is no {FILE} in "
-                f"it); for other files pass a glob, such as '{path}/*.pt'."
-            )
-        return list(load_checkpoints(path))
-    if path.is_file():
-        return [(path, None)]
-    files = sorted((Path(name) for name in glob.glob(pattern, recursive=True)), key=natural_key)
-    files = [file for file in files if file.is_file()]
-    if not files:
-        raise InputError(
-            f"checkpoints={pattern!r} finds no file in {Path.cwd()}; expected a file, a glob such as "
-            f"'checkpoints/*.pt', or a directory that CheckpointRecorder wrote."
-        )
-    return [(file, None) for file in files]

@@ -17,6 +17,7 @@ import torch
 
 from tracer._core.processes import this_process
 from tracer._core.text import listing
+from tracer._core.validation import check_model
 from tracer.cli.job import Job
 from tracer.cli.output import format_facts, format_size, format_table, format_time
 from tracer.data.datasets import DataSource, IteratedSource
@@ -26,6 +27,7 @@ from tracer.store.arrays.store_path import store_path
 from tracer.store.feature_storage import FeatureStorage
 from tracer.store.manifest import Manifest
 from tracer.store.table_schema import table_layouts
+from tracer.training.load_state import check_headers
 from tracer.types import Batch
 
 TRIAL_BATCHES, TRIAL_CHECKPOINTS = 4, 2
@@ -34,6 +36,8 @@ TRIAL_BATCHES, TRIAL_CHECKPOINTS = 4, 2
 
 def make_plan(job: Job) -> dict[str, Any]:
     """Run a few batches and return the work and its estimated cost; raises whatever the run would raise on them."""
+    for path, _ in job.checkpoints:
+        check_headers(check_model(job.model), path, job.options.get("checkpoint_key"))
     samples = [_Sample(source, name) for source, name in ((job.train, "train"), (job.targets, "targets"))]
     before = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tracer-plan-") as folder:

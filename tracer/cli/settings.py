@@ -132,7 +132,7 @@ _HELP = {
     "process": "This one of several processes: its number and their count, for example 0/4, or slurm in a job array.",
     "resume": "Continue an existing store; otherwise it is an error. Default: true.",
 }
-_EXAMPLES = {"params": '["*"]', "device": '"cpu"', "process": '"slurm"', "progress": "true"}
+_EXAMPLES = {"checkpoint_key": '"ema"', "params": '["*"]', "device": '"cpu"', "process": '"slurm"', "progress": "true"}
 
 SETTINGS = (
     Setting("model", "str", _INPUT, "Model, as module:callable, which builds it.", '"training:build_model"', True),
@@ -144,7 +144,7 @@ SETTINGS = (
     Setting("targets", "str", _INPUT, "Examples to explain, as module:callable.", '"training:test_set"', True),
     Setting(
         "checkpoints", "texts", _INPUT,
-        "A recorder's directory, files or globs, which are sorted by their numbers; may be repeated.",
+        "Directories, files or globs, which are sorted by their numbers; may be repeated.",
         '"checkpoints/epoch_*.pt"', True,
     ),
     Setting(

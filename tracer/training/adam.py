@@ -21,8 +21,8 @@ from tracer._core.sharding import is_sharded
 from tracer._core.text import listing
 from tracer._core.validation import check_choice
 from tracer.errors import CheckpointError, InputError
-from tracer.training.checkpoints import as_state, checkpoint_value, is_state, weights_fingerprint
-from tracer.training.fit_state import fit_state
+from tracer.training.checkpoints import read_source, weights_fingerprint
+from tracer.training.load_state import find_state
 from tracer.training.optimizer_states import assign_parameters
 from tracer.types import Checkpoint
 
@@ -84,54 +84,45 @@ def optimizer_path(path: str | os.PathLike[str]) -> Path:
     return Path(path).with_suffix(".optimizer.pt")
 
 
-def read_training_checkpoint(checkpoint: Checkpoint, model: nn.Module, names: Sequence[str]) -> TrainingCheckpoint:
-    """Read weights and the named parameters' second moments; the two state dicts are found by their form."""
-    value, where, _ = checkpoint_value(checkpoint)
+def read_training_checkpoint(
+    checkpoint: Checkpoint, model: nn.Module, names: Sequence[str], key: str | None = None
+) -> TrainingCheckpoint:
+    """Read weights and the named parameters' second moments; ``key`` is as in `find_state`."""
+    source = read_source(checkpoint)
     if isinstance(checkpoint, (str, os.PathLike)) and Path(checkpoint).suffix == ".safetensors":
         beside = optimizer_path(checkpoint)
-        value = {"model": value, "optimizer": checkpoint_value(beside)[0]} if beside.exists() else value
-    nested: dict[Any, Mapping] = {}
-    found = f"a value of type {type(value).__name__}"
-    if isinstance(value, Mapping):
-        nested = {key: item for key, item in value.items() if isinstance(item, Mapping)}
-        found = f"the keys {listing([repr(key) for key in value]) or 'none'}"
+        if beside.exists():
+            source = source._replace(value={"model": source.value, "optimizer": read_source(beside).value})
+    value, where = source.value, source.where
+    items = value.items() if isinstance(value, Mapping) else ()
+    nested = {name: item for name, item in items if isinstance(item, Mapping)}
     optimizers = [
-        key
-        for key, item in nested.items()
+        name
+        for name, item in nested.items()
         if isinstance(item.get("state"), Mapping) and isinstance(item.get("param_groups"), (list, tuple))
     ]
-    optimizer = nested[_only("optimizer", optimizers, where, found)]
-    fitted: dict[Any, dict[str, Tensor]] = {}
-    misfits: dict[Any, CheckpointError] = {}
-    for key in filter(lambda key: is_state(nested[key]), nested):
-        try:
-            fitted[key] = fit_state(model, as_state(nested[key], f"{where}, key {key!r},", "checkpoint"))
-        except CheckpointError as error:
-            misfits[key] = error
-    if misfits and not fitted:
-        key, reason = next(iter(misfits.items()))
-        raise CheckpointError(f"{where} has no state dict that fits the model; of key {key!r}: {reason}") from reason
-    state = fitted[_only("model", list(fitted), where, found)]
-    return TrainingCheckpoint(state, _moments(optimizer, model, names))
+    if len(optimizers) != 1:
+        raise _no_optimizer(optimizers, value, where)
+    return TrainingCheckpoint(find_state(model, source, key), _moments(nested[optimizers[0]], model, names))
 
 
-def _only(whose: str, keys: list, where: str, found: str) -> Any:
-    """Return the single key of the state dict of the ``model`` or ``optimizer``, or raise CheckpointError."""
-    if not keys:
-        form = "a mapping with 'state' and 'param_groups'" if whose == "optimizer" else "names to tensors"
-        record = ", or record with CheckpointRecorder(second_moments=True)" if whose == "optimizer" else ""
-        raise CheckpointError(
-            f"preconditioner='adam' takes a training checkpoint: a mapping, or the path of one that torch.save wrote, "
-            f"with the model's state dict under one key and the optimizer's under another. {where} has no state dict "
-            f"of the {whose} ({form}), but {found}; "
-            f'pass {{"model": model.state_dict(), "optimizer": optimizer.state_dict()}}{record}'
+def _no_optimizer(found: list, value: Any, where: str) -> CheckpointError:
+    """Return the error of a checkpoint with no state dict of an optimizer, or with several."""
+    if found:
+        return CheckpointError(
+            f"{where} holds several state dicts of the optimizer, under {listing([repr(name) for name in found])}; "
+            f"pass a mapping that has the one that counts only, such as {{'optimizer': checkpoint[{found[0]!r}], ...}}"
         )
-    if len(keys) > 1:
-        raise CheckpointError(
-            f"{where} holds several state dicts of the {whose}, under {listing([repr(key) for key in keys])}; pass a "
-            f"mapping that has the one that counts only, such as {{{whose!r}: checkpoint[{keys[0]!r}], ...}}"
-        )
-    return keys[0]
+    held = f"a value of type {type(value).__name__}"
+    if isinstance(value, Mapping):
+        held = f"the keys {listing([repr(name) for name in value]) or 'none'}"
+    return CheckpointError(
+        f"preconditioner='adam' takes a training checkpoint: a mapping, or the path of one that torch.save wrote, "
+        f"with the model's state dict under one key and the optimizer's under another. {where} has no state dict "
+        f"of the optimizer (a mapping with 'state' and 'param_groups'), but {held}; pass "
+        '{"model": model.state_dict(), "optimizer": optimizer.state_dict()}, or record with '
+        "CheckpointRecorder(second_moments=True)"
+    )
 
 
 def _moments(optimizer: Mapping, model: nn.Module, names: Sequence[str]) -> dict[str, SecondMoment]:

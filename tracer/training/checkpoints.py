@@ -6,33 +6,46 @@ executed.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import json
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from tracer._core.sharding import is_sharded
 from tracer._core.text import listing
 from tracer.errors import CheckpointError, InputTypeError
 from tracer.types import Checkpoint
 
+INDEX = ".index.json"
+FROZEN = "tracer_frozen"
+"""The key of a safetensors file's metadata with the digest of the frozen parameters that it leaves out."""
 
-def read_checkpoint(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return the state dict in a checkpoint, not copied, or on the CPU from a path, without ``_extra_state``."""
-    return as_state(*checkpoint_value(checkpoint))
+_STEMS = ("model", "adapter_model", "pytorch_model", "diffusion_pytorch_model")
+_ENDS = (".safetensors", ".bin")
+_HARMLESS: list[Any] = [argparse.Namespace]  # training scripts save their arguments with the weights
 
 
-def checkpoint_value(checkpoint: Checkpoint) -> tuple[Any, str, str]:
-    """Return the value in a checkpoint, its name in errors, and the expression that gives it."""
+class Source(NamedTuple):
+    """The value that a checkpoint holds, its name in errors, and the digest of frozen weights that it left out."""
+
+    value: Any
+    where: str
+    frozen: str | None = None
+
+
+def read_source(checkpoint: Checkpoint, mapped: bool = False) -> Source:
+    """Return what a mapping, a file or a directory holds; with ``mapped``, files are read when values are needed."""
     if isinstance(checkpoint, Mapping):
-        return checkpoint, "the checkpoint", "checkpoint"
+        return Source(checkpoint, "the checkpoint")
     if isinstance(checkpoint, nn.Module):
         raise InputTypeError("the checkpoint is a module: expected its state dict; pass `model.state_dict()`")
     if not isinstance(checkpoint, (str, os.PathLike)):
@@ -44,19 +57,62 @@ def checkpoint_value(checkpoint: Checkpoint) -> tuple[Any, str, str]:
     if not path.exists():
         raise CheckpointError(f"the checkpoint {path} does not exist: check the path (now in {Path.cwd()})")
     if path.is_dir():
-        raise CheckpointError(f"the checkpoint {path} is a directory: pass the path of the file in it")
+        path = _weights_file(path)
+    if not path.name.endswith(INDEX):
+        return _read_file(path, mapped)
+    value: dict[str, Any] = {}
+    for shard in _shards(path):
+        value.update(_read_file(shard, mapped).value)
+    return Source(value, str(path))
+
+
+def _weights_file(directory: Path) -> Path:
+    """Return the single file of weights in a directory."""
+    found = weights_files(directory)
+    if len(found) != 1:
+        names = listing([path.name for path in found]) or f"none of {_STEMS[0]}{_ENDS[0]}, {_STEMS[1]}{_ENDS[0]}, ..."
+        raise CheckpointError(
+            f"the checkpoint {directory} is a directory: expected one file of weights in it, found {names}; pass the "
+            "path of the file"
+        )
+    return found[0]
+
+
+def weights_files(directory: Path) -> list[Path]:
+    """Return the files of weights in a directory, or their indices, with names of Hugging Face and peft."""
+    found = [directory / (stem + end + index) for stem in _STEMS for end in _ENDS for index in ("", INDEX)]
+    return [path for path in found if path.is_file()]
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index of weights names, all in its directory."""
+    try:
+        names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        if any(Path(name).name != name for name in names):
+            raise ValueError("it names files elsewhere")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of weights ({error!r}): write the checkpoint again") from error
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{index} names files that do not exist: {listing(missing)}; put them beside it")
+    return [index.parent / name for name in names]
+
+
+def _read_file(path: Path, mapped: bool) -> Source:
     if path.suffix == ".safetensors":
         try:
-            return load_file(path, device="cpu"), str(path), "checkpoint"
+            with safe_open(path, framework="pt", device="cpu") as file:
+                value = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+                return Source(value, str(path), (file.metadata() or {}).get(FROZEN))
         except Exception as error:  # the library raises its own class, OSError and more
             raise CheckpointError(
                 f"{path} cannot be read as safetensors ({error}): it is damaged or of another format; write it again"
             ) from error
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
             warnings.filterwarnings("ignore", "Detected pickle protocol")
-            value = torch.load(path, map_location="cpu", weights_only=True)
-        return value, str(path), f'torch.load("{path}", map_location="cpu", weights_only=True)'
+            mapped = mapped and zipfile.is_zipfile(path)
+            return Source(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), str(path))
     except Exception as error:  # a damaged file can raise nearly anything out of the unpickler
         reason = type(error).__name__
         if not isinstance(error, pickle.UnpicklingError):  # torch's text on those proposes to execute the file
@@ -68,56 +124,20 @@ def checkpoint_value(checkpoint: Checkpoint) -> tuple[Any, str, str]:
         ) from error
 
 
-def as_state(value: Any, where: str, call: str) -> dict[str, Tensor]:
-    """Return a mapping as a state, or raise an error that suggests ``call``, the expression for the value."""
-    if not isinstance(value, Mapping):
-        raise CheckpointError(
-            f"{where} holds a value of type {type(value).__name__}: expected a state dict; save `model.state_dict()`"
-        )
-    state = without_extra_state(value)
-    wrong = [key for key, item in state.items() if not (isinstance(key, str) and isinstance(item, Tensor))]
-    if wrong or not state:
-        keys = listing([repr(key) for key in value])
-        nested = max(filter(lambda key: is_state(value[key]), wrong), key=lambda key: len(value[key]), default=None)
-        if nested is not None:
-            raise CheckpointError(
-                f"{where} is a training checkpoint with the keys {keys}: expected the state dict of the model alone; "
-                f"pass `{call}[{nested!r}]`"
-            )
-        what = listing([f"{key!r} ({type(value[key]).__name__})" for key in wrong]) or "nothing"
-        raise CheckpointError(
-            f"{where} is no state dict: expected names to tensors, found {what} among the keys {keys or 'none'}; "
-            "pass `model.state_dict()`"
-        )
-    parts = [repr(key) for key, item in state.items() if is_sharded(item)]
-    if parts:
-        raise CheckpointError(
-            f"{where} has sharded tensors, of which each process holds a part: {listing(parts)}; expected a full state "
-            f"dict; gather it on all ranks: {{key: value.full_tensor() if isinstance(value, DTensor) else value "
-            f"for key, value in state.items()}}, or pass the path of one that was saved"
-        )
-    meta = [repr(key) for key, item in state.items() if item.is_meta]
-    if meta:
-        raise CheckpointError(f"{where} has tensors without values, on the meta device: {listing(meta)}; load it fully")
-    return state
-
-
 def without_extra_state(state: Mapping) -> dict[Any, Any]:
     """Return a state dict without what modules add by ``get_extra_state``."""
     return {key: item for key, item in state.items() if not str(key).endswith("_extra_state")}
 
 
-def is_state(value: Any) -> bool:
-    """Return whether a value is a non-empty mapping to tensors, apart from ``_extra_state`` entries."""
-    items = without_extra_state(value).values() if isinstance(value, Mapping) else ()
-    return bool(items) and all(isinstance(item, Tensor) for item in items)
+def weights_fingerprint(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """Return 32 hexadecimal digits from names, dtypes, shapes and values, independent of order and device.
 
-
-def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Return 32 hexadecimal digits from names, dtypes, shapes and values, independent of order and device."""
+    With ``dtype``, real numbers are cast to it, so that those of another one may be the same.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(state):
         value = state[name].detach().resolve_conj().resolve_neg()
+        value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
         digest.update(f"{len(name)} {name} {value.dtype} {tuple(value.shape)};".encode())
         digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from tracer._core.sharding import is_sharded, own_part, part_of, reshard
 from tracer._core.text import listing
 from tracer.errors import CheckpointError
-from tracer.training.fit_state import fit_state
 
 logger = logging.getLogger("tracer")
 
 
 class LoadedWeights:
-    """A checkpoint's values for one model, fitted and copied once to ``device``, or to the devices of the model's own.
+    """A checkpoint's values, fitted to one model, copied once to ``device``, or to the devices of the model's own.
 
     Of sharded parameters, only this rank's parts are copied, to their devices. ``scales`` are factors of gradients.
     """
@@ -27,11 +26,10 @@ class LoadedWeights:
     def __init__(
         self,
         model: nn.Module,
-        state: Mapping[str, Tensor],
+        fitted: Mapping[str, Tensor],
         device: torch.device | str | None = None,
         scales: Mapping[str, Tensor] | None = None,
     ) -> None:
-        fitted = fit_state(model, state)
         left_out = [repr(name) for name, _ in model.named_parameters() if name not in fitted]
         if left_out:
             raise CheckpointError(
@@ -59,16 +57,18 @@ class LoadedWeights:
 @contextlib.contextmanager
 def weights_in(model: nn.Module, loaded: LoadedWeights) -> Iterator[nn.Module]:
     """Lend a checkpoint's values to a model within a ``with`` block, in which gradients are None."""
-    divided, modules = reshard(model), list(model.modules())
+    divided = reshard(model)
+    modules = [one for one in model.modules() if not isinstance(one, torch.jit.ScriptModule)]  # whose parts are fixed
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     if parameters.keys() != loaded.parameters.keys() or not loaded.buffers.keys() <= buffers.keys():
         raise CheckpointError("the weights were loaded for another model: make LoadedWeights with this one")
     # Afterwards the modules hold the same objects as before, with the same memory, values and gradients, even if a
     # forward replaced, added or removed some. Tensors that are plain attributes of modules are not touched.
     with contextlib.ExitStack() as restore:
-        leaves = [tensor for tensor in (*parameters.values(), *buffers.values()) if tensor.is_leaf]
-        restore.callback(_assign, "grad", [(tensor, tensor.grad) for tensor in leaves])
-        _assign("grad", [(tensor, None) for tensor in leaves])
+        for tensor in (*parameters.values(), *buffers.values()):
+            if tensor.is_leaf:
+                restore.callback(setattr, tensor, "grad", tensor.grad)
+                tensor.grad = None
         lent: list[tuple[Tensor, Tensor]] = []
         for name, buffer in buffers.items():  # copied, so in-place changes inside are discarded
             value = loaded.buffers.get(name, buffer.detach())
@@ -81,10 +81,12 @@ def weights_in(model: nn.Module, loaded: LoadedWeights) -> Iterator[nn.Module]:
                 part.copy_(value)
             else:  # not copied: in-place changes inside persist in ``loaded``, and a warning names them
                 lent.append((parameters[name], value))
-        restore.callback(_assign, "data", [(tensor, tensor.data) for tensor, _ in lent])
-        _assign("data", lent)
-        own = [(dict(one._parameters), dict(one._buffers), set(one._non_persistent_buffers_set)) for one in modules]
-        restore.callback(_put_back, modules, own)
+        for tensor, value in lent:  # each restored by itself, whatever fails
+            restore.callback(setattr, tensor, "data", tensor.data)
+            tensor.data = value
+        for one in modules:
+            own = dict(one._parameters), dict(one._buffers), set(one._non_persistent_buffers_set)
+            restore.callback(_put_back, one, *own)
 
         versions = {name: value._version for name, value in parameters.items()}
 
@@ -98,14 +100,8 @@ def weights_in(model: nn.Module, loaded: LoadedWeights) -> Iterator[nn.Module]:
         yield model
 
 
-def _assign(attribute: str, values: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-    for tensor, value in values:
-        setattr(tensor, attribute, value)
-
-
-def _put_back(modules: Sequence[nn.Module], own: Sequence[tuple[dict[str, Any], dict[str, Any], set[str]]]) -> None:
-    for module, (parameters, buffers, non_persistent) in zip(modules, own, strict=True):
-        for registry, held in ((module._parameters, parameters), (module._buffers, buffers)):
-            registry.clear()
-            registry.update(held)
-        module._non_persistent_buffers_set = non_persistent
+def _put_back(module: nn.Module, parameters: dict[str, Any], buffers: dict[str, Any], non_persistent: set[str]) -> None:
+    for registry, held in ((module._parameters, parameters), (module._buffers, buffers)):
+        registry.clear()
+        registry.update(held)
+    module._non_persistent_buffers_set = non_persistent

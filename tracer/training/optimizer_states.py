@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tracer._core.text import listing
 from tracer.errors import CheckpointError
+from tracer.training.key_matching import match_names
 
 # torch.distributed.checkpoint.state_dict names the parameters of an optimizer in memory, not of a saved state dict; and
 # Optimizer.load_state_dict compares no shapes and casts moments to the parameters' dtype. Neither suffices here.
@@ -43,8 +44,10 @@ def assign_parameters(optimizer: Mapping, model: nn.Module) -> tuple[Assigned, s
                 f"each; pass optimizer.state_dict()"
             )
         canonical = {id(parameter): name for name, parameter in model.named_parameters()}
-        # Any name of a tied parameter counts. Names unknown to the model are left out.
+        # Any name of a tied parameter counts, also with a wrapper's. Names unknown to the model are left out.
         aliases = {name: canonical[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        match = match_names(aliases, (), given)
+        aliases = aliases if match.unexpected else match.names
         assigned = {aliases[name]: one for name, one in zip(given, held, strict=True) if name in aliases}
         return assigned, listing([repr(name) for name in given]) or "none"
     named = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from tracer.errors import InputError
-from tracer.training.checkpoints import read_checkpoint
+from tracer.training.load_state import load_state
 from tracer.training.recording import CheckpointRecorder, load_checkpoints
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
@@ -154,6 +154,6 @@ def evaluate(
 ) -> tuple[Int64[Tensor, " N"], Float[np.ndarray, " N"]]:
     """Return the predicted classes and the losses at a checkpoint."""
     model = build_model()
-    model.load_state_dict(read_checkpoint(path))
+    model.load_state_dict(load_state(model, path))
     logits = model(images)
     return logits.argmax(dim=1), nn.functional.cross_entropy(logits, labels, reduction="none").numpy()

@@ -27,6 +27,7 @@ from tracer.training.recording.snapshots import (
     moments_state,
     parameter_groups,
     shapes_of,
+    without_base,
     write_checkpoint,
 )
 
@@ -286,7 +287,7 @@ class CheckpointRecorder:
         try:
             if kept[-1].path == new.path:
                 moments = moments_state(self.optimizer, self.model) if self.second_moments else None
-                write_checkpoint(new.path, state, moments)
+                write_checkpoint(new.path, *without_base(state, self.model, groups), moments)
                 recording = replace(recording, next_model_id=old.next_model_id + 1)
             self._recording, self._sums = recording, list(add_rates(left_out, [0.0] * len(self._sums)))
             write_recording(recording)

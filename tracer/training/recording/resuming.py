@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from tracer._core.files import sweep
 from tracer._core.text import listing
 from tracer.errors import CheckpointError, InputError, InputTypeError, MismatchError, StoreError
-from tracer.training.checkpoints import read_checkpoint
-from tracer.training.fit_state import fit_state
+from tracer.training.load_state import load_state
 from tracer.training.recording.record import (
     FILE,
     CheckpointRecord,
@@ -119,7 +118,7 @@ def _last_state(recording: Recording, model: nn.Module) -> dict[str, Any]:
     if recording.checkpoints:
         last = recording.checkpoints[-1]
         try:
-            there = fit_state(model, read_checkpoint(last.path))
+            there = load_state(model, last.path)
         except CheckpointError as error:
             raise MismatchError(f"the last checkpoint of {recording.directory} does not fit: {error}") from error
         if not all(same_values(value, there[name]) for name, value in model_state(model).items()):

@@ -16,6 +16,8 @@ from tracer._core.sharding import fsdp_modules, is_sharded
 from tracer._core.text import listing
 from tracer.errors import CheckpointError, InputError, InputTypeError
 from tracer.training.adam import optimizer_path
+from tracer.training.checkpoints import FROZEN
+from tracer.training.fit_state import adapter_models, frozen_fingerprint
 
 
 def check_whole(model: nn.Module) -> nn.Module:
@@ -122,7 +124,21 @@ def moments_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
     return {"state": state, "param_groups": groups}
 
 
-def write_checkpoint(path: Path, state: dict[str, Tensor], moments: dict[str, Any] | None = None) -> None:
+def without_base(
+    state: dict[str, Tensor], model: nn.Module, groups: Sequence[Sequence[str]]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a state without the frozen base of adapters, and metadata with the base's fingerprint."""
+    if not adapter_models(model):
+        return state, {}
+    trained = {name for group in groups for name in group}
+    frozen = {name for name, value in model.named_parameters() if not value.requires_grad} - trained
+    kept = {name: value for name, value in state.items() if name not in frozen}
+    return kept, {FROZEN: frozen_fingerprint(model, kept)}
+
+
+def write_checkpoint(
+    path: Path, state: dict[str, Tensor], metadata: dict[str, str], moments: dict[str, Any] | None = None
+) -> None:
     """Write a state dict to a safetensors file, and second moments to a file next to it, each whole or not at all."""
     if moments is not None:
         write_whole(optimizer_path(path), lambda file: torch.save(moments, file))
@@ -130,7 +146,7 @@ def write_checkpoint(path: Path, state: dict[str, Tensor], moments: dict[str, An
     # writing the recording that names it does.
     partial = partial_path(path.parent)
     try:
-        save_file(state, partial)
+        save_file(state, partial, metadata)
         sync(partial)
         partial.replace(path)
     except SafetensorError as error:
