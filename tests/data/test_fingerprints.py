@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from batch_cases import X, Y
+from torch import nn
 
 from tracer.data.fingerprints import fingerprint_samples
 
@@ -75,9 +76,75 @@ def test_words_may_not_change_places():
     assert len(set(found.tolist())) == 4
 
 
-def test_zeros_at_the_end_count_by_their_number():
-    found = [fingerprint_samples(torch.zeros(1, count), 1)[0] for count in range(1, 6)]
-    assert len(set(found)) == 5
+def pad(samples, value=0, dim=0):
+    """Samples of several lengths as one batch, padded at the end of a dimension."""
+    moved = nn.utils.rnn.pad_sequence([x.movedim(dim, 0) for x in samples], batch_first=True, padding_value=value)
+    return moved.movedim(1, dim + 1)
+
+
+TOKENS = [torch.randint(3, 9, (length,)) for length in (5, 2, 7, 3)]
+FRAMES = [torch.randn(length, 4) for length in (5, 2, 7, 3)]
+COLLATED = {
+    "zeros": lambda at: (pad([TOKENS[i] for i in at]), torch.tensor(at)),
+    "labels": lambda at: {"input_ids": pad([TOKENS[i] for i in at]), "labels": pad([TOKENS[i] for i in at], -100)},
+    "frames": lambda at: (pad([FRAMES[i] for i in at]), torch.tensor(at)),
+    "frames, channels first": lambda at: pad([FRAMES[i].T for i in at], dim=1),
+    "mask of padding": lambda at: (pad([TOKENS[i] for i in at], 1), pad([TOKENS[i] for i in at]) != 0)[1:],
+    "mask beside labels": lambda at: (
+        {"input_ids": pad([TOKENS[i] for i in at], 9), "attention_mask": pad([TOKENS[i] for i in at]) != 0},
+        torch.tensor(at),
+    ),
+    "copied labels": lambda at: {
+        "input_ids": pad([TOKENS[i] for i in at], 9),
+        "attention_mask": pad([TOKENS[i] for i in at]) != 0,
+        "labels": pad([TOKENS[i] for i in at], 9),
+    },
+    "encoder-decoder": lambda at: {
+        "input_ids": pad([TOKENS[i] for i in at], 9),
+        "attention_mask": pad([TOKENS[i] for i in at]) != 0,
+        "labels": pad([TOKENS[-i - 1] for i in at], -100),
+        "decoder_input_ids": pad([TOKENS[-i - 1] for i in at]),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", COLLATED)
+def test_fingerprints_do_not_depend_on_padding_of_a_collator(kind):
+    make = COLLATED[kind]
+    whole = fingerprint_samples(make([0, 1, 2, 3]), 4)
+    assert len(set(whole.tolist())) == 4
+    for size in (1, 2, 3):
+        parts = [list(range(4))[start : start + size] for start in range(0, 4, size)]
+        np.testing.assert_array_equal(
+            np.concatenate([fingerprint_samples(make(part), len(part)) for part in parts]), whole
+        )
+
+
+def test_values_of_equal_shape_do_not_collide_by_what_is_cut():
+    values = torch.tensor([[[1, 2], [0, 0]], [[1, 0], [2, 0]], [[1, 0], [0, 2]], [[0, 0], [1, 2]], [[0, 0], [0, 0]]])
+    assert len(set(fingerprint_samples(values, 5).tolist())) == 5
+
+
+class Meta:
+    """An object without a repr of its own."""
+
+
+class Image(Meta):
+    def __init__(self, pixels):
+        self.pixels = pixels
+
+    def tobytes(self):
+        return bytes(self.pixels)
+
+
+def test_objects_have_the_same_fingerprint_each_time():
+    first, second = ({"x": X, "meta": [Meta(), (Meta(), 1), None]} for _ in range(2))
+    np.testing.assert_array_equal(fingerprint_samples(first, 3), fingerprint_samples(second, 3))
+    one, same, other = (
+        fingerprint_samples({"x": torch.ones(2, 1), "image": [Image([1, last]), Image([7])]}, 2) for last in (2, 2, 3)
+    )
+    np.testing.assert_array_equal(one, same)
+    assert one[0] != other[0]
 
 
 def test_parts_of_a_batch_have_the_hashes_of_the_whole():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,15 +14,21 @@ from jaxtyping import UInt64
 from torch import Tensor
 
 from tracer.data.batches import is_per_sample, leaves
+from tracer.data.model_inputs import LABEL_KEYS
 from tracer.types import Batch
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def fingerprint_samples(batch: Batch, batch_size: int) -> UInt64[np.ndarray, " B"]:
-    """Return the xxh3 hash of each sample's inputs: the same in any batch, with any padding, and on any machine."""
+    """Return the xxh3 hash of each sample's inputs: the same in any batch, with any padding, and on any machine.
+
+    Padding is what the attention mask leaves out, and zeros (integers also -100) at the end of a dimension. Objects
+    count by their ``repr`` without addresses and, if they have it, ``tobytes()``.
+    """
     # xxh3 is no cryptographic hash: this finds accidents, such as a shuffled loader, not inputs made to collide.
     hashes = [0] * batch_size
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    attended = mask.bool().cpu().numpy() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    named = {_name(path): leaf for path, leaf in leaves(batch) if isinstance(leaf, Tensor)}
     for path, leaf in leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim == 0:
             leaf = leaf.expand(batch_size)
@@ -29,28 +36,68 @@ def fingerprint_samples(batch: Batch, batch_size: int) -> UInt64[np.ndarray, " B
             leaf = leaf.expand(batch_size, *leaf.shape[1:]) if isinstance(leaf, Tensor) else list(leaf) * batch_size
         if not is_per_sample(leaf, batch_size):
             continue
-        if isinstance(leaf, Tensor):
-            # A collator pads with other values and to other lengths: only attended positions belong to the sample.
-            masked = attended is not None and tuple(leaf.shape[:2]) == attended.shape
-            items = _tensor_bytes(leaf, attended if masked else None)
-        else:
-            items = (f"{path}={item!r};".encode() for item in leaf)
+        if not isinstance(leaf, Tensor):
+            hashes = list(map(xxhash.xxh3_64_intdigest, (_object_bytes(path, item) for item in leaf), hashes))
+            continue
+        rows = list(_without_padding(leaf, _counted(_name(path), leaf, named)))
         # The hash of the leaves before is the seed of the next: leaves may not change places.
-        hashes = list(map(xxhash.xxh3_64_intdigest, items, hashes))
+        if leaf.ndim > 2:  # a shape is part of a sample, up to its padding
+            shapes = (str(row.shape[1:]).encode() for row in rows)
+            hashes = list(map(xxhash.xxh3_64_intdigest, shapes, hashes))
+        memory: Any = (row.reshape(math.prod(row.shape)) for row in rows)
+        hashes = list(map(xxhash.xxh3_64_intdigest, memory, hashes))
     return np.array(hashes, np.uint64)
 
 
-def _tensor_bytes(leaf: Tensor, attended: np.ndarray | None) -> Iterator[Any]:
+def _name(path: str) -> str:
+    """Return the last key of a path."""
+    return re.findall(r"\w+", path)[-1]
+
+
+def _counted(name: str, leaf: Tensor, named: Mapping[str, Tensor]) -> np.ndarray | None:
+    """Return which positions of a leaf the batch's attention mask declares the samples' own, ``[B, T]``, or None."""
+    mask = named.get("attention_mask")
+    if mask is None or mask.ndim != 2 or leaf.shape[:2] != mask.shape or name.startswith("decoder"):
+        return None
+    counted = mask.bool()
+    if name in LABEL_KEYS and leaf.ndim == 2:
+        # Those of an encoder-decoder may have the inputs' length by chance. Else what is masked is padding or a copy.
+        padding = leaf == -100
+        tokens = named.get("input_ids")
+        if tokens is not None and tokens.shape == leaf.shape:
+            padding |= leaf == tokens
+        counted = counted | ~(padding | counted).all(1, keepdim=True)
+    return counted.cpu().numpy()
+
+
+def _without_padding(leaf: Tensor, counted: np.ndarray | None) -> Iterator[np.ndarray]:
     """Yield the values of each sample as contiguous little-endian memory."""
     values = leaf.detach().cpu()
     if values.dtype == torch.bfloat16:  # numpy has no such dtype
         values = values.view(torch.int16)
     array = values.numpy()
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    if attended is not None:
-        yield from (np.ascontiguousarray(row[mask]) for row, mask in zip(array, attended, strict=True))
-    else:
-        yield from np.ascontiguousarray(array).reshape(len(array), math.prod(array.shape[1:]))
+    padded = np.full(len(array), counted is not None)
+    for axis in range(1, array.ndim if array.size else 0):
+        padded |= _is_padding(array.take(-1, axis)).reshape(len(array), -1).all(1)
+    for number, row in enumerate(array):
+        if padded[number]:
+            row = row if counted is None else row[counted[number]]
+            for axis in range(row.ndim):
+                used = np.flatnonzero(~_is_padding(row).all(tuple(each for each in range(row.ndim) if each != axis)))
+                row = row.take(range(int(used.max(initial=-1)) + 1), axis)
+        yield np.ascontiguousarray(row)
+
+
+def _is_padding(values: np.ndarray) -> np.ndarray:
+    return (values == 0) | (values == -100) if values.dtype.kind == "i" else values == 0
+
+
+def _object_bytes(path: str, item: Any) -> bytes:
+    """Return what an object counts by: an address would be another one in each pass."""
+    text = f"{path}={item!r};"
+    found = _ADDRESS.sub("", text)
+    return found.encode() + (item.tobytes() if found != text and hasattr(item, "tobytes") else b"")
 
 
 def _is_shared(leaf: Any) -> bool:
