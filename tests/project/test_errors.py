@@ -102,9 +102,9 @@ def test_num_samples_of_another_type(run, loaded):
 
 
 def test_sizes_that_disagree_with_the_batch(run, loaded):
-    with pytest.raises(tracer.BatchError, match=r"batch\[0\] has 4 entries .*; expected 3, one for each .* announced"):
+    with pytest.raises(tracer.BatchError, match=r"batch\[0\] has 4 entries .*; expected 3, one for each example"):
         loaded.featurize((run.x[:4], run.y[:4]), num_samples=3)
-    with pytest.raises(tracer.BatchError, match=r"batch\[1\] has 3 entries .*; expected 4, one for each .* announced"):
+    with pytest.raises(tracer.BatchError, match=r"batch\[1\] has 3 entries .*; expected 4, one for each example"):
         loaded.featurize((run.x[:4], run.y[:3]), num_samples=4)
     loaded.featurize((run.x[:4], run.y[:4]), num_samples=4)  # the cursor did not move
     assert loaded.remaining(0)[0] == 4

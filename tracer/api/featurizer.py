@@ -12,6 +12,8 @@ from torch import Tensor
 from tracer.api.sinks import DroppingSink, NormSink, ProjectingSink, RowValues, ScalingSink, row_values, write_values
 from tracer.data.batches import check_batch_size, select_samples, to_device
 from tracer.data.fingerprints import fingerprint_samples
+from tracer.data.tasks import check_per_sample
+from tracer.errors import BatchError
 from tracer.gradients import GradientEngine, Sink, isolated
 from tracer.gradients.fsdp import ENDED, WAITING, WORKING
 from tracer.projection.base import Projector
@@ -42,6 +44,7 @@ class Featurizer:
         self.engine, self.weights, self.projector = engine, weights, projector
         self.device, self.check_rows = device, check_rows
         self._memory: Tensor | None = None
+        self._runs_alone = False
 
     @torch.inference_mode(False)
     def write(self, table: RowTable, batch: Batch, rows: np.ndarray, compared: RowTable | None = None) -> int:
@@ -133,7 +136,28 @@ class Featurizer:
             _no_autocast(self.device),
             isolated(self.engine.model, self.engine.names, self.device),
         ):
-            return self.engine.compute(to_device(batch, self.device), num_rows, sink)
+            batch = to_device(batch, self.device)
+            if num_rows > 1 and not self._runs_alone and not self.engine.backend.is_sharded:
+                self._check_alone(batch, num_rows)
+            return self.engine.compute(batch, num_rows, sink)
+
+    @torch.no_grad()
+    def _check_alone(self, batch: Batch, num_rows: int) -> None:
+        """Raise `BatchError`, before anything is computed, if one example alone fails, as in a last batch of one."""
+        model, task = self.engine.model, self.engine.task
+        try:
+            outputs = task.outputs(model, select_samples(batch, torch.tensor([0]), num_rows))
+            check_per_sample("output", outputs.output, 1, "example")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            task.outputs(model, batch)  # raises what is wrong with any batch
+            raise BatchError(
+                f"The model and task run on a batch of {num_rows} examples, but not on one example alone, as a last "
+                f"batch or a check may hold: {type(error).__name__}: {error}. Outputs often lose the batch dimension "
+                f"by squeeze(): use squeeze(-1) or flatten(1). Examples that need each other cannot be attributed."
+            ) from error
+        self._runs_alone = True
 
     def _stand_in(self) -> None:
         self.run(self.engine.backend.stand_in, 1, DroppingSink())

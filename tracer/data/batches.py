@@ -21,6 +21,10 @@ from tracer.errors import BatchError
 from tracer.types import Batch
 
 _SINGLE_VALUES = (str, bytes, int, float, bool, complex, type(None))
+_BY_INDEX = (
+    "If the examples are no first dimension (graphs, lists of boxes, offsets), pass their indices as the data, "
+    "(torch.arange(N),), and as the task a function that loads the examples batch[0] and returns their losses."
+)
 
 
 def tensor_from_numpy(array: np.ndarray) -> Tensor:
@@ -110,7 +114,7 @@ def count_samples(batch: Batch) -> int:
             return leaf.shape[0]
     raise BatchError(
         f"The batch of type {type(batch).__name__} holds no tensor, so its examples cannot be counted; expected at "
-        f"least one tensor with the batch dimension first."
+        f"least one tensor with the batch dimension first. {_BY_INDEX}"
     )
 
 
@@ -122,7 +126,7 @@ def check_batch_size(batch: Batch, batch_size: int) -> None:
             raise BatchError(
                 f"{path} is of type {type(leaf).__name__}, which cannot be assigned to examples; expected tensors, "
                 f"arrays, single values, or lists with one entry for each example, in tuples, lists, dicts or "
-                f"dataclasses."
+                f"dataclasses. {_BY_INDEX}"
             )
         if not isinstance(leaf, Tensor) or leaf.ndim == 0:
             continue
@@ -131,13 +135,13 @@ def check_batch_size(batch: Batch, batch_size: int) -> None:
         elif leaf.shape[0] != 1:
             raise BatchError(
                 f"{path} has {leaf.shape[0]} entries (shape {tuple(leaf.shape)}); expected {batch_size}, one for each "
-                f"example that inds or num_samples announced. Pass the indices of exactly the examples in the batch."
+                f"example, as inds, num_samples or the first tensor say. {_BY_INDEX}"
             )
     if not found:
         raise BatchError(
             f"The batch of type {type(batch).__name__} holds no tensor with {batch_size} entries, the number of "
-            f"examples that inds or num_samples announced; expected tensors with the batch dimension first, or tuples, "
-            f"lists, dicts or dataclasses of them."
+            f"examples by inds or num_samples; expected tensors with the batch dimension first, or tuples, lists, "
+            f"dicts or dataclasses of them. {_BY_INDEX}"
         )
 
 

@@ -120,7 +120,7 @@ class IteratedSource(DataSource):
         items = iter(self._data)
         for first in items:
             items = chain([first], items)
-            if self._collate is None or not is_sample(first):
+            if self._collate is None or not is_sample(first, self._collate is not default_collate):
                 yield from items
             else:
                 while samples := list(islice(items, self._batch_size)):
@@ -166,12 +166,13 @@ def as_data_source(
     return source
 
 
-def is_sample(item: Any) -> bool:
+def is_sample(item: Any, has_collate_fn: bool = False) -> bool:
     """Return whether an item is a single example, not a batch: its label or all of it has no batch dimension."""
     item = as_mapping(item)
-    tensors = [leaf for _, leaf in leaves(item) if isinstance(leaf, Tensor) and leaf.ndim]
-    if not tensors:
-        return True
+    found = [leaf for _, leaf in leaves(item)]
+    tensors = [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.ndim]
+    if not tensors:  # objects can be collated by the user's function only
+        return has_collate_fn or all(isinstance(leaf, (Tensor, np.generic, list, str, int, float)) for leaf in found)
     if isinstance(item, Mapping):
         tokens = item.get("input_ids")
         if isinstance(tokens, (list, tuple)) or (isinstance(tokens, Tensor) and tokens.ndim == 1):
@@ -201,7 +202,7 @@ def _adapt(
     is_list = isinstance(data, (list, tuple))
     is_other = isinstance(data, (IterableDataset, DataLoader, Tensor, Mapping, str, bytes))
     is_map_style = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not is_other
-    if is_sample(data[0]) if is_list and data else is_map_style and not is_list:
+    if is_sample(data[0], collate_fn is not None) if is_list and data else is_map_style and not is_list:
         return _MapStyleSource(data, batch_size=batch_size, collate_fn=collate_fn)
     if not hasattr(data, "__iter__") or isinstance(data, (Tensor, Mapping, str, bytes)):
         raise InputTypeError(
