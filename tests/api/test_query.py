@@ -82,6 +82,23 @@ def test_another_process_reads_weights_from_remembered_paths(run, tmp_path, suff
         other.query(run.targets, 4)
 
 
+def test_paths_of_a_store_are_followed_only_below_allowed_folders(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "away").mkdir()
+    torch.save(run.checkpoints[0][0], tmp_path / "away" / "0.pt")
+    (tmp_path / "mine" / "link.pt").symlink_to(tmp_path / "away" / "0.pt")
+    stored(run, tmp_path / "mine" / "store").close()
+    other = build(run, tmp_path / "mine" / "store", projector="sketch", proj_dim=64)
+    for source in ("/etc/passwd", "//host/share/x.pt", "http://127.0.0.1:9/x.pt", "0.pt", str(tmp_path / "away/0.pt"),
+                   str(tmp_path / "mine/../away/0.pt"), str(tmp_path / "mine/link.pt")):  # fmt: skip
+        other.store.checkpoint(0).set_attributes(source=source)
+        with pytest.raises(tracer.CallOrderError, match="is in none of"):
+            other.query(run.targets, 4, model_ids=[0])
+    dirs = [tmp_path / "away"]
+    other.store.checkpoint(0).set_attributes(source=str(tmp_path / "away" / "0.pt"))
+    assert other.query(run.targets, 4, model_ids=[0], checkpoint_dirs=dirs).indices.shape == (5, 4)
+
+
 def test_without_known_weights_it_says_what_to_call(run, tmp_path):
     stored(run, tmp_path / "store").close()
     other = build(run, tmp_path / "store", projector="sketch", proj_dim=64)

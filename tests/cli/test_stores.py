@@ -68,6 +68,18 @@ def test_info_says_what_the_store_holds(project):
     assert "epoch_10.pt" in text
 
 
+def test_what_a_store_says_cannot_control_the_terminal(own):
+    path = own / "store" / "zarr.json"
+    document = json.loads(path.read_text())
+    document["attributes"]["info"]["model"] = "Net\x1b[2J\u202e\nstore  fine\x9b"
+    path.write_text(json.dumps(document))
+    shown = run_tracer("info", "store").output
+    assert "Net\\x1b[2J\\u202e\\nstore  fine\\x9b" in shown and "\x1b" not in shown
+    (own / "store" / "targets" / "a\x1b[2Jb").mkdir()
+    shown = run_tracer("top", "store", "--exp-name", "\x1b[2J").output
+    assert "\x1b" not in shown
+
+
 def test_verify_of_a_whole_store_is_0(project):
     assert run_tracer("verify", "store").exit_code == 0
     assert printed_json("verify", "store")["ok"] is True

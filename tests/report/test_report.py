@@ -23,6 +23,7 @@ from tracer.report import write_report
 from tracer.report.charts import heading, influence_montage
 from tracer.report.health import WrongLabels, descending, recovery_curve
 from tracer.report.samples import Samples
+from tracer.report.tables import _csv
 from tracer.report.text import number
 from tracer.types import TopK
 
@@ -183,6 +184,11 @@ def test_scores_csv_holds_both_ends_of_every_target(tmp_path):
     found = [(int(r["target"]), r["kind"], int(r["rank"]), int(r["train_index"]), float(r["score"])) for r in rows]
     assert found == expected
     assert all(int(row["label"]) == LABELS[int(row["train_index"])] for row in rows)
+
+
+def test_csv_cells_that_begin_like_formulas_are_quoted():
+    lines = _csv(["=a", "b"], [("@SUM(1)", -1.5), ("-1.5", "+x"), ("cat", "\t=1")]).splitlines()
+    assert lines == ["'=a,b", "'@SUM(1),-1.5", "-1.5,'+x", "cat,'\t=1"]
 
 
 def test_target_and_class_csv(tmp_path):

@@ -263,15 +263,17 @@ def test_a_file_that_is_there_is_never_replaced(tmp_path, monkeypatch):
     assert (tmp_path / "1").read_bytes() == bytes(4) + b"mine" and not list(tmp_path.glob(PARTIAL + "*"))
 
 
-def test_only_old_leftovers_are_swept(tmp_path):
-    (tmp_path / f"{PARTIAL}new").write_text("x")
-    (tmp_path / f"{PARTIAL}old").mkdir()
-    (tmp_path / f"{PARTIAL}old" / "file").write_text("x")
-    os.utime(tmp_path / f"{PARTIAL}old", (time.time() - 3600,) * 2)
-    (tmp_path / "kept").write_text("x")
-    os.utime(tmp_path / "kept", (time.time() - 3600,) * 2)
+def test_only_old_leftovers_of_this_package_are_swept(tmp_path):
+    old, link = tmp_path / (PARTIAL + "0" * 32), tmp_path / (PARTIAL + "1" * 32)
+    kept = [tmp_path / (PARTIAL + "2" * 32), tmp_path / f"{PARTIAL}mine", tmp_path / "other"]
+    for directory in (old, *kept):
+        directory.mkdir()
+        (directory / "file").write_text("x")
+    link.symlink_to(kept[-1])
+    for path in (old, link, *kept[1:]):
+        os.utime(path, (time.time() - 3600,) * 2, follow_symlinks=False)
     sweep(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{PARTIAL}new", "kept"]
+    assert sorted(tmp_path.iterdir()) == sorted(kept) and (kept[-1] / "file").exists()
 
 
 class Recorded(LocalArray):

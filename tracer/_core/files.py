@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import time
 import uuid
@@ -99,8 +100,9 @@ def sweep(path: Path) -> None:
     """Remove unfinished files and directories that a crash left here more than ten minutes ago."""
     for partial in path.glob(f"{PARTIAL}*"):
         with contextlib.suppress(OSError):
-            if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+            own = re.fullmatch("[0-9a-f]{32}", partial.name.removeprefix(PARTIAL))
+            if own and time.time() - partial.lstat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(partial) if partial.is_dir() and not partial.is_symlink() else partial.unlink()
 
 
 def create_file(path: Path, data_bytes: int, tail: bytes = b"") -> None:

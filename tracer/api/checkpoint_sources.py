@@ -92,24 +92,53 @@ class CheckpointSources:
         self._passed[model_id] = checkpoint
 
     def forget(self, model_id: int) -> None:
-        """Release a checkpoint's state dict; its path is stored."""
-        self._passed.pop(model_id, None)
+        """Release a checkpoint's state dict; a path stays, as one that the user passed."""
+        if not isinstance(self._passed.get(model_id), str):
+            self._passed.pop(model_id, None)
 
-    def find(self, model_id: int, table: RowTable) -> Checkpoint:
-        """Return a checkpoint's state dict or path, or raise `CallOrderError` if none is known or the file is gone."""
+    def find(self, model_id: int, table: RowTable, folders: Sequence[str | os.PathLike[str]] | None) -> Checkpoint:
+        """Return a checkpoint's state dict or path.
+
+        Args:
+            model_id: Its number.
+            table: Its table.
+            folders: The folders below which a path that the store remembers is followed; None: that of the store.
+
+        Raises:
+            CallOrderError: If none is known, the file is gone, or it is elsewhere: the store may come from others.
+        """
         passed = self._passed.get(model_id)
         if passed is not None and not isinstance(passed, str):
             return passed
+        again = (
+            f"Call tracer.load_checkpoint(checkpoint, model_id={model_id}) with the checkpoint that was featurized; a "
+            "path is remembered in the store."
+        )
         source = passed or table.attributes.get("source")
-        if source is None or not Path(source).exists():
-            why = (
-                "are not known to this process" if source is None else f"were in {source}, which is not there any more"
-            )
+        if source is None:
+            raise CallOrderError(f"The weights of checkpoint {model_id} are not known to this process. {again}")
+        if passed is None:
+            allowed = [table.path.parent.parent.parent] if folders is None else folders
+            if not any(_is_below(source, str(folder)) for folder in allowed):
+                raise CallOrderError(
+                    f"The store says that the weights of checkpoint {model_id} are in {source}, which is in none of "
+                    f"{[str(folder) for folder in allowed]}. If you trust it, pass checkpoint_dirs= with its folder. "
+                    f"Otherwise: {again}"
+                )
+        if not Path(source).exists():
             raise CallOrderError(
-                f"The weights of checkpoint {model_id} {why}. Call tracer.load_checkpoint(checkpoint, "
-                f"model_id={model_id}) with the checkpoint that was featurized; a path is remembered in the store."
+                f"The weights of checkpoint {model_id} were in {source}, which is not there any more. {again}"
             )
         return str(source)
+
+
+def _is_below(path: str, folder: str) -> bool:
+    """Return whether an absolute path is below a folder, by its name and by where links lead."""
+    # By name first: on Windows, looking at a path of another machine already logs in there.
+    for real in (os.path.abspath, os.path.realpath):
+        if not os.path.isabs(path) or not Path(real(path)).is_relative_to(real(folder)):
+            return False
+    return True
 
 
 def _weights(fingerprint: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tracer.api.featurizer_factory import check_weights
@@ -29,6 +31,7 @@ def query(
     labels: Labels | None = None,
     target: str | None = None,
     regularization: float | str = "auto",
+    checkpoint_dirs: Sequence[str | os.PathLike[str]] | None = None,
 ) -> TopK:
     """Return the strongest training examples of a few targets at once, without storing anything.
 
@@ -47,13 +50,16 @@ def query(
         labels: Only training examples of these classes.
         target: As in `finalize_scores`.
         regularization: As in `finalize_scores`.
+        checkpoint_dirs: The folders below which the store's paths of checkpoints are followed, since a store may come
+            from others. Default: the folder that holds the store.
 
     Returns:
         Indices and scores, ``[B, k]`` each, strongest first.
 
     Raises:
         InputError: If a name is unknown, or ``k`` or ``rows`` is out of range.
-        CallOrderError: If a checkpoint is not finalized, its weights are not known, or ``storage`` is ``none``.
+        CallOrderError: If a checkpoint is not finalized, its weights are not known or not in ``checkpoint_dirs``, or
+            ``storage`` is ``none``.
         MismatchError: If a checkpoint's weights have changed.
         BatchError: If the batch does not fit the model or the task.
         NonFiniteError: If a target's gradient is NaN or infinite.
@@ -73,7 +79,7 @@ def query(
     check_batch_size(batch, num_rows)
     for model_id in chosen:
         table = store.checkpoint(model_id)
-        loaded = factory.read(_tracer._sources.find(model_id, table))
+        loaded = factory.read(_tracer._sources.find(model_id, table, checkpoint_dirs))
         check_weights(table, loaded.fingerprint, model_id)
         featurizer = factory.make(loaded, model_id)
         with factory.engine.using_weights(loaded.fingerprint):

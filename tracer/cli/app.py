@@ -15,6 +15,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from tracer import __version__
+from tracer._core.text import printable
 from tracer.errors import TracerError
 
 FINDING, BAD_INPUT, UNEXPECTED, INTERRUPTED = 1, 2, 3, 130
@@ -126,8 +127,8 @@ def _write_lines(formatter: click.HelpFormatter, heading: str, text: str) -> Non
 def _report_error(ctx: click.Context, message: str, code: int) -> int:
     """Print an error, with its traceback after ``--debug``, and return the exit code."""
     if ctx.params.get("debug"):
-        click.echo(traceback.format_exc(), err=True)
-    click.echo(message, err=True)
+        click.echo(printable(traceback.format_exc()), err=True)
+    click.echo(printable(message), err=True)
     return code
 
 
@@ -146,9 +147,16 @@ def main(debug: bool, verbose: bool) -> None:
     Every command's --help has examples. Exit codes: 0 success, 1 damage found, 2 wrong call or input, 3 an error in
     other code, 130 interrupted by Ctrl-C.
     """
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(name)s: %(message)s" if verbose else "%(message)s"))
+    logging.basicConfig(handlers=[handler])
     if verbose:
-        logging.basicConfig(format="%(name)s: %(message)s")
         logging.getLogger("tracer").setLevel(logging.INFO)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 @click.command("completion", cls=ExampleCommand)

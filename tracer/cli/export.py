@@ -13,6 +13,7 @@ import click
 import numpy as np
 
 from tracer._core.files import write_whole
+from tracer._core.text import csv_cell
 from tracer.cli.output import print_result
 from tracer.cli.stores import Integers, RankingCommand, StoreView, check_targets, count_option, known_labels, open_view
 from tracer.errors import InputError, MissingDependencyError
@@ -151,7 +152,7 @@ def _write_csv(file: BinaryIO, blocks: Iterable[Columns]) -> Iterator[int]:
             lines.writerow(block)
         columns = [
             # nine digits distinguish any two float32
-            [format(value, ".9g") for value in column.tolist()] if column.dtype == np.float32 else column.tolist()
+            [format(value, ".9g") if column.dtype == np.float32 else csv_cell(value) for value in column.tolist()]
             for column in block.values()
         ]
         lines.writerows(zip(*columns, strict=True))

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from tracer._core.text import printable
 from tracer.cli.app import ExampleCommand
 
 _STDOUT = "tracer.stdout"  # key of the real standard output in a command's context while it is redirected
@@ -46,7 +47,7 @@ def print_result(result: dict[str, Any], text: str) -> None:
     if wants_json():
         click.echo(json.dumps(json_value(result), allow_nan=False), file=click.get_current_context().meta[_STDOUT])
     else:
-        click.echo(text)
+        click.echo(printable(text))
 
 
 def json_value(value: Any) -> Any:
@@ -95,12 +96,17 @@ def _cell(value: object) -> tuple[str, bool | None]:
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, float):
         return f"{value:.4g}", True
-    return str(value), isinstance(value, int)
+    return _line(value), isinstance(value, int)
+
+
+def _line(value: object) -> str:
+    """Return a value's text in one line."""
+    return printable(str(value)).replace("\n", "\\n")
 
 
 def format_facts(facts: Iterable[tuple[str, object]]) -> str:
     """Return a line for each name and value."""
-    return "\n".join(f"{name:<14} {value}" for name, value in facts)
+    return "\n".join(f"{name:<14} {_line(value)}" for name, value in facts)
 
 
 def format_size(num_bytes: float) -> str:

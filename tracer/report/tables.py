@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from tracer._core.text import csv_cell
+from tracer.errors import InputError
 from tracer.report.content import ReportContent
 from tracer.report.png import png_bytes
 from tracer.report.samples import Samples
@@ -71,6 +73,8 @@ def write_top_influences(directory: Path, data: ReportContent) -> None:
     """Write the training examples that help (``positive``) and harm (``negative``) the targets of each class most."""
     assert data.classes is not None
     folder = directory / TOP_FOLDER
+    if folder.is_symlink():
+        raise InputError(f"{folder} is a link; expected a folder, which a new report replaces: remove the link.")
     # the mark tells the folder of an earlier report, which is replaced, from one of the user, which is not
     if (folder / _MARK).exists():
         shutil.rmtree(folder)
@@ -132,6 +136,5 @@ def _csv(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     """Return lines as CSV."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(lines)
+    writer.writerows([csv_cell(value) for value in line] for line in [header, *lines])
     return buffer.getvalue()

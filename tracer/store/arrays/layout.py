@@ -36,6 +36,8 @@ DTYPES = {
 }
 _ONE_BYTE = ("bool", "int8")
 _MANY_CHUNKS, _SMALL_CHUNK = 16, 4096
+_MAX_SIZE, _MAX_CHUNKS, _MAX_TILES = 1 << 31, 1 << 20, 1 << 24
+"""Bounds of what a document may ask for, whoever wrote it: memory and time grow with them."""
 
 
 def rows_per_chunk(
@@ -100,8 +102,8 @@ class Layout:
         if not self.tile_rows:
             return b""
         tile_bytes = self.data_bytes // self.tiles_per_chunk
-        pairs = [(tile * tile_bytes, tile_bytes) for tile in range(self.tiles_per_chunk)]
-        index = np.array(pairs, "<u8").tobytes()
+        offsets = tile_bytes * np.arange(self.tiles_per_chunk, dtype="<u8")
+        index = np.stack([offsets, np.full_like(offsets, tile_bytes)], axis=1).tobytes()
         return index + google_crc32c.value(index).to_bytes(4, "little")
 
     def metadata(self) -> dict[str, Any]:
@@ -123,6 +125,16 @@ class Layout:
             "codecs": codecs,
         }
 
+    def _check_sizes(self) -> None:
+        """Raise ValueError unless the sizes are those of an array that this package could have written."""
+        sizes = [*self.shape, self.chunk_rows, 1 if self.tile_rows is None else self.tile_rows]
+        if len(self.shape) not in (1, 2) or not all(type(size) is int and 0 < size <= _MAX_SIZE for size in sizes):
+            raise ValueError(f"expected one or two sizes of 1 to {_MAX_SIZE}, got {sizes}")
+        if self.num_chunks > _MAX_CHUNKS or self.num_tiles > _MAX_TILES or self.tiles_per_chunk > _MAX_TILES:
+            raise ValueError(f"expected at most {_MAX_CHUNKS} files and {_MAX_TILES} tiles")
+        if self.tile_rows is not None and self.chunk_rows % self.tile_rows:
+            raise ValueError(f"expected files of whole tiles, got {self.chunk_rows} rows and {self.tile_rows}")
+
     @classmethod
     def read(cls, path: StorePath) -> tuple[Layout, dict[str, Any]]:
         """Read the layout and the attributes of an array; refuse layouts that this package does not write."""
@@ -131,8 +143,9 @@ class Layout:
             inner = document["codecs"][0].get("configuration", {}).get("chunk_shape")
             outer = document["chunk_grid"]["configuration"]["chunk_shape"]
             layout = cls(tuple(document["shape"]), document["data_type"], outer[0], inner[0] if inner else None)
+            layout._check_sizes()
             same = layout.dtype in DTYPES and layout.metadata() == {key: document[key] for key in layout.metadata()}
-        except (FileNotFoundError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except (FileNotFoundError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(
                 f"{path / NODE} is missing or damaged ({error!r}): restore it, or remove {path.parent} "
                 "to compute it again"

@@ -79,7 +79,7 @@ class LocalArray(ChunkedArray):
 
     def _map(self, chunk: int, writable: bool) -> np.ndarray | None:
         """Map a file; None if it is missing and need not be written."""
-        path, tail = self.chunk_path(chunk), self.layout.index()
+        path, tail = self.chunk_path(chunk).checked(), self.layout.index()
         with disk_errors(path):
             if not path.exists():
                 if not writable:
@@ -199,7 +199,7 @@ def advise_will_need(path: LocalPath, offset: int, length: int) -> None:
     if not hasattr(os, "posix_fadvise"):
         return
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path.checked(), os.O_RDONLY)
     except OSError:  # reading the rows will raise the error with its path
         return
     try:

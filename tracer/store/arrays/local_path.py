@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Mapping
+from typing import ClassVar
 
-from tracer._core.files import partial_path, publish, sweep, sync, write_whole
+from tracer._core.files import disk_errors, partial_path, publish, sweep, sync, write_whole
 from tracer._core.syncing import SyncGroup
+from tracer.errors import StoreError
 
 if sys.platform == "win32":
     from pathlib import WindowsPath as _NativePath
@@ -21,17 +25,45 @@ class LocalPath(_NativePath):
 
     __slots__ = ()
 
+    roots: ClassVar[set[str]] = set()
+    """The directories of stores. A path below one is refused if a part of it below that directory is a link."""
     feature_chunk_bytes = 64 << 20
     """How many bytes of features one file holds at most."""
     score_chunk_bytes: int | None = None
     """How many bytes of scores one file holds at most; None: any number, since a memory map shows it."""
+
+    def checked(self) -> LocalPath:
+        """Return this path after checking that from its store's directory on, nothing is a link or a device.
+
+        A store that comes from elsewhere could otherwise read, write and remove files outside of it.
+
+        Raises:
+            StoreError: If something is.
+        """
+        path, below = str(self), []
+        while path not in self.roots:
+            below.append(path)
+            path, child = os.path.dirname(path), path
+            if path == child:  # not below the directory of a store
+                return self
+        for part in below:
+            with disk_errors(part), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                mode = os.lstat(part).st_mode
+                if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)) or _is_junction(part):
+                    raise StoreError(f"{part} is a link or a device: a store must not have any; put the files there")
+        return self
+
+    def read_bytes(self, limit: int = -1) -> bytes:
+        """Return the file's bytes, at most ``limit`` if that is not negative."""
+        with self.checked().open("rb") as file:
+            return file.read(limit)
 
     def write_whole(self, data: bytes, *, replace: bool = True) -> None:
         """Write the file so that readers and crashes see all of it or none; without ``replace`` an existing one stays.
 
         Missing parent directories are created, and their names made durable.
         """
-        changed = self._make_parent()
+        changed = self.checked()._make_parent()
         # A synced file is still lost in a power failure if the name of a directory above it is not on the disk.
         for directory in changed:
             sync(directory)
@@ -45,7 +77,7 @@ class LocalPath(_NativePath):
         Without ``replace`` an existing last one stays. Its name is durable with the next sync of its directory.
         """
         *others, last = files
-        changed = {directory for path in files for directory in [*path._make_parent(), path.parent]}
+        changed = {directory for path in files for directory in [*path.checked()._make_parent(), path.parent]}
         partials = {path: partial_path(path.parent) for path in files}
         try:
             with SyncGroup(last.parent) as group:
@@ -71,20 +103,20 @@ class LocalPath(_NativePath):
     def children(self) -> list[str]:
         """Return the names of all entries, sorted; an empty list if this is not a directory."""
         try:
-            return sorted(os.listdir(self))
+            return sorted(os.listdir(self.checked()))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def remove(self) -> None:
         """Remove the file, or the directory with everything in it; do nothing if it does not exist."""
-        if self.is_dir():
+        if self.checked().is_dir():
             shutil.rmtree(self)
         else:
             self.unlink(missing_ok=True)
 
     def remove_stale(self) -> None:
         """Remove unfinished files that a crash left in this directory more than ten minutes ago."""
-        sweep(self)
+        sweep(self.checked())
 
     def change_stamp(self) -> object:
         """Return a value that differs from the last one if the file was written in between."""
@@ -94,4 +126,9 @@ class LocalPath(_NativePath):
     def total_bytes(self) -> int | None:
         """Return the bytes of all files below this directory."""
         files = (os.path.join(root, name) for root, _, names in os.walk(self) for name in names)
-        return sum(os.stat(file).st_size for file in files)
+        return sum(os.lstat(file).st_size for file in files)
+
+
+def _is_junction(path: str) -> bool:
+    """Return whether a directory is one of Windows' links to directories, which Python knows from 3.12 on."""
+    return hasattr(os.path, "isjunction") and os.path.isjunction(path)

@@ -11,21 +11,29 @@ from tracer.errors import StoreError
 from tracer.store.arrays.store_path import StorePath
 
 NODE = "zarr.json"
+_MAX_BYTES = 32 << 20  # the manifest names every parameter
 
 
 def read_document(path: StorePath) -> dict[str, Any]:
     """Return a ``zarr.json`` with a dict under ``attributes``; raise FileNotFoundError if it does not exist."""
     try:
-        document = json.loads(path.read_bytes())
+        data = path.read_bytes(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
+        document = json.loads(data, parse_constant=_no_number)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{path} cannot be read ({error}): restore it, or remove what it describes") from error
     if not isinstance(document, dict) or document.get("zarr_format") != 3:
         raise StoreError(f"{path} is not zarr version 3 metadata: expected zarr_format 3; choose another save_dir")
     if not isinstance(document.setdefault("attributes", {}), dict):
         raise StoreError(f"{path} is damaged: expected a JSON object under 'attributes'; restore it")
     return document
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number in JSON")
 
 
 def write_documents(documents: Mapping[StorePath, Mapping[str, Any]], *, replace: bool = True) -> None:

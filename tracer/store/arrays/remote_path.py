@@ -108,9 +108,10 @@ class RemotePath:
         """Tell whether there is an object below this key."""
         return bool(self._call(self._filesystem.isdir, self._key))
 
-    def read_bytes(self) -> bytes:
-        """Return the object's bytes, or raise FileNotFoundError."""
-        return bytes(self._call(self._filesystem.cat_file, self._key))
+    def read_bytes(self, limit: int = -1) -> bytes:
+        """Return the object's bytes, at most ``limit`` if that is not negative, or raise FileNotFoundError."""
+        part = {} if limit < 0 else {"end": limit}
+        return bytes(self._call(self._filesystem.cat_file, self._key, **part))
 
     def write_whole(self, data: bytes, *, replace: bool = True) -> None:
         """Write the object; without ``replace`` an existing one stays, and of several processes one succeeds."""

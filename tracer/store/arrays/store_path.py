@@ -23,7 +23,11 @@ def store_path(save_dir: str | os.PathLike[str] | StorePath) -> StorePath:
     text = os.fspath(save_dir)
     for protocol in _LOCAL:
         text = text.removeprefix(protocol)
-    return RemotePath.of(text) if "://" in text else LocalPath(text).absolute()
+    if "://" in text:
+        return RemotePath.of(text)
+    path = LocalPath(text).absolute()
+    LocalPath.roots.add(str(path))
+    return path
 
 
 def local_path(save_dir: str | os.PathLike[str]) -> LocalPath:
