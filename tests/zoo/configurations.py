@@ -22,7 +22,6 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "num_labels": 3,
 }
 
 
@@ -34,8 +33,10 @@ def configured(model_class: str, attention: str = "eager", **changes: Any) -> Ca
 
         cls = getattr(transformers, model_class)
         config_class = cls.config_class
-        known = set(config_class().to_dict()) | set(config_class.attribute_map)
-        config = config_class(**{key: value for key, value in SMALL.items() if key in known} | changes)
+        names = config_class.attribute_map
+        known = set(config_class().to_dict()) | set(names)
+        small = {"num_labels": 3} | {names.get(key, key): value for key, value in SMALL.items() if key in known}
+        config = config_class(**small | {names.get(key, key): value for key, value in changes.items()})
         config._attn_implementation = attention
         config._experts_implementation = "eager"  # grouped products of torch do not take float64
         return cls(config)
@@ -43,14 +44,14 @@ def configured(model_class: str, attention: str = "eager", **changes: Any) -> Ca
     return build
 
 
-def text(length: int = 7, padded: bool = False, **more: Callable[[], Any]):
+def text(length: int = 7, padded: bool = False, first=(7, 4, 3, 2), **more: Callable[[], Any]):
     """Return a maker of batches of tokens, with padding at the end if wanted; without labels."""
 
     def batch() -> dict[str, Any]:
         tokens = integers(VOCABULARY, length, low=3)
         if not padded:
             return {"input_ids": tokens, **{key: make() for key, make in more.items()}}
-        mask = torch.arange(length) < lengths(length, (length, 4, 3, 2)).clamp(min=2)[:, None]
+        mask = torch.arange(length) < lengths(length, first).clamp(min=2)[:, None]
         extra = {key: make() for key, make in more.items()}
         return {"input_ids": tokens * mask, "attention_mask": mask.long(), **extra}
 

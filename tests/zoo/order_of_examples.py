@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+from zoo.faults import LATER, ORDER
 from zoo.harness import Entry
 from zoo.tables import Net, integers, kept, labels, normal, sequences, vectors
 
-ORDER = "only new patterns of calls are checked: examples that change places later are given to each other"
-LATER = "only the first batch is checked: what couples or happens later is not seen"
 COUPLED = "influence each other|depends on which samples share a batch|alone"
 
 

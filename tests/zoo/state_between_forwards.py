@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from zoo.faults import CACHED, LATER
 from zoo.harness import Entry
 from zoo.tables import kept, sequences, vectors
-
-LATER = "only the first batch is checked: what couples or happens later is not seen"
-CACHED = "a weight kept from an earlier evaluation stays that of another checkpoint"
 
 
 class Counting(nn.Module):
