@@ -89,4 +89,20 @@ def pixels(size: int = 16, channels: int = 3):
     return lambda: {"pixel_values": normal(channels, size, size)}
 
 
-__all__ = ["NUM_EXAMPLES", "causal", "classifier", "configured", "language_model", "pixels", "text"]
+def squares(*names):
+    """Return a task of mean squares of outputs, for models without a loss of single examples."""
+
+    def task(model, batch):
+        output = model(**batch)
+        return sum(output[name].flatten(1).square().mean(1) for name in names)
+
+    return task
+
+
+def outputs(name: str, model_class: str, batch, *names: str, **changes) -> Entry:
+    """Return the entry of a model, whose loss is the mean square of some of its outputs."""
+    entry = {key: changes.pop(key) for key in ("refused", "or_exact", "fault", "rtol") if key in changes}
+    return Entry(name, configured(model_class, **changes), batch, squares(*names), **entry)
+
+
+__all__ = ["NUM_EXAMPLES", "causal", "classifier", "configured", "language_model", "outputs", "pixels", "text"]

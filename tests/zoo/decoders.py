@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zoo.configurations import language_model, text
-from zoo.faults import NOISE, SHIFTED, UNMASKED
+from zoo.faults import NOISE, UNMASKED
 
 DECODERS = [
     language_model("Llama", "LlamaForCausalLM"),
@@ -197,7 +197,7 @@ DECODERS = [
     ),
     language_model("MiniMax", "MiniMaxForCausalLM", num_local_experts=2, block_size=4),
     language_model("NanoChat", "NanoChatForCausalLM"),
-    language_model("XLNet", "XLNetLMHeadModel", d_model=16, n_layer=2, n_head=2, d_inner=24, fault=SHIFTED),
+    language_model("XLNet", "XLNetLMHeadModel", d_model=16, n_layer=2, n_head=2, d_inner=24),
     language_model("Doge", "DogeForCausalLM"),
     language_model(
         "dots.1",

@@ -33,14 +33,6 @@ T5 = {
 }
 
 
-def losses(model, batch):
-    """Return each example's cross-entropy at labels that are not shifted."""
-    scores = model(**batch).logits
-    entropy = torch.nn.functional.cross_entropy(scores.transpose(1, 2), batch["labels"], reduction="none")
-    count = (batch["labels"] != -100).sum(1)
-    return entropy.sum(1) / count
-
-
 def translation():
     """Return a batch of padded sources, and targets some of which are shorter."""
     targets = integers(VOCABULARY, 5, low=3, seed=7)
@@ -62,16 +54,16 @@ def tagged():
     return made | {"labels": (made["input_ids"] % 3).masked_fill(made["attention_mask"] == 0, -100)}
 
 
-def of_tokens(name: str, model_class: str, batch, **changes) -> Entry:
-    """Return the entry of a model whose labels belong to its positions; its loss is the model's own."""
+def of_tokens(name: str, model_class: str, batch, task: str = "seq2seq", **changes) -> Entry:
+    """Return the entry of a model with labels for its positions; its loss is the model's own."""
     entry = {key: changes.pop(key) for key in ("refused", "or_exact", "fault", "rtol") if key in changes}
-    return Entry(name, configured(model_class, **changes), batch, losses, own_loss, **entry)
+    return Entry(name, configured(model_class, **changes), batch, task, own_loss, **entry)
 
 
 ENCODERS = [
     classifier("BERT", "BertForSequenceClassification", PADDED),
-    of_tokens("BERT, masked tokens", "BertForMaskedLM", masked),
-    of_tokens("BERT, tags", "BertForTokenClassification", tagged),
+    of_tokens("BERT, masked tokens", "BertForMaskedLM", masked, "masked_language_modeling"),
+    of_tokens("BERT, tags", "BertForTokenClassification", tagged, "token_classification"),
     classifier("RoBERTa", "RobertaForSequenceClassification", PADDED),
     classifier("XLM-RoBERTa", "XLMRobertaForSequenceClassification", PADDED),
     classifier("CamemBERT", "CamembertForSequenceClassification", PADDED),

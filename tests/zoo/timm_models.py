@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.faults import CACHED, GIVEN_UP
+from zoo.faults import BATCH_OF_ONE, GIVEN_UP, KEPT_GRAPH
 from zoo.harness import Entry
 from zoo.tables import labels, normal
 
@@ -50,7 +50,7 @@ TIMM_MODELS = [
     image_model("cait_xxs24_224", 16, **VIT),
     image_model("convit_tiny", 16, **VIT),
     image_model("eva02_tiny_patch14_224", 16, **VIT),
-    image_model("xcit_nano_12_p8_224", 16, **VIT, doubled=True),
+    image_model("xcit_nano_12_p8_224", 16, **VIT, doubled=True, fault=BATCH_OF_ONE),
     image_model(
         "swin_tiny_patch4_window7_224",
         32,
@@ -75,7 +75,7 @@ TIMM_MODELS = [
         "swinv2_cr_tiny_224", 32, img_size=32, patch_size=4, window_size=4, embed_dim=8, depths=(2, 1), num_heads=(2, 2)
     ),
     image_model(
-        "levit_128s", 64, img_size=64, embed_dim=(16, 16), key_dim=8, num_heads=(2, 2), depth=(1, 1), fault=CACHED
+        "levit_128s", 64, img_size=64, embed_dim=(16, 16), key_dim=8, num_heads=(2, 2), depth=(1, 1), fault=KEPT_GRAPH
     ),
     image_model("pit_ti_224", 32, img_size=32, base_dims=(8, 8), depth=(1, 1), heads=(1, 2), patch_size=8, stride=8),
     image_model("pvt_v2_b0", 32, depths=(1, 1, 1, 1), embed_dims=(8, 8, 8, 8), num_heads=(1, 1, 2, 2)),
@@ -99,9 +99,7 @@ TIMM_MODELS = [
         num_heads=(1, 1, 2, 2),
         wss=(2, 2, 2, 2),
     ),
-    image_model(
-        "visformer_tiny", 32, img_size=32, embed_dim=16, depth=(1, 1, 1), num_heads=2, init_channels=8, doubled=True
-    ),
+    image_model("visformer_tiny", 32, img_size=32, embed_dim=16, depth=(1, 1, 1), num_heads=2, init_channels=8),
     image_model("edgenext_xx_small", 32, depths=(1, 1, 1, 1), dims=(8, 16, 16, 16), heads=(2, 2, 2, 2)),
     image_model("davit_tiny", 32, depths=(1, 1), embed_dims=(8, 16), num_heads=(2, 2), window_size=4),
     image_model("lcnet_035", 32),
@@ -116,6 +114,7 @@ TIMM_MODELS = [
         depths=(1, 1, 1, 1),
         num_heads=(1, 1, 2, 2),
         window_sizes=(2, 2, 2, 2),
+        fault=KEPT_GRAPH,
     ),
     image_model(
         "hiera_tiny_224",
@@ -127,7 +126,6 @@ TIMM_MODELS = [
         q_pool=1,
         mask_unit_size=(4, 4),
     ),
-    image_model("gcvit_xxtiny", 32, img_size=32, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)),
     image_model(
         "efficientvit_m0",
         64,
@@ -136,6 +134,7 @@ TIMM_MODELS = [
         key_dim=(4, 4, 4),
         num_heads=(2, 2, 2),
         window_size=(4, 4, 4),
+        fault=KEPT_GRAPH,
     ),
     image_model("test_vit_relpos", 32, img_size=32, fault=GIVEN_UP),
     image_model("test_maxvit", 64, img_size=64),

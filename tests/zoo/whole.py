@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from zoo.audio_and_mixed import AUDIO_AND_MIXED
 from zoo.decoders import DECODERS
 from zoo.encoders import ENCODERS
 from zoo.peft_methods import PEFT_METHODS
 from zoo.tables import params
 from zoo.timm_models import TIMM_MODELS
-from zoo.vision_and_audio import VISION_AND_AUDIO
+from zoo.vision import VISION
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,6 +24,6 @@ def _torchvision():
             torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
 
 
-@pytest.mark.parametrize("entry", params(DECODERS, ENCODERS, VISION_AND_AUDIO, TIMM_MODELS, PEFT_METHODS))
+@pytest.mark.parametrize("entry", params(DECODERS, ENCODERS, VISION, AUDIO_AND_MIXED, TIMM_MODELS, PEFT_METHODS))
 def test_gradients_are_those_of_single_examples(entry, recorded, tmp_path):
     recorded(entry, tmp_path / "store")
