@@ -183,6 +183,14 @@ def test_loaders_that_accelerate_prepared():
         assert [value for values, _ in seen for value in values] == X.tolist()
 
 
+def test_examples_of_any_shape_are_collated_by_the_users_function():
+    items = [(torch.full((3, 5, 5), float(i)), torch.zeros(5, 5)) for i in range(4)]
+    source = as_data_source(items, "train", 2, lambda rows: tuple(map(torch.stack, zip(*rows, strict=True))))
+    assert [batch[0].shape for batch, _ in source.batches(np.arange(4))] == [(2, 3, 5, 5)] * 2
+    with pytest.raises(tracer.BatchError, match="has 5 entries"):
+        as_data_source(items, "train", 2)
+
+
 @pytest.mark.parametrize("item", [(torch.ones(3, 2), torch.ones(3)), {"x": torch.ones(3), "labels": torch.ones(3)}])
 def test_batches_are_not_taken_for_examples(item):
     assert len(as_data_source([item, item], "train", 4)) == 6

@@ -96,6 +96,18 @@ def test_kinds_are_known_by_name_if_no_loss_shows_them():
         assert token_tasks.shifts_labels(Wrapper(model)) is shifts
 
 
+def test_adapters_of_peft_pass_for_their_model():
+    peft = pytest.importorskip("peft")
+    inner = build("BertForMaskedLM")
+    batch = tokens_and_labels(inner)
+    model = peft.get_peft_model(inner, peft.LoraConfig(target_modules=["query"])).double().eval()
+    assert type(model) is peft.PeftModel
+    task = make_task("language_modeling")
+    torch.testing.assert_close(
+        task.outputs(model, {**batch, "index": torch.arange(2)}).loss, task.outputs(inner, batch).loss
+    )
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_seq2seq_labels_are_the_decoders_own(reduction):
     model = build("T5ForConditionalGeneration")

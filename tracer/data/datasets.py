@@ -173,6 +173,8 @@ def is_sample(item: Any, has_collate_fn: bool = False) -> bool:
     tensors = [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.ndim]
     if not tensors:  # objects can be collated by the user's function only
         return has_collate_fn or all(isinstance(leaf, (Tensor, np.generic, list, str, int, float)) for leaf in found)
+    if has_collate_fn and len({len(leaf) for leaf in tensors} - {1}) > 1:  # no batch, but perhaps part of one
+        return True
     if isinstance(item, Mapping):
         tokens = item.get("input_ids")
         if isinstance(tokens, (list, tuple)) or (isinstance(tokens, Tensor) and tokens.ndim == 1):

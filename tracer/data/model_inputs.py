@@ -68,9 +68,20 @@ def as_mapping(batch: Batch) -> Batch:
     return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
 
 
+def _signature(model: Any) -> inspect.Signature:
+    """Return the signature of a model's forward, or of the model that an adapter of peft passes all arguments to."""
+    signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    passes_all = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+    return (
+        inspect.signature(model.get_base_model().forward)
+        if passes_all and hasattr(model, "get_base_model")
+        else signature
+    )
+
+
 def _parameters(model: nn.Module) -> dict[str, inspect.Parameter] | None:
     """Return the parameters of a model's forward; None if it takes any keywords."""
-    parameters = dict(inspect.signature(model.forward).parameters)
+    parameters = dict(_signature(model).parameters)
     return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else parameters
 
 
@@ -101,8 +112,7 @@ def _is_required(parameter: inspect.Parameter) -> bool:
 
 def _check_positional(model: nn.Module, inputs: Sequence[Any], task: str) -> None:
     """Raise `BatchError` unless a tuple's inputs are as many as the forward needs, or one more that is its mask."""
-    forward = model.forward if isinstance(model, nn.Module) else model
-    parameters = list(inspect.signature(forward).parameters.values())
+    parameters = list(_signature(model).parameters.values())
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
