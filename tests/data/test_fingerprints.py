@@ -94,6 +94,10 @@ COLLATED = {
         {"input_ids": pad([TOKENS[i] for i in at], 9), "attention_mask": pad([TOKENS[i] for i in at]) != 0},
         torch.tensor(at),
     ),
+    "two masks": lambda at: {
+        "query": {"input_ids": pad([TOKENS[i] for i in at], 9), "attention_mask": pad([TOKENS[i] for i in at]) != 0},
+        "text": {"input_ids": pad([TOKENS[-i] for i in at], 9), "attention_mask": pad([TOKENS[-i] for i in at]) != 0},
+    },
     "copied labels": lambda at: {
         "input_ids": pad([TOKENS[i] for i in at], 9),
         "attention_mask": pad([TOKENS[i] for i in at]) != 0,

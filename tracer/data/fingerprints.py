@@ -28,7 +28,7 @@ def fingerprint_samples(batch: Batch, batch_size: int) -> UInt64[np.ndarray, " B
     """
     # xxh3 is no cryptographic hash: this finds accidents, such as a shuffled loader, not inputs made to collide.
     hashes = [0] * batch_size
-    named = {_name(path): leaf for path, leaf in leaves(batch) if isinstance(leaf, Tensor)}
+    tensors = {path: leaf for path, leaf in leaves(batch) if isinstance(leaf, Tensor)}
     for path, leaf in leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim == 0:
             leaf = leaf.expand(batch_size)
@@ -39,7 +39,7 @@ def fingerprint_samples(batch: Batch, batch_size: int) -> UInt64[np.ndarray, " B
         if not isinstance(leaf, Tensor):
             hashes = list(map(xxhash.xxh3_64_intdigest, (_object_bytes(path, item) for item in leaf), hashes))
             continue
-        rows = list(_without_padding(leaf, _counted(_name(path), leaf, named)))
+        rows = list(_without_padding(leaf, _counted(path, leaf, tensors)))
         # The hash of the leaves before is the seed of the next: leaves may not change places.
         if leaf.ndim > 2:  # a shape is part of a sample, up to its padding
             shapes = (str(row.shape[1:]).encode() for row in rows)
@@ -49,21 +49,16 @@ def fingerprint_samples(batch: Batch, batch_size: int) -> UInt64[np.ndarray, " B
     return np.array(hashes, np.uint64)
 
 
-def _name(path: str) -> str:
-    """Return the last key of a path."""
-    return re.findall(r"\w+", path)[-1]
-
-
-def _counted(name: str, leaf: Tensor, named: Mapping[str, Tensor]) -> np.ndarray | None:
-    """Return which positions of a leaf the batch's attention mask declares the samples' own, ``[B, T]``, or None."""
-    mask = named.get("attention_mask")
+def _counted(path: str, leaf: Tensor, tensors: Mapping[str, Tensor]) -> np.ndarray | None:
+    """Return which positions of a leaf the attention mask beside it declares the samples' own, ``[B, T]``, or None."""
+    name = re.findall(r"\w+", path)[-1]
+    mask, tokens = (tensors.get(key.join(path.rsplit(name, 1))) for key in ("attention_mask", "input_ids"))
     if mask is None or mask.ndim != 2 or leaf.shape[:2] != mask.shape or name.startswith("decoder"):
         return None
     counted = mask.bool()
     if name in LABEL_KEYS and leaf.ndim == 2:
         # Those of an encoder-decoder may have the inputs' length by chance. Else what is masked is padding or a copy.
         padding = leaf == -100
-        tokens = named.get("input_ids")
         if tokens is not None and tokens.shape == leaf.shape:
             padding |= leaf == tokens
         counted = counted | ~(padding | counted).all(1, keepdim=True)
