@@ -429,10 +429,13 @@ def test_a_classifier_is_refused():
 def test_checkpoints_are_checked():
     model, x = make("gru"), rows_of(2)
     state = model.state_dict()
-    with pytest.raises(InputError, match="checkpoints is empty"):
-        token_influence(model, "language_modeling", x, x, [])
-    with pytest.raises(InputTypeError, match=r"checkpoints is a OrderedDict; expected a list"):
+    for none in ([], iter([])):
+        with pytest.raises(InputError, match="checkpoints is empty"):
+            token_influence(model, "language_modeling", x, x, none)
+    with pytest.raises(InputTypeError, match=r"checkpoints is a OrderedDict; expected a path, or a list"):
         token_influence(model, "language_modeling", x, x, state)
+    with pytest.raises(InputError, match="both the same tensors"):
+        token_influence(model, "language_modeling", x, x, (model.state_dict() for _ in range(2)))
     with pytest.raises(InputTypeError, match="A checkpoint came as 3 values"):
         token_influence(model, "language_modeling", x, x, [(state, 1.0, 2)])
     with pytest.raises(InputError, match=r"Checkpoints \[1\] have no learning rate and the other checkpoints have one"):

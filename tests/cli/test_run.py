@@ -230,7 +230,7 @@ def test_a_recorders_directory_brings_its_learning_rates(project):
                 parameter.grad = torch.ones_like(parameter)
             optimizer.step()
             recorder.step()
-    assert find_checkpoints(["recorded"], None) == load_checkpoints("recorded")
+    assert find_checkpoints(["recorded"], None)[0] == load_checkpoints("recorded")
     settings = (project / "tracer.toml").read_text().replace("learning_rate", "# learning_rate")
     (project / "recorded.toml").write_text(settings.replace("checkpoints/*.pt", "recorded"))
     found = printed_json("run", "recorded.toml", "--dry-run")["checkpoints"]
@@ -242,12 +242,12 @@ def test_a_recorders_directory_brings_its_learning_rates(project):
     message = r"Checkpoints \['epoch_2.pt'\] have no learning rate and the other checkpoints have one"
     with pytest.raises(InputError, match=message):
         find_checkpoints(["recorded", "checkpoints/epoch_2.pt"], None)
-    assert len(find_checkpoints(["recorded", "checkpoints/epoch_2.pt"], 0.1)) == 3
+    assert len(find_checkpoints(["recorded", "checkpoints/epoch_2.pt"], 0.1)[0]) == 3
 
 
 def test_one_learning_rate_is_for_all_checkpoints(project):
-    assert [rate for _, rate in find_checkpoints(["checkpoints/*.pt"], 0.5)] == [0.5, 0.5]
-    assert [rate for _, rate in find_checkpoints(["checkpoints/*.pt"], None)] == [None, None]
+    assert [rate for _, rate in find_checkpoints(["checkpoints/*.pt"], 0.5)[0]] == [0.5, 0.5]
+    assert [rate for _, rate in find_checkpoints(["checkpoints/*.pt"], None)[0]] == [None, None]
 
 
 def test_every_header_is_read_before_the_first_batch(project):

@@ -252,7 +252,7 @@ def test_several_state_dicts_that_could_be_meant():
     )
     model, _, whole = trained()
     averaged = {name: value + 1 for name, value in whole["model"].items()}
-    found = read_training_checkpoint(whole | {"ema": averaged}, model, names_of(model), "ema")
+    found = read_training_checkpoint(whole | {"ema": averaged}, model, names_of(model), key="ema")
     assert torch.equal(found.state["0.bias"], averaged["0.bias"])
     refused(whole | {"other": whole["optimizer"]}, "several state dicts of the optimizer, under 'optimizer', 'other'; ")
 

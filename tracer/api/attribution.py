@@ -14,17 +14,16 @@ from tqdm import tqdm
 
 from tracer._core.sharding import fsdp_modules
 from tracer._core.validation import bar_disabled, check_count, check_model
-from tracer.api.checkpoint_sources import check_distinct
+from tracer.api.checkpoint_sources import check_distinct, checkpoint_pairs
 from tracer.api.report_metadata import StoreFacts
 from tracer.api.settings import FeatureOptions, FeatureSettings, chosen_storage, feature_settings, takes_settings
 from tracer.api.store_reader import StoreReader
 from tracer.api.tracer import Tracer
 from tracer.data.datasets import DataSource, as_data_source
-from tracer.errors import InputError, InputTypeError
+from tracer.errors import InputError
 from tracer.report import ReportOptions, write_report
 from tracer.report.samples import as_array
 from tracer.scoring.estimators import Estimate
-from tracer.training.checkpoint_paths import checkpoints_at
 from tracer.training.load_state import check_headers
 from tracer.types import Batch, Checkpoint, TopK
 
@@ -222,7 +221,7 @@ def attribute(
             "model is sharded by fully_shard, and attribute passes all examples in one process; make a Tracer on each "
             "rank and pass its own examples by inds=, or pass the plain model."
         )
-    pairs = _pairs(checkpoints)
+    pairs = checkpoint_pairs(checkpoints)
     if isinstance(pairs, list):
         check_distinct([checkpoint for checkpoint, _ in pairs])
         for checkpoint, _ in pairs:
@@ -254,8 +253,6 @@ def attribute(
             _feed(tracer.score, target_rows, missing, {"desc": f"score {model_id + 1}{of}", **bar_options})
         if not isinstance(pairs, list):
             tracer._sources.forget(chosen[-1])
-    if not chosen:
-        raise InputError("checkpoints is empty; pass one checkpoint at least.")
     if stores_features:
         tracer.flush()
         tracer.process.wait()
@@ -278,23 +275,6 @@ def _feed(step: Callable[..., None], source: DataSource, rows: np.ndarray, bar_o
             bar.update(int(np.isin(inds, rows, assume_unique=True).sum()))
 
 
-def _pairs(checkpoints: Any) -> list[tuple[Checkpoint, float | None]] | Iterator[tuple[Checkpoint, float | None]]:
-    """Return the checkpoints with their learning rates: a list, or what an iterator yields one at a time."""
-    if isinstance(checkpoints, (str, os.PathLike)):
-        return list(checkpoints_at(checkpoints))
-    if isinstance(checkpoints, Mapping) or not hasattr(checkpoints, "__iter__"):
-        raise InputTypeError(
-            f"checkpoints is a {type(checkpoints).__name__}; expected a path, or a list or iterator of state dicts or "
-            f"paths, each alone or as (checkpoint, learning_rate)."
-        )
-    if isinstance(checkpoints, Iterator):
-        return map(_pair, checkpoints)
-    found = [_pair(checkpoint) for checkpoint in checkpoints]
-    if not found:
-        raise InputError("checkpoints is empty; pass one checkpoint at least.")
-    return found
-
-
 def _groups(pairs: Iterable[tuple[Checkpoint, float | None]]) -> Iterator[list[tuple[int, tuple]]]:
     """Yield the numbered checkpoints that can be loaded again: those of a list together, of an iterator each alone."""
     if isinstance(pairs, list):
@@ -304,13 +284,3 @@ def _groups(pairs: Iterable[tuple[Checkpoint, float | None]]) -> Iterator[list[t
     for pair in pairs:
         yield [(number, pair)]  # enumerate would hold the first one
         number += 1
-
-
-def _pair(checkpoint: Any) -> tuple[Checkpoint, float | None]:
-    if isinstance(checkpoint, (tuple, list)):
-        if len(checkpoint) != 2:
-            raise InputTypeError(
-                f"A checkpoint came as {len(checkpoint)} values; expected (checkpoint, learning_rate)."
-            )
-        return checkpoint[0], checkpoint[1]
-    return checkpoint, None

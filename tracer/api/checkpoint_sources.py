@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tracer.errors import CallOrderError, InputError
+from tracer.errors import CallOrderError, InputError, InputTypeError
 from tracer.store import RowTable, Store
+from tracer.training.checkpoint_paths import checkpoints_at
 from tracer.types import Checkpoint
 
 _ALIASING = (
     "Note that state_dict() returns references to the model's tensors, which training changes: copy them, for example "
     "{name: value.clone() for name, value in model.state_dict().items()}, or save each checkpoint to a file."
 )
+
+
+def checkpoint_pairs(checkpoints: Any) -> Iterable[tuple[Checkpoint, float | None]]:
+    """Return the checkpoints with their learning rates: a list, or what an iterator yields one at a time."""
+    if isinstance(checkpoints, (str, os.PathLike)):
+        return list(checkpoints_at(checkpoints))
+    if isinstance(checkpoints, Mapping) or not hasattr(checkpoints, "__iter__"):
+        raise InputTypeError(
+            f"checkpoints is a {type(checkpoints).__name__}; expected a path, or a list or iterator of state dicts or "
+            f"paths, each alone or as (checkpoint, learning_rate)."
+        )
+    pairs = _pairs(checkpoints)
+    return pairs if isinstance(checkpoints, Iterator) else list(pairs)
+
+
+def _pairs(checkpoints: Iterable[Any]) -> Iterator[tuple[Checkpoint, float | None]]:
+    number = 0  # enumerate would hold the first one
+    for checkpoint in checkpoints:
+        number += 1
+        pair = tuple(checkpoint) if isinstance(checkpoint, (tuple, list)) else (checkpoint, None)
+        if len(pair) != 2:
+            raise InputTypeError(f"A checkpoint came as {len(pair)} values; expected (checkpoint, learning_rate).")
+        yield pair
+        del checkpoint, pair
+    if not number:
+        raise InputError("checkpoints is empty; pass one checkpoint at least.")
 
 
 def check_distinct(checkpoints: Sequence[Checkpoint]) -> None:

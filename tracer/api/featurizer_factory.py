@@ -24,9 +24,7 @@ from tracer.store import RowTable
 from tracer.store.feature_storage import FeatureStorage
 from tracer.store.manifest import Manifest
 from tracer.training.adam import check_preconditioner, read_training_checkpoint
-from tracer.training.checkpoints import weights_fingerprint
 from tracer.training.lend_weights import LoadedWeights
-from tracer.training.load_state import load_state
 from tracer.types import Checkpoint
 
 
@@ -85,14 +83,12 @@ class FeaturizerFactory:
     def read(self, checkpoint: Checkpoint) -> LoadedCheckpoint:
         """Return a checkpoint fitted to the model, or raise `CheckpointError`."""
         with torch.inference_mode(False):
-            if self.settings.preconditioner is not None:
-                training = read_training_checkpoint(
-                    checkpoint, self.model, list(self._shapes), self.settings.checkpoint_key
-                )
-                weights = LoadedWeights(self.model, training.state, self.device, training.scales())
-                return LoadedCheckpoint(weights, training.fingerprint())
-            state = load_state(self.model, checkpoint, self.settings.checkpoint_key)
-            return LoadedCheckpoint(LoadedWeights(self.model, state, self.device), weights_fingerprint(state))
+            settings = self.settings
+            read = read_training_checkpoint(
+                checkpoint, self.model, list(self._shapes), settings.preconditioner, settings.checkpoint_key
+            )
+            weights = LoadedWeights(self.model, read.state, self.device, read.scales())
+            return LoadedCheckpoint(weights, read.fingerprint())
 
     def make(self, loaded: LoadedCheckpoint, model_id: int) -> Featurizer:
         """Return the featurizer of a checkpoint."""

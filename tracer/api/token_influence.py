@@ -27,16 +27,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tracer._core.sharding import fsdp_modules
 from tracer._core.validation import check_device, check_model, check_rate, complete_rates
+from tracer.api.checkpoint_sources import check_distinct, checkpoint_pairs
 from tracer.data.batches import check_batch_size, count_samples, select_samples, to_device
 from tracer.data.model_inputs import logits_of
 from tracer.data.named_tasks import make_task
 from tracer.data.tasks import Task, TaskModule
 from tracer.data.token_tasks import TokenTask
-from tracer.errors import BatchError, GradientError, InputError, InputTypeError, NonFiniteError
+from tracer.errors import BatchError, GradientError, InputError, NonFiniteError
 from tracer.gradients import ParamSelection, isolated, select_parameters
 from tracer.training.adam import check_preconditioner, read_training_checkpoint
 from tracer.training.lend_weights import LoadedWeights, weights_in
-from tracer.training.load_state import load_state
 from tracer.types import Batch, Checkpoint, SampleOutputs
 
 logger = logging.getLogger("tracer")
@@ -107,7 +107,8 @@ def token_influence(
     targets = [select_samples(target_batch, torch.tensor([row]), num_targets) for row in range(num_targets)]
     total: Tensor | None = None
     for checkpoint, rate in pairs:
-        weights = _load(model, checkpoint, names, preconditioner, place)
+        read = read_training_checkpoint(checkpoint, model, names, preconditioner)
+        weights = LoadedWeights(model, read.state, place, read.scales())
         with weights_in(model, weights), isolated(model, names, place), _differentiable(model, place):
             parts = torch.stack(
                 [_parts(model, task, train_batch, _direction(model, task, one, names, weights)) for one in targets]
@@ -120,29 +121,11 @@ def token_influence(
 
 def _with_rates(checkpoints: Any) -> list[tuple[Checkpoint, float]]:
     """Return checkpoints with their learning rates; 1 for all if none has any."""
-    if isinstance(checkpoints, (str, Mapping)) or not hasattr(checkpoints, "__iter__"):
-        raise InputTypeError(
-            f"checkpoints is a {type(checkpoints).__name__}; expected a list of state dicts or paths, each alone or as "
-            f"(checkpoint, learning_rate)."
-        )
-    pairs = [tuple(item) if isinstance(item, (tuple, list)) else (item, None) for item in checkpoints]
-    if not pairs:
-        raise InputError("checkpoints is empty; pass one checkpoint at least.")
-    wrong = [len(pair) for pair in pairs if len(pair) != 2]
-    if wrong:
-        raise InputTypeError(f"A checkpoint came as {wrong[0]} values; expected (checkpoint, learning_rate).")
+    pairs = list(checkpoint_pairs(checkpoints))
     given = [check_rate(rate) for _, rate in pairs]
     rates = complete_rates(range(len(pairs)), given, "Pass (checkpoint, learning_rate) for all, or for none.")
+    check_distinct([checkpoint for checkpoint, _ in pairs])
     return [(checkpoint, rate) for (checkpoint, _), rate in zip(pairs, rates, strict=True)]
-
-
-def _load(
-    model: nn.Module, checkpoint: Checkpoint, names: Sequence[str], preconditioner: str | None, device: torch.device
-) -> LoadedWeights:
-    if preconditioner is None:
-        return LoadedWeights(model, load_state(model, checkpoint), device)
-    training = read_training_checkpoint(checkpoint, model, list(names))
-    return LoadedWeights(model, training.state, device, training.scales())
 
 
 @contextmanager

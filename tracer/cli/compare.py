@@ -8,12 +8,12 @@ import click
 import numpy as np
 from jaxtyping import Float
 
-from tracer.cli.export import matrix_blocks
 from tracer.cli.output import print_result
 from tracer.cli.settings import BY_NAME
 from tracer.cli.stores import Integers, RankingCommand, StoreView, count_option, open_view
 from tracer.errors import MismatchError
 from tracer.metrics.ranks import rank_correlation
+from tracer.report.summaries import matrix_blocks
 from tracer.scoring.scorer import KINDS
 
 _BLOCK_SCORES = 1 << 22  # scores of a block of targets, of each side

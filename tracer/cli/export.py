@@ -17,6 +17,7 @@ from tracer._core.text import csv_cell
 from tracer.cli.output import print_result
 from tracer.cli.stores import Integers, RankingCommand, StoreView, check_targets, count_option, known_labels, open_view
 from tracer.errors import InputError, MissingDependencyError
+from tracer.report.summaries import matrix_blocks
 from tracer.scoring.scorer import KINDS
 from tracer.store.table_schema import NO_LABEL
 
@@ -134,13 +135,6 @@ def _summary(view: StoreView, what: str) -> Columns:
         "mean_score": mean if by_row else mean / scores.shape[0],
         "mean_absolute_score": absolute if by_row else absolute / scores.shape[0],
     }
-
-
-def matrix_blocks(matrix: Any, block_scores: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield blocks of about so many scores of anything that returns rows if it is sliced, each with its first row."""
-    step = max(1, block_scores // int(matrix.shape[1]))
-    for start in range(0, matrix.shape[0], step):
-        yield start, np.asarray(matrix[start : start + step])
 
 
 def _write_csv(file: BinaryIO, blocks: Iterable[Columns]) -> Iterator[int]:

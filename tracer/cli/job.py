@@ -41,7 +41,7 @@ class Job:
     @classmethod
     def load(cls, settings: Mapping[str, Any]) -> Job:
         """Import and build everything that complete settings name."""
-        checkpoints = find_checkpoints(settings["checkpoints"], settings.get("learning_rate"))
+        checkpoints, notes = find_checkpoints(settings["checkpoints"], settings.get("learning_rate"))
         model = build(settings["model"], "model")
         if not isinstance(model, nn.Module):
             raise InputTypeError(
@@ -57,7 +57,7 @@ class Job:
             settings["save_dir"],
             {name: settings[name] for name in RANKING if name in settings},
             {name: value for name, value in settings.items() if name in FeatureSettings.__annotations__},
-            replaced_rates(settings["checkpoints"], checkpoints),
+            notes,
         )
 
     def run(self, train: DataSource, targets: DataSource, count: int | None = None, **changes: Any) -> Attribution:
@@ -142,8 +142,10 @@ def _guard(call: Callable[[], Any], reference: str, setting: str) -> Any:
         ) from error
 
 
-def find_checkpoints(patterns: Sequence[str], learning_rate: float | Sequence[float] | None) -> WeightedPaths:
-    """Find checkpoint files and their learning rates: the given ones, else those that a recorder wrote."""
+def find_checkpoints(
+    patterns: Sequence[str], learning_rate: float | Sequence[float] | None
+) -> tuple[WeightedPaths, tuple[str, ...]]:
+    """Find checkpoints and their learning rates: the given ones, else recorded ones; with a note if these differ."""
     found = [each for pattern in patterns for each in checkpoints_at(pattern)]
     seen: set[Path] = set()
     for path, _ in found:
@@ -153,23 +155,18 @@ def find_checkpoints(patterns: Sequence[str], learning_rate: float | Sequence[fl
     if learning_rate is None:
         paths, known = [path.name for path, _ in found], [rate for _, rate in found]
         complete_rates(paths, known, "Give learning_rate, one for all or one for each in the order of the checkpoints.")
-        return found
+        return found, ()
     rates = [learning_rate] * len(found) if isinstance(learning_rate, (int, float)) else list(learning_rate)
     if len(rates) != len(found):
         names = ", ".join(path.name for path, _ in found)
         raise InputError(f"learning_rate has {len(rates)} values for {len(found)} checkpoints: {names}.")
-    return [(path, float(rate)) for (path, _), rate in zip(found, rates, strict=True)]
-
-
-def replaced_rates(patterns: Sequence[str], used: WeightedPaths) -> tuple[str, ...]:
-    """Return a note if given learning rates replace recorded ones."""
-    found = [each for pattern in patterns for each in checkpoints_at(pattern)]
-    pairs = [(before, rate) for (_, before), (_, rate) in zip(found, used, strict=True)]
+    used: WeightedPaths = [(path, float(rate)) for (path, _), rate in zip(found, rates, strict=True)]
+    pairs = [(before, rate) for (_, before), rate in zip(found, rates, strict=True)]
     replaced = [(before, rate) for before, rate in pairs if before is not None and before != rate]
     if not replaced:
-        return ()
-    recorded, given = (", ".join(f"{rate:.4g}" for rate in rates) for rates in zip(*replaced, strict=True))
-    return (
+        return used, ()
+    recorded, given = (", ".join(f"{rate:.4g}" for rate in each) for each in zip(*replaced, strict=True))
+    return used, (
         f"The given learning_rate replaces recorded rates of {len(replaced)} checkpoints ({recorded}) by ({given}); "
         f"leave learning_rate out to use the recorded rates.",
     )

@@ -84,7 +84,7 @@ def summarize_scores(
         raise InputError(f"scores have shape {list(scores.shape)}; expected [N, M], at least one each.")
     train_mean, train_mean_abs = np.zeros(num_train), np.zeros(num_train)
     total, squares, largest = np.zeros(num_targets), np.zeros(num_targets), 0.0
-    for start, block in _blocks(scores):
+    for start, block in matrix_blocks(scores, _BLOCK_BYTES // 8, np.float64):
         if not np.isfinite(block).all():
             bad = start + np.flatnonzero(~np.isfinite(block).all(axis=1))
             raise NonFiniteError(
@@ -102,7 +102,7 @@ def summarize_scores(
         by_class = _ClassSums(train, target, max(1 + int(max(train.max(), target.max())), num_classes or 0))
     edges, train_step = _edges(largest), max(1, num_train * num_targets // _HISTOGRAM_SCORES)
     counts = np.zeros(len(edges) - 1, dtype=np.int64)
-    for start, block in _blocks(scores):
+    for start, block in matrix_blocks(scores, _BLOCK_BYTES // 8, np.float64):
         counts += np.histogram(block[-start % train_step :: train_step], edges)[0]
         if by_class is not None:
             by_class.add(start, block, rms)
@@ -123,12 +123,11 @@ def contradiction_threshold(ratio: np.ndarray) -> float:
     return float(np.exp(middle + SPREAD_FACTOR * (middle - low)))
 
 
-def _blocks(scores: Any) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the first index and the scores of blocks of training examples, float64."""
-    num_train, num_targets = scores.shape
-    step = max(1, _BLOCK_BYTES // (8 * num_targets))
-    for start in range(0, num_train, step):
-        yield start, np.asarray(scores[start : start + step], dtype=np.float64)
+def matrix_blocks(matrix: Any, block_scores: int, dtype: Any = None) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield blocks of about so many scores of anything that returns rows if it is sliced, each with its first row."""
+    step = max(1, block_scores // int(matrix.shape[1]))
+    for start in range(0, matrix.shape[0], step):
+        yield start, np.asarray(matrix[start : start + step], dtype)
 
 
 def _edges(largest: float) -> np.ndarray:

@@ -22,7 +22,7 @@ from tracer._core.text import listing
 from tracer._core.validation import check_choice
 from tracer.errors import CheckpointError, InputError
 from tracer.training.checkpoints import read_source, weights_fingerprint
-from tracer.training.load_state import find_state
+from tracer.training.load_state import find_state, load_state
 from tracer.training.optimizer_states import assign_parameters
 from tracer.types import Checkpoint
 
@@ -54,13 +54,15 @@ class SecondMoment:
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
-    """A model's weights, and its optimizer's second moments of the selected parameters by name."""
+    """A model's weights, and its optimizer's second moments of the selected parameters by name, or None."""
 
     state: dict[str, Tensor]
-    moments: dict[str, SecondMoment]
+    moments: dict[str, SecondMoment] | None = None
 
-    def scales(self) -> dict[str, Tensor]:
+    def scales(self) -> dict[str, Tensor] | None:
         """Return ``Γ^{1/2}`` of each selected parameter; float64 for float64 parameters and else float32."""
+        if self.moments is None:
+            return None
         found = {}
         for name, moment in self.moments.items():
             corrected = moment.values.double() / (1.0 - moment.beta2**moment.step)  # a mean that begins at zero
@@ -69,7 +71,9 @@ class TrainingCheckpoint:
         return found
 
     def fingerprint(self) -> str:
-        """Return a digest of the weights, ``+``, and a digest of the second moments and their settings."""
+        """Return a digest of the weights; with second moments ``+`` and a digest of these and their settings."""
+        if self.moments is None:
+            return weights_fingerprint(self.state)
         # Of the moments as stored, not of Γ, whose last bit may differ between machines.
         values = {name: moment.values for name, moment in self.moments.items()}
         numbers = {
@@ -85,9 +89,15 @@ def optimizer_path(path: str | os.PathLike[str]) -> Path:
 
 
 def read_training_checkpoint(
-    checkpoint: Checkpoint, model: nn.Module, names: Sequence[str], key: str | None = None
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    names: Sequence[str],
+    preconditioner: str | None = "adam",
+    key: str | None = None,
 ) -> TrainingCheckpoint:
-    """Read weights and the named parameters' second moments; ``key`` is as in `find_state`."""
+    """Read weights and, for a preconditioner, the named parameters' second moments; ``key`` is as in `find_state`."""
+    if preconditioner is None:
+        return TrainingCheckpoint(load_state(model, checkpoint, key))
     source = read_source(checkpoint)
     if isinstance(checkpoint, (str, os.PathLike)) and Path(checkpoint).suffix == ".safetensors":
         beside = optimizer_path(checkpoint)
