@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,10 +12,12 @@ import pytest
 from store_cases import N, batch, manifest
 
 from tracer import verify
-from tracer.errors import StoreError
+from tracer.errors import StoreError, TracerError
 from tracer.store import Store
 from tracer.store.arrays.layout import Layout
 from tracer.store.arrays.metadata import NODE
+from tracer.store.result_group import load_group, save_group
+from tracer.store.revisions import is_superseded
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="makes links and pipes")
 
@@ -136,3 +139,38 @@ def test_malformed_documents_are_store_errors(store, text, place):
     (store.path / place / NODE).write_bytes(text)
     with pytest.raises(StoreError):
         Store.open_existing(store.path).checkpoint(0)
+
+
+def places(value, at=()):
+    """Yield the places of all values in a document."""
+    yield at
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*at, key))
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/0", "targets/test/1"])
+def test_any_value_in_a_document_may_be_wrong(store, tmp_path, place):
+    whole = json.loads((store.path / place / NODE).read_text())
+    for at in places(whole["attributes"]):
+        for value in (None, "../../..", -1, 1 << 70, [], {"a": []}):
+            found = json.loads(json.dumps(whole))
+            inside = found
+            for key in ("attributes", *at)[:-1]:
+                inside = inside[key]
+            inside[("attributes", *at)[-1]] = value
+            (store.path / place / NODE).write_text(json.dumps(found))
+            for run in (use, lambda store: verify(store.path, repair=False, progress=False)):
+                with contextlib.suppress(TracerError):
+                    run(store)
+
+
+def test_names_in_documents_lead_to_nothing_outside_of_a_store(store, tmp_path):
+    with pytest.raises(StoreError, match="may lead out"):
+        (store.path / "kernels" / ".." / ".." / NODE).read_bytes()
+    assert is_superseded(store.path, {"revisions": {"../s/checkpoints/0": "x"}})
+    assert is_superseded(store.path, {"revisions": {str(tmp_path): "x"}})
+    save_group(store.path / "kernels" / "a", {}, {"matrix": np.ones((2, 2))})
+    document(store.path / "kernels" / "a" / NODE, lambda found: found["attributes"].update(crc32c={"../../b": 1}))
+    with pytest.raises(StoreError, match="damaged"):
+        load_group(store.path / "kernels" / "a")

@@ -79,13 +79,13 @@ def test_the_path_of_a_store_is_absolute(tmp_path, monkeypatch):
 
 
 def test_an_empty_directory_becomes_a_store_also_after_a_crash(tmp_path):
-    (tmp_path / f"{PARTIAL}left").write_text("{")
+    (tmp_path / (PARTIAL + "0" * 32)).write_text("{")
     assert Store.open(tmp_path, manifest()).catalog.checkpoint_ids() == []
-    assert (tmp_path / f"{PARTIAL}left").exists()  # too young to be swept
+    assert (tmp_path / (PARTIAL + "0" * 32)).exists()  # too young to be swept
 
 
 def test_leftovers_of_crashes_are_swept_after_a_while(store):
-    old = store.path / f"{PARTIAL}old"
+    old = store.path / (PARTIAL + "0" * 32)
     old.mkdir()
     os.utime(old, (time.time() - 3600,) * 2)
     Store.open_existing(store.path)

@@ -109,7 +109,7 @@ class FeaturizerFactory:
 
 def check_weights(table: RowTable, fingerprint: str, model_id: int) -> None:
     """Raise `MismatchError` unless a checkpoint has the weights, and Adam's second moments, stored under its number."""
-    stored = table.attributes["weights_fingerprint"]
+    stored = str(table.attributes["weights_fingerprint"])
     if stored != fingerprint:
         what = "second moments" if stored.partition("+")[0] == fingerprint.partition("+")[0] else "weights"
         raise MismatchError(

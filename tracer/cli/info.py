@@ -76,13 +76,13 @@ def _sizes(path: StorePath) -> dict[str, int] | None:
 
 def _text(found: dict[str, Any]) -> str:
     settings = found["settings"]
-    projector = settings["projector"]["kind"]
+    projector = settings.get("projector", {}).get("kind", "unknown")
     facts = [
         ("store", found["path"]),
         ("model", found["model"]),
-        ("task", settings["task"]["name"]),
+        ("task", settings.get("task", {}).get("name")),
         ("training set", f"{found['train_rows']:,} examples"),
-        ("parameters", f"{len(settings['params'])} selected"),
+        ("parameters", f"{len(settings.get('params', ()))} selected"),
         ("features", f"{found['feature_dim']:,} values an example ({projector}), stored as {found['storage']}"),
         ("made with", ", ".join(f"{name} {version}" for name, version in found["versions"].items())),
     ]

@@ -108,7 +108,7 @@ class ComputedResults:
         for key, described in stored_inputs(path):
             own = {**described, "targets": None}
             if own == inputs or (earlier and same_but_rows(own, inputs)):
-                with contextlib.suppress(StoreError):  # half made or damaged: `cosine_block` mends it
+                with contextlib.suppress(StoreError, LookupError, TypeError):  # damaged: `cosine_block` mends it
                     block = ScoreArray(key)
                     known.setdefault(described["targets"][0], []).append(block)
         found, first = [], 0

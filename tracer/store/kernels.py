@@ -39,6 +39,9 @@ def load_kernel(parent: StorePath, inputs: Mapping[str, Any]) -> tuple[dict[str,
     path = parent / result_key(json_value(dict(inputs), "inputs"))
     try:
         known, arrays = load_group(path)
+        names = {"value", "held_out"} if parent.name == "regularization" else {"trace"}
+        if set(known["sums"]) != names or known["inputs"] != json_value(dict(inputs), "inputs"):
+            raise StoreError(f"{path} is damaged: expected the sums {sorted(names)}")
         return known["sums"], arrays
     except FileNotFoundError:
         return None

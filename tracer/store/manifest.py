@@ -159,12 +159,19 @@ class Manifest:
                 "wrote it"
             )
         try:
+            layout = {str(name): int(value) for name, value in attributes["layout"].items()}
+            if layout and min(layout["chunk_rows"], layout["processes"]) < 1:
+                raise ValueError(f"the layout is {layout}")
+            if not all(
+                type(size) is int for shape in attributes["settings"].get("params", {}).values() for size in shape
+            ):
+                raise TypeError("expected the shapes of parameters")
             return cls(
                 attributes["settings"],
                 attributes["info"],
                 attributes["versions"],
                 int(attributes["format_version"]),
-                {str(name): int(value) for name, value in attributes["layout"].items()},
+                layout,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(

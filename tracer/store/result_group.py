@@ -14,6 +14,7 @@ from tracer.store.arrays.layout import Layout, create_array
 from tracer.store.arrays.metadata import NODE, read_document, write_group
 from tracer.store.arrays.opening import open_array
 from tracer.store.arrays.store_path import StorePath
+from tracer.store.paths import checked_name
 
 _CHUNK_BYTES = 16 << 20
 
@@ -37,7 +38,8 @@ def load_group(path: StorePath) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return attributes and arrays; raise `FileNotFoundError` if there is no group, `StoreError` if it is damaged."""
     attributes = read_document(path / NODE)["attributes"]
     try:
-        arrays = {name: _read(path / name) for name in attributes["crc32c"]}
+        # A name is one in this directory, whoever wrote it.
+        arrays = {name: _read(path / checked_name("array", name)) for name in attributes["crc32c"]}
         same = _sums(arrays) == attributes["crc32c"]
     except (StoreError, OSError, LookupError, TypeError, ValueError) as error:
         if not (path / NODE).exists():

@@ -51,8 +51,8 @@ class RowTable:
         self._closed = False
         described = self.attributes
         try:
-            self.num_rows, self.storage = int(described["num_rows"]), str(described["storage"])
-            self.chunk_rows = int(described["chunk_rows"])
+            self.num_rows, self.storage = described["num_rows"], described["storage"]
+            self.chunk_rows = described["chunk_rows"]
             self._feature_storage = FeatureStorage(self.storage)
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{path / NODE} is damaged ({error!r}): restore it, or remove {path}") from error

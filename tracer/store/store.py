@@ -66,6 +66,8 @@ class Store:
     """
 
     def __init__(self, path: StorePath, manifest: Manifest) -> None:
+        if not manifest.layout:
+            raise StoreError(f"the manifest in {path / NODE} is damaged: it lacks the layout; restore it")
         self.path, self.manifest, self.catalog = path, manifest, Catalog(path)
         self._asked: dict[str | None, list[int]] = {}  # checkpoints whose tables were last asked for, of each set
 

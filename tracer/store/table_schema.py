@@ -29,6 +29,7 @@ COLUMNS = {
     "checksum": "uint64",
     "done": "bool",
 }
+_REQUIRED = ("num_rows", "storage", "chunk_rows", "finalized", "revision", "weights_fingerprint", "learning_rate")
 _CHECKED = ("scale", *VALUES, "label", "fingerprint")
 
 
@@ -59,7 +60,10 @@ def create_table(
 def read_attributes(path: StorePath) -> dict[str, Any]:
     """Return a table's attributes as they are on the disk now."""
     try:
-        return dict(read_document(path / NODE)["attributes"])
+        attributes = dict(read_document(path / NODE)["attributes"])
+        if missing := [name for name in _REQUIRED if name not in attributes]:
+            raise StoreError(f"{path / NODE} is damaged: it lacks {', '.join(missing)}; restore it, or remove {path}")
+        return attributes
     except FileNotFoundError as error:
         raise StoreError(f"{path} has been removed: open the store again") from error
 
@@ -73,8 +77,8 @@ def changing(attributes: Mapping[str, Any]) -> dict[str, Any]:
 def grow_table(path: StorePath, num_rows: int) -> None:
     """Add rows that are not done, if the table has fewer than ``num_rows``; no existing row is read or written."""
     with disk_errors(path):
-        described = read_document(path / NODE)["attributes"]
-        if not int(described.get("num_rows", num_rows)) < num_rows:
+        described = read_attributes(path)
+        if not described["num_rows"] < num_rows:
             return
         stored = FeatureStorage(described["storage"]).stores_features
         dim = Layout.read(path / "features")[0].shape[-1] if stored else 0

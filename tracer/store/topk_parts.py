@@ -113,7 +113,7 @@ def usable(parts: Iterable[Part], inputs: Mapping[str, Any], revisions: Revision
     for part in sorted(parts, key=lambda part: (part.start - part.stop, part.start)):
         # A part of a larger k holds the answer for a smaller one, one of earlier revisions that for the same examples.
         known = {**part.inputs, "k": wanted["k"]}
-        fits = same_but_rows(known, wanted) and part.inputs["k"] >= wanted["k"]
+        fits = same_but_rows(known, wanted) and part.inputs.get("k", 0) >= wanted["k"]
         fits = fits and (known == wanted or 0 != part.rows == revisions.digest(part.start, part.stop))
         if fits and all(part.stop <= other.start or other.stop <= part.start for other in chosen):
             chosen.append(part)

@@ -46,6 +46,8 @@ class LocalPath(_NativePath):
             path, child = os.path.dirname(path), path
             if path == child:  # not below the directory of a store
                 return self
+        if ".." in self.parts[-len(below) :] and below:
+            raise StoreError(f"{self} may lead out of its store: a document in it has a wrong name")
         for part in below:
             with disk_errors(part), contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 mode = os.lstat(part).st_mode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,21 @@ from tracer.store.arrays.store_path import StorePath
 
 NODE = "zarr.json"
 _MAX_BYTES = 32 << 20  # the manifest names every parameter
+_NUMBER, _TEXT = (int, float), (str, type(None))
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("num_rows", "chunk_rows", "format_version", "start", "stop", "rows", "layout.*"), (int,)),
+    **dict.fromkeys(("storage", "revision", "rounding", "versions.*", "inputs.revisions.*"), (str,)),
+    **dict.fromkeys(("weights_fingerprint", "source"), _TEXT),
+    **dict.fromkeys(("settings", "info", "versions", "layout", "inputs", "sums", "crc32c"), (dict,)),
+    **dict.fromkeys(("settings.projector", "settings.task", "settings.params", "inputs.revisions"), (dict,)),
+    **dict.fromkeys(("settings.projector.kind", "settings.task.name"), (str,)),
+    **dict.fromkeys(("inputs.k", "crc32c.*"), (int,)),
+    "settings.params.*": (list,),
+    "finalized": (bool,),
+    "learning_rate": (*_NUMBER, type(None)),
+    "sums.*": _NUMBER,
+}
+"""The types of attributes by their place in a document; ``*`` is any name. Other attributes may be anything."""
 
 
 def read_document(path: StorePath) -> dict[str, Any]:
@@ -29,7 +45,22 @@ def read_document(path: StorePath) -> dict[str, Any]:
         raise StoreError(f"{path} is not zarr version 3 metadata: expected zarr_format 3; choose another save_dir")
     if not isinstance(document.setdefault("attributes", {}), dict):
         raise StoreError(f"{path} is damaged: expected a JSON object under 'attributes'; restore it")
+    _check_types(path, document["attributes"])
     return document
+
+
+def _check_types(path: StorePath, attributes: Mapping[str, Any], place: str = "") -> None:
+    """Raise StoreError unless attributes have their types, and their numbers are ones that arrays can hold."""
+    for name, value in attributes.items():
+        kinds = _TYPES.get(place + name) or _TYPES.get(f"{place}*")
+        if kinds is None:
+            continue
+        fits = type(value) in kinds and (type(value) is not int or abs(value) < 1 << 64)
+        if not fits or (type(value) is float and not math.isfinite(value)):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise StoreError(f"{path} is damaged: expected {place}{name} of type {expected}; restore it")
+        if isinstance(value, dict):
+            _check_types(path, value, f"{place}{name}.")
 
 
 def _no_number(text: str) -> float:
