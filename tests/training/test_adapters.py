@@ -75,12 +75,29 @@ def test_adapters_that_lack_a_part_are_refused():
     for name in short:
         with pytest.raises(CheckpointError, match="keys are missing"):
             fit_state(model, {key: value for key, value in short.items() if key != name} | {"norm.weight": short[name]})
+    lacking = dict(list(short.items())[1:])
+    with pytest.raises(CheckpointError, match="1 keys are missing: 'base_model.model.*default.*To do"):
+        fit_state(model, lacking)
     full = trained.state_dict()
     del full["base_model.model.norm.weight"]
     with pytest.raises(CheckpointError, match="1 keys are missing: 'base_model.model.norm.weight'"):
         fit_state(model, full)
     with pytest.raises(CheckpointError, match="keys are unexpected"):
         fit_state(Net(), short)
+
+
+def test_a_file_is_of_the_active_adapter():
+    model, _ = make("lora")
+    model.add_adapter("second", CONFIGS["lora"]())
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        short = peft.get_peft_model_state_dict(model, adapter_name=name)
+        found = load_state(model, {key: value + 1 for key, value in short.items()})
+        changed = {key for key, value in model.state_dict().items() if not torch.equal(value, found[key])}
+        assert changed == {f"base_model.model.hidden.lora_{part}.{name}.weight" for part in "AB"}
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(CheckpointError, match="keys are missing"):
+        load_state(model, short)
 
 
 def test_frozen_parameters_of_a_model_without_adapters_are_no_base():

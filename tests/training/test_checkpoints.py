@@ -367,6 +367,14 @@ def test_a_folder_holds_checkpoints_files_or_is_one(tmp_path, model):
     assert [path.name for path, _ in checkpoints_at(tmp_path / "notes")] == ["e2.safetensors", "e10.ckpt"]
 
 
+def test_keys_that_the_model_has_no_use_for_are_left_out_by_the_call_in_the_error(model, other):
+    state = {**other.state_dict(), "total_ops": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match="1 keys are unexpected: 'total_ops'.*pass {") as caught:
+        fit_state(model, state)
+    call = str(caught.value).split("; else")[0].split("pass ")[1]
+    assert_same(fit_state(model, eval(call, {"state": state, "model": model})), other.state_dict())
+
+
 def test_a_tied_key_may_be_missing_but_not_differ(model, other):
     state = dict(other.state_dict())
     del state["head.weight"]

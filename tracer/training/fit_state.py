@@ -93,9 +93,12 @@ class _ModelState:
         for prefix, module in adapter_models(self.model).items():
             own = {key.removeprefix(prefix): one for key, one in self.entries.items() if key.startswith(prefix)}
             places = {id(value): self.names[prefix + key] for key, value in own.items()}
-            for embeddings in (False, True):  # which peft saves if adapters are on them
+            active: Any = getattr(module, "active_adapters", ())
+            active = active() if callable(active) else active
+            # A file does not name its adapter. Embeddings are in it if adapters are on them.
+            for embeddings in (False, True) if len(active) == 1 else ():
                 short = sys.modules["peft"].get_peft_model_state_dict(
-                    module, state_dict=own, save_embedding_layers=embeddings
+                    module, own, adapter_name=active[0], save_embedding_layers=embeddings
                 )
                 found = {prefix + key: places[id(value)] for key, value in short.items() if id(value) in places}
                 required = required or {*found.values()}
@@ -142,8 +145,7 @@ def _agreeing(own: _ModelState, given: Mapping[str, Any]) -> Match:
     match = match_names(own.names, own.required, given)
     if match.missing and adapter_models(own.model):
         alone = match_names(*own.adapters(), given)
-        if not alone.disagreements:
-            return alone
+        match = alone if alone.disagreements < match.disagreements else match
     patterns = getattr(own.model, "_keys_to_ignore_on_load_unexpected", None) or ()  # of transformers
     ignored = [key for key in match.unexpected if any(re.search(pattern, key) for pattern in patterns)]
     return replace(match, unexpected=[key for key in match.unexpected if key not in ignored])
@@ -208,7 +210,10 @@ def _hint(own: _ModelState, match: Match, given: Mapping[str, Any]) -> str:
         return (
             f"the model's names begin with {prefix!r} in the checkpoint; pass {only}, or checkpoint_key={prefix[:-1]!r}"
         )
-    if match.missing and not match.unexpected and not match.removed:
+    if match.unexpected and not match.missing and not prefix:
+        only = "{key: value for key, value in state.items() if key in model.state_dict()}"
+        return f"if the model has no use for these, pass {only}; else build the model as it was trained"
+    if match.missing and not match.unexpected and not prefix:
         if all(key in own.parameters and not own.parameters[key].requires_grad for key in match.missing):
             return "if these frozen parameters are the model's own, pass {**model.state_dict(), **state}"
     return "build the model as it was trained, or pass its own checkpoint"
