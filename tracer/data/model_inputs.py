@@ -168,7 +168,7 @@ _SAME_VALUES = (
     "Alias AsStrided Clamp ClampMax ClampMin Clone Expand Hardtanh Index Permute ReshapeAlias Select Slice Squeeze T "
     "ToCopy Transpose UnsafeView Unsqueeze View"
 ).split()
-_PROBABILITIES = ("Sigmoid", "Softmax", "Hardsigmoid")
+_PROBABILITIES = ("Hardsigmoid", "LogSigmoid", "Sigmoid", "Softmax")
 
 
 def _operation(node: Any) -> str | None:
