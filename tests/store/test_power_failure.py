@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import nn
 
 from tracer import Tracer
 from tracer.store import Store
+from tracer.store.arrays.local_path import LocalPath
+from tracer.store.result_group import load_group, save_group
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="follows descriptors as Linux lists them")
 
@@ -76,6 +79,26 @@ def test_reported_scores_survive_a_power_failure(tmp_path, monkeypatch, together
     with Store.open_existing(tmp_path / "after" / "s").results.read_scores("test", "tracin") as scores:
         assert scores.complete and not len(scores.damaged_tiles())
         np.testing.assert_array_equal(scores.matrix(), values)
+
+
+def test_a_result_of_several_arrays_survives_as_a_whole_or_counts_as_missing(tmp_path, monkeypatch, together):
+    (tmp_path / "disk").mkdir()
+    arrays = {"matrix": np.arange(6.0).reshape(3, 2), "residual_sum": np.ones((1, 2))}
+    survivors = []
+
+    def fail() -> None:
+        survivors.append(tmp_path / f"after{len(survivors)}")
+        power.fail(survivors[-1])
+
+    with monkeypatch.context() as patch:
+        power = Power(tmp_path / "disk", patch, together, fail)
+        store = Store.open(tmp_path / "disk" / "s", manifest())
+        save_group(store.path / "kernels", {}, arrays)
+        fail()
+    for number, path in enumerate(survivors, 1):
+        with contextlib.suppress(FileNotFoundError) if number < len(survivors) else contextlib.nullcontext():
+            _, found = load_group(LocalPath(path / "s" / "kernels"))
+            assert all((found[name] == arrays[name]).all() for name in arrays)
 
 
 def test_a_small_store_waits_for_the_disk_at_most_ten_times_a_checkpoint(tmp_path, monkeypatch):

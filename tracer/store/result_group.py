@@ -10,9 +10,9 @@ import numpy as np
 
 from tracer._core.files import disk_errors
 from tracer.errors import StoreError
-from tracer.store.arrays.layout import Layout, create_array
-from tracer.store.arrays.metadata import NODE, read_document, write_group
-from tracer.store.arrays.opening import open_array
+from tracer.store.arrays.layout import Layout, array_document
+from tracer.store.arrays.metadata import NODE, read_document, write_documents, write_group
+from tracer.store.arrays.opening import open_array, open_arrays
 from tracer.store.arrays.store_path import StorePath
 from tracer.store.paths import checked_name
 
@@ -24,12 +24,16 @@ def save_group(path: StorePath, attributes: Mapping[str, Any], arrays: Mapping[s
     with disk_errors(path):
         # Document first when replacing, last when writing: a crash in between leaves a group that counts as missing.
         (path / NODE).remove()
-        for name, values in arrays.items():
-            rows = max(1, min(len(values), _CHUNK_BYTES // max(1, values[0].nbytes)))
-            create_array(path / name, Layout(values.shape, str(values.dtype), rows))
-            array = open_array(path / name)
-            array.assign(np.arange(len(values)), values)
-            array.flush()
+        rows = {name: max(1, min(len(each), _CHUNK_BYTES // max(1, each[0].nbytes))) for name, each in arrays.items()}
+        layouts = {name: Layout(each.shape, str(each.dtype), rows[name]) for name, each in arrays.items()}
+        write_documents({path / name / NODE: array_document(layout) for name, layout in layouts.items()})
+        opened = open_arrays(path, list(arrays))
+        for first in list(opened.values())[:1]:
+            group = first.sync_group()
+            for name, array in opened.items():
+                array.assign(np.arange(len(arrays[name])), arrays[name])
+            first.flush_together(list(opened.values()), None, group)
+        for array in opened.values():
             array.close()
         write_group(path, {**attributes, "crc32c": _sums(arrays)})
 
