@@ -338,7 +338,18 @@ def test_tuples_are_bound_only_if_that_is_no_guess():
     task = make_task("image_classification")
     named = task.outputs(Masked(), {"x": x, "mask": mask, "labels": y}).loss
     torch.testing.assert_close(task.outputs(Masked(), (x, mask, y)).loss, named)
-    for batch in ((x, y, torch.arange(5)), (x, y.float(), torch.arange(5)), (x, mask, mask, y)):
+    padded = F.pad(x, (0, 0, 0, 2)), F.pad(mask, (0, 2)), y
+    torch.testing.assert_close(task.outputs(Masked(), padded).loss, named)
+    types = mask.clone()
+    types[:, :2] = 0
+    others = (
+        (x, y, torch.arange(5)),
+        (x, y.float(), torch.arange(5)),
+        (x, mask, mask, y),
+        (x, types, y),
+        (x, 0 * mask, y),
+    )
+    for batch in others:
         with pytest.raises(tracer.BatchError, match="which is a guess"):
             task.outputs(Masked(), batch)
     with pytest.raises(tracer.BatchError, match="which is a guess"):

@@ -128,9 +128,13 @@ def _check_positional(model: nn.Module, inputs: Sequence[Any], task: str) -> Non
 
 
 def _looks_like_mask(first: Any, mask: Any) -> bool:
+    """Return whether a value is 0 or 1 at each position of an input, and 0 at equal ones: padding, no token types."""
     if not (isinstance(first, Tensor) and isinstance(mask, Tensor)) or mask.ndim < 2 or mask.shape != first.shape[:2]:
         return False
-    return is_transformed(mask) or bool(((mask == 0) | (mask == 1)).all())
+    if is_transformed(mask):
+        return True
+    padding = first[mask == 0]
+    return bool(((mask == 0) | (mask == 1)).all()) and bool((padding == padding[:1]).all()) and bool(mask.any())
 
 
 def logits_of(output: Any) -> Tensor:
