@@ -7,14 +7,19 @@ import shutil
 
 import numpy as np
 import pytest
+from scoring_cases import scorer
 from store_cases import DIM, N, batch, manifest, stored_features
 
 from tracer import Tracer, verify
 from tracer.errors import IncompleteError, StoreError
+from tracer.scoring.estimators import Estimate
 from tracer.scoring.readiness import check_finalized
+from tracer.scoring.scorer import Scorer
 from tracer.store import Store
+from tracer.store.arrays.layout import Layout, create_array
 from tracer.store.arrays.metadata import NODE
 from tracer.store.revisions import Revisions
+from tracer.store.table_schema import table_layouts
 
 
 @pytest.fixture
@@ -109,11 +114,67 @@ def test_metadata_that_follows_from_the_tables_own_is_written_again(store):
     assert verify(store.path).ok and store.checkpoint(0).done.all()
 
 
-def test_a_table_without_its_document_is_named_and_left(store):
-    (store.path / "checkpoints" / "1" / NODE).unlink()
-    (damage,) = verify(store.path).damage
-    assert "checkpoints/1" in damage.path and "remove the directory" in damage.what and not damage.repaired
+@pytest.mark.parametrize("damage", ["gone", "cut", "another learning rate"])
+def test_a_table_that_lost_its_document_is_named_and_its_rows_are_written_again(store, damage):
+    node = store.path / "checkpoints" / "1" / NODE
+    if damage == "gone":
+        node.unlink()
+    elif damage == "cut":
+        os.truncate(node, 20)
+    else:
+        node.write_text(node.read_text().replace('"learning_rate": 0.1', '"learning_rate": 0.3'))
+        with pytest.raises(StoreError, match="does not match its checksum"):
+            store.checkpoint(1)
+    (found,) = verify(store.path).damage
+    assert "checkpoints/1" in found.path and "featurize this checkpoint again" in found.what
     assert (store.path / "checkpoints" / "1" / "features" / "c" / "0" / "0").exists()
+    with store.create_checkpoint(1, "other", 0.1) as table:
+        assert table.remaining().tolist() == list(range(N))  # nobody knows that they are of these weights
+        table.write(**batch(np.arange(N)))
+    assert verify(store.path).ok
+
+
+def test_what_a_killed_process_was_about_to_make_is_no_damage(store):
+    for path in ("checkpoints/7", "targets/more/0"):
+        create_array(store.path / path / "loss", Layout((N,), "float32", N))
+    scores = store.results.scores("test", "tracin", (N, 6), {"other": 1})
+    (scores.path / "done" / NODE).unlink()
+    (store.path / "kernels" / "0").mkdir(parents=True)
+    store.grow(N + 9)
+    for name, layout in table_layouts(N + 9, DIM, "float32", 4).items():
+        create_array(store.path / "checkpoints" / "0" / name, layout)
+    assert verify(store.path, repair=False).ok
+
+
+def test_a_short_file_without_rows_is_named_and_removed(store):
+    with store.create_checkpoint(2, "abc", 0.1) as table:
+        table.write(**batch(np.arange(4)))
+    (store.path / "checkpoints" / "2" / "loss" / "c" / "3").write_bytes(b"")
+    assert [len(found.rows) for found in verify(store.path).damage] == [0]
+    assert verify(store.path).ok
+    with store.checkpoint(2) as table:
+        table.write(**batch(table.remaining()))
+
+
+@pytest.mark.parametrize("kind", ["targets/test", "scores", "scores/test/tracin"])
+def test_a_group_that_lost_its_document_hides_nothing(store, kind):
+    (store.path / kind / NODE).unlink()
+    assert [found.what for found in verify(store.path).damage] == ["its zarr.json is missing"]
+    assert verify(store.path).ok and store.catalog.exp_names() == ["test"]
+    assert store.catalog.score_names("test") == ["tracin"]
+
+
+def test_damaged_kernels_and_parts_are_found(tmp_path):
+    found = scorer(tmp_path, 40, 3, 8)
+    found.top("test", 5, "proponents", Estimate(), None)
+    found.self_influence(None, Estimate("influence"))
+    for pattern in ("kernels/0/loss_hess/*/matrix/c/0/0", "top/test/tracin/*/0-40/opponents_rows/c/0/0"):
+        (path,) = tmp_path.glob(pattern)
+        flip(path, 3)
+    names = [str(each.path).split("/")[-4] for each in verify(tmp_path, repair=False).damage]
+    assert len(names) == 2 and "kernels" in names and not verify(tmp_path).ok and verify(tmp_path).ok
+    found.top("test", 5, "proponents", Estimate(), None)
+    assert Scorer(found.store, found.device, False).self_influence(None, Estimate("influence")).shape == (40,)
 
 
 def test_damaged_scores_are_computed_again(store):

@@ -25,11 +25,10 @@ from tracer.store.manifest import FORMAT, FORMAT_VERSION
 def verify(ctx: click.Context, store: str, repair: bool) -> None:
     """Read a whole store and report damage.
 
-    Checked are the metadata of the store and of each array, the files of rows that are marked as done, the checksum of
-    each such row, and that of each tile of scores. Not checked are attributes without a checksum, such as learning
-    rates, and marks that were lost before a checkpoint was finished: such rows only count as missing. Without --repair
-    nothing is changed. Exit code 1 means damage, even if it was repaired. No other process may write to the store
-    meanwhile.
+    Checked are all documents with their checksums, the sizes of all files of tables, the checksum of each row that is
+    marked as done, and those of each tile of scores, each kernel and each top-k part. Not checked are marks that were
+    lost before a checkpoint was finished: such rows only count as missing. Without --repair nothing is changed. Exit
+    code 1 means damage, even if it was repaired. No other process may write to the store meanwhile.
 
     Examples:
         tracer verify runs/first || tracer verify runs/first --repair
@@ -65,7 +64,7 @@ def _verify(path: StorePath, repair: bool) -> Verification:
 def _is_foreign(path: StorePath) -> bool:
     """Return whether a root is intact but of another program or another format version."""
     try:
-        attributes = read_document(path / NODE)["attributes"]
+        attributes = read_document(path / NODE, checked=False)["attributes"]
     except StoreError:
         return False
     version = attributes.get("format_version")

@@ -72,20 +72,32 @@ class Catalog:
 
     def table_paths(self) -> list[tuple[StorePath, str | None]]:
         """Return the path and target set (None: training examples) of all tables, even if their document is missing."""
-        found = [(path, None) for path in _numbered_entries(self.root / "checkpoints")]
-        sets = child_nodes(self.root / "targets")
-        return [*found, *((path, name) for name in sets for path in _numbered_entries(self.root / "targets" / name))]
+        found = [(path, None) for path in _below(self.root / "checkpoints", 1)]
+        return [*found, *((path, path.parent.name) for path in _below(self.root / "targets", 2))]
 
     def score_paths(self) -> list[StorePath]:
-        """Return the paths of all results with scores and with cosines."""
-        parents = [self.root / kind / name for kind in ("scores", "cosines") for name in child_nodes(self.root / kind)]
-        groups = [parent / name for parent in parents for name in child_nodes(parent)]
-        return [group / key for group in groups for key in child_nodes(group)]
+        """Return the paths of all results with scores and with cosines, even if their document is missing."""
+        return [path for kind in ("scores", "cosines") for path in _below(self.root / kind, 3)]
+
+    def array_paths(self) -> list[StorePath]:
+        """Return the paths of all kernels and top-k parts, even if their document is missing."""
+        return [*_below(self.root / "kernels", 3), *_below(self.root / "top", 4)]
+
+    def group_paths(self) -> list[StorePath]:
+        """Return the paths of all groups that only hold other ones, outer ones first."""
+        depths = {"checkpoints": 1, "targets": 2, "scores": 3, "cosines": 3, "kernels": 3, "top": 3}
+        return [
+            path for kind, depth in depths.items() for level in range(depth) for path in _below(self.root / kind, level)
+        ]
 
 
 def _number(model_id: int) -> str:
     return str(check_integer(model_id, "model_id", 0))
 
 
-def _numbered_entries(path: StorePath) -> list[StorePath]:
-    return [path / name for name in path.children() if name.isdigit()]
+def _below(path: StorePath, depth: int) -> list[StorePath]:
+    """Return all directories so many levels below one."""
+    if not depth:
+        return [path] if path.is_dir() else []
+    names = [name for name in path.children() if name != NODE and not name.startswith(".")]
+    return [found for name in names for found in _below(path / name, depth - 1)]

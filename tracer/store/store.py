@@ -113,11 +113,13 @@ class Store:
         """Open a store with the settings it was made with; raise `StoreError` if there is none or it cannot be read."""
         path = store_path(save_dir)
         try:
-            document = read_document(path / NODE)
+            # Whatever it says, the format comes first: another one may have other checksums.
+            manifest = Manifest.from_attributes(read_document(path / NODE, checked=False)["attributes"], path)
+            read_document(path / NODE)
         except FileNotFoundError as error:
             raise StoreError(f"{path} holds no store (there is no {NODE} in it): check save_dir") from error
         path.remove_stale()
-        return cls(path, Manifest.from_attributes(document["attributes"], path))
+        return cls(path, manifest)
 
     @property
     def results(self) -> ComputedResults:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +15,12 @@ from tracer._core.text import listing
 from tracer.errors import StoreError
 from tracer.store.arrays.chunked import ChunkedArray
 from tracer.store.arrays.layout import Layout, create_array
-from tracer.store.arrays.metadata import NODE, read_document, write_group
+from tracer.store.arrays.metadata import NODE, child_nodes, read_document, write_group
 from tracer.store.arrays.opening import open_array
 from tracer.store.arrays.store_path import StorePath
+from tracer.store.result_group import load_group
 from tracer.store.revisions import remove_result
-from tracer.store.score_array import ScoreArray
+from tracer.store.score_array import ScoreArray, read_description
 from tracer.store.store import Store
 from tracer.store.table_schema import COLUMNS, changing, row_checksums, table_layouts
 
@@ -94,12 +95,16 @@ def verify(save_dir: str | os.PathLike[str], *, repair: bool = True, progress: b
     """
     store = Store.open_existing(save_dir)
     checker = _Checker(store, repair)
+    for path in store.catalog.group_paths():
+        checker.check_group(path)
     tables = store.catalog.table_paths()
     with tqdm(tables, unit="table", desc="verify", disable=None if progress is None else not progress) as bar:
         for path, exp_name in bar:
             checker.check_table(path, exp_name)
     for path in store.catalog.score_paths():
         checker.check_scores(path)
+    for path in store.catalog.array_paths():
+        checker.check_arrays(path)
     return Verification(str(store.path), checker.damage, checker.num_rows, checker.num_tiles)
 
 
@@ -117,18 +122,45 @@ class _Checker:
         logger.warning("%s", found)
         self.damage.append(found)
 
+    def check_group(self, path: StorePath) -> None:
+        """Check a group that only holds other ones."""
+        try:
+            read_document(path / NODE)
+            return
+        except FileNotFoundError:
+            what = f"its {NODE} is missing"
+        except StoreError as error:
+            what = str(error)
+        if what.endswith("missing") and not child_nodes(path):
+            return  # a process was killed while it made the group
+        self._found(path, what)
+        if self.repair:
+            write_group(path, {})
+
     def check_table(self, path: StorePath, exp_name: str | None) -> None:
         """Check a table of training rows, or of targets if ``exp_name`` is given."""
+        again = "featurize this checkpoint again" if exp_name is None else "score these targets again"
         try:
             described = read_document(path / NODE)["attributes"]
             num_rows, storage = int(described["num_rows"]), str(described["storage"])
             chunk_rows = int(described["chunk_rows"])
-        except (FileNotFoundError, StoreError, KeyError, TypeError, ValueError) as error:
-            self._found(path, f"its {NODE} is missing or damaged ({error}): remove the directory", repaired=False)
+        except FileNotFoundError:
+            # Arrays without files are those of a table that a killed process was about to make.
+            if any((path / name / "c").children() for name in (*COLUMNS, "features")):
+                self._found(path, f"its {NODE} is missing: restore it, or {again}, which replaces it", repaired=False)
+            return
+        except (StoreError, LookupError, TypeError, ValueError) as error:
+            self._found(path, f"its {NODE} is damaged ({error}), so nobody knows what its rows are: {again}")
+            if self.repair:
+                with disk_errors(path):
+                    (path / NODE).remove()
             return
         arrays: dict[str, ChunkedArray] = {}
-        for name, layout in table_layouts(num_rows, self.store.manifest.feature_dim, storage, chunk_rows).items():
-            if not self._check_document(path / name, layout):
+        manifest = self.store.manifest
+        growing = manifest.train_set_size if exp_name is None else num_rows  # or about to, when a process was killed
+        layouts, grown = (table_layouts(n, manifest.feature_dim, storage, chunk_rows) for n in (num_rows, growing))
+        for name, layout in layouts.items():
+            if not self._check_document(path / name, (layout, grown[name])):
                 return
             arrays[name] = open_array(path / name)
         lost = list(self._lost_rows(arrays, num_rows, chunk_rows, bool(described.get("finalized"))))
@@ -139,17 +171,17 @@ class _Checker:
             arrays["done"].assign(marked, np.zeros(len(marked), bool))
             arrays["done"].flush()
 
-    def _check_document(self, path: StorePath, layout: Layout) -> bool:
+    def _check_document(self, path: StorePath, layouts: Sequence[Layout]) -> bool:
         """Check an array's metadata against its table's; return False if it is wrong and not repaired."""
         try:
-            if Layout.read(path)[0] == layout:
+            if Layout.read(path)[0] in layouts and read_document(path / NODE):
                 return True
             what = f"its {NODE} describes another array"
         except StoreError as error:
             what = str(error)
         self._found(path, what)
         if self.repair:
-            create_array(path, layout)
+            create_array(path, layouts[0])
         return self.repair
 
     def _lost_rows(
@@ -169,16 +201,12 @@ class _Checker:
                 gone = np.setdiff1d(everything, done)
                 self._found(mask.path, "rows were done when the table was finalized and have no mark any more", gone)
                 yield gone
-            if not len(done):
-                continue
             self.num_rows += len(done)
-            broken = False
-            for array in arrays.values():
-                problem = _problem(array, chunk)
+            problems = {name: _problem(array, chunk, len(done) > 0) for name, array in arrays.items()}
+            for name, problem in problems.items():
                 if problem:
-                    yield self._lost(array, chunk, done, problem)
-                    broken = True
-            if broken:
+                    yield self._lost(arrays[name], chunk, done, problem)
+            if any(problems.values()) or not len(done):
                 continue
             columns = {name: arrays[name].read(start, stop) for name in COLUMNS}
             features = arrays["features"].read(start, stop) if "features" in arrays else None
@@ -199,7 +227,12 @@ class _Checker:
 
     def check_scores(self, path: StorePath) -> None:
         """Check a score array."""
+        if not (path / NODE).exists():
+            return  # a process was killed while it made or removed them
         try:
+            read_description(path)
+            if not (path / "done" / "c").children():
+                return  # nothing is done, and whatever is missing is made again
             scores = ScoreArray(path)
         except StoreError as error:
             self._found(path, f"{error}; scores are computed again")
@@ -215,13 +248,24 @@ class _Checker:
                 scores.unmark(tiles)
         scores.close()
 
+    def check_arrays(self, path: StorePath) -> None:
+        """Check a kernel or a top-k part."""
+        try:
+            load_group(path)
+        except FileNotFoundError:
+            return  # a process was killed while it made or removed it
+        except StoreError as error:
+            self._found(path, f"{error}; it is computed again")
+            if self.repair:
+                remove_result(path)
 
-def _problem(array: ChunkedArray, chunk: int) -> str:
-    """Return the problem with a chunk that should exist, or an empty string."""
+
+def _problem(array: ChunkedArray, chunk: int, needed: bool) -> str:
+    """Return the problem with a chunk, which should exist if it is ``needed``, or an empty string."""
     try:
         array.chunk(chunk)
     except StoreError as error:
         return str(error)
     with disk_errors(array.path):
-        exists = array.chunk_path(chunk).exists()
+        exists = not needed or array.chunk_path(chunk).exists()
     return "" if exists else f"{array.chunk_path(chunk)} is missing although rows in it are done"

@@ -7,12 +7,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import google_crc32c
+
 from tracer._core.files import disk_errors
 from tracer.errors import StoreError
 from tracer.store.arrays.store_path import StorePath
 
 NODE = "zarr.json"
 _MAX_BYTES = 32 << 20  # the manifest names every parameter
+_CHECKSUM = "document_crc32c"
 _NUMBER, _TEXT = (int, float), (str, type(None))
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("num_rows", "chunk_rows", "format_version", "start", "stop", "rows", "layout.*"), (int,)),
@@ -30,8 +33,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 """The types of attributes by their place in a document; ``*`` is any name. Other attributes may be anything."""
 
 
-def read_document(path: StorePath) -> dict[str, Any]:
-    """Return a ``zarr.json`` with a dict under ``attributes``; raise FileNotFoundError if it does not exist."""
+def read_document(path: StorePath, checked: bool = True) -> dict[str, Any]:
+    """Return a ``zarr.json``, compared with its checksum if ``checked``; raise FileNotFoundError if there is none."""
     try:
         data = path.read_bytes(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
@@ -45,6 +48,9 @@ def read_document(path: StorePath) -> dict[str, Any]:
         raise StoreError(f"{path} is not zarr version 3 metadata: expected zarr_format 3; choose another save_dir")
     if not isinstance(document.setdefault("attributes", {}), dict):
         raise StoreError(f"{path} is damaged: expected a JSON object under 'attributes'; restore it")
+    checksum = document["attributes"].pop(_CHECKSUM, None)
+    if checked and checksum is not None and checksum != _checksum(document):
+        raise StoreError(f"{path} is damaged: it does not match its checksum; restore it, or remove what it describes")
     _check_types(path, document["attributes"])
     return document
 
@@ -95,7 +101,13 @@ def write_group(path: StorePath, attributes: Mapping[str, Any], *, replace: bool
 
 
 def _encoded(document: Mapping[str, Any]) -> bytes:
-    return json.dumps(document, indent=2, allow_nan=False).encode()
+    attributes = {**document.get("attributes", {}), _CHECKSUM: _checksum(document)}
+    return json.dumps({**document, "attributes": attributes}, indent=2, allow_nan=False).encode()
+
+
+def _checksum(document: Mapping[str, Any]) -> int:
+    """Return the CRC-32C of a document without its checksum, however it is laid out."""
+    return int(google_crc32c.value(json.dumps(document, sort_keys=True).encode()))
 
 
 def child_nodes(path: StorePath) -> list[str]:
