@@ -19,6 +19,7 @@ from tracer._core.validation import bar_disabled
 from tracer.errors import InputError
 from tracer.scoring.estimators import Estimate
 from tracer.scoring.feature_tables import dequantized_blocks, dequantized_features
+from tracer.scoring.read_checks import ReadCheck
 from tracer.scoring.regularization import (
     LAMBDAS,
     Kernel,
@@ -226,7 +227,9 @@ class _WeightedPass:
 
     def blocks(self, indices: range) -> Iterator[tuple[Float64[Tensor, "n k"], Float64[Tensor, " n"]]]:
         """Yield φ and w, block by block."""
+        check = ReadCheck(self.table, self.table.dim)
         for start, features in dequantized_blocks(self.table, indices, self.device):
+            check.check(np.arange(start, start + len(features)))
             weights, residuals = (
                 torch.from_numpy(values[start : start + len(features)]).to(self.device)
                 for values in (self.weights, self.residuals)
@@ -245,8 +248,9 @@ def leverages(
     table: RowTable, kernel: Kernel, regularization: float, device: torch.device
 ) -> Float64[np.ndarray, " N"]:
     """Return ``φᵀ (K + λI)⁻¹ φ`` of each training example, without weights."""
-    found = np.empty(table.num_rows)
+    found, check = np.empty(table.num_rows), ReadCheck(table, table.dim)
     for start, features in dequantized_blocks(table, range(table.num_rows), device):
+        check.check(np.arange(start, start + len(features)))
         solved = (features * kernel.solve(features, regularization)).sum(1)
         found[start : start + len(features)] = solved.cpu().numpy()
     return found

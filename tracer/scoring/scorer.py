@@ -19,6 +19,7 @@ from tracer.scoring.estimators import Estimate, self_influence
 from tracer.scoring.feature_tables import CheckpointPair, FeatureTable, TrainIndices
 from tracer.scoring.kernels import Kernels, leverages
 from tracer.scoring.preconditioned_targets import PreconditionedTargets, group_indices
+from tracer.scoring.read_checks import ReadCheck
 from tracer.scoring.readiness import complete_cosines, complete_targets, finalized_revisions, learning_rates
 from tracer.scoring.regularization import Regularization
 from tracer.scoring.streaming import MEMORY_BYTES, TileScorer, stream_topk
@@ -186,6 +187,7 @@ class Scorer:
         total, loss_grad = np.zeros(self.num_rows), np.zeros(self.num_rows)
         if estimate.kernel is None:
             for weight, table in zip(weights, tables, strict=True):
+                ReadCheck(table, 1).check(np.arange(table.num_rows))
                 total += weight * self_influence(table.column("loss_grad"), table.column("gradient_norm"))
             revisions.check()
             return total
@@ -212,6 +214,8 @@ class Scorer:
         revisions = finalized_revisions(self.store, model_ids, exp_name)
         chosen = revisions.model_ids
         tables = complete_targets(self.store, exp_name, chosen)
+        for table in tables:
+            ReadCheck(table, self.num_rows).check(np.arange(table.num_rows))
         pairs, described = self._terms(revisions, tables, estimate)
         if not self.store.manifest.feature_storage.stores_features:
             pairs = [

@@ -29,6 +29,7 @@ from tracer.scoring.feature_tables import (
 )
 from tracer.scoring.matmul import MemoryPlan, Multiplier
 from tracer.scoring.read_ahead import ReadAhead
+from tracer.scoring.read_checks import ReadCheck
 from tracer.scoring.topk import RunningTopK
 from tracer.store.score_array import TILE_BYTES
 from tracer.types import TopK
@@ -57,6 +58,7 @@ class TileScorer:
         self.pairs, self.estimate, self.device = pairs, estimate, device
         self.num_rows, self.num_targets = pairs[0].train.num_rows, pairs[0].targets.num_rows
         dim = max(1, pairs[0].train.dim)
+        self._checks = [ReadCheck(pair.train, self.num_targets) for pair in pairs]
         self._plan = MemoryPlan.of(memory_bytes, dim, self.num_targets)
         storage = "float32" if estimate.transforms_targets else pairs[0].train.storage
         self._multiplier = Multiplier(self._plan, device, storage)
@@ -130,6 +132,7 @@ class TileScorer:
         self, position: int, pair: CheckpointPair, block: np.ndarray
     ) -> Iterator[tuple[slice, Float32[Tensor, "n m"]]]:
         """Yield slices of targets and the block's products with them, in memory that is used again."""
+        self._checks[position].check(block)
         if pair.cosines is not None:
             for first, stored in pair.cosines:
                 matrix = stored.matrix()

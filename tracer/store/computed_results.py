@@ -110,6 +110,7 @@ class ComputedResults:
             if own == inputs or (earlier and same_but_rows(own, inputs)):
                 with contextlib.suppress(StoreError, LookupError, TypeError):  # damaged: `cosine_block` mends it
                     block = ScoreArray(key)
+                    block.forget_damaged()
                     known.setdefault(described["targets"][0], []).append(block)
         found, first = [], 0
         while first in known:

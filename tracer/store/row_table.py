@@ -21,7 +21,7 @@ from tracer.store.arrays.store_path import StorePath
 from tracer.store.feature_storage import FeatureStorage
 from tracer.store.manifest import json_value
 from tracer.store.row_writer import RowWriter, checked_fingerprint, checked_rows, named_rows
-from tracer.store.table_schema import COLUMNS, changing, read_attributes, table_layouts
+from tracer.store.table_schema import COLUMNS, changing, damaged_rows, read_attributes, table_layouts
 
 
 class RowTable:
@@ -211,6 +211,21 @@ class RowTable:
         stop = self.num_rows if stop is None else stop
         self._check_range(start, stop)
         return self._arrays[name].read(start, stop)
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of a stored row, without the marks."""
+        return sum(array.layout.data_bytes // array.layout.chunk_rows for array in self._arrays.values())
+
+    def check_content(self, rows: np.ndarray) -> None:
+        """Raise `StoreError` if a done row among ``rows [n]``, ascending, is not as it was written."""
+        bad = np.intersect1d(rows, damaged_rows(self._arrays, int(rows[0]), int(rows[-1]) + 1))
+        bad = bad[self._arrays["done"].take(bad)]
+        if len(bad):
+            raise StoreError(
+                f"rows {named_rows(bad)} of {self.path} do not match the checksum that they were written with: run "
+                "tracer.verify, which marks damaged rows as missing, and compute these again"
+            )
 
     def prefetch(self, start: int, stop: int) -> None:
         """Start to read the features of rows ``start`` to ``stop`` in the background."""

@@ -37,6 +37,7 @@ from tracer.store.revisions import Revisions, remove_result, result_key
 
 SCORE_DTYPES = ("float16", "float32")
 TILE_BYTES = 16 << 20
+_CHECKED_BYTES = 32 << 20
 
 logger = logging.getLogger("tracer")
 
@@ -79,6 +80,7 @@ class ScoreArray:
         self.inputs: dict[str, Any] = described["inputs"]
         self._mask = CompletionMask(mask, list(arrays.values()), flush_seconds)
         self._closed = False
+        self._intact: set[int] = set()
         self._check_files()
 
     def _check_files(self) -> None:
@@ -205,6 +207,16 @@ class ScoreArray:
         except StoreError:
             return True
 
+    def forget_damaged(self) -> None:
+        """Check done tiles, a random choice if they are many, and mark damaged ones as not done."""
+        done = np.flatnonzero(self.tile_done)
+        most = max(1, _CHECKED_BYTES // (self.tile_rows * self.shape[1] * self._scores.dtype.itemsize))
+        chosen = done if len(done) <= most else np.random.default_rng().choice(done, most, replace=False)
+        bad = np.array([tile for tile in chosen.tolist() if self.is_damaged(tile)], np.int64)
+        if len(bad):
+            logger.warning("computing %d tiles of %s again: they do not match their checksum", len(bad), self.path)
+            self.unmark(bad)
+
     def unmark(self, tiles: np.ndarray) -> None:
         """Mark tiles ``[n]``, int64, durably as not done."""
         self._mask.unmark(tiles)
@@ -231,10 +243,19 @@ class ScoreArray:
             )
         rows = self._scores.read(start, stop)
         self._check_present(start, stop)
+        if self.uploads:
+            self._check_downloaded(start, stop)
         if self._scale is None:
             return rows
         scale = torch.from_numpy(np.array(self._scale.read(start, stop)))
         return (torch.from_numpy(np.array(rows)).float() * scale[:, None]).numpy()
+
+    def _check_downloaded(self, start: int, stop: int) -> None:
+        """Raise `StoreError` if tiles of rows that were just downloaded are damaged; each tile is checked once."""
+        for tile in range(start // self.tile_rows, -(-stop // self.tile_rows)):
+            if tile not in self._intact and self.tile_done[tile] and self.is_damaged(tile):
+                raise StoreError(f"a tile of {self.path} does not match its checksum: run tracer.verify and ask again")
+            self._intact.add(tile)
 
     def _check_present(self, start: int, stop: int) -> None:
         """Raise `StoreError` if rows that were just read were removed before that: they read as zeros."""
@@ -312,7 +333,10 @@ def open_scores(
     path, described = paths[dtype], {**described, "dtype": dtype}
     try:
         _create(path, described)
-        return ScoreArray(path, revisions=revisions)
+        scores = ScoreArray(path, revisions=revisions)
+        if not scores.uploads:  # remote ones are checked as they are downloaded
+            scores.forget_damaged()
+        return scores
     except StoreError as error:
         if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
             raise  # of the disk, and no damage

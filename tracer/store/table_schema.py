@@ -8,10 +8,11 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from jaxtyping import Shaped, UInt64
+from jaxtyping import Int64, Shaped, UInt64
 
 from tracer._core.files import disk_errors
 from tracer.errors import InputError, StoreError
+from tracer.store.arrays.chunked import ChunkedArray
 from tracer.store.arrays.layout import Layout, array_document
 from tracer.store.arrays.metadata import NODE, group_document, read_document, write_documents
 from tracer.store.arrays.store_path import StorePath
@@ -111,6 +112,16 @@ def row_checksums(
         crcs = np.fromiter(map(google_crc32c.value, raw), np.uint64, len(raw))
         sums ^= crcs | crcs << np.uint64(32)
     return sums
+
+
+def damaged_rows(arrays: Mapping[str, ChunkedArray], start: int, stop: int) -> Int64[np.ndarray, " n"]:
+    """Return the rows of a table from ``start`` to ``stop`` that do not match their checksum, done or not."""
+    for array in arrays.values():
+        if array.uploads:  # all downloads at once
+            array.prefetch(start, stop)
+    columns = {name: arrays[name].read(start, stop) for name in COLUMNS}
+    features = arrays["features"].read(start, stop) if "features" in arrays else None
+    return start + np.flatnonzero(row_checksums(features, columns) != columns["checksum"])
 
 
 def mixed(sums: UInt64[np.ndarray, " n"], bits: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:

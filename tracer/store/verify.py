@@ -22,7 +22,7 @@ from tracer.store.result_group import load_group
 from tracer.store.revisions import remove_result
 from tracer.store.score_array import ScoreArray, read_description
 from tracer.store.store import Store
-from tracer.store.table_schema import COLUMNS, changing, row_checksums, table_layouts
+from tracer.store.table_schema import COLUMNS, changing, damaged_rows, table_layouts
 
 logger = logging.getLogger("tracer")
 
@@ -208,10 +208,7 @@ class _Checker:
                     yield self._lost(arrays[name], chunk, done, problem)
             if any(problems.values()) or not len(done):
                 continue
-            columns = {name: arrays[name].read(start, stop) for name in COLUMNS}
-            features = arrays["features"].read(start, stop) if "features" in arrays else None
-            wrong = row_checksums(features, columns) != columns["checksum"]
-            bad = done[wrong[done - start]]
+            bad = np.intersect1d(done, damaged_rows(arrays, start, stop))
             if len(bad):
                 self._found(mask.path.parent, "rows do not match the checksum that they were written with", bad)
                 yield bad

@@ -1,0 +1,44 @@
+"""Compares rows with their checksums as they are read: all of few rows, a random sample of many."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tracer.scoring.feature_tables import split_at_gaps
+from tracer.store import RowTable
+
+WHOLE_BYTES = 1 << 20
+"""The bytes of a table that are checked whatever it costs."""
+
+_LEAST_ROWS = 16
+_STEP_ROWS = 1024
+_PRODUCTS_A_CHECK = 2048
+
+
+class ReadCheck:
+    """The check of one pass over a table.
+
+    A checksum takes about as long as twenty products of the row. So if each row is multiplied by 2048 vectors or more,
+    all rows are checked, else a share that costs one percent of the products.
+
+    Args:
+        table: The table that is read.
+        products: The number of vectors that each row is multiplied by.
+    """
+
+    def __init__(self, table: RowTable, products: int) -> None:
+        self._table, self._share = table, min(1.0, products / _PRODUCTS_A_CHECK)
+        self._whole = WHOLE_BYTES // max(1, table.row_bytes)
+        self._owed, self._random = 0.0, np.random.default_rng()
+
+    def check(self, indices: np.ndarray) -> None:
+        """Check some of the rows at ascending indices; raise `StoreError` if one is damaged."""
+        self._owed += self._share * len(indices)
+        count = min(max(self._whole, int(self._owed)), len(indices))
+        if count < min(_LEAST_ROWS, len(indices)):
+            return
+        self._whole, self._owed = max(0, self._whole - count), max(0.0, self._owed - count)
+        first = int(self._random.integers(len(indices) - count + 1))
+        for start in range(first, first + count, _STEP_ROWS):
+            for near in split_at_gaps(indices[start : min(start + _STEP_ROWS, first + count)]):
+                self._table.check_content(near)
