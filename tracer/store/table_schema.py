@@ -53,8 +53,11 @@ def create_table(
     with disk_errors(path):
         layouts = table_layouts(num_rows, dim, storage, chunk_rows)
         # Files come after the document. Without it, they are of a table that lost it: nobody knows whose they are.
-        if any((path / name / "c").children() for name in layouts) and not (path / NODE).exists():
-            path.remove()
+        if any((path / name / "c").children() for name in layouts):
+            try:
+                read_document(path / NODE)
+            except FileNotFoundError:
+                path.remove()
         described = {**attributes, "num_rows": num_rows, "storage": storage, "chunk_rows": chunk_rows}
         # The group's document comes last: the table exists from this instant on, with all of its arrays. Processes
         # that create the same table at once all write the same arrays, and one of them writes the document.
