@@ -15,6 +15,8 @@ from cli_cases import MODULE, NUM_TARGETS, NUM_TRAIN, enter, make_project, print
 from tracer import Attribution, Tracer, verify
 from tracer.cli import compare, export
 from tracer.metrics import spearman
+from tracer.store.arrays.local_path import LocalPath
+from tracer.store.arrays.metadata import read_document, write_document
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +72,9 @@ def test_info_says_what_the_store_holds(project):
 
 def test_what_a_store_says_cannot_control_the_terminal(own):
     path = own / "store" / "zarr.json"
-    document = json.loads(path.read_text())
+    document = read_document(LocalPath(path))
     document["attributes"]["info"]["model"] = "Net\x1b[2J\u202e\nstore  fine\x9b"
-    path.write_text(json.dumps(document))
+    write_document(LocalPath(path), document)
     shown = run_tracer("info", "store").output
     assert "Net\\x1b[2J\\u202e\\nstore  fine\\x9b" in shown and "\x1b" not in shown
     (own / "store" / "targets" / "a\x1b[2Jb").mkdir()
