@@ -7,19 +7,19 @@ import numpy as np
 from tracer.scoring.feature_tables import split_at_gaps
 from tracer.store import RowTable
 
-WHOLE_BYTES = 1 << 20
+WHOLE_BYTES = 1 << 19
 """The bytes of a table that are checked whatever it costs."""
 
-_LEAST_ROWS = 16
+_LEAST_ROWS = 32
 _STEP_ROWS = 1024
-_PRODUCTS_A_CHECK = 2048
+_PRODUCTS_A_CHECK = 16384
 
 
 class ReadCheck:
     """The check of one pass over a table.
 
-    A checksum takes about as long as twenty products of the row. So if each row is multiplied by 2048 vectors or more,
-    all rows are checked, else a share that costs one percent of the products.
+    A checksum takes as long as some hundred products of the row. So if each row is multiplied by 16384 vectors or more,
+    all rows are checked, else a share that costs about one percent of the products.
 
     Args:
         table: The table that is read.
