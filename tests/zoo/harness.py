@@ -303,10 +303,10 @@ def worst_error(exact: Tensor, expected: Mapping[str, Tensor]) -> float:
     """Return the largest error of an example's gradient of a parameter, relative to its norm.
 
     A parameter with less than a thousandth of the example's gradient is measured by that thousandth: its rounding noise
-    comes from larger terms. So does that of an example that is fitted to 1e-9 of the others, since ``p - 1`` cancels.
+    comes from larger terms. So does that of an example that is fitted to 1e-8 of the others, since ``p - 1`` cancels.
     """
     whole = torch.cat([value.reshape(NUM_EXAMPLES, -1) for value in expected.values()], 1).norm(dim=1)
-    whole = whole.clamp(min=1e-9 * float(whole.max()))
+    whole = whole.clamp(min=1e-8 * float(whole.max()))
     worst, start = 0.0, 0
     for value in expected.values():
         wanted = value.reshape(NUM_EXAMPLES, -1)
@@ -325,7 +325,7 @@ def check_sketches(expected: Mapping[str, Tensor], sketches: list[Tensor], rtol:
     shapes = {name: tuple(value.shape[1:]) for name, value in expected.items()}
     built = {name: DenseGradient(value) for name, value in expected.items()}
     scale = sum(value.reshape(NUM_EXAMPLES, -1).square().sum(1) for value in expected.values()).sqrt()[:, None]
-    scale = scale.clamp(min=1e-9 * float(scale.max()))
+    scale = scale.clamp(min=1e-8 * float(scale.max()))
     for seed, sketch in enumerate(sketches):
         features = make_projector("sketch", shapes, SKETCH_DIM, seed).project(built).features.double()
         error = float(((sketch - features) / scale.clamp(min=1e-30)).abs().max())
