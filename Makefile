@@ -22,7 +22,7 @@ demo: $(STAMP)  ## Find flipped labels among handwritten digits and write runs/m
 test: lint  ## Run every gate, one after another: lint, types, doctests, tests, examples, docs, packages.
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(PYTEST_WORKERS)
 
-zoo: $(ZOO)/.installed  ## Check 200 models of transformers, timm and peft; ZOO_ARGS="-k Llama" for some.
+zoo: $(ZOO)/.installed  ## Check 250 models of transformers, timm and peft; ZOO_ARGS="-k Llama" for some.
 	OMP_NUM_THREADS=1 ZOO_OUTCOME=build/zoo/outcome.md $(ZOO)/bin/python -m pytest -n $(PYTEST_WORKERS) \
 		tests/zoo/test_oddities.py tests/zoo/whole.py $(ZOO_ARGS)
 	@echo "Outcomes: build/zoo/outcome.md"

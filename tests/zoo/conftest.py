@@ -52,7 +52,7 @@ def recorded(record_property):
     def run(entry: Entry, folder: Path) -> None:
         record_property("model", entry.name)
         try:
-            outcome = check(entry, folder)
+            outcome = check(entry, folder, timed="ZOO_OUTCOME" in os.environ)
         except BaseException as error:
             kind = "wrong" if isinstance(error, AssertionError) else "failed"
             what = entry.fault or f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"

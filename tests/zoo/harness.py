@@ -117,8 +117,8 @@ class _Parts:
         return self.result
 
 
-def check(entry: Entry, folder: Path) -> Outcome:
-    """Return the outcome of an entry, or fail with what is wrong."""
+def check(entry: Entry, folder: Path, timed: bool = True) -> Outcome:
+    """Return the outcome of an entry, with its cost if it is to be timed, or fail with what is wrong."""
     state, model = checkpoint(entry), fresh(entry)
     batch = in_double(entry.batch())
     with torch.no_grad():
@@ -149,7 +149,8 @@ def check(entry: Entry, folder: Path) -> Outcome:
     check_sketches(expected, sketches, entry.rtol)
     engine = tracing._factory.engine
     kind = "per-sample loop" if engine.runs_samples_alone else "per-sample fallback" if engine.fallback else "exact"
-    return Outcome(kind, error, cost(entry, engine, batch), ", ".join(list(engine.fallback)[:3]))
+    spent = cost(engine, batch) if timed else None
+    return Outcome(kind, error, spent, ", ".join(list(engine.fallback)[:3]))
 
 
 def checkpoint(entry: Entry) -> dict[str, Any]:
@@ -356,7 +357,7 @@ def assert_unbiased(name: str, pair: Tensor, products: Tensor) -> None:
     assert (errors.mean(0).abs() <= allowed).all(), f"sketches of {name} are biased by {errors.mean(0).tolist()}"
 
 
-def cost(entry: Entry, engine: Any, batch: Any) -> float:
+def cost(engine: Any, batch: Any) -> float:
     """Return the time of the gradients of a batch, verified before, in forward and backward passes of its sum."""
     rows = next(batches())
     part, model = take(batch, rows), engine.model
