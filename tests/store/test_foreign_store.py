@@ -152,17 +152,21 @@ def places(value, at=()):
 @pytest.mark.parametrize("place", ["", "checkpoints/0", "targets/test/1"])
 def test_any_value_in_a_document_may_be_wrong(store, tmp_path, place):
     whole = json.loads((store.path / place / NODE).read_text())
+    whole["attributes"].pop("document_crc32c", None)  # whoever means harm writes the right one
+    shutil.copytree(store.path, tmp_path / "whole")
     for at in places(whole["attributes"]):
-        for value in (None, "../../..", -1, 1 << 70, [], {"a": []}):
+        for value in (None, "../../..", -1, []):
             found = json.loads(json.dumps(whole))
             inside = found
             for key in ("attributes", *at)[:-1]:
                 inside = inside[key]
             inside[("attributes", *at)[-1]] = value
             (store.path / place / NODE).write_text(json.dumps(found))
-            for run in (use, lambda store: verify(store.path, repair=False, progress=False)):
+            for run in (use, lambda store: verify(store.path, progress=False)):
                 with contextlib.suppress(TracerError):
                     run(store)
+            shutil.rmtree(store.path)
+            shutil.copytree(tmp_path / "whole", store.path)
 
 
 def test_names_in_documents_lead_to_nothing_outside_of_a_store(store, tmp_path):

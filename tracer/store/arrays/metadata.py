@@ -61,7 +61,8 @@ def _check_types(path: StorePath, attributes: Mapping[str, Any], place: str = ""
         kinds = _TYPES.get(place + name) or _TYPES.get(f"{place}*")
         if kinds is None:
             continue
-        fits = type(value) in kinds and (type(value) is not int or abs(value) < 1 << 64)
+        least = name in ("num_rows", "chunk_rows") if kinds == (int,) else -1 << 64
+        fits = type(value) in kinds and (type(value) is not int or least <= value < 1 << 64)
         if not fits or (type(value) is float and not math.isfinite(value)):
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise StoreError(f"{path} is damaged: expected {place}{name} of type {expected}; restore it")
