@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +38,11 @@ class SampleOutputs:
     loss_hess: Tensor
     label: Tensor | None = None
     baseline: Tensor | None = None
+
+    def detached(self) -> SampleOutputs:
+        """Return the values without their graphs."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return SampleOutputs(**{name: None if value is None else value.detach() for name, value in values.items()})
 
 
 @dataclass(frozen=True)

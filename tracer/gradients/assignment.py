@@ -49,8 +49,8 @@ class Assignment:
         """The parameters that are captured."""
         return [name for name in self._names if name not in self.fallback]
 
-    def blame(self, wrong: Mapping[str, str], captured: CapturedPass, batch_size: int) -> None:
-        """Try another axis for the layers of each wrong gradient; after all axes, use the fallback."""
+    def blame(self, wrong: Mapping[str, str], captured: CapturedPass, batch_size: int, at_once: bool = False) -> None:
+        """Try another axis for the layers of each wrong gradient; after all axes, or at once, use the fallback."""
         for pattern in captured.patterns:
             self._tried.setdefault(pattern.layer, set()).add(pattern.axis)
         found: dict[str, SampleAxis] = {}
@@ -59,10 +59,10 @@ class Assignment:
             reason = (
                 f"captured from {', '.join(layers) or 'no layer'}, its gradient differs from autograd's ({difference})"
             )
-            if batch_size > 1:
+            if batch_size > 1 and not at_once:
                 found |= {layer: axis for layer in layers if (axis := self._untried(layer)) is not None}
             if found.keys().isdisjoint(layers):
-                self._drop_parameter(name, reason)
+                self.drop_parameter(name, reason)
             for layer in found.keys() & set(layers):
                 self._suspects.setdefault(layer, {})[name] = reason
         for layer, axis in found.items():
@@ -153,9 +153,10 @@ class Assignment:
         suspected = self._suspects.pop(layer_name, {})
         self.axes.pop(layer_name, None)
         for name in suspected or layer.parameters.values():
-            self._drop_parameter(name, suspected.get(name, f"captured from {layer_name}: {reason}"))
+            self.drop_parameter(name, suspected.get(name, f"captured from {layer_name}: {reason}"))
 
-    def _drop_parameter(self, name: str, reason: str) -> None:
+    def drop_parameter(self, name: str, reason: str) -> None:
+        """Use the fallback for a parameter."""
         if name not in self.fallback:
             self._use_fallback(name, reason)
         self._assign()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tracer._core.sharding import fsdp_modules, is_sharded
 from tracer.data.tasks import Task
@@ -74,12 +74,12 @@ class PlainBackend:
         self,
         task: Task,
         batch: Batch,
-        batch_size: int,
+        weights: Tensor,
         shapes: Mapping[str, Sequence[int]],
         precision: torch.dtype | None,
     ) -> Reference:
         """Return autograd's gradients of the weighted sum of outputs; see `reference_pass`."""
-        return reference_pass(self.model, task, batch, batch_size, list(shapes), precision)
+        return reference_pass(self.model, task, batch, weights, list(shapes), precision)
 
     def refuse_fallback(self, reasons: Mapping[str, str]) -> None:
         """Allow the fallback for parameters without a layer rule."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -191,8 +191,7 @@ class CapturedPass:
                 hook.remove()
         self._calls, self._batch_size = recorder.calls, batch_size
         self._output: Tensor | None = outputs.output
-        detached = {name: getattr(outputs, name).detach() for name in ("output", "loss", "loss_grad", "loss_hess")}
-        self.outputs = replace(outputs, **detached)
+        self.outputs = outputs.detached()
         self.patterns = _patterns(recorder.calls, batch_size)
         self.layers: dict[str, list[str]] = {}
 

@@ -11,20 +11,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
 
 import torch
 from torch import nn
 
 from tracer._core.validation import check_choice
-from tracer.data.tasks import Task
+from tracer.data.batches import select_samples
+from tracer.data.tasks import LowerPrecision, Task
 from tracer.errors import GradientError
 from tracer.gradients.assignment import Assignment
 from tracer.gradients.attention import CaptureFailed
+from tracer.gradients.audit import Auditor, Finding, Sink, WatchedSink
 from tracer.gradients.backend import Backend, PlainBackend
 from tracer.gradients.capture import CapturedPass
+from tracer.gradients.coupling import coupling_error
 from tracer.gradients.fallback import Fallback
 from tracer.gradients.isolation import seed_generators
+from tracer.gradients.module_state import StatelessTask
 from tracer.gradients.per_sample import PerSampleGradient
 from tracer.gradients.selfcheck import Reference, WeightedSums, disagreeing
 from tracer.gradients.verification import Verifier
@@ -36,18 +39,11 @@ METHODS = ("auto", "capture", "functional")
 """The choices of ``gradients=``."""
 
 
-class Sink(Protocol):
-    """A consumer of the gradients of a batch as they are computed."""
+class GradientsChanged(GradientError):
+    """Gradients of earlier batches, which were not checked, may be wrong; those of all batches are right from now on.
 
-    def begin(self) -> None:
-        """Discard gradients taken so far: those of all parameters follow, perhaps again."""
-
-    def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
-        """Take gradients of samples ``start`` to ``stop``, by parameter name, under ``no_grad``.
-
-        Each parameter of a sample is passed once, or never if its gradient is zero. Gradients that are not stored are
-        freed.
-        """
+    Whoever passed the batches computes all of them again.
+    """
 
 
 class GradientEngine:
@@ -61,6 +57,9 @@ class GradientEngine:
             ``"functional"``: the fallback for all. Default: ``"auto"``.
         device: The device of the model. Default: that of its first selected parameter.
         backend: How the model runs; for a sharded model all ranks make the same calls. Default: whole, here.
+
+    Attributes:
+        audited: The position in the last batch of the sample that was run alone and agreed, or None.
 
     Raises:
         InputError: If the method is not known.
@@ -80,9 +79,13 @@ class GradientEngine:
         self.model, self.task, self.method = model, task, method
         self.names, self.backend = tuple(names), backend or PlainBackend(model)
         self.device = dict(model.named_parameters())[self.names[0]].device if device is None else device
+        self.audited: int | None = None
+        self._task = StatelessTask(task, model)
         self._assignment = Assignment(model, self.names, method, self.backend)
-        self._verifier = Verifier(model, task, self.names, self.backend, self.device)
-        self._fallback = Fallback(model, task, self._verifier.check_alone)
+        precision = task.dtype if isinstance(task, LowerPrecision) else None
+        self._verifier = Verifier(model, self._task, self.names, self.backend, self.device, precision)
+        self._auditor = Auditor(self._task, self._verifier, self.device)
+        self._fallback = Fallback(model, self._task, self._verifier.check_alone)
 
     @property
     def fallback(self) -> Mapping[str, str]:
@@ -93,6 +96,11 @@ class GradientEngine:
     def runs_samples_alone(self) -> bool:
         """Whether the fallback runs sample by sample, since ``vmap`` failed."""
         return self._fallback.looped
+
+    def use_fallback(self, reasons: Mapping[str, str]) -> None:
+        """Compute some parameters by the fallback, for example since capture was wrong for them before."""
+        for name in reasons.keys() & set(self._assignment.captured):
+            self._assignment.drop_parameter(name, reasons[name])
 
     def use_weights(self, fingerprint: str) -> None:
         """Declare which weights are in the model: gradients are verified for each anew."""
@@ -115,23 +123,53 @@ class GradientEngine:
 
         Raises:
             GradientError: If no method gives gradients that agree with autograd.
+            GradientsChanged: If those of earlier batches are in doubt.
         """
-        outputs = self._captured(batch, batch_size, sink)
+        watched = WatchedSink(sink, self._auditor.choose(batch, batch_size))
+        self.audited = None
+        with self._task.unchanged():
+            outputs, checked, doubt = self._complete(batch, batch_size, watched)
+            if watched.row is not None:
+                found = self._auditor.audit(watched, outputs, batch, batch_size)
+                if self.backend.any(isinstance(found, Finding)):
+                    if not checked:
+                        outputs, _, doubt = self._complete(batch, batch_size, watched, check=True)
+                        found = self._auditor.audit(watched, outputs, batch, batch_size)
+                    if isinstance(found, Finding):
+                        raise self._auditor.error(found, batch, watched.row)
+                self.audited = watched.row if found else None
+        if doubt:
+            self._verifier.start_again()
+            raise GradientsChanged(
+                f"Captured gradients of {', '.join(doubt)} turned out to be wrong for some samples of a later batch, "
+                f"although the first batches agreed with autograd. They are computed without capture from now on. "
+                f"Compute all batches again."
+            )
+        return outputs
+
+    def _complete(
+        self, batch: Batch, batch_size: int, sink: Sink, check: bool = False
+    ) -> tuple[SampleOutputs, bool, list[str]]:
+        """Compute captured gradients and the others; return outputs, whether they were checked, and what was wrong."""
+        outputs, checked, doubt = self._captured(batch, batch_size, sink, check)
         for start, stop, gradients in self._fallback.blocks(batch, batch_size, list(self.fallback), outputs.output):
             with torch.no_grad():
                 sink.take(start, stop, gradients)
-        return outputs
+        return outputs, checked, doubt
 
-    def _captured(self, batch: Batch, batch_size: int, sink: Sink) -> SampleOutputs:
+    def _captured(
+        self, batch: Batch, batch_size: int, sink: Sink, check: bool
+    ) -> tuple[SampleOutputs, bool, list[str]]:
         """Run captured passes until one agrees with autograd or needs no check."""
         assignment, verifier = self._assignment, self._verifier
+        doubt: list[str] = []
         while True:
             seed_generators(self.device)
             sink.begin()
             try:
                 captured = CapturedPass(
                     self.model,
-                    self.task,
+                    self._task,
                     batch,
                     batch_size,
                     assignment.layers,
@@ -140,17 +178,22 @@ class GradientEngine:
                 )
                 verifier.check_outputs(captured.outputs, batch_size)
                 signature = captured.patterns, batch_size == 1
-                due = verifier.is_due(signature)
+                due = verifier.is_due(signature) or check
                 sums = WeightedSums(batch_size, shrink=self.backend.is_sharded) if due else None
                 self._backward(captured, batch_size, sink, sums)
-                if sums is not None and self.backend.any(not self._agrees(captured, sums, batch, batch_size)):
-                    continue
+                if sums is not None:
+                    wrong = self._wrong(captured, sums, batch, batch_size)
+                    if self.backend.any(wrong is not None):
+                        in_doubt = verifier.puts_in_doubt(signature)
+                        assignment.blame(wrong or {}, captured, batch_size, at_once=in_doubt)
+                        doubt += (wrong or {}) if in_doubt else ()
+                        continue
             except CaptureFailed as failure:
                 assignment.give_up(failure.layer, failure.reason, failure.expanded)
                 continue
-            verifier.confirm(signature)
+            verifier.confirm(signature, checked=due)
             assignment.confirm()
-            return captured.outputs
+            return captured.outputs, due, doubt
 
     def _backward(self, captured: CapturedPass, batch_size: int, sink: Sink, sums: WeightedSums | None) -> None:
         """Pass captured gradients to the sink and, if they are to be checked, to the sums."""
@@ -163,9 +206,11 @@ class GradientEngine:
 
         captured.backward(receive)
 
-    def _agrees(self, captured: CapturedPass, sums: WeightedSums, batch: Batch, batch_size: int) -> bool:
-        """Check a captured pass and the fallback against autograd; return False if the assignment was changed."""
-        reference = self._verifier.reference(batch, batch_size)
+    def _wrong(
+        self, captured: CapturedPass, sums: WeightedSums, batch: Batch, batch_size: int
+    ) -> dict[str, str] | None:
+        """Check a captured pass and the fallback against autograd; return the wrong gradients, or None."""
+        reference = self._verifier.checked_reference(batch, batch_size)
         if not reference.same_outputs(captured.outputs.output):
             if not self._assignment.blame_expanded(captured):
                 raise GradientError(
@@ -173,15 +218,13 @@ class GradientEngine:
                     "keeps state between calls. Its gradients would depend on batch sizes and order; make its eval "
                     "mode a function of the batch."
                 )
-            return False
-        self._verifier.check_first_sample(reference.outputs, batch, batch_size)
+            return {}
         wrong = disagreeing(reference, sums.totals, self._assignment.captured)
         if wrong:
-            self._assignment.blame(wrong, captured, batch_size)
-            return False
+            return wrong
         self._check_fallback(reference, batch, batch_size)
         self._verifier.confirm_gradients(reference)
-        return True
+        return None
 
     def _check_fallback(self, reference: Reference, batch: Batch, batch_size: int) -> None:
         """Check the fallback against autograd; if vmap differs, samples are run alone, and must agree."""
@@ -198,8 +241,5 @@ class GradientEngine:
             self._fallback.looped = True
             return self._check_fallback(reference, batch, batch_size)
         name, difference = next(iter(differs.items()))
-        raise GradientError(
-            f"The gradient of {name!r} depends on which samples share a batch ({difference}): a sample run alone gives "
-            f"another result. Tracer needs samples that do not influence each other; look for batch statistics "
-            f"(normalization over the batch), losses over pairs, or sampling in the forward."
-        )
+        one = select_samples(batch, torch.tensor([0]), batch_size)
+        raise coupling_error(self.model, self._task, batch, one, 0, f"the gradient of {name!r}, {difference}")

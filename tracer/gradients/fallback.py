@@ -32,13 +32,14 @@ class Fallback:
     Args:
         model: The model, inside `isolated` when gradients are computed.
         task: The task.
-        check_alone: Compares f of samples within their batch and alone, ``[b]`` each, and raises if they differ.
+        check_alone: Compares f of samples within their batch and alone, ``[b]`` each, and raises if they differ; it is
+            given the batch, its size and the first of the samples too.
 
     Attributes:
         looped: Whether each sample is run alone by autograd, since ``vmap`` failed.
     """
 
-    def __init__(self, model: nn.Module, task: Task, check_alone: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(self, model: nn.Module, task: Task, check_alone: Callable[..., None]) -> None:
         self._model, self._task, self._check_alone = model, task, check_alone
         self.looped = False
 
@@ -57,7 +58,7 @@ class Fallback:
             if stop - start < batch_size:
                 block = select_samples(batch, torch.arange(start, stop), batch_size)
             alone, gradients = self._compute(block, stop - start, names)
-            self._check_alone(outputs[start:stop], alone)
+            self._check_alone(outputs[start:stop], alone, batch, batch_size, start)
             yield start, stop, {name: DenseGradient(value) for name, value in gradients.items()}
 
     def _compute(self, batch: Batch, batch_size: int, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -252,13 +252,13 @@ class FsdpBackend:
         self,
         task: Task,
         batch: Batch,
-        batch_size: int,
+        weights: Tensor,
         shapes: Mapping[str, Sequence[int]],
         precision: torch.dtype | None,
     ) -> Reference:
         """Return autograd's gradients of the weighted sum of outputs, `shrunk`; all ranks must call this."""
         return sharded_reference_pass(
-            self.model, self.whole_parameters, task, batch, batch_size, shapes, precision=precision
+            self.model, self.whole_parameters, task, batch, weights, shapes, precision=precision
         )
 
     def refuse_fallback(self, reasons: Mapping[str, str]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tracer.data.tasks import Task
 from tracer.errors import GradientError
 from tracer.gradients.per_sample import PerSampleGradient
-from tracer.types import Batch
+from tracer.types import Batch, SampleOutputs
 
 BLOCK_BYTES = 32 << 20
 _SHRUNK, _SIGNS = 1 << 14, 1 << 20
@@ -41,21 +41,38 @@ def tolerance(dtype: torch.dtype, device: torch.device) -> float:
     return 1e-1
 
 
+def same_values(values: Tensor, others: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether two forwards in a dtype gave the same values ``[b]`` up to rounding; NaN equals NaN."""
+    values, others = values.double(), others.double().to(values.device)
+    scale = torch.maximum(values.abs(), others.abs()).nan_to_num(posinf=0.0).amax()
+    # Small values are differences of larger ones, for example of logits, whose rounding they carry.
+    noise = min(256 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps), 10 * tolerance(dtype, values.device))
+    bound = max(10 * tolerance(dtype, values.device) * float(scale), noise)
+    return torch.allclose(values, others, rtol=0, atol=bound, equal_nan=True)
+
+
 @dataclass(frozen=True)
 class Reference:
     """Autograd's outputs and gradients.
 
     Attributes:
-        outputs: f of each sample, ``[B]``.
+        samples: The outputs, detached.
         gradients: The gradient of ``sum_b c_b f_b`` by parameter name.
         scale: The largest norm of a parameter's gradient.
+        reached: The parameters that autograd found f to depend on.
         precision: The dtype that layers compute in, if it is lower than that of gradients.
     """
 
-    outputs: Tensor
+    samples: SampleOutputs
     gradients: dict[str, Tensor]
     scale: float
+    reached: frozenset[str]
     precision: torch.dtype | None = None
+
+    @property
+    def outputs(self) -> Tensor:
+        """F of each sample, ``[B]``."""
+        return self.samples.output
 
     def of(self, names: Iterable[str]) -> Reference:
         """Return the reference for some of the parameters."""
@@ -63,9 +80,7 @@ class Reference:
 
     def same_outputs(self, outputs: Tensor) -> bool:
         """Return whether another forward gave the same f, up to rounding; NaN equals NaN."""
-        scale = self.outputs.abs().nan_to_num().max().clamp(min=1.0)
-        bound = 10 * tolerance(self.precision or outputs.dtype, outputs.device)
-        return torch.allclose(outputs / scale, self.outputs / scale, rtol=0, atol=bound, equal_nan=True)
+        return same_values(outputs, self.outputs, self.precision or outputs.dtype)
 
     def above_noise(self) -> set[str]:
         """Return the parameters whose gradient is more than rounding noise."""
@@ -144,7 +159,7 @@ def reference_pass(
     model: nn.Module,
     task: Task,
     batch: Batch,
-    batch_size: int,
+    weights: Tensor,
     names: Sequence[str],
     precision: torch.dtype | None = None,
 ) -> Reference:
@@ -154,32 +169,33 @@ def reference_pass(
         model: The model, inside `isolated`.
         task: The task.
         batch: A batch of ``B`` samples.
-        batch_size: ``B``.
+        weights: c, ``[B]``.
         names: The parameters' names.
         precision: The dtype that layers compute in, if it is lower than that of parameters.
 
     Returns:
-        The reference; a parameter that f does not depend on has gradient zero.
+        The reference; a parameter that f does not depend on has gradient zero, and is not among ``reached``.
 
     Raises:
-        GradientError: If a parameter is complex, or f depends on none of the parameters.
+        GradientError: If a parameter is complex.
     """
     parameters = dict(model.named_parameters())
     wanted = [parameters[name] for name in names]
     for name, parameter in zip(names, wanted, strict=True):
         if parameter.is_complex():
             raise GradientError(f"Parameter {name!r} is complex; select real parameters with params=.")
-    output = task.outputs(model, batch).output
-    if not output.requires_grad:
-        raise GradientError(_depends_on_nothing(names))
-    weights = check_weights(batch_size).to(output.device, output.dtype)
-    grads = torch.autograd.grad((weights * output).sum(), wanted, allow_unused=True)
+    outputs = task.outputs(model, batch)
+    output = outputs.output
+    grads: Sequence[Tensor | None] = [None] * len(wanted)
+    if output.requires_grad:
+        grads = torch.autograd.grad((weights.to(output) * output).sum(), wanted, allow_unused=True)
+    reached = frozenset(name for name, grad in zip(names, grads, strict=True) if grad is not None)
     gradients = {}
     for name, parameter, grad in zip(names, wanted, grads, strict=True):
         dense = torch.zeros_like(parameter) if grad is None else grad.to_dense() if grad.is_sparse else grad
         gradients[name] = dense.detach()
     scale = max(_norm(gradient) for gradient in gradients.values())
-    return Reference(output.detach(), gradients, scale, precision)
+    return Reference(outputs.detached(), gradients, scale, reached, precision)
 
 
 def sharded_reference_pass(
@@ -187,7 +203,7 @@ def sharded_reference_pass(
     whole_parameters: Callable[[], AbstractContextManager[Mapping[str, Tensor]]],
     task: Task,
     batch: Batch,
-    batch_size: int,
+    weights: Tensor,
     shapes: Mapping[str, Sequence[int]],
     precision: torch.dtype | None = None,
 ) -> Reference:
@@ -203,25 +219,27 @@ def sharded_reference_pass(
         return arrive
 
     with whole_parameters() as whole:
-        output = task.outputs(model, batch).output
+        outputs = task.outputs(model, batch)
+    output = outputs.output
     if not output.requires_grad:
-        raise GradientError(_depends_on_nothing(list(shapes)))
+        raise GradientError(depends_on_nothing(list(shapes)))
     leaves = {name: whole[name] for name in shapes if name in whole}
     hooks = [leaf.register_hook(keep(name)) for name, leaf in leaves.items()]
     try:
-        weights = check_weights(batch_size).to(output.device, output.dtype)
-        torch.autograd.grad((weights * output).sum(), list(leaves.values()), allow_unused=True)
+        torch.autograd.grad((weights.to(output) * output).sum(), list(leaves.values()), allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
+    reached = frozenset(gradients)
     for name, shape in shapes.items():
         if name not in gradients:
             gradients[name] = torch.zeros(min(math.prod(shape), _SHRUNK), device=output.device)
     scale = max(_norm(gradient) for gradient in gradients.values())
-    return Reference(output.detach(), gradients, scale, precision)
+    return Reference(outputs.detached(), gradients, scale, reached, precision)
 
 
-def _depends_on_nothing(names: Sequence[str]) -> str:
+def depends_on_nothing(names: Sequence[str]) -> str:
+    """Return the message for an f that no selected parameter changes."""
     return (
         f"The task's output depends on none of the {len(names)} selected parameters ({', '.join(names[:4])}...): "
         f"nothing can be attributed to them. Check params= and that the task does not detach the model's output."

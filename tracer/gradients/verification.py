@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,18 +12,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from tracer._core.text import listing
 from tracer.data.batches import select_samples
-from tracer.data.tasks import LowerPrecision, Task, check_per_sample
+from tracer.data.tasks import Task, check_per_sample
 from tracer.errors import GradientError
 from tracer.gradients.backend import Backend
 from tracer.gradients.capture import CallPattern
+from tracer.gradients.coupling import coupling_error
 from tracer.gradients.isolation import seed_generators
-from tracer.gradients.selfcheck import Reference, tolerance
+from tracer.gradients.selfcheck import Reference, check_weights, depends_on_nothing, same_values
 from tracer.types import Batch, SampleOutputs
 
 logger = logging.getLogger("tracer.gradients")
 
 _EAGER_CHECKS = 16
+"""The batches that are checked while some gradient was never more than noise."""
+
+_EARLY_CHECKS = frozenset((1, 2, 4, 8))
+"""The numbers of early batches that are checked though they look like ones that agreed."""
 
 Signature = tuple[frozenset[CallPattern], bool]
 """How a pass called its layers, and whether its batch had a single sample, which shows no wrong order of samples."""
@@ -51,18 +59,37 @@ class Verifier:
         names: The selected parameters.
         backend: How the model runs.
         device: The device of the model.
+        precision: The dtype that layers compute in, if it is lower than that of parameters.
+
+    Attributes:
+        dtype: The dtype that layers compute in.
+        plain_seconds: The least time of a plain forward and backward that was seen, for one sample of a batch.
     """
 
     def __init__(
-        self, model: nn.Module, task: Task, names: Sequence[str], backend: Backend, device: torch.device
+        self,
+        model: nn.Module,
+        task: Task,
+        names: Sequence[str],
+        backend: Backend,
+        device: torch.device,
+        precision: torch.dtype | None,
     ) -> None:
         parameters = dict(model.named_parameters())
-        self._model, self._task, self._backend, self._device = model, task, backend, device
+        self.model, self.backend = model, backend
+        self._task, self._device, self._precision = task, device, precision
         self._shapes = {name: parameters[name].shape for name in names}
-        self._precision = task.dtype if isinstance(task, LowerPrecision) else None
-        self._dtype = self._precision or parameters[names[0]].dtype
+        self.dtype = precision or parameters[names[0]].dtype
+        self.plain_seconds = math.inf
+        self._num_batches = 0
+        self._unchecked = self._warned = False
         self._verified = _Verified()
         self._by_weights: dict[str, _Verified] = {}
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no batch has been finished with the weights in use."""
+        return not self._verified.num_batches
 
     @contextmanager
     def using_weights(self, fingerprint: str) -> Iterator[None]:
@@ -82,27 +109,56 @@ class Verifier:
     def is_due(self, signature: Signature) -> bool:
         """Return whether any rank has to check a pass."""
         verified = self._verified
-        due = signature not in verified.signatures
+        due = signature not in verified.signatures or self._num_batches in _EARLY_CHECKS
         if not due and not verified.seen.issuperset(self._shapes):
             # Agreeing on zero proves nothing, so passes are checked again while the gradient of some parameter was
             # never more than noise: first each batch, then ever more rarely, as the parameter may be unused.
             number = verified.num_batches
             due = number < _EAGER_CHECKS or number & (number - 1) == 0
-        return self._backend.any(due)
+        return self.backend.any(due)
 
-    def confirm(self, signature: Signature) -> None:
+    def puts_in_doubt(self, signature: Signature) -> bool:
+        """Return whether a pass that looks like this and is wrong puts batches in doubt that were not checked."""
+        return self._unchecked and signature in self._verified.signatures
+
+    def confirm(self, signature: Signature, checked: bool) -> None:
         """Record a finished pass that agreed with autograd or needed no check."""
         self._verified.signatures.add(signature)
         self._verified.num_batches += 1
+        self._num_batches += 1
+        self._unchecked |= not checked
+
+    def start_again(self) -> None:
+        """Forget that there were unchecked batches: all of them are computed again."""
+        self._unchecked = False
 
     def confirm_gradients(self, reference: Reference) -> None:
-        """Record which gradients were more than noise when they agreed."""
+        """Record which gradients were more than noise when they agreed, and warn of parameters that f never reaches."""
         self._verified.seen.update(reference.above_noise())
+        unused = sorted(self._shapes.keys() - reference.reached)
+        if unused and not self._warned:
+            self._warned = True
+            logger.warning(
+                "f does not depend on %d of %d selected parameters in eval mode (%s). If training uses them, the model "
+                "may hold values that it derived from other weights: pass a new one.",
+                len(unused),
+                len(self._shapes),
+                listing(unused),
+            )
 
-    def reference(self, batch: Batch, batch_size: int) -> Reference:
-        """Return autograd's outputs and gradients of a batch."""
+    def checked_reference(self, batch: Batch, batch_size: int) -> Reference:
+        """Return autograd's outputs and gradients of a batch with random weights, to check a pass by."""
+        began = now(self._device)
+        reference = self.reference(batch, check_weights(batch_size))
+        self.plain_seconds = min(self.plain_seconds, (now(self._device) - began) / batch_size)
+        if not reference.reached:
+            raise GradientError(depends_on_nothing(list(self._shapes)))
+        return reference
+
+    def reference(self, batch: Batch, weights: Tensor) -> Reference:
+        """Return autograd's outputs and gradients of the sum of f with some weights ``[B]``."""
         seed_generators(self._device, 1)  # another seed: a model that draws random numbers must not pass
-        return self._backend.reference(self._task, batch, batch_size, self._shapes, self._precision)
+        return self.backend.reference(self._task, batch, weights, self._shapes, self._precision)
 
     def check_outputs(self, outputs: SampleOutputs, batch_size: int) -> None:
         """Raise `BatchError` unless a task returned one number a sample."""
@@ -111,26 +167,18 @@ class Verifier:
             if value is not None:
                 check_per_sample(name, value, batch_size, "rows")
 
-    def check_first_sample(self, outputs: Tensor, batch: Batch, batch_size: int) -> None:
-        """Raise `GradientError` if the first sample run alone has another f than within its batch (centring, …)."""
-        if not self._backend.any(batch_size > 1):
+    def check_alone(self, together: Tensor, alone: Tensor, batch: Batch, batch_size: int, start: int) -> None:
+        """Raise `GradientError` if samples run alone, from ``start`` on, have other f than in their batch, ``[b]``."""
+        if same_values(together, alone, self.dtype):
             return
-        try:
-            with torch.no_grad():
-                alone = self._task.outputs(self._model, select_samples(batch, torch.tensor([0]), batch_size)).output
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if self._backend.is_sharded:  # the other ranks run on
-                raise
-            logger.debug("the first sample cannot be run alone: %s", error)  # some models need several, and are sound
-            return
-        self.check_alone(outputs[:1], alone.reshape(-1)[:1])
+        row = start + int((together.double() - alone.double().to(together.device)).abs().nan_to_num().argmax())
+        text = f"output {float(together[row - start]):.4g} in its batch and {float(alone[row - start]):.4g} alone"
+        one = select_samples(batch, torch.tensor([row]), batch_size)
+        raise coupling_error(self.model, self._task, batch, one, row, text)
 
-    def check_alone(self, together: Tensor, alone: Tensor) -> None:
-        """Raise `GradientError` if samples run alone have other f than within their batch, ``[b]`` each."""
-        together, alone = together.double(), alone.double().to(together.device)
-        bound = 10 * tolerance(self._dtype, self._device) * together.abs().max().clamp(min=1.0)
-        if not bool(((together - alone).abs() <= bound).all() | ~torch.isfinite(together).all()):
-            raise GradientError(
-                "A sample run alone gives another output than within its batch: the samples of a batch influence each "
-                "other (batch statistics, padding without a mask, losses over pairs). Tracer needs samples that do not."
-            )
+
+def now(device: torch.device) -> float:
+    """Return the time at which everything that a device was given is done, in seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,204 @@
+"""The audit: of every few batches one sample is run alone, and compared with what its batch gave for it.
+
+The full check (`tracer.gradients.selfcheck`) sees few batches, and samples can change places in later ones: models sort
+by length, drop padding, group by expert, or compute statistics that the first batches lack. A sample drawn at random is
+right or wrong however the model came to it. Of ``n`` samples that were audited and found right, none being wrong, at
+most a share of ``1 - 0.05^(1/n)`` of all is wrong, with 95 % confidence (`wrong_share_bound`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tracer.data.batches import select_samples
+from tracer.data.tasks import Task
+from tracer.errors import GradientError, TracerError
+from tracer.gradients.coupling import coupling_error
+from tracer.gradients.padding import Padding
+from tracer.gradients.per_sample import PerSampleGradient
+from tracer.gradients.selfcheck import Reference, same_values, shrunk, tolerance
+from tracer.gradients.verification import Verifier, now
+from tracer.types import Batch, SampleOutputs
+
+logger = logging.getLogger("tracer.gradients")
+
+FIRST_BATCHES = 16
+"""The first batches, each of which is audited."""
+
+MOST_TIME = 0.02
+"""The most time that later audits take, as a share of plain passes over the same batches."""
+
+_MOST_DIFFERENCE, _MOST_NOISE = 0.2, 0.03
+
+
+def wrong_share_bound(num_audited: int) -> float:
+    """Return the share of wrong samples that is not exceeded with 95 % confidence if ``num_audited`` were right.
+
+    >>> wrong_share_bound(0), round(wrong_share_bound(300), 4)
+    (1.0, 0.0099)
+    """
+    return 1.0 if num_audited < 1 else float(1.0 - 0.05 ** (1.0 / num_audited))
+
+
+class Sink(Protocol):
+    """A consumer of the gradients of a batch as they are computed."""
+
+    def begin(self) -> None:
+        """Discard gradients taken so far: those of all parameters follow, perhaps again."""
+
+    def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
+        """Take gradients of samples ``start`` to ``stop``, by parameter name, under ``no_grad``.
+
+        Each parameter of a sample is passed once, or never if its gradient is zero. Gradients that are not stored are
+        freed.
+        """
+
+
+class WatchedSink:
+    """Passes gradients on to a sink and keeps those of one sample.
+
+    Args:
+        sink: The sink.
+        row: The position of the sample in its batch; None keeps nothing.
+    """
+
+    def __init__(self, sink: Sink, row: int | None) -> None:
+        self._sink, self.row = sink, row
+        self.kept: dict[str, Tensor] = {}
+
+    def begin(self) -> None:
+        """Begin again."""
+        self.kept.clear()
+        self._sink.begin()
+
+    def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
+        """Keep the sample's gradients, flat, and pass all on."""
+        if self.row is not None and start <= self.row < stop:
+            row = self.row - start
+            self.kept |= {name: gradient.entries(row, row + 1)[0] for name, gradient in gradients.items()}
+        self._sink.take(start, stop, gradients)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A difference between a sample in its batch and alone.
+
+    Attributes:
+        alone: The batch that it was run as.
+        text: The difference.
+        padding: Whether it comes from the sample's padding.
+    """
+
+    alone: Batch
+    text: str
+    padding: bool = False
+
+
+class Auditor:
+    """Chooses samples to audit, and audits them.
+
+    Args:
+        task: The task.
+        verifier: Runs references, at the same weights.
+        device: The device of the model.
+    """
+
+    def __init__(self, task: Task, verifier: Verifier, device: torch.device) -> None:
+        self._task, self._verifier, self._device = task, verifier, device
+        self._padding = Padding()
+        self._num_batches = 0
+        self._generator = torch.Generator().manual_seed(0)
+        self._num_samples, self._spent = 0, 0.0
+
+    def choose(self, batch: Batch, batch_size: int) -> int | None:
+        """Return the position of the sample of a batch to audit, or None."""
+        self._padding.observe(batch, batch_size)
+        self._num_batches += 1
+        due = self._num_batches <= FIRST_BATCHES or self._verifier.is_first
+        if not due:
+            self._num_samples += batch_size
+            due = self._spent <= MOST_TIME * self._verifier.plain_seconds * self._num_samples
+        if not self._verifier.backend.any(due):
+            return None
+        return int(torch.randint(batch_size, (), generator=self._generator))
+
+    def audit(self, watched: WatchedSink, outputs: SampleOutputs, batch: Batch, batch_size: int) -> Finding | bool:
+        """Compare a sample with itself alone; return what differs, True if nothing does, False if it cannot run."""
+        assert watched.row is not None
+        began = now(self._device)
+        found = self._audit(watched.kept, outputs, batch, batch_size, watched.row)
+        if self._num_samples:
+            self._spent += now(self._device) - began
+        return found
+
+    def error(self, finding: Finding, batch: Batch, row: int) -> GradientError:
+        """Return the error for a sample whose batch influences it."""
+        return coupling_error(
+            self._verifier.model, self._task, batch, finding.alone, row, finding.text, finding.padding
+        )
+
+    def _audit(
+        self, kept: Mapping[str, Tensor], outputs: SampleOutputs, batch: Batch, batch_size: int, row: int
+    ) -> Finding | bool:
+        one = select_samples(batch, torch.tensor([row]), batch_size)
+        shorter = None if self._verifier.backend.is_sharded else self._padding.without(batch, batch_size, row)
+        without = False if shorter is None else self._compare(shorter, kept, outputs, row)
+        if without is True:
+            return True
+        found = self._compare(one, kept, outputs, row)
+        if found is True and isinstance(without, Finding):
+            return replace(without, padding=True)
+        return found
+
+    def _compare(self, alone: Batch, kept: Mapping[str, Tensor], outputs: SampleOutputs, row: int) -> Finding | bool:
+        """Run a batch of one sample, and if that fails or differs, the sample twice; some models need several."""
+        found: Finding | bool = False
+        for copies in (1,) if self._verifier.backend.is_sharded else (1, 2):
+            try:
+                each = alone if copies == 1 else select_samples(alone, torch.zeros(copies, dtype=torch.int64), 1)
+                reference = self._verifier.reference(each, torch.full((copies,), 1.0 / copies))
+                difference = self._difference(reference, kept, outputs, row)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, TypeError, IndexError, TracerError) as error:
+                if self._verifier.backend.is_sharded:  # the other ranks run on
+                    raise
+                logger.debug("sample %d cannot be run alone: %s", row, error)
+                continue
+            if difference is None:
+                return True
+            found = Finding(each, difference)
+        return found
+
+    def _difference(
+        self, reference: Reference, kept: Mapping[str, Tensor], outputs: SampleOutputs, row: int
+    ) -> str | None:
+        """Return how a sample's values or gradients differ from its reference, or None."""
+        dtype = self._verifier.dtype
+        for name in ("output", "loss", "loss_grad", "loss_hess"):
+            together, alone = getattr(outputs, name)[row : row + 1], getattr(reference.samples, name).reshape(-1)[:1]
+            if not same_values(together, alone, dtype):
+                return f"{name} {float(together):.4g} in its batch and {float(alone):.4g} alone"
+        total = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in reference.gradients.values()))
+        for name, expected in reference.gradients.items():
+            alone = expected.reshape(-1)
+            together = kept[name].to(alone.device) if name in kept else torch.zeros_like(alone)
+            together = shrunk(together) if self._verifier.backend.is_sharded else together
+            scale = max(_norm(alone), _norm(together))
+            difference = _norm(together - alone)
+            # A sample alone takes other kernels, and rounding can flip an activation that is nearly zero.
+            share = min(10 * tolerance(dtype, alone.device), _MOST_DIFFERENCE)
+            if difference > max(share * scale, min(tolerance(dtype, alone.device), _MOST_NOISE) * total):
+                return f"relative difference {difference / scale:.2g} in the gradient of {name!r}"
+        return None
+
+
+def _norm(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
