@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +42,7 @@ class SampleOutputs:
     def detached(self) -> SampleOutputs:
         """Return the values without their graphs."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return SampleOutputs(**{name: None if value is None else value.detach() for name, value in values.items()})
+        return replace(self, **{name: value.detach() for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -235,9 +236,8 @@ def attribute(
     tracer = Tracer(model, task, len(train_rows), save_dir, proj_dim, **options)
     stores_features = tracer.store.manifest.feature_storage.stores_features
     bar_options = {"unit": "row", "disable": bar_disabled(settings.progress)}
-    chosen: list[int] = []
-    for group in _groups(pairs):
-        of = f"/{len(group)}" if isinstance(pairs, list) else ""
+
+    def featurize(group: list, of: str) -> None:
         for model_id, (checkpoint, learning_rate) in group:
             tracer.load_checkpoint(checkpoint, model_id=model_id, learning_rate=learning_rate)
             if stores_features:
@@ -245,18 +245,41 @@ def attribute(
                 _feed(tracer.featurize, train_rows, missing, {"desc": f"featurize {model_id + 1}{of}", **bar_options})
             else:
                 tracer.score_exactly(checkpoint, model_id, train_rows, target_rows, exp_name)
-        chosen += [model_id for model_id, _ in group]
-        tracer.finalize_features(chosen[-len(group) :])
+
+    def featurize_and_score(group: list, of: str) -> None:
+        _settle(tracer, partial(featurize, group, of))
+        tracer.finalize_features([model_id for model_id, _ in group])
+        begun = tracer._factory.num_restarts
         for model_id, (checkpoint, _) in group if stores_features else ():
             tracer.start_scoring_checkpoint(checkpoint, model_id, len(target_rows), exp_name)
             missing = _own(tracer, target_rows, tracer.remaining(model_id, exp_name))
             _feed(tracer.score, target_rows, missing, {"desc": f"score {model_id + 1}{of}", **bar_options})
+            if tracer._factory.num_restarts > begun:
+                return
+
+    chosen: list[int] = []
+    for group in _groups(pairs):
+        _settle(tracer, partial(featurize_and_score, group, f"/{len(group)}" if isinstance(pairs, list) else ""))
+        chosen += [model_id for model_id, _ in group]
         if not isinstance(pairs, list):
             tracer._sources.forget(chosen[-1])
     if stores_features:
         tracer.flush()
         tracer.process.wait()
+    if tracer._factory.num_restarts and not isinstance(pairs, list):
+        raise InputError(
+            "Gradients of checkpoints that the iterator has passed turned out to be wrong and were forgotten (see the "
+            "log): call attribute again with the same save_dir and checkpoints, and they are computed again."
+        )
     return Attribution(tracer, exp_name, estimator, chosen, target, regularization)
+
+
+def _settle(tracer: Tracer, step: Callable[[], None]) -> None:
+    """Run a step, and again as long as what was computed is forgotten in it."""
+    before = -1
+    while before != tracer._factory.num_restarts:
+        before = tracer._factory.num_restarts
+        step()
 
 
 def _own(tracer: Tracer, source: DataSource, rows: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from tracer.api.sinks import NormSink, row_values, write_values
 from tracer.data.batches import map_leaves, select_samples
 from tracer.data.datasets import DataSource, as_data_source
 from tracer.errors import CallOrderError, InputError, NonFiniteError
+from tracer.gradients import GradientsChanged
 from tracer.gradients.inner_products import TargetGradients
 from tracer.gradients.per_sample import PerSampleGradient
 from tracer.store import RowTable, ScoreArray, Store
@@ -92,10 +93,14 @@ def score_exactly(
     target_table(store, exp_name, model_id, len(target_rows))
     factory.engine.use_weights(loaded.fingerprint)
     settings = factory.settings
-    writer = CosineWriter(
-        factory.make(loaded, model_id), store, exp_name, model_id, settings.memory_bytes, settings.progress
-    )
-    writer.run(train_rows, target_rows)
+    factory.written |= {None, exp_name}
+    featurizer = factory.make(loaded, model_id)
+    while True:
+        try:
+            writer = CosineWriter(featurizer, store, exp_name, model_id, settings.memory_bytes, settings.progress)
+            return writer.run(train_rows, target_rows)
+        except GradientsChanged as change:
+            factory.forget(store, change)
 
 
 class CosineWriter:
@@ -217,7 +222,7 @@ class CosineWriter:
         fingerprint, known = self._featurizer.check(table, batch, rows, same_rows)
         outputs = self._featurizer.run(batch, len(rows), sink)
         new = ~known
-        values = row_values(outputs, sink.squared_norm)
+        values = row_values(outputs, sink.squared_norm, self._featurizer.engine.audited)
         write_values(table, rows[new], values.select(new), fingerprint[new])
 
 

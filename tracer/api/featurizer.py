@@ -118,13 +118,13 @@ class Featurizer:
         if self.projector is None:
             norms_only = NormSink(num_rows, self.device)
             outputs = self.run(batch, num_rows, norms_only)
-            return row_values(outputs, norms_only.squared_norm)
+            return row_values(outputs, norms_only.squared_norm, self.engine.audited)
         if self._memory is None or len(self._memory) < num_rows:
             self._memory = torch.empty(num_rows, self.projector.dim, device=self.device)
         sink = ProjectingSink(self.projector, self._memory[:num_rows])
         outputs = self.run(batch, num_rows, sink)
         projection = sink.finish()
-        return row_values(outputs, projection.squared_norm, projection.features)
+        return row_values(outputs, projection.squared_norm, self.engine.audited, projection.features)
 
     def run(self, batch: Batch, num_rows: int, sink: Sink) -> SampleOutputs:
         """Pass the gradients of a batch, scaled if there are scales, to a sink; return f, L, Q, w of samples."""

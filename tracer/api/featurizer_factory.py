@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +18,17 @@ from tracer.api.settings import FeatureSettings
 from tracer.data.named_tasks import make_task
 from tracer.data.tasks import LowerPrecision
 from tracer.errors import MismatchError
-from tracer.gradients import GradientEngine, select_parameters
+from tracer.gradients import GradientEngine, GradientsChanged, select_parameters
 from tracer.gradients.backend import find_backend
 from tracer.projection import Projector, make_projector
-from tracer.store import RowTable
+from tracer.store import RowTable, Store
 from tracer.store.feature_storage import FeatureStorage
 from tracer.store.manifest import Manifest
 from tracer.training.adam import check_preconditioner, read_training_checkpoint
 from tracer.training.lend_weights import LoadedWeights
 from tracer.types import Checkpoint
+
+logger = logging.getLogger("tracer")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class FeaturizerFactory:
         backend: How the model runs.
         engine: Computes per-sample gradients.
         settings: As passed.
+        written: The sets of examples that features were computed of; None is the training set.
+        num_restarts: How often everything that was computed was forgotten, since gradients had been wrong.
     """
 
     def __init__(self, model: nn.Module, task: Any, settings: FeatureSettings) -> None:
@@ -65,6 +70,8 @@ class FeaturizerFactory:
         parameters: Mapping[str, torch.Tensor] = dict(self.model.named_parameters())
         self._shapes = {name: tuple(parameters[name].shape) for name in names}
         self.engine = GradientEngine(self.model, self.task, names, settings.gradients, self.device, self.backend)
+        self.written: set[str | None] = set()
+        self.num_restarts = 0
         self._projectors: tuple[int, Projector] | None = None  # of the checkpoint used last
 
     def manifest(self, train_set_size: int) -> Manifest:
@@ -98,6 +105,17 @@ class FeaturizerFactory:
                 self._projectors = (model_id, self._projector(model_id))
             projector = self._projectors[1]
         return Featurizer(self.engine, loaded.weights, projector, self.device, bool(self.settings.check_rows))
+
+    def forget(self, store: Store, reason: GradientsChanged) -> None:
+        """Forget the features that may be wrong, and remember in the store which parameters capture is wrong for."""
+        for exp_name in self.written:
+            rows = store.num_rows(exp_name)
+            logger.warning(
+                "%s All %d %s are forgotten.", reason, rows, "training examples" if exp_name is None else "targets"
+            )
+            store.invalidate_rows(np.arange(rows), exp_name)
+        store.set_info(fallback=dict(self.engine.fallback))
+        self.num_restarts += 1
 
     def _projector(self, model_id: int | None) -> Projector:
         # Each checkpoint has a matrix of its own, so that errors average out over checkpoints.

@@ -10,6 +10,7 @@ from tracer.api.featurizer_factory import check_weights
 from tracer.data.batches import check_batch_size, count_samples
 from tracer.data.indices import ExampleSelection
 from tracer.errors import CallOrderError
+from tracer.gradients import GradientsChanged
 from tracer.scoring.estimators import Estimate
 from tracer.scoring.feature_tables import InMemoryTable
 from tracer.scoring.scorer import Labels
@@ -63,6 +64,7 @@ def query(
         MismatchError: If a checkpoint's weights have changed.
         BatchError: If the batch does not fit the model or the task.
         NonFiniteError: If a target's gradient is NaN or infinite.
+        GradientsChanged: If stored gradients turn out to be wrong: they are forgotten, and to be computed again.
     """
     estimate = Estimate(estimator, target, regularization)
     factory, store = _tracer._factory, _tracer.store
@@ -83,7 +85,11 @@ def query(
         check_weights(table, loaded.fingerprint, model_id)
         featurizer = factory.make(loaded, model_id)
         with factory.engine.using_weights(loaded.fingerprint):
-            values = featurizer.compute(batch, num_rows)
+            try:
+                values = featurizer.compute(batch, num_rows)
+            except GradientsChanged as change:
+                factory.forget(store, change)
+                raise
         assert values.features is not None  # there is a projector
         fresh = values.features, values.loss_grad, values.gradient_norm
         targets.append(InMemoryTable(*fresh, store.manifest.storage))  # rounded as stored rows are

@@ -64,6 +64,7 @@ def _settings(store: Store, model_ids: Sequence[int]) -> dict[str, Any]:
     if settings.get("params"):
         count = sum(math.prod(shape) for shape in settings["params"].values())
         shown["parameters"] = f"{count:,} in {len(settings['params'])} tensors"
+    shown["run alone"] = str(store.audited(model_ids))
     shown |= {name: value for name, value in manifest.info.items() if isinstance(value, str)}
     shown["versions"] = _words(manifest.versions)
     shown["store"] = str(store.path)

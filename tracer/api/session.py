@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from torch import Tensor
 
 from tracer.api.checkpoint_sources import CheckpointSources
 from tracer.api.featurizer import Featurizer
 from tracer.api.featurizer_factory import FeaturizerFactory, LoadedCheckpoint, check_weights
+from tracer.data.batches import leaves
+from tracer.data.fingerprints import fingerprint_samples
 from tracer.data.indices import ExampleIndices, IndexCursor
 from tracer.errors import CallOrderError, MismatchError
+from tracer.gradients import GradientsChanged
 from tracer.store import RowTable, Store
 from tracer.types import Batch, Checkpoint
 
 logger = logging.getLogger("tracer")
+
+HELD_BYTES = 64 << 20
+"""The bytes of batches that are held, to be computed again if their gradients turn out to be wrong."""
 
 FEATURIZE, SCORE = "featurize", "score"
 _MISSING = {
@@ -28,28 +39,64 @@ class Session:
 
     Args:
         role: `FEATURIZE` or `SCORE`.
-        table: The table that batches are written to.
+        open_table: Opens the table that batches are written to.
         featurizer: Computes rows at the checkpoint.
         compared: A table of the same examples at another checkpoint, whose fingerprints must be equal, or None.
+        forget: Forgets everything that was computed, since gradients turned out to be wrong.
 
     Attributes:
         role: As passed.
-        table: As passed.
+        table: The table that batches are written to.
         featurizer: As passed.
     """
 
-    def __init__(self, role: str, table: RowTable, featurizer: Featurizer, compared: RowTable | None) -> None:
-        self.role, self.table, self.featurizer = role, table, featurizer
-        self._compared = compared
+    def __init__(
+        self,
+        role: str,
+        open_table: Callable[[], RowTable],
+        featurizer: Featurizer,
+        compared: RowTable | None,
+        forget: Callable[[GradientsChanged], None],
+    ) -> None:
+        self.role, self.table, self.featurizer = role, open_table(), featurizer
+        self._open_table, self._compared, self._forget = open_table, compared, forget
         self._backend = featurizer.engine.backend
-        self._cursor = IndexCursor(table.num_rows, "train_set_size" if role == FEATURIZE else "num_targets")
+        self._cursor = IndexCursor(self.table.num_rows, "train_set_size" if role == FEATURIZE else "num_targets")
+        self._held: list[tuple[Batch, np.ndarray]] = []
+        self._held_bytes = 0
 
     def write(self, batch: Batch, inds: ExampleIndices | None, num_samples: int | None) -> None:
         """Compute and store the rows of a batch that are not stored yet."""
         with self._backend.step():
             rows = self._cursor.indices(inds, num_samples)
-            self.featurizer.write(self.table, batch, rows, self._compared)
+            todo = [(batch, rows)]
+            while todo:
+                try:
+                    self.featurizer.write(self.table, *todo[0], self._compared)
+                    todo.pop(0)
+                except GradientsChanged as change:
+                    todo = [*self._start_again(change), (batch, rows)]
+            self._hold(batch, rows)
         self._cursor.advance(num_samples)
+
+    def _hold(self, batch: Batch, rows: np.ndarray) -> None:
+        """Hold the last batches, as long as they are small."""
+        size = sum(leaf.nbytes for _, leaf in leaves(batch) if isinstance(leaf, Tensor))
+        if self._held_bytes + size > HELD_BYTES or not self.featurizer.check_rows:
+            self._held, self._held_bytes = [], 0
+        if size <= HELD_BYTES and self.featurizer.check_rows:
+            self._held.append((batch, rows))
+            self._held_bytes += size
+
+    def _start_again(self, change: GradientsChanged) -> list[tuple[Batch, np.ndarray]]:
+        """Forget everything that was computed; return the held batches, which are computed again at once."""
+        self.table.close()
+        fingerprints = self.table.column("fingerprint")
+        # A loader may have used a batch's memory again.
+        same = [each for each in self._held if np.array_equal(_fingerprint(*each), fingerprints[each[1]])]
+        self._forget(change)
+        self.table = self._open_table()
+        return same
 
     def flush(self) -> None:
         """Make everything that was computed durable."""
@@ -68,6 +115,10 @@ class Session:
         """Announce an error to other ranks, and close without waiting for them."""
         self._backend.abandon(error)
         self.table.close()
+
+
+def _fingerprint(batch: Batch, rows: np.ndarray) -> np.ndarray:
+    return fingerprint_samples(batch, len(rows))
 
 
 def in_role(session: Session | None, role: str) -> Session:
@@ -100,7 +151,9 @@ def begin_featurizing(
             sources.check_new(store, model_id, loaded.fingerprint)
             table = store.create_checkpoint(model_id, loaded.fingerprint, learning_rate)
         sources.remember(model_id, checkpoint, table)
-    return _session(FEATURIZE, factory, table, loaded, model_id, store.other_checkpoint(model_id))
+    table.close()
+    compared = store.other_checkpoint(model_id)
+    return _session(factory, store, loaded, model_id, None, lambda: store.checkpoint(model_id), compared)
 
 
 def begin_scoring(
@@ -117,9 +170,10 @@ def begin_scoring(
     check_weights(known, loaded.fingerprint, model_id)
     agreed = (model_id, num_targets, exp_name, loaded.fingerprint)
     with factory.backend.rank_zero_first("arguments", agreed):
-        table = target_table(store, exp_name, model_id, num_targets)
+        target_table(store, exp_name, model_id, num_targets).close()
         sources.remember(model_id, checkpoint, known)
-    return _session(SCORE, factory, table, loaded, model_id, store.other_targets(exp_name, model_id))
+    compared = store.other_targets(exp_name, model_id)
+    return _session(factory, store, loaded, model_id, exp_name, lambda: store.targets(exp_name, model_id), compared)
 
 
 def target_table(store: Store, exp_name: str, model_id: int, num_targets: int) -> RowTable:
@@ -137,12 +191,16 @@ def target_table(store: Store, exp_name: str, model_id: int, num_targets: int) -
 
 
 def _session(
-    role: str,
     factory: FeaturizerFactory,
-    table: RowTable,
+    store: Store,
     loaded: LoadedCheckpoint,
     model_id: int,
+    exp_name: str | None,
+    open_table: Callable[[], RowTable],
     compared: RowTable | None,
 ) -> Session:
     factory.engine.use_weights(loaded.fingerprint)
-    return Session(role, table, factory.make(loaded, model_id), compared)
+    factory.written.add(exp_name)
+    role = FEATURIZE if exp_name is None else SCORE
+    forget = partial(factory.forget, store)
+    return Session(role, open_table, factory.make(loaded, model_id), compared, forget)

@@ -29,6 +29,7 @@ class RowValues:
         gradient_norm: ``[n]``, the exact norm of the gradient of f.
         output_change: ``[n]``, f minus the f of a model that has learnt nothing; 0 if the task does not know that.
         label: ``[n]``, int64, the class; None if the task gives none.
+        audited: ``[n]``, bool, whether the example was run alone with the same result.
     """
 
     features: np.ndarray | None
@@ -37,7 +38,8 @@ class RowValues:
     loss_hess: np.ndarray
     gradient_norm: np.ndarray
     output_change: np.ndarray
-    label: np.ndarray | None = None
+    label: np.ndarray | None
+    audited: np.ndarray
 
     def select(self, rows: np.ndarray) -> RowValues:
         """Return the values of some examples, given by a mask ``[n]`` or by positions."""
@@ -50,7 +52,7 @@ class RowValues:
             self.gradient_norm[rows],
             self.output_change[rows],
         )
-        return RowValues(features, *values, label)
+        return RowValues(features, *values, label, self.audited[rows])
 
 
 class ProjectingSink:
@@ -116,8 +118,17 @@ class NormSink:
             self.squared_norm[start:stop] += gradient.squared_norm().to(self.squared_norm.device)
 
 
-def row_values(outputs: SampleOutputs, squares: Tensor, features: Tensor | None = None) -> RowValues:
-    """Return the values to store, on the CPU, from outputs, squared norms ``[n]`` and features ``[n, dim]``."""
+def row_values(
+    outputs: SampleOutputs, squares: Tensor, audited: int | None, features: Tensor | None = None
+) -> RowValues:
+    """Return the values to store, on the CPU.
+
+    Args:
+        outputs: The outputs of ``n`` examples.
+        squares: Squared norms ``[n]``.
+        audited: The position of the example that was audited, or None.
+        features: ``[n, dim]``, or None.
+    """
 
     def array(values: Tensor) -> np.ndarray:
         return values.detach().to("cpu", torch.float32).numpy()
@@ -131,6 +142,7 @@ def row_values(outputs: SampleOutputs, squares: Tensor, features: Tensor | None 
         gradient_norm=array(squares.sqrt()),
         output_change=array(output_change),
         label=None if outputs.label is None else outputs.label.detach().to("cpu", torch.int64).numpy(),
+        audited=np.arange(len(squares)) == (-1 if audited is None else audited),
     )
 
 
@@ -150,6 +162,7 @@ def write_values(table: RowTable, rows: np.ndarray, values: RowValues, fingerpri
         output_change=values.output_change,
         fingerprint=fingerprint,
         label=values.label,
+        audited=values.audited,
     )
 
 

@@ -103,6 +103,7 @@ class Tracer:
             store = opened(settings.resume or process.together)
         self.reader = StoreReader(store, self._factory.device, process, settings.memory_bytes, settings.progress)
         self.model, self.device, self.process = self._factory.model, self._factory.device, process
+        self._factory.engine.use_fallback(store.manifest.info.get("fallback", {}))
         self._sources = CheckpointSources()
         self._session: Session | None = None
 

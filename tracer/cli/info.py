@@ -10,6 +10,7 @@ from tracer.cli.output import ResultCommand, format_facts, format_size, format_t
 from tracer.cli.stores import open_store
 from tracer.store import Store
 from tracer.store.arrays.store_path import StorePath
+from tracer.store.audited import AuditedShare
 
 
 @click.command("info", cls=ResultCommand)
@@ -31,6 +32,7 @@ def info(store: str) -> None:
 def describe(store: Store) -> dict[str, Any]:
     """Return settings, checkpoints, target sets and sizes in bytes as JSON values."""
     manifest = store.manifest
+    share = store.audited()
     return {
         "path": str(store.path),
         "train_rows": manifest.train_set_size,
@@ -41,6 +43,7 @@ def describe(store: Store) -> dict[str, Any]:
         "versions": dict(manifest.versions),
         "checkpoints": [_checkpoint(store, model_id) for model_id in store.catalog.checkpoint_ids()],
         "targets": {exp_name: _target_set(store, exp_name) for exp_name in store.catalog.exp_names()},
+        "audited": {"gradients": share.audited, "stored": share.stored, "wrong_at_most": share.bound},
         "bytes": _sizes(store.path),
     }
 
@@ -84,6 +87,7 @@ def _text(found: dict[str, Any]) -> str:
         ("training set", f"{found['train_rows']:,} examples"),
         ("parameters", f"{len(settings.get('params', ()))} selected"),
         ("features", f"{found['feature_dim']:,} values an example ({projector}), stored as {found['storage']}"),
+        ("run alone", str(AuditedShare(found["audited"]["gradients"], found["audited"]["stored"]))),
         ("made with", ", ".join(f"{name} {version}" for name, version in found["versions"].items())),
     ]
     if found["bytes"] is not None:

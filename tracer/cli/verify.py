@@ -40,6 +40,7 @@ def verify(ctx: click.Context, store: str, repair: bool) -> None:
         "ok": found.ok,
         "rows_read": found.num_rows,
         "tiles_read": found.num_tiles,
+        "audited": None if found.audited is None else found.audited.audited,
         "damage": [dataclasses.asdict(each) for each in found.damage],
     }
     text = str(found)

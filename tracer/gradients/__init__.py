@@ -1,6 +1,7 @@
 """Per-sample gradients of any PyTorch model."""
 
-from tracer.gradients.engine import METHODS, GradientEngine, Sink
+from tracer.gradients.audit import Sink
+from tracer.gradients.engine import METHODS, GradientEngine, GradientsChanged
 from tracer.gradients.isolation import isolated
 from tracer.gradients.layers import LayerCall, register_layer_rule
 from tracer.gradients.selection import ParamSelection, select_parameters
@@ -8,6 +9,7 @@ from tracer.gradients.selection import ParamSelection, select_parameters
 __all__ = [
     "METHODS",
     "GradientEngine",
+    "GradientsChanged",
     "LayerCall",
     "ParamSelection",
     "Sink",

@@ -2,8 +2,7 @@
 
 The full check (`tracer.gradients.selfcheck`) sees few batches, and samples can change places in later ones: models sort
 by length, drop padding, group by expert, or compute statistics that the first batches lack. A sample drawn at random is
-right or wrong however the model came to it. Of ``n`` samples that were audited and found right, none being wrong, at
-most a share of ``1 - 0.05^(1/n)`` of all is wrong, with 95 % confidence (`wrong_share_bound`).
+right or wrong however the model came to it (`tracer.store.audited`).
 """
 
 from __future__ import annotations
@@ -36,15 +35,6 @@ MOST_TIME = 0.02
 """The most time that later audits take, as a share of plain passes over the same batches."""
 
 _MOST_DIFFERENCE, _MOST_NOISE = 0.2, 0.03
-
-
-def wrong_share_bound(num_audited: int) -> float:
-    """Return the share of wrong samples that is not exceeded with 95 % confidence if ``num_audited`` were right.
-
-    >>> wrong_share_bound(0), round(wrong_share_bound(300), 4)
-    (1.0, 0.0099)
-    """
-    return 1.0 if num_audited < 1 else float(1.0 - 0.05 ** (1.0 / num_audited))
 
 
 class Sink(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -70,7 +70,7 @@ def _recorded(model: nn.Module) -> Iterator[Calls]:
     """Record the first tensor of each module's output, in the order in which modules return."""
     record: Calls = []
 
-    def hook(name: str):  # noqa: ANN202
+    def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple, output: object) -> None:
             tensor = next((leaf for _, leaf in leaves(output) if isinstance(leaf, Tensor)), None)
             if tensor is not None:

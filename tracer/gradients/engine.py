@@ -11,9 +11,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tracer._core.validation import check_choice
 from tracer.data.batches import select_samples
@@ -30,7 +31,7 @@ from tracer.gradients.isolation import seed_generators
 from tracer.gradients.module_state import StatelessTask
 from tracer.gradients.per_sample import PerSampleGradient
 from tracer.gradients.selfcheck import Reference, WeightedSums, disagreeing
-from tracer.gradients.verification import Verifier
+from tracer.gradients.verification import Signature, Verifier
 from tracer.types import Batch, SampleOutputs
 
 logger = logging.getLogger("tracer.gradients")
@@ -44,6 +45,14 @@ class GradientsChanged(GradientError):
 
     Whoever passed the batches computes all of them again.
     """
+
+
+class _Done(NamedTuple):
+    """A captured pass: how it called its layers, whether it was checked, and what puts earlier batches in doubt."""
+
+    signature: Signature
+    checked: bool
+    doubt: list[str]
 
 
 class GradientEngine:
@@ -128,16 +137,18 @@ class GradientEngine:
         watched = WatchedSink(sink, self._auditor.choose(batch, batch_size))
         self.audited = None
         with self._task.unchanged():
-            outputs, checked, doubt = self._complete(batch, batch_size, watched)
+            outputs, done = self._complete(batch, batch_size, watched)
+            doubt = done.doubt
             if watched.row is not None:
                 found = self._auditor.audit(watched, outputs, batch, batch_size)
                 if self.backend.any(isinstance(found, Finding)):
-                    if not checked:
-                        outputs, _, doubt = self._complete(batch, batch_size, watched, check=True)
-                        found = self._auditor.audit(watched, outputs, batch, batch_size)
+                    outputs, done = self._complete(batch, batch_size, watched, watched.row)
+                    doubt += done.doubt
+                    found = self._auditor.audit(watched, outputs, batch, batch_size)
                     if isinstance(found, Finding):
                         raise self._auditor.error(found, batch, watched.row)
                 self.audited = watched.row if found else None
+        self._verifier.confirm(done.signature, done.checked)
         if doubt:
             self._verifier.start_again()
             raise GradientsChanged(
@@ -148,18 +159,16 @@ class GradientEngine:
         return outputs
 
     def _complete(
-        self, batch: Batch, batch_size: int, sink: Sink, check: bool = False
-    ) -> tuple[SampleOutputs, bool, list[str]]:
-        """Compute captured gradients and the others; return outputs, whether they were checked, and what was wrong."""
-        outputs, checked, doubt = self._captured(batch, batch_size, sink, check)
+        self, batch: Batch, batch_size: int, sink: Sink, suspect: int | None = None
+    ) -> tuple[SampleOutputs, _Done]:
+        """Compute captured gradients and the others, with a check if there is a suspect."""
+        outputs, done = self._captured(batch, batch_size, sink, suspect)
         for start, stop, gradients in self._fallback.blocks(batch, batch_size, list(self.fallback), outputs.output):
             with torch.no_grad():
                 sink.take(start, stop, gradients)
-        return outputs, checked, doubt
+        return outputs, done
 
-    def _captured(
-        self, batch: Batch, batch_size: int, sink: Sink, check: bool
-    ) -> tuple[SampleOutputs, bool, list[str]]:
+    def _captured(self, batch: Batch, batch_size: int, sink: Sink, suspect: int | None) -> tuple[SampleOutputs, _Done]:
         """Run captured passes until one agrees with autograd or needs no check."""
         assignment, verifier = self._assignment, self._verifier
         doubt: list[str] = []
@@ -178,8 +187,8 @@ class GradientEngine:
                 )
                 verifier.check_outputs(captured.outputs, batch_size)
                 signature = captured.patterns, batch_size == 1
-                due = verifier.is_due(signature) or check
-                sums = WeightedSums(batch_size, shrink=self.backend.is_sharded) if due else None
+                due = verifier.is_due(signature) or suspect is not None
+                sums = verifier.sums(batch_size, suspect) if due else None
                 self._backward(captured, batch_size, sink, sums)
                 if sums is not None:
                     wrong = self._wrong(captured, sums, batch, batch_size)
@@ -191,9 +200,8 @@ class GradientEngine:
             except CaptureFailed as failure:
                 assignment.give_up(failure.layer, failure.reason, failure.expanded)
                 continue
-            verifier.confirm(signature, checked=due)
             assignment.confirm()
-            return captured.outputs, due, doubt
+            return captured.outputs, _Done(signature, due, doubt)
 
     def _backward(self, captured: CapturedPass, batch_size: int, sink: Sink, sums: WeightedSums | None) -> None:
         """Pass captured gradients to the sink and, if they are to be checked, to the sums."""
@@ -210,7 +218,7 @@ class GradientEngine:
         self, captured: CapturedPass, sums: WeightedSums, batch: Batch, batch_size: int
     ) -> dict[str, str] | None:
         """Check a captured pass and the fallback against autograd; return the wrong gradients, or None."""
-        reference = self._verifier.checked_reference(batch, batch_size)
+        reference = self._verifier.checked_reference(batch, sums.weights)
         if not reference.same_outputs(captured.outputs.output):
             if not self._assignment.blame_expanded(captured):
                 raise GradientError(
@@ -222,15 +230,15 @@ class GradientEngine:
         wrong = disagreeing(reference, sums.totals, self._assignment.captured)
         if wrong:
             return wrong
-        self._check_fallback(reference, batch, batch_size)
+        self._check_fallback(reference, sums.weights, batch, batch_size)
         self._verifier.confirm_gradients(reference)
         return None
 
-    def _check_fallback(self, reference: Reference, batch: Batch, batch_size: int) -> None:
+    def _check_fallback(self, reference: Reference, weights: Tensor, batch: Batch, batch_size: int) -> None:
         """Check the fallback against autograd; if vmap differs, samples are run alone, and must agree."""
         if not self.fallback:
             return
-        sums = WeightedSums(batch_size)
+        sums = WeightedSums(weights)
         for start, _, gradients in self._fallback.blocks(batch, batch_size, list(self.fallback), reference.outputs):
             sums.add(start, gradients)
         differs = reference.of(self.fallback).compare(sums.totals)
@@ -239,7 +247,7 @@ class GradientEngine:
         if not self._fallback.looped:
             logger.info("torch.func gives other gradients than autograd (%s); running sample by sample", differs)
             self._fallback.looped = True
-            return self._check_fallback(reference, batch, batch_size)
+            return self._check_fallback(reference, weights, batch, batch_size)
         name, difference = next(iter(differs.items()))
         one = select_samples(batch, torch.tensor([0]), batch_size)
         raise coupling_error(self.model, self._task, batch, one, 0, f"the gradient of {name!r}, {difference}")

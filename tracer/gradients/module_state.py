@@ -49,7 +49,7 @@ def _container(container: Any, seen: set[int], without: Any = ()) -> Restore:
         values = list(items.values())
     else:
         items, values = container.copy(), list(container)
-    inner = [restore for value in values if (restore := _value(value, seen)) is not None]
+    inner = [each for value in values if (each := _value(value, seen)) is not None]
 
     def restore() -> bool:
         if isinstance(container, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def _cut(batch: Batch, batch_size: int, row: int, dimensions: set[Dimension], co
     one = select_samples(batch, torch.tensor([row]), batch_size)
     paths = iter([path for path, _ in leaves(one)])
 
-    def cut(leaf: object) -> object:
+    def cut(leaf: Any) -> Any:
         path = next(paths)
         for dim in range(1, leaf.ndim) if isinstance(leaf, Tensor) else ():
             if (path, dim) in dimensions:

@@ -106,11 +106,14 @@ def _norm(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
-def check_weights(batch_size: int) -> Tensor:
-    """Return the random weights c of a batch, the same each time: ``[B]``, float64, 0.5 to 1.5 of either sign."""
-    generator = torch.Generator().manual_seed(0)
+def check_weights(batch_size: int, seed: int, row: int | None = None) -> Tensor:
+    """Return random weights c of a batch: ``[B]``, float64, 0.5 to 1.5 of either sign; 4 for a sample in question."""
+    generator = torch.Generator().manual_seed(seed)
     weights = torch.rand(batch_size, generator=generator, dtype=torch.float64) + 0.5
-    return weights * (torch.randint(0, 2, (batch_size,), generator=generator) * 2 - 1)
+    weights *= torch.randint(0, 2, (batch_size,), generator=generator) * 2 - 1
+    if row is not None:
+        weights[row] = 4.0
+    return weights
 
 
 def shrunk(values: Tensor) -> Tensor:
@@ -133,21 +136,21 @@ class WeightedSums:
     """The sum of ``c_b * gradient_b`` over samples, parameter by parameter, updated as gradients are computed.
 
     Args:
-        batch_size: ``B``.
+        weights: c, ``[B]``.
         shrink: Whether to store sums `shrunk`.
 
     Attributes:
         totals: For each parameter the weighted sum and, appended, the sum of weighted norms: ``[numel + 1]``.
     """
 
-    def __init__(self, batch_size: int, shrink: bool = False) -> None:
-        self._weights, self._shrink = check_weights(batch_size), shrink
+    def __init__(self, weights: Tensor, shrink: bool = False) -> None:
+        self.weights, self._shrink = weights, shrink
         self.totals: dict[str, Tensor] = {}
 
     def add(self, start: int, gradients: Mapping[str, PerSampleGradient]) -> None:
         """Add the gradients of samples from ``start`` on."""
         for name, gradient in gradients.items():
-            weights = self._weights[start : start + gradient.batch_size].to(gradient.device)
+            weights = self.weights[start : start + gradient.batch_size].to(gradient.device)
             dtype = torch.promote_types(gradient.dtype, torch.float32)
             total = torch.cat(gradient.weighted_sum(weights.to(dtype)))
             if self._shrink:

@@ -20,7 +20,7 @@ from tracer.gradients.backend import Backend
 from tracer.gradients.capture import CallPattern
 from tracer.gradients.coupling import coupling_error
 from tracer.gradients.isolation import seed_generators
-from tracer.gradients.selfcheck import Reference, check_weights, depends_on_nothing, same_values
+from tracer.gradients.selfcheck import Reference, WeightedSums, check_weights, depends_on_nothing, same_values
 from tracer.types import Batch, SampleOutputs
 
 logger = logging.getLogger("tracer.gradients")
@@ -146,11 +146,16 @@ class Verifier:
                 listing(unused),
             )
 
-    def checked_reference(self, batch: Batch, batch_size: int) -> Reference:
-        """Return autograd's outputs and gradients of a batch with random weights, to check a pass by."""
+    def sums(self, batch_size: int, row: int | None) -> WeightedSums:
+        """Return sums to check a pass by, with other random weights for each batch, and a large one for a sample."""
+        weights = check_weights(batch_size, self._num_batches, row)
+        return WeightedSums(weights, shrink=self.backend.is_sharded)
+
+    def checked_reference(self, batch: Batch, weights: Tensor) -> Reference:
+        """Return autograd's outputs and gradients of a batch, to check a pass by."""
         began = now(self._device)
-        reference = self.reference(batch, check_weights(batch_size))
-        self.plain_seconds = min(self.plain_seconds, (now(self._device) - began) / batch_size)
+        reference = self.reference(batch, weights)
+        self.plain_seconds = min(self.plain_seconds, (now(self._device) - began) / len(weights))
         if not reference.reached:
             raise GradientError(depends_on_nothing(list(self._shapes)))
         return reference

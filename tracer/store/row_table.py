@@ -153,6 +153,7 @@ class RowTable:
         fingerprint: np.ndarray,
         output_change: np.ndarray | None = None,
         label: np.ndarray | None = None,
+        audited: np.ndarray | None = None,
     ) -> None:
         """Write rows, each at most once in a call; they are pending until the next flush.
 
@@ -166,6 +167,7 @@ class RowTable:
             fingerprint: ``[n]``, uint64, a hash of each example's inputs.
             output_change: ``[n]``, float32, f minus the f of an untrained model; None if unknown.
             label: ``[n]``, int64, the class of each example; None if examples have no class.
+            audited: ``[n]``, bool, whether the example was run alone with the same result; None: none was.
 
         Raises:
             CallOrderError: If the table is closed or finalized.
@@ -176,7 +178,7 @@ class RowTable:
         rows = checked_rows(rows, self.num_rows, self.path, unique=True)
         floats = {"loss": loss, "loss_grad": loss_grad, "loss_hess": loss_hess, "gradient_norm": gradient_norm}
         floats["output_change"] = np.zeros(len(rows), np.float32) if output_change is None else output_change
-        self._writer.write(rows, features, floats, fingerprint, label)
+        self._writer.write(rows, features, floats, fingerprint, label, audited)
 
     def flush(self) -> None:
         """Make pending rows durable, then mark them done; after an error they have to be written again."""
@@ -195,8 +197,8 @@ class RowTable:
 
         Args:
             name: ``loss``, ``loss_grad``, ``loss_hess``, ``gradient_norm``, ``output_change`` or ``scale`` (float32),
-                ``label`` (int64, `NO_LABEL` if there is none), ``fingerprint`` or ``checksum`` (uint64), or ``done``
-                (bool, which may already include pending rows).
+                ``label`` (int64, `NO_LABEL` if there is none), ``fingerprint`` or ``checksum`` (uint64), ``audited``
+                (bool), or ``done`` (bool, which may already include pending rows).
             start: The first row.
             stop: One past the last row; None is N.
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from tracer.store.arrays.completion_mask import FLUSH_SECONDS
 from tracer.store.arrays.layout import rows_per_chunk
 from tracer.store.arrays.metadata import NODE, read_document, write_group
 from tracer.store.arrays.store_path import StorePath, store_path
+from tracer.store.audited import AuditedShare
 from tracer.store.catalog import Catalog
 from tracer.store.computed_results import ComputedResults
 from tracer.store.manifest import Manifest, check_same, json_value
@@ -135,6 +137,19 @@ class Store:
         """Return the targets of one file, in a table of so many."""
         return _chunk_rows(self.path, self.manifest, num_targets, self.manifest.layout["processes"])
 
+    def num_rows(self, exp_name: str | None = None) -> int:
+        """Return the number of training examples, or of targets in a set."""
+        if exp_name is None:
+            return self.manifest.train_set_size
+        return next((self.targets(exp_name, each).num_rows for each in self.catalog.target_ids(exp_name)), 0)
+
+    def set_info(self, **changes: Any) -> None:
+        """Change what the manifest records beside the settings."""
+        manifest = replace(self.manifest, info={**self.manifest.info, **json_value(changes, "info")})
+        with disk_errors(self.path):
+            write_group(self.path, manifest.attributes())
+        self.manifest = manifest
+
     def grow(self, train_set_size: int) -> None:
         """Raise the number of training examples; new ones are missing at all checkpoints."""
         known = self.manifest.train_set_size
@@ -195,6 +210,16 @@ class Store:
         catalog = self.catalog
         path = catalog.checkpoint_path(model_id) if exp_name is None else catalog.targets_path(exp_name, model_id)
         return read_attributes(path)
+
+    def audited(self, model_ids: Sequence[int] | None = None) -> AuditedShare:
+        """Return how many gradients of examples and targets were audited, at some checkpoints or at all."""
+        catalog = self.catalog
+        chosen = catalog.checkpoint_ids() if model_ids is None else model_ids
+        tables = [self.checkpoint(model_id) for model_id in chosen]
+        for exp_name in catalog.exp_names():
+            ids = [model_id for model_id in catalog.target_ids(exp_name) if model_id in chosen]
+            tables += [self.targets(exp_name, model_id) for model_id in ids]
+        return AuditedShare.of(tables)
 
     def other_checkpoint(self, model_id: int) -> RowTable | None:
         """Return a table of training examples at another checkpoint, to compare fingerprints, or None."""

@@ -28,6 +28,7 @@ COLUMNS = {
     "label": "int64",
     "fingerprint": "uint64",
     "checksum": "uint64",
+    "audited": "bool",
     "done": "bool",
 }
 _REQUIRED = ("num_rows", "storage", "chunk_rows", "finalized", "revision", "weights_fingerprint", "learning_rate")

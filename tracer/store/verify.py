@@ -18,6 +18,7 @@ from tracer.store.arrays.layout import Layout, create_array
 from tracer.store.arrays.metadata import NODE, child_nodes, read_document, write_group
 from tracer.store.arrays.opening import open_array
 from tracer.store.arrays.store_path import StorePath
+from tracer.store.audited import AuditedShare
 from tracer.store.result_group import load_group
 from tracer.store.revisions import remove_result
 from tracer.store.score_array import ScoreArray, read_description
@@ -57,12 +58,14 @@ class Verification:
         damage: All damage.
         num_rows: The number of rows read.
         num_tiles: The number of tiles of scores read.
+        audited: How many gradients were run alone when they were computed; None if there is damage.
     """
 
     save_dir: str
     damage: list[Damage]
     num_rows: int
     num_tiles: int
+    audited: AuditedShare | None = None
 
     @property
     def ok(self) -> bool:
@@ -72,7 +75,7 @@ class Verification:
     def __str__(self) -> str:
         seen = f"{self.save_dir}: {self.num_rows} rows and {self.num_tiles} tiles of scores read"
         if self.ok:
-            return f"{seen}, all as they were written"
+            return f"{seen}, all as they were written; when they were computed, {self.audited} ran alone"
         return "\n  - ".join([f"{seen}, {len(self.damage)} found damaged:", *map(str, self.damage)])
 
 
@@ -105,7 +108,8 @@ def verify(save_dir: str | os.PathLike[str], *, repair: bool = True, progress: b
         checker.check_scores(path)
     for path in store.catalog.array_paths():
         checker.check_arrays(path)
-    return Verification(str(store.path), checker.damage, checker.num_rows, checker.num_tiles)
+    audited = None if checker.damage else store.audited()
+    return Verification(str(store.path), checker.damage, checker.num_rows, checker.num_tiles, audited)
 
 
 class _Checker:
