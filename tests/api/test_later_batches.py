@@ -273,19 +273,19 @@ def swapped(model, x):
 
 
 def test_finished_checkpoints_are_computed_again(tmp_path, caplog, monkeypatch):
-    """Two of eight samples of one batch are wrong, which no audit meets at the first checkpoint."""
+    """Two of 32 samples of one batch are wrong, which no audit meets at the first checkpoint."""
     monkeypatch.setattr("tracer.gradients.audit.FIRST_BATCHES", 1000)
     torch.manual_seed(0)
     model = Net(swapped)
-    batches = [(torch.randn(8, 3).clamp(max=1.9), torch.randint(0, 4, (8,))) for _ in range(4)]
+    batches = [(torch.randn(32, 3).clamp(max=1.9), torch.randint(0, 4, (32,))) for _ in range(4)]
     batches[3][0][5] += 5
     with caplog.at_level(logging.WARNING, "tracer"):
-        store = run(tmp_path, model, batches, states=12).tracer.store
+        store = run(tmp_path, model, batches, states=30).tracer.store
     expected, found = expected_gradients(model, batches, loss), stored_gradients(store)
     assert (np.linalg.norm(found - expected, axis=1) < 1e-4 * np.linalg.norm(expected, axis=1)).all()
-    assert "All 32 training examples are forgotten" in caplog.text
+    assert "All 128 training examples are forgotten" in caplog.text
     assert "h.weight" in store.manifest.info["fallback"]
-    changed = tracer.Tracer(model, loss, 32, tmp_path / "store", projector="none", storage="float32")
+    changed = tracer.Tracer(model, loss, 128, tmp_path / "store", projector="none", storage="float32")
     assert "h.weight" in changed._factory.engine.fallback  # another process begins with what was found
 
 
