@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
-from zoo.faults import LATER, ORDER
 from zoo.harness import Entry
 from zoo.tables import Net, integers, kept, labels, normal, sequences, vectors
 
@@ -229,11 +228,11 @@ SORTED, MIXED = sequences(), sequences(first=(2, 6, 3, 5))
 FULL = sequences(first=(4, 4, 4, 4), longest=6)
 
 ORDER_OF_EXAMPLES = [
-    Entry("sorts by length, first batch sorted", two_layers(sort_by_length), SORTED, fault=ORDER),
+    Entry("sorts by length, first batch sorted", two_layers(sort_by_length), SORTED),
     Entry("sorts by length", two_layers(sort_by_length), MIXED),
     Entry("drops padding, first batch even", two_layers(unpad), FULL),
     Entry("drops padding", two_layers(unpad), MIXED),
-    Entry("groups by kind, one kind first", two_layers(group_by_kind), kinds(), fault=ORDER),
+    Entry("groups by kind, one kind first", two_layers(group_by_kind), kinds()),
     Entry("groups by kind", two_layers(group_by_kind), kinds(first=(1, 0, 1, 0))),
     Entry("deduplicates, later only", two_layers(deduplicate), repeated_examples),
     Entry(
@@ -242,7 +241,7 @@ ORDER_OF_EXAMPLES = [
         kinds(),
     ),
     Entry("reversed inside", two_layers(reversed_inside), vectors(3)),
-    Entry("rolled when the batch is large", two_layers(permuted_when_large), vectors(3), fault=ORDER),
+    Entry("rolled when the batch is large", two_layers(permuted_when_large), vectors(3)),
     Entry("some examples skip the head", two_layers(positives_only), vectors(3)),
     Entry("views interleaved", two_layers(interleaved), kinds()),
     Entry("buckets of equal length", two_layers(bucketed), MIXED),
@@ -271,7 +270,6 @@ ORDER_OF_EXAMPLES = [
         "batch that shrinks, sorted first",
         lambda: Net(shrinking_batch, cell=nn.RNNCell(3, 4), o=nn.Linear(4, 3)),
         SORTED,
-        fault=ORDER,
     ),
     Entry("top expert", experts(top_expert), vectors(3)),
     Entry("two experts a token, sorted by expert", experts(two_experts_a_token), vectors(4, 3)),
@@ -280,7 +278,7 @@ ORDER_OF_EXAMPLES = [
         lambda: Net(grouped_weights, gate=nn.Linear(3, 2), weights=torch.randn(2, 3, 3)),
         vectors(3),
     ),
-    Entry("experts with a capacity", experts(capacity, count=2), vectors(3), refused=COUPLED, fault=LATER),
+    Entry("experts with a capacity", experts(capacity, count=2), vectors(3), refused=COUPLED),
     Entry("batch statistics in eval mode", batch_norm_without_statistics, vectors(3), refused=COUPLED + "|more than 1"),
     Entry(
         "loss divided by the positives of the batch",
@@ -288,12 +286,11 @@ ORDER_OF_EXAMPLES = [
         innocent_labels,
         task=positives_of_the_batch,
         refused=COUPLED,
-        fault=LATER,
     ),
-    Entry("weight used functionally in later batches", two_layers(functional_in_later_batches), far_later, fault=LATER),
+    Entry("weight used functionally in later batches", two_layers(functional_in_later_batches), far_later),
     Entry("rank within the batch", two_layers(rank_of_examples), vectors(3), refused=COUPLED),
-    Entry("adds the example before", two_layers(row_before), vectors(3), refused=COUPLED, fault=LATER),
-    Entry("mean over the longest example", two_layers(mean_over_longest), SORTED, refused=COUPLED, fault=LATER),
+    Entry("adds the example before", two_layers(row_before), vectors(3), refused=COUPLED),
+    Entry("mean over the longest example", two_layers(mean_over_longest), SORTED, refused=COUPLED),
     Entry(
         "centred by the batch",
         two_layers(lambda m, x: m.o(torch.tanh(m.h(x - x.mean(0))))),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from zoo.faults import CACHED, LATER
 from zoo.harness import Entry
 from zoo.tables import kept, sequences, vectors
 
@@ -76,23 +75,20 @@ class RunningMean(nn.Module):
 
 
 STATE_BETWEEN_FORWARDS = [
-    Entry("scales by a count of forwards", Counting, vectors(3), refused="keeps state|draws random"),
-    Entry("scales by a counting buffer", CountingBuffer, vectors(3), refused="keeps state|draws random"),
+    Entry("scales by a count of forwards", Counting, vectors(3)),
+    Entry("scales by a counting buffer", CountingBuffer, vectors(3)),
     Entry(
         "stretches a table for longer inputs",
         LongestSeen,
         sequences(first=(4, 3, 2, 1)),
         refused="state|alone",
         or_exact=True,
-        fault=LATER,
     ),
     Entry(
         "keeps a weight computed in eval mode",
         CachedWeight,
         vectors(3),
-        refused="state|kept|gradient",
-        or_exact=True,
-        fault=CACHED,
+        refused="newly built",
     ),
     Entry("running mean updated in eval mode", RunningMean, vectors(3), refused="state|alone|draws random"),
 ]

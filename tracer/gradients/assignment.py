@@ -79,8 +79,14 @@ class Assignment:
 
     def give_up(self, layer: str, reason: str, expanded: bool) -> None:
         """Drop a layer whose capture failed, or, if an expansion may have caused it, all suspects."""
-        for each in (list(self._suspects) if expanded else []) or [layer]:
-            self._drop_layer(each, reason)
+        suspects = list(self._suspects) if expanded else []
+        before = len(self.fallback)
+        for each in suspects:
+            if any(each == captured.name for captured in self.layers):  # it may be gone with a parameter that it shares
+                self._drop_layer(each, reason)
+        self._suspects.clear()
+        if len(self.fallback) == before:
+            self._drop_layer(layer, reason)
 
     def confirm(self) -> None:
         """Clear all suspicions after a pass that agreed with autograd or was not checked."""

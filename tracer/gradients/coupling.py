@@ -43,26 +43,36 @@ def coupling_error(
 
 
 def _cause(model: nn.Module, task: Task, batch: Batch, alone: Batch, row: int) -> str:
-    calls: list[Calls] = []
+    unknown = "Look for batch statistics, padding without a mask, or losses over pairs."
+    runs: list[tuple[Calls, Tensor]] = []
     for each in (batch, alone):
         try:
             with torch.no_grad(), _recorded(model) as record:
-                task.outputs(model, each)
+                runs.append((record, task.outputs(model, each).output))
         except (RuntimeError, ValueError, TypeError, IndexError, TracerError):
-            return "Look for batch statistics, padding without a mask, or losses over pairs."
-        calls.append(record)
-    together, single = calls
-    if [name for name, _ in together] == [name for name, _ in single]:
-        for (name, value), (_, other) in zip(together, single, strict=True):
-            if value.ndim and other.ndim and len(value) > row and value[row].shape == other[0].shape:
-                scale = value[row].double().abs().amax() if value[row].numel() else torch.zeros(())
-                if (value[row].double() - other[0].double()).abs().gt(0.05 * scale.clamp(min=1e-12)).any():
-                    return f"The output of {name} is the first that differs: look there for statistics of the batch."
+            return unknown
+    (together, outputs), (single, output) = runs
+    if [name for name, _ in together] != [name for name, _ in single]:
+        return unknown
+    for (name, value), (_, other) in zip(together, single, strict=True):
+        if value.ndim and other.ndim and len(value) > row and _differ(value[row], other[0]):
+            return f"The output of {name} is the first that differs: look there for statistics of the batch."
+    if _differ(outputs[row], output.reshape(-1)[0]):
         return (
             "The model gives the sample the same outputs, so it is the task's loss that depends on the other samples "
             "(a mean or a count over the batch, or pairs)."
         )
-    return "Look for batch statistics, padding without a mask, or losses over pairs."
+    return (
+        "Outputs are the same, and only gradients differ: look for layers whose backward depends on which samples "
+        "share a batch (scale_grad_by_freq, autograd functions of your own)."
+    )
+
+
+def _differ(value: Tensor, other: Tensor) -> bool:
+    if value.shape != other.shape or not value.numel():
+        return False
+    value, other = value.double(), other.double()
+    return bool((value - other).abs().amax() > 0.01 * torch.maximum(value.abs(), other.abs()).amax())
 
 
 @contextmanager

@@ -6,7 +6,7 @@ counters, biases gathered once in eval mode. A second forward would see what the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -130,6 +130,20 @@ class StatelessTask(Task):
         finally:
             self._state = None
             found.restore()
+
+
+def derived_values(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return attributes that hold tensors beside parameters and buffers, of modules that contain some parameters."""
+    found = set()
+    for name in names:
+        parts = name.split(".")[:-1]
+        for depth in range(len(parts) + 1):
+            path = ".".join(parts[:depth])
+            for attribute, value in model.get_submodule(path).__dict__.items():
+                items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else (value,)
+                if attribute not in (*_TORCHS_OWN, "_buffers") and any(type(item) is Tensor for item in items):
+                    found.add(f"{path}.{attribute}".lstrip("."))
+    return sorted(found)
 
 
 def _drop_caches(model: nn.Module) -> None:

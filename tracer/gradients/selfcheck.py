@@ -87,7 +87,9 @@ class Reference:
         return {name for name, value in self.gradients.items() if _norm(value) > self._noise(value)}
 
     def _noise(self, gradient: Tensor) -> float:
-        return min(_NOISE * torch.finfo(self.precision or gradient.dtype).eps, _MOST_NOISE) * self.scale
+        # Of float32 at least: parts of float64 models compute in it (the softmax of transformers' attention).
+        eps = max(torch.finfo(each).eps for each in (self.precision or gradient.dtype, torch.float32))
+        return min(_NOISE * eps, _MOST_NOISE) * self.scale
 
     def compare(self, totals: Mapping[str, Tensor], strictness: float = 1.0) -> dict[str, str]:
         """Return the parameters whose weighted sums differ, missing ones being zero, with a measure for the message."""

@@ -20,13 +20,11 @@ from tracer.gradients.backend import Backend
 from tracer.gradients.capture import CallPattern
 from tracer.gradients.coupling import coupling_error
 from tracer.gradients.isolation import seed_generators
+from tracer.gradients.module_state import derived_values
 from tracer.gradients.selfcheck import Reference, WeightedSums, check_weights, depends_on_nothing, same_values
 from tracer.types import Batch, SampleOutputs
 
 logger = logging.getLogger("tracer.gradients")
-
-_EAGER_CHECKS = 16
-"""The batches that are checked while some gradient was never more than noise."""
 
 _EARLY_CHECKS = frozenset((1, 2, 4, 8))
 """The numbers of early batches that are checked though they look like ones that agreed."""
@@ -112,9 +110,9 @@ class Verifier:
         due = signature not in verified.signatures or self._num_batches in _EARLY_CHECKS
         if not due and not verified.seen.issuperset(self._shapes):
             # Agreeing on zero proves nothing, so passes are checked again while the gradient of some parameter was
-            # never more than noise: first each batch, then ever more rarely, as the parameter may be unused.
+            # never more than noise; ever more rarely, as the parameter may be unused or its gradient zero in theory.
             number = verified.num_batches
-            due = number < _EAGER_CHECKS or number & (number - 1) == 0
+            due = number & (number - 1) == 0
         return self.backend.any(due)
 
     def puts_in_doubt(self, signature: Signature) -> bool:
@@ -136,11 +134,16 @@ class Verifier:
         """Record which gradients were more than noise when they agreed, and warn of parameters that f never reaches."""
         self._verified.seen.update(reference.above_noise())
         unused = sorted(self._shapes.keys() - reference.reached)
+        if unused and (held := derived_values(self.model, unused)):
+            raise GradientError(
+                f"f does not depend on {listing(unused)} in eval mode, while the model holds {listing(held)}, which no "
+                f"checkpoint sets: a value derived from other weights would be used in their place. Pass a model that "
+                f"was newly built, or leave the parameters out with params=."
+            )
         if unused and not self._warned:
             self._warned = True
             logger.warning(
-                "f does not depend on %d of %d selected parameters in eval mode (%s). If training uses them, the model "
-                "may hold values that it derived from other weights: pass a new one.",
+                "f does not depend on %d of %d selected parameters in eval mode (%s)",
                 len(unused),
                 len(self._shapes),
                 listing(unused),
