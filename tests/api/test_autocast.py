@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +13,7 @@ from store_cases import stored_features
 from torch import nn
 from tracer_cases import build, featurize, score
 
-from tracer import InputError, MismatchError, Tracer
+from tracer import GradientError, InputError, MismatchError, Tracer
 
 
 class Block(nn.Module):
@@ -93,3 +97,50 @@ def test_precision_is_recorded_and_checked(run, tmp_path):
         build(run, tmp_path / "store")
     with pytest.raises(InputError, match="expected 'bfloat16', 'float16' or None"):
         Tracer(run.model, "image_classification", 3, tmp_path / "other", autocast="int8")
+
+
+class Inside(nn.Module):
+    """A model that chooses its precision itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.head(torch.tanh(self.hidden(x.flatten(1)[:, :4])))
+
+
+def featurized(run, model, folder, **options):
+    run.model, run.checkpoints = model, [(model.state_dict(), 0.1)]
+    tracing = build(run, folder, **options)
+    featurize(tracing, run)
+    return tracing
+
+
+def test_autocast_inside_a_forward_is_asked_for(run, tmp_path):
+    torch.manual_seed(0)
+    with pytest.raises(GradientError, match="torch.autocast in bfloat16.*Pass autocast='bfloat16'"):
+        featurized(run, Inside(), tmp_path / "hidden")
+    tracing = featurized(run, Inside(), tmp_path / "told", autocast="bfloat16")
+    assert tracing.store.manifest.settings["task"]["autocast"] == "bfloat16"
+
+
+def test_a_forward_wrapped_in_autocast_is_recorded(run, tmp_path):
+    """As accelerate and Trainer leave a model: its forward in autocast, in a function that converts outputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, 3))
+    model(run.x[:2])
+    inner = torch.autocast("cpu", torch.bfloat16)(model.forward.__func__)
+
+    @functools.wraps(inner)
+    def converted(*args, **kwargs):
+        return inner(*args, **kwargs).float()
+
+    plain = featurized(run, copy.deepcopy(model), tmp_path / "plain", autocast="bfloat16")
+    model.forward = types.MethodType(converted, model)
+    wrapped = featurized(run, model, tmp_path / "wrapped")
+    assert wrapped.store.manifest.settings["task"]["autocast"] == "bfloat16"
+    tables = [each.store.checkpoint(0) for each in (wrapped, plain)]
+    found, expected = [stored_features(table, 0, table.num_rows) for table in tables]
+    np.testing.assert_allclose(found, expected, rtol=0.05, atol=0.05 * np.abs(expected).max())

@@ -554,3 +554,16 @@ def test_isolation_context_selects_parameters():
     with isolated(model, {"1.weight"}, torch.device("cpu")):
         assert [name for name, p in model.named_parameters() if p.requires_grad] == ["1.weight"]
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_modules_that_convert_themselves_run_sample_by_sample():
+    """vmap over a forward that calls ``to`` on a module ends the process."""
+
+    def forward(m, x):
+        m.route = m.route.to(torch.float64)
+        return m.f(x * m.scale) * m.route(x)
+
+    model = Module(forward, f=nn.Linear(4, 2), route=nn.Linear(4, 2))
+    model.scale = nn.Parameter(torch.rand(4))
+    engine = assert_gradients_match(model, mean_square, (data(3, 4),), 3, general=["scale"])
+    assert engine.runs_samples_alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import sys
 from collections.abc import Collection, Iterable, Sequence
@@ -46,6 +47,19 @@ def check_autocast(autocast: str | torch.dtype | None) -> torch.dtype | None:
     if found is None:
         raise InputError(f"autocast={autocast!r} is not known; expected 'bfloat16', 'float16' or None.")
     return found
+
+
+def wrapped_autocast(model: nn.Module) -> torch.dtype | None:
+    """Return the dtype of an autocast that a model's forward was wrapped in, as accelerate and Trainer do, or None."""
+    function: Any = vars(model).get("forward")
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        variables = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
+        for value in variables.values():
+            if isinstance(value, torch.autocast) and value._enabled:
+                return value.fast_dtype
+        function = getattr(function, "__wrapped__", None)
+    return None
 
 
 def bar_disabled(progress: bool | None) -> bool | None:

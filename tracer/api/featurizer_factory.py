@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tracer._core.sharding import layer_type
-from tracer._core.validation import check_autocast, check_device, check_model
+from tracer._core.validation import check_autocast, check_device, check_model, wrapped_autocast
 from tracer.api.featurizer import Featurizer
 from tracer.api.settings import FeatureSettings
 from tracer.data.named_tasks import make_task
@@ -64,6 +64,8 @@ class FeaturizerFactory:
         self.backend = find_backend(self.model, self.device)
         check_preconditioner(settings.preconditioner, sharded=self.backend.is_sharded)
         dtype = check_autocast(settings.autocast)
+        if dtype is None and (dtype := wrapped_autocast(self.model)) is not None:
+            logger.info("the model's forward is wrapped in torch.autocast: recorded as autocast=%s", dtype)
         if dtype is not None:
             self.task = LowerPrecision(self.task, dtype, self.device)
         names = select_parameters(self.model, settings.params)

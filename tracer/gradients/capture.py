@@ -98,6 +98,7 @@ class _Recorder:
         self.axes = axes
         self.calls: list[_Call] = []
         self.expanded = False
+        self.autocast: set[torch.dtype] = set()
 
     def hook(self, layer: CapturedLayer) -> Callable[..., Tensor | None]:
         """Return the forward hook of a layer."""
@@ -109,6 +110,8 @@ class _Recorder:
                 raise CaptureFailed(layer.name, "its output is not a plain tensor")
             if not output.requires_grad:
                 return None
+            if torch.is_autocast_enabled(output.device.type):
+                self.autocast.add(torch.get_autocast_dtype(output.device.type))
             inputs = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             if not inputs:
                 raise CaptureFailed(layer.name, "it was called without tensors")
@@ -163,6 +166,7 @@ class CapturedPass:
     Attributes:
         outputs: f, L, Q, w of each sample, detached.
         patterns: How the layers were called; a pass with new patterns is checked.
+        autocast: The dtypes of autocast that layers ran under.
         layers: After the backward: for each parameter, the names of the layers that contributed.
 
     Raises:
@@ -193,6 +197,7 @@ class CapturedPass:
         self._output: Tensor | None = outputs.output
         self.outputs = outputs.detached()
         self.patterns = _patterns(recorder.calls, batch_size)
+        self.autocast = recorder.autocast
         self.layers: dict[str, list[str]] = {}
 
     def backward(self, receive: Receiver) -> None:

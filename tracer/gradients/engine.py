@@ -185,6 +185,8 @@ class GradientEngine:
                     assignment.attentions,
                     assignment.axes,
                 )
+                self._fallback.looped |= self._task.converts_weights
+                verifier.check_autocast(captured.autocast)
                 verifier.check_outputs(captured.outputs, batch_size)
                 signature = captured.patterns, batch_size == 1
                 due = verifier.is_due(signature) or suspect is not None

@@ -97,11 +97,16 @@ class StatelessTask(Task):
     Args:
         task: The task.
         model: The model.
+
+    Attributes:
+        converts_weights: Whether a forward moved or converted a module (``self.head.to(dtype)``), which ends the
+            process if ``vmap`` runs it.
     """
 
     def __init__(self, task: Task, model: nn.Module) -> None:
         self._task, self._model = task, model
         self.name = task.name
+        self.converts_weights = False
         self._has_caches: bool | None = None
         self._state: ModuleState | None = None
 
@@ -113,7 +118,22 @@ class StatelessTask(Task):
         """Compute the task's outputs from the state that `unchanged` began with."""
         if self._state is not None:
             self._state.restore()
-        return self._task.outputs(model, batch)
+        with self._noticing_conversions():
+            return self._task.outputs(model, batch)
+
+    @contextmanager
+    def _noticing_conversions(self) -> Iterator[None]:
+        original = nn.Module._apply
+
+        def applied(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+            self.converts_weights = True
+            return original(module, *args, **kwargs)
+
+        nn.Module._apply = applied  # type: ignore
+        try:
+            yield
+        finally:
+            nn.Module._apply = original  # type: ignore[method-assign]
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:

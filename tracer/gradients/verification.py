@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -167,6 +167,17 @@ class Verifier:
         """Return autograd's outputs and gradients of the sum of f with some weights ``[B]``."""
         seed_generators(self._device, 1)  # another seed: a model that draws random numbers must not pass
         return self.backend.reference(self._task, batch, weights, self._shapes, self._precision)
+
+    def check_autocast(self, found: Collection[torch.dtype]) -> None:
+        """Raise `GradientError` if layers run under another autocast than was asked for."""
+        hidden = [each for each in found if each != self._precision]
+        if hidden:
+            name = str(hidden[0]).removeprefix("torch.")
+            raise GradientError(
+                f"The model's forward computes under torch.autocast in {name}, of which the store would know nothing. "
+                f"Pass autocast={name!r}, which records it, or a model whose forward does not use it "
+                f"(accelerator.unwrap_model(model, keep_fp32_wrapper=False))."
+            )
 
     def check_outputs(self, outputs: SampleOutputs, batch_size: int) -> None:
         """Raise `BatchError` unless a task returned one number a sample."""
