@@ -61,11 +61,16 @@ def test_every_argument_of_the_library_is_a_setting():
     assert arguments - {"self", "train_set_size", "tracer_options"} == set(BY_NAME) - {"learning_rate"}
 
 
+def assert_close(found, expected):
+    """Check scores up to the last bits, which depend on batch sizes and the processor."""
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * float(np.abs(expected).max()))
+
+
 def test_a_run_computes_what_the_library_does(project):
     assert run_tracer("run", "tracer.toml").exit_code == 0
     found, wanted = Attribution(Tracer.open("store"), "targets"), expected(project)
-    assert np.array_equal(found.scores, wanted.scores)
-    assert np.array_equal(found.self_influence(), wanted.self_influence())
+    assert_close(found.scores, wanted.scores)
+    assert_close(found.self_influence(), wanted.self_influence())
 
 
 def test_flags_alone_do_and_win_over_the_file(project):
@@ -79,13 +84,13 @@ def test_flags_alone_do_and_win_over_the_file(project):
     every["checkpoints"] = every["checkpoints"][0]
     flags = [part for name, value in every.items() for part in (BY_NAME[name].flag, str(value))]
     assert run_tracer("run", *flags).exit_code == 0
-    assert np.array_equal(Attribution(Tracer.open("alone"), "targets").scores, expected(project).scores)
+    assert_close(Attribution(Tracer.open("alone"), "targets").scores, expected(project).scores)
 
 
 def test_a_task_may_be_named_in_the_users_module(project):
     assert run_tracer("run", "tracer.toml", "--task", f"{MODULE}:loss").exit_code == 0
     wanted = expected(project, task=__import__(MODULE).loss)
-    assert np.array_equal(Attribution(Tracer.open("store"), "targets").scores, wanted.scores)
+    assert_close(Attribution(Tracer.open("store"), "targets").scores, wanted.scores)
 
 
 def test_what_it_says_to_do_next_can_be_done(project):

@@ -228,7 +228,10 @@ def test_targets_missing(run, tracing):
     state = run.checkpoints[0][0]
     tracing.start_scoring_checkpoint(state, 0, 5, "test")
     tracing.score((run.target_x[:3], run.target_y[:3]), num_samples=3)
-    for ask in (tracing.finalize_scores, lambda name: tracing.top(name, 2)):
+    for ask in (
+        lambda name: tracing.finalize_scores(name, model_ids=[0]),
+        lambda name: tracing.top(name, 2, model_ids=[0]),
+    ):
         with pytest.raises(
             tracer.IncompleteError, match=r"2 of 5 targets 'test' are missing at checkpoint 0, first \[3"
         ):
@@ -250,7 +253,8 @@ def test_another_num_targets_for_a_known_exp_name(run, tracing):
     featurize(tracing, run)
     score(tracing, run)
     with pytest.raises(
-        tracer.MismatchError, match="expected num_targets=5, as exp_name='test' has at checkpoint 0, got num_targets=6"
+        tracer.MismatchError,
+        match="expected num_targets=5, as exp_name='test' has at checkpoint [01], got num_targets=6",
     ):
         tracing.start_scoring_checkpoint(run.checkpoints[1][0], 1, 6, "test")
     assert tracing.finalize_scores("test").shape == (23, 5)
@@ -316,9 +320,10 @@ def test_state_dicts_that_do_not_fit(run, tracing):
     state = {**run.checkpoints[0][0], "6.bias": torch.zeros(7)}
     with pytest.raises(tracer.CheckpointError, match="6.bias"):
         tracing.load_checkpoint(state, 0, 0.1)
-    wrapped = {f"module.{name}": value for name, value in run.checkpoints[0][0].items()}
+    half = {f"module.{name}" if name < "3" else name: value for name, value in run.checkpoints[0][0].items()}
+    half["module.6.weight"] = half["6.weight"] + 1
     with pytest.raises(tracer.CheckpointError, match=r"module\."):
-        tracing.load_checkpoint(wrapped, 0, 0.1)
+        tracing.load_checkpoint(half, 0, 0.1)
     assert tracing.store.catalog.checkpoint_ids() == []
 
 
@@ -349,9 +354,10 @@ def test_checkpoint_files_that_are_missing_truncated_or_hold_code(run, tracing, 
     tracing.load_checkpoint(good, 0, 0.1)
 
 
-def test_a_training_checkpoint_shows_the_working_call(run, tracing):
-    with pytest.raises(tracer.CheckpointError, match=r"\[.model.\]"):
-        tracing.load_checkpoint({"model": run.checkpoints[0][0], "epoch": 3}, 0, 0.1)
+def test_of_several_state_dicts_that_fit_one_is_asked_for(run, tracing):
+    both = {"model": run.checkpoints[0][0], "ema": run.checkpoints[1][0], "epoch": 3}
+    with pytest.raises(tracer.CheckpointError, match="checkpoint_key"):
+        tracing.load_checkpoint(both, 0, 0.1)
 
 
 def test_a_module_instead_of_a_state_dict(run, tracing):
