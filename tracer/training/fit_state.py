@@ -31,7 +31,8 @@ def fit_state(
     given = {str(key): value for key, value in without_extra_state(state).items()}
     match = _agreeing(own, given)
     if match.disagreements:
-        converted = own.converted({match.names.get(key, key.removeprefix(match.removed)): given[key] for key in given})
+        renamed = {match.names.get(key, key.removeprefix(match.removed)): given[key] for key in given}
+        converted = own.converted(renamed) if len(renamed) == len(given) else None  # no two may become one
         if converted is not None:
             given, match = converted, match_names(own.names, own.required, converted)
     found: dict[str, dict[str, Any]] = {}  # by canonical name
