@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -39,10 +39,20 @@ class SampleOutputs:
     label: Tensor | None = None
     baseline: Tensor | None = None
 
-    def detached(self) -> SampleOutputs:
-        """Return the values without their graphs."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: value.detach() for name, value in values.items() if value is not None})
+
+def detached(outputs: SampleOutputs) -> SampleOutputs:
+    """Return values without their graphs."""
+    return _each(outputs, lambda value: value.detach())
+
+
+def first_sample(outputs: SampleOutputs) -> SampleOutputs:
+    """Return the values of the first sample."""
+    return _each(outputs, lambda value: value[:1])
+
+
+def _each(outputs: SampleOutputs, change: Callable[[Tensor], Tensor]) -> SampleOutputs:
+    values = {field.name: getattr(outputs, field.name) for field in fields(outputs)}
+    return replace(outputs, **{name: change(value) for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)

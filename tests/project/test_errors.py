@@ -322,7 +322,7 @@ def test_state_dicts_that_do_not_fit(run, tracing):
         tracing.load_checkpoint(state, 0, 0.1)
     half = {f"module.{name}" if name < "3" else name: value for name, value in run.checkpoints[0][0].items()}
     half["module.6.weight"] = half["6.weight"] + 1
-    with pytest.raises(tracer.CheckpointError, match=r"module\."):
+    with pytest.raises(tracer.CheckpointError, match="4 keys are unexpected"):
         tracing.load_checkpoint(half, 0, 0.1)
     assert tracing.store.catalog.checkpoint_ids() == []
 

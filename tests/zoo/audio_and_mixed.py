@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from zoo.configurations import VOCABULARY, classifier, outputs, pixels, text
-from zoo.faults import GIVEN_UP, NOISE
+from zoo.faults import GIVEN_UP
 from zoo.tables import integers, normal
 
 VIT = {"image_size": 16, "patch_size": 8}
@@ -40,7 +40,6 @@ AUDIO_AND_MIXED = [
         patch_size=8,
         frequency_stride=4,
         time_stride=4,
-        fault=NOISE,
     ),
     classifier("wav2vec 2.0", "Wav2Vec2ForSequenceClassification", sound(), **WAVES),
     classifier(

@@ -72,14 +72,14 @@ def causal(make_batch=None):
 
 def language_model(name: str, model_class: str, batch=None, **changes: Any) -> Entry:
     """Return the entry of a causal language model on padded sequences; its loss is the model's own."""
-    entry = {key: changes.pop(key) for key in ("refused", "or_exact", "fault", "rtol") if key in changes}
+    entry = {key: changes.pop(key) for key in ("refused", "or_exact", "fault", "rtol", "doubled") if key in changes}
     build = configured(model_class, **changes)
     return Entry(name, build, causal(batch), "language_modeling", own_loss, **entry)
 
 
 def classifier(name: str, model_class: str, batch: Callable[[], dict[str, Any]], **changes: Any) -> Entry:
     """Return the entry of a model with three classes; its loss is the model's own."""
-    entry = {key: changes.pop(key) for key in ("refused", "or_exact", "fault", "rtol") if key in changes}
+    entry = {key: changes.pop(key) for key in ("refused", "or_exact", "fault", "rtol", "doubled") if key in changes}
     build = configured(model_class, **changes)
     return Entry(name, build, lambda: batch() | {"labels": labels()}, "text_classification", own_loss, **entry)
 
@@ -101,7 +101,7 @@ def squares(*names):
 
 def outputs(name: str, model_class: str, batch, *names: str, **changes) -> Entry:
     """Return the entry of a model, whose loss is the mean square of some of its outputs."""
-    entry = {key: changes.pop(key) for key in ("refused", "or_exact", "fault", "rtol") if key in changes}
+    entry = {key: changes.pop(key) for key in ("refused", "or_exact", "fault", "rtol", "doubled") if key in changes}
     return Entry(name, configured(model_class, **changes), batch, squares(*names), **entry)
 
 

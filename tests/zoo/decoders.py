@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zoo.configurations import language_model, text
-from zoo.faults import NOISE, UNMASKED
+from zoo.faults import UNMASKED
 
 DECODERS = [
     language_model("Llama", "LlamaForCausalLM"),
@@ -12,7 +12,7 @@ DECODERS = [
     language_model("Qwen2", "Qwen2ForCausalLM"),
     language_model("Qwen3", "Qwen3ForCausalLM"),
     language_model("Gemma", "GemmaForCausalLM"),
-    language_model("OPT", "OPTForCausalLM", ffn_dim=24, word_embed_proj_dim=16, fault=NOISE),
+    language_model("OPT", "OPTForCausalLM", ffn_dim=24, word_embed_proj_dim=16),
     language_model("GPT-NeoX", "GPTNeoXForCausalLM"),
     language_model("Mixtral", "MixtralForCausalLM", num_local_experts=4),
     language_model("Mamba", "MambaForCausalLM", state_size=4, time_step_rank=2),
@@ -90,7 +90,6 @@ DECODERS = [
         linear_key_head_dim=8,
         linear_value_head_dim=8,
         layer_types=["linear_attention", "full_attention"],
-        fault=NOISE,
     ),
     language_model("OLMoE", "OlmoeForCausalLM", num_experts=4, num_experts_per_tok=2),
     language_model(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from zoo.configurations import VOCABULARY, classifier, configured, text
-from zoo.faults import GIVEN_UP, NOISE, SEGFAULT, UNMASKED
+from zoo.faults import GIVEN_UP, UNMASKED
 from zoo.harness import Entry, own_loss
 from zoo.tables import integers
 
@@ -132,7 +132,6 @@ ENCODERS = [
         d_inner=24,
         block_sizes=[1, 1],
         num_decoder_layers=1,
-        fault=NOISE,
     ),
     classifier("FNet", "FNetForSequenceClassification", text(), tpu_short_seq_length=7),
     classifier(
@@ -140,7 +139,6 @@ ENCODERS = [
         "LongformerForSequenceClassification",
         text(8, padded=True, first=(8, 4, 3, 2)),
         attention_window=[4, 4],
-        fault=NOISE,
     ),
     classifier("BigBird", "BigBirdForSequenceClassification", PADDED, attention_type="original_full"),
     classifier(
@@ -166,9 +164,8 @@ ENCODERS = [
         n_layers=2,
         n_heads=2,
         n_words=VOCABULARY,
-        fault=NOISE,
     ),
-    classifier("FlauBERT", "FlaubertForSequenceClassification", PADDED, emb_dim=16, n_layers=2, n_heads=2, fault=NOISE),
+    classifier("FlauBERT", "FlaubertForSequenceClassification", PADDED, emb_dim=16, n_layers=2, n_heads=2),
     classifier(
         "XLNet, classes",
         "XLNetForSequenceClassification",
@@ -178,7 +175,6 @@ ENCODERS = [
         n_head=2,
         d_inner=24,
         refused=PADDING,
-        fault=UNMASKED,
     ),
     classifier(
         "ModernBERT",
@@ -196,7 +192,6 @@ ENCODERS = [
         "LayoutLMForSequenceClassification",
         text(padded=True, bbox=lambda: integers(5, 7, 4, low=1, seed=8).cumsum(2)),
         max_2d_position_embeddings=32,
-        fault=NOISE,
     ),
     classifier("Llama, classes of the last token", "LlamaForSequenceClassification", PADDED),
     classifier(
@@ -218,7 +213,6 @@ ENCODERS = [
         num_sparse_decoder_layers=1,
         expert_capacity=64,
         router_jitter_noise=0.0,
-        fault=SEGFAULT,
     ),
     of_tokens("BART", "BartForConditionalGeneration", translation, **SEQ2SEQ),
     of_tokens("mBART", "MBartForConditionalGeneration", translation, **SEQ2SEQ),

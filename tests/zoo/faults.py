@@ -1,11 +1,7 @@
 """Known faults, for which entries fail today."""
 
-ORDER = "only new patterns of calls are checked: examples that change places later are given to each other"
-LATER = "only the first batch is checked: what couples or happens later is not seen"
-CACHED = "a weight kept from an earlier evaluation stays that of another checkpoint"
 NOISE = "float32 inside a float64 model: a gradient that is rounding noise is compared at float64's tolerance"
 UNMASKED = "padding without a mask is not seen: an example that is run alone keeps its padding"
 SEGFAULT = "segmentation fault in vmap of a model that converts its own weights"
 GIVEN_UP = "a layer whose output without rows cannot be expanded is refused, where the fallback could do it"
 KEPT_GRAPH = "a module keeps a tensor with its graph in eval mode, and the second backward through it fails"
-BATCH_OF_ONE = "BatchNorm2d of torch 2.13 has a wrong gradient for a batch of one, by whichever way it is computed"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.faults import BATCH_OF_ONE, GIVEN_UP, KEPT_GRAPH
 from zoo.harness import Entry
 from zoo.tables import labels, normal
 
@@ -39,8 +38,8 @@ TIMM_MODELS = [
     image_model("test_nfnet"),
     image_model("test_mambaout"),
     image_model("vit_tiny_patch16_224", 16, **VIT),
-    image_model("vit_relpos_small_patch16_224", 16, **VIT, fault=GIVEN_UP),
-    image_model("vit_srelpos_small_patch16_224", 16, **VIT, fault=GIVEN_UP),
+    image_model("vit_relpos_small_patch16_224", 16, **VIT),
+    image_model("vit_srelpos_small_patch16_224", 16, **VIT),
     image_model("vit_small_patch16_18x2_224", 16, **VIT),
     image_model("vit_base_patch16_siglip_224", 16, **VIT),
     image_model("deit_tiny_distilled_patch16_224", 16, **VIT),
@@ -50,7 +49,7 @@ TIMM_MODELS = [
     image_model("cait_xxs24_224", 16, **VIT),
     image_model("convit_tiny", 16, **VIT),
     image_model("eva02_tiny_patch14_224", 16, **VIT),
-    image_model("xcit_nano_12_p8_224", 16, **VIT, doubled=True, fault=BATCH_OF_ONE),
+    image_model("xcit_nano_12_p8_224", 16, **VIT, doubled=True),
     image_model(
         "swin_tiny_patch4_window7_224",
         32,
@@ -75,7 +74,7 @@ TIMM_MODELS = [
         "swinv2_cr_tiny_224", 32, img_size=32, patch_size=4, window_size=4, embed_dim=8, depths=(2, 1), num_heads=(2, 2)
     ),
     image_model(
-        "levit_128s", 64, img_size=64, embed_dim=(16, 16), key_dim=8, num_heads=(2, 2), depth=(1, 1), fault=KEPT_GRAPH
+        "levit_128s", 64, img_size=64, embed_dim=(16, 16), key_dim=8, num_heads=(2, 2), depth=(1, 1), doubled=True
     ),
     image_model("pit_ti_224", 32, img_size=32, base_dims=(8, 8), depth=(1, 1), heads=(1, 2), patch_size=8, stride=8),
     image_model("pvt_v2_b0", 32, depths=(1, 1, 1, 1), embed_dims=(8, 8, 8, 8), num_heads=(1, 1, 2, 2)),
@@ -114,7 +113,6 @@ TIMM_MODELS = [
         depths=(1, 1, 1, 1),
         num_heads=(1, 1, 2, 2),
         window_sizes=(2, 2, 2, 2),
-        fault=KEPT_GRAPH,
     ),
     image_model(
         "hiera_tiny_224",
@@ -134,9 +132,9 @@ TIMM_MODELS = [
         key_dim=(4, 4, 4),
         num_heads=(2, 2, 2),
         window_size=(4, 4, 4),
-        fault=KEPT_GRAPH,
+        doubled=True,
     ),
-    image_model("test_vit_relpos", 32, img_size=32, fault=GIVEN_UP),
+    image_model("test_vit_relpos", 32, img_size=32),
     image_model("test_maxvit", 64, img_size=64),
     image_model("test_coatnet", 32, img_size=32),
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from zoo.configurations import VOCABULARY, classifier, outputs, pixels
-from zoo.faults import KEPT_GRAPH, NOISE
 from zoo.tables import integers, normal
 
 VIT = {"image_size": 16, "patch_size": 8}
@@ -14,8 +13,8 @@ def video(frames: int = 2, size: int = 16):
 
 
 VISION = [
-    classifier("ViT", "ViTForImageClassification", pixels(), **VIT, fault=NOISE),
-    classifier("DeiT", "DeiTForImageClassification", pixels(), **VIT, fault=NOISE),
+    classifier("ViT", "ViTForImageClassification", pixels(), **VIT),
+    classifier("DeiT", "DeiTForImageClassification", pixels(), **VIT),
     classifier(
         "BEiT",
         "BeitForImageClassification",
@@ -46,7 +45,6 @@ VISION = [
         depths=[2, 1],
         num_heads=[2, 2],
         window_size=4,
-        fault=NOISE,
     ),
     classifier(
         "Swin v2",
@@ -121,7 +119,6 @@ VISION = [
         strides=[2, 2],
         num_attention_heads=[1, 2],
         mlp_ratios=[2, 2],
-        fault=NOISE,
     ),
     classifier(
         "PVT",
@@ -157,7 +154,7 @@ VISION = [
         key_dim=[4, 4, 4],
         attention_ratio=[1, 1, 1],
         mlp_ratio=[2, 2, 2],
-        fault=KEPT_GRAPH,
+        doubled=True,
     ),
     classifier(
         "SwiftFormer",
@@ -179,8 +176,8 @@ VISION = [
         focal_levels=[1, 1],
         focal_windows=[3, 3],
     ),
-    classifier("I-JEPA", "IJepaForImageClassification", pixels(), **VIT, fault=NOISE),
-    classifier("ViT-MSN", "ViTMSNForImageClassification", pixels(), **VIT, fault=NOISE),
+    classifier("I-JEPA", "IJepaForImageClassification", pixels(), **VIT),
+    classifier("ViT-MSN", "ViTMSNForImageClassification", pixels(), **VIT),
     classifier(
         "Hiera",
         "HieraForImageClassification",
@@ -234,7 +231,6 @@ VISION = [
         image_size=16,
         num_frames=2,
         tubelet_size=[1, 8, 8],
-        fault=NOISE,
     ),
     classifier(
         "VideoMAE", "VideoMAEForVideoClassification", video(), image_size=16, patch_size=8, num_frames=2, tubelet_size=1

@@ -138,13 +138,14 @@ class Featurizer:
         ):
             batch = to_device(batch, self.device)
             if num_rows > 1 and not self._runs_alone and not self.engine.backend.is_sharded:
-                self._check_alone(batch, num_rows)
+                with self.engine.stateless_task.unchanged():
+                    self._check_alone(batch, num_rows)
             return self.engine.compute(batch, num_rows, sink)
 
     @torch.no_grad()
     def _check_alone(self, batch: Batch, num_rows: int) -> None:
         """Raise `BatchError`, before anything is computed, if one example alone fails, as in a last batch of one."""
-        model, task = self.engine.model, self.engine.task
+        model, task = self.engine.model, self.engine.stateless_task
         try:
             outputs = task.outputs(model, select_samples(batch, torch.tensor([0]), num_rows))
             check_per_sample("output", outputs.output, 1, "example")

@@ -21,7 +21,7 @@ from tracer.data.tasks import Task
 from tracer.errors import GradientError, TracerError
 from tracer.gradients.coupling import coupling_error
 from tracer.gradients.padding import Padding
-from tracer.gradients.per_sample import PerSampleGradient
+from tracer.gradients.per_sample import DenseGradient, PerSampleGradient
 from tracer.gradients.selfcheck import Reference, same_values, shrunk, tolerance
 from tracer.gradients.verification import Verifier, now
 from tracer.types import Batch, SampleOutputs
@@ -74,6 +74,27 @@ class WatchedSink:
             row = self.row - start
             self.kept |= {name: gradient.entries(row, row + 1)[0] for name, gradient in gradients.items()}
         self._sink.take(start, stop, gradients)
+
+
+class FirstOfTwo:
+    """Passes on the gradients of the first of two equal samples.
+
+    Args:
+        sink: The sink.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def begin(self) -> None:
+        """Begin again."""
+        self._sink.begin()
+
+    def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
+        """Pass on the first sample's gradients, built."""
+        if start == 0:
+            built = {name: gradient.entries(0, 1).view(1, *gradient.shape) for name, gradient in gradients.items()}
+            self._sink.take(0, 1, {name: DenseGradient(value) for name, value in built.items()})
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from tracer.gradients.attention import CapturedAttention, CaptureFailed, attendi
 from tracer.gradients.combined import add_gradients
 from tracer.gradients.layers import LayerCall, RegisteredRule
 from tracer.gradients.per_sample import DenseGradient, PerSampleGradient
-from tracer.types import Batch, SampleOutputs
+from tracer.types import Batch, SampleOutputs, detached
 
 
 class SampleAxis(Enum):
@@ -195,7 +195,7 @@ class CapturedPass:
                 hook.remove()
         self._calls, self._batch_size = recorder.calls, batch_size
         self._output: Tensor | None = outputs.output
-        self.outputs = outputs.detached()
+        self.outputs = detached(outputs)
         self.patterns = _patterns(recorder.calls, batch_size)
         self.autocast = recorder.autocast
         self.layers: dict[str, list[str]] = {}

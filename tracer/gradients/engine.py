@@ -22,17 +22,17 @@ from tracer.data.tasks import LowerPrecision, Task
 from tracer.errors import GradientError
 from tracer.gradients.assignment import Assignment
 from tracer.gradients.attention import CaptureFailed
-from tracer.gradients.audit import Auditor, Finding, Sink, WatchedSink
+from tracer.gradients.audit import Auditor, Finding, FirstOfTwo, Sink, WatchedSink
 from tracer.gradients.backend import Backend, PlainBackend
 from tracer.gradients.capture import CapturedPass
 from tracer.gradients.coupling import coupling_error
-from tracer.gradients.fallback import Fallback
+from tracer.gradients.fallback import Fallback, has_batch_norm
 from tracer.gradients.isolation import seed_generators
 from tracer.gradients.module_state import StatelessTask
 from tracer.gradients.per_sample import PerSampleGradient
 from tracer.gradients.selfcheck import Reference, WeightedSums, disagreeing
 from tracer.gradients.verification import Signature, Verifier
-from tracer.types import Batch, SampleOutputs
+from tracer.types import Batch, SampleOutputs, first_sample
 
 logger = logging.getLogger("tracer.gradients")
 
@@ -68,6 +68,7 @@ class GradientEngine:
         backend: How the model runs; for a sharded model all ranks make the same calls. Default: whole, here.
 
     Attributes:
+        stateless_task: The task, whose forwards leave the model's state as it was.
         audited: The position in the last batch of the sample that was run alone and agreed, or None.
 
     Raises:
@@ -89,12 +90,12 @@ class GradientEngine:
         self.names, self.backend = tuple(names), backend or PlainBackend(model)
         self.device = dict(model.named_parameters())[self.names[0]].device if device is None else device
         self.audited: int | None = None
-        self._task = StatelessTask(task, model)
+        self.stateless_task = StatelessTask(task, model)
         self._assignment = Assignment(model, self.names, method, self.backend)
         precision = task.dtype if isinstance(task, LowerPrecision) else None
-        self._verifier = Verifier(model, self._task, self.names, self.backend, self.device, precision)
-        self._auditor = Auditor(self._task, self._verifier, self.device)
-        self._fallback = Fallback(model, self._task, self._verifier.check_alone)
+        self._verifier = Verifier(model, self.stateless_task, self.names, self.backend, self.device, precision)
+        self._auditor = Auditor(self.stateless_task, self._verifier, self.device)
+        self._fallback = Fallback(model, self.stateless_task, self._verifier.check_alone)
 
     @property
     def fallback(self) -> Mapping[str, str]:
@@ -134,9 +135,15 @@ class GradientEngine:
             GradientError: If no method gives gradients that agree with autograd.
             GradientsChanged: If those of earlier batches are in doubt.
         """
+        if batch_size == 1 and has_batch_norm(self.model):
+            # torch 2.13 on CPUs: BatchNorm in eval mode has a wrong input gradient for a batch of one, by its strides.
+            twice = select_samples(batch, torch.zeros(2, dtype=torch.int64), 1)
+            outputs = self.compute(twice, 2, FirstOfTwo(sink))
+            self.audited = None if self.audited is None else 0
+            return first_sample(outputs)
         watched = WatchedSink(sink, self._auditor.choose(batch, batch_size))
         self.audited = None
-        with self._task.unchanged():
+        with self.stateless_task.unchanged():
             outputs, done = self._complete(batch, batch_size, watched)
             doubt = done.doubt
             if watched.row is not None:
@@ -178,14 +185,14 @@ class GradientEngine:
             try:
                 captured = CapturedPass(
                     self.model,
-                    self._task,
+                    self.stateless_task,
                     batch,
                     batch_size,
                     assignment.layers,
                     assignment.attentions,
                     assignment.axes,
                 )
-                self._fallback.looped |= self._task.converts_weights
+                self._fallback.looped |= self.stateless_task.converts_weights
                 verifier.check_autocast(captured.autocast)
                 verifier.check_outputs(captured.outputs, batch_size)
                 signature = captured.patterns, batch_size == 1
@@ -252,4 +259,4 @@ class GradientEngine:
             return self._check_fallback(reference, weights, batch, batch_size)
         name, difference = next(iter(differs.items()))
         one = select_samples(batch, torch.tensor([0]), batch_size)
-        raise coupling_error(self.model, self._task, batch, one, 0, f"the gradient of {name!r}, {difference}")
+        raise coupling_error(self.model, self.stateless_task, batch, one, 0, f"the gradient of {name!r}, {difference}")

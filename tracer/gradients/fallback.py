@@ -81,6 +81,11 @@ class Fallback:
             ) from error
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Return whether a model has BatchNorm layers."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
 def can_vmap(batch: Batch, batch_size: int) -> bool:
     """Return whether all per-sample leaves of a batch are tensors, which vmap can split."""
     return all(isinstance(leaf, Tensor) or not is_per_sample(leaf, batch_size) for _, leaf in leaves(batch))
@@ -123,9 +128,11 @@ def loop_gradients(
     wanted = [parameters[name] for name in names]
     gradients = {name: wanted[i].new_zeros((batch_size, *wanted[i].shape)) for i, name in enumerate(names)}
     outputs = []
+    copies = 2 if has_batch_norm(model) else 1  # see `GradientEngine.compute`
     for row in range(batch_size):
-        output = task.outputs(model, select_samples(batch, torch.tensor([row]), batch_size)).output
-        outputs.append(output.detach().reshape(()))
+        output = task.outputs(model, select_samples(batch, torch.full((copies,), row), batch_size)).output
+        outputs.append(output.detach().reshape(-1)[0])
+        output = output / copies
         if not output.requires_grad:
             continue
         for name, grad in zip(names, torch.autograd.grad(output.sum(), wanted, allow_unused=True), strict=True):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tracer.data.tasks import Task
 from tracer.errors import GradientError
 from tracer.gradients.per_sample import PerSampleGradient
-from tracer.types import Batch, SampleOutputs
+from tracer.types import Batch, SampleOutputs, detached
 
 BLOCK_BYTES = 32 << 20
 _SHRUNK, _SIGNS = 1 << 14, 1 << 20
@@ -200,7 +200,7 @@ def reference_pass(
         dense = torch.zeros_like(parameter) if grad is None else grad.to_dense() if grad.is_sparse else grad
         gradients[name] = dense.detach()
     scale = max(_norm(gradient) for gradient in gradients.values())
-    return Reference(outputs.detached(), gradients, scale, reached, precision)
+    return Reference(detached(outputs), gradients, scale, reached, precision)
 
 
 def sharded_reference_pass(
@@ -240,7 +240,7 @@ def sharded_reference_pass(
         if name not in gradients:
             gradients[name] = torch.zeros(min(math.prod(shape), _SHRUNK), device=output.device)
     scale = max(_norm(gradient) for gradient in gradients.values())
-    return Reference(outputs.detached(), gradients, scale, reached, precision)
+    return Reference(detached(outputs), gradients, scale, reached, precision)
 
 
 def depends_on_nothing(names: Sequence[str]) -> str:

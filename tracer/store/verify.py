@@ -75,7 +75,7 @@ class Verification:
     def __str__(self) -> str:
         seen = f"{self.save_dir}: {self.num_rows} rows and {self.num_tiles} tiles of scores read"
         if self.ok:
-            return f"{seen}, all as they were written; when they were computed, {self.audited} ran alone"
+            return f"{seen}, all as they were written\nrun alone: {self.audited}"
         return "\n  - ".join([f"{seen}, {len(self.damage)} found damaged:", *map(str, self.damage)])
 
 
