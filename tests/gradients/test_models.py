@@ -567,3 +567,19 @@ def test_modules_that_convert_themselves_run_sample_by_sample():
     model.scale = nn.Parameter(torch.rand(4))
     engine = assert_gradients_match(model, mean_square, (data(3, 4),), 3, general=["scale"])
     assert engine.runs_samples_alone
+
+
+def test_a_half_precision_model_with_a_part_in_full_precision_is_held_to_half_precision():
+    def forward(m, x):
+        m.route = m.route.float()
+        return m.f(m.route((x * m.scale).float()).to(x.dtype))
+
+    torch.manual_seed(0)
+    model = Module(forward, route=nn.Linear(16, 16), f=nn.Linear(16, 16))
+    model.scale = nn.Parameter(torch.rand(16))
+    model = model.bfloat16()
+    engine = GradientEngine(model, make_task(mean_square), [name for name, _ in model.named_parameters()])
+    batch = (data(6, 16).bfloat16(),)
+    found, expected = engine_gradients(engine, batch, 6), oracle_gradients(model, mean_square, batch, 6)
+    for name, value in expected.items():
+        assert (found[name].double() - value.double()).norm() < 0.1 * value.double().norm(), name

@@ -92,8 +92,8 @@ class GradientEngine:
         self.audited: int | None = None
         self.stateless_task = StatelessTask(task, model)
         self._assignment = Assignment(model, self.names, method, self.backend)
-        precision = task.dtype if isinstance(task, LowerPrecision) else None
-        self._verifier = Verifier(model, self.stateless_task, self.names, self.backend, self.device, precision)
+        autocast = task.dtype if isinstance(task, LowerPrecision) else None
+        self._verifier = Verifier(model, self.stateless_task, self.names, self.backend, self.device, autocast)
         self._auditor = Auditor(self.stateless_task, self._verifier, self.device)
         self._fallback = Fallback(model, self.stateless_task, self._verifier.check_alone)
 

@@ -57,7 +57,7 @@ class Verifier:
         names: The selected parameters.
         backend: How the model runs.
         device: The device of the model.
-        precision: The dtype that layers compute in, if it is lower than that of parameters.
+        autocast: The dtype of autocast, if the task asks for it.
 
     Attributes:
         dtype: The dtype that layers compute in.
@@ -71,13 +71,16 @@ class Verifier:
         names: Sequence[str],
         backend: Backend,
         device: torch.device,
-        precision: torch.dtype | None,
+        autocast: torch.dtype | None,
     ) -> None:
         parameters = dict(model.named_parameters())
         self.model, self.backend = model, backend
-        self._task, self._device, self._precision = task, device, precision
+        self._task, self._device, self._autocast = task, device, autocast
+        # The rounding of half precision in some layers reaches the gradients of all.
+        halves = [each.dtype for each in model.parameters() if each.dtype in (torch.bfloat16, torch.float16)]
+        self._precision = autocast or next(iter(halves), None)
         self._shapes = {name: parameters[name].shape for name in names}
-        self.dtype = precision or parameters[names[0]].dtype
+        self.dtype = self._precision or parameters[names[0]].dtype
         self.plain_seconds = math.inf
         self._num_batches = 0
         self._unchecked = self._warned = False
@@ -170,7 +173,7 @@ class Verifier:
 
     def check_autocast(self, found: Collection[torch.dtype]) -> None:
         """Raise `GradientError` if layers run under another autocast than was asked for."""
-        hidden = [each for each in found if each != self._precision]
+        hidden = [each for each in found if each != self._autocast]
         if hidden:
             name = str(hidden[0]).removeprefix("torch.")
             raise GradientError(
