@@ -348,7 +348,7 @@ def test_model_that_cannot_run_one_row_is_computed():
 def test_batch_norm_without_running_statistics_is_refused():
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False))
     engine = GradientEngine(model, make_task(mean_square), [name for name, _ in model.named_parameters()])
-    with pytest.raises(tracer.GradientError, match="each sample to be run alone.*more than 1 value per channel"):
+    with pytest.raises(tracer.GradientError, match="run alone gives another result"):
         engine_gradients(engine, (data(4, 4).float(),), 4)
 
 

@@ -9,11 +9,15 @@ from zoo.tables import kept, sequences, vectors
 
 
 class Counting(nn.Module):
-    """Scales by the number of forwards."""
+    """Scales by the number of forwards in eval mode."""
 
     def __init__(self) -> None:
         super().__init__()
         self.h, self.calls = nn.Linear(3, 3), 0
+
+    def train(self, mode=True):
+        self.calls = 0 if mode else self.calls
+        return super().train(mode)
 
     def forward(self, x):
         self.calls += 1
@@ -75,7 +79,7 @@ class RunningMean(nn.Module):
 
 
 STATE_BETWEEN_FORWARDS = [
-    Entry("scales by a count of forwards", Counting, vectors(3)),
+    Entry("scales by a count of forwards that train() resets", Counting, vectors(3)),
     Entry("scales by a counting buffer", CountingBuffer, vectors(3)),
     Entry(
         "stretches a table for longer inputs",
