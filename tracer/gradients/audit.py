@@ -126,7 +126,7 @@ class Auditor:
         self._padding = Padding()
         self._num_batches = 0
         self._generator = torch.Generator().manual_seed(0)
-        self._num_samples, self._spent = 0, 0.0
+        self._num_samples, self._spent, self._last = 0, 0.0, 0.0
 
     def choose(self, batch: Batch, batch_size: int) -> int | None:
         """Return the position of the sample of a batch to audit, or None."""
@@ -135,7 +135,7 @@ class Auditor:
         due = self._num_batches <= FIRST_BATCHES or self._verifier.is_first
         if not due:
             self._num_samples += batch_size
-            due = self._spent <= MOST_TIME * self._verifier.plain_seconds * self._num_samples
+            due = self._spent + self._last <= MOST_TIME * self._verifier.plain_seconds * self._num_samples
         if not self._verifier.backend.any(due):
             return None
         return int(torch.randint(batch_size, (), generator=self._generator))
@@ -145,8 +145,9 @@ class Auditor:
         assert watched.row is not None
         began = now(self._device)
         found = self._audit(watched.kept, outputs, batch, batch_size, watched.row)
+        self._last = now(self._device) - began
         if self._num_samples:
-            self._spent += now(self._device) - began
+            self._spent += self._last
         return found
 
     def error(self, finding: Finding, batch: Batch, row: int) -> GradientError:
