@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from zoo.configurations import VOCABULARY, classifier, configured, text
-from zoo.faults import GIVEN_UP, UNMASKED
+from zoo.faults import GIVEN_UP, TOO_SHORT, UNMASKED
 from zoo.harness import Entry, own_loss
 from zoo.tables import integers
 
@@ -132,6 +132,7 @@ ENCODERS = [
         d_inner=24,
         block_sizes=[1, 1],
         num_decoder_layers=1,
+        fault=TOO_SHORT,
     ),
     classifier("FNet", "FNetForSequenceClassification", text(), tpu_short_seq_length=7),
     classifier(

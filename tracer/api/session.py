@@ -93,7 +93,11 @@ class Session:
         self.table.close()
         fingerprints = self.table.column("fingerprint")
         # A loader may have used a batch's memory again.
-        same = [each for each in self._held if np.array_equal(_fingerprint(*each), fingerprints[each[1]])]
+        same = [
+            (batch, rows)
+            for batch, rows in self._held
+            if np.array_equal(fingerprint_samples(batch, len(rows)), fingerprints[rows])
+        ]
         self._forget(change)
         self.table = self._open_table()
         return same
@@ -115,10 +119,6 @@ class Session:
         """Announce an error to other ranks, and close without waiting for them."""
         self._backend.abandon(error)
         self.table.close()
-
-
-def _fingerprint(batch: Batch, rows: np.ndarray) -> np.ndarray:
-    return fingerprint_samples(batch, len(rows))
 
 
 def in_role(session: Session | None, role: str) -> Session:

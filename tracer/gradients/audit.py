@@ -22,7 +22,7 @@ from tracer.errors import GradientError, TracerError
 from tracer.gradients.coupling import coupling_error
 from tracer.gradients.padding import Padding
 from tracer.gradients.per_sample import DenseGradient, PerSampleGradient
-from tracer.gradients.selfcheck import Reference, same_values, shrunk, tolerance
+from tracer.gradients.selfcheck import Reference, norm, same_values, shrunk, tolerance
 from tracer.gradients.verification import Verifier, now
 from tracer.types import Batch, SampleOutputs
 
@@ -198,19 +198,15 @@ class Auditor:
             together, alone = getattr(outputs, name)[row : row + 1], getattr(reference.samples, name).reshape(-1)[:1]
             if not same_values(together, alone, dtype):
                 return f"{name} {float(together):.4g} in its batch and {float(alone):.4g} alone"
-        total = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in reference.gradients.values()))
+        total = math.hypot(*map(norm, reference.gradients.values()))
         for name, expected in reference.gradients.items():
             alone = expected.reshape(-1)
             together = kept[name].to(alone.device) if name in kept else torch.zeros_like(alone)
             together = shrunk(together) if self._verifier.backend.is_sharded else together
-            scale = max(_norm(alone), _norm(together))
-            difference = _norm(together - alone)
+            scale = max(norm(alone), norm(together))
+            difference = norm(together - alone)
             # A sample alone takes other kernels, and rounding can flip an activation that is nearly zero.
             share = min(10 * tolerance(dtype, alone.device), _MOST_DIFFERENCE)
             if difference > max(share * scale, min(tolerance(dtype, alone.device), _MOST_NOISE) * total):
                 return f"relative difference {difference / scale:.2g} in the gradient of {name!r}"
         return None
-
-
-def _norm(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64))

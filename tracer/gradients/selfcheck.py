@@ -84,7 +84,7 @@ class Reference:
 
     def above_noise(self) -> set[str]:
         """Return the parameters whose gradient is more than rounding noise."""
-        return {name for name, value in self.gradients.items() if _norm(value) > self._noise(value)}
+        return {name for name, value in self.gradients.items() if norm(value) > self._noise(value)}
 
     def _noise(self, gradient: Tensor) -> float:
         # Of float32 at least: parts of float64 models compute in it (the softmax of transformers' attention).
@@ -96,15 +96,16 @@ class Reference:
         wrong = {}
         for name, expected in self.gradients.items():
             flat, total = expected.reshape(-1), totals.get(name)
-            scale = max(_norm(flat), float(total[-1]) if total is not None else 0.0)
-            difference = _norm(flat) if total is None else _norm(total[:-1].to(flat.device) - flat)
+            scale = max(norm(flat), float(total[-1]) if total is not None else 0.0)
+            difference = norm(flat) if total is None else norm(total[:-1].to(flat.device) - flat)
             bound = tolerance(self.precision or expected.dtype, expected.device)
             if difference > max(strictness * bound * scale, self._noise(expected)):
                 wrong[name] = f"relative difference {difference / scale:.2g}, tolerance {bound:.0e}"
         return wrong
 
 
-def _norm(values: Tensor) -> float:
+def norm(values: Tensor) -> float:
+    """Return the Euclidean norm of all values, summed up in float64."""
     return float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
@@ -199,7 +200,7 @@ def reference_pass(
     for name, parameter, grad in zip(names, wanted, grads, strict=True):
         dense = torch.zeros_like(parameter) if grad is None else grad.to_dense() if grad.is_sparse else grad
         gradients[name] = dense.detach()
-    scale = max(_norm(gradient) for gradient in gradients.values())
+    scale = max(norm(gradient) for gradient in gradients.values())
     return Reference(detached(outputs), gradients, scale, reached, precision)
 
 
@@ -239,7 +240,7 @@ def sharded_reference_pass(
     for name, shape in shapes.items():
         if name not in gradients:
             gradients[name] = torch.zeros(min(math.prod(shape), _SHRUNK), device=output.device)
-    scale = max(_norm(gradient) for gradient in gradients.values())
+    scale = max(norm(gradient) for gradient in gradients.values())
     return Reference(detached(outputs), gradients, scale, reached, precision)
 
 
