@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -73,13 +73,26 @@ class Attribution:
         return {"target": self.target, "regularization": self.regularization}
 
     def self_influence(self) -> np.ndarray:
-        """Return each training example's influence on itself, ``[num_train]``, float64; see `Tracer.self_influence`."""
-        return self.tracer.self_influence(self.model_ids)
+        """Return each training example's influence on itself by this estimator; see `Tracer.self_influence`.
+
+        Returns:
+            ``[num_train]``, float64.
+
+        Raises:
+            InputError: If the estimator is ``cosine``: a gradient's cosine with itself is 1.
+        """
+        return self.tracer.self_influence(self.model_ids, self.estimator, regularization=self.regularization)
+
+    @property
+    def ranking(self) -> Attribution:
+        """The attribution whose self-influence ranks examples: this one, or that of ``tracin`` for ``cosine``."""
+        return replace(self, estimator="tracin") if self.estimator == "cosine" else self
 
     def _described(self) -> dict[str, Any]:
         """Return estimator, target and, for estimators with a kernel, λ and its rule, for a report."""
         estimate = Estimate(self.estimator, self.target, self.regularization)
         shown: dict[str, Any] = {"estimator": estimate.estimator, "target": estimate.target}
+        shown["self-influence"] = self.ranking.estimator
         if estimate.kernel is None:
             return shown
         if self.regularization != "auto":
@@ -132,7 +145,7 @@ class Attribution:
             options["rankings"] = {"mean loss": facts.losses}
         return write_report(
             directory,
-            self_influence=self.self_influence(),
+            self_influence=self.ranking.self_influence(),
             proponents=self.top(k, "proponents"),
             opponents=self.top(k, "opponents"),
             scores=self.scores if all_scores else None,

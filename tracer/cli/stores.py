@@ -51,9 +51,7 @@ class StoreView:
 
     def self_influence(self) -> Float64[np.ndarray, " N"]:
         """Return each training example's influence on itself; for ``cosine``, which has none, that of ``tracin``."""
-        found = self.found
-        estimator = "tracin" if found.estimator == "cosine" else found.estimator
-        return self.reader.self_influence(found.model_ids, estimator, regularization=found.regularization)
+        return self.found.ranking.self_influence()
 
     def ranking_table(self, name: str, indices: Iterable[int], values: Iterable[float]) -> str:
         """Return a table of ranked training examples with their values and, if known, classes."""
