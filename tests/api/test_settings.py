@@ -7,9 +7,10 @@ import typing
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
+from store_cases import stored_features
 from tracer_cases import build, featurize
 
-from tracer import InputError, InputTypeError, Tracer, attribute
+from tracer import InputError, InputTypeError, MismatchError, Tracer, attribute
 from tracer.api.settings import FeatureOptions, FeatureSettings
 from tracer.api.store_reader import StoreReader
 
@@ -74,3 +75,29 @@ def test_an_opened_store_is_a_context_manager(run, tmp_path):
     with Tracer.open(tmp_path / "a") as store:
         assert type(store) is StoreReader
         assert (store.self_influence() == expected).all()
+
+
+@pytest.mark.parametrize("projector", ["sketch", "rademacher", "factored"])
+def test_a_shared_projection_is_that_of_every_checkpoint(run, tmp_path, projector):
+    (first, _), (second, _) = run.checkpoints[:2]
+    options = {"projector": projector, "proj_dim": 32}
+
+    def features(name, states, **more):
+        with build(run, tmp_path / name, **options, **more) as tracing:
+            featurize(tracing, run, checkpoints=[(state, 0.1) for state in states])
+        table = tracing.store.checkpoint(len(states) - 1)
+        return stored_features(table, 0, table.num_rows)
+
+    alone = features("alone", [second], shared_projection=True)
+    assert (features("after", [first, second], shared_projection=True) == alone).all()
+    assert abs(features("own", [first, second]) - alone).max() > 0.1 * abs(alone).max()
+
+
+def test_a_store_is_continued_with_the_projection_it_was_made_with(run, tmp_path):
+    options = {"projector": "sketch", "proj_dim": 8}
+    assert build(run, tmp_path / "a", shared_projection=True, **options).store.manifest.settings["shared_projection"]
+    with pytest.raises(MismatchError, match="shared_projection: stored True, asked nothing"):
+        build(run, tmp_path / "a", **options)
+    assert "shared_projection" not in build(run, tmp_path / "b", **options).store.manifest.settings
+    build(run, tmp_path / "c", shared_projection=True)
+    build(run, tmp_path / "c")  # exact gradients are the same with and without

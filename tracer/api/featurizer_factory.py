@@ -74,7 +74,7 @@ class FeaturizerFactory:
         self.engine = GradientEngine(self.model, self.task, names, settings.gradients, self.device, self.backend)
         self.written: set[str | None] = set()
         self.num_restarts = 0
-        self._projectors: tuple[int, Projector] | None = None  # of the checkpoint used last
+        self._projectors: tuple[int | None, Projector] | None = None  # of the checkpoint used last
 
     def manifest(self, train_set_size: int) -> Manifest:
         """Return the manifest of a store for the features of ``train_set_size`` examples."""
@@ -103,8 +103,9 @@ class FeaturizerFactory:
         """Return the featurizer of a checkpoint."""
         projector = None
         if FeatureStorage(self.settings.storage).stores_features:
-            if self._projectors is None or self._projectors[0] != model_id:
-                self._projectors = (model_id, self._projector(model_id))
+            key = None if self.settings.shared_projection else model_id
+            if self._projectors is None or self._projectors[0] != key:
+                self._projectors = (key, self._projector(key))
             projector = self._projectors[1]
         return Featurizer(self.engine, loaded.weights, projector, self.device, bool(self.settings.check_rows))
 
@@ -120,7 +121,7 @@ class FeaturizerFactory:
         self.num_restarts += 1
 
     def _projector(self, model_id: int | None) -> Projector:
-        # Each checkpoint has a matrix of its own, so that errors average out over checkpoints.
+        # Each checkpoint has a matrix of its own, so that errors average out over checkpoints, unless one is shared.
         seed = int(self.settings.seed)
         if model_id is not None:
             seed = int(np.random.SeedSequence([seed, model_id]).generate_state(1, np.uint64)[0] >> 1)

@@ -72,6 +72,11 @@ class FeatureSettings:
     )
     device: str | torch.device | None = _setting(None, "The device to compute on; None: that of the model.")
     seed: int = _setting(0, "The seed of the projection.")
+    shared_projection: bool = _setting(
+        False,
+        "Use one projection at all checkpoints, as ``estimator='source'`` needs; its errors do not average out over "
+        "checkpoints, as those of independent ones do. Of no effect with ``projector='none'``.",
+    )
     resume: bool = _setting(True, "Open an existing store in ``save_dir``; with False it is an error.")
     check_rows: bool = _setting(
         True, "Recognize examples by a fingerprint of their inputs, so that a shuffled loader is an error."
@@ -118,6 +123,8 @@ class FeatureSettings:
         entries = {"storage": self.storage, "check_rows": bool(self.check_rows)}
         if self.preconditioner is not None:
             entries["preconditioner"] = self.preconditioner
+        if self.shared_projection and self.projector != "none":
+            entries["shared_projection"] = True
         return entries
 
 
@@ -130,6 +137,7 @@ class FeatureOptions(TypedDict, total=False):
     storage: str
     device: str | torch.device | None
     seed: int
+    shared_projection: bool
     resume: bool
     check_rows: bool
     autocast: str | torch.dtype | None
