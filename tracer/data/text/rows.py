@@ -1,0 +1,142 @@
+"""Rows of training examples: which pieces of which documents they hold, and which of their tokens are predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from tracer.data.text.encoding import IGNORED
+from tracer.data.text.packing import GROUP, pack
+from tracer.data.text.settings import TextSettings
+
+Tokens = tuple[np.ndarray, np.ndarray]  # input ids and labels of a document, [n] each, int64
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """The rows of a set of examples: ranges of the list of pieces, of which the last ones are predicted.
+
+    Attributes:
+        pieces: ``[P, 3]``: the document of each piece, its first token, and the one after its last.
+        bounds: ``[N, 3]`` for each row: its first piece, the first one that is predicted, and the one after its last.
+        lengths: ``[N]``, the tokens of each row.
+        isolated: Whether documents of one row do not see each other.
+        num_documents: The number of documents in the data.
+    """
+
+    pieces: Int64[np.ndarray, "P 3"]
+    bounds: Int64[np.ndarray, "N 3"]
+    lengths: Int64[np.ndarray, " N"]
+    isolated: bool
+    num_documents: int
+
+    @property
+    def documents(self) -> Int64[np.ndarray, " N"]:
+        """The document of each row, or of its first piece that is predicted."""
+        return self.pieces[self.bounds[:, 1], 0]
+
+    def tokens(self, row: int, of: Any) -> dict[str, Int64[np.ndarray, " T"]]:
+        """Return the model's inputs for a row; ``of`` has the tokens of documents by number."""
+        first, scored, last = self.bounds[row].tolist()
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in ("input_ids", "labels", "positions", "segments")}
+        for number, (document, start, stop) in enumerate(self.pieces[first:last].tolist()):
+            tokens, labels = (values[start:stop] for values in of[document])
+            if self.isolated or first + number < scored:
+                labels = labels.copy()
+                labels[: 1 if first + number >= scored else None] = IGNORED
+            columns["input_ids"].append(tokens)
+            columns["labels"].append(labels)
+            columns["positions"].append(np.arange(len(tokens)))
+            columns["segments"].append(np.full(len(tokens), number + 1))
+        found = {name: np.concatenate(parts) for name, parts in columns.items()}
+        if not self.isolated:
+            found["positions"] = np.arange(len(found["positions"]))
+        return found
+
+
+def plan_rows(documents: Iterable[Tokens], settings: TextSettings) -> TextRows:
+    """Return the rows of documents, in which rows without a predicted token are left out."""
+    pieces: list[np.ndarray] = []
+    bounds: list[np.ndarray] = []
+    isolated, by_document = settings.packing != "wrapped", settings.unit == "document"
+    before = count = 0
+    for group in _groups(documents):
+        sizes = np.array([len(tokens) for tokens, _ in group], np.int64)
+        blocks = pack(sizes, settings.packing, settings.max_length, settings.truncation == "keep_end")
+        flat = np.array([piece for block in blocks for piece in block], np.int64).reshape(-1, 3)
+        counts = np.array([len(block) for block in blocks], np.int64)
+        ends = np.cumsum(counts)
+        starts = ends - counts
+        if by_document:
+            own = np.arange(len(flat))
+            firsts = own if isolated else np.repeat(starts, counts)
+            rows = np.stack([firsts, own, own + 1], 1)
+        else:
+            rows = np.stack([starts, starts, ends], 1)
+        predicted = _predicted(flat, group, firsts=np.arange(len(flat)) if isolated else starts)
+        total = np.concatenate([[0], np.cumsum(predicted)])
+        rows = rows[total[rows[:, 2]] > total[rows[:, 1]]]
+        flat[:, 0] += count
+        pieces.append(flat)
+        bounds.append(rows + before)
+        before, count = before + len(flat), count + len(group)
+    every = np.concatenate([np.zeros((0, 3), np.int64), *pieces])
+    ranges = np.concatenate([np.zeros((0, 3), np.int64), *bounds])
+    total = np.concatenate([[0], np.cumsum(every[:, 2] - every[:, 1])])
+    return TextRows(every, ranges, total[ranges[:, 2]] - total[ranges[:, 0]], isolated, count)
+
+
+def _groups(documents: Iterable[Tokens]) -> Iterator[list[Tokens]]:
+    group: list[Tokens] = []
+    for each in documents:
+        group.append(each)
+        if len(group) == GROUP:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _predicted(pieces: np.ndarray, group: list[Tokens], firsts: np.ndarray) -> Int64[np.ndarray, " P"]:
+    """Return the number of predicted tokens in each piece; nothing predicts the first token of ``firsts``."""
+    starts_row = np.zeros(len(pieces), bool)
+    starts_row[firsts] = True
+    counts = [
+        int((group[document][1][start + int(is_first) : stop] != IGNORED).sum())
+        for (document, start, stop), is_first in zip(pieces.tolist(), starts_row.tolist(), strict=True)
+    ]
+    return np.array(counts, np.int64)
+
+
+def collate(rows: list[dict[str, np.ndarray]], pad_token: int, packed: bool) -> dict[str, Tensor]:
+    """Return a batch of rows, padded at the end.
+
+    Args:
+        rows: The tokens of each, from `TextRows.tokens`.
+        pad_token: The token of padding.
+        packed: Whether rows hold several documents; models find the borders by ``position_ids`` that start again, and
+            only if there is no ``attention_mask``.
+
+    Returns:
+        ``input_ids`` and ``labels``, ``[B, T]``; and ``attention_mask``, or ``position_ids`` and ``segment_ids``, which
+        number the documents of a row from 1 on and are 0 for padding.
+    """
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def padded(name: str, value: int) -> Tensor:
+        found = torch.full((len(rows), width), value, dtype=torch.long)
+        for place, row in enumerate(rows):
+            found[place, : len(row[name])] = torch.from_numpy(row[name])
+        return found
+
+    if packed:
+        batch = {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED)}
+        return {**batch, "position_ids": padded("positions", 0), "segment_ids": padded("segments", 0)}
+    batch = {"input_ids": padded("input_ids", pad_token), "labels": padded("labels", IGNORED)}
+    return {**batch, "attention_mask": (padded("segments", 0) > 0).long()}

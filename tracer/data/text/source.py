@@ -1,0 +1,171 @@
+"""Batches of tokenized rows: of similar lengths, and of at most so many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+from jaxtyping import Int64
+
+from tracer.data.datasets import DataSource
+from tracer.data.text.encoding import Encoder
+from tracer.data.text.packing import GROUP
+from tracer.data.text.reading import import_datasets, read_dataset
+from tracer.data.text.rows import TextRows, Tokens, collate, plan_rows
+from tracer.data.text.settings import TextSettings
+from tracer.errors import InputError
+from tracer.types import Batch
+
+WINDOW = 1024
+"""The rows that are sorted by length: neighbours stay neighbours, so files are written one after the other."""
+
+
+class TextSource(DataSource):
+    """Tokenized rows of a data set; get one from `text_source`.
+
+    Attributes:
+        rows: The rows.
+        groups: The group of each row, ``[N]``, and the groups' names; None without a column of groups.
+    """
+
+    def __init__(
+        self, documents: Any, rows: TextRows, settings: TextSettings, pad_token: int, values: Sequence[Any] | None
+    ) -> None:
+        self.rows, self._documents, self._settings, self._pad_token = rows, documents, settings, pad_token
+        self.groups: tuple[Int64[np.ndarray, " N"], list[str]] | None = None
+        if values is not None:
+            names, numbers = np.unique([str(value) for value in values], return_inverse=True)
+            self.groups = numbers[rows.documents].astype(np.int64), names.tolist()
+
+    def __len__(self) -> int:
+        return len(self.rows.bounds)
+
+    def batches(self, indices: Int64[np.ndarray, " n"]) -> Iterator[tuple[Batch, Int64[np.ndarray, " b"]]]:
+        """Yield batches of exactly these rows, longest first within a window."""
+        for start in range(0, len(indices), WINDOW):
+            window = indices[start : start + WINDOW]
+            documents = self._documents.load(self.rows, window)
+            for chosen in _bucketed(self.rows.lengths[window], self._settings.batch_tokens):
+                own = window[chosen]
+                tokens = [self.rows.tokens(row, documents) for row in own.tolist()]
+                yield collate(tokens, self._pad_token, self._settings.unit == "block"), own
+
+
+def text_source(data: Any, tokenizer: Any, settings: TextSettings, name: str = "data") -> TextSource:
+    """Return the rows of data as `read_dataset` takes them, tokenized.
+
+    A stream is iterated once to count its rows, which are numbered in its own order, and again for each pass, which
+    must yield the same.
+
+    Raises:
+        InputError: If no example has a token to predict, or the data do not fit the settings.
+    """
+    dataset = read_dataset(data, settings.split, settings.streaming, name)
+    encoder = Encoder(tokenizer, settings)
+    pad = next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
+    is_stream = isinstance(dataset, import_datasets().IterableDataset)
+    if is_stream and settings.packing != "none":
+        raise InputError(
+            f"{name} is a stream; expected a data set that is read whole for packing={settings.packing!r}."
+        )
+    documents: Any = _Stream(dataset, encoder, settings, name) if is_stream else _Encoded(dataset, encoder, settings)
+    rows = plan_rows(documents, settings)
+    if not len(rows.bounds):
+        raise InputError(
+            f"{name} has {rows.num_documents} examples, and none has a token to predict; check split=, loss_on= and "
+            f"max_length=."
+        )
+    return TextSource(documents, rows, settings, pad, documents.groups)
+
+
+class _Encoded:
+    """A data set that is tokenized once, into a file beside the data if they come from one."""
+
+    def __init__(self, dataset: Any, encoder: Encoder, settings: TextSettings) -> None:
+        self.groups = None
+        if settings.group_column is not None:
+            _check_column(settings.group_column, dataset.column_names)
+            self.groups = dataset[settings.group_column]
+        self._tokens = dataset.map(encoder, remove_columns=dataset.column_names).with_format("numpy")
+
+    def __iter__(self) -> Iterator[Tokens]:
+        for start in range(0, len(self._tokens), GROUP):
+            yield from self._pairs(self._tokens[start : start + GROUP])
+
+    def load(self, rows: TextRows, window: np.ndarray) -> dict[int, Tokens]:
+        """Return the tokens of the documents in some rows."""
+        pieces = [rows.pieces[first:last, 0] for first, _, last in rows.bounds[window].tolist()]
+        wanted = np.unique(np.concatenate(pieces)).tolist()
+        return dict(zip(wanted, self._pairs(self._tokens[wanted]), strict=True))
+
+    def _pairs(self, found: Any) -> Iterator[Tokens]:
+        for tokens, labels in zip(found["input_ids"], found["labels"], strict=True):
+            yield np.asarray(tokens, np.int64), np.asarray(labels, np.int64)
+
+
+class _Stream:
+    """A stream that is tokenized in each pass, and compared with the first pass by hashes."""
+
+    def __init__(self, dataset: Any, encoder: Encoder, settings: TextSettings, name: str) -> None:
+        self._dataset, self._encoder, self._column, self._name = dataset, encoder, settings.group_column, name
+        self.groups: list[Any] | None = None if self._column is None else []
+        self._hashes: list[int] = []
+        self._position = 0
+        self._examples: Iterator[Any] = iter(())
+
+    def __iter__(self) -> Iterator[Tokens]:
+        for example in self._dataset:
+            if self.groups is not None and self._column is not None:
+                _check_column(self._column, example)
+                self.groups.append(example[self._column])
+            tokens = self._encode(example)
+            self._hashes.append(_hash(tokens))
+            yield tokens
+
+    def load(self, rows: TextRows, window: np.ndarray) -> dict[int, Tokens]:
+        """Return the tokens of the documents in some rows, reading on from those before."""
+        wanted = rows.pieces[rows.bounds[window, 1], 0].tolist()
+        if wanted[0] < self._position or not self._position:
+            self._position, self._examples = 0, iter(self._dataset)
+        found: dict[int, Tokens] = {}
+        for document in wanted:
+            for example in self._examples:
+                self._position += 1
+                if self._position > document:
+                    found[document] = self._encode(example)
+                    break
+            if document not in found or _hash(found[document]) != self._hashes[document]:
+                raise InputError(
+                    f"{self._name} is iterated at each checkpoint, and this pass differs from the first one at example "
+                    f"{document}: it shuffles, changes or ends early. Make the stream yield the same each time, or "
+                    f"download it with streaming=False."
+                )
+        return found
+
+    def _encode(self, example: Any) -> Tokens:
+        found = self._encoder(example)
+        return np.array(found["input_ids"], np.int64), np.array(found["labels"], np.int64)
+
+
+def _hash(tokens: Iterable[np.ndarray]) -> int:
+    found = 0
+    for values in tokens:
+        found = xxhash.xxh3_64_intdigest(values.tobytes(), found)
+    return found
+
+
+def _check_column(column: str, known: Iterable[str]) -> None:
+    if column not in known:
+        raise InputError(f"group_column={column!r} is not in the data, which have {sorted(known)}.")
+
+
+def _bucketed(lengths: Int64[np.ndarray, " n"], batch_tokens: int) -> Iterator[Int64[np.ndarray, " b"]]:
+    """Yield positions of rows, longest first, so that a padded batch has at most so many tokens or one row."""
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        size = max(1, batch_tokens // max(1, int(lengths[order[start]])))
+        yield order[start : start + size]
+        start += size
