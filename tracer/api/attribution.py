@@ -21,6 +21,7 @@ from tracer.api.settings import FeatureOptions, FeatureSettings, chosen_storage,
 from tracer.api.store_reader import StoreReader
 from tracer.api.tracer import Tracer
 from tracer.data.datasets import DataSource, as_data_source
+from tracer.data.halving import Halving
 from tracer.errors import InputError
 from tracer.report import ReportOptions, write_report
 from tracer.report.samples import as_array
@@ -202,7 +203,8 @@ def attribute(
             training checkpoints. An iterator's are loaded one at a time. A path alone may be a folder of checkpoints,
             a recording or a glob.
         save_dir: The directory or URL of the store, which is created if it does not exist.
-        batch_size: The batch size, for data sets, tensors and single examples. Default: 64.
+        batch_size: The batch size, for data sets, tensors and single examples; halved if memory does not suffice.
+            Default: 64.
         collate_fn: Makes a batch of a data set's examples. Default: that of `DataLoader`.
         exp_name: The name of the targets in the store.
         estimator: ``tracin``, ``cosine``, ``influence`` or ``trak``, as in `Tracer.finalize_scores`. Default:
@@ -305,9 +307,10 @@ def _feed(step: Callable[..., None], source: DataSource, rows: np.ndarray, bar_o
     if len(rows) == 0:
         return
     initial = len(source) - len(rows)
+    run = Halving(step)
     with tqdm(total=len(source), initial=initial, **bar_options) as bar:
         for batch, inds in source.batches(rows):
-            step(batch, inds=inds)
+            run(batch, inds)
             bar.update(int(np.isin(inds, rows, assume_unique=True).sum()))
 
 

@@ -142,6 +142,8 @@ class TokenTask(Task):
             own_loss = labels is not None and _has_own_loss(model)
             if labels is None:
                 labels = self._own_labels(model, batch)
+            if "segment_ids" not in inspect.signature(model.forward).parameters:  # the documents of a block
+                kwargs.pop("segment_ids", None)
             args, kwargs = bind_inputs(model, kwargs)
             makes_inputs = is_encoder_decoder(model) and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(
                 kwargs
