@@ -44,14 +44,14 @@ def configured(model_class: str, attention: str = "eager", **changes: Any) -> Ca
     return build
 
 
-def text(length: int = 7, padded: bool = False, first=(7, 4, 3, 2), **more: Callable[[], Any]):
+def text(length: int = 7, padded: bool = False, first=(7, 4, 3, 2), shortest: int = 2, **more: Callable[[], Any]):
     """Return a maker of batches of tokens, with padding at the end if wanted; without labels."""
 
     def batch() -> dict[str, Any]:
         tokens = integers(VOCABULARY, length, low=3)
         if not padded:
             return {"input_ids": tokens, **{key: make() for key, make in more.items()}}
-        mask = torch.arange(length) < lengths(length, first).clamp(min=2)[:, None]
+        mask = torch.arange(length) < lengths(length, first).clamp(min=shortest)[:, None]
         extra = {key: make() for key, make in more.items()}
         return {"input_ids": tokens * mask, "attention_mask": mask.long(), **extra}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from zoo.configurations import language_model, text
-from zoo.faults import UNMASKED
 
 DECODERS = [
     language_model("Llama", "LlamaForCausalLM"),
@@ -23,8 +22,6 @@ DECODERS = [
         max_position_embeddings=4,
         batch=text(padded=True, first=(4, 3, 2, 2)),
         refused="padding|influence each other|alone",
-        fault=UNMASKED,
-        or_exact=False,
     ),
     language_model("Llama, scaled products", "LlamaForCausalLM", attention="sdpa"),
     language_model("Llama, tied", "LlamaForCausalLM", tie_word_embeddings=True, attention_bias=True, mlp_bias=True),

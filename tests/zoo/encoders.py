@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from zoo.configurations import VOCABULARY, classifier, configured, text
-from zoo.faults import GIVEN_UP, TOO_SHORT, UNMASKED
 from zoo.harness import Entry, own_loss
 from zoo.tables import integers
 
@@ -98,7 +97,6 @@ ENCODERS = [
         conv_kernel_size=3,
         head_ratio=1,
         refused=PADDING,
-        fault=UNMASKED,
     ),
     classifier(
         "SqueezeBERT",
@@ -120,19 +118,17 @@ ENCODERS = [
         intra_bottleneck_size=16,
         num_feedforward_networks=1,
         refused=PADDING,
-        fault=UNMASKED,
     ),
     classifier(
         "Funnel",
         "FunnelForSequenceClassification",
-        PADDED,
+        text(padded=True, shortest=4),  # it pools, and fails on shorter ones itself
         d_model=16,
         n_head=2,
         d_head=8,
         d_inner=24,
         block_sizes=[1, 1],
         num_decoder_layers=1,
-        fault=TOO_SHORT,
     ),
     classifier("FNet", "FNetForSequenceClassification", text(), tpu_short_seq_length=7),
     classifier(
@@ -148,7 +144,7 @@ ENCODERS = [
         text(8),
         num_landmarks=4,
         segment_means_seq_len=8,
-        fault=GIVEN_UP,
+        refused="influence each other.*SelfAttention",  # it divides by the largest sum of the batch
     ),
     classifier("YOSO", "YosoForSequenceClassification", text(8), use_expectation=True),
     classifier("RoFormer", "RoFormerForSequenceClassification", PADDED, embedding_size=16),

@@ -247,6 +247,13 @@ LAYERS_AND_WEIGHTS = [
         refused="checkpoint|reentrant",
         or_exact=True,
     ),
+    Entry(
+        "loss that is constant",
+        net(lambda m, x: m.o(torch.tanh(m.f(x)))),
+        vectors(4),
+        task=lambda model, batch: model(batch[0]).softmax(1).sum(1),
+        refused="rounding errors only",
+    ),
     Entry("gradient inside the forward", net(gradient_inside), vectors(4)),
     Entry("weights made by a layer", net(hyper_network), vectors(4)),
     Entry("bilinear layer", net(lambda m, x: m.o(m.f(x, x.flip(1))), f=lambda: nn.Bilinear(4, 4, 4)), vectors(4)),

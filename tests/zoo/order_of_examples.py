@@ -298,6 +298,24 @@ ORDER_OF_EXAMPLES = [
         refused=COUPLED,
     ),
     Entry(
+        "centred by the batch after it was sorted",
+        lambda: Net(
+            lambda m, x: m.o(m.c(torch.tanh(m.h(x[x[:, 0].argsort()]))))[x[:, 0].argsort().argsort()],
+            h=nn.Linear(3, 5),
+            c=Net(lambda m, x: x - x.mean(0)),
+            o=nn.Linear(5, 3),
+        ),
+        vectors(3),
+        refused="output of c ",
+    ),
+    Entry(
+        "similarities to the other examples",
+        two_layers(lambda m, x: m.o(torch.tanh(m.h(x))) @ m.o(torch.tanh(m.h(-x))).T),
+        vectors(3),
+        task=lambda model, batch: -model(batch[0]).log_softmax(1).diagonal(),
+        refused="output of the model .* first that differs",
+    ),
+    Entry(
         "small coupling by the batch",
         two_layers(lambda m, x: m.o(torch.tanh(m.h(x - 1e-3 * x.mean(0))))),
         vectors(3),

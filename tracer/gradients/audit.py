@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,9 +20,9 @@ from tracer.data.batches import select_samples
 from tracer.data.tasks import Task
 from tracer.errors import GradientError, TracerError
 from tracer.gradients.coupling import coupling_error
-from tracer.gradients.padding import Padding
+from tracer.gradients.padding import Padded, Padding, without
 from tracer.gradients.per_sample import DenseGradient, PerSampleGradient
-from tracer.gradients.selfcheck import Reference, norm, same_values, shrunk, tolerance
+from tracer.gradients.selfcheck import Reference, check_weights, difference, norm, shrunk, tolerance
 from tracer.gradients.verification import Verifier, now
 from tracer.types import Batch, SampleOutputs
 
@@ -34,6 +34,7 @@ FIRST_BATCHES = 16
 MOST_TIME = 0.02
 """The most time that later audits take, as a share of plain passes over the same batches."""
 
+_FIRST_PADDED = 4
 _MOST_DIFFERENCE, _MOST_NOISE = 0.2, 0.03
 
 
@@ -102,11 +103,13 @@ class Finding:
     """A difference between a sample in its batch and alone.
 
     Attributes:
+        row: Its position in the batch.
         alone: The batch that it was run as.
         text: The difference.
         padding: Whether it comes from the sample's padding.
     """
 
+    row: int
     alone: Batch
     text: str
     padding: bool = False
@@ -124,7 +127,7 @@ class Auditor:
     def __init__(self, task: Task, verifier: Verifier, device: torch.device) -> None:
         self._task, self._verifier, self._device = task, verifier, device
         self._padding = Padding()
-        self._num_batches = 0
+        self._num_batches = self._num_padded = 0
         self._generator = torch.Generator().manual_seed(0)
         self._num_samples, self._spent, self._last = 0, 0.0, 0.0
 
@@ -150,63 +153,92 @@ class Auditor:
             self._spent += self._last
         return found
 
-    def error(self, finding: Finding, batch: Batch, row: int) -> GradientError:
+    def error(self, finding: Finding, batch: Batch) -> GradientError:
         """Return the error for a sample whose batch influences it."""
-        return coupling_error(
-            self._verifier.model, self._task, batch, finding.alone, row, finding.text, finding.padding
-        )
+        row, alone = finding.row, finding.alone
+        return coupling_error(self._verifier.model, self._task, batch, alone, row, finding.text, finding.padding)
 
     def _audit(
         self, kept: Mapping[str, Tensor], outputs: SampleOutputs, batch: Batch, batch_size: int, row: int
     ) -> Finding | bool:
-        one = select_samples(batch, torch.tensor([row]), batch_size)
-        shorter = None if self._verifier.backend.is_sharded else self._padding.without(batch, batch_size, row)
-        without = False if shorter is None else self._compare(shorter, kept, outputs, row)
-        if without is True:
-            return True
-        found = self._compare(one, kept, outputs, row)
-        if found is True and isinstance(without, Finding):
-            return replace(without, padding=True)
-        return found
+        padding = [] if self._verifier.backend.is_sharded else self._padding.find(batch, batch_size)
+        found = self._compare_both(kept, outputs, batch, torch.tensor([row]), torch.ones(1), padding)
+        if found is not True or not padding:
+            return found
+        self._num_padded += 1
+        for each in padding if self._num_padded <= _FIRST_PADDED else ():
+            # A single sample may have no padding, or be too short for it to matter: all are run without the longest.
+            rows = each.counts.nonzero()[:, 0]
+            weights = check_weights(batch_size, self._num_batches)
+            others = torch.zeros_like(weights).index_copy(0, rows, weights[rows])
+            expected = {
+                key: value.reshape(-1) for key, value in self._verifier.reference(batch, others).gradients.items()
+            }
+            found = self._compare_both(expected, outputs, batch, rows, weights[rows], [each])
+            if isinstance(found, Finding):
+                return found
+        return True
 
-    def _compare(self, alone: Batch, kept: Mapping[str, Tensor], outputs: SampleOutputs, row: int) -> Finding | bool:
-        """Run a batch of one sample, and if that fails or differs, the sample twice; some models need several."""
+    def _compare_both(
+        self,
+        kept: Mapping[str, Tensor],
+        outputs: SampleOutputs,
+        batch: Batch,
+        rows: Tensor,
+        weights: Tensor,
+        padding: Sequence[Padded],
+    ) -> Finding | bool:
+        """Compare samples without the padding that all of them have, and if that differs, with it."""
+        batch_size = len(outputs.output)
+        cut: Finding | bool = False
+        if any(each.counts[rows].all() for each in padding):
+            cut = self._compare(without(batch, batch_size, rows, padding), kept, outputs, rows, weights)
+            if cut is True:
+                return True
+        found = self._compare(select_samples(batch, rows, batch_size), kept, outputs, rows, weights)
+        return replace(cut, padding=True) if found is True and isinstance(cut, Finding) else found
+
+    def _compare(
+        self, part: Batch, kept: Mapping[str, Tensor], outputs: SampleOutputs, rows: Tensor, weights: Tensor
+    ) -> Finding | bool:
+        """Run samples as a batch, and if a single one fails or differs, twice; some models need several."""
         found: Finding | bool = False
-        for copies in (1,) if self._verifier.backend.is_sharded else (1, 2):
+        for copies in (1,) if self._verifier.backend.is_sharded or len(rows) > 1 else (1, 2):
             try:
-                each = alone if copies == 1 else select_samples(alone, torch.zeros(copies, dtype=torch.int64), 1)
-                reference = self._verifier.reference(each, torch.full((copies,), 1.0 / copies))
-                difference = self._difference(reference, kept, outputs, row)
+                each = part if copies == 1 else select_samples(part, torch.zeros(copies, dtype=torch.int64), 1)
+                reference = self._verifier.reference(each, weights.repeat(copies) / copies)
+                differs = self._difference(reference, kept, outputs, rows)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError, TypeError, IndexError, TracerError) as error:
                 if self._verifier.backend.is_sharded:  # the other ranks run on
                     raise
-                logger.debug("sample %d cannot be run alone: %s", row, error)
+                logger.debug("samples %s cannot be run alone: %s", rows.tolist(), error)
                 continue
-            if difference is None:
+            if differs is None:
                 return True
-            found = Finding(each, difference)
+            found = Finding(int(rows[differs[0]]), each, differs[1])
         return found
 
     def _difference(
-        self, reference: Reference, kept: Mapping[str, Tensor], outputs: SampleOutputs, row: int
-    ) -> str | None:
-        """Return how a sample's values or gradients differ from its reference, or None."""
+        self, reference: Reference, kept: Mapping[str, Tensor], outputs: SampleOutputs, rows: Tensor
+    ) -> tuple[int, str] | None:
+        """Return which samples' values, or weighted gradients, differ from their reference, and how; or None."""
         dtype = self._verifier.dtype
         for name in ("output", "loss", "loss_grad", "loss_hess"):
-            together, alone = getattr(outputs, name)[row : row + 1], getattr(reference.samples, name).reshape(-1)[:1]
-            if not same_values(together, alone, dtype):
-                return f"{name} {float(together):.4g} in its batch and {float(alone):.4g} alone"
+            together = getattr(outputs, name)[rows.to(outputs.output.device)]
+            found = difference(name, together, getattr(reference.samples, name).reshape(-1)[: len(rows)], dtype)
+            if found is not None:
+                return found
         total = math.hypot(*map(norm, reference.gradients.values()))
         for name, expected in reference.gradients.items():
             alone = expected.reshape(-1)
             together = kept[name].to(alone.device) if name in kept else torch.zeros_like(alone)
             together = shrunk(together) if self._verifier.backend.is_sharded else together
             scale = max(norm(alone), norm(together))
-            difference = norm(together - alone)
+            apart = norm(together - alone)
             # A sample alone takes other kernels, and rounding can flip an activation that is nearly zero.
             share = min(10 * tolerance(dtype, alone.device), _MOST_DIFFERENCE)
-            if difference > max(share * scale, min(tolerance(dtype, alone.device), _MOST_NOISE) * total):
-                return f"relative difference {difference / scale:.2g} in the gradient of {name!r}"
+            if apart > max(share * scale, min(tolerance(dtype, alone.device), _MOST_NOISE) * total):
+                return 0, f"relative difference {apart / scale:.2g} in the gradient of {name!r}"
         return None

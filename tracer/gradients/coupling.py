@@ -8,12 +8,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from tracer._core.sharding import is_sharded
 from tracer.data.batches import leaves
 from tracer.data.tasks import Task
 from tracer.errors import GradientError, TracerError
 from tracer.types import Batch
 
 Calls = list[tuple[str, Tensor]]
+
+_NOISE = 64.0
+_LEAST_SHARE, _MOST_SHARE = 1e-6, 0.1
 
 
 def coupling_error(
@@ -36,10 +40,28 @@ def coupling_error(
             f"longest sample that shares the batch, and so scores would depend on batch_size. Mask the padding (an "
             f"attention mask, lengths, labels of -100), or pass batches of one length or of one sample."
         )
+    if _is_constant(model, task, batch):
+        return GradientError(
+            "f depends on the model's parameters by rounding errors only, so its gradients are noise. Look for a task "
+            "that sums what is normalized (softmax probabilities, squares of unit vectors) and so is constant."
+        )
     return GradientError(
         f"A sample run alone gives another result than within its batch (sample {row}: {found}): the samples of a "
         f"batch influence each other. {_cause(model, task, batch, alone, row)} Tracer needs samples that do not."
     )
+
+
+def _is_constant(model: nn.Module, task: Task, batch: Batch) -> bool:
+    """Return whether no change of parameters in proportion to them changes f by more than its rounding."""
+    parameters = [each for each in model.parameters() if each.requires_grad and not is_sharded(each)]
+    try:
+        outputs = task.outputs(model, batch).output
+        gradients = torch.autograd.grad(outputs.sum(), parameters, allow_unused=True)
+    except (RuntimeError, ValueError, TypeError, IndexError, TracerError):
+        return False
+    found = [(each, gradient) for each, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+    change = sum(float((each.detach() * gradient.to_dense()).abs().sum()) for each, gradient in found)
+    return change < _NOISE * torch.finfo(outputs.dtype).eps * float(outputs.detach().abs().sum())
 
 
 def _cause(model: nn.Module, task: Task, batch: Batch, alone: Batch, row: int) -> str:
@@ -54,10 +76,11 @@ def _cause(model: nn.Module, task: Task, batch: Batch, alone: Batch, row: int) -
     (together, outputs), (single, output) = runs
     if [name for name, _ in together] != [name for name, _ in single]:
         return unknown
+    sizes = len(outputs), len(output)
     for (name, value), (_, other) in zip(together, single, strict=True):
-        if value.ndim and other.ndim and len(value) > row and _differ(value[row], other[0]):
+        if _differs(value, other, sizes):
             return f"The output of {name} is the first that differs: look there for statistics of the batch."
-    if _differ(outputs[row], output.reshape(-1)[0]):
+    if _differs(outputs[[row]], output[:1], (1, 1)):
         return (
             "The model gives the sample the same outputs, so it is the task's loss that depends on the other samples "
             "(a mean or a count over the batch, or pairs)."
@@ -68,11 +91,19 @@ def _cause(model: nn.Module, task: Task, batch: Batch, alone: Batch, row: int) -
     )
 
 
-def _differ(value: Tensor, other: Tensor) -> bool:
-    if value.shape != other.shape or not value.numel():
+def _differs(value: Tensor, other: Tensor, sizes: tuple[int, int]) -> bool:
+    """Return whether no part of a module's output in a batch is that of the sample alone; models may sort samples."""
+    if not other.is_floating_point() or not other.numel() or not value.ndim or not other.ndim:
         return False
-    value, other = value.double(), other.double()
-    return bool((value - other).abs().amax() > 0.01 * torch.maximum(value.abs(), other.abs()).amax())
+    if len(value) % sizes[0] or len(other) % sizes[1]:
+        return False
+    values, own = value.unflatten(0, (sizes[0], -1)), other.unflatten(0, (sizes[1], -1))[0]
+    if values.shape[1:] != own.shape:
+        return value.shape[1:] == sizes[:1] and other.shape[1:] == sizes[1:]  # pairs
+    distances = (values.double() - own.double()).flatten(1).abs().amax(1)
+    scale = torch.maximum(values.double().flatten(1).abs().amax(1), own.double().abs().amax())
+    share = min(max(_LEAST_SHARE, _NOISE * torch.finfo(other.dtype).eps), _MOST_SHARE)
+    return bool((distances > share * scale).all())
 
 
 @contextmanager

@@ -153,7 +153,7 @@ class GradientEngine:
                     doubt += done.doubt
                     found = self._auditor.audit(watched, outputs, batch, batch_size)
                     if isinstance(found, Finding):
-                        raise self._auditor.error(found, batch, watched.row)
+                        raise self._auditor.error(found, batch)
                 self.audited = watched.row if found else None
         self._verifier.confirm(done.signature, done.checked)
         if doubt:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,56 +16,122 @@ Dimension = tuple[str, int]
 """The path of a leaf in its batch, and one of its dimensions."""
 
 
+_EARLY_BATCHES = 16
 _LEAST_SEEN, _LEAST_SHARE = 3, 0.8
 
 
+class Padded(NamedTuple):
+    """The padding of some dimensions of equal size in a batch.
+
+    Attributes:
+        dimensions: The dimensions.
+        counts: The number of entries that each sample can lose, ``[B]``.
+        at_end: Whether they are the last ones.
+    """
+
+    dimensions: frozenset[Dimension]
+    counts: Tensor
+    at_end: bool
+
+
+class _Seen:
+    """What batches showed of one dimension: its sizes, and the values at its ends, ``True`` for the last ones."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.varies, self.may_be_mask = size, False, True
+        self.repeated: dict[bool, Counter[float]] = {True: Counter(), False: Counter()}
+        self.outermost: dict[bool, set[float]] = {True: set(), False: set()}
+
+    def add(self, leaf: Tensor, dim: int) -> None:
+        """Note the ends of the samples of a batch."""
+        self.may_be_mask = self.may_be_mask and _has_one_step(leaf)
+        for at_end in (True, False):
+            runs, values = _runs(leaf, dim, at_end)
+            self.repeated[at_end].update(values[runs > 1].tolist())
+            if self.may_be_mask:
+                self.outermost[at_end].update(values.tolist())
+
+    def repeats(self, at_end: bool) -> bool:
+        """Return whether many samples repeat one value at an end, and few samples do so at the other end."""
+        here, there = self.repeated[at_end], self.repeated[not at_end]
+        most = max(here.values(), default=0)
+        return most >= _LEAST_SEEN and most >= _LEAST_SHARE * here.total() and here.total() >= 2 * there.total()
+
+    def masks(self, at_end: bool) -> bool:
+        """Return whether this is a mask of padding at an end: there it has both values, at the other end one."""
+        return self.may_be_mask and len(self.outermost[at_end]) == 2 and len(self.outermost[not at_end]) == 1
+
+
 class Padding:
-    """Learns from batches which dimensions collation pads, and cuts the padding of single samples.
+    """Learns from batches which dimensions collation pads, and finds the padding of samples.
 
     A side of a dimension is padded if many samples repeat one value there, nearly always the same one, and few samples
-    do so on the other side: data alone may have such repetitions too.
+    do so on the other side: data alone may have such repetitions too. A mask tells it from the first batch on.
     """
 
     def __init__(self) -> None:
-        self._sizes: dict[Dimension, int] = {}
-        self._varying: set[Dimension] = set()
-        self._edges: dict[tuple[Dimension, bool], Counter[float]] = {}  # repeated values at the end, or the beginning
+        self._seen: dict[Dimension, _Seen] = {}
+        self._num_batches = 0
 
     def observe(self, batch: Batch, batch_size: int) -> None:
-        """Note the sizes of a batch's dimensions, and the values that samples repeat where these vary."""
+        """Note the sizes of a batch's dimensions, and the values at the ends of samples."""
+        self._num_batches += 1
         for path, leaf in _per_sample(batch, batch_size):
             for dim in range(1, leaf.ndim):
-                if self._sizes.setdefault((path, dim), leaf.shape[dim]) != leaf.shape[dim]:
-                    self._varying.add((path, dim))
-                for at_end in (True, False) if (path, dim) in self._varying and leaf.shape[dim] else ():
-                    runs, values = _runs(leaf, dim, at_end)
-                    self._edges.setdefault(((path, dim), at_end), Counter()).update(values[runs > 1].tolist())
+                seen = self._seen.setdefault((path, dim), _Seen(leaf.shape[dim]))
+                seen.varies |= leaf.shape[dim] != seen.size
+                if leaf.numel() and (seen.varies or self._num_batches <= _EARLY_BATCHES):
+                    seen.add(leaf, dim)
 
-    def without(self, batch: Batch, batch_size: int, row: int) -> Batch | None:
-        """Return one sample as a batch with all but one entry of its padding cut off, or None if it has none.
+    def find(self, batch: Batch, batch_size: int) -> list[Padded]:
+        """Return the padding of a batch.
 
-        Its padding is as long as in every tensor that has the dimension. One entry is left: data may end with the value
-        that pads (an end-of-text token).
+        A sample's padding is as long as in every tensor that has the dimension. One entry is left if no mask tells it:
+        data may end with the value that pads (an end-of-text token).
         """
+        found = []
         varying = {
             (path, dim): leaf
             for path, leaf in _per_sample(batch, batch_size)
             for dim in range(1, leaf.ndim)
-            if (path, dim) in self._varying and leaf.shape[dim]
+            if (path, dim) in self._seen and self._seen[path, dim].varies and leaf.numel()
         }
         for size in {leaf.shape[dim] for (_, dim), leaf in varying.items()}:
-            group = {(path, dim): leaf for (path, dim), leaf in varying.items() if leaf.shape[dim] == size}
+            group = {key: leaf for key, leaf in varying.items() if leaf.shape[key[1]] == size}
             for at_end in (True, False):
-                if any(self._is_padded(dimension, at_end) for dimension in group):
-                    runs = torch.stack([_runs(leaf, dim, at_end)[0] for (_, dim), leaf in group.items()]).amin(0)
-                    if runs[row] > 1 and int(runs.min()) <= 1:
-                        return _cut(batch, batch_size, row, set(group), int(runs[row]) - 1, at_end)
-        return None
+                masked = any(self._seen[key].masks(at_end) for key in group)
+                if masked or any(self._seen[key].repeats(at_end) for key in group):
+                    runs = torch.stack([self._padded(key, leaf, at_end) for key, leaf in group.items()]).amin(0)
+                    if masked or int(runs.min()) <= 1:
+                        counts = runs if masked else (runs - 1).clamp(min=0)
+                        found.append(Padded(frozenset(group), counts, at_end))
+                    break
+        return [each for each in found if each.counts.any()]
 
-    def _is_padded(self, dimension: Dimension, at_end: bool) -> bool:
-        here, there = (self._edges.get((dimension, side), Counter()) for side in (at_end, not at_end))
-        most = max(here.values(), default=0)
-        return most >= _LEAST_SEEN and most >= _LEAST_SHARE * here.total() and here.total() >= 2 * there.total()
+    def _padded(self, dimension: Dimension, leaf: Tensor, at_end: bool) -> Tensor:
+        """Return how many entries of each sample may be padding, ``[B]``."""
+        runs, values = _runs(leaf, dimension[1], at_end)
+        seen = self._seen[dimension]
+        if seen.masks(at_end):
+            (kept,) = seen.outermost[not at_end]
+            runs *= values != kept
+        return runs
+
+
+def without(batch: Batch, batch_size: int, rows: Tensor, padding: Iterable[Padded]) -> Batch:
+    """Return some samples as a batch of their own, without the padding that all of them have."""
+    part = select_samples(batch, rows, batch_size)
+    paths = iter([path for path, _ in leaves(part)])
+    cuts = {key: (int(each.counts[rows].min()), each.at_end) for each in padding for key in each.dimensions}
+
+    def cut(leaf: Any) -> Any:
+        path = next(paths)
+        for dim in range(1, leaf.ndim) if isinstance(leaf, Tensor) else ():
+            count, at_end = cuts.get((path, dim), (0, True))
+            leaf = leaf.narrow(dim, 0 if at_end else count, leaf.shape[dim] - count)
+        return leaf
+
+    return map_leaves(part, cut)
 
 
 def _per_sample(batch: Batch, batch_size: int) -> Iterator[tuple[str, Tensor]]:
@@ -76,22 +142,20 @@ def _per_sample(batch: Batch, batch_size: int) -> Iterator[tuple[str, Tensor]]:
 
 def _runs(leaf: Tensor, dim: int, at_end: bool) -> tuple[Tensor, Tensor]:
     """Return how many entries repeat one value at the end, or beginning, of samples, and the value: ``[B]`` each."""
-    entries = leaf.detach().movedim(dim, 1).flatten(2) if leaf.ndim > 2 else leaf.detach().unsqueeze(2)
-    if at_end:
-        entries = entries.flip(1)
-    equal = (entries == entries[:, :1, :1]).all(2)  # [B, T]
-    return equal.cumprod(1).sum(1).cpu(), entries[:, 0, 0].double().cpu()
+    entries = leaf.detach().movedim(dim, 1)
+    values = entries[:, -1 if at_end else 0].reshape(len(leaf), -1)[:, 0]
+    runs = torch.ones(len(leaf), dtype=torch.int64, device=leaf.device)
+    two = entries[:, -2:] if at_end else entries[:, :2]
+    repeating = (two.reshape(len(leaf), -1) == values[:, None]).all(1).nonzero()[:, 0]
+    if len(repeating):  # most data repeat nothing, so that they are not read as a whole
+        equal = entries[repeating] == values[repeating].view(-1, *[1] * (entries.ndim - 1))
+        equal = equal.reshape(*equal.shape[:2], -1).all(2)
+        runs[repeating] = (equal.flip(1) if at_end else equal).cumprod(1).sum(1)
+    return runs.cpu(), values.double().cpu()
 
 
-def _cut(batch: Batch, batch_size: int, row: int, dimensions: set[Dimension], count: int, at_end: bool) -> Batch:
-    one = select_samples(batch, torch.tensor([row]), batch_size)
-    paths = iter([path for path, _ in leaves(one)])
-
-    def cut(leaf: Any) -> Any:
-        path = next(paths)
-        for dim in range(1, leaf.ndim) if isinstance(leaf, Tensor) else ():
-            if (path, dim) in dimensions:
-                leaf = leaf.narrow(dim, 0 if at_end else count, leaf.shape[dim] - count)
-        return leaf
-
-    return map_leaves(one, cut)
+def _has_one_step(leaf: Tensor) -> bool:
+    """Return whether each sample ``[T]`` is ones and then zeros, zeros and then ones, or has one of the two only."""
+    if leaf.ndim != 2 or not bool(((leaf == 0) | (leaf == 1)).all()):
+        return False
+    return bool((leaf.int().diff(dim=1).abs().sum(1) <= 1).all())

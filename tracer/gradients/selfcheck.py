@@ -51,6 +51,14 @@ def same_values(values: Tensor, others: Tensor, dtype: torch.dtype) -> bool:
     return torch.allclose(values, others, rtol=0, atol=bound, equal_nan=True)
 
 
+def difference(name: str, values: Tensor, others: Tensor, dtype: torch.dtype) -> tuple[int, str] | None:
+    """Return the sample whose values in its batch and alone, ``[b]``, differ most, and the message; None if none do."""
+    if same_values(values, others, dtype):
+        return None
+    row = int((values.double() - others.double().to(values.device)).abs().nan_to_num(torch.inf).argmax())
+    return row, f"{name} {float(values[row]):.4g} in its batch and {float(others[row]):.4g} alone"
+
+
 @dataclass(frozen=True)
 class Reference:
     """Autograd's outputs and gradients.

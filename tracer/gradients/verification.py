@@ -21,7 +21,7 @@ from tracer.gradients.capture import CallPattern
 from tracer.gradients.coupling import coupling_error
 from tracer.gradients.isolation import seed_generators
 from tracer.gradients.module_state import derived_values
-from tracer.gradients.selfcheck import Reference, WeightedSums, check_weights, depends_on_nothing, same_values
+from tracer.gradients.selfcheck import Reference, WeightedSums, check_weights, depends_on_nothing, difference
 from tracer.types import Batch, SampleOutputs
 
 logger = logging.getLogger("tracer.gradients")
@@ -191,12 +191,11 @@ class Verifier:
 
     def check_alone(self, together: Tensor, alone: Tensor, batch: Batch, batch_size: int, start: int) -> None:
         """Raise `GradientError` if samples run alone, from ``start`` on, have other f than in their batch, ``[b]``."""
-        if same_values(together, alone, self.dtype):
+        if (found := difference("output", together, alone, self.dtype)) is None:
             return
-        row = start + int((together.double() - alone.double().to(together.device)).abs().nan_to_num().argmax())
-        text = f"output {float(together[row - start]):.4g} in its batch and {float(alone[row - start]):.4g} alone"
+        row = start + found[0]
         one = select_samples(batch, torch.tensor([row]), batch_size)
-        raise coupling_error(self.model, self._task, batch, one, row, text)
+        raise coupling_error(self.model, self._task, batch, one, row, found[1])
 
 
 def now(device: torch.device) -> float:
