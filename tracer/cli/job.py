@@ -5,20 +5,19 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tracer._core.validation import check_count, complete_rates
+from tracer._core.validation import check_count
 from tracer.api.attribution import Attribution, attribute
 from tracer.api.settings import FeatureSettings
 from tracer.cli.app import UserCodeError
 from tracer.data.datasets import DataSource, as_data_source
 from tracer.errors import InputError, InputTypeError, nearest_name
-from tracer.training.checkpoint_paths import WeightedPaths, checkpoints_at
+from tracer.training.checkpoint_paths import WeightedPaths, find_checkpoints
 
 RANKING: tuple[str, ...] = ("exp_name", "estimator", "target", "regularization")
 """The settings that decide the scores of a finished store."""
@@ -140,33 +139,3 @@ def _guard(call: Callable[[], Any], reference: str, setting: str) -> Any:
         raise UserCodeError(
             f"{setting}: {reference} failed with {type(error).__name__}: {error} (tracer --debug shows the traceback)"
         ) from error
-
-
-def find_checkpoints(
-    patterns: Sequence[str], learning_rate: float | Sequence[float] | None
-) -> tuple[WeightedPaths, tuple[str, ...]]:
-    """Find checkpoints and their learning rates: the given ones, else recorded ones; with a note if these differ."""
-    found = [each for pattern in patterns for each in checkpoints_at(pattern)]
-    seen: set[Path] = set()
-    for path, _ in found:
-        if path.resolve() in seen:
-            raise InputError(f"checkpoints names {path} more than once; name each checkpoint once.")
-        seen.add(path.resolve())
-    if learning_rate is None:
-        paths, known = [path.name for path, _ in found], [rate for _, rate in found]
-        complete_rates(paths, known, "Give learning_rate, one for all or one for each in the order of the checkpoints.")
-        return found, ()
-    rates = [learning_rate] * len(found) if isinstance(learning_rate, (int, float)) else list(learning_rate)
-    if len(rates) != len(found):
-        names = ", ".join(path.name for path, _ in found)
-        raise InputError(f"learning_rate has {len(rates)} values for {len(found)} checkpoints: {names}.")
-    used: WeightedPaths = [(path, float(rate)) for (path, _), rate in zip(found, rates, strict=True)]
-    pairs = [(before, rate) for (_, before), rate in zip(found, rates, strict=True)]
-    replaced = [(before, rate) for before, rate in pairs if before is not None and before != rate]
-    if not replaced:
-        return used, ()
-    recorded, given = (", ".join(f"{rate:.4g}" for rate in each) for each in zip(*replaced, strict=True))
-    return used, (
-        f"The given learning_rate replaces recorded rates of {len(replaced)} checkpoints ({recorded}) by ({given}); "
-        f"leave learning_rate out to use the recorded rates.",
-    )

@@ -24,6 +24,7 @@ from tracer.errors import CheckpointError, InputError
 from tracer.training.checkpoints import read_source, weights_fingerprint
 from tracer.training.load_state import find_state, load_state
 from tracer.training.optimizer_states import assign_parameters
+from tracer.training.trainer_state import OPTIMIZER, with_parameter_names
 from tracer.types import Checkpoint
 
 PRECONDITIONERS = ("adam",)  # the values of ``preconditioner=`` apart from None
@@ -103,6 +104,9 @@ def read_training_checkpoint(
         beside = optimizer_path(checkpoint)
         if beside.exists():
             source = source._replace(value={"model": source.value, "optimizer": read_source(beside).value})
+    elif isinstance(checkpoint, (str, os.PathLike)) and (Path(checkpoint) / OPTIMIZER).is_file():
+        optimizer = with_parameter_names(read_source(Path(checkpoint) / OPTIMIZER).value, model)
+        source = source._replace(value={"model": source.value, "optimizer": optimizer})
     value, where = source.value, source.where
     items = value.items() if isinstance(value, Mapping) else ()
     nested = {name: item for name, item in items if isinstance(item, Mapping)}

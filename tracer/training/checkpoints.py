@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tracer._core.text import listing
 from tracer.errors import CheckpointError, InputTypeError
+from tracer.training.distributed_checkpoint import METADATA, find_distributed, read_distributed
 from tracer.types import Checkpoint
 
 INDEX = ".index.json"
@@ -58,6 +59,8 @@ def read_source(checkpoint: Checkpoint, mapped: bool = False) -> Source:
         raise CheckpointError(f"the checkpoint {path} does not exist: check the path (now in {Path.cwd()})")
     if path.is_dir():
         path = _weights_file(path)
+    if path.name == METADATA:
+        return Source(read_distributed(path, mapped), str(path.parent))
     if not path.name.endswith(INDEX):
         return _read_file(path, mapped)
     value: dict[str, Any] = {}
@@ -79,9 +82,9 @@ def _weights_file(directory: Path) -> Path:
 
 
 def weights_files(directory: Path) -> list[Path]:
-    """Return the files of weights in a directory, or their indices, with names of Hugging Face and peft."""
+    """Return the files of weights in a directory, or their indices, or what a distributed checkpoint has instead."""
     found = [directory / (stem + end + index) for stem in _STEMS for end in _ENDS for index in ("", INDEX)]
-    return [path for path in found if path.is_file()]
+    return [path for path in found if path.is_file()] or find_distributed(directory)
 
 
 def _shards(index: Path) -> list[Path]:
