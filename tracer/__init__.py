@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tracer.api.attribution import Attribution, attribute
+    from tracer.api.language import build_store
     from tracer.api.token_influence import token_influence
     from tracer.api.tracer import Tracer
     from tracer.data.named_tasks import BinaryClassification, Classification
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "tracer.api.attribution": ("Attribution", "attribute"),
+    "tracer.api.language": ("build_store",),
     "tracer.scoring.regularization": ("Regularization",),
     "tracer.errors": (
         "BatchError",
@@ -121,6 +123,7 @@ __all__ = [
     "TracerError",
     "Verification",
     "attribute",
+    "build_store",
     "load_checkpoints",
     "loss_outputs",
     "open_recording",

@@ -20,7 +20,7 @@ from tracer.api.report_metadata import StoreFacts
 from tracer.api.settings import FeatureOptions, FeatureSettings, chosen_storage, feature_settings, takes_settings
 from tracer.api.store_reader import StoreReader
 from tracer.api.tracer import Tracer
-from tracer.data.datasets import DataSource, as_data_source
+from tracer.data.datasets import DataSource, NoExamples, as_data_source
 from tracer.data.halving import Halving
 from tracer.errors import InputError
 from tracer.report import ReportOptions, write_report
@@ -57,17 +57,19 @@ class Attribution:
         """``[num_train, num_targets]``, float32, mapped from the store; computed on first use."""
         return self.tracer.finalize_scores(self.exp_name, self.estimator, self.model_ids, **self._options)
 
-    def top(self, k: int, kind: str = "proponents") -> TopK:
+    def top(self, k: int, kind: str = "proponents", train_groups: Any = None) -> TopK:
         """Return the strongest training examples of each target.
 
         Args:
             k: The number for each target.
             kind: ``proponents`` or ``opponents``. Default: ``proponents``.
+            train_groups: Groups of training examples to rank, as in `Tracer.top`. Default: each example alone.
 
         Returns:
             Indices and scores, ``[num_targets, k]`` each, strongest first.
         """
-        return self.tracer.top(self.exp_name, k, kind, self.estimator, self.model_ids, **self._options)
+        options = {**self._options, "train_groups": train_groups}
+        return self.tracer.top(self.exp_name, k, kind, self.estimator, self.model_ids, **options)
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -173,7 +175,7 @@ def attribute(
     model: nn.Module,
     task: Any,
     train: Any,
-    targets: Any,
+    targets: Any | None,
     checkpoints: str | os.PathLike[str] | Iterable[Checkpoint | tuple[Checkpoint, float]],
     *,
     save_dir: str | os.PathLike[str],
@@ -198,7 +200,7 @@ def attribute(
         task: As for `Tracer`.
         train: The training examples: a map-style data set, a tuple of tensors, or a `DataLoader`, list or other
             iterable that yields the same batches or examples each time.
-        targets: The examples to explain, in one of the same forms.
+        targets: The examples to explain, in one of the same forms; None: none yet.
         checkpoints: State dicts or paths, each alone or as ``(checkpoint, learning rate)``; with ``preconditioner=``,
             training checkpoints. An iterator's are loaded one at a time. A path alone may be a folder of checkpoints,
             a recording or a glob.
@@ -245,11 +247,14 @@ def attribute(
     size = check_count(batch_size, "batch_size")
     in_order = bool(options.get("check_rows", True))
     train_rows = as_data_source(train, "train", size, collate_fn, in_order)
-    target_rows = as_data_source(targets, "targets", size, collate_fn, in_order)
+    explained = NoExamples() if targets is None else targets
+    target_rows = as_data_source(explained, "targets", size, collate_fn, in_order)
     options["storage"] = chosen_storage(options, bool(estimate.kernel)).name
     settings = feature_settings({"proj_dim": proj_dim, **options}, "attribute")
     tracer = Tracer(model, task, len(train_rows), save_dir, proj_dim, **options)
     stores_features = tracer.store.manifest.feature_storage.stores_features
+    if not stores_features and not len(target_rows):
+        raise InputError("storage='none' keeps no gradients, so it expects targets; pass some, or another storage.")
     bar_options = {"unit": "row", "disable": bar_disabled(settings.progress)}
 
     def featurize(group: list, of: str) -> None:
@@ -265,7 +270,7 @@ def attribute(
         _settle(tracer, partial(featurize, group, of))
         tracer.finalize_features([model_id for model_id, _ in group])
         begun = tracer._factory.num_restarts
-        for model_id, (checkpoint, _) in group if stores_features else ():
+        for model_id, (checkpoint, _) in group if stores_features and len(target_rows) else ():
             tracer.start_scoring_checkpoint(checkpoint, model_id, len(target_rows), exp_name)
             missing = _own(tracer, target_rows, tracer.remaining(model_id, exp_name))
             _feed(tracer.score, target_rows, missing, {"desc": f"score {model_id + 1}{of}", **bar_options})

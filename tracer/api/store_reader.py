@@ -13,14 +13,15 @@ import torch
 from torch.utils.data import Subset
 
 from tracer._core.processes import Process, ProcessChoice, this_process
-from tracer._core.validation import check_count, check_device, check_model_id
+from tracer._core.validation import check_choice, check_count, check_device, check_model_id
 from tracer.data.indices import ExampleIndices, ExampleSelection, check_indices
 from tracer.errors import CallOrderError, InputError
 from tracer.scoring.estimators import Estimate
 from tracer.scoring.feature_tables import InMemoryTable, TrainIndices
 from tracer.scoring.readiness import finalize_features, target_table
 from tracer.scoring.regularization import Regularization
-from tracer.scoring.scorer import Labels, Scorer
+from tracer.scoring.scorer import KINDS, Labels, Scorer
+from tracer.scoring.train_groups import sum_groups, top_groups, train_group_numbers
 from tracer.store import Store
 from tracer.types import TopK
 
@@ -199,6 +200,7 @@ class StoreReader:
         target: str | None = None,
         regularization: float | str = "auto",
         groups: Any = None,
+        train_groups: Any = None,
     ) -> Any:
         """Compute the scores of all training examples for all targets of an experiment, tile by tile.
 
@@ -222,6 +224,9 @@ class StoreReader:
                 examples; 0 is the pseudo-inverse. Default: ``auto``, chosen from the training; see `regularization`.
             groups: The group of each target, ``[M]``, integers from 0 on and -1 for none: scores are those of the sum
                 over each group, ``[N, G]``. ``label``: groups are the targets' classes. Default: each target alone.
+            train_groups: The group of each training example, ``[N]``, integers from 0 on and -1 for none; or
+                ``document`` or ``group``, as `build_store` recorded them. Scores are summed over each group's examples,
+                ``[train groups, num_targets]`` in float64. Default: each example alone.
 
         Returns:
             ``[train_set_size, num_targets]``, float32, read-only; only the parts that are used take memory. Positive
@@ -234,7 +239,9 @@ class StoreReader:
             CallOrderError: If a checkpoint is not finalized.
         """
         estimate = Estimate(estimator, target, regularization, groups)
-        return self._scorer.scores(exp_name, estimate, model_ids, dtype)
+        numbers = None if train_groups is None else train_group_numbers(self.store, train_groups)
+        scores = self._scorer.scores(exp_name, estimate, model_ids, dtype)
+        return scores if numbers is None else sum_groups(scores, numbers)
 
     def top(
         self,
@@ -249,6 +256,7 @@ class StoreReader:
         target: str | None = None,
         regularization: float | str = "auto",
         groups: Any = None,
+        train_groups: Any = None,
     ) -> TopK:
         """Return the strongest training examples of each target, without computing a score matrix.
 
@@ -267,6 +275,7 @@ class StoreReader:
             target: As in `finalize_scores`.
             regularization: As in `finalize_scores`.
             groups: As in `finalize_scores`.
+            train_groups: As in `finalize_scores`, which is computed: indices are those of groups.
 
         Returns:
             Indices and scores, ``[num_targets, k]`` each, strongest first; examples of equal score by their index.
@@ -277,7 +286,13 @@ class StoreReader:
             CallOrderError: If a checkpoint is not finalized.
         """
         estimate = Estimate(estimator, target, regularization, groups)
-        return self._scorer.top(exp_name, k, kind, estimate, model_ids, rows, labels)
+        if train_groups is None:
+            return self._scorer.top(exp_name, k, kind, estimate, model_ids, rows, labels)
+        if rows is not None or labels is not None:
+            raise InputError("rows= and labels= choose examples, and train_groups= groups; leave out one of them.")
+        numbers = train_group_numbers(self.store, train_groups)
+        check_choice("kind", kind, KINDS)
+        return top_groups(sum_groups(self._scorer.scores(exp_name, estimate, model_ids), numbers), numbers, k, kind)
 
     def self_influence(
         self,

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "Find flipped labels among handwritten digits, on built-in data."),
     "init": ("settings", "Write a commented configuration for `tracer run`."),
     "run": ("run", "Trace targets to training examples over the checkpoints of a training run."),
+    "build": ("build", "Build the store of a language model from the names of model, data and checkpoints."),
     "info": ("info", "Show the contents of a store: settings, checkpoints, targets, sizes."),
     "verify": ("verify", "Read a whole store and report damage."),
     "top": ("top", "Show the strongest training examples of targets."),

@@ -49,7 +49,7 @@ def make_plan(job: Job) -> dict[str, Any]:
     manifest = dataclasses.replace(trial, settings={**trial.settings, "train_set_size": len(job.train)})
     missing = _missing(job, manifest)
     train_seconds, target_seconds = (sample.row_seconds for sample in samples)
-    began = min(sample.began for sample in samples)
+    began = min(sample.began for sample in samples if len(sample))
     between = after - began - sum(sample.seconds for sample in samples)  # between the batches: weights, files
     fixed = began - before + len(missing) * between / min(len(missing), TRIAL_CHECKPOINTS)
     num_processes = this_process(job.options.get("process")).count
@@ -57,7 +57,9 @@ def make_plan(job: Job) -> dict[str, Any]:
     names = ("path", "learning_rate", "train_rows_missing", "targets_missing")
     checkpoints = [(str(path), rate, *left) for (path, rate), left in zip(job.checkpoints, missing, strict=True)]
     once = fixed + (num_train * train_seconds + num_targets * target_seconds) / num_processes
-    passes = math.ceil(len(job.targets) / len(samples[1])) if not manifest.feature_storage.stores_features else 1
+    passes = (
+        math.ceil(len(job.targets) / max(1, len(samples[1]))) if not manifest.feature_storage.stores_features else 1
+    )
     return {
         "save_dir": job.save_dir,
         "train_rows": len(job.train),
@@ -117,7 +119,7 @@ class _Sample(DataSource):
         before = time.perf_counter()
         batches = [batch for batch, _ in islice(source.batches(np.arange(len(source))), TRIAL_BATCHES)]
         loaded, self._source = time.perf_counter() - before, IteratedSource(batches, name)
-        self._load_seconds = loaded / len(self._source)
+        self._load_seconds = loaded / max(1, len(self._source))
         self.began, self.seconds = 0.0, 0.0
         self._timed_rows, self._timed_seconds = 0, 0.0
 
@@ -139,7 +141,7 @@ class _Sample(DataSource):
     def row_seconds(self) -> float:
         """The time of one example including loading; from the first batch if there is no other."""
         spent, rows = (self._timed_seconds, self._timed_rows) if self._timed_rows else (self.seconds, len(self))
-        return self._load_seconds + spent / rows
+        return self._load_seconds + spent / max(1, rows)
 
 
 def _missing(job: Job, manifest: Manifest) -> list[tuple[int, int]]:

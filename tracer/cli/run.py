@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -48,7 +48,11 @@ def run(config: str | None, dry_run: bool, **flags: Any) -> None:
     """
     settings = read_settings(config, flags)
     check_required(settings, config)
-    job = Job.load(settings)
+    execute(Job.load(settings), settings, dry_run, lambda: next_steps(config, flags, settings, ("train", "targets")))
+
+
+def execute(job: Job, settings: dict[str, Any], dry_run: bool, advice: Callable[[], str]) -> None:
+    """Run a job, or show its plan, and print the result."""
     _check_alone(settings)
     if dry_run:
         plan = make_plan(job)
@@ -58,7 +62,7 @@ def run(config: str | None, dry_run: bool, **flags: Any) -> None:
     result = {"save_dir": job.save_dir, "checkpoints": len(job.checkpoints), **found, "notes": job.notes}
     if found["complete"]:
         done = f"Stored {found['train_rows']:,} training examples and {found['targets']:,} targets in {job.save_dir}."
-        parts = [done, _next_steps(config, flags, settings)]
+        parts = [done, advice()]
     else:
         parts = [
             f"This process's shard is stored in {job.save_dir}; those of other processes are missing. When all "
@@ -89,7 +93,8 @@ def _run(ctx: click.Context, job: Job, settings: dict[str, Any]) -> dict[str, An
     except KeyboardInterrupt:
         click.echo(f"Interrupted; finished batches are stored. To continue:\n  {typed_command(ctx)}", err=True)
         ctx.exit(INTERRUPTED)
-    missing = [len(found.tracer.remaining(model_id, found.exp_name)) for model_id in range(len(job.checkpoints))]
+    name = found.exp_name if len(job.targets) else None
+    missing = [len(found.tracer.remaining(model_id, name)) for model_id in range(len(job.checkpoints))]
     return {**sizes, "complete": not any(missing)}
 
 
@@ -104,7 +109,7 @@ def _check_alone(settings: dict[str, Any]) -> None:
         )
 
 
-def _next_steps(config: str | None, flags: dict[str, Any], settings: dict[str, Any]) -> str:
+def next_steps(config: str | None, flags: dict[str, Any], settings: dict[str, Any], shown: tuple[str, ...]) -> str:
     """Return commands on the store, with flags for whatever their file does not set or sets to other values."""
     in_file = config is not None and not flags["save_dir"]
     store = shlex.quote(str(config) if in_file else settings["save_dir"])
@@ -119,7 +124,7 @@ Next:
   tracer top {store}{ranking} -k 5
   tracer self-influence {store}{ranking} -k 20
   tracer export {store}{ranking} scores.csv
-  tracer report {store}{ranking}{as_flags("train", "targets")} --output-dir report"""
+  tracer report {store}{ranking}{as_flags(*shown)} --output-dir report"""
 
 
 class Interruption:

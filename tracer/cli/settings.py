@@ -19,6 +19,7 @@ import click
 from tracer.api.settings import FeatureSettings
 from tracer.cli.app import ExampleCommand
 from tracer.cli.output import ResultCommand
+from tracer.data.text.settings import TextSettings
 from tracer.errors import InputError, InputTypeError, nearest_name
 from tracer.scoring.estimators import Estimate
 
@@ -132,7 +133,22 @@ _HELP = {
     "process": "This one of several processes: its number and their count, for example 0/4, or slurm in a job array.",
     "resume": "Continue an existing store; otherwise it is an error. Default: true.",
 }
-_EXAMPLES = {"checkpoint_key": '"ema"', "params": '["*"]', "device": '"cpu"', "process": '"slurm"', "progress": "true"}
+_EXAMPLES = {
+    "checkpoint_key": '"ema"', "params": '["*"]', "device": '"cpu"', "process": '"slurm"', "progress": "true",
+    "group_column": '"source"', "chat_template": '"template.jinja"',
+}  # fmt: skip
+
+_FEATURE_SETTINGS = (
+    *_from_fields(
+        FeatureSettings, [name for name in FeatureSettings.__annotations__ if name not in _EXECUTION_NAMES], _FEATURES
+    ),
+    *_from_fields(Estimate, ("estimator", "target", "regularization"), _SCORES),
+)
+_CHECKPOINTS = Setting(
+    "checkpoints", "texts", _INPUT,
+    "Directories, files or globs, which are sorted by their numbers; may be repeated.",
+    '"checkpoints/epoch_*.pt"', True,
+)  # fmt: skip
 
 SETTINGS = (
     Setting("model", "str", _INPUT, "Model, as module:callable, which builds it.", '"training:build_model"', True),
@@ -142,11 +158,7 @@ SETTINGS = (
     ),
     Setting("train", "str", _INPUT, "Training examples, as module:callable.", '"training:train_set"', True),
     Setting("targets", "str", _INPUT, "Examples to explain, as module:callable.", '"training:test_set"', True),
-    Setting(
-        "checkpoints", "texts", _INPUT,
-        "Directories, files or globs, which are sorted by their numbers; may be repeated.",
-        '"checkpoints/epoch_*.pt"', True,
-    ),
+    _CHECKPOINTS,
     Setting(
         "learning_rate", "rates", _INPUT,
         "One for all checkpoints or one for each, with commas; it replaces rates that a recorder wrote. Leave it out "
@@ -155,10 +167,7 @@ SETTINGS = (
     ),
     Setting("save_dir", "str", _INPUT, "Directory or URL of the store; created if missing.", '"runs/first"', True),
     Setting("exp_name", "str", _INPUT, "The name of the targets in the store.", '"targets"'),
-    *_from_fields(
-        FeatureSettings, [name for name in FeatureSettings.__annotations__ if name not in _EXECUTION_NAMES], _FEATURES
-    ),
-    *_from_fields(Estimate, ("estimator", "target", "regularization"), _SCORES),
+    *_FEATURE_SETTINGS,
     Setting("batch_size", "int", _EXECUTION, "Batch size of data sets and tensors. Default: 64.", "64"),
     Setting("collate_fn", "str", _EXECUTION, "Makes batches of examples, as module:callable.", '"training:collate"'),
     *_from_fields(FeatureSettings, _EXECUTION_NAMES, _EXECUTION),
@@ -167,10 +176,43 @@ SETTINGS = (
 
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
+BUILD_BY_NAME = {
+    setting.name: setting
+    for setting in (
+        Setting("model", "str", _INPUT, "Name on the hub or directory of a causal language model.", '"model"', True),
+        Setting(
+            "data", "str", _INPUT,
+            "Training data: a name on the hub, a folder of save_to_disk, or files (jsonl, csv, parquet, txt).",
+            '"train.jsonl"', True,
+        ),
+        Setting("targets", "str", _INPUT, "Examples to explain, as data. Default: none yet.", '"targets.jsonl"'),
+        dataclasses.replace(
+            _CHECKPOINTS, required=False, example='"run"',
+            help=_CHECKPOINTS.help + " Those of a trainer have rates. Default: the model's own weights.",
+        ),
+        dataclasses.replace(
+            BY_NAME["learning_rate"], help="One for all checkpoints or one for each, with commas. Default: logged ones."
+        ),
+        Setting("out", "str", _INPUT, "Directory or URL of the store; created if missing.", '"runs/store"', True),
+        BY_NAME["exp_name"],
+        Setting("tokenizer", "str", _INPUT, "The tokenizer. Default: the model's.", '"model"'),
+        Setting("target_split", "str", _INPUT, "The split of the targets. Default: that of the data.", '"test"'),
+        Setting("dtype", "str", _INPUT, "Dtype of the model. Default: that in which it was saved.", '"float32"'),
+        Setting(
+            "loss", "str", _INPUT, "Of an example, over its predicted tokens. Default: sum.", '"sum"',
+            choices=("sum", "mean"),
+        ),
+        *_from_fields(TextSettings, list(TextSettings.__annotations__), "Texts"),
+        *_FEATURE_SETTINGS,
+        *_from_fields(FeatureSettings, _EXECUTION_NAMES, _EXECUTION),
+    )
+}  # fmt: skip
+"""All settings of `tracer build`."""
 
-def setting_option(name: str, **options: Any) -> click.Option:
+
+def setting_option(name: str, known: Mapping[str, Setting] = BY_NAME, **options: Any) -> click.Option:
     """Return the option of a setting; without the flag its value is None or an empty tuple."""
-    setting = BY_NAME[name]
+    setting = known[name]
     flag, kind = setting.flag, setting.kind
     options = {"help": setting.help, "default": None, **options}
     if kind == "bool":
@@ -186,7 +228,8 @@ def setting_option(name: str, **options: Any) -> click.Option:
 class SettingsCommand(ResultCommand):
     """A command with a flag for every setting; its help lists them under their headings."""
 
-    shared = tuple(setting_option(setting.name) for setting in SETTINGS)
+    known: Mapping[str, Setting] = BY_NAME
+    shared = tuple(setting_option(name) for name in BY_NAME)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, settings by section."""
@@ -194,30 +237,37 @@ class SettingsCommand(ResultCommand):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
-                known = BY_NAME.get(parameter.name or "")
-                sections.setdefault(known.section if known else "Options", []).append(record)
+                setting = self.known.get(parameter.name or "")
+                sections.setdefault(setting.section if setting else "Options", []).append(record)
         for heading, records in sections.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
 
 
-def read_settings(path: str | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+class BuildSettingsCommand(SettingsCommand):
+    """A command with a flag for every setting of `tracer build`."""
+
+    known = BUILD_BY_NAME
+    shared = tuple(setting_option(name, BUILD_BY_NAME) for name in BUILD_BY_NAME)
+
+
+def read_settings(path: str | None, flags: Mapping[str, Any], known: Mapping[str, Setting] = BY_NAME) -> dict[str, Any]:
     """Return the given settings of a TOML file with flags over them; flags that are None or empty are not given."""
-    found = {} if path is None else _read_file(path)
+    found = {} if path is None else _read_file(path, known)
     found.update({name: value for name, value in flags.items() if value not in (None, ())})
-    return {name: BY_NAME[name].parse(value) if name in BY_NAME else value for name, value in found.items()}
+    return {name: known[name].parse(value) if name in known else value for name, value in found.items()}
 
 
-def check_required(settings: Mapping[str, Any], path: str | None) -> None:
+def check_required(settings: Mapping[str, Any], path: str | None, known: Mapping[str, Setting] = BY_NAME) -> None:
     """Raise `InputError` if a setting that a run needs is missing."""
-    missing = [setting for setting in SETTINGS if setting.required and setting.name not in settings]
+    missing = [setting for setting in known.values() if setting.required and setting.name not in settings]
     if missing:
         names = ", ".join(setting.name for setting in missing)
         advice = "" if path else " `tracer init` writes a file to fill in."
         raise InputError(f"{path or 'This run'} lacks {names}: give it in the file, or as {missing[0].flag}.{advice}")
 
 
-def _read_file(path: str) -> dict[str, Any]:
+def _read_file(path: str, known: Mapping[str, Setting]) -> dict[str, Any]:
     try:
         found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -225,14 +275,14 @@ def _read_file(path: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}; `tracer init {path}` writes one to fill in.") from error
     for name, value in found.items():
-        if name not in BY_NAME:
-            raise InputError(f"{path} has the unknown key {name!r}; {nearest_name(name, BY_NAME)}.")
-        BY_NAME[name].check(value, path)
+        if name not in known:
+            raise InputError(f"{path} has the unknown key {name!r}; {nearest_name(name, known)}.")
+        known[name].check(value, path)
     return found
 
 
 _HEAD = """\
-# Settings of `tracer run`. Each is also a flag, which overrides the file: proj_dim = 1024 is --proj-dim 1024.
+# Settings of `tracer {command}`. Each is also a flag, which overrides the file: proj_dim = 1024 is --proj-dim 1024.
 # Paths, and the modules in module:callable, are relative to the directory in which tracer is called.
 # Lines behind # show all other settings; without them the library's defaults hold.
 """
@@ -241,7 +291,8 @@ _HEAD = """\
 @click.command("init", cls=ExampleCommand)
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path), default="tracer.toml")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
-def init(path: Path, force: bool) -> None:
+@click.option("--build", is_flag=True, help="Write the settings of `tracer build`.")
+def init(path: Path, force: bool, build: bool) -> None:
     """Write a commented configuration for `tracer run`.
 
     PATH is tracer.toml by default. Settings that a run needs come first, with made-up values to replace; all others are
@@ -252,16 +303,17 @@ def init(path: Path, force: bool) -> None:
         $EDITOR tracer.toml
         tracer run tracer.toml --dry-run
     """
-    _write_template(path, force)
-    click.echo(f"Wrote {path}. Fill in model and data, then: tracer run {path} --dry-run")
+    command = "build" if build else "run"
+    _write_template(path, force, command, BUILD_BY_NAME if build else BY_NAME)
+    click.echo(f"Wrote {path}. Fill in model and data, then: tracer {command} {path} --dry-run")
 
 
-def _write_template(path: Path, force: bool) -> None:
+def _write_template(path: Path, force: bool, command: str, known: Mapping[str, Setting]) -> None:
     """Write required settings as keys, all others as comments."""
     if path.exists() and not force:
         raise InputError(f"{path} exists already; choose another name, or pass --force to replace it.")
-    parts, section = [_HEAD], ""
-    for setting in SETTINGS:
+    parts, section = [_HEAD.replace("{command}", command)], ""
+    for setting in known.values():
         if setting.section != section:
             section = setting.section
             parts.append(f"# --- {section} ---\n")

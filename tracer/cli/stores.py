@@ -17,7 +17,7 @@ from tracer.api.store_reader import StoreReader
 from tracer.api.tracer import Tracer
 from tracer.cli.job import RANKING
 from tracer.cli.output import ResultCommand, format_table
-from tracer.cli.settings import read_settings, setting_option
+from tracer.cli.settings import BUILD_BY_NAME, BY_NAME, read_settings, setting_option
 from tracer.errors import InputError, nearest_name
 from tracer.store import RowTable
 from tracer.store.table_schema import NO_LABEL
@@ -117,7 +117,9 @@ def find_store(store: str) -> tuple[str, dict[str, Any]]:
     path = Path(store)
     if not (path.is_file() or (store.endswith(".toml") and not path.is_dir())):
         return store, {}
-    settings = read_settings(store, {})
+    settings = read_settings(store, {}, {**BUILD_BY_NAME, **BY_NAME})
+    if "out" in settings:  # of `tracer build`, whose model and data are no references to code
+        return settings["out"], {name: settings[name] for name in RANKING if name in settings}
     if "save_dir" not in settings:
         raise InputError(f"{store} has no save_dir; name the store itself.")
     return settings["save_dir"], settings

@@ -7,7 +7,7 @@ from typing import Any
 import click
 import numpy as np
 
-from tracer.cli.output import print_result
+from tracer.cli.output import format_table, print_result
 from tracer.cli.stores import (
     Integers,
     RankingCommand,
@@ -19,6 +19,8 @@ from tracer.cli.stores import (
     open_view,
 )
 from tracer.scoring.scorer import KINDS
+from tracer.store.example_groups import KINDS as KINDS_OF_GROUPS
+from tracer.store.example_groups import read_example_groups
 from tracer.types import TopK
 
 SHOWN_TARGETS = 10  # the number of targets printed for people if none are named
@@ -32,7 +34,8 @@ SHOWN_TARGETS = 10  # the number of targets printed for people if none are named
     "--kind", type=click.Choice([*KINDS, "both"]), default="proponents", show_default=True,
     help="Examples that lowered the target's loss, raised it, or both.",
 )  # fmt: skip
-def top(store: str, targets: list[int] | None, k: int, kind: str, **options: Any) -> None:
+@click.option("--train-groups", type=click.Choice(KINDS_OF_GROUPS), help="Rank documents or groups by summed scores.")
+def top(store: str, targets: list[int] | None, k: int, kind: str, train_groups: str | None, **options: Any) -> None:
     """Show the strongest training examples of targets.
 
     Positive scores mark proponents: training on the example lowered the target's loss. STORE is a store's directory or
@@ -44,10 +47,15 @@ def top(store: str, targets: list[int] | None, k: int, kind: str, **options: Any
     """
     view = open_view(store, **options)
     chosen = check_targets(targets, view.target_table.num_rows)
-    k = min(k, view.reader.train_set_size)
-    found = {each: view.found.top(k, each) for each in (KINDS if kind == "both" else (kind,))}
+    names = None
+    if train_groups is None:
+        k = min(k, view.reader.train_set_size)
+    else:
+        numbers, names = read_example_groups(view.reader.store, train_groups)
+        k = min(k, len(np.unique(numbers)))
+    found = {each: view.found.top(k, each, train_groups) for each in (KINDS if kind == "both" else (kind,))}
     shown = chosen if targets is not None else chosen[:SHOWN_TARGETS]
-    text = _text(view, shown, found)
+    text = _text(view, shown, found, train_groups, names)
     if len(shown) < len(chosen):
         text += f"\n\n{len(chosen) - len(shown)} more targets: choose by --targets, or use --json or export for all."
     listed = [
@@ -81,12 +89,27 @@ def self_influence(store: str, k: int, lowest: bool, **options: Any) -> None:
     print_result(result, view.ranking_table("self-influence", order.tolist(), values[order].tolist()))
 
 
-def _text(view: StoreView, targets: list[int], found: dict[str, TopK]) -> str:
+def _text(
+    view: StoreView, targets: list[int], found: dict[str, TopK], train_groups: str | None, names: list[str] | None
+) -> str:
     labels, parts = known_labels(view.target_table), []
     for target in targets:
         label = class_of(labels, target)
         of_class = "" if label is None else f" (class {label})"
         for kind, top in found.items():
-            table = view.ranking_table("score", top.indices[target], top.scores[target])
+            ranked = top.indices[target], top.scores[target]
+            table = (
+                view.ranking_table("score", *ranked)
+                if train_groups is None
+                else _of_groups(train_groups, names, *ranked)
+            )
             parts.append(f"target {target}{of_class}: {kind}\n{table}")
     return "\n\n".join(parts)
+
+
+def _of_groups(kind: str, names: list[str] | None, numbers: np.ndarray, scores: np.ndarray) -> str:
+    rows = [
+        (rank, number if names is None else names[number], score)
+        for rank, (number, score) in enumerate(zip(numbers.tolist(), scores.tolist(), strict=True), 1)
+    ]
+    return format_table(("rank", "score", kind), [(rank, score, name) for rank, name, score in rows])

@@ -46,6 +46,17 @@ class DataSource(ABC):
         """Yield batches that together hold at least the examples of ascending indices, each with its own indices."""
 
 
+class NoExamples(DataSource):
+    """Targets that are not known yet."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def batches(self, indices: Int64[np.ndarray, " n"]) -> Iterator[tuple[Batch, Int64[np.ndarray, " b"]]]:
+        """Yield nothing."""
+        yield from ()
+
+
 class _MapStyleSource(DataSource):
     """A map-style data set: loads exactly the requested examples."""
 
@@ -161,7 +172,7 @@ def as_data_source(
         InputTypeError: The data are none of these.
     """
     source = data if isinstance(data, DataSource) else _adapt(data, name, batch_size, collate_fn, check_order)
-    if not len(source):
+    if not len(source) and source is not data:
         raise InputError(f"{name} has no examples; expected at least one.")
     return source
 

@@ -114,14 +114,14 @@ def _predicted(pieces: np.ndarray, group: list[Tokens], firsts: np.ndarray) -> I
     return np.array(counts, np.int64)
 
 
-def collate(rows: list[dict[str, np.ndarray]], pad_token: int, packed: bool) -> dict[str, Tensor]:
+def collate(rows: list[dict[str, np.ndarray]], pad_token: int, packed: bool) -> dict[str, Any]:
     """Return a batch of rows, padded at the end.
 
     Args:
         rows: The tokens of each, from `TextRows.tokens`.
         pad_token: The token of padding.
         packed: Whether rows hold several documents; models find the borders by ``position_ids`` that start again, and
-            only if there is no ``attention_mask``.
+            only if there is no ``attention_mask`` and no cache.
 
     Returns:
         ``input_ids`` and ``labels``, ``[B, T]``; and ``attention_mask``, or ``position_ids`` and ``segment_ids``, which
@@ -137,6 +137,7 @@ def collate(rows: list[dict[str, np.ndarray]], pad_token: int, packed: bool) -> 
 
     if packed:
         batch = {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED)}
-        return {**batch, "position_ids": padded("positions", 0), "segment_ids": padded("segments", 0)}
+        documents = {"position_ids": padded("positions", 0), "segment_ids": padded("segments", 0)}
+        return {**batch, **documents, "use_cache": False}
     batch = {"input_ids": padded("input_ids", pad_token), "labels": padded("labels", IGNORED)}
     return {**batch, "attention_mask": (padded("segments", 0) > 0).long()}

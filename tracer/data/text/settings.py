@@ -36,7 +36,7 @@ class TextSettings:
     )
     chat_template: str | None = _setting(None, "A chat template or its file; None: the tokenizer's own.")
     add_eos: bool = _setting(True, "End texts and completions by the tokenizer's end-of-sequence token.")
-    max_length: int | None = _setting(1024, "The most tokens of a document, or the tokens of a block; None: no limit.")
+    max_length: int | None = _setting(1024, "The most tokens of a document, or the tokens of a block.")
     truncation: str = _setting("keep_start", "The end of a long document that is kept.", ("keep_start", "keep_end"))
     packing: str = _setting(
         "none",
