@@ -116,6 +116,7 @@ def make_case(task: Task, data: Data) -> Case:
         checkpoints=runs[0],
         optimizers=[kept.optimizer_state for kept in found[0].checkpoints],
         ensemble=[checkpoint for run in runs for checkpoint in run],
+        rate_sums=[kept.learning_rate_sum for trained in found for kept in trained.checkpoints],
         last_layer=task.last_layer,
         make_model=task.make_model,
         recipe=task.recipe,

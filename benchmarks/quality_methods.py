@@ -43,6 +43,7 @@ class Case:
         checkpoints: The checkpoints of one run.
         optimizers: The optimizer's state dict at each checkpoint of the run.
         ensemble: The checkpoints of independent runs, one after another.
+        rate_sums: The sums of learning rates up to each of these since the one before, over 1 - momentum.
         last_layer: The module that gives the logits.
         make_model: Builds an untrained network.
         recipe: How it was trained.
@@ -56,6 +57,7 @@ class Case:
     checkpoints: States
     optimizers: list[dict[str, Any]]
     ensemble: States
+    rate_sums: list[float]
     last_layer: str
     make_model: Callable[[], nn.Module]
     recipe: Recipe

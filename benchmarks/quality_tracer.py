@@ -38,6 +38,7 @@ class Variant:
         options: As `tracer.attribute` takes them.
         checkpoints: ``run``: those of one run; ``last``: the last of them; ``ensemble``: those of all runs.
         rates: Whether checkpoints come with their learning rates.
+        summed: Whether these are sums over steps, and several runs are scored one by one.
         last_layer: Whether only the last layer's gradients are taken.
         sweep: Whether several values of λ are tried.
         scoring: As `Tracer.finalize_scores` takes it.
@@ -49,6 +50,7 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
     checkpoints: str = "run"
     rates: bool = True
+    summed: bool = False
     last_layer: bool = False
     sweep: bool = False
     scoring: dict[str, Any] = field(default_factory=dict)
@@ -71,7 +73,7 @@ class Variant:
                 start = time.perf_counter()
                 name, options = self.name_of(estimator), {**self.scoring, **setting}
                 try:
-                    scores = np.array(found.tracer.finalize_scores(found.exp_name, estimator, **options))
+                    scores = self.scores(found, case, estimator, options)
                 except Exception as error:  # one estimator's failure has a row that says so
                     results.append(Found(name, setting=setting, error=f"{type(error).__name__}: {error}"))
                     continue
@@ -82,6 +84,13 @@ class Variant:
                     facts = {"regularization": chosen.value, "rule": chosen.rule}
                 results.append(Found(name, scores, seconds, row_bytes, suspicion, setting, facts))
         return results
+
+    def scores(self, found: Attribution, case: Case, estimator: str, options: dict[str, Any]) -> np.ndarray:
+        """Return the scores, ``[N, M]``: of all checkpoints, or the mean over runs."""
+        every = np.array(found.model_ids)
+        runs = np.split(every, len(every) // len(case.checkpoints)) if self.summed else [every]
+        ask = found.tracer.finalize_scores
+        return np.mean([ask(found.exp_name, estimator, run.tolist(), **options) for run in runs], axis=0)
 
     def settings(self, found: Attribution, estimator: str) -> Iterator[dict[str, Any]]:
         """Yield the values of λ that are tried, the chosen one first."""
@@ -97,6 +106,8 @@ class Variant:
             "last": case.checkpoints[-1:],
             "ensemble": case.ensemble,
         }[self.checkpoints]
+        if self.summed:
+            every = [(state, total) for (state, _), total in zip(every, case.rate_sums, strict=False)]
         options = dict(self.options)
         if "preconditioner" in options:
             paired = zip(every, case.optimizers, strict=True)
@@ -126,7 +137,7 @@ class Variant:
             if estimator == "tracin":
                 return found.self_influence()
             own = self.store(case, folder / "store", case.train, "train")
-            return np.diagonal(np.asarray(own.tracer.finalize_scores("train", estimator, **options))).copy()
+            return np.diagonal(self.scores(own, case, estimator, options)).copy()
 
         return None if estimator == "cosine" else compute
 
@@ -158,6 +169,7 @@ def needs_few_parameters(case: Case) -> str:
 
 
 ALL = ("tracin", "cosine", "trak", "influence")
+SHARED = {"shared_projection": True}
 
 VARIANTS = [
     Variant("k=256", ALL, {"proj_dim": 256}),
@@ -165,6 +177,16 @@ VARIANTS = [
     Variant("k=4096", ALL, {"proj_dim": 4096}),
     Variant("exact", ("tracin", "cosine"), {"projector": "none"}),
     Variant("exact stored", WITH_RIDGE, {"projector": "none", "storage": "float32"}, unfit=needs_few_parameters),
+    Variant("k=1024, shared", ("source",), {"proj_dim": 1024, **SHARED}, summed=True),
+    Variant("k=4096, shared", ("source",), {"proj_dim": 4096, **SHARED}, summed=True),
+    Variant(
+        "exact stored, shared",
+        ("source",),
+        {"projector": "none", "storage": "float32"},
+        summed=True,
+        unfit=needs_few_parameters,
+    ),
+    Variant("k=1024, shared, 3 runs", ("source",), {"proj_dim": 1024, **SHARED}, checkpoints="ensemble", summed=True),
     Variant("k=1024, target output", ("tracin",), {"proj_dim": 1024}, scoring={"target": "output"}),
     Variant("k=1024, target loss", WITH_RIDGE, {"proj_dim": 1024}, scoring={"target": "loss"}),
     Variant("k=1024, equal rates", ("tracin",), {"proj_dim": 1024}, rates=False, unfit=needs_varied_rates),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,14 @@ def scorer(
     storage: str = "float32",
     magnitude: float = 1.0,
     processes: int = 1,
+    rates: Sequence[float | None] = RATES,
+    settings: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Scorer:
-    """A scorer of a store with two checkpoints and the targets ``test``."""
-    manifest = Manifest({"train_set_size": num_rows, "feature_dim": dim, "storage": storage})
+    """A scorer of a store with a checkpoint for each rate and the targets ``test``."""
+    manifest = Manifest({"train_set_size": num_rows, "feature_dim": dim, "storage": storage, **(settings or {})})
     store = Store.open(path, manifest, processes=processes)
-    for model_id, rate in enumerate(RATES):
+    for model_id, rate in enumerate(rates):
         with store.create_checkpoint(model_id, "a", rate) as table:
             fill(table, model_id, magnitude)
         with store.create_targets("test", model_id, num_targets) as table:

@@ -24,10 +24,10 @@ def files(tracing):
     return sorted(str(path.relative_to(tracing.store.path)) for path in tracing.store.path.rglob("*"))
 
 
-@pytest.mark.parametrize("estimator", ["tracin", "cosine", "trak", "influence"])
+@pytest.mark.parametrize("estimator", ["tracin", "cosine", "trak", "influence", "source"])
 @pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
 def test_a_query_is_score_and_top(run, tmp_path, storage, estimator):
-    tracing = stored(run, tmp_path / "store", storage=storage)
+    tracing = stored(run, tmp_path / "store", storage=storage, shared_projection=estimator == "source")
     before = files(tracing)
     found = {
         kind: tracing.query(run.targets, 4, kind=kind, estimator=estimator) for kind in ("proponents", "opponents")

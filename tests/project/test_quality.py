@@ -12,6 +12,7 @@ import torch
 from benchmark_scripts import script
 from torch import nn
 
+from tracer.api.store_reader import StoreReader
 from tracer.retraining import Recipe, train_models
 
 NUM_TRAIN, NUM_TARGETS = 60, 12
@@ -285,6 +286,17 @@ def test_exact_and_sketched_tracin_are_sums_over_a_loop_of_autograd(quality, var
     own = [np.square(np.linalg.norm(loss_gradients(model, case.train), axis=1)) for model in case.states()]
     expected = sum(rate * norms for (_, rate), norms in zip(case.checkpoints, own, strict=True))
     np.testing.assert_allclose(exact.suspicion(), expected, rtol=1e-3)
+
+
+def test_source_gets_sums_of_rates_and_each_run_for_itself(variant, case, tmp_path):
+    (one,) = variant("k=1024, shared", "source").run(case, tmp_path / "one")
+    (three,) = variant("k=1024, shared, 3 runs", "source").run(case, tmp_path / "three")
+    store = StoreReader.open(tmp_path / "three" / "store")
+    first = len(case.checkpoints)
+    rates = [store.store.table_attributes(number)["learning_rate"] for number in range(3 * first)]
+    assert rates == pytest.approx(case.rate_sums)
+    np.testing.assert_allclose(store.finalize_scores("targets", "source", [*range(first)]), one.scores, rtol=1e-4)
+    assert three.scores.shape == one.scores.shape and abs(three.scores - one.scores).max() > 0
 
 
 def test_variants_take_the_checkpoints_and_parameters_that_they_say(variant, case, tmp_path):

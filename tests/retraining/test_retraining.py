@@ -371,9 +371,10 @@ def test_checkpoints_are_what_the_epochs_left():
 
 
 def test_the_rate_of_a_checkpoint_is_the_mean_since_the_one_before():
-    recipe = Recipe(learning_rate=0.8, batch_size=12, epochs=4, schedule="linear")  # 0.8, 0.7, ... 0.1
+    recipe = Recipe(learning_rate=0.8, momentum=0.5, batch_size=12, epochs=4, schedule="linear")  # 0.8, 0.7, ... 0.1
     (found,) = train_models(small_mlp, TASK, data(), recipe, checkpoint_epochs=[0, 1, 4])
     assert [checkpoint.learning_rate for checkpoint in found.checkpoints] == pytest.approx([0.8, 0.75, 0.35])
+    assert [checkpoint.learning_rate_sum for checkpoint in found.checkpoints] == pytest.approx([0.0, 3.0, 4.2])
 
 
 @pytest.mark.parametrize("stacked", [True, False])

@@ -367,7 +367,7 @@ def test_many_targets_are_preconditioned_in_a_file(tmp_path):
     found = []
     for memory_bytes in (1 << 10, 1 << 30):
         preconditioned = PreconditionedTargets(
-            rows, estimate, None, lambda block: 2 * block, torch.device("cpu"), memory_bytes
+            rows, lambda block: 2 * block, estimate, None, torch.device("cpu"), memory_bytes
         )
         ((_, raw),) = preconditioned.raw_features(0, 300)
         found.append((isinstance(raw, np.memmap), raw * preconditioned.column("scale")[:, None]))

@@ -551,3 +551,40 @@ def test_lbfgs_is_refused(tmp_path):
     model = mlp()
     with pytest.raises(tracer.InputError, match="optimizer is LBFGS, whose step is not its learning rate times"):
         CheckpointRecorder(model, torch.optim.LBFGS(model.parameters()), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "factors"),
+    [
+        ({"momentum": 0.9}, (10, 10)),
+        ({"momentum": 0.5, "dampening": 0.5}, (1, 1)),
+        ({"momentum": 0.5, "nesterov": True}, (2, 2)),
+        ({"momentum": 0.5, "changes": 0.75}, (2, 4)),  # as OneCycleLR does
+        ({}, (1, 1)),
+    ],
+)
+def test_sums_are_over_one_minus_momentum(tmp_path, options, factors):
+    changes = options.pop("changes", None)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **options)
+    with CheckpointRecorder(model, optimizer, tmp_path, every=2) as recorder:
+        for step in range(4):
+            if step == 2 and changes is not None:
+                optimizer.param_groups[0]["momentum"] = changes
+            backward(model, step)
+            optimizer.step()
+            recorder.step()
+    assert [rate for _, rate in load_checkpoints(tmp_path)] == pytest.approx([0.2 * factor for factor in factors])
+    assert [rate for _, rate in load_checkpoints(tmp_path, "last")] == pytest.approx([0.1, 0.1])
+
+
+def test_a_gradient_moves_weights_by_the_recorded_sum_in_the_end(tmp_path):
+    weight = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(weight.parameters(), lr=0.1, momentum=0.8, dampening=0.3)
+    before = weight.weight.item()
+    with CheckpointRecorder(weight, optimizer, tmp_path, every=1) as recorder:
+        for step in range(200):
+            weight.weight.grad = torch.full((1, 1), float(step == 1))  # torch does not dampen the very first
+            optimizer.step()
+            recorder.step()
+    assert before - weight.weight.item() == pytest.approx(load_checkpoints(tmp_path)[1][1], rel=1e-5)

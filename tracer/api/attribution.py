@@ -96,7 +96,7 @@ class Attribution:
         estimate = Estimate(self.estimator, self.target, self.regularization)
         shown: dict[str, Any] = {"estimator": estimate.estimator, "target": estimate.target}
         shown["self-influence"] = self.ranking.estimator
-        if estimate.kernel is None:
+        if not estimate.is_regularized:
             return shown
         if self.regularization != "auto":
             return {**shown, "regularization": f"{float(self.regularization):.4g}, given"}
@@ -191,8 +191,8 @@ def attribute(
     """Attribute a model's behavior on targets to training examples, over the checkpoints of its training.
 
     With ``projector="none"``, the default of ``storage`` is ``"none"`` (exact scores, without storing gradients), or
-    ``"float32"`` for ``trak`` and ``influence``, which need features. Call it again with the same ``save_dir`` and it
-    resumes. Under torchrun, with ``torch.distributed`` initialized, all
+    ``"float32"`` for estimators that need features; with ``source``, that of ``shared_projection`` is True. Call it
+    again with the same ``save_dir`` and it resumes. Under torchrun, with ``torch.distributed`` initialized, all
     processes call it and share the work.
 
     Args:
@@ -209,8 +209,8 @@ def attribute(
             Default: 64.
         collate_fn: Makes a batch of a data set's examples. Default: that of `DataLoader`.
         exp_name: The name of the targets in the store.
-        estimator: ``tracin``, ``cosine``, ``influence`` or ``trak``, as in `Tracer.finalize_scores`. Default:
-            ``tracin``.
+        estimator: ``tracin``, ``cosine``, ``influence``, ``trak`` or ``source``, as in `Tracer.finalize_scores`.
+            Default: ``tracin``.
         target: ``loss`` or ``output``, as in `Tracer.finalize_scores`.
         regularization: λ of ``trak`` and ``influence``, as in `Tracer.finalize_scores`. Default: ``auto``.
         proj_dim: The number of values ``k`` stored of an example's gradient, as for `Tracer`. Default: 4096.
@@ -250,6 +250,8 @@ def attribute(
     explained = NoExamples() if targets is None else targets
     target_rows = as_data_source(explained, "targets", size, collate_fn, in_order)
     options["storage"] = chosen_storage(options, bool(estimate.kernel)).name
+    if estimate.is_unrolled and not options.setdefault("shared_projection", True):
+        raise InputError("expected shared_projection=True with estimator='source', got False; leave it out.")
     settings = feature_settings({"proj_dim": proj_dim, **options}, "attribute")
     tracer = Tracer(model, task, len(train_rows), save_dir, proj_dim, **options)
     stores_features = tracer.store.manifest.feature_storage.stores_features

@@ -213,13 +213,15 @@ class StoreReader:
             estimator: ``tracin``: the sum over checkpoints of learning rate times the dot product of loss gradients
                 (Pruthi et al. 2020); ``cosine``: the same of normalized gradients; ``influence``: a Newton step of the
                 training loss in feature space (Koh & Liang 2017), averaged over checkpoints, which may come from
-                independently trained models; ``trak``: the same without the loss's curvature (Park et al. 2023).
+                independently trained models; ``trak``: the same without the loss's curvature (Park et al. 2023);
+                ``source``: the steps of one run unrolled (Bae et al. 2024), from a store with
+                ``shared_projection=True`` (or exact features) and learning rates that are sums over steps.
             model_ids: The checkpoints. Default: all in the store.
             dtype: The dtype of stored scores: ``float32``, or ``float16`` relative to each training example's largest
                 score, which takes half the space at a relative error of 0.0005 of that. Default: that of existing
                 scores, else ``float32``.
             target: Explain the target's ``loss``, or its ``output``: the task's f, in the direction in which the loss
-                falls. Default: the loss for ``tracin`` and ``cosine``, the output for ``trak`` and ``influence``.
+                falls. Default: the loss for ``tracin`` and ``cosine``, else the output.
             regularization: λ of the kernel of ``trak`` and ``influence``, in units of ``Σ w ‖φ‖²`` over training
                 examples; 0 is the pseudo-inverse. Default: ``auto``, chosen from the training; see `regularization`.
             groups: The group of each target, ``[M]``, integers from 0 on and -1 for none: scores are those of the sum
@@ -305,11 +307,12 @@ class StoreReader:
 
         It is computed from exact gradient norms, so it has no projection error. Mislabelled and unusual examples have
         large values (Pruthi et al. 2020, section 4.1). With ``trak`` or ``influence`` it is the square of the mean
-        derivative times the mean of ``φᵀ (K + λI)⁻¹ φ``, the effect of the example's own Newton step on its loss.
+        derivative times the mean of ``φᵀ (K + λI)⁻¹ φ``, the effect of the example's own Newton step on its loss; with
+        ``source`` the score of the example on its own loss.
 
         Args:
             model_ids: The checkpoints. Default: all in the store.
-            estimator: ``tracin``, ``trak`` or ``influence``.
+            estimator: ``tracin``, ``trak``, ``influence`` or ``source``.
             regularization: As in `finalize_scores`.
 
         Returns:
@@ -343,7 +346,7 @@ class StoreReader:
             InputError: If the estimator has no kernel.
         """
         estimate = Estimate(estimator)
-        if estimate.kernel is None:
+        if not estimate.is_regularized:
             raise InputError(f"estimator={estimator!r} has no kernel to regularize; pass 'influence' or 'trak'.")
         return self._scorer.regularization(model_ids, estimate)
 

@@ -33,14 +33,17 @@ class EpochCheckpoint(NamedTuple):
     Attributes:
         state: The model's state dict.
         learning_rate: The mean over the steps since the previous checkpoint, or since the start; the first step's rate
-            for the untrained model.
+            for the untrained model. As ``estimator="tracin"`` takes it.
         optimizer_state: The optimizer's state dict with ``param_names``, as `torch.optim` has it for one model, with
             AdamW's ``exp_avg_sq`` and ``step``.
+        learning_rate_sum: The sum over these steps, over 1 − momentum; 0 for the untrained model. As
+            ``estimator="source"`` needs it.
     """
 
     state: dict[str, Tensor]
     learning_rate: float
     optimizer_state: dict[str, Any]
+    learning_rate_sum: float
 
 
 class TrainedModel(NamedTuple):
@@ -211,9 +214,10 @@ class Trainer:
                     bar.update(len(group))
                 if epoch in checkpoint_epochs:
                     rate = math.fsum(rates) / len(rates) if rates else self.recipe.learning_rate
+                    total = math.fsum(rates) / (1 - self.recipe.momentum)
                     for model, checkpoints in enumerate(kept):
                         saved = models.optimizer_state(optimizer, model)
-                        checkpoints.append(EpochCheckpoint(models.state(model), rate, saved))
+                        checkpoints.append(EpochCheckpoint(models.state(model), rate, saved, total))
                     rates.clear()
         return models, kept
 

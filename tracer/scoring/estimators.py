@@ -8,7 +8,8 @@ marks a proponent: training on that example lowered the target's loss. With C ch
   the norms of the output gradients; a zero gradient has cosine zero with everything;
 - ``trak``: ``mean_c[phi_c(z')ᵀ (Phi_cᵀ Phi_c + λI)⁻¹ phi_c(z)] · mean_c[-Q_c(z)]`` (Park et al. 2023, section 3);
 - ``influence``: the same with the Gauss-Newton kernel ``Phi_cᵀ diag(mean_c w_c) Phi_c``: a Newton step of the whole
-  training loss (Koh & Liang 2017, eq. 2, for a model that is linear in its features).
+  training loss (Koh & Liang 2017, eq. 2, for a model that is linear in its features);
+- ``source``: the unrolled steps of one run, segment by segment (Bae et al. 2024; see `tracer.scoring.source`).
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from jaxtyping import Float, Float64
 from tracer._core.validation import check_choice
 from tracer.errors import InputError, InputTypeError
 
-ESTIMATORS = ("tracin", "cosine", "influence", "trak")
+ESTIMATORS = ("tracin", "cosine", "influence", "trak", "source")
 """The values of ``estimator=``."""
 
-KERNELS = {"trak": "plain", "influence": "loss_hess"}
+KERNELS = {"trak": "plain", "influence": "loss_hess", "source": "loss_hess"}
 """The weights of training examples in an estimator's kernel: 1, or the loss's second derivative ∂²L/∂f²."""
 
 TARGETS = ("loss", "output")
@@ -40,10 +41,10 @@ class Estimate:
     line flags and documentation are made from these.
 
     Attributes:
-        estimator: ``"tracin"``, ``"cosine"``, ``"trak"`` or ``"influence"``. Default: ``"tracin"``.
+        estimator: ``"tracin"``, ``"cosine"``, ``"trak"``, ``"influence"`` or ``"source"``. Default: ``"tracin"``.
         target: Explain the target's ``"loss"``, or its ``"output"``: f, in the direction in which the loss falls. That
             has the same sign, and it does not vanish if the model fits the target. None: the loss for ``tracin`` and
-            ``cosine`` (for ``cosine`` both are the same), the output for ``trak`` and ``influence``.
+            ``cosine`` (for ``cosine`` both are the same), else the output.
         regularization: λ of the kernel of ``trak`` and ``influence``, in units of ``Σ w ‖φ‖²``, 0 or more; or
             ``"auto"``, which chooses it from what training has done.
         groups: The group of each target, ``[M]``, integers from 0 on, -1 for none; for example ``[0, 0, 1]``. Scores
@@ -79,7 +80,7 @@ class Estimate:
         check_choice("target", self.target, TARGETS)
         if self.regularization != "auto":
             object.__setattr__(self, "regularization", _checked_regularization(self.regularization))
-            if self.kernel is None:
+            if not self.is_regularized:
                 raise InputError(
                     f"got regularization={self.regularization} with estimator={self.estimator!r}, which has no kernel "
                     f"to regularize; pass estimator='trak' or 'influence', or leave regularization out."
@@ -90,6 +91,16 @@ class Estimate:
     def kernel(self) -> str | None:
         """The weights of training examples in the estimator's kernel, a value of `KERNELS`; None without a kernel."""
         return KERNELS.get(self.estimator)
+
+    @property
+    def is_regularized(self) -> bool:
+        """Whether the estimator is a Newton step of the mean gradient over checkpoints, with a regularization λ."""
+        return self.kernel is not None and not self.is_unrolled
+
+    @property
+    def is_unrolled(self) -> bool:
+        """Whether the estimator follows a run from checkpoint to checkpoint."""
+        return self.estimator == "source"
 
     @property
     def transforms_targets(self) -> bool:
@@ -107,7 +118,7 @@ class Estimate:
     ) -> Float64[np.ndarray, " N"]:
         """Return the factor of each training example's features, from Q and the exact norm of the gradient of f.
 
-        It is Q (its mean over checkpoints if there is a kernel); for ``cosine`` the sign of Q over the norm.
+        It is Q (for ``trak`` and ``influence`` its mean over checkpoints); for ``cosine`` the sign of Q over the norm.
 
         >>> Estimate("cosine").train_weights(np.array([-0.5, 2.0]), np.array([4.0, 0.0])).tolist()
         [-0.25, 0.0]

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float32, Float64, Int64, Shaped
 from torch import Tensor
 
 from tracer._core.blocks import row_blocks
@@ -47,9 +47,9 @@ class PreconditionedTargets:
     def __init__(
         self,
         targets: FeatureTable,
+        solve: Callable[[Tensor], Tensor] | None,  # multiplies by (K + λI)⁻¹
         estimate: Estimate,
         groups: Int64[np.ndarray, " M"] | None,
-        solve: Callable[[Tensor], Tensor] | None,  # multiplies by (K + λI)⁻¹
         device: torch.device,
         memory_bytes: int,
     ) -> None:
@@ -69,7 +69,7 @@ class PreconditionedTargets:
 
     @cached_property
     def _features_and_scale(self) -> tuple[Float32[np.ndarray, "M k"], Float64[np.ndarray, " M"]]:
-        raw, scale = self._allocate(), np.ones(self.num_rows)
+        raw, scale = self._allocate(np.float32), np.ones(self.num_rows)
         for start, features in self._blocks():
             features = features if self._solve is None else self._solve(features)
             largest = features.abs().amax(1)
@@ -78,12 +78,12 @@ class PreconditionedTargets:
             scale[start : start + len(features)] = unit.cpu().numpy()
         return raw, scale
 
-    def _allocate(self) -> Float32[np.ndarray, "M k"]:
+    def _allocate(self, dtype: type) -> Shaped[np.ndarray, "M k"]:
         shape = self.num_rows, self.dim
-        if 4 * math.prod(shape) <= self._memory_bytes:
-            return np.empty(shape, np.float32)
+        if np.dtype(dtype).itemsize * math.prod(shape) <= self._memory_bytes:
+            return np.empty(shape, dtype)
         with tempfile.TemporaryFile() as file:  # the map outlives the file's name, so nothing is left behind
-            return np.memmap(file, np.float32, "w+", shape=shape)
+            return np.memmap(file, dtype, "w+", shape=shape)
 
     def _blocks(self) -> Iterator[tuple[int, Float64[Tensor, "n k"]]]:
         """Yield targets before they are solved for, block by block, each with its first index."""

@@ -11,7 +11,9 @@ it is the Gauss-Newton matrix of the sum of the losses, in place of the Hessian 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float64
@@ -63,16 +65,19 @@ class Kernel:
 
     def solve(self, features: Float64[Tensor, "m k"], regularization: float) -> Float64[Tensor, "m k"]:
         """Return ``(K + λI)⁻¹ φ`` without what no training example sees; with the pseudo-inverse if λ is 0."""
-        found = self._solve(self.coordinates(features), regularization)
+        factor = self._cholesky(regularization) if regularization > 0 else None
+        if factor is None:
+            return self.filtered(features, partial(_inverse, regularization=regularization))
+        found = torch.cholesky_solve(self.coordinates(features).T, factor).T
         return found if self.basis is None else found @ self.basis.T
 
-    def _solve(self, rows: Float64[Tensor, "m r"], regularization: float) -> Float64[Tensor, "m r"]:
-        if regularization > 0:
-            factor = self._cholesky(regularization)
-            if factor is not None:
-                return torch.cholesky_solve(rows.T, factor).T
+    def filtered(
+        self, features: Float64[Tensor, "m k"], function: Callable[[Tensor], Tensor]
+    ) -> Float64[Tensor, "m k"]:
+        """Return ``B f(M) Bᵀ φ`` for a function f of M's eigenvalues ``[r]``."""
         values, vectors = self.spectrum()
-        return rows @ vectors * _inverse(values, regularization) @ vectors.T
+        found = self.coordinates(features) @ vectors * function(values) @ vectors.T
+        return found if self.basis is None else found @ self.basis.T
 
     def spectrum(self) -> tuple[Float64[Tensor, " r"], Float64[Tensor, "r r"]]:
         """Return M's eigenvalues, 0 or more and ascending, and its eigenvectors as columns."""

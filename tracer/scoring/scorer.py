@@ -22,6 +22,7 @@ from tracer.scoring.preconditioned_targets import PreconditionedTargets, group_i
 from tracer.scoring.read_checks import ReadCheck
 from tracer.scoring.readiness import complete_cosines, complete_targets, finalized_revisions, learning_rates
 from tracer.scoring.regularization import Regularization
+from tracer.scoring.source import Segment, segment_rates, unrolled_self_influence, unrolled_targets
 from tracer.scoring.streaming import MEMORY_BYTES, TileScorer, stream_topk
 from tracer.scoring.top_queries import TopKQuery
 from tracer.scoring.write_scores import write_scores
@@ -192,6 +193,11 @@ class Scorer:
             revisions.check()
             return total
         kernels = self._kernels(estimate, revisions)
+        if estimate.is_unrolled:
+            segments = self._segments(chosen, kernels)
+            total = weights[0] * unrolled_self_influence(tables, segments, self.device, self.memory_bytes)
+            revisions.check()
+            return total
         found = kernels.regularization(chosen, estimate)
         for weight, model_id, table in zip(weights, chosen, tables, strict=True):
             kernel, _ = kernels.get(model_id, estimate.kernel, chosen)
@@ -237,18 +243,34 @@ class Scorer:
         groups, kernels = group_indices(estimate, targets[0]), self._kernels(estimate, revisions)
         described: dict[str, Any] = {}
         solves: list[Any] = [None] * len(model_ids)
-        if estimate.kernel:
+        segments = self._segments(model_ids, kernels) if estimate.is_unrolled else []
+        if segments:
+            described["segments"] = [segment.time for segment in segments]
+        elif estimate.kernel:
             found = kernels.regularization(model_ids, estimate)
             described |= {"regularization": found.value, "rule": found.rule}
             solves = [partial(kernels.solve, each, estimate.kernel, model_ids, found.value) for each in model_ids]
         if groups is not None:
             described["groups"] = hashlib.sha256(groups.astype("<i8").tobytes()).hexdigest()
-        memory_bytes = self.memory_bytes // (4 * len(model_ids))
-        transformed = [
-            PreconditionedTargets(table, estimate, groups, solve, self.device, memory_bytes)
-            for table, solve in zip(targets, solves, strict=True)
-        ]
+        common: Any = (estimate, groups, self.device, self.memory_bytes // (4 * len(model_ids)))
+        if segments:
+            transformed: list[Any] = unrolled_targets(targets, segments, *common)
+        else:
+            transformed = [
+                PreconditionedTargets(table, solve, *common) for table, solve in zip(targets, solves, strict=True)
+            ]
         return list(map(CheckpointPair, weights, trains, transformed)), described
+
+    def _segments(self, model_ids: list[int], kernels: Kernels) -> list[Segment]:
+        """Return the segments that end at checkpoints."""
+        if self.process.together:  # processes sum up a kernel together, so none may be left out later
+            for model_id in model_ids:
+                kernels.get(model_id, "loss_hess", [model_id])
+        times = [rate / self.num_rows for rate in segment_rates(self.store, model_ids)]
+        return [
+            Segment(model_id, time, partial(kernels.get, model_id, "loss_hess", [model_id]))
+            for model_id, time in zip(model_ids, times, strict=True)
+        ]
 
     def _kernels(self, estimate: Estimate, revisions: Revisions) -> Kernels:
         """Return the kernels of this store, which must have features."""
@@ -263,6 +285,8 @@ class Scorer:
 
     def _weights(self, model_ids: list[int], estimate: Estimate) -> list[float]:
         """Return the weight of each checkpoint: its learning rate, or an equal share with a kernel."""
+        if estimate.is_unrolled:
+            segment_rates(self.store, model_ids)
         if estimate.kernel:
             return [1 / len(model_ids)] * len(model_ids)
         return learning_rates(self.store, model_ids)

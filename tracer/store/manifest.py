@@ -128,6 +128,12 @@ class Manifest:
         """The dtype of stored features, and whether they are stored at all."""
         return FeatureStorage(str(self.settings["storage"]))
 
+    @property
+    def shares_projection(self) -> bool:
+        """Whether features of different checkpoints can be multiplied: they have one projection, or are exact."""
+        projector = self.settings.get("projector") or {}
+        return bool(self.settings.get("shared_projection")) or projector.get("kind") == "none"
+
     def attributes(self) -> dict[str, Any]:
         """Return the manifest as attributes of the store's root group."""
         return {

@@ -42,7 +42,8 @@ class CheckpointRecord:
         epoch: The epoch last passed to the recorder, or None.
         loss: The loss last passed to the recorder; None if it was NaN or infinite.
         learning_rates: The learning rate of each parameter group at the step.
-        learning_rate_sums: The sum of each group's learning rates over the steps since the previous checkpoint.
+        learning_rate_sums: The sum of each group's learning rates over the steps since the previous checkpoint, each
+            over 1 − momentum: a gradient moves the weights again at the steps that follow.
         second_moments: Whether the optimizer's second moments were saved too.
         level: The schedule's level, by which recordings are thinned.
         schedule: The schedule's state.
@@ -101,7 +102,8 @@ class Recording:
         """Return the learning rate that each checkpoint represents.
 
         Args:
-            learning_rate: ``sum``: over the steps since the previous checkpoint. ``last``: that of the step itself.
+            learning_rate: ``sum``: over the steps since the previous checkpoint, each over 1 − momentum. ``last``: that
+                of the step itself.
             group: The parameter group. Default: all, which must have had equal rates.
 
         Returns:
@@ -217,10 +219,10 @@ def load_checkpoints(
 
     Args:
         directory: The directory of a `CheckpointRecorder`.
-        learning_rate: ``sum``: the sum over these steps, which is right for uneven checkpoints too. For plain SGD on
-            the mean loss of a batch, scores divided by the number of training examples then estimate how much an
-            example lowered a target's loss. ``last``: the rate of the step itself, as in the paper with a checkpoint
-            per epoch.
+        learning_rate: ``sum``: the sum over these steps, each over 1 − momentum, which is right for uneven checkpoints
+            too. For SGD on the mean loss of a batch, scores divided by the number of training examples then estimate
+            how much an example lowered a target's loss. ``last``: the rate of the step itself, as in the paper with a
+            checkpoint per epoch.
         group: The parameter group whose rates to use; pass its parameters' names as ``params=`` to `attribute`.
             Default: all groups, which must have had equal rates.
 

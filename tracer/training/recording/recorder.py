@@ -270,7 +270,7 @@ class CheckpointRecorder:
                 rate = 0.0  # it does not move
             elif overflow is not None:
                 rate = rate * (overflow == 0).double()
-            moved.append(rate)
+            moved.append(rate * _momentum_factor(group))
         self._sums = [done + rate for done, rate in zip_longest(self._sums, moved, fillvalue=0.0)]
 
     def _save(self, level: int, keep: bool) -> None:
@@ -299,6 +299,12 @@ class CheckpointRecorder:
                 f"a checkpoint cannot be written to {self.directory} ({error}). Those saved before are whole: free "
                 f"space or mend the disk; to train without recording, close the recorder with close(save=False)"
             ) from error
+
+
+def _momentum_factor(group: Mapping[str, Any]) -> float:
+    """Return how far a gradient moves a parameter of a group over all later steps, in learning rates."""
+    momentum = float(group.get("momentum") or 0.0)
+    return (1 - float(group.get("dampening") or 0.0)) / (1 - momentum) if 0 < momentum < 1 else 1.0
 
 
 def _number(value: float | Tensor | None) -> float | None:
