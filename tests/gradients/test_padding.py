@@ -70,6 +70,13 @@ def test_sources_and_targets_are_padded_by_themselves():
     assert counts == [[3, 0, 2, 0], [4, 7, 0, 5]]
 
 
+def test_a_text_that_ends_with_a_token_twice_is_not_cut():
+    batches = [(padded(lengths)[0], torch.arange(4)) for lengths in LENGTHS]
+    batches[-1][0][0, -2:] = 11
+    (one,) = found(batches)
+    assert one.counts.tolist() == [0, 0, 4, 3]
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_repeated_tokens_are_no_padding(masked):
     batches = []

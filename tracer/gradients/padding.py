@@ -115,6 +115,9 @@ class Padding:
         if seen.masks(at_end):
             (kept,) = seen.outermost[not at_end]
             runs *= values != kept
+        elif seen.repeats(at_end):
+            (padding, _), *_ = seen.repeated[at_end].most_common(1)
+            runs[values != padding] = 1
         return runs
 
 
