@@ -185,6 +185,27 @@ def experts(function, width: int = 3, count: int = 3):
     return build
 
 
+def attention_of_concatenated(m, x, count):
+    flat, number = x[kept(x, count)[..., 0]], torch.repeat_interleave(torch.arange(len(x)), count)
+    scores = (m.h(flat) @ m.h(flat).mT).masked_fill(number[:, None] != number, -torch.inf)
+    mixed = scores.softmax(1) @ torch.tanh(m.h(flat))
+    return m.o(mixed.new_zeros(len(x), 5).index_add(0, number, mixed))
+
+
+def chosen_by_experts(m, x):
+    score = m.gate(x).softmax(1)
+    out = score @ score.new_ones(len(m.experts), 3)
+    for number, layer in enumerate(m.experts):
+        rows = score[:, number].topk((len(x) + 1) // 2).indices
+        out = out.index_add(0, rows, layer(x[rows]))
+    return out
+
+
+def layers_of_distinct_values(m, x):
+    distinct, index = x.round().unique(return_inverse=True)
+    return m.o(torch.tanh(m.h(distinct[:, None]))[index].sum(1))
+
+
 def batch_norm_without_statistics():
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Tanh(), nn.Linear(4, 3))
 
@@ -278,6 +299,14 @@ ORDER_OF_EXAMPLES = [
         lambda: Net(grouped_weights, gate=nn.Linear(3, 2), weights=torch.randn(2, 3, 3)),
         vectors(3),
     ),
+    Entry("attention of sequences in one", two_layers(attention_of_concatenated), MIXED),
+    Entry("a layer applied to distinct values", two_layers(layers_of_distinct_values, width=1), vectors(3)),
+    Entry(
+        "pieces of the batch in reverse",
+        two_layers(lambda m, x: torch.cat([m.o(torch.tanh(m.h(part))) for part in x.split(3)[::-1]][::-1])),
+        vectors(3),
+    ),
+    Entry("examples chosen by experts", experts(chosen_by_experts, count=2), vectors(3), refused=COUPLED),
     Entry("experts with a capacity", experts(capacity, count=2), vectors(3), refused=COUPLED),
     Entry("batch statistics in eval mode", batch_norm_without_statistics, vectors(3), refused=COUPLED + "|more than 1"),
     Entry(
@@ -286,6 +315,15 @@ ORDER_OF_EXAMPLES = [
         innocent_labels,
         task=positives_of_the_batch,
         refused=COUPLED,
+    ),
+    Entry(
+        "loss weighted by the class's share of the batch",
+        lambda: nn.Linear(3, 3),
+        vectors(3),
+        task=lambda model, batch: (
+            F.cross_entropy(model(batch[0]), batch[1], reduction="none") / batch[1].bincount()[batch[1]]
+        ),
+        refused="the task's loss that depends on the other samples",
     ),
     Entry("weight used functionally in later batches", two_layers(functional_in_later_batches), far_later),
     Entry("rank within the batch", two_layers(rank_of_examples), vectors(3), refused=COUPLED),

@@ -109,13 +109,23 @@ def count_samples(batch: Batch) -> int:
     >>> count_samples({"x": torch.zeros(3, 2), "y": torch.zeros(3)})
     3
     """
-    for _, leaf in leaves(batch):
+    for path, leaf in leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim:
+            _check_dense(path, leaf)
             return leaf.shape[0]
     raise BatchError(
         f"The batch of type {type(batch).__name__} holds no tensor, so its examples cannot be counted; expected at "
         f"least one tensor with the batch dimension first. {_BY_INDEX}"
     )
+
+
+def _check_dense(path: str, leaf: Tensor) -> None:
+    if leaf.is_nested or leaf.layout != torch.strided:
+        kind = "nested" if leaf.is_nested else "sparse"
+        raise BatchError(
+            f"{path} is a {kind} tensor, whose examples cannot be told apart; expected dense tensors. Pass it padded "
+            f"with a mask, or dense, and make it {kind} in the model or the task."
+        )
 
 
 def check_batch_size(batch: Batch, batch_size: int) -> None:
@@ -130,6 +140,7 @@ def check_batch_size(batch: Batch, batch_size: int) -> None:
             )
         if not isinstance(leaf, Tensor) or leaf.ndim == 0:
             continue
+        _check_dense(path, leaf)
         if leaf.shape[0] == batch_size:
             found = True
         elif leaf.shape[0] != 1:

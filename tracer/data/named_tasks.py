@@ -119,7 +119,7 @@ class Regression(Task):
         """Return predictions and squared errors; see `Task.outputs`."""
         args, kwargs, targets = split_labels(model, batch, self.name)
         predicted = upcast_half(logits_of(model(*args, **kwargs)))
-        if predicted.numel() != predicted.shape[0]:
+        if predicted.ndim == 0 or predicted.numel() != predicted.shape[0]:
             if predicted.shape != targets.shape:
                 raise BatchError(shapes_message(self.name, predicted, targets))
             targets = targets.to(predicted.dtype)

@@ -98,7 +98,7 @@ class LossTask(Task):
         """Return the losses of the function; see `Task.outputs`."""
         try:
             loss = self.function(model, batch)
-        except (TypeError, AttributeError, KeyError) as error:
+        except (TypeError, AttributeError, KeyError, IndexError) as error:
             if isinstance(error, TracerError) or any(
                 isinstance(leaf, Tensor) and is_transformed(leaf) for _, leaf in leaves(batch)
             ):

@@ -163,6 +163,8 @@ class Auditor:
     ) -> Finding | bool:
         padding = [] if self._verifier.backend.is_sharded else self._padding.find(batch, batch_size)
         found = self._compare_both(kept, outputs, batch, torch.tensor([row]), torch.ones(1), padding)
+        if found is True and self._num_batches <= FIRST_BATCHES and not self._verifier.backend.is_sharded:
+            found = self._half(outputs, batch, batch_size) or True
         if found is not True or not padding:
             return found
         self._num_padded += 1
@@ -178,6 +180,15 @@ class Auditor:
             if isinstance(found, Finding):
                 return found
         return True
+
+    def _half(self, outputs: SampleOutputs, batch: Batch, batch_size: int) -> Finding | None:
+        """Compare the values of a random half of a batch with those in a batch of their own."""
+        rows = (check_weights(batch_size, self._num_batches) > 0).nonzero()[:, 0]
+        values = self._verifier.run(select_samples(batch, rows, batch_size)) if 0 < len(rows) < batch_size else None
+        if values is None or (found := _different_values(outputs, values, rows, self._verifier.dtype)) is None:
+            return None
+        row = int(rows[found[0]])
+        return Finding(row, select_samples(batch, torch.tensor([row]), batch_size), found[1])
 
     def _compare_both(
         self,
@@ -225,11 +236,8 @@ class Auditor:
     ) -> tuple[int, str] | None:
         """Return which samples' values, or weighted gradients, differ from their reference, and how; or None."""
         dtype = self._verifier.dtype
-        for name in ("output", "loss", "loss_grad", "loss_hess"):
-            together = getattr(outputs, name)[rows.to(outputs.output.device)]
-            found = difference(name, together, getattr(reference.samples, name).reshape(-1)[: len(rows)], dtype)
-            if found is not None:
-                return found
+        if (found := _different_values(outputs, reference.samples, rows, dtype)) is not None:
+            return found
         total = math.hypot(*map(norm, reference.gradients.values()))
         for name, expected in reference.gradients.items():
             alone = expected.reshape(-1)
@@ -239,6 +247,19 @@ class Auditor:
             apart = norm(together - alone)
             # A sample alone takes other kernels, and rounding can flip an activation that is nearly zero.
             share = min(10 * tolerance(dtype, alone.device), _MOST_DIFFERENCE)
-            if apart > max(share * scale, min(tolerance(dtype, alone.device), _MOST_NOISE) * total):
+            noise = min(tolerance(dtype, alone.device), _MOST_NOISE) * total if name in kept else 0.0
+            if apart > max(share * scale, noise):
                 return 0, f"relative difference {apart / scale:.2g} in the gradient of {name!r}"
         return None
+
+
+def _different_values(
+    together: SampleOutputs, alone: SampleOutputs, rows: Tensor, dtype: torch.dtype
+) -> tuple[int, str] | None:
+    """Return which of some rows of a batch has other values in a batch of them, which may be repeated, and how."""
+    for name in ("output", "loss", "loss_grad", "loss_hess"):
+        values = getattr(together, name)[rows.to(together.output.device)]
+        found = difference(name, values, getattr(alone, name).reshape(-1)[: len(rows)], dtype)
+        if found is not None:
+            return found
+    return None

@@ -113,6 +113,8 @@ class _Recorder:
             if torch.is_autocast_enabled(output.device.type):
                 self.autocast.add(torch.get_autocast_dtype(output.device.type))
             inputs = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            if any(value.is_nested or value.layout != torch.strided for value in (output, *inputs)):
+                raise CaptureFailed(layer.name, "it was called with nested or sparse tensors")
             if not inputs:
                 raise CaptureFailed(layer.name, "it was called without tensors")
             return self._record(layer, inputs, output)

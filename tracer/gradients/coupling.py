@@ -114,7 +114,7 @@ def _recorded(model: nn.Module) -> Iterator[Calls]:
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple, output: object) -> None:
             tensor = next((leaf for _, leaf in leaves(output) if isinstance(leaf, Tensor)), None)
-            if tensor is not None:
+            if tensor is not None and not tensor.is_nested and tensor.layout == torch.strided:
                 record.append((f"{name or 'the model'} ({type(module).__name__})", tensor.detach()))
 
         return keep

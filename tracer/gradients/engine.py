@@ -9,8 +9,8 @@ from then on, which is logged with the reason, and is checked again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from tracer.gradients.fallback import Fallback, has_batch_norm
 from tracer.gradients.isolation import seed_generators
 from tracer.gradients.module_state import StatelessTask
 from tracer.gradients.per_sample import PerSampleGradient
-from tracer.gradients.selfcheck import Reference, WeightedSums, disagreeing
+from tracer.gradients.selfcheck import Reference, WeightedSums, disagreeing, same_values
 from tracer.gradients.verification import Signature, Verifier
 from tracer.types import Batch, SampleOutputs, first_sample
 
@@ -38,6 +38,12 @@ logger = logging.getLogger("tracer.gradients")
 
 METHODS = ("auto", "capture", "functional")
 """The choices of ``gradients=``."""
+
+
+_STATEFUL = (
+    "Two forwards of one batch give different outputs: the model draws random numbers in eval mode or keeps state "
+    "between calls. Its gradients would depend on batch sizes and order; make its eval mode a function of the batch."
+)
 
 
 class GradientsChanged(GradientError):
@@ -141,6 +147,10 @@ class GradientEngine:
             outputs = self.compute(twice, 2, FirstOfTwo(sink))
             self.audited = None if self.audited is None else 0
             return first_sample(outputs)
+        with _without_reentrant_checkpoints():
+            return self._compute(batch, batch_size, sink)
+
+    def _compute(self, batch: Batch, batch_size: int, sink: Sink) -> SampleOutputs:
         watched = WatchedSink(sink, self._auditor.choose(batch, batch_size))
         self.audited = None
         with self.stateless_task.unchanged():
@@ -149,11 +159,16 @@ class GradientEngine:
             if watched.row is not None:
                 found = self._auditor.audit(watched, outputs, batch, batch_size)
                 if self.backend.any(isinstance(found, Finding)):
+                    before = outputs
                     outputs, done = self._complete(batch, batch_size, watched, watched.row)
                     doubt += done.doubt
                     found = self._auditor.audit(watched, outputs, batch, batch_size)
+                    if not same_values(before.output, outputs.output, self._verifier.dtype):
+                        raise GradientError(_STATEFUL)
                     if isinstance(found, Finding):
                         raise self._auditor.error(found, batch)
+                if not self.backend.is_sharded and self._verifier.drifts(batch, batch_size):
+                    raise GradientError(_STATEFUL)
                 self.audited = watched.row if found else None
         self._verifier.confirm(done.signature, done.checked)
         if doubt:
@@ -230,11 +245,7 @@ class GradientEngine:
         reference = self._verifier.checked_reference(batch, sums.weights)
         if not reference.same_outputs(captured.outputs.output):
             if not self._assignment.blame_expanded(captured):
-                raise GradientError(
-                    "Two forwards of one batch give different outputs: the model draws random numbers in eval mode or "
-                    "keeps state between calls. Its gradients would depend on batch sizes and order; make its eval "
-                    "mode a function of the batch."
-                )
+                raise GradientError(_STATEFUL)
             return {}
         wrong = disagreeing(reference, sums.totals, self._assignment.captured)
         if wrong:
@@ -260,3 +271,17 @@ class GradientEngine:
         name, difference = next(iter(differs.items()))
         one = select_samples(batch, torch.tensor([0]), batch_size)
         raise coupling_error(self.model, self.stateless_task, batch, one, 0, f"the gradient of {name!r}, {difference}")
+
+
+@contextmanager
+def _without_reentrant_checkpoints() -> Iterator[None]:
+    """Raise `GradientError` for a model whose forward uses checkpoints that only ``backward()`` passes."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ".grad()" not in str(error) or "checkpoint" not in str(error):
+            raise
+        raise GradientError(
+            "The model's forward uses reentrant activation checkpointing, which torch.autograd.grad cannot pass. Pass "
+            "use_reentrant=False to checkpoint(), or switch checkpointing off: gradients are the same."
+        ) from error

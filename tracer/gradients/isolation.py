@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,9 +35,34 @@ def isolated(model: nn.Module, selected: Collection[str], device: torch.device) 
         stack.callback(_restore_generators(device))
         for module, _ in training:
             module.training = False  # not module.eval(): users override train()
+            if isinstance(module, nn.RNNBase):
+                stack.enter_context(_without_cudnn(module))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in selected)
         yield
+
+
+@contextmanager
+def _without_cudnn(module: nn.RNNBase) -> Iterator[None]:
+    """Run a recurrent layer, and nothing else, without cuDNN, which has no backward for it in eval mode."""
+    own = module.__dict__.get("forward")
+    forward = module.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        enabled = torch.backends.cudnn.enabled
+        torch.backends.cudnn.enabled = False
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            torch.backends.cudnn.enabled = enabled
+
+    module.__dict__["forward"] = run
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
 
 
 def _restore_flags(training: list, requires: list) -> None:

@@ -15,13 +15,20 @@ from torch import Tensor, nn
 from tracer._core.text import listing
 from tracer.data.batches import select_samples
 from tracer.data.tasks import Task, check_per_sample
-from tracer.errors import GradientError
+from tracer.errors import GradientError, TracerError
 from tracer.gradients.backend import Backend
 from tracer.gradients.capture import CallPattern
 from tracer.gradients.coupling import coupling_error
 from tracer.gradients.isolation import seed_generators
 from tracer.gradients.module_state import derived_values
-from tracer.gradients.selfcheck import Reference, WeightedSums, check_weights, depends_on_nothing, difference
+from tracer.gradients.selfcheck import (
+    Reference,
+    WeightedSums,
+    check_weights,
+    depends_on_nothing,
+    difference,
+    same_values,
+)
 from tracer.types import Batch, SampleOutputs
 
 logger = logging.getLogger("tracer.gradients")
@@ -41,11 +48,13 @@ class _Verified:
         signatures: Their signatures.
         seen: Parameters whose gradient was more than rounding noise when they agreed.
         num_batches: The number of batches computed.
+        first: The first sample, as a batch, and its f then.
     """
 
     signatures: set[Signature] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
     num_batches: int = 0
+    first: tuple[Batch, Tensor] | None = None
 
 
 class Verifier:
@@ -106,6 +115,28 @@ class Verifier:
         """Count only what was verified with these weights from now on."""
         # A contribution may vanish at one checkpoint and not at the next: a gate or a head that starts at zero.
         self._verified = self._by_weights.setdefault(fingerprint, _Verified())
+
+    def drifts(self, batch: Batch, batch_size: int) -> bool:
+        """Return whether the first sample that was run alone with these weights has another f by now."""
+        first = self._verified.first
+        one = first[0] if first else select_samples(batch, torch.tensor([0]), batch_size)
+        if (samples := self.run(one)) is None:
+            return False
+        if first is None:
+            self._verified.first = one, samples.output
+        return first is not None and not same_values(first[1], samples.output, self.dtype)
+
+    def run(self, batch: Batch) -> SampleOutputs | None:
+        """Return the task's outputs for a batch, without a graph, or None if it cannot run."""
+        seed_generators(self._device, 1)
+        try:
+            with torch.no_grad():
+                return self._task.outputs(self.model, batch)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, TracerError) as error:
+            logger.debug("samples cannot be run by themselves: %s", error)
+            return None
 
     def is_due(self, signature: Signature) -> bool:
         """Return whether any rank has to check a pass."""

@@ -1,0 +1,126 @@
+"""Models with state in objects of their own, nested tensors, reentrant checkpoints, and recurrent layers on GPUs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import tracer
+from tracer import Tracer
+from tracer.gradients import isolated
+
+CPU = torch.device("cpu")
+
+
+class Net(nn.Module):
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.h, self.o, self.function = nn.Linear(3, 5), nn.Linear(5, 4), function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *args):
+        return self.function(self, *args)
+
+
+def loss(model, batch):
+    return F.cross_entropy(model(*batch[:-1]), batch[-1], reduction="none")
+
+
+def run(model, batches, folder):
+    traced = Tracer(model, loss, 4 * len(batches), folder, projector="none", storage="float32")
+    traced.load_checkpoint(model.state_dict(), model_id=0)
+    for number, batch in enumerate(batches):
+        traced.featurize(batch, inds=torch.arange(4 * number, 4 * number + 4))
+    traced.finalize_features()
+    return traced
+
+
+def plain(count):
+    return [(torch.randn(4, 3, dtype=torch.float64), torch.arange(4)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 5, 7, 11, 13])
+def test_a_count_of_forwards_kept_outside_the_model_is_refused(tmp_path, period):
+    torch.manual_seed(0)
+    calls = []
+
+    def forward(model, x):
+        calls.append(1)
+        return model.o(torch.tanh(model.h(x))) * (1 + len(calls) // period)
+
+    with pytest.raises(tracer.GradientError, match="keeps state between calls"):
+        run(Net(forward).double(), plain(8), tmp_path / "store")
+
+
+def test_layers_that_run_on_nested_tensors_are_exact(tmp_path):
+    torch.manual_seed(0)
+
+    def forward(model, x, lengths):
+        rows = [row[:length] for row, length in zip(x, lengths.tolist(), strict=True)]
+        nested = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+        return model.o(torch.nested.to_padded_tensor(torch.tanh(model.h(nested)), 0.0).sum(1))
+
+    model = Net(forward).double()
+    batches = [(torch.randn(4, 6, 3).double(), torch.randint(1, 7, (4,)), torch.arange(4)) for _ in range(3)]
+    with run(model, batches, tmp_path / "store").store.checkpoint(0) as table:
+        ((_, found),) = table.raw_features(0, 12)
+    for row, values in enumerate(found):
+        one = [leaf[row % 4 : row % 4 + 1] for leaf in batches[row // 4]]
+        expected = torch.autograd.grad(loss(model, one).sum(), list(model.parameters()))
+        torch.testing.assert_close(
+            torch.tensor(values).double(), torch.cat([grad.flatten() for grad in expected]), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_reentrant_checkpoints_are_refused_with_what_to_do(tmp_path):
+    def forward(model, x):
+        return model.o(checkpoint(lambda h: torch.tanh(model.g(h)), model.h(x), use_reentrant=True))
+
+    with pytest.raises(tracer.GradientError, match="use_reentrant=False"):
+        run(Net(forward, g=nn.Linear(5, 5)).double(), plain(1), tmp_path / "store")
+
+
+@pytest.fixture
+def cudnn():
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = True
+    yield torch.backends.cudnn
+    torch.backends.cudnn.enabled = before
+
+
+def test_only_recurrent_layers_run_without_cudnn(cudnn):
+    seen = {}
+
+    class Watched(nn.GRU):
+        def forward(self, x):
+            seen["recurrent"] = cudnn.enabled
+            if x.isnan().any():
+                raise FloatingPointError
+            return super().forward(x)
+
+    model = nn.Sequential(Watched(3, 4))
+    model.register_forward_hook(lambda *_: seen.update(other=cudnn.enabled))
+    with isolated(model, {name for name, _ in model.named_parameters()}, CPU):
+        model(torch.zeros(2, 5, 3))
+        assert seen == {"recurrent": False, "other": True}
+        with pytest.raises(FloatingPointError):
+            model(torch.full((2, 5, 3), torch.nan))
+        assert cudnn.enabled
+    model(torch.zeros(2, 5, 3))
+    assert seen["recurrent"]
+    assert "forward" not in model[0].__dict__
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: cuDNN has no backward in eval mode")
+def test_gradients_of_recurrent_layers_on_a_gpu_are_those_on_the_cpu(tmp_path):
+    torch.manual_seed(0)
+    model = Net(lambda model, x: model.o(model.r(x)[0][:, -1]), r=nn.LSTM(3, 5, batch_first=True))
+    batch = torch.randn(4, 6, 3), torch.arange(4)
+    rows = []
+    for device in ("cpu", "cuda"):
+        traced = run(model.to(device), [tuple(leaf.to(device) for leaf in batch)], tmp_path / device)
+        with traced.store.checkpoint(0) as table:
+            rows.append(torch.from_numpy(next(iter(table.raw_features(0, 4)))[1]))
+    torch.testing.assert_close(rows[1], rows[0], rtol=1e-3, atol=1e-4)
