@@ -74,6 +74,18 @@ def test_wrong_sizes_name_the_leaf():
         check_batch_size({"scale": torch.tensor(1.0), "one": X[:1]}, 4)
 
 
+SPARSE = X.to_sparse(), X.to_sparse_csr()
+NESTED = [torch.nested.nested_tensor([X[:1], X[:2], X], layout=layout) for layout in (torch.strided, torch.jagged)]
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("value", [*SPARSE, *NESTED], ids=lambda value: f"{value.layout}, nested {value.is_nested}")
+def test_sparse_and_nested_tensors_are_refused_with_what_to_do(value):
+    for batch in ((value, Y), {"y": Y, "x": value}):
+        with pytest.raises(tracer.BatchError, match="expected dense tensors"):
+            check_batch_size(batch, count_samples(batch))
+
+
 def test_samples_are_counted():
     assert count_samples(({"x": X}, Y)) == 3
     with pytest.raises(tracer.BatchError, match="holds no tensor"):

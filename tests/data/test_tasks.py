@@ -268,8 +268,19 @@ def test_losses_of_training_mode_only_name_a_way():
     model, batch = Detector().eval(), (torch.randn(4, 2), torch.tensor([0, 1, 2, 0]))
     with pytest.raises(tracer.BatchError, match=r"AttributeError.*eval mode.*model\.train\(\)"):
         make_task(summed).outputs(model, batch)
+    with pytest.raises(tracer.BatchError, match=r"IndexError.*eval mode.*model\.train\(\)"):
+        make_task(lambda model, batch: model(*batch)[9]).outputs(model, batch)
     found = make_task(in_training).outputs(model, batch)
     torch.testing.assert_close(found.loss, F.cross_entropy(model.head(batch[0]), batch[1], reduction="none"))
+
+
+@pytest.mark.parametrize("task", ["regression", "binary_classification"])
+def test_outputs_that_lost_the_batch_dimension_are_refused_with_their_shape(task):
+    model = nn.Sequential(nn.Linear(2, 1), nn.Flatten(0))
+    squeezed = nn.Sequential(model, nn.Unflatten(0, (1, -1)), nn.AdaptiveAvgPool1d(1), nn.Flatten(0))
+    squeezed.register_forward_hook(lambda module, args, output: output.squeeze())
+    with pytest.raises(tracer.BatchError, match=r"shape \(\)"):
+        make_task(task).outputs(squeezed, (torch.randn(1, 2), torch.ones(1)))
 
 
 PROBABILITIES = {
