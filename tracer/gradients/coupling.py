@@ -16,7 +16,7 @@ from tracer.types import Batch
 
 Calls = list[tuple[str, Tensor]]
 
-_NOISE = 64.0
+_NOISE, _MOST_NOISE = 64.0, 1e-4
 _LEAST_SHARE, _MOST_SHARE = 1e-6, 0.1
 
 
@@ -61,7 +61,7 @@ def _is_constant(model: nn.Module, task: Task, batch: Batch) -> bool:
         return False
     found = [(each, gradient) for each, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
     change = sum(float((each.detach() * gradient.to_dense()).abs().sum()) for each, gradient in found)
-    return change < _NOISE * torch.finfo(outputs.dtype).eps * float(outputs.detach().abs().sum())
+    return change < min(_NOISE * torch.finfo(outputs.dtype).eps, _MOST_NOISE) * float(outputs.detach().abs().sum())
 
 
 def _cause(model: nn.Module, task: Task, batch: Batch, alone: Batch, row: int) -> str:
