@@ -332,3 +332,79 @@ def test_a_stream_that_differs_in_a_later_pass_is_refused(change):
     source = text_source(stream, make_tokenizer(), TextSettings())
     with pytest.raises(InputError, match="this pass differs from the first one at example"):
         all_batches(source)
+
+
+# -- Blocks that are given, and padding ------------------------------------------------------------------------------
+
+
+def given_blocks(settings):
+    """Return blocks as `pack` makes them, in all forms in which data may say where documents begin."""
+    sizes = np.array([len(text.split()) + 1 for text in texts()])
+    blocks, forms = (
+        pack(sizes, "bfd", 16),
+        {name: [] for name in ("seq_lengths", "doc_ids", "segment_ids", "position_ids")},
+    )
+    for block in blocks:
+        parts = [tokens_of(f"{texts()[document]} <eos>") for document, _, _ in block]
+        tokens = {"input_ids": [token for part in parts for token in part]}
+        runs = [
+            (number, document, len(part))
+            for number, ((document, _, _), part) in enumerate(zip(block, parts, strict=True))
+        ]
+        forms["seq_lengths"].append({**tokens, "seq_lengths": [size for *_, size in runs]})
+        forms["doc_ids"].append({**tokens, "doc_ids": [document for _, document, size in runs for _ in range(size)]})
+        forms["segment_ids"].append({**tokens, "segment_ids": [1 + n for n, _, size in runs for _ in range(size)]})
+        forms["position_ids"].append({**tokens, "position_ids": [place for *_, size in runs for place in range(size)]})
+    return blocks, forms
+
+
+@pytest.mark.parametrize("form", ["seq_lengths", "doc_ids", "segment_ids", "position_ids"])
+@pytest.mark.parametrize("packing", ["given", "given_wrapped"])
+def test_given_blocks_have_the_rows_of_their_documents(form, packing):
+    blocks, forms = given_blocks(TextSettings())
+    data, tokenizer = datasets.Dataset.from_list(forms[form]), make_tokenizer()
+    whole = text_source(data, tokenizer, TextSettings(packing=packing, unit="block"))
+    assert rows_of(whole) == [each["input_ids"] for each in forms[form]]
+    source = text_source(data, tokenizer, TextSettings(packing=packing))
+    expected, owners, place = [], [], 0
+    for block in blocks:
+        context = []
+        for document, _, _ in block:
+            own = tokens_of(f"{texts()[document]} <eos>")
+            before, context = (context, context + own) if packing == "given_wrapped" else ([], [])
+            if len(before) + len(own) > 1:
+                expected.append(before + own)
+                owners.append(document if form == "doc_ids" else place)
+            place += 1
+    assert rows_of(source) == expected and source.rows.documents.tolist() == owners
+
+
+def test_given_blocks_may_be_streamed():
+    _, forms = given_blocks(TextSettings())
+    data = datasets.Dataset.from_list(forms["segment_ids"])
+    sources = [
+        text_source(each, make_tokenizer(), TextSettings(packing="given"))
+        for each in (data, data.to_iterable_dataset())
+    ]
+    assert rows_of(sources[0]) == rows_of(sources[1]) and len(sources[0]) > len(data)
+
+
+def test_blocks_that_do_not_say_where_documents_begin_are_refused():
+    with pytest.raises(InputError, match="one of seq_lengths, doc_ids"):
+        encode({"input_ids": [5, 6]}, packing="given")
+    with pytest.raises(InputError, match=r"2 input_ids and documents of \[1\] tokens"):
+        encode({"input_ids": [5, 6], "seq_lengths": [1]}, packing="given")
+
+
+def test_padding_of_tokenized_data_does_not_count():
+    padded = {"input_ids": [5, 6, 7, 0, 0], "attention_mask": [1, 1, 1, 0, 0]}
+    assert encode(padded) == {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
+    labels = {"labels": [-100, 6, 7, -100, -100]}
+    assert encode({**padded, **labels}) == {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+
+
+def test_a_data_set_with_a_transform_is_refused():
+    data = datasets.Dataset.from_list([{"text": "w1 w2"}])
+    data.set_transform(lambda batch: batch)
+    with pytest.raises(InputError, match="has a transform"):
+        text_source(data, make_tokenizer(), TextSettings())

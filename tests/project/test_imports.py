@@ -18,6 +18,7 @@ def run_python(code: str) -> list[str]:
 def test_public_names_import_no_optional_package():
     optional = [
         "captum",
+        "datasets",
         "fast_jl",
         "lightning",
         "matplotlib",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tracer.data.text.settings import TextSettings
+from tracer.data.text.settings import GIVEN, TextSettings
 from tracer.errors import InputError
 
 logger = logging.getLogger("tracer")
@@ -35,6 +35,7 @@ class Encoder:
 
     def __call__(self, example: Mapping[str, Any]) -> dict[str, list[int]]:
         """Return ``input_ids`` and ``labels``, of which -100 are not predicted."""
+        example = _attended(example)
         tokens, masks = self._tokens(example)
         labels = example.get("labels") if "input_ids" in example else None
         if labels is None:
@@ -43,7 +44,8 @@ class Encoder:
         labels = list(labels)
         if len(labels) != len(tokens):
             raise InputError(f"an example has {len(tokens)} input_ids and {len(labels)} labels; expected as many.")
-        return {"input_ids": tokens, "labels": labels}
+        found = {"input_ids": tokens, "labels": labels}
+        return {**found, **_segments(example, len(tokens))} if self._settings.packing in GIVEN else found
 
     def _tokens(self, example: Mapping[str, Any]) -> tuple[list[int], list[list[int]]]:
         """Return the tokens, and the masks of those that count."""
@@ -116,6 +118,47 @@ class Encoder:
     def _ended(self, text: str) -> str:
         end = self._tokenizer.eos_token if self._settings.add_eos else None
         return text if end is None or text.endswith(end) else text + end
+
+
+def _attended(example: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return an example of tokens without its padding, which ``attention_mask`` leaves out."""
+    mask = example.get("attention_mask") if "input_ids" in example else None
+    if mask is None or all(mask):
+        return example
+    values = {name: value for name, value in example.items() if name in _OF_TOKENS and value is not None}
+    return {
+        **example,
+        **{name: [one for one, own in zip(value, mask, strict=True) if own] for name, value in values.items()},
+    }
+
+
+_OF_TOKENS = ("input_ids", "labels", "completion_mask", "assistant_masks", "segment_ids", "doc_ids", "position_ids")
+
+
+def _segments(example: Mapping[str, Any], length: int) -> dict[str, list[int]]:
+    """Return the ``sizes`` of the documents in a block and, if it has ``doc_ids``, their numbers, ``owners``."""
+    if "input_ids" in example and example.get("seq_lengths") is not None:
+        sizes = list(example["seq_lengths"])
+    else:
+        by = next((name for name in ("doc_ids", "segment_ids", "position_ids") if example.get(name) is not None), None)
+        if by is None or "input_ids" not in example:
+            raise InputError(
+                f"blocks that are given have input_ids and one of seq_lengths, doc_ids, segment_ids or position_ids; "
+                f"got {sorted(example)}."
+            )
+        values = list(example[by])
+        changes = [place for place in range(1, len(values)) if values[place] != values[place - 1]]
+        if by == "position_ids":
+            changes = [place for place in range(1, len(values)) if values[place] == 0]
+        bounds = [0, *changes, len(values)]
+        sizes = [stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True) if stop > start]
+    if sum(sizes) != length or min(sizes, default=1) < 1:
+        raise InputError(f"a block has {length} input_ids and documents of {sizes} tokens; expected as many.")
+    starts = [sum(sizes[:place]) for place in range(len(sizes))]
+    ids = example.get("doc_ids")
+    if ids is not None and not all(isinstance(each, int) for each in ids):
+        raise InputError(f"doc_ids has {ids[0]!r}; expected the number of each token's document, from 0 on.")
+    return {"sizes": sizes} if ids is None else {"sizes": sizes, "owners": [ids[start] for start in starts]}
 
 
 def _with_roles(example: Mapping[str, Any]) -> Mapping[str, Any]:

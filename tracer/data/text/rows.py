@@ -12,10 +12,11 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from tracer.data.text.encoding import IGNORED
-from tracer.data.text.packing import GROUP, pack
-from tracer.data.text.settings import TextSettings
+from tracer.data.text.packing import GROUP, Piece, pack
+from tracer.data.text.settings import GIVEN, TextSettings
 
-Tokens = tuple[np.ndarray, np.ndarray]  # input ids and labels of a document, [n] each, int64
+Tokens = tuple[np.ndarray, ...]
+"""A document's input ids and labels, ``[n]`` each; of a given block also its documents' sizes, and their numbers."""
 
 
 @dataclass(frozen=True)
@@ -23,22 +24,30 @@ class TextRows:
     """The rows of a set of examples: ranges of the list of pieces, of which the last ones are predicted.
 
     Attributes:
-        pieces: ``[P, 3]``: the document of each piece, its first token, and the one after its last.
+        pieces: ``[P, 3]``: the example of each piece in the data, its first token, and the one after its last.
         bounds: ``[N, 3]`` for each row: its first piece, the first one that is predicted, and the one after its last.
         lengths: ``[N]``, the tokens of each row.
         isolated: Whether documents of one row do not see each other.
-        num_documents: The number of documents in the data.
+        owners: ``[P]``, the number of each piece's document: that of its example in the data or, in a block that was
+            given, the one it was given or else its place among the pieces.
+        num_documents: The number of examples in the data.
     """
 
     pieces: Int64[np.ndarray, "P 3"]
     bounds: Int64[np.ndarray, "N 3"]
     lengths: Int64[np.ndarray, " N"]
     isolated: bool
+    owners: Int64[np.ndarray, " P"]
     num_documents: int
 
     @property
     def documents(self) -> Int64[np.ndarray, " N"]:
         """The document of each row, or of its first piece that is predicted."""
+        return self.owners[self.bounds[:, 1]]
+
+    @property
+    def examples(self) -> Int64[np.ndarray, " N"]:
+        """The example of the data that each row comes from, or its first piece that is predicted."""
         return self.pieces[self.bounds[:, 1], 0]
 
     def tokens(self, row: int, of: Any) -> dict[str, Int64[np.ndarray, " T"]]:
@@ -46,7 +55,7 @@ class TextRows:
         first, scored, last = self.bounds[row].tolist()
         columns: dict[str, list[np.ndarray]] = {name: [] for name in ("input_ids", "labels", "positions", "segments")}
         for number, (document, start, stop) in enumerate(self.pieces[first:last].tolist()):
-            tokens, labels = (values[start:stop] for values in of[document])
+            tokens, labels = (values[start:stop] for values in of[document][:2])
             if self.isolated or first + number < scored:
                 labels = labels.copy()
                 labels[: 1 if first + number >= scored else None] = IGNORED
@@ -64,11 +73,15 @@ def plan_rows(documents: Iterable[Tokens], settings: TextSettings) -> TextRows:
     """Return the rows of documents, in which rows without a predicted token are left out."""
     pieces: list[np.ndarray] = []
     bounds: list[np.ndarray] = []
-    isolated, by_document = settings.packing != "wrapped", settings.unit == "document"
+    owners: list[np.ndarray] = []
+    isolated, by_document = "wrapped" not in settings.packing, settings.unit == "document"
     before = count = 0
     for group in _groups(documents):
-        sizes = np.array([len(tokens) for tokens, _ in group], np.int64)
-        blocks = pack(sizes, settings.packing, settings.max_length, settings.truncation == "keep_end")
+        sizes = np.array([len(tokens) for tokens, *_ in group], np.int64)
+        if settings.packing in GIVEN:
+            blocks = [_given(number, each[2]) for number, each in enumerate(group)]
+        else:
+            blocks = pack(sizes, settings.packing, settings.max_length, settings.truncation == "keep_end")
         flat = np.array([piece for block in blocks for piece in block], np.int64).reshape(-1, 3)
         counts = np.array([len(block) for block in blocks], np.int64)
         ends = np.cumsum(counts)
@@ -82,14 +95,27 @@ def plan_rows(documents: Iterable[Tokens], settings: TextSettings) -> TextRows:
         predicted = _predicted(flat, group, firsts=np.arange(len(flat)) if isolated else starts)
         total = np.concatenate([[0], np.cumsum(predicted)])
         rows = rows[total[rows[:, 2]] > total[rows[:, 1]]]
+        if any(len(each) > 3 for each in group):
+            owners.append(np.concatenate([each[3] for each in group]))
+        elif settings.packing in GIVEN:
+            owners.append(before + np.arange(len(flat)))
         flat[:, 0] += count
+        if settings.packing not in GIVEN:
+            owners.append(flat[:, 0])
         pieces.append(flat)
         bounds.append(rows + before)
         before, count = before + len(flat), count + len(group)
     every = np.concatenate([np.zeros((0, 3), np.int64), *pieces])
     ranges = np.concatenate([np.zeros((0, 3), np.int64), *bounds])
     total = np.concatenate([[0], np.cumsum(every[:, 2] - every[:, 1])])
-    return TextRows(every, ranges, total[ranges[:, 2]] - total[ranges[:, 0]], isolated, count)
+    numbers = np.concatenate([np.zeros(0, np.int64), *owners])
+    return TextRows(every, ranges, total[ranges[:, 2]] - total[ranges[:, 0]], isolated, numbers, count)
+
+
+def _given(example: int, sizes: np.ndarray) -> list[Piece]:
+    """Return the pieces of a block that the data have."""
+    stops = np.cumsum(sizes).tolist()
+    return [(example, stop - size, stop) for size, stop in zip(sizes.tolist(), stops, strict=True)]
 
 
 def _groups(documents: Iterable[Tokens]) -> Iterator[list[Tokens]]:

@@ -9,7 +9,9 @@ from typing import Any, TypedDict
 from tracer._core.validation import check_choice, check_count
 from tracer.errors import InputError, InputTypeError, nearest_name
 
-PACKINGS = ("none", "bfd", "bfd_split", "wrapped")
+REPACKED = ("bfd", "bfd_split", "wrapped")
+GIVEN = ("given", "given_wrapped")
+PACKINGS = ("none", *REPACKED, *GIVEN)
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -21,8 +23,8 @@ class TextSettings:
     """Settings of tokens and batches; they mean what TRL's ``SFTConfig`` means by them.
 
     A *document* is an example of the data set. With packing, documents are put into *blocks* of ``max_length`` tokens.
-    Documents of ``bfd`` and ``bfd_split`` do not see each other; those of ``wrapped`` follow each other in one
-    sequence, as in plain pre-training, so a document sees those before it in its block.
+    Documents of ``bfd``, ``bfd_split`` and ``given`` do not see each other; those of ``wrapped`` and ``given_wrapped``
+    follow each other in one sequence, as in plain pre-training, so a document sees those before it in its block.
     """
 
     split: str = _setting("train", "The split of the data; a slice such as train[:1000] works too.")
@@ -41,7 +43,8 @@ class TextSettings:
     packing: str = _setting(
         "none",
         "Put documents into blocks: bfd (best-fit decreasing, long documents are cut), bfd_split (long documents "
-        "are split) or wrapped (one after the other, split where a block is full).",
+        "are split) or wrapped (one after the other, split where a block is full). given, given_wrapped: the data "
+        "are such blocks, with input_ids and seq_lengths, doc_ids, segment_ids or position_ids.",
         PACKINGS,
     )
     unit: str = _setting(
@@ -60,14 +63,14 @@ class TextSettings:
         check_count(self.batch_tokens, "batch_tokens")
         if self.max_length is not None:
             check_count(self.max_length, "max_length")
-        elif self.packing != "none":
+        elif self.packing in REPACKED:
             raise InputError(f"packing={self.packing!r} expects max_length, the tokens of a block; got None.")
         if self.unit == "block" and (self.packing == "none" or self.group_column is not None):
             raise InputError(
                 "unit='block' expects packing and no group_column, since a block may hold documents of several groups; "
                 "choose a packing, or unit='document'."
             )
-        if self.streaming and self.packing != "none":
+        if self.streaming and self.packing in REPACKED:
             raise InputError(
                 f"packing={self.packing!r} reads documents in another order than a stream yields them; pass "
                 f"streaming=False, or packing='none'."

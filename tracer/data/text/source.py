@@ -14,10 +14,11 @@ from tracer.data.text.encoding import Encoder
 from tracer.data.text.packing import GROUP
 from tracer.data.text.reading import import_datasets, read_dataset
 from tracer.data.text.rows import TextRows, Tokens, collate, plan_rows
-from tracer.data.text.settings import TextSettings
+from tracer.data.text.settings import REPACKED, TextSettings
 from tracer.errors import InputError
 from tracer.types import Batch
 
+_COLUMNS = ("input_ids", "labels", "sizes", "owners")
 WINDOW = 1024
 """The rows that are sorted by length: neighbours stay neighbours, so files are written one after the other."""
 
@@ -37,7 +38,7 @@ class TextSource(DataSource):
         self.groups: tuple[Int64[np.ndarray, " N"], list[str]] | None = None
         if values is not None:
             names, numbers = np.unique([str(value) for value in values], return_inverse=True)
-            self.groups = numbers[rows.documents].astype(np.int64), names.tolist()
+            self.groups = numbers[rows.examples].astype(np.int64), names.tolist()
 
     def __len__(self) -> int:
         return len(self.rows.bounds)
@@ -66,7 +67,7 @@ def text_source(data: Any, tokenizer: Any, settings: TextSettings, name: str = "
     encoder = Encoder(tokenizer, settings)
     pad = next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
     is_stream = isinstance(dataset, import_datasets().IterableDataset)
-    if is_stream and settings.packing != "none":
+    if is_stream and settings.packing in REPACKED:
         raise InputError(
             f"{name} is a stream; expected a data set that is read whole for packing={settings.packing!r}."
         )
@@ -85,6 +86,12 @@ class _Encoded:
 
     def __init__(self, dataset: Any, encoder: Encoder, settings: TextSettings) -> None:
         self.groups = None
+        if dataset.format["type"] == "custom":
+            raise InputError(
+                "the data set has a transform (set_transform), which may give other examples each time; write what it "
+                "gives into the data by map()."
+            )
+        dataset = dataset.with_format(None)
         if settings.group_column is not None:
             _check_column(settings.group_column, dataset.column_names)
             self.groups = dataset[settings.group_column]
@@ -101,8 +108,8 @@ class _Encoded:
         return dict(zip(wanted, self._pairs(self._tokens[wanted]), strict=True))
 
     def _pairs(self, found: Any) -> Iterator[Tokens]:
-        for tokens, labels in zip(found["input_ids"], found["labels"], strict=True):
-            yield np.asarray(tokens, np.int64), np.asarray(labels, np.int64)
+        for values in zip(*(found[name] for name in _COLUMNS if name in found), strict=True):
+            yield tuple(np.asarray(each, np.int64) for each in values)
 
 
 class _Stream:
@@ -126,7 +133,7 @@ class _Stream:
 
     def load(self, rows: TextRows, window: np.ndarray) -> dict[int, Tokens]:
         """Return the tokens of the documents in some rows, reading on from those before."""
-        wanted = rows.pieces[rows.bounds[window, 1], 0].tolist()
+        wanted = np.unique(rows.pieces[rows.bounds[window, 1], 0]).tolist()
         if wanted[0] < self._position or not self._position:
             self._position, self._examples = 0, iter(self._dataset)
         found: dict[int, Tokens] = {}
@@ -146,7 +153,7 @@ class _Stream:
 
     def _encode(self, example: Any) -> Tokens:
         found = self._encoder(example)
-        return np.array(found["input_ids"], np.int64), np.array(found["labels"], np.int64)
+        return tuple(np.array(found[name], np.int64) for name in _COLUMNS if name in found)
 
 
 def _hash(tokens: Iterable[np.ndarray]) -> int:
