@@ -30,6 +30,8 @@ class SampleOutputs:
         label: The sample's class, integers, for selecting examples later. Default: None, no classes.
         baseline: The f of a model that has learnt nothing (logits or predictions of zero), detached. The regularization
             of ``influence`` follows from how far f has moved since. Default: None, unknown.
+        rival: The class of greatest probability among those other than ``label``, integers. Default: None, no classes.
+        rival_share: The rival's probability divided by that of all classes other than ``label``, detached.
     """
 
     output: Tensor
@@ -38,6 +40,8 @@ class SampleOutputs:
     loss_hess: Tensor
     label: Tensor | None = None
     baseline: Tensor | None = None
+    rival: Tensor | None = None
+    rival_share: Tensor | None = None
 
 
 def detached(outputs: SampleOutputs) -> SampleOutputs:

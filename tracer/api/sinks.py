@@ -29,6 +29,8 @@ class RowValues:
         gradient_norm: ``[n]``, the exact norm of the gradient of f.
         output_change: ``[n]``, f minus the f of a model that has learnt nothing; 0 if the task does not know that.
         label: ``[n]``, int64, the class; None if the task gives none.
+        rival: The class other than the label that the model prefers, ``[n]``, int64, and its share of the probability
+            of these classes, ``[n]``; None if the task gives none.
         audited: ``[n]``, bool, whether the example was run alone with the same result.
     """
 
@@ -39,12 +41,14 @@ class RowValues:
     gradient_norm: np.ndarray
     output_change: np.ndarray
     label: np.ndarray | None
+    rival: tuple[np.ndarray, np.ndarray] | None
     audited: np.ndarray
 
     def select(self, rows: np.ndarray) -> RowValues:
         """Return the values of some examples, given by a mask ``[n]`` or by positions."""
         features = None if self.features is None else self.features[rows]
         label = None if self.label is None else self.label[rows]
+        rival = None if self.rival is None else (self.rival[0][rows], self.rival[1][rows])
         values = (
             self.loss[rows],
             self.loss_grad[rows],
@@ -52,7 +56,7 @@ class RowValues:
             self.gradient_norm[rows],
             self.output_change[rows],
         )
-        return RowValues(features, *values, label, self.audited[rows])
+        return RowValues(features, *values, label, rival, self.audited[rows])
 
 
 class ProjectingSink:
@@ -133,7 +137,11 @@ def row_values(
     def array(values: Tensor) -> np.ndarray:
         return values.detach().to("cpu", torch.float32).numpy()
 
+    def classes(values: Tensor) -> np.ndarray:
+        return values.detach().to("cpu", torch.int64).numpy()
+
     output_change = torch.zeros_like(outputs.loss) if outputs.baseline is None else outputs.output - outputs.baseline
+    rival = outputs.rival, outputs.rival_share
     return RowValues(
         features=None if features is None else array(features),
         loss=array(outputs.loss),
@@ -141,7 +149,8 @@ def row_values(
         loss_hess=array(outputs.loss_hess),
         gradient_norm=array(squares.sqrt()),
         output_change=array(output_change),
-        label=None if outputs.label is None else outputs.label.detach().to("cpu", torch.int64).numpy(),
+        label=None if outputs.label is None else classes(outputs.label),
+        rival=None if rival[0] is None or rival[1] is None else (classes(rival[0]), array(rival[1])),
         audited=np.arange(len(squares)) == (-1 if audited is None else audited),
     )
 
@@ -162,6 +171,7 @@ def write_values(table: RowTable, rows: np.ndarray, values: RowValues, fingerpri
         output_change=values.output_change,
         fingerprint=fingerprint,
         label=values.label,
+        rival=values.rival,
         audited=values.audited,
     )
 

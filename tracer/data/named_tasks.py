@@ -63,7 +63,9 @@ class Classification(Task):
         wrong = torch.sigmoid(-detached)  # 1 - p_y without the cancellation that 1 - softmax has for p_y near 1
         baseline = torch.full_like(detached, -math.log(max(logits.shape[1] - 1, 1)))
         loss_hess = wrong * torch.sigmoid(detached)
-        return SampleOutputs(margin, F.softplus(-detached), -wrong, loss_hess, labels, baseline)
+        rival = logits.detach().masked_fill(is_label, -torch.inf).max(1)
+        share = (rival.values - others.detach()).exp()
+        return SampleOutputs(margin, F.softplus(-detached), -wrong, loss_hess, labels, baseline, rival.indices, share)
 
     def settings(self) -> dict[str, Any]:
         """Return the name, and whether the model returns probabilities."""
@@ -101,7 +103,9 @@ class BinaryClassification(Task):
         probability = torch.sigmoid(detached)
         loss_hess = probability * torch.sigmoid(-detached)
         loss_grad, baseline = probability - labels, torch.zeros_like(detached)
-        return SampleOutputs(logit, loss, loss_grad, loss_hess, labels.round().long(), baseline)
+        classes = labels.round().long()
+        share = torch.ones_like(detached)
+        return SampleOutputs(logit, loss, loss_grad, loss_hess, classes, baseline, 1 - classes, share)
 
     settings = Classification.settings
 

@@ -215,7 +215,7 @@ class Verifier:
 
     def check_outputs(self, outputs: SampleOutputs, batch_size: int) -> None:
         """Raise `BatchError` unless a task returned one number a sample."""
-        for name in ("output", "loss", "loss_grad", "loss_hess", "label", "baseline"):
+        for name in ("output", "loss", "loss_grad", "loss_hess", "label", "baseline", "rival", "rival_share"):
             value = getattr(outputs, name)
             if value is not None:
                 check_per_sample(name, value, batch_size, "rows")

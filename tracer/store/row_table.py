@@ -153,6 +153,7 @@ class RowTable:
         fingerprint: np.ndarray,
         output_change: np.ndarray | None = None,
         label: np.ndarray | None = None,
+        rival: tuple[np.ndarray, np.ndarray] | None = None,
         audited: np.ndarray | None = None,
     ) -> None:
         """Write rows, each at most once in a call; they are pending until the next flush.
@@ -167,6 +168,8 @@ class RowTable:
             fingerprint: ``[n]``, uint64, a hash of each example's inputs.
             output_change: ``[n]``, float32, f minus the f of an untrained model; None if unknown.
             label: ``[n]``, int64, the class of each example; None if examples have no class.
+            rival: The class other than the label that the model prefers, ``[n]``, int64, and its share of the
+                probability of these classes, ``[n]``, float32; None if unknown.
             audited: ``[n]``, bool, whether the example was run alone with the same result; None: none was.
 
         Raises:
@@ -178,7 +181,9 @@ class RowTable:
         rows = checked_rows(rows, self.num_rows, self.path, unique=True)
         floats = {"loss": loss, "loss_grad": loss_grad, "loss_hess": loss_hess, "gradient_norm": gradient_norm}
         floats["output_change"] = np.zeros(len(rows), np.float32) if output_change is None else output_change
-        self._writer.write(rows, features, floats, fingerprint, label, audited)
+        floats["rival_share"] = np.zeros(len(rows), np.float32) if rival is None else rival[1]
+        classes = {"label": label, "rival": None if rival is None else rival[0]}
+        self._writer.write(rows, features, floats, fingerprint, classes, audited)
 
     def flush(self) -> None:
         """Make pending rows durable, then mark them done; after an error they have to be written again."""
@@ -196,8 +201,8 @@ class RowTable:
         """Return a column, or some rows of it: a read-only view if they are in one file, else a copy.
 
         Args:
-            name: ``loss``, ``loss_grad``, ``loss_hess``, ``gradient_norm``, ``output_change`` or ``scale`` (float32),
-                ``label`` (int64, `NO_LABEL` if there is none), ``fingerprint`` or ``checksum`` (uint64), ``audited``
+            name: ``loss``, ``loss_grad``, ``loss_hess``, ``gradient_norm``, ``output_change``, ``rival_share`` or
+                ``scale`` (float32), ``label`` or ``rival`` (int64, `NO_LABEL` if there is none), ``fingerprint`` or ``checksum`` (uint64), ``audited``
                 (bool), or ``done`` (bool, which may already include pending rows).
             start: The first row.
             stop: One past the last row; None is N.

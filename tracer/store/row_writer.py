@@ -48,15 +48,16 @@ class RowWriter:
         features: np.ndarray | None,
         floats: Mapping[str, np.ndarray],
         fingerprint: np.ndarray,
-        label: np.ndarray | None,
+        classes: Mapping[str, np.ndarray | None],
         audited: np.ndarray | None,
     ) -> None:
         """Check a batch, then write it; its rows are pending until the next flush."""
         columns = {name: _checked_floats(name, values, rows) for name, values in floats.items()}
         columns["fingerprint"] = checked_fingerprint(fingerprint, len(rows))
-        columns["label"] = np.full(len(rows), NO_LABEL) if label is None else np.asarray(label, np.int64)
-        if columns["label"].shape != (len(rows),):
-            raise InputTypeError(f"label is of shape {columns['label'].shape}: expected ({len(rows)},)")
+        for name, values in classes.items():
+            columns[name] = np.full(len(rows), NO_LABEL) if values is None else np.asarray(values, np.int64)
+            if columns[name].shape != (len(rows),):
+                raise InputTypeError(f"{name} is of shape {columns[name].shape}: expected ({len(rows)},)")
         columns["audited"] = np.zeros(len(rows), bool) if audited is None else np.asarray(audited, bool)
         if (features is None) != (self._features is None):
             raise InputTypeError(f"features is {type(features).__name__} for a table of storage={self._storage!r}")

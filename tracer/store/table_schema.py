@@ -18,7 +18,7 @@ from tracer.store.arrays.metadata import NODE, group_document, read_document, wr
 from tracer.store.arrays.store_path import StorePath
 from tracer.store.feature_storage import FeatureStorage
 
-VALUES = ("loss", "loss_grad", "loss_hess", "gradient_norm", "output_change")
+VALUES = ("loss", "loss_grad", "loss_hess", "gradient_norm", "output_change", "rival_share")
 """The float32 columns that are computed for each row, all ``[N]``."""
 NO_LABEL = int(np.iinfo(np.int64).min)
 """The label of a row if the task has none."""
@@ -26,13 +26,14 @@ COLUMNS = {
     "scale": "float32",
     **dict.fromkeys(VALUES, "float32"),
     "label": "int64",
+    "rival": "int64",
     "fingerprint": "uint64",
     "checksum": "uint64",
     "audited": "bool",
     "done": "bool",
 }
 _REQUIRED = ("num_rows", "storage", "chunk_rows", "finalized", "revision", "weights_fingerprint", "learning_rate")
-_CHECKED = ("scale", *VALUES, "label", "fingerprint")
+_CHECKED = ("scale", *VALUES, "label", "rival", "fingerprint")
 
 
 def table_layouts(num_rows: int, dim: int, storage: str, chunk_rows: int) -> dict[str, Layout]:
