@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from tracer._core.sharding import fsdp_modules
 from tracer._core.validation import bar_disabled, check_count, check_model
 from tracer.api.checkpoint_sources import check_distinct, checkpoint_pairs
+from tracer.api.label_evidence import label_health, model_warnings
 from tracer.api.report_metadata import StoreFacts
 from tracer.api.settings import FeatureOptions, FeatureSettings, chosen_storage, feature_settings, takes_settings
 from tracer.api.store_reader import StoreReader
@@ -24,10 +26,13 @@ from tracer.data.datasets import DataSource, NoExamples, as_data_source
 from tracer.data.halving import Halving
 from tracer.errors import InputError
 from tracer.report import ReportOptions, write_report
+from tracer.report.label_noise import WrongLabels
 from tracer.report.samples import as_array
 from tracer.scoring.estimators import Estimate
 from tracer.training.load_state import check_headers
 from tracer.types import Batch, Checkpoint, TopK
+
+logger = logging.getLogger("tracer")
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,28 @@ class Attribution:
         """The attribution whose self-influence ranks examples: this one, or that of ``tracin`` for ``cosine``."""
         return replace(self, estimator="tracin") if self.estimator == "cosine" else self
 
+    def label_health(self) -> WrongLabels | str:
+        """Return the estimated share of wrong labels among the training examples, or why there is no estimate.
+
+        Each training example is predicted as if the model had not learned from it, by the leave-one-out step of the
+        estimator ``influence``; predictions of targets that are no training examples tell how far to trust these.
+
+        Returns:
+            ``share``, a 95 % interval from ``low`` to ``high``, and for each example ``confidence``, the probability
+            that its label is wrong, ``suggested``, the class that the model prefers, and ``suspects``.
+        """
+        store, model_ids = self.tracer.store, self._checkpoints
+        has_features = store.manifest.feature_storage.stores_features
+        return label_health(store, self.exp_name, model_ids, self.tracer.changes_without if has_features else None)
+
+    def warnings(self) -> list[str]:
+        """Return sentences that say why the scores mean little: flat losses, labels not fitted, accuracy at chance."""
+        return model_warnings(self.tracer.store, self.exp_name, self._checkpoints)
+
+    @property
+    def _checkpoints(self) -> list[int]:
+        return self.model_ids or self.tracer.store.catalog.checkpoint_ids()
+
     def _described(self) -> dict[str, Any]:
         """Return estimator, target and, for estimators with a kernel, λ and its rule, for a report."""
         estimate = Estimate(self.estimator, self.target, self.regularization)
@@ -143,9 +170,12 @@ class Attribution:
         facts = StoreFacts.of(self.tracer.store, self.exp_name, self.model_ids)
         known = {**self._described(), **facts.settings}
         options["settings"] = {**known, **(options.get("settings") or {})}
-        rankings = options.get("rankings")
-        if rankings is None and facts.losses is not None:
-            options["rankings"] = {"mean loss": facts.losses}
+        if facts.losses is not None:
+            options["rankings"] = {"mean loss": facts.losses, **(options.get("rankings") or {})}
+            options.setdefault("order_by", "mean loss")
+        options.setdefault("warnings", self.warnings())
+        if all_scores and options.get("train_probabilities") is None:
+            options.setdefault("health", self.label_health())
         return write_report(
             directory,
             self_influence=self.ranking.self_influence(),
@@ -293,7 +323,11 @@ def attribute(
             "Gradients of checkpoints that the iterator has passed turned out to be wrong and were forgotten (see the "
             "log): call attribute again with the same save_dir and checkpoints, and they are computed again."
         )
-    return Attribution(tracer, exp_name, estimator, chosen, target, regularization)
+    found = Attribution(tracer, exp_name, estimator, chosen, target, regularization)
+    if tracer.process.count == 1:
+        for sentence in found.warnings():
+            logger.warning("%s", sentence)
+    return found
 
 
 def _settle(tracer: Tracer, step: Callable[[], None]) -> None:

@@ -327,6 +327,23 @@ class StoreReader:
             raise InputError("estimator='cosine' came: every gradient's cosine with itself is 1; pass 'tracin'.")
         return self._scorer.self_influence(model_ids, estimate)
 
+    def changes_without(self, model_ids: list[int] | None = None) -> list[np.ndarray]:
+        """Return how f of each training example would change if the model had not been trained on it.
+
+        One leave-one-out Newton step with the kernel of ``influence``; f is the task's output, a margin for classes.
+
+        Args:
+            model_ids: The checkpoints. Default: all in the store.
+
+        Returns:
+            For each checkpoint ``[train_set_size]``, float64, negative if the example is predicted worse without.
+
+        Raises:
+            CallOrderError: If a checkpoint is not finalized.
+            InputError: If the store has no features.
+        """
+        return self._scorer.changes_without(model_ids)
+
     def regularization(self, estimator: str = "influence", model_ids: list[int] | None = None) -> Regularization:
         """Return the λ of ``regularization="auto"``, and the rule that it comes from.
 

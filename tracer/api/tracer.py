@@ -231,6 +231,7 @@ class Tracer:
     finalize_scores = _asks(StoreReader.finalize_scores, _finish_batches)
     top = _asks(StoreReader.top, _finish_batches)
     self_influence = _asks(StoreReader.self_influence, _finish_batches)
+    changes_without = _asks(StoreReader.changes_without, _finish_batches)
     regularization = _asks(StoreReader.regularization, _finish_batches)
     remaining = _asks(StoreReader.remaining, flush)
     grow = _asks(StoreReader.grow, close)

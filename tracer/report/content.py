@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from tracer.errors import InputError
-from tracer.report.health import WrongLabels
+from tracer.report.label_noise import WrongLabels
 from tracer.report.samples import Samples, as_array
 from tracer.report.summaries import ClassSummary, ScoreSummary
 from tracer.report.text import as_text
@@ -20,7 +20,7 @@ NUM_SHOWN_TARGETS = 6
 
 COLUMNS = (
     "rank", "train_index", "self_influence", "self-influence", "label", "prediction", "known_mislabelled",
-    "mean_score", "mean_absolute_score", "harm_over_help", "contradicted", "harmed_class",
+    "mean_score", "mean_absolute_score", "suspect", "suggested_label", "wrong_probability",
 )  # fmt: skip
 """Names that a ranking cannot have: the other columns of influence_summary.csv, and self-influence on the page."""
 
@@ -30,7 +30,8 @@ class ReportContent:
     """Arrays of N training examples and M targets that fit each other; without scores there is no summary."""
 
     self_influence: Float64[np.ndarray, " N"]
-    order: Int64[np.ndarray, " N"]  # indices by descending self-influence
+    order: Int64[np.ndarray, " N"]  # indices by descending values of order_by
+    order_by: str  # a ranking, or self-influence
     proponents: TopK
     opponents: TopK
     train: Samples
@@ -46,7 +47,8 @@ class ReportContent:
     summary: ScoreSummary | None = None
     class_names: Sequence[str] = ()  # of the class indices in summary
     train_codes: Int64[np.ndarray, " _"] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    health: WrongLabels | None = None  # None also with too few classes
+    health: WrongLabels | str = ""  # or the reason why there is no estimate
+    warnings: Sequence[str] = ()  # shown first
 
     @property
     def num_train(self) -> int:
@@ -59,9 +61,26 @@ class ReportContent:
         return None if self.summary is None else self.summary.classes
 
     @property
-    def contradicted(self) -> np.ndarray | None:
-        """``[N]``, bool, examples that the targets contradict; None without an estimate of wrong labels."""
-        return None if self.health is None or self.classes is None else self.classes.contradicted
+    def estimate(self) -> WrongLabels | None:
+        """The estimate of wrong labels; None without one."""
+        return None if isinstance(self.health, str) else self.health
+
+    @property
+    def suspects(self) -> np.ndarray | None:
+        """``[N]``, bool, examples whose label is more probably wrong than right; None without an estimate."""
+        return None if self.estimate is None else self.estimate.suspects
+
+    @property
+    def suggested(self) -> list[str]:
+        """The name of the class that each label is more probably, ``[N]``; of the class itself if no label has it."""
+        found = self.estimate
+        if found is None:
+            return []
+        labels = self.train.labels or list(map(str, found.label.tolist()))
+        names = {
+            int(code): labels[place] for code, place in zip(*np.unique(found.label, return_index=True), strict=True)
+        }
+        return [names.get(code, str(code)) for code in found.suggested.tolist()]
 
     @property
     def disagrees(self) -> np.ndarray | None:
@@ -126,6 +145,13 @@ def check_rankings(rankings: Mapping[str, Any], num_train: int) -> dict[str, np.
             f"'my {taken[0]}'."
         )
     return {as_text(name): check_scores(scores, f"rankings[{name!r}]", num_train) for name, scores in rankings.items()}
+
+
+def check_health(health: WrongLabels | str, num_train: int) -> WrongLabels | str:
+    """Return an estimate of wrong labels of N training examples, or the reason why there is none."""
+    if not isinstance(health, str) and len(health.label) != num_train:
+        raise InputError(f"health is of {len(health.label)} examples; expected {num_train}.")
+    return health
 
 
 def check_shown(shown: Sequence[int] | None, num_targets: int) -> list[int]:

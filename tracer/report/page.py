@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from tracer.report import charts
 from tracer.report.content import ReportContent
-from tracer.report.health import CHECKED_SHARES, MIN_CLASSES, checked_counts, count_classes, recovered, recovery_table
+from tracer.report.health import CHECKED_SHARES, checked_counts, recovered, recovery_table
 from tracer.report.payload import MAX_TABLE_EXAMPLES, MAX_TARGETS, payload
 from tracer.report.plot import round_ticks
 from tracer.report.recommendations import recommendations
@@ -31,7 +31,7 @@ def render_page(title: str, data: ReportContent) -> str:
     mask, found = data.known_mislabelled, None
     if mask is not None:
         found = {"total": mask.sum(), "checked": checked_counts(len(mask))[0]}
-        found["count"] = recovered(data.self_influence, mask)[0]
+        found["count"] = recovered(all_rankings(data)[data.order_by], mask)[0]
     return _environment().get_template("page.html").render(
         title=title,
         found=found,
@@ -92,14 +92,12 @@ def all_rankings(data: ReportContent) -> dict[str, np.ndarray]:
 def _overview(data: ReportContent) -> dict[str, Any]:
     """Return recommendations, and the scale of the estimate of wrong labels."""
     known = None if data.known_mislabelled is None else float(data.known_mislabelled.mean())
-    largest = max(data.health.high if data.health else 0.0, known or 0.0)
+    largest = max(data.estimate.high if data.estimate else 0.0, known or 0.0)
     end = max(0.1, min(1.0, np.ceil(largest * 10.5) / 10))
     return {
         "known": known,
         "end": end,
         "ticks": round_ticks(0.0, end, 5),
-        "num_classes": None if data.classes is None else count_classes(data.classes),
-        "min_classes": MIN_CLASSES,
         "advice": recommendations(data),
     }
 
@@ -145,7 +143,7 @@ def _classes(data: ReportContent) -> dict[str, Any] | None:
     names, shown = data.class_names, charts.map_classes(classes.train_counts).tolist()
     codes = data.train_codes
     sums = np.bincount(codes, weights=data.self_influence, minlength=len(names))
-    wrong = None if data.contradicted is None else np.bincount(codes[data.contradicted], minlength=len(names))
+    wrong = None if data.suspects is None else np.bincount(codes[data.suspects], minlength=len(names))
     lines = []
     for place in np.flatnonzero(classes.train_counts + classes.target_counts).tolist():
         count = int(classes.train_counts[place])
@@ -159,6 +157,6 @@ def _classes(data: ReportContent) -> dict[str, Any] | None:
         "map": charts.class_map(classes.influence, names, classes.train_counts),
         "map_header": ["", *(names[b] for b in shown)],
         "map_lines": [[names[a], *(number(classes.influence[a, b]) for b in shown)] for a in shown],
-        "header": header if wrong is None else [*header, "contradicted"],
+        "header": header if wrong is None else [*header, "suspects"],
         "lines": lines,
     }

@@ -15,7 +15,7 @@ from tracer.report.text import shortened
 from tracer.types import TopK
 
 MAX_TABLE_EXAMPLES = 200_000
-"""With more training examples, the page's table has those of highest self-influence; the CSV file has all."""
+"""With more training examples, the page's table has the most suspicious ones; the CSV file has all."""
 
 MAX_TARGETS = 2_000  # with more targets, the page has the shown ones and others, spread evenly; the CSV files have all
 MAX_THUMBNAILS = 4_000  # images in the page, of training examples and of targets each
@@ -52,28 +52,30 @@ def page_targets(data: ReportContent) -> np.ndarray:
 def payload(data: ReportContent) -> dict[str, Any]:
     """Return everything that the scripts need; assets/data.js unpacks it."""
     table, targets = data.order[:MAX_TABLE_EXAMPLES], page_targets(data)
-    flags = {"known": data.known_mislabelled, "disagrees": data.disagrees, "contradicted": data.contradicted}
+    flags = {"known": data.known_mislabelled, "disagrees": data.disagrees, "suspect": data.suspects}
     masks = {name: mask[table] for name, mask in flags.items() if mask is not None}
     top = np.concatenate([np.unique(ends.indices[targets]) for ends in (data.proponents, data.opponents)])
     # the suspects of the first pages come first, then flagged examples, proponents and opponents, and the rest
     half = MAX_THUMBNAILS // 2
     wanted = np.concatenate([table[:half], *(table[mask][:half] for mask in masks.values()), top, table[half:]])
     suggested = outside = None
-    if data.classes is not None and data.contradicted is not None:
-        harmed = np.where(data.contradicted, data.classes.harmed + 1, 0)  # the empty name for all other examples
-        suggested = {"names": ["", *data.class_names], "codes": packed(harmed[table], "i4")}
+    if data.suspects is not None:
+        pairs = zip(data.suggested, data.suspects.tolist(), strict=True)
+        suggested = _names([name if suspect else "" for name, suspect in pairs], table)
     if data.num_train > MAX_TABLE_EXAMPLES:
         indices = np.unique(top)
         outside = {"indices": packed(indices, "i4"), "labels": _names(data.train.labels, indices)}
+    columns = _columns(data)
     return {
         "indices": packed(table, "i4"),
         "columns": [
             {"key": key, "title": title, "help": help_, "values": packed(values[table], "f4")}
-            for key, title, help_, values in _columns(data)
+            for key, title, help_, values in columns
         ],
         "labels": _names(data.train.labels, table),
         "predictions": _names(data.train.predictions, table),
         "suggested": suggested,
+        "sort": next(key for key, title, *_ in columns if title.lower() == data.order_by.lower()),
         "flags": {name: packed(mask, "u1") for name, mask in masks.items()},
         "train": _inputs(data.train, list(dict.fromkeys(wanted.tolist())), data.train),
         "target": _inputs(data.target, targets.tolist(), data.train),
@@ -95,6 +97,9 @@ def _columns(data: ReportContent) -> list[tuple[str, str, str, np.ndarray]]:
     columns = [("self", "Self-influence", "How hard training pulled on the example.", data.self_influence)]
     for place, (name, values) in enumerate(data.rankings.items()):
         columns.append((f"ranking{place}", name[:1].upper() + name[1:], "", values))
+    if data.estimate is not None:
+        help_ = "The probability that the label is wrong."
+        columns.append(("wrong", "Wrong label", help_, data.estimate.confidence))
     if data.summary is not None:
         columns.append(("mean", "Mean score", "Over all targets; positive helps.", data.summary.train_mean))
         help_ = "How strongly the example moves targets in either direction."

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
 from tracer.report.content import ReportContent
-from tracer.report.health import WrongLabels, Z
+from tracer.report.label_noise import WrongLabels
 from tracer.report.summaries import ClassSummary
 from tracer.report.text import number
 
+_Z = 1.959964  # half the width of a two-sided 95 % interval, in standard errors
 MIN_EXAMPLES = 5  # fewer examples or targets support no recommendation
 PAIR_SHARE = 0.2
 CLASS_FACTOR = 2.0
@@ -32,36 +34,38 @@ class Advice:
 def recommendations(data: ReportContent) -> list[Advice]:
     """Return at most one recommendation of each kind, the most urgent first; often none."""
     found: list[Advice | None] = []
-    # If the interval of wrong labels includes zero, all contradicted examples may have correct labels, and nothing
-    # follows from where they are.
-    if data.health is not None and data.classes is not None and data.health.low > 0:
-        found += [_wrong_labels(data.health), _worst_class(data, data.classes), _confused_pair(data, data.classes)]
+    # if the interval of wrong labels includes zero, all suspects may have correct labels
+    if data.estimate is not None and data.estimate.low > 0:
+        found.append(_wrong_labels(data, data.estimate))
+        if data.classes is not None:
+            found += [_worst_class(data, data.classes, data.estimate), _confused_pair(data, data.estimate)]
     found += [_concentration(data), _omnipresent_example(data), _small_class(data), _harmed_targets(data)]
     return [advice for advice in found if advice is not None]
 
 
-def _wrong_labels(health: WrongLabels) -> Advice | None:
-    """Check labels of contradicted examples."""
-    if health.num_contradicted < MIN_EXAMPLES:
+def _wrong_labels(data: ReportContent, health: WrongLabels) -> Advice | None:
+    """Check the labels of suspects."""
+    count = int(health.suspects.sum())
+    if count < MIN_EXAMPLES:
         return None
     return Advice(
-        f"Check the labels of the {health.num_contradicted:,} contradicted examples, highest self-influence first.",
+        f"Check the labels of the {count:,} suspects, highest {data.order_by} first.",
         f"An estimated {health.share:.1%} of the labels are wrong; the interval, {health.low:.1%} to "
         f"{health.high:.1%}, is above zero.",
         "suspects",
     )
 
 
-def _worst_class(data: ReportContent, classes: ClassSummary) -> Advice | None:
-    """Look at a class if far more of its examples are contradicted than of all other classes together."""
+def _worst_class(data: ReportContent, classes: ClassSummary, health: WrongLabels) -> Advice | None:
+    """Look at a class if far more of its examples are suspects than of all other classes together."""
     counts = classes.train_counts
-    wrong = np.bincount(data.train_codes[classes.contradicted], minlength=len(counts))
+    wrong = np.bincount(data.train_codes[health.suspects], minlength=len(counts))
     rest = counts.sum() - counts
     with np.errstate(divide="ignore", invalid="ignore"):  # classes without examples; they are not chosen
         here, there, pooled = wrong / counts, (wrong.sum() - wrong) / rest, wrong.sum() / counts.sum()
         error = (pooled * (1 - pooled) * (1 / counts + 1 / rest)) ** 0.5
     # every class could have stood out, so the threshold grows with their number (roughly Bonferroni)
-    far = (here > CLASS_FACTOR * there) & (here - there > (Z + np.log10(len(counts))) * error)
+    far = (here > CLASS_FACTOR * there) & (here - there > (_Z + np.log10(len(counts))) * error)
     found = np.flatnonzero((wrong >= MIN_EXAMPLES) & (rest > 0) & far).tolist()
     if not found:
         return None
@@ -69,32 +73,31 @@ def _worst_class(data: ReportContent, classes: ClassSummary) -> Advice | None:
     name, share, others = data.class_names[place], f"{here[place]:.1%}", f"{there[place]:.1%}"
     return Advice(
         f"Look at how examples of class {name} were labelled.",
-        f"{share} of its {counts[place]:,} examples are contradicted, against {others} in all other classes.",
+        f"{share} of its {counts[place]:,} examples are suspects, against {others} in all other classes.",
         "classes",
     )
 
 
-def _confused_pair(data: ReportContent, classes: ClassSummary) -> Advice | None:
-    """Look at a pair of classes if it has a large part of all contradicted examples."""
-    mask = classes.contradicted & (classes.harmed != data.train_codes)
-    pairs = data.train_codes[mask] * len(data.class_names) + classes.harmed[mask]
-    if not len(pairs):
+def _confused_pair(data: ReportContent, health: WrongLabels) -> Advice | None:
+    """Look at a pair of classes if it has a large part of all suspects."""
+    names = np.array(data.suggested, dtype=object)[health.suspects]
+    given = np.array(data.train.labels, dtype=object)[health.suspects]
+    pairs = Counter(zip(given.tolist(), names.tolist(), strict=True))
+    if not pairs:
         return None
-    values, counts = np.unique(pairs, return_counts=True)
-    most = int(counts.argmax())
-    if counts[most] < MIN_EXAMPLES or counts[most] < PAIR_SHARE * len(pairs):
+    (label, other), count = pairs.most_common(1)[0]
+    if count < MIN_EXAMPLES or count < PAIR_SHARE * len(names):
         return None
-    given, other = (data.class_names[place] for place in divmod(int(values[most]), len(data.class_names)))
     return Advice(
-        f"Clarify what distinguishes class {given} from class {other}, and check examples labelled {given}.",
-        f"{counts[most]:,} of the {len(pairs):,} contradicted examples are labelled {given} and harm {other} most.",
+        f"Clarify what distinguishes class {label} from class {other}, and check examples labelled {label}.",
+        f"{count:,} of the {len(names):,} suspects are labelled {label} and are more probably {other}.",
         "classes",
     )
 
 
 def _concentration(data: ReportContent) -> Advice | None:
     """Look at the top of the ranking if few examples have a large part of all self-influence."""
-    values = np.clip(data.self_influence, 0, None)[data.order]
+    values = np.sort(np.clip(data.self_influence, 0, None))[::-1]
     count = max(1, len(values) // 100)
     total = float(values.sum())
     if count < MIN_EXAMPLES or total <= 0 or values[:count].sum() < CONCENTRATION * total:

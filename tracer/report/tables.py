@@ -24,7 +24,7 @@ _MARK = ".written_by_tracer"
 
 
 def summary_csv(data: ReportContent) -> str:
-    """Return one line for each training example, highest self-influence first, with everything known of it."""
+    """Return one line for each training example, the most suspicious first, with everything known of it."""
     columns: dict[str, Any] = {
         "self_influence": data.self_influence,
         "label": data.train.labels,
@@ -33,9 +33,9 @@ def summary_csv(data: ReportContent) -> str:
     }
     if data.summary is not None:
         columns |= {"mean_score": data.summary.train_mean, "mean_absolute_score": data.summary.train_mean_abs}
-    if data.classes is not None:
-        harmed = [data.class_names[place] for place in data.classes.harmed.tolist()]
-        columns |= {"harm_over_help": data.classes.ratio, "contradicted": data.contradicted, "harmed_class": harmed}
+    if data.estimate is not None:
+        columns |= {"suspect": data.suspects, "suggested_label": data.suggested}
+        columns["wrong_probability"] = data.estimate.confidence
     columns |= data.rankings
     known = {name: _plain(values) for name, values in columns.items() if values is not None}
     order = enumerate(data.order.tolist(), 1)

@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+from tracer._core.validation import check_choice
 from tracer.errors import InputError, InputTypeError
 from tracer.report import charts, content, page, tables
 from tracer.report.figure import SLIDE, Figure
-from tracer.report.health import descending, enough_classes, estimate_wrong_labels
+from tracer.report.health import descending
+from tracer.report.label_noise import LabelEvidence, WrongLabels, estimate_wrong_labels
 from tracer.report.png import png
-from tracer.report.samples import Samples, class_codes
+from tracer.report.samples import Samples, as_array, class_codes
 from tracer.report.summaries import summarize_scores
 from tracer.types import TopK
 
@@ -29,6 +31,11 @@ class ReportOptions(TypedDict, total=False):
             recovery curve.
         rankings: Other scores ``[N]`` by name to compare self-influence with, for example the loss; higher is checked
             earlier.
+        order_by: The name of the ranking that orders suspects. Default: self-influence.
+        train_probabilities: ``[N, C]``, out-of-sample probabilities of the classes, for example from cross-validation;
+            adds the estimate of wrong labels, in place of ``health``. Labels are class indices then.
+        health: The estimate of wrong labels, or the reason why there is none.
+        warnings: Sentences that are shown first.
         train_tokens: The tokens of each training example, for texts.
         target_tokens: The tokens of each target.
         token_scores: By (target, training example): one number for each token of the training example, its
@@ -43,6 +50,10 @@ class ReportOptions(TypedDict, total=False):
     feature_names: Sequence[str] | None
     known_mislabelled: Any
     rankings: Mapping[str, Any] | None
+    order_by: str
+    train_probabilities: Any
+    health: WrongLabels | str
+    warnings: Sequence[str]
     train_tokens: Sequence[Sequence[str]] | None
     target_tokens: Sequence[Sequence[str]] | None
     token_scores: Mapping[tuple[int, int], Any] | None
@@ -78,7 +89,7 @@ def write_report(
         proponents: The strongest proponents of each target, ``[M, k]``, as from `Tracer.top`.
         opponents: The strongest opponents of each target; their k may differ.
         scores: ``[N, M]``, read in blocks, as from `Tracer.finalize_scores`. Adds the distribution of scores and
-            averages, and, with labels of both sides, the classes and the estimate of wrong labels. Default: None.
+            averages, and, with labels of both sides, the classes. Default: None.
         train_inputs: The inputs of the N training examples, or None.
         target_inputs: The inputs of the M targets, or None.
         train_labels: ``[N]``, class indices, names or numbers, or None.
@@ -116,16 +127,25 @@ def write_report(
     own = content.check_scores(self_influence, "self_influence")
     num_train, num_targets = len(own), len(proponents.indices)
     tokens = (options.get("train_tokens"), options.get("target_tokens"), options.get("token_scores"))
+    rankings, order_by = (
+        content.check_rankings(options.get("rankings") or {}, num_train),
+        options.get("order_by", "self-influence"),
+    )
+    values = {"self-influence": own, **rankings}
+    check_choice("order_by", order_by, values)
     names = (class_names, options.get("feature_names"))
     data = content.ReportContent(
         self_influence=own,
-        order=descending(own),
+        order=descending(values[order_by]),
+        order_by=order_by,
         proponents=content.check_top(proponents, "proponents", num_train, num_targets),
         opponents=content.check_top(opponents, "opponents", num_train, num_targets),
         train=Samples("train", num_train, train_inputs, train_labels, options.get("train_predictions"), *names),
         target=Samples("target", num_targets, target_inputs, target_labels, options.get("target_predictions"), *names),
         known_mislabelled=content.check_mask(options.get("known_mislabelled"), num_train),
-        rankings=content.check_rankings(options.get("rankings") or {}, num_train),
+        rankings=rankings,
+        health=content.check_health(_health(options, train_labels), num_train),
+        warnings=list(options.get("warnings") or ()),
         settings=dict(options.get("settings") or {}),
         shown_targets=content.check_shown(options.get("shown_targets"), num_targets),
         num_top_examples=options.get("num_top_examples", 24),
@@ -154,8 +174,24 @@ def _with_scores(data: content.ReportContent, scores: Any, class_names: Sequence
     (train_codes, target_codes), names = class_codes(data.train, data.target, class_names=class_names)
     summary = summarize_scores(scores, train_codes, target_codes, len(names))
     assert summary.classes is not None
-    health = estimate_wrong_labels(summary.classes) if enough_classes(summary.classes) else None
-    return replace(data, summary=summary, class_names=names, train_codes=train_codes, health=health)
+    return replace(data, summary=summary, class_names=names, train_codes=train_codes)
+
+
+def _health(options: ReportOptions, train_labels: Any) -> WrongLabels | str:
+    """Return the estimate of wrong labels from given probabilities, the given one, or why there is none."""
+    probabilities = options.get("train_probabilities")
+    if probabilities is None:
+        return options.get("health", "")
+    if train_labels is None:
+        return "train_probabilities need train_labels."
+    evidence = LabelEvidence.of_probabilities(as_array(train_labels, "train_labels"), as_array(probabilities, "p"))
+    if not evidence.tells_classes_apart():
+        share, chance = evidence.accuracy()
+        return (
+            f"the probabilities do not tell classes apart. They predict {share:.0%} of the labels; chance predicts "
+            f"{chance:.0%}."
+        )
+    return estimate_wrong_labels(evidence)
 
 
 def _slides(data: content.ReportContent) -> dict[str, Figure]:

@@ -17,7 +17,7 @@ from tracer.data.indices import ExampleSelection, resolve_selection
 from tracer.errors import IncompleteError, InputError, InputTypeError
 from tracer.scoring.estimators import Estimate, self_influence
 from tracer.scoring.feature_tables import CheckpointPair, FeatureTable, TrainIndices
-from tracer.scoring.kernels import Kernels, leverages
+from tracer.scoring.kernels import Kernels, kernel_weights, leverages
 from tracer.scoring.preconditioned_targets import PreconditionedTargets, group_indices
 from tracer.scoring.read_checks import ReadCheck
 from tracer.scoring.readiness import complete_cosines, complete_targets, finalized_revisions, learning_rates
@@ -34,6 +34,9 @@ from tracer.types import TopK
 
 Labels = int | Sequence[int] | np.ndarray
 """The type of ``labels=``: class indices."""
+
+MIN_DIVISOR = 0.05
+"""The least ``1 − w h`` by which an example's own part in a prediction is divided."""
 
 KINDS = ("proponents", "opponents")
 """The values of ``kind=``."""
@@ -205,6 +208,20 @@ class Scorer:
             loss_grad += weight * table.column("loss_grad")
         revisions.check()
         return total * np.square(loss_grad)
+
+    def changes_without(self, model_ids: list[int] | None) -> list[np.ndarray]:
+        """Return how f of each training example would change without the example at each checkpoint, ``[N]`` each."""
+        # The Newton step from one example's removal: φᵀ (K - wφφᵀ + λI)⁻¹ φ Q, with h = φᵀ (K + λI)⁻¹ φ.
+        estimate, revisions = Estimate("influence"), finalized_revisions(self.store, model_ids)
+        chosen, kernels = revisions.model_ids, self._kernels(estimate, revisions)
+        found = kernels.regularization(chosen, estimate).value
+        tables = [self.store.checkpoint(model_id) for model_id in chosen]
+        weights, changes = kernel_weights(tables, self.num_rows), []
+        for model_id, table in zip(chosen, tables, strict=True):
+            own = leverages(table, kernels.get(model_id, "loss_hess", chosen)[0], found, self.device)
+            changes.append(table.column("loss_grad") * own / np.clip(1 - weights * own, MIN_DIVISOR, None))
+        revisions.check()
+        return changes
 
     def regularization(self, model_ids: list[int] | None, estimate: Estimate) -> Regularization:
         """Return the regularization of an estimator with a kernel; see `tracer.Tracer.regularization`."""

@@ -202,8 +202,8 @@ class RowTable:
 
         Args:
             name: ``loss``, ``loss_grad``, ``loss_hess``, ``gradient_norm``, ``output_change``, ``rival_share`` or
-                ``scale`` (float32), ``label`` or ``rival`` (int64, `NO_LABEL` if there is none), ``fingerprint`` or ``checksum`` (uint64), ``audited``
-                (bool), or ``done`` (bool, which may already include pending rows).
+                ``scale`` (float32), ``label`` or ``rival`` (int64, `NO_LABEL` if there is none), ``fingerprint`` or
+                ``checksum`` (uint64), ``audited`` (bool), or ``done`` (bool, which may already include pending rows).
             start: The first row.
             stop: One past the last row; None is N.
 

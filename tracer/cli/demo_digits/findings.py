@@ -51,11 +51,14 @@ def run(
     evaluated = [digits.evaluate(path, data.train_images, data.train_labels) for path, _ in checkpoints]
     predictions, _ = digits.evaluate(checkpoints[-1][0], data.test_images, data.test_labels)
     losses = np.stack([loss for _, loss in evaluated])
-    rankings = {"loss, mean over checkpoints": losses.mean(axis=0), "loss at the last checkpoint": losses[-1]}
+    rankings = {"mean loss": losses.mean(axis=0), "final loss": losses[-1]}
     every = {"self-influence": found.self_influence(), **rankings}
     accuracy = float((predictions == data.test_labels).float().mean())
     log(f"Test accuracy at the last checkpoint: {accuracy:.1%}")
     log(_table(every, data.flipped))
+    health = found.label_health()
+    assert not isinstance(health, str), health
+    log(f"Estimated share of wrong labels: {health.share:.1%}, interval {health.low:.1%} to {health.high:.1%}")
     shown = choose_targets(predictions, data.test_labels)
     log(_examples(found, data, predictions, shown))
     page, note = _report(
@@ -65,6 +68,7 @@ def run(
         train_predictions=evaluated[-1][0],
         target_predictions=predictions,
         rankings=rankings,
+        health=health,
         shown_targets=shown,
         settings={**asdict(settings), "proj_dim": proj_dim, "checkpoints": len(checkpoints)},
     )

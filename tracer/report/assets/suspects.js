@@ -4,7 +4,7 @@ class Suspects {
   constructor(root) {
     this.root = root;
     this.page = 0;
-    this.sort = { key: "self", descending: true };
+    this.sort = { key: DATA.sort, descending: true };
     this.view = TRAIN_INPUTS.kind === "images" ? "cards" : "table";
     this.find = (name) => root.querySelector(`[data-control="${name}"]`);
     this.order = Int32Array.from(TABLE.indices, (_, place) => place);
@@ -137,8 +137,8 @@ class Suspects {
         TRAIN_INPUTS.show(index, "", label && `label ${label}`),
         label && make("div", {}, "label ", make("b", {}, label)),
         prediction && make("div", {}, "predicted ", make("b", {}, prediction)),
-        suggested && make("div", {}, "harms ", make("b", {}, suggested)),
-        make("div", { class: "num", title: column.title }, number(column.values[place])),
+        suggested && make("div", {}, "suggested ", make("b", {}, suggested)),
+        make("div", { class: "num" }, `${column.title.toLowerCase()} ${number(column.values[place])}`),
         known ? make("span", { class: "flag known" }, "mislabelled") : null);
     }));
   }
@@ -153,7 +153,7 @@ class Suspects {
     if (TRAIN_INPUTS.kind !== "absent") heads.push(plain("Input"));
     if (TABLE.labels.present) heads.push(header("label", "Label"));
     if (TABLE.predictions.present) heads.push(header("prediction", "Prediction"));
-    if (TABLE.suggested.present) heads.push(plain("Harms class"));
+    if (TABLE.suggested.present) heads.push(plain("Suggested"));
     for (const column of TABLE.columns) heads.push(header(column.key, column.title, column.help, "number"));
     if (Object.keys(TABLE.flags).length) heads.push(plain("Flags"));
     const lines = places.map((place, offset) => make("tr", {}, ...this.cells(place, start + offset + 1)));
@@ -174,7 +174,7 @@ class Suspects {
     if (TABLE.predictions.present) cells.push(make("td", {}, TABLE.predictions.at(place)));
     if (TABLE.suggested.present) cells.push(make("td", {}, TABLE.suggested.at(place)));
     for (const column of TABLE.columns) cells.push(make("td", { class: "number" }, number(column.values[place])));
-    const words = { known: "mislabelled", contradicted: "contradicted", disagrees: "model disagrees" };
+    const words = { known: "mislabelled", suspect: "suspect", disagrees: "model disagrees" };
     const flags = Object.keys(TABLE.flags).filter((name) => TABLE.flags[name][place]);
     if (Object.keys(TABLE.flags).length) {
       cells.push(make("td", {}, ...flags.flatMap((name) => [make("span", { class: `flag ${name}` }, words[name]), " "])));

@@ -129,6 +129,6 @@ class Targets {
       coloredTokens(target, index) || TRAIN_INPUTS.show(index, "", label && `label ${label}`), meter,
       label && make("span", {}, "label ", make("b", {}, label)), " ",
       known ? make("span", { class: "flag known" }, "mislabelled") : null, " ",
-      flagOf("contradicted", index) && !known ? make("span", { class: "flag contradicted" }, "contradicted") : null);
+      flagOf("suspect", index) && !known ? make("span", { class: "flag suspect" }, "suspect") : null);
   }
 }

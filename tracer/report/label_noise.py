@@ -1,0 +1,233 @@
+"""The share of wrong labels, from what a model predicts of each example that it has not learned from.
+
+Layout: N examples, C classes. The evidence on an example is the probability of its own label, and that of its *rival*,
+the most probable other class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+
+from tracer.errors import InputError
+
+MIN_HELD_OUT = 20  # with fewer targets, nothing tells whether labels are predicted
+MIN_KAPPA = 0.25  # the agreement with held-out labels beyond chance, below which classes count as not told apart
+_MAX_EXAMPLES = 2000
+"""The likelihood counts at most so many examples.
+
+Beyond them the error of the model of predictions is larger than that of chance (a coarsened posterior, Miller & Dunson
+2019), so an interval never becomes narrower than that of so many examples.
+"""
+_NUM_BINS = 60
+_SLOPES = np.exp(np.linspace(np.log(0.2), np.log(8.0), 22))
+_OFFSETS = np.linspace(-3.0, 6.0, 28)
+_STEP = 0.0025
+_HELD_OUT_SHARES = np.array([0.0, 0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4])
+_HELD_OUT_PRIOR = 20.0  # as if so many targets had been found right: most labels of targets are
+
+
+@dataclass(frozen=True)
+class LabelEvidence:
+    """Out-of-sample evidence on the labels of N examples.
+
+    Attributes:
+        label: ``[N]``, int64, class indices.
+        own: ``[N]``, the probability of the label.
+        rival: ``[N]``, int64, the most probable class other than the label.
+        rival_probability: ``[N]``, its probability.
+    """
+
+    label: Int64[np.ndarray, " N"]
+    own: Float64[np.ndarray, " N"]
+    rival: Int64[np.ndarray, " N"]
+    rival_probability: Float64[np.ndarray, " N"]
+
+    @classmethod
+    def of_probabilities(cls, label: Any, probabilities: Any) -> LabelEvidence:
+        """Return the evidence of the probabilities ``[N, C]`` of all classes.
+
+        Raises:
+            InputError: If they are no probabilities, or labels are not their classes.
+
+        >>> found = LabelEvidence.of_probabilities([0, 0], [[0.75, 0.25], [0.25, 0.75]])
+        >>> found.own.tolist(), found.rival.tolist(), found.agrees.tolist()
+        ([0.75, 0.25], [1, 1], [True, False])
+        """
+        label, values = np.asarray(label), np.asarray(probabilities, dtype=np.float64)
+        expected = f"expected [{len(label)}, C] probabilities of C >= 2 classes that sum to 1, out of sample"
+        if values.ndim != 2 or len(values) != len(label) or values.shape[1] < 2:
+            raise InputError(f"train_probabilities has shape {list(values.shape)}; {expected}.")
+        if not (np.isfinite(values).all() and values.min() >= 0 and np.allclose(values.sum(1), 1, atol=1e-3)):
+            raise InputError(f"train_probabilities has rows that are no probabilities; {expected}.")
+        if label.dtype.kind not in "iu" or label.min() < 0 or label.max() >= values.shape[1]:
+            raise InputError(f"train_probabilities has {values.shape[1]} classes; expected labels of 0 up to that.")
+        rows = np.arange(len(label))
+        others = values.copy()
+        others[rows, label] = -1
+        rival = others.argmax(1)
+        return cls(label.astype(np.int64), values[rows, label], rival, values[rows, rival])
+
+    @classmethod
+    def mean(cls, parts: Sequence[LabelEvidence]) -> LabelEvidence:
+        """Return the mean evidence over several models; the rival is the class of the largest sum."""
+        rivals = np.stack([part.rival for part in parts])
+        values = np.stack([part.rival_probability for part in parts])
+        sums = np.stack([(values * (rivals == rival)).sum(0) for rival in rivals])
+        best, rows = sums.argmax(0), np.arange(rivals.shape[1])
+        own = np.mean([part.own for part in parts], axis=0)
+        return cls(parts[0].label, own, rivals[best, rows], sums[best, rows] / len(parts))
+
+    def select(self, rows: np.ndarray) -> LabelEvidence:
+        """Return the evidence on some examples."""
+        return LabelEvidence(self.label[rows], self.own[rows], self.rival[rows], self.rival_probability[rows])
+
+    @property
+    def agrees(self) -> Bool[np.ndarray, " N"]:
+        """Whether the label is predicted, ``[N]``."""
+        return self.own >= self.rival_probability
+
+    @property
+    def predicted(self) -> Int64[np.ndarray, " N"]:
+        """The predicted class, ``[N]``."""
+        return np.where(self.agrees, self.label, self.rival)
+
+    @property
+    def confidence(self) -> Float64[np.ndarray, " N"]:
+        """The log odds of the predicted class, ``[N]``."""
+        return _log_odds(np.maximum(self.own, self.rival_probability))
+
+    def accuracy(self) -> tuple[float, float]:
+        """Return the share of labels that are predicted, and the share that chance predicts."""
+        num_classes = 1 + int(max(self.label.max(), self.predicted.max()))
+        shares = [np.bincount(each, minlength=num_classes) / len(each) for each in (self.label, self.predicted)]
+        return float(self.agrees.mean()), float(shares[0] @ shares[1])
+
+    def kappa(self) -> float:
+        """Return the agreement beyond chance, 1 if all labels are predicted (Cohen 1960)."""
+        share, chance = self.accuracy()
+        return (share - chance) / (1 - chance) if chance < 1 else 0.0
+
+    def tells_classes_apart(self) -> bool:
+        """Return whether labels are predicted far better than chance predicts them."""
+        share, chance = self.accuracy()
+        error = (chance * (1 - chance) / len(self.label)) ** 0.5
+        return self.kappa() >= MIN_KAPPA and share - chance > 3 * error
+
+
+@dataclass(frozen=True)
+class WrongLabels:
+    """An estimate of the share of wrong labels, and what it says of each label.
+
+    Attributes:
+        share: The estimate, from 0 to 1.
+        low: The lower end of a 95 % interval.
+        high: Its upper end.
+        label: ``[N]``, int64, the labels that were examined.
+        suggested: ``[N]``, int64, the most probable class other than the label.
+        confidence: ``[N]``, the probability that the label is wrong.
+    """
+
+    share: float
+    low: float
+    high: float
+    label: Int64[np.ndarray, " N"]
+    suggested: Int64[np.ndarray, " N"]
+    confidence: Float64[np.ndarray, " N"]
+
+    @property
+    def suspects(self) -> Bool[np.ndarray, " N"]:
+        """The examples whose label is more probably wrong than right, ``[N]``."""
+        return self.confidence > 0.5
+
+
+def estimate_wrong_labels(
+    train: LabelEvidence, held_out: LabelEvidence | None = None, in_sample: LabelEvidence | None = None
+) -> WrongLabels:
+    """Return the share of wrong labels with an interval, and the probability that each label is wrong.
+
+    The true class is the predicted one with probability ``g = sigmoid(a t + b)``, where t is the log odds of the
+    prediction. A share ρ of the labels is wrong, each wrong class alike, so a label is the predicted class with
+    probability ``g (1 - ρ) + (1 - g) ρ / (C - 1)``: however sure the predictions, a share ρ of the labels disagrees.
+    ρ is the median of its posterior on a grid over (a, b, ρ). Held-out examples share a and b and have a share of wrong
+    labels of their own, which is small a priori.
+
+    It is the noise matrix of confident learning (Northcutt et al. 2021) with one rate, and thresholds replaced by a
+    likelihood, since with weak models thresholds count hard examples as wrong labels.
+
+    Args:
+        train: The evidence on the training examples.
+        held_out: That on other examples of the same classes.
+        in_sample: That on the training examples without a correction for what the model learned from each of them. The
+            interval is widened by the difference that the correction makes.
+    """
+    num_classes = 1 + int(max(train.label.max(), train.rival.max()))
+    rates, posterior, slope, offset = _posterior(train, held_out, num_classes)
+    share, low, high = _quantiles(rates, posterior)
+    if in_sample is not None:
+        uncorrected = _quantiles(*_posterior(in_sample, held_out, num_classes)[:2])[0]
+        change = abs(share - uncorrected)
+        low, high = max(0.0, low - 0.5 * change), min(1.0, high + change)
+    margin = slope * _log_odds(train.own) + np.where(train.agrees, offset, -offset)
+    right = (1 - share) * _sigmoid(margin)
+    wrong = share / (num_classes - 1) * _sigmoid(-margin)
+    confidence = np.divide(wrong, wrong + right, out=np.zeros_like(wrong), where=wrong > 0)
+    return WrongLabels(share, low, high, train.label, train.rival, confidence)
+
+
+def _posterior(
+    train: LabelEvidence, held_out: LabelEvidence | None, num_classes: int
+) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Return rates ``[R]`` with their posterior ``[R]``, and the posterior means of a and b."""
+    rates = np.arange(0.0, 1 - 1 / num_classes + 1e-9, _STEP)
+    parts = [train] if held_out is None else [train, held_out]
+    odds = np.concatenate([part.confidence for part in parts])
+    edges = np.unique(np.quantile(odds, np.linspace(0, 1, _NUM_BINS)))
+    size = max(1, len(edges) - 1)
+    place = np.searchsorted(edges[1:-1], odds, side="right")
+    middle = np.bincount(place, odds, size) / np.maximum(1, np.bincount(place, minlength=size))
+    counts = []
+    for part in parts:
+        at = np.searchsorted(edges[1:-1], part.confidence, side="right")
+        by_agreement = [np.bincount(at[part.agrees == agrees], minlength=size) for agrees in (True, False)]
+        counts.append(np.stack(by_agreement) * min(1.0, _MAX_EXAMPLES / len(at)))
+    logs = np.empty((len(_SLOPES), len(_OFFSETS), len(rates)))
+    for step, slope in enumerate(_SLOPES):
+        chance = _sigmoid(slope * middle + _OFFSETS[:, None])
+        logs[step] = _log_likelihood(counts[0], chance, rates, num_classes)
+        if held_out is not None:
+            prior = _HELD_OUT_PRIOR * np.log1p(-_HELD_OUT_SHARES) + np.log(np.gradient(_HELD_OUT_SHARES))
+            own = _log_likelihood(counts[1], chance, _HELD_OUT_SHARES, num_classes) + prior
+            logs[step] += np.logaddexp.reduce(own, axis=1)[:, None]
+        logs[step] -= 0.5 * np.log(slope) ** 2 + 0.5 * np.square(_OFFSETS[:, None] / 2)
+    weights = np.exp(logs - logs.max())
+    weights /= weights.sum()
+    return rates, weights.sum((0, 1)), float(weights.sum((1, 2)) @ _SLOPES), float(weights.sum((0, 2)) @ _OFFSETS)
+
+
+def _log_likelihood(counts: np.ndarray, chance: np.ndarray, rates: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return the log likelihood ``[b, R]`` of bins with counts ``[2, n]`` of agreeing and disagreeing labels."""
+    agreed = chance[:, None] * (1 - rates[:, None]) + (1 - chance[:, None]) * rates[:, None] / (num_classes - 1)
+    agreed = np.clip(agreed, 1e-9, 1 - 1e-9)
+    return np.log(agreed) @ counts[0] + np.log1p(-agreed) @ counts[1]
+
+
+def _quantiles(rates: np.ndarray, posterior: np.ndarray) -> tuple[float, float, float]:
+    """Return the median and the ends of a 95 % interval."""
+    cumulated = np.cumsum(posterior)
+    places = np.searchsorted(cumulated, np.array([0.5, 0.025, 0.975])).clip(max=len(rates) - 1)
+    median, low, high = rates[places].tolist()
+    return median, low, high
+
+
+def _log_odds(probability: np.ndarray) -> np.ndarray:
+    clipped = np.clip(probability, 1e-6, 1 - 1e-6)
+    return np.log(clipped / (1 - clipped))
+
+
+def _sigmoid(value: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.clip(value, -30, 30)))
