@@ -21,7 +21,8 @@ from tracer import attribute
 from tracer.report import payload as payload_module
 from tracer.report import write_report
 from tracer.report.charts import heading, influence_montage
-from tracer.report.health import WrongLabels, descending, recovery_curve
+from tracer.report.health import descending, recovery_curve
+from tracer.report.label_noise import WrongLabels
 from tracer.report.samples import Samples
 from tracer.report.tables import _csv
 from tracer.report.text import number
@@ -339,13 +340,16 @@ def test_numbers_that_call_for_nothing_give_no_advice(tmp_path):
     assert "None of the numbers" in advice(tmp_path, self_influence=np.ones(N), train_labels=LABELS)
 
 
+def wrong_labels(labels, suspects, suggested, low=0.01):
+    """An estimate of wrong labels that suspects some examples."""
+    confidence = np.where(suspects, 0.9, 0.1)
+    return WrongLabels(0.03, low, 0.06, np.asarray(labels), np.full(len(labels), suggested), confidence)
+
+
 @pytest.mark.parametrize(("low", "advised"), [(0.0, False), (0.01, True)])
-def test_labels_are_to_be_checked_only_where_the_interval_lies_above_zero(tmp_path, monkeypatch, low, advised):
-    estimate = WrongLabels(share=0.03, low=low, high=0.06, contradicted=0.04, error=0.01, num_contradicted=9)
-    monkeypatch.setattr("tracer.report.writer.estimate_wrong_labels", lambda classes: estimate)
-    monkeypatch.setattr("tracer.report.health.MIN_CLASSES", 3)
-    options = {"scores": SCORES, "train_labels": LABELS, "target_labels": TARGET_LABELS}
-    assert ("Check the labels of the 9 contradicted examples" in advice(tmp_path, **options)) == advised
+def test_labels_are_to_be_checked_only_where_the_interval_lies_above_zero(tmp_path, low, advised):
+    options = {"train_labels": LABELS, "health": wrong_labels(LABELS, np.arange(N) < 9, 2, low)}
+    assert ("Check the labels of the 9 suspects, highest self-influence" in advice(tmp_path, **options)) == advised
 
 
 def test_advice_names_the_number_that_it_follows_from(tmp_path):
@@ -363,8 +367,7 @@ def test_advice_names_the_number_that_it_follows_from(tmp_path):
     )
 
 
-def test_advice_on_wrong_labels_small_classes_and_harmed_targets(tmp_path, monkeypatch):
-    monkeypatch.setattr("tracer.report.health.MIN_CLASSES", 3)
+def test_advice_on_wrong_labels_small_classes_and_harmed_targets(tmp_path):
     num_rows, num_targets = 400, 30
     labels, targets = np.arange(num_rows) % 3, np.arange(num_targets) % 3
     labels[labels == 2] = np.where(np.arange((labels == 2).sum()) < 10, 2, 0)
@@ -378,54 +381,71 @@ def test_advice_on_wrong_labels_small_classes_and_harmed_targets(tmp_path, monke
         "self_influence": np.ones(num_rows), "proponents": strongest, "opponents": strongest,
         "train_labels": labels, "target_labels": targets, "class_names": NAMES,
     }  # fmt: skip
-    text = advice(tmp_path, scores=scores, **options)
-    assert re.search(r"Check the labels of the \d+ contradicted examples", text)
-    assert "are labelled ant and harm bee most" in text
+    suspects = np.isin(np.arange(num_rows), wrong)
+    text = advice(tmp_path, scores=scores, health=wrong_labels(labels, suspects, 1), **options)
+    assert "Check the labels of the 80 suspects" in text
+    assert "80 of the 80 suspects are labelled ant and are more probably bee" in text
+    assert "Look at how examples of class ant were labelled" in text
     assert "Collect more examples of class cat/dog. It has 10 training examples" in text
     assert "20 of 30 targets (67%) have a negative mean score" in text
-    estimate = WrongLabels(share=0.03, low=0.0, high=0.06, contradicted=0.04, error=0.01, num_contradicted=9)
-    monkeypatch.setattr("tracer.report.writer.estimate_wrong_labels", lambda classes: estimate)
-    text = advice(tmp_path, scores=scores, **options)
-    assert "harm bee most" not in text  # the interval contains zero, so all of these labels may be correct
+    text = advice(tmp_path, scores=scores, health=wrong_labels(labels, suspects, 1, low=0.0), **options)
+    assert "more probably bee" not in text  # the interval contains zero, so all of these labels may be correct
     assert "were labelled" not in text
-    monkeypatch.undo()
     text = advice(tmp_path, scores=np.abs(scores), **options)
     assert "Check the labels" not in text
     assert "negative mean score" not in text
 
 
-def clean(num_classes, num_rows=400, num_targets=60):
-    """Labels, and scores of which a seventh harm the next class as much as they help their own."""
-    labels, targets = np.arange(num_rows) % num_classes, np.arange(num_targets) % num_classes
-    scores = np.where(labels[:, None] == targets[None], 1.0, -0.05) * RNG.uniform(0.8, 1.2, (num_rows, num_targets))
-    hard = np.arange(num_rows) % 7 == 0
-    scores[hard[:, None] & ((labels[:, None] + 1) % num_classes == targets[None])] = -1.0
-    top = TopK(np.zeros((num_targets, 1), dtype=int), np.ones((num_targets, 1)))
-    return {
-        "self_influence": np.ones(num_rows), "proponents": top, "opponents": top, "scores": scores,
-        "train_labels": labels, "target_labels": targets,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(("num_classes", "estimated"), [(2, False), (9, False), (10, True)])
-def test_wrong_labels_are_estimated_only_for_as_many_classes_as_were_calibrated(tmp_path, num_classes, estimated):
-    index = report(tmp_path / "report", **clean(num_classes))
+def test_suspects_have_a_suggested_label_and_a_probability(tmp_path):
+    health = wrong_labels(LABELS, np.arange(N) < 9, 2)
+    index = report(tmp_path / "report", train_labels=LABELS, class_names=NAMES, health=health)
     text, data = words(index), embedded(index)
-    assert ("contradicted examples, highest self-influence first" in text) == estimated
-    assert ("of the labels are likely wrong" in text) == estimated
-    assert (f"calibrated for 10 classes or more, and here {num_classes} have training examples" in text) == (
-        not estimated
-    )
-    assert ("contradicted" in text) == estimated
-    assert ("contradicted" in data["flags"]) == estimated
-    assert (data["suggested"] is not None) == estimated
-    assert ("contradicted" in lines(tmp_path / "report" / "influence_summary.csv")[0]) == estimated
+    assert "3.0% of the labels are likely wrong; 95 % interval 1.0% to 6.0%" in text
+    assert {"suspect"} <= data["flags"].keys()
+    rows = {int(row["train_index"]): row for row in lines(tmp_path / "report" / "influence_summary.csv")}
+    for index in range(N):
+        assert rows[index]["suspect"] == str(int(index < 9))
+        assert rows[index]["suggested_label"] == NAMES[2]
+        assert float(rows[index]["wrong_probability"]) == (0.9 if index < 9 else 0.1)
 
 
-def test_a_class_without_targets_does_not_count_for_the_estimate(tmp_path):
-    content = clean(10)
-    content["target_labels"] = np.where(content["target_labels"] == 9, 0, content["target_labels"])
-    assert "here 9 have training examples and targets" in words(report(tmp_path / "report", **content))
+def test_without_an_estimate_the_page_says_why(tmp_path):
+    text = words(report(tmp_path / "report", train_labels=LABELS, health="the scores do not tell classes apart."))
+    assert "No estimate of wrong labels: the scores do not tell classes apart." in text
+    assert "likely wrong" not in text
+
+
+def test_scores_and_labels_alone_give_no_estimate(tmp_path):
+    rng = np.random.default_rng(0)
+    options = {"scores": rng.normal(size=SCORES.shape), "train_labels": LABELS, "target_labels": TARGET_LABELS}
+    assert "likely wrong" not in words(report(tmp_path / "report", **options))
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_out_of_sample_probabilities_give_an_estimate_if_they_tell_classes_apart(tmp_path, apart):
+    rng, size = np.random.default_rng(0), 600
+    labels = rng.integers(0, 3, size)
+    odds = rng.normal(size=(size, 3)) + (4.0 * np.eye(3)[labels] if apart else 0)
+    wrong = np.arange(size) < 60
+    given = np.where(wrong, (labels + 1) % 3, labels)
+    probabilities = np.exp(odds) / np.exp(odds).sum(1, keepdims=True)
+    text = words(report(tmp_path, self_influence=np.ones(size), train_labels=given, train_probabilities=probabilities))
+    assert ("of the labels are likely wrong" in text) == apart
+    assert ("the probabilities do not tell classes apart" in text) != apart
+
+
+def test_suspects_come_in_the_order_of_a_ranking(tmp_path):
+    loss = np.random.default_rng(1).permutation(N).astype(float)
+    index = report(tmp_path / "report", rankings={"mean loss": loss}, order_by="mean loss")
+    rows = lines(tmp_path / "report" / "influence_summary.csv")
+    assert [int(row["train_index"]) for row in rows] == np.argsort(-loss).tolist()
+    assert "Training examples, highest mean loss first" in words(index)
+    assert embedded(index)["sort"] == "ranking0"
+
+
+def test_warnings_come_first(tmp_path):
+    text = html.unescape(words(report(tmp_path / "report", warnings=["The model has not fitted <b>the labels</b>."])))
+    assert text.index("Warning. The model has not fitted <b>the labels</b>.") < text.index("Label health")
 
 
 @pytest.mark.parametrize("kind", [np.float32, bool])

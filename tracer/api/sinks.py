@@ -14,6 +14,7 @@ from tracer.gradients import Sink
 from tracer.gradients.per_sample import PerSampleGradient
 from tracer.projection.base import Projector
 from tracer.store import RowTable
+from tracer.store.table_schema import VALUES
 from tracer.types import Projection, SampleOutputs
 
 
@@ -28,9 +29,9 @@ class RowValues:
         loss_hess: ``[n]``, w.
         gradient_norm: ``[n]``, the exact norm of the gradient of f.
         output_change: ``[n]``, f minus the f of a model that has learnt nothing; 0 if the task does not know that.
+        rival_share: ``[n]``, the rival's share of the probability of all classes other than the label.
         label: ``[n]``, int64, the class; None if the task gives none.
-        rival: The class other than the label that the model prefers, ``[n]``, int64, and its share of the probability
-            of these classes, ``[n]``; None if the task gives none.
+        rival: ``[n]``, int64, the class other than the label that the model prefers; None if the task gives none.
         audited: ``[n]``, bool, whether the example was run alone with the same result.
     """
 
@@ -40,21 +41,23 @@ class RowValues:
     loss_hess: np.ndarray
     gradient_norm: np.ndarray
     output_change: np.ndarray
+    rival_share: np.ndarray
     label: np.ndarray | None
-    rival: tuple[np.ndarray, np.ndarray] | None
+    rival: np.ndarray | None
     audited: np.ndarray
 
     def select(self, rows: np.ndarray) -> RowValues:
         """Return the values of some examples, given by a mask ``[n]`` or by positions."""
         features = None if self.features is None else self.features[rows]
         label = None if self.label is None else self.label[rows]
-        rival = None if self.rival is None else (self.rival[0][rows], self.rival[1][rows])
+        rival = None if self.rival is None else self.rival[rows]
         values = (
             self.loss[rows],
             self.loss_grad[rows],
             self.loss_hess[rows],
             self.gradient_norm[rows],
             self.output_change[rows],
+            self.rival_share[rows],
         )
         return RowValues(features, *values, label, rival, self.audited[rows])
 
@@ -140,8 +143,8 @@ def row_values(
     def classes(values: Tensor) -> np.ndarray:
         return values.detach().to("cpu", torch.int64).numpy()
 
-    output_change = torch.zeros_like(outputs.loss) if outputs.baseline is None else outputs.output - outputs.baseline
-    rival = outputs.rival, outputs.rival_share
+    unknown = torch.zeros_like(outputs.loss)
+    output_change = unknown if outputs.baseline is None else outputs.output - outputs.baseline
     return RowValues(
         features=None if features is None else array(features),
         loss=array(outputs.loss),
@@ -149,30 +152,28 @@ def row_values(
         loss_hess=array(outputs.loss_hess),
         gradient_norm=array(squares.sqrt()),
         output_change=array(output_change),
+        rival_share=array(unknown if outputs.rival_share is None else outputs.rival_share),
         label=None if outputs.label is None else classes(outputs.label),
-        rival=None if rival[0] is None or rival[1] is None else (classes(rival[0]), array(rival[1])),
+        rival=None if outputs.rival is None else classes(outputs.rival),
         audited=np.arange(len(squares)) == (-1 if audited is None else audited),
     )
 
 
 def write_values(table: RowTable, rows: np.ndarray, values: RowValues, fingerprint: np.ndarray) -> None:
     """Write the values of rows ``[n]``; if one is NaN or infinite, write nothing and raise `NonFiniteError`."""
-    for name in ("loss", "loss_grad", "loss_hess", "gradient_norm", "output_change"):
-        finite = np.isfinite(getattr(values, name))
+    floats = {name: getattr(values, name) for name in VALUES}
+    for name, column in floats.items():
+        finite = np.isfinite(column)
         if not finite.all():
             _refuse("gradient" if name == "gradient_norm" else name, rows[~finite])
     table.write(
         rows,
         values.features,
-        loss=values.loss,
-        loss_grad=values.loss_grad,
-        loss_hess=values.loss_hess,
-        gradient_norm=values.gradient_norm,
-        output_change=values.output_change,
         fingerprint=fingerprint,
         label=values.label,
         rival=values.rival,
         audited=values.audited,
+        **floats,
     )
 
 

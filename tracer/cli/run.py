@@ -95,7 +95,8 @@ def _run(ctx: click.Context, job: Job, settings: dict[str, Any]) -> dict[str, An
         ctx.exit(INTERRUPTED)
     name = found.exp_name if len(job.targets) else None
     missing = [len(found.tracer.remaining(model_id, name)) for model_id in range(len(job.checkpoints))]
-    return {**sizes, "complete": not any(missing)}
+    complete = not any(missing)
+    return {**sizes, "complete": complete, "warnings": found.warnings() if complete else []}
 
 
 def _check_alone(settings: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tracer._core.files import disk_errors
-from tracer.errors import CallOrderError, InputError, MismatchError, StoreError
+from tracer.errors import CallOrderError, InputError, InputTypeError, MismatchError, StoreError
 from tracer.store.arrays.completion_mask import FLUSH_SECONDS, CompletionMask
 from tracer.store.arrays.metadata import NODE, write_group
 from tracer.store.arrays.opening import open_arrays
@@ -21,7 +21,15 @@ from tracer.store.arrays.store_path import StorePath
 from tracer.store.feature_storage import FeatureStorage
 from tracer.store.manifest import json_value
 from tracer.store.row_writer import RowWriter, checked_fingerprint, checked_rows, named_rows
-from tracer.store.table_schema import COLUMNS, changing, damaged_rows, read_attributes, table_layouts
+from tracer.store.table_schema import (
+    COLUMNS,
+    OPTIONAL_VALUES,
+    VALUES,
+    changing,
+    damaged_rows,
+    read_attributes,
+    table_layouts,
+)
 
 
 class RowTable:
@@ -146,44 +154,37 @@ class RowTable:
         rows: np.ndarray,
         features: np.ndarray | None,
         *,
-        loss: np.ndarray,
-        loss_grad: np.ndarray,
-        loss_hess: np.ndarray,
-        gradient_norm: np.ndarray,
         fingerprint: np.ndarray,
-        output_change: np.ndarray | None = None,
         label: np.ndarray | None = None,
-        rival: tuple[np.ndarray, np.ndarray] | None = None,
+        rival: np.ndarray | None = None,
         audited: np.ndarray | None = None,
+        **values: np.ndarray,
     ) -> None:
         """Write rows, each at most once in a call; they are pending until the next flush.
 
         Args:
             rows: ``[n]``, int64, row indices in any order; consecutive ones are fastest.
             features: ``[n, dim]``, float32; None for a table without features.
-            loss: ``[n]``, float32, L.
-            loss_grad: ``[n]``, float32, Q = ∂L/∂f.
-            loss_hess: ``[n]``, float32, w = ∂²L/∂f².
-            gradient_norm: ``[n]``, float32, the exact norm of the gradient of f.
             fingerprint: ``[n]``, uint64, a hash of each example's inputs.
-            output_change: ``[n]``, float32, f minus the f of an untrained model; None if unknown.
             label: ``[n]``, int64, the class of each example; None if examples have no class.
-            rival: The class other than the label that the model prefers, ``[n]``, int64, and its share of the
-                probability of these classes, ``[n]``, float32; None if unknown.
+            rival: ``[n]``, int64, the class other than the label that the model prefers; None if unknown.
             audited: ``[n]``, bool, whether the example was run alone with the same result; None: none was.
+            **values: ``[n]``, float32, each of `VALUES`: L, Q = ∂L/∂f, w = ∂²L/∂f², the exact norm of the gradient of
+                f, and 0 by default: f minus the f of an untrained model, and the rival's share of the probability of
+                all classes other than the label.
 
         Raises:
             CallOrderError: If the table is closed or finalized.
-            InputTypeError: If an array has an invalid shape or type, or features were passed for a table without.
+            InputTypeError: If an array has an invalid shape or type, is missing or unknown, or features were passed
+                for a table without.
             NonFiniteError: If a value is NaN or infinite; nothing was written.
         """
         self._check_open()
         rows = checked_rows(rows, self.num_rows, self.path, unique=True)
-        floats = {"loss": loss, "loss_grad": loss_grad, "loss_hess": loss_hess, "gradient_norm": gradient_norm}
-        floats["output_change"] = np.zeros(len(rows), np.float32) if output_change is None else output_change
-        floats["rival_share"] = np.zeros(len(rows), np.float32) if rival is None else rival[1]
-        classes = {"label": label, "rival": None if rival is None else rival[0]}
-        self._writer.write(rows, features, floats, fingerprint, classes, audited)
+        floats = {name: np.zeros(len(rows), np.float32) for name in OPTIONAL_VALUES} | values
+        if set(floats) != set(VALUES):
+            raise InputTypeError(f"write() got {sorted(values)}: expected the values {sorted(VALUES)}")
+        self._writer.write(rows, features, floats, fingerprint, {"label": label, "rival": rival}, audited)
 
     def flush(self) -> None:
         """Make pending rows durable, then mark them done; after an error they have to be written again."""

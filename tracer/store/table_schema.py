@@ -20,6 +20,8 @@ from tracer.store.feature_storage import FeatureStorage
 
 VALUES = ("loss", "loss_grad", "loss_hess", "gradient_norm", "output_change", "rival_share")
 """The float32 columns that are computed for each row, all ``[N]``."""
+OPTIONAL_VALUES = ("output_change", "rival_share")
+"""Those that a task may not know; they are 0 then."""
 NO_LABEL = int(np.iinfo(np.int64).min)
 """The label of a row if the task has none."""
 COLUMNS = {

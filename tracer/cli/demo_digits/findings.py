@@ -57,8 +57,8 @@ def run(
     log(f"Test accuracy at the last checkpoint: {accuracy:.1%}")
     log(_table(every, data.flipped))
     health = found.label_health()
-    assert not isinstance(health, str), health
-    log(f"Estimated share of wrong labels: {health.share:.1%}, interval {health.low:.1%} to {health.high:.1%}")
+    estimate = health if isinstance(health, str) else f"{health.share:.1%}, {health.low:.1%} to {health.high:.1%}"
+    log(f"Estimated share of wrong labels (95 % interval): {estimate}")
     shown = choose_targets(predictions, data.test_labels)
     log(_examples(found, data, predictions, shown))
     page, note = _report(
