@@ -1,8 +1,13 @@
-"""How near the report's estimate of wrong labels comes: digits with known shares of flipped labels.
+"""How near the estimate of wrong labels comes, and what finds most of them: data sets with known shares of flips.
 
-Each run flips a share of the training labels of scikit-learn's digits to another digit, trains a model, attributes the
-test images and estimates the share from influence alone. Two models and several seeds; the seeds of the calibration
-(the rates `CALIBRATION` of tracer/report/health.py) are others than those of the check.
+Each run flips a share of the training labels, uniformly to any other class or from each class to the next one at rates
+that differ by class, trains a small network and attributes held-out examples. The table has the error of the estimate
+and how often its interval holds the truth, and the share of flips among as many of the highest-ranked examples: by mean
+loss over checkpoints, which sorts the report's suspects, by the probability that the label is wrong, by the final loss,
+by self-influence, and by Datalab of cleanlab on the same model's predictions if cleanlab is installed (extra ``peers``).
+
+Digits and tabular data come with scikit-learn. Others are read from the folder ``TRACER_DATA``: CIFAR-10
+(cifar10_10k.npz) and SST-2 (sst2_train.tsv, sst2_dev.tsv).
 
 Run it: python benchmarks/health.py
 """
@@ -11,133 +16,244 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer, load_digits, load_wine
+from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import nn
 
 from tracer import attribute
-from tracer.report.health import estimate_wrong_labels
-from tracer.report.summaries import summarize_scores
 
-FLIP_RATES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3)
-NUM_TRAIN, EPOCHS, SAVED = 1297, 15, (1, 3, 5, 10, 15)
-LEARNING_RATE = 0.1
-ESTIMATORS = ("tracin", "cosine", "influence")
+RATES = (0.0, 0.05, 0.1, 0.2, 0.4)
+KINDS = ("uniform", "class-dependent")
 RESULTS = Path(__file__).parent / "results" / "health.json"
+RANKINGS = ("mean loss", "probability", "final loss", "self-influence", "Datalab")
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # training inputs and labels, then held-out ones
 
 
-def build_model(kind: str) -> nn.Module:
-    """Return a conv net or a multilayer perceptron for images ``[B, 1, 8, 8]``."""
-    if kind == "mlp":
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(32 * 4 * 4, 64), nn.ReLU(), nn.Linear(64, 10),
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Case:
+    """A data set, a network for it, and how it is trained."""
+
+    read: Callable[[np.random.Generator], Arrays]
+    network: Callable[[int, int], nn.Module]  # of the number of features and of classes
+    saved: tuple[int, ...]  # the epochs of checkpoints; the last one ends the training
+    batch_size: int
+    learning_rate: float
 
 
-def flipped_digits(rate: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
-    """Return all images, labels with flips among the first `NUM_TRAIN`, the right labels, and which are flipped."""
-    images, digits = load_digits(return_X_y=True)
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(digits))
-    images, digits = images[order] / 16.0, digits[order].astype(np.int64)
-    flipped = np.zeros(len(digits), dtype=bool)
-    flipped[rng.choice(NUM_TRAIN, size=round(rate * NUM_TRAIN), replace=False)] = True
-    labels = (digits + rng.integers(1, 10, size=len(digits)) * flipped) % 10
-    x = torch.as_tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8)
-    return x, torch.as_tensor(labels), torch.as_tensor(digits), flipped[:NUM_TRAIN]
+def mlp(num_features: int, num_classes: int) -> nn.Module:
+    """Return a multilayer perceptron with 32 hidden units."""
+    return nn.Sequential(nn.Linear(num_features, 32), nn.ReLU(), nn.Linear(32, num_classes))
 
 
-def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int) -> list[tuple[dict[str, Any], float]]:
-    """Train with plain SGD and return the saved weights with their learning rate."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    saved = []
-    for epoch in range(1, EPOCHS + 1):
-        for rows in torch.randperm(len(x), generator=generator).split(32):
+def conv(channels: int, side: int, *widths: int) -> Callable[[int, int], nn.Module]:
+    """Return a maker of convolutional networks that halve the images after each width."""
+
+    def network(_: int, num_classes: int) -> nn.Module:
+        layers: list[nn.Module] = []
+        for before, width in zip((channels, *widths), widths, strict=False):
+            layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        size = widths[-1] * (side >> len(widths)) ** 2
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(size, 64), nn.ReLU(), nn.Linear(64, num_classes))
+
+    return network
+
+
+def split(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, share: float) -> Arrays:
+    """Split examples at random."""
+    order, count = rng.permutation(len(y)), round(share * len(y))
+    train, test = order[:count], order[count:]
+    return x[train], y[train], x[test], y[test]
+
+
+def digits(rng: np.random.Generator) -> Arrays:
+    """Read scikit-learn's digits as images ``[N, 1, 8, 8]``."""
+    x, y = load_digits(return_X_y=True)
+    return split(x.reshape(-1, 1, 8, 8) / 16, y, rng, 0.72)
+
+
+def table(read: Callable[..., Any]) -> Callable[[np.random.Generator], Arrays]:
+    """Return a reader of scikit-learn's tables, standardized by the training examples."""
+
+    def standardized(rng: np.random.Generator) -> Arrays:
+        x, y, x_test, y_test = split(*read(return_X_y=True), rng, 0.8)
+        center, scale = x.mean(0), x.std(0)
+        return (x - center) / scale, y, (x_test - center) / scale, y_test
+
+    return standardized
+
+
+def cifar10(rng: np.random.Generator) -> Arrays:
+    """Read CIFAR-10, 10,000 training images."""
+    with np.load(data_folder() / "cifar10_10k.npz") as found:
+        images = [(found[name].transpose(0, 3, 1, 2) / 255 - 0.5) * 4 for name in ("x_train", "x_test")]
+        return images[0], found["y_train"], images[1], found["y_test"]
+
+
+def sst2(rng: np.random.Generator) -> Arrays:
+    """Read SST-2 as 2,000 weighted word counts."""
+    texts, labels = [], []
+    for name in ("sst2_train.tsv", "sst2_dev.tsv"):
+        pairs = [line.rsplit("\t", 1) for line in (data_folder() / name).read_text(encoding="utf-8").splitlines()]
+        pairs = [pair for pair in pairs if len(pair) == 2 and pair[1].isdigit()]
+        texts.append([text for text, _ in pairs])
+        labels.append(np.array([int(label) for _, label in pairs]))
+    vectorizer = TfidfVectorizer(max_features=2000, sublinear_tf=True).fit(texts[0])
+    x, x_test = (3 * vectorizer.transform(each).toarray() for each in texts)
+    return x, labels[0], x_test, labels[1]
+
+
+def data_folder() -> Path:
+    """Return the folder of data that scikit-learn does not have."""
+    folder = os.environ.get("TRACER_DATA")
+    if not folder:
+        raise SystemExit(
+            "This case reads its data from the folder TRACER_DATA, which is not set; choose other --cases."
+        )
+    return Path(folder)
+
+
+CASES = {
+    "digits": Case(digits, conv(1, 8, 16, 32), (2, 5, 10, 20, 30), 32, 0.1),
+    "breast cancer": Case(table(load_breast_cancer), mlp, (1, 2, 5, 10, 30), 16, 0.05),
+    "wine": Case(table(load_wine), mlp, (2, 5, 10, 20, 40), 16, 0.05),
+    "sst2": Case(sst2, mlp, (2, 4, 8, 14, 20), 32, 0.2),
+    "cifar10": Case(cifar10, conv(3, 32, 16, 32, 64), (3, 6, 9, 12), 64, 0.05),
+}
+
+
+def flip(labels: np.ndarray, rate: float, kind: str, rng: np.random.Generator) -> np.ndarray:
+    """Flip a share of the labels: to any other class, or of class c at a rate that grows with c to the next one."""
+    num_classes, count = int(labels.max()) + 1, round(rate * len(labels))
+    flipped = labels.copy()
+    weights = np.ones(len(labels)) if kind == "uniform" else (0.8 + 0.4 * labels / (num_classes - 1))
+    rows = rng.choice(len(labels), count, replace=False, p=weights / weights.sum())
+    shifts = rng.integers(1, num_classes, count) if kind == "uniform" else 1
+    flipped[rows] = (labels[rows] + shifts) % num_classes
+    return flipped
+
+
+def train(case: Case, x: torch.Tensor, y: torch.Tensor, num_classes: int, seed: int) -> tuple[nn.Module, list]:
+    """Train with plain SGD; return the network and the saved weights with their learning rate."""
+    torch.manual_seed(seed)
+    model = case.network(x[0].numel(), num_classes)
+    optimizer, saved = torch.optim.SGD(model.parameters(), lr=case.learning_rate), []
+    for epoch in range(1, case.saved[-1] + 1):
+        for rows in torch.randperm(len(x)).split(case.batch_size):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
             optimizer.step()
-        if epoch in SAVED:
-            saved.append(({name: value.clone() for name, value in model.state_dict().items()}, LEARNING_RATE))
-    return saved
+        if epoch in case.saved:
+            weights = {name: value.clone() for name, value in model.state_dict().items()}
+            saved.append((weights, case.learning_rate))
+    return model, saved
 
 
-def run(kind: str, rate: float, seed: int) -> list[dict[str, Any]]:
-    """Train once and estimate with each estimator."""
-    x, labels, digits, flipped = flipped_digits(rate, seed)
-    torch.manual_seed(seed)
-    model = build_model(kind)
-    checkpoints = train(model, x[:NUM_TRAIN], labels[:NUM_TRAIN], seed)
-    targets = digits[NUM_TRAIN:]
-    found = []
-    for estimator in ESTIMATORS:
-        with tempfile.TemporaryDirectory() as folder:
-            attribution = attribute(
-                model, "image_classification", (x[:NUM_TRAIN], labels[:NUM_TRAIN]), (x[NUM_TRAIN:], targets),
-                checkpoints, save_dir=folder, proj_dim=1024, estimator=estimator, progress=False,
-            )  # fmt: skip
-            summary = summarize_scores(attribution.scores, labels[:NUM_TRAIN].numpy(), targets.numpy())
-        classes = summary.classes
-        assert classes is not None
-        wrong = classes.contradicted
-        estimate = estimate_wrong_labels(classes)
-        found.append({
-            "model": kind, "estimator": estimator, "rate": float(flipped.mean()), "seed": seed,
-            "contradicted": float(wrong.mean()),
-            "false_positive": float(wrong[~flipped].mean()),
-            "detected": float(wrong[flipped].mean()) if flipped.any() else None,
-            "restored": float((classes.harmed == digits[:NUM_TRAIN].numpy())[wrong & flipped].mean())
-            if (wrong & flipped).any() else None,
-            "share": estimate.share, "low": estimate.low, "high": estimate.high,
-        })  # fmt: skip
-    return found
+def datalab_scores(model: nn.Module, x: torch.Tensor, labels: np.ndarray) -> np.ndarray | None:
+    """Return how suspicious Datalab finds each label by the trained model's predictions; None without cleanlab."""
+    try:
+        from cleanlab import Datalab
+    except ImportError:
+        return None
+    with torch.no_grad():
+        probabilities = torch.cat([model(part).softmax(1) for part in x.split(1000)]).numpy().astype(np.float64)
+    lab = Datalab({"label": labels}, label_name="label", verbosity=0)
+    lab.find_issues(pred_probs=probabilities / probabilities.sum(1, keepdims=True), issue_types={"label": {}})
+    found = lab.get_issues("label")
+    # issues come first, then all others, each by their score
+    return found["is_label_issue"].to_numpy() * 2.0 - found["label_score"].to_numpy()
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown table: one line for each model, estimator and flip rate, means over seeds."""
+def run(name: str, rate: float, kind: str, seed: int) -> dict[str, Any]:
+    """Train once and compare the estimate and the rankings with the flips."""
+    case, rng = CASES[name], np.random.default_rng(seed)
+    inputs, right, target_inputs, target_labels = case.read(rng)
+    labels = flip(right, rate, kind, rng)
+    wrong = labels != right
+    x, targets = (torch.as_tensor(each, dtype=torch.float32) for each in (inputs, target_inputs))
+    y, target_y = (torch.as_tensor(each, dtype=torch.int64) for each in (labels, target_labels))
+    model, checkpoints = train(case, x, y, int(right.max()) + 1, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        found = attribute(
+            model, "image_classification", (x, y), (targets, target_y), checkpoints, save_dir=folder, proj_dim=1024,
+            progress=False,
+        )  # fmt: skip
+        health, own = found.label_health(), found.self_influence()
+        losses = np.stack([found.tracer.store.checkpoint(place).column("loss") for place in range(len(checkpoints))])
+    scores = {"mean loss": losses.mean(0), "final loss": losses[-1], "self-influence": own}
+    peer = datalab_scores(model, x, labels)
+    if peer is not None:
+        scores["Datalab"] = peer
+    result = {"case": name, "kind": kind, "rate": float(wrong.mean()), "seed": seed}
+    if isinstance(health, str):
+        result["reason"] = health
+    else:
+        scores["probability"] = health.confidence
+        result |= {"share": health.share, "low": health.low, "high": health.high}
+        if (health.suspects & wrong).any():
+            restored = (health.suggested == right)[health.suspects & wrong]
+            result["restored"] = float(restored.mean())
+    count = int(wrong.sum())
+    if count:
+        top = {each: np.argsort(-values, kind="stable")[:count] for each, values in scores.items()}
+        result["precision"] = {each: float(wrong[rows].mean()) for each, rows in top.items()}
+    return result
+
+
+def summary(found: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table: one line for each data set and share of flips, over kinds and seeds."""
+    names = [name for name in RANKINGS if any(name in each.get("precision", {}) for each in found)]
     lines = [
-        "| model | estimator | flipped, % | contradicted, % | of the right ones, % | of the flipped, % | "
-        "estimate, % (runs) | interval holds it |",
-        "|---|---|---|---|---|---|---|---|",
+        "| data | flipped | mean estimate | mean error, points | interval holds it | " + " | ".join(names) + " |",
+        "|---|---|---|---|---|" + "---|" * len(names),
     ]
-    for key in dict.fromkeys((each["model"], each["estimator"], each["rate"]) for each in found):
-        group = [each for each in found if (each["model"], each["estimator"], each["rate"]) == key]
-        shares = ", ".join(f"{100 * each['share']:.1f}" for each in group)
-        held = sum(each["low"] <= each["rate"] <= each["high"] for each in group)
-        detected = "-" if key[2] == 0 else f"{100 * np.mean([each['detected'] for each in group]):.0f}"
-        lines.append(
-            f"| {key[0]} | {key[1]} | {100 * key[2]:.1f} | {100 * np.mean([e['contradicted'] for e in group]):.1f} | "
-            f"{100 * np.mean([e['false_positive'] for e in group]):.1f} | {detected} | {shares} | "
-            f"{held} of {len(group)} |"
-        )
+    for key in dict.fromkeys((each["case"], round(each["rate"], 2)) for each in found):
+        group = [each for each in found if (each["case"], round(each["rate"], 2)) == key]
+        known = [each for each in group if "share" in each]
+        shares = np.array([each["share"] for each in known])
+        errors = np.abs(shares - [each["rate"] for each in known])
+        held = sum(each["low"] <= each["rate"] <= each["high"] for each in known)
+        values = [[each["precision"][name] for each in group if name in each.get("precision", {})] for name in names]
+        numbers = f"{100 * shares.mean():.1f} % | {100 * errors.mean():.1f}" if known else "none | "
+        cells = [f"{np.mean(each):.0%}" if each else "" for each in values]
+        lines.append(f"| {key[0]} | {key[1]:.0%} | {numbers} | {held} of {len(known)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
-    parser.add_argument("--rates", type=float, nargs="+", default=list(FLIP_RATES))
-    parser.add_argument("--models", nargs="+", choices=["conv", "mlp"], default=["conv", "mlp"])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["digits", "breast cancer", "wine"])
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    found: list[dict[str, Any]] = []
-    for kind in options.models:
-        for rate in options.rates:
-            for seed in options.seeds:
-                found += run(kind, rate, seed)
-                print(f"{kind}, {rate:.0%} flipped, seed {seed}: {found[-len(ESTIMATORS)]['share']:.3f}", flush=True)
+    found = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else []
+    settings = [
+        (name, rate, kind, seed)
+        for name in options.cases
+        for rate in options.rates
+        for kind in options.kinds
+        for seed in options.seeds
+    ]
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print("\n" + table(found))
+    for name, rate, kind, seed in settings:
+        known = [(each["case"], each["kind"], each["seed"], round(each["rate"], 2)) for each in found]
+        if (name, kind, seed, round(rate, 2)) not in known:
+            found.append(run(name, rate, kind, seed))
+            options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            print(f"{name}, {rate:.0%} flipped ({kind}), seed {seed}: {found[-1].get('share')}", flush=True)
+    print("\n" + summary(found))
 
 
 if __name__ == "__main__":
