@@ -4,7 +4,7 @@ Each run flips a share of the training labels, uniformly to any other class or f
 that differ by class, trains a small network and attributes held-out examples. The table has the error of the estimate
 and how often its interval holds the truth, and the share of flips among as many of the highest-ranked examples: by mean
 loss over checkpoints, which sorts the report's suspects, by the probability that the label is wrong, by the final loss,
-by self-influence, and by Datalab of cleanlab on the same model's predictions if cleanlab is installed (extra ``peers``).
+by self-influence, and by Datalab on the same model's predictions if cleanlab is installed (extra ``peers``).
 
 Digits and tabular data come with scikit-learn. Others are read from the folder ``TRACER_DATA``: CIFAR-10
 (cifar10_10k.npz) and SST-2 (sst2_train.tsv, sst2_dev.tsv).

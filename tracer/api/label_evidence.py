@@ -30,7 +30,9 @@ def evidence_of(table: RowTable, change: np.ndarray | float = 0.0) -> LabelEvide
 
 
 def held_out_evidence(store: Store, exp_name: str, model_ids: Sequence[int]) -> list[LabelEvidence] | None:
-    """Return the evidence on targets that are no training examples, at each checkpoint; None without classes."""
+    """Return the evidence on targets that are no training examples at each checkpoint; None without classes."""
+    if exp_name not in store.catalog.exp_names():
+        return None
     known = store.checkpoint(model_ids[0]).column("fingerprint")
     targets = store.targets(exp_name, model_ids[0]).column("fingerprint")
     new = (targets == 0) | ~np.isin(targets, known)  # a fingerprint of 0 was not taken
