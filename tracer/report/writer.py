@@ -205,7 +205,7 @@ def _slides(data: content.ReportContent) -> dict[str, Figure]:
         drawn["scores"] = charts.signed_histogram(data.summary.edges, data.summary.counts, SLIDE)
     if classes is not None:
         drawn["class_influence"] = charts.class_map(classes.influence, data.class_names, classes.train_counts, 24)
-    top = data.order[: data.num_top_examples]
+    top = descending(data.self_influence)[: data.num_top_examples]
     if data.train.kind == "images" and len(top):
         drawn["top_self_influence"] = charts.ranking_montage(data.train, top, data.self_influence, known)
     if data.train.kind == data.target.kind == "images" and data.shown_targets:

@@ -38,6 +38,7 @@ class Suspects {
     }
     sort.append(make("option", { value: "index up" }, "Index"));
     if (TABLE.labels.present) sort.append(make("option", { value: "label up" }, "Label"));
+    sort.value = `${this.sort.key} down`;
   }
 
   get pageSize() { return Number(this.find("size").value); }
