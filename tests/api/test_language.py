@@ -10,7 +10,7 @@ import torch
 from text_cases import datasets, make_tokenizer, offline, texts, transformers  # noqa: F401
 from torch.nn import functional as F
 
-from tracer import InputError, InputTypeError, LanguageModeling, Tracer, build_store
+from tracer import InputError, InputTypeError, LanguageModeling, MismatchError, Tracer, build_store
 from tracer.data.text.settings import TextSettings
 from tracer.data.text.source import text_source
 from tracer.training.language_models import load_language_model
@@ -79,6 +79,22 @@ def test_features_and_scores_are_those_of_the_loop_by_hand(run):
         run / "model", run / "train.jsonl", run / "run", save_dir=run / "store", targets=run / "targets.txt", **options
     )
     assert np.array_equal(again.scores, found.scores)
+
+
+def test_a_store_of_other_tokens_is_not_continued(tmp_path):
+    data = [{"prompt": f"{text} ", "completion": "w1 w2", "source": "a"} for text in texts()]
+    given = {"save_dir": tmp_path, "tokenizer": make_tokenizer(), "proj_dim": 8}
+    model = llama()
+    build_store(model, data, targets=data[:2], **given)
+    before = features_of(Tracer.open(tmp_path))
+    build_store(model, data, targets=data[:2], batch_tokens=16, group_column="source", **given)
+    with pytest.raises(MismatchError, match="rows hold other data"):
+        build_store(model, data, targets=data[:2], loss_on="all", **given)
+    with pytest.raises(MismatchError, match="1 rows hold other data"):
+        build_store(model, [*data[:3], {**data[3], "completion": "w9"}, *data[4:]], targets=data[:2], **given)
+    with pytest.raises(MismatchError, match="rows hold other data"):
+        build_store(model, data, targets=data[2:4], **given)
+    assert np.array_equal(features_of(Tracer.open(tmp_path)), before)
 
 
 def gradients(model, batches):

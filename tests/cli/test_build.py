@@ -99,6 +99,7 @@ def test_a_plan_is_shown_without_a_store(project):
 
 def test_without_targets_self_influence_is_answered(project):
     assert run_tracer("build", *NAMES).exit_code == 0
+    assert "tracer top" not in run_tracer("build", *NAMES).output
     found = printed("self-influence", "store")
     assert found["train_rows"] == 12
     assert "has no targets" in refused("top", "store")

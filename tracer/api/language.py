@@ -7,18 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from tracer._core.validation import check_choice
 from tracer.api.attribution import Attribution, attribute
-from tracer.data.datasets import NoExamples
+from tracer.data.datasets import DataSource, NoExamples
+from tracer.data.fingerprints import fingerprint_samples
 from tracer.data.text.isolation import check_isolation
 from tracer.data.text.settings import TextOptions, text_settings
 from tracer.data.text.source import TextSource, text_source
 from tracer.data.token_tasks import LanguageModeling
 from tracer.errors import InputError
-from tracer.store import Store
+from tracer.store import RowTable, Store
+from tracer.store.arrays.metadata import NODE
+from tracer.store.arrays.store_path import store_path
 from tracer.store.example_groups import write_example_groups
 from tracer.training.checkpoint_paths import find_checkpoints
 from tracer.training.language_models import load_language_model, own_weights
@@ -35,6 +39,23 @@ class LanguageInputs:
     train: TextSource
     targets: TextSource | NoExamples
     recipe: Mapping[str, Any]  # the names and settings they come from
+
+    def check(self, save_dir: str | os.PathLike[str], exp_name: str) -> None:
+        """Raise `MismatchError` if a store has other tokens of examples than these; stored ones are not run again."""
+        if not (store_path(save_dir) / NODE).exists():
+            return
+        store = Store.open_existing(save_dir)
+        catalog = store.catalog
+        ids = catalog.target_ids(exp_name) if exp_name in catalog.exp_names() else []
+        tables: list[tuple[DataSource, RowTable]] = [
+            (self.train, store.checkpoint(each)) for each in catalog.checkpoint_ids()[:1]
+        ]
+        tables += [(self.targets, store.targets(exp_name, each)) for each in ids[:1]]
+        for source, table in tables if store.manifest.settings.get("check_rows", True) else ():
+            done = np.setdiff1d(np.arange(table.num_rows), table.remaining())
+            if table.num_rows == len(source) and len(done):
+                for batch, inds in source.batches(done):
+                    table.check_rows(inds, fingerprint_samples(batch, len(inds)))
 
     def record(self, store: Store) -> None:
         """Write into a store the documents and groups of its training examples, and where they come from."""
@@ -150,6 +171,7 @@ def build_store(
         checkpoints = [(inputs.model.state_dict(), 1.0 if learning_rate is None else learning_rate)]
     if not isinstance(model, nn.Module) and torch.cuda.is_available():
         options.setdefault("device", "cuda")
+    inputs.check(save_dir, str(options.get("exp_name", "targets")))
     result = attribute(
         inputs.model, inputs.task, inputs.train, inputs.targets, checkpoints, save_dir=save_dir, **options
     )

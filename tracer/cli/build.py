@@ -28,6 +28,8 @@ class LanguageJob(Job):
 
     def run(self, train: DataSource, targets: DataSource, count: int | None = None, **changes: Any) -> Attribution:
         """Run `attribute`, and record the documents if it is the whole run."""
+        if count is None and self.inputs is not None:
+            self.inputs.check(self.save_dir, str(self.ranking.get("exp_name", "targets")))
         found = super().run(train, targets, count, **changes)
         if count is None and self.inputs is not None:
             self.inputs.record(found.tracer.store)

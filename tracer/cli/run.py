@@ -120,6 +120,8 @@ def next_steps(config: str | None, flags: dict[str, Any], settings: dict[str, An
         return "".join(f" {BY_NAME[name].flag} {shlex.quote(str(settings[name]))}" for name in needed)
 
     ranking = as_flags(*RANKING)
+    if "targets" not in settings:
+        return f"Next:\n  tracer self-influence {store}{ranking} -k 20"
     return f"""\
 Next:
   tracer top {store}{ranking} -k 5
