@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Encoder:
             if not Path(template).is_file():
                 raise InputError(f"chat_template={template!r} is neither a template nor a file.")
             template = Path(template).read_text(encoding="utf-8")
-        self._template = template
+        self._template, self._warned = template, False
 
     def __call__(self, example: Mapping[str, Any]) -> dict[str, list[int]]:
         """Return ``input_ids`` and ``labels``, of which -100 are not predicted."""
@@ -41,6 +41,8 @@ class Encoder:
         if labels is None:
             bits = zip(*masks, strict=True) if masks else ((),) * len(tokens)
             labels = [token if all(mask) else IGNORED for token, mask in zip(tokens, bits, strict=True)]
+        if not isinstance(labels, Sequence):
+            raise InputError(f"labels is {labels!r}; expected a label for each of the {len(tokens)} tokens.")
         labels = list(labels)
         if len(labels) != len(tokens):
             raise InputError(f"an example has {len(tokens)} input_ids and {len(labels)} labels; expected as many.")
@@ -83,7 +85,8 @@ class Encoder:
         else:
             before, _ = self._chat(example, prompt, False, add_generation_prompt=True)
             whole, masks = self._chat(example, list(prompt) + list(completion), on == "assistant")
-        if whole[: len(before)] != before:
+        if whole[: len(before)] != before and not self._warned:
+            self._warned = True
             logger.warning(
                 "the tokens of a prompt differ from the first tokens of prompt and completion, so the mask of the "
                 "completion may be off by some tokens; check spaces at the end of prompts: %.80r",
