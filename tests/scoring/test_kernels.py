@@ -74,6 +74,37 @@ def test_scores_are_those_of_the_formula(tmp_path, estimator, target, shape):
     assert_close(found.scores("test", estimate, None), reference(found, estimate, 0.7))
 
 
+def effect_sizes(found: Scorer, estimator: str, regularization: float) -> np.ndarray:
+    """|mean Q| times the root mean square of √(φᵀ (K + λI)⁻¹ φ), or of ‖(K + λI)⁻¹ φ‖, example by example."""
+    sides = [columns(found, model_id, "train") for model_id in range(len(RATES))]
+    w, loss_grad = (np.mean([side[place] for side in sides], axis=0) for place in (2, 1))
+    squares = np.zeros(len(w))
+    for features, *_ in sides:
+        kernel = features.T @ (w[:, None] * features) + regularization * np.eye(features.shape[1])
+        for index, phi in enumerate(features):
+            step = np.linalg.solve(kernel, phi)
+            squares[index] += (step @ step if estimator == "relatif_theta" else phi @ step) / len(RATES)
+    return np.abs(loss_grad) * np.sqrt(squares)
+
+
+@pytest.mark.parametrize("estimator", ["relatif", "relatif_theta"])
+@pytest.mark.parametrize("target", ["loss", "output"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_relative_influence_is_influence_over_the_size_of_the_effect(tmp_path, estimator, target, shape):
+    found = scorer(tmp_path, *shape)
+    estimate, plain = (Estimate(each, target, 0.7) for each in (estimator, "influence"))
+    sizes = effect_sizes(found, estimator, 0.7)
+    expected = reference(found, plain, 0.7) / sizes[:, None]
+    assert_close(found.scores("test", estimate, None), expected)
+    indices, scores = found.top("test", 1, "proponents", estimate, None)
+    np.testing.assert_array_equal(indices[:, 0], expected.argmax(0))
+    np.testing.assert_allclose(scores[:, 0], expected.max(0), rtol=1e-4)
+    own = found.self_influence(None, Estimate("influence", regularization=0.7))
+    np.testing.assert_allclose(found.self_influence(None, Estimate(estimator, regularization=0.7)), own / sizes)
+    if estimator == "relatif":
+        np.testing.assert_allclose(sizes, np.sqrt(own), rtol=1e-6)
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("shape", [(60, 5, 12), (12, 5, 60), (1, 2, 3)])
 def test_without_regularization_the_pseudo_inverse_is_taken(tmp_path, estimator, shape):

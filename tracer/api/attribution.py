@@ -242,7 +242,7 @@ def attribute(
         estimator: ``tracin``, ``cosine``, ``influence``, ``trak`` or ``source``, as in `Tracer.finalize_scores`.
             Default: ``tracin``.
         target: ``loss`` or ``output``, as in `Tracer.finalize_scores`.
-        regularization: λ of ``trak`` and ``influence``, as in `Tracer.finalize_scores`. Default: ``auto``.
+        regularization: λ of an estimator with a kernel, as in `Tracer.finalize_scores`. Default: ``auto``.
         proj_dim: The number of values ``k`` stored of an example's gradient, as for `Tracer`. Default: 4096.
         **options: The settings.
 

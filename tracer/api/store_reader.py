@@ -214,6 +214,7 @@ class StoreReader:
                 (Pruthi et al. 2020); ``cosine``: the same of normalized gradients; ``influence``: a Newton step of the
                 training loss in feature space (Koh & Liang 2017), averaged over checkpoints, which may come from
                 independently trained models; ``trak``: the same without the loss's curvature (Park et al. 2023);
+                ``relatif``, ``relatif_theta``: that over the example's effect on itself, on weights (Barshan 2020);
                 ``source``: the steps of one run unrolled (Bae et al. 2024), from a store with
                 ``shared_projection=True`` (or exact features) and learning rates that are sums over steps.
             model_ids: The checkpoints. Default: all in the store.
@@ -312,7 +313,7 @@ class StoreReader:
 
         Args:
             model_ids: The checkpoints. Default: all in the store.
-            estimator: ``tracin``, ``trak``, ``influence`` or ``source``.
+            estimator: Any but ``cosine``.
             regularization: As in `finalize_scores`.
 
         Returns:
@@ -330,17 +331,13 @@ class StoreReader:
     def changes_without(self, model_ids: list[int] | None = None) -> list[np.ndarray]:
         """Return how f of each training example would change if the model had not been trained on it.
 
-        One leave-one-out Newton step with the kernel of ``influence``; f is the task's output, a margin for classes.
+        It is one leave-one-out Newton step with the kernel of ``influence``.
 
         Args:
             model_ids: The checkpoints. Default: all in the store.
 
         Returns:
-            For each checkpoint ``[train_set_size]``, float64, negative if the example is predicted worse without.
-
-        Raises:
-            CallOrderError: If a checkpoint is not finalized.
-            InputError: If the store has no features.
+            For each checkpoint ``[train_set_size]``, float64, in units of f.
         """
         return self._scorer.changes_without(model_ids)
 

@@ -9,6 +9,9 @@ marks a proponent: training on that example lowered the target's loss. With C ch
 - ``trak``: ``mean_c[phi_c(z')ᵀ (Phi_cᵀ Phi_c + λI)⁻¹ phi_c(z)] · mean_c[-Q_c(z)]`` (Park et al. 2023, section 3);
 - ``influence``: the same with the Gauss-Newton kernel ``Phi_cᵀ diag(mean_c w_c) Phi_c``: a Newton step of the whole
   training loss (Koh & Liang 2017, eq. 2, for a model that is linear in its features);
+- ``relatif``: ``influence`` over the square root of the training example's self-influence, its effect on its own loss
+  (ℓ-RelatIF; Barshan et al. 2020, eq. 14); ``relatif_theta``: over the root mean square of how far the example's step
+  moves the parameters, ``|mean_c Q_c(z)| ‖(K_c + λI)⁻¹ phi_c(z)‖`` (θ-RelatIF, eq. 10);
 - ``source``: the unrolled steps of one run, segment by segment (Bae et al. 2024; see `tracer.scoring.source`).
 """
 
@@ -23,10 +26,10 @@ from jaxtyping import Float, Float64
 from tracer._core.validation import check_choice
 from tracer.errors import InputError, InputTypeError
 
-ESTIMATORS = ("tracin", "cosine", "influence", "trak", "source")
+ESTIMATORS = ("tracin", "cosine", "influence", "trak", "source", "relatif", "relatif_theta")
 """The values of ``estimator=``."""
 
-KERNELS = {"trak": "plain", "influence": "loss_hess", "source": "loss_hess"}
+KERNELS = {"trak": "plain", **dict.fromkeys(("influence", "source", "relatif", "relatif_theta"), "loss_hess")}
 """The weights of training examples in an estimator's kernel: 1, or the loss's second derivative ∂²L/∂f²."""
 
 TARGETS = ("loss", "output")
@@ -41,7 +44,8 @@ class Estimate:
     line flags and documentation are made from these.
 
     Attributes:
-        estimator: ``"tracin"``, ``"cosine"``, ``"trak"``, ``"influence"`` or ``"source"``. Default: ``"tracin"``.
+        estimator: ``"tracin"``, ``"cosine"``, ``"trak"``, ``"influence"``, ``"relatif"``, ``"relatif_theta"`` or
+            ``"source"``. Default: ``"tracin"``.
         target: Explain the target's ``"loss"``, or its ``"output"``: f, in the direction in which the loss falls. That
             has the same sign, and it does not vanish if the model fits the target. None: the loss for ``tracin`` and
             ``cosine`` (for ``cosine`` both are the same), else the output.
@@ -103,6 +107,11 @@ class Estimate:
         return self.estimator == "source"
 
     @property
+    def is_relative(self) -> bool:
+        """Whether scores are divided by the size of the training example's own effect."""
+        return self.estimator.startswith("relatif")
+
+    @property
     def transforms_targets(self) -> bool:
         """Whether target features are preconditioned or summed over groups before they are multiplied."""
         return self.kernel is not None or self.groups is not None
@@ -118,13 +127,14 @@ class Estimate:
     ) -> Float64[np.ndarray, " N"]:
         """Return the factor of each training example's features, from Q and the exact norm of the gradient of f.
 
-        It is Q (for ``trak`` and ``influence`` its mean over checkpoints); for ``cosine`` the sign of Q over the norm.
+        It is Q (with a λ its mean over checkpoints); for ``cosine`` the sign of Q over the norm, and for ``relatif``
+        and ``relatif_theta`` that over the size of the example's effect, which is passed in place of the norm.
 
         >>> Estimate("cosine").train_weights(np.array([-0.5, 2.0]), np.array([4.0, 0.0])).tolist()
         [-0.25, 0.0]
         """
         loss_grad, gradient_norm = np.asarray(loss_grad, np.float64), np.asarray(gradient_norm, np.float64)
-        if self.estimator != "cosine":
+        if self.estimator != "cosine" and not self.is_relative:
             return loss_grad
         return np.divide(np.sign(loss_grad), gradient_norm, out=np.zeros_like(loss_grad), where=gradient_norm > 0)
 
@@ -136,8 +146,10 @@ class Estimate:
         >>> Estimate("trak").target_weights(np.array([-0.0, 2.0]), np.ones(2)).tolist()
         [-1.0, 1.0]
         """
-        if self.estimator == "cosine" or self.target == "loss":
+        if self.estimator == "cosine":
             return self.train_weights(loss_grad, gradient_norm)
+        if self.target == "loss":
+            return np.asarray(loss_grad, np.float64)
         # copysign, since a Q that has rounded to zero keeps its sign in floating point and sign() would lose it
         return np.copysign(1.0, np.asarray(loss_grad, np.float64))
 

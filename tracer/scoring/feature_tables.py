@@ -52,6 +52,7 @@ class CheckpointPair:
     targets: FeatureTable  # as stored, or preconditioned
     # in place of features: exact cosines with blocks of targets, each with the index of its first target
     cosines: Sequence[tuple[int, ScoreArray]] | None = None
+    sizes: np.ndarray | None = None  # [N], the size of each training example's effect, by which scores are divided
 
 
 class InMemoryTable:

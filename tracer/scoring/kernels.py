@@ -59,6 +59,7 @@ class Kernels:
         # of each kernel: a matrix or features, a Cholesky factor or basis, and eigenvectors
         self._max_kernels = max(1, memory_bytes // (24 * dim * min(dim, num_rows)))
         self._kernels: dict[tuple[str, ...], tuple[Kernel, KernelSums]] = {}
+        self._sizes: dict[tuple[str, ...], np.ndarray] = {}
         self._regularizations: dict[tuple[str, ...], Regularization] = {}
         self.revisions = Revisions(store, [])
         """The checkpoints of the next call, as they were before it began."""
@@ -82,6 +83,25 @@ class Kernels:
     def _revision(self, model_id: int) -> str:
         """Return the revision of a checkpoint's training examples, which changes when one is replaced."""
         return self.revisions.tables[f"checkpoints/{model_id}"]
+
+    def mean_leverages(self, model_ids: list[int], estimate: Estimate, of_steps: bool = False) -> np.ndarray:
+        """Return the mean over checkpoints of each training example's `leverages`, ``[N]``."""
+        assert estimate.kernel is not None
+        found, total = self.regularization(model_ids, estimate).value, np.zeros(self.store.manifest.train_set_size)
+        for model_id in model_ids:
+            kernel, _ = self.get(model_id, estimate.kernel, model_ids)
+            table = self.store.checkpoint(model_id)
+            total += leverages(table, kernel, found, self.device, of_steps=of_steps) / len(model_ids)
+        return total
+
+    def effect_sizes(self, model_ids: list[int], estimate: Estimate) -> np.ndarray:
+        """Return by what ``relatif`` and ``relatif_theta`` divide training features of weight one, ``[N]``."""
+        estimator = estimate.estimator
+        key = (estimator, str(estimate.regularization), *map(self._revision, model_ids))
+        if key not in self._sizes:
+            mean = self.mean_leverages(model_ids, estimate, of_steps=estimator == "relatif_theta")
+            self._sizes = {key: np.sqrt(np.maximum(mean, 0.0))}
+        return self._sizes[key]
 
     def regularization(self, model_ids: list[int], estimate: Estimate) -> Regularization:
         """Return the given λ, or the one chosen by `choose_regularization`; the estimator has a kernel."""
@@ -245,12 +265,13 @@ class _WeightedPass:
 
 
 def leverages(
-    table: RowTable, kernel: Kernel, regularization: float, device: torch.device
+    table: RowTable, kernel: Kernel, regularization: float, device: torch.device, *, of_steps: bool = False
 ) -> Float64[np.ndarray, " N"]:
-    """Return ``φᵀ (K + λI)⁻¹ φ`` of each training example, without weights."""
+    """Return ``φᵀ (K + λI)⁻¹ φ`` of each training example without weights, or ``‖(K + λI)⁻¹ φ‖²`` of its step."""
     found, check = np.empty(table.num_rows), ReadCheck(table, table.dim)
     for start, features in dequantized_blocks(table, range(table.num_rows), device):
         check.check(np.arange(start, start + len(features)))
-        solved = (features * kernel.solve(features, regularization)).sum(1)
+        steps = kernel.solve(features, regularization)
+        solved = (steps * (steps if of_steps else features)).sum(1)
         found[start : start + len(features)] = solved.cpu().numpy()
     return found

@@ -188,7 +188,7 @@ class Scorer:
         revisions = finalized_revisions(self.store, model_ids)
         chosen = revisions.model_ids
         weights, tables = self._weights(chosen, estimate), [self.store.checkpoint(model_id) for model_id in chosen]
-        total, loss_grad = np.zeros(self.num_rows), np.zeros(self.num_rows)
+        total = np.zeros(self.num_rows)
         if estimate.kernel is None:
             for weight, table in zip(weights, tables, strict=True):
                 ReadCheck(table, 1).check(np.arange(table.num_rows))
@@ -201,13 +201,12 @@ class Scorer:
             total = weights[0] * unrolled_self_influence(tables, segments, self.device, self.memory_bytes)
             revisions.check()
             return total
-        found = kernels.regularization(chosen, estimate)
-        for weight, model_id, table in zip(weights, chosen, tables, strict=True):
-            kernel, _ = kernels.get(model_id, estimate.kernel, chosen)
-            total += weight * leverages(table, kernel, found.value, self.device)
-            loss_grad += weight * table.column("loss_grad")
+        total = kernels.mean_leverages(chosen, estimate)
+        sizes = kernels.effect_sizes(chosen, estimate) if estimate.is_relative else np.ones(self.num_rows)
+        loss_grad = np.mean([table.column("loss_grad") for table in tables], axis=0, dtype=np.float64)
         revisions.check()
-        return total * np.square(loss_grad)
+        power = np.abs(loss_grad) if estimate.is_relative else np.square(loss_grad)
+        return np.divide(total * power, sizes, out=np.zeros_like(total), where=sizes > 0)
 
     def changes_without(self, model_ids: list[int] | None) -> list[np.ndarray]:
         """Return how f of each training example would change without the example at each checkpoint, ``[N]`` each."""
@@ -276,7 +275,9 @@ class Scorer:
             transformed = [
                 PreconditionedTargets(table, solve, *common) for table, solve in zip(targets, solves, strict=True)
             ]
-        return list(map(CheckpointPair, weights, trains, transformed)), described
+        sizes = kernels.effect_sizes(model_ids, estimate) if estimate.is_relative else None
+        pairs = map(CheckpointPair, weights, trains, transformed)
+        return [replace(pair, sizes=sizes) for pair in pairs], described
 
     def _segments(self, model_ids: list[int], kernels: Kernels) -> list[Segment]:
         """Return the segments that end at checkpoints."""

@@ -103,8 +103,9 @@ class TileScorer:
     ) -> Float64[np.ndarray, " n"]:
         """Return the factor of each training example's products."""
         norm = column_at(pair.train, "gradient_norm", indices)
+        size = norm if pair.sizes is None else pair.sizes[indices]
         unit = norm if pair.cosines is not None else column_at(pair.train, "scale", indices)
-        return self.estimate.train_weights(loss_grad, norm) * unit
+        return self.estimate.train_weights(loss_grad, size) * unit
 
     def _target_weights(self, pair: CheckpointPair) -> Float64[np.ndarray, " M"]:
         """Return the factor of each target's products."""
