@@ -9,9 +9,10 @@ STAMP := $(VENV)/.installed
 RELEASE := build/release-check
 ZOO := build/zoo-env
 ZOO_ARGS ?=
+FAULTS_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test zoo lint format docs release-check clean
+.PHONY: help demo test zoo faults lint format docs release-check clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +27,9 @@ zoo: $(ZOO)/.installed  ## Check 250 models of transformers, timm and peft; ZOO_
 	OMP_NUM_THREADS=1 ZOO_OUTCOME=build/zoo/outcome.md $(ZOO)/bin/python -m pytest -n $(PYTEST_WORKERS) \
 		tests/zoo/test_oddities.py tests/zoo/whole.py $(ZOO_ARGS)
 	@echo "Outcomes: build/zoo/outcome.md"
+
+faults: $(STAMP)  ## Kill, fill, flip and race small stores 500 times; FAULTS_ARGS="--trials 50 --only kill" for some.
+	OMP_NUM_THREADS=1 $(RUN)/python tests/faults/campaign.py $(FAULTS_ARGS)
 
 lint: $(STAMP)  ## Run ruff, mypy, import-linter and codespell.
 	$(RUN)/ruff check .

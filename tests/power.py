@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from tracer._core import syncing
 
 
@@ -19,15 +21,20 @@ class Power:
         monkeypatch: Replaces the calls.
         together: Whether the system can sync a whole file system.
         after: Called after each sync.
+        begin: Whether what the directory has now is durable.
 
     Attributes:
         calls: The number of calls, each of which waits for the disk.
     """
 
-    def __init__(self, root: Path, monkeypatch, together: bool, after: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, root: Path, monkeypatch, together: bool, after: Callable[[], None] = lambda: None, begin: bool = False
+    ) -> None:
         self.root, self.calls, self._after = root, 0, after
         self._content: dict[int, bytes] = {}
         self._names: dict[int, dict[str, int]] = {}
+        for path in [root, *root.rglob("*")] if begin else ():
+            self._keep(path)
         monkeypatch.setattr(os, "fsync", self._fsync)
         monkeypatch.setattr(syncing, "_syncfs", self._syncfs)
         monkeypatch.setattr(syncing, "_waiting_bytes", lambda: 0)
@@ -53,16 +60,25 @@ class Power:
             self._content[number] = path.read_bytes()
             self._names.pop(number, None)
 
-    def fail(self, survivors: Path) -> None:
-        """Write what survives into a new directory."""
-        kinds = {path.stat().st_ino: path.is_dir() for path in [self.root, *self.root.rglob("*")]}
+    def fail(self, survivors: Path, luck: np.random.Generator | None = None) -> None:
+        """Write what survives into a new directory; with ``luck`` some of what was not synced, as disks may do."""
+        there = {path.stat().st_ino: path for path in [self.root, *self.root.rglob("*")]}
+
+        def lucky() -> bool:
+            return luck is not None and bool(luck.random() < 0.5)
 
         def restore(number: int, path: Path) -> None:
-            if number in self._names or kinds.get(number):
+            now = there.get(number)
+            if number in self._names or (now is not None and now.is_dir()):
                 path.mkdir()
-                for name, child in self._names.get(number, {}).items():
+                names = dict(self._names.get(number, {}))
+                for child in now.iterdir() if now is not None else ():
+                    if lucky():
+                        names[child.name] = child.stat().st_ino
+                for name, child in names.items():
                     restore(child, path / name)
             else:
-                path.write_bytes(self._content.get(number, b""))
+                content = self._content.get(number, b"")
+                path.write_bytes(now.read_bytes() if now is not None and lucky() else content)
 
         restore(self.root.stat().st_ino, survivors)

@@ -221,3 +221,11 @@ def test_rows_that_are_not_finite_are_named(run, tmp_path):
     run.x[7, 0, 0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"rows \[7\]"):
         direct(run, tmp_path / "store")
+
+
+def test_targets_that_lost_their_marks_are_stored_again(run, tmp_path):
+    expected = np.array(direct(run, tmp_path / "store").scores)
+    (tmp_path / "store" / "targets" / "targets" / "1" / "done" / "c" / "0").unlink()
+    with pytest.raises(IncompleteError, match="targets 'targets' are missing at checkpoint 1"):
+        Tracer.open(tmp_path / "store").finalize_scores("targets")
+    np.testing.assert_array_equal(direct(run, tmp_path / "store").scores, expected)

@@ -16,6 +16,7 @@ import torch
 import zarr
 from scoring_cases import expected, scorer, strongest
 
+from tracer import StoreError, verify
 from tracer.data.indices import resolve_selection
 from tracer.errors import InputError, InputTypeError
 from tracer.scoring import streaming, top_queries
@@ -23,7 +24,8 @@ from tracer.scoring.estimators import Estimate
 from tracer.scoring.scorer import KINDS, Scorer
 from tracer.store import Store
 from tracer.store.arrays.metadata import NODE
-from tracer.store.topk_parts import list_parts
+from tracer.store.result_group import load_group, save_group
+from tracer.store.topk_parts import list_parts, load_part, read_part
 
 N, M, DIM, K = 300, 4, 16, 7
 
@@ -249,6 +251,32 @@ def test_a_damaged_part_is_computed_again(found, damage):
     for _ in range(2):
         np.testing.assert_array_equal(top(found).scores, answer.scores)
     assert ranges(found) == [(0, N)]
+
+
+@pytest.mark.parametrize("harm", ["beyond N", "negative", "beyond the part", "fewer", "other targets", "no integers"])
+def test_a_part_that_no_selection_can_be_is_computed_again(found, harm):
+    answer = top(found)
+    (part,) = parts(found)
+    attributes, arrays = load_group(part.path)
+    rows = arrays["proponents_rows"]
+    if harm in ("fewer", "other targets"):
+        arrays = {name: each[:, 1:] if harm == "fewer" else each[1:] for name, each in arrays.items()}
+    elif harm == "no integers":
+        arrays["proponents_rows"] = rows.astype(np.float64)
+    else:
+        rows[1, 2] = {"beyond N": N, "negative": -1, "beyond the part": 250}[harm]
+    path = part.path.with_name("0-200") if harm == "beyond the part" else part.path
+    save_group(path, attributes, arrays)
+    if harm in ("fewer", "other targets"):  # which verify cannot know
+        assert verify(found.store.path, repair=False).ok
+    else:
+        assert [str(path)] == [each.path for each in verify(found.store.path, repair=False).damage]
+        with pytest.raises(StoreError, match=r"is damaged: expected proponents_rows .* compute it again"):
+            load_part(read_part(path))
+    for kind in KINDS:
+        assert (top(found, kind=kind).indices < N).all()
+    np.testing.assert_array_equal(top(found).indices, answer.indices)
+    assert ranges(found) == [(0, N)] or harm == "beyond the part"
 
 
 CHILD = """

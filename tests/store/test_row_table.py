@@ -7,9 +7,17 @@ import pytest
 import zarr
 from store_cases import DIM, N, batch, manifest, stored_features
 
-from tracer.errors import CallOrderError, InputError, InputTypeError, MismatchError, NonFiniteError, TracerError
+from tracer.errors import (
+    CallOrderError,
+    InputError,
+    InputTypeError,
+    MismatchError,
+    NonFiniteError,
+    StoreError,
+    TracerError,
+)
 from tracer.store import RowTable, Store
-from tracer.store.table_schema import COLUMNS
+from tracer.store.table_schema import COLUMNS, Writable
 
 
 @pytest.fixture
@@ -28,6 +36,7 @@ def test_attributes_change_atomically_and_flush_first(store, table):
     assert table.pending == 0 and table.num_done == 3
     assert store.checkpoint(0).attributes == {
         "revision": table.attributes["revision"],
+        "unmarked": table.attributes["unmarked"],
         "learning_rate": 0.25,
         "weights_fingerprint": "abc",
         "finalized": True,
@@ -46,6 +55,48 @@ def test_rows_are_done_only_after_a_flush(store, table):
     table.flush()
     assert table.pending == 0 and np.flatnonzero(table.done).tolist() == [1, 3]
     assert store.checkpoint(0).remaining().tolist() == [row for row in range(N) if row not in (1, 3)]
+
+
+@pytest.mark.parametrize("pending", [True, False], ids=["written before", "written after"])
+def test_rows_that_another_process_replaced_are_not_marked_by_one_that_had_them_before(store, table, pending):
+    table.write(**batch(np.arange(5)))
+    table.flush()
+    rows = np.arange(4, 8)
+    if pending:
+        table.write(**batch(rows))
+    Store.open_existing(store.path).invalidate_rows(np.array([1, 4, 6]))
+    with pytest.raises(StoreError, match=r"replaced .* load the checkpoint again"):
+        table.flush() if pending else table.write(**batch(rows))
+    assert np.flatnonzero(store.checkpoint(0).done).tolist() == [0, 2, 3]
+    with store.checkpoint(0) as again:
+        again.write(**batch(again.remaining(), seed=1))
+    found = stored_features(store.checkpoint(0), 0, N)
+    np.testing.assert_array_equal(found[[1, 4, 6]], batch(np.array([1, 4, 6]), seed=1)["features"])
+    np.testing.assert_array_equal(found[[0, 2, 3]], batch(np.array([0, 2, 3]))["features"])
+
+
+def test_marks_that_are_removed_while_others_are_set_stay_removed(store, table, monkeypatch):
+    table.write(**batch(np.arange(5)))
+    checks, check = [], Writable.check
+
+    def overtaken(self, attributes=None):
+        check(self, attributes)
+        if not checks:  # after the first check, and before the marks
+            checks.append(Store.open_existing(store.path).invalidate_rows(np.array([1])))
+
+    monkeypatch.setattr(table._mask, "_check", overtaken.__get__(table._writable))
+    with pytest.raises(StoreError, match="load the checkpoint again"):
+        table.flush()
+    assert checks and not store.checkpoint(0).done.any()
+
+
+def test_a_table_that_grows_takes_the_rows_of_a_process_that_had_it_open(store, table):
+    table.write(**batch(np.arange(5)))
+    other = Store.open_existing(store.path)
+    other.grow(N + 4)
+    assert len(other.checkpoint(0).remaining()) == N + 4
+    table.close()
+    assert other.checkpoint(0).num_done == 5
 
 
 def test_remaining_and_close_flush(store, table):

@@ -16,6 +16,7 @@ from tracer.errors import CallOrderError, IncompleteError, InputError, InputType
 from tracer.store import Store
 from tracer.store.arrays.metadata import NODE
 from tracer.store.lazy_matrix import ScoreMatrix
+from tracer.store.score_array import ScoreArray, open_scores
 
 
 @pytest.fixture
@@ -265,6 +266,22 @@ def test_a_changed_tile_is_found(store):
     data[5 * 3 * 4] ^= 1
     file.write_bytes(data)
     assert store.results.read_scores("test", "tracin").damaged_tiles().tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("file", "dtype"), [("scale/c/1", "float16"), ("scores/c/1/0", "float16"), ("scores/c/1/0", "float32")]
+)
+def test_a_file_of_scores_that_has_another_size_is_made_again(store, file, dtype):
+    def opened() -> ScoreArray:
+        return open_scores(store.path / "scores", SHAPE, INPUTS, tile_rows=2, chunk_rows=4, dtype=dtype)
+
+    with opened() as scores:
+        scores.write(0, matrix())
+    os.truncate(scores.path / file, 5)
+    with opened() as again:
+        assert again.remaining() == [(4, 6), (6, 8)]
+        again.write(4, matrix()[4:8])
+    np.testing.assert_allclose(np.asarray(opened().matrix()), matrix(), rtol=1e-2)
 
 
 def test_a_score_beyond_float32_leaves_the_others_of_its_row(tmp_path):

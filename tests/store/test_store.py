@@ -53,6 +53,7 @@ def test_any_zarr_reader_sees_the_layout(store, table):
     assert root.attrs["settings"]["train_set_size"] == N and root.attrs["format"] == "tracer"
     group = root["checkpoints/0"]
     attributes = dict(group.attrs)
+    assert attributes.pop("unmarked") == attributes["revision"]
     assert len(attributes.pop("revision")) == 32 and attributes.pop("document_crc32c") > 0
     assert attributes == {
         "learning_rate": 0.1,

@@ -13,7 +13,7 @@ from store_cases import DIM, N, batch, manifest, stored_features
 from tracer import Tracer, verify
 from tracer.errors import IncompleteError, StoreError
 from tracer.scoring.estimators import Estimate
-from tracer.scoring.readiness import check_finalized
+from tracer.scoring.readiness import check_finalized, checkpoint_ids
 from tracer.scoring.scorer import Scorer
 from tracer.store import Store
 from tracer.store.arrays.layout import Layout, create_array
@@ -156,6 +156,15 @@ def test_a_short_file_without_rows_is_named_and_removed(store):
         table.write(**batch(table.remaining()))
 
 
+def test_a_checkpoint_that_lost_its_document_is_not_left_out_of_all_checkpoints(store):
+    (store.path / "checkpoints" / "1" / NODE).unlink()
+    with pytest.raises(StoreError, match=r"checkpoints/1/zarr\.json is missing although the checkpoint has rows"):
+        checkpoint_ids(store, None)
+    assert checkpoint_ids(store, [0]) == [0]
+    shutil.rmtree(store.path / "checkpoints" / "1")
+    assert checkpoint_ids(store, None) == [0]
+
+
 @pytest.mark.parametrize("kind", ["targets/test", "scores", "scores/test/tracin"])
 def test_a_group_that_lost_its_document_hides_nothing(store, kind):
     (store.path / kind / NODE).unlink()
@@ -175,6 +184,16 @@ def test_damaged_kernels_and_parts_are_found(tmp_path):
     assert len(names) == 2 and "kernels" in names and not verify(tmp_path).ok and verify(tmp_path).ok
     found.top("test", 5, "proponents", Estimate(), None)
     assert Scorer(found.store, found.device, False).self_influence(None, Estimate("influence")).shape == (40,)
+
+
+def test_a_kernel_is_written_again_in_place_of_one_whose_file_has_another_size(tmp_path):
+    found = scorer(tmp_path, 40, 3, 8)
+    expected = found.self_influence(None, Estimate("influence"))
+    (path,) = tmp_path.glob("kernels/0/loss_hess/*/matrix/c/0/0")
+    path.write_bytes(path.read_bytes() + b"more")
+    again = Scorer(found.store, found.device, False).self_influence(None, Estimate("influence"))
+    np.testing.assert_array_equal(again, expected)
+    assert verify(tmp_path).ok
 
 
 def test_damaged_scores_are_computed_again(store):

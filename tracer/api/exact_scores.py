@@ -157,7 +157,8 @@ class CosineWriter:
         stored = dict(results.cosines(self._exp_name, self._revisions))
         while first < len(targets):
             block = stored.get(first)
-            if block is None or not block.complete or block.shape[0] < len(train):
+            known = block is not None and self._targets.column("done", first, first + block.shape[1]).all()
+            if block is None or not known or not block.complete or block.shape[0] < len(train):
                 held = self._hold(targets, first, sizes.get(first))
                 last = first + held.num_rows
                 self._targets.flush()  # a block that is there says that its targets' values are

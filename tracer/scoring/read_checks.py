@@ -10,7 +10,7 @@ from tracer.store import RowTable
 WHOLE_BYTES = 1 << 19
 """The bytes of a table that are checked whatever it costs."""
 
-_LEAST_ROWS = 32
+_LEAST_ROWS = 256  # a call for few rows costs as much as one for hundreds
 _STEP_ROWS = 1024
 _PRODUCTS_A_CHECK = 16384
 
@@ -35,7 +35,7 @@ class ReadCheck:
         """Check some of the rows at ascending indices; raise `StoreError` if one is damaged."""
         self._owed += self._share * len(indices)
         count = min(max(self._whole, int(self._owed)), len(indices))
-        if count < min(_LEAST_ROWS, len(indices)):
+        if not self._whole and count < min(_LEAST_ROWS, len(indices)):
             return
         self._whole, self._owed = max(0, self._whole - count), max(0.0, self._owed - count)
         first = int(self._random.integers(len(indices) - count + 1))

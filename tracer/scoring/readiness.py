@@ -58,6 +58,7 @@ def checkpoint_ids(store: Store, model_ids: list[int] | None) -> list[int]:
     if not known:
         raise CallOrderError("The store has no checkpoint; call load_checkpoint and featurize first.")
     if model_ids is None:
+        store.catalog.check_documents()
         return known
     chosen = [check_model_id(model_id) for model_id in as_list(model_ids, "model_ids")]
     unknown = [model_id for model_id in chosen if model_id not in known]

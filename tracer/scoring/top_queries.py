@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tracer.errors import StoreError
 from tracer.scoring.feature_tables import TrainIndices
 from tracer.scoring.streaming import TileScorer, stream_topk
 from tracer.scoring.topk import RunningTopK
@@ -17,6 +19,8 @@ from tracer.store import Store
 from tracer.store.revisions import Revisions, is_superseded, remove_result
 from tracer.store.topk_parts import Part, list_parts, load_part, save_part, usable
 from tracer.types import TopK
+
+logger = logging.getLogger("tracer")
 
 SAVE_SECONDS = 10.0
 """How much work a killed process loses at most."""
@@ -117,9 +121,18 @@ class TopKQuery:
         return sum(len(self._within(*each)) for each in ranges)
 
     def _load(self, parts: Sequence[Part]) -> list[tuple[Part, tuple[TopK, TopK]]]:
-        """Read parts; one that another process has removed is left out."""
-        loaded = ((part, load_part(part)) for part in parts)
-        return [(part, ends) for part, ends in loaded if ends is not None]
+        """Read parts; one that another process has removed is left out, and one that is damaged is removed."""
+        loaded = []
+        for part in parts:
+            shape = self.scorer.num_targets, min(part.inputs["k"], self._count([(part.start, part.stop)]))
+            try:
+                loaded.append((part, load_part(part, shape)))
+            except FileNotFoundError:
+                continue
+            except StoreError as error:
+                logger.warning("computing %s again: %s", part.path, error)
+                remove_result(part.path)
+        return loaded
 
     def _compute_part(self, start: int, stop: int, parts: Sequence[Part]) -> None:
         """Compute a part, saved every `SAVE_SECONDS` as one with the part before it, so that parts do not pile up."""

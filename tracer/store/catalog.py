@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from tracer._core.validation import check_integer
+from tracer.errors import StoreError
 from tracer.store.arrays.metadata import NODE, child_nodes
 from tracer.store.arrays.store_path import StorePath
 from tracer.store.paths import checked_name, numbered_nodes
+from tracer.store.table_schema import lost_document
 
 
 class Catalog:
@@ -49,6 +51,15 @@ class Catalog:
         """Return the model ids of all checkpoints, ascending."""
         return numbered_nodes(self.root / "checkpoints")
 
+    def check_documents(self) -> None:
+        """Raise `StoreError` if a checkpoint has rows and no document: it would not be among `checkpoint_ids`."""
+        for path in _below(self.root / "checkpoints", 1):
+            if lost_document(path):
+                raise StoreError(
+                    f"{path / NODE} is missing although the checkpoint has rows: restore it, featurize the checkpoint "
+                    f"again, which replaces its rows, or remove {path}"
+                )
+
     def has_checkpoint(self, model_id: int) -> bool:
         """Return whether there is a table of training examples for this checkpoint."""
         return (self.checkpoint_path(model_id) / NODE).exists()
@@ -79,9 +90,13 @@ class Catalog:
         """Return the paths of all results with scores and with cosines, even if their document is missing."""
         return [path for kind in ("scores", "cosines") for path in _below(self.root / kind, 3)]
 
-    def array_paths(self) -> list[StorePath]:
-        """Return the paths of all kernels and top-k parts, even if their document is missing."""
-        return [*_below(self.root / "kernels", 3), *_below(self.root / "top", 4)]
+    def kernel_paths(self) -> list[StorePath]:
+        """Return the paths of all kernels, even if their document is missing."""
+        return _below(self.root / "kernels", 3)
+
+    def part_paths(self) -> list[StorePath]:
+        """Return the paths of all top-k parts, even if their document is missing."""
+        return _below(self.root / "top", 4)
 
     def group_paths(self) -> list[StorePath]:
         """Return the paths of all groups that only hold other ones, outer ones first."""

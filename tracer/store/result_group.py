@@ -31,6 +31,7 @@ def save_group(path: StorePath, attributes: Mapping[str, Any], arrays: Mapping[s
         for first in list(opened.values())[:1]:
             group = first.sync_group()
             for name, array in opened.items():
+                array.remove_unusable(range(array.layout.num_chunks))
                 array.assign(np.arange(len(arrays[name])), arrays[name])
             first.flush_together(list(opened.values()), None, group)
         for array in opened.values():

@@ -25,6 +25,7 @@ from tracer.store.table_schema import (
     COLUMNS,
     OPTIONAL_VALUES,
     VALUES,
+    Writable,
     changing,
     damaged_rows,
     read_attributes,
@@ -75,9 +76,10 @@ class RowTable:
                     "compute it again"
                 )
         data = [array for name, array in self._arrays.items() if name != "done"]
-        self._mask = CompletionMask(self._arrays["done"], data, flush_seconds)
+        self._writable = Writable(path, described)
+        self._mask = CompletionMask(self._arrays["done"], data, flush_seconds, self._writable.check)
         pool = "targets" if described.get("rounding") == "targets" else "train"
-        self._writer = RowWriter(path, self._arrays, self._mask, self.storage, pool)
+        self._writer = RowWriter(path, self._arrays, self._mask, self.storage, pool, self._writable)
         self._check_files()
 
     def _check_files(self) -> None:
@@ -108,7 +110,10 @@ class RowTable:
         self.flush()
         with disk_errors(self.path):
             described = {**self.attributes, **json_value(changes, "attributes")}
-            write_group(self.path, described if changes.get("finalized", True) else changing(described))
+            if not changes.get("finalized", True):
+                described = changing(described)
+                self._writable.renew(described)
+            write_group(self.path, described)
 
     @property
     def done(self) -> np.ndarray:
@@ -227,9 +232,8 @@ class RowTable:
 
     def check_content(self, rows: np.ndarray) -> None:
         """Raise `StoreError` if a done row among ``rows [n]``, ascending, is not as it was written."""
-        bad = np.intersect1d(rows, damaged_rows(self._arrays, int(rows[0]), int(rows[-1]) + 1))
-        bad = bad[self._arrays["done"].take(bad)]
-        if len(bad):
+        bad = damaged_rows(self._arrays, int(rows[0]), int(rows[-1]) + 1)
+        if len(bad) and len(bad := bad[np.isin(bad, rows) & self._arrays["done"].take(bad)]):
             raise StoreError(
                 f"rows {named_rows(bad)} of {self.path} do not match the checksum that they were written with: run "
                 "tracer.verify, which marks damaged rows as missing, and compute these again"

@@ -16,7 +16,7 @@ from tracer.store.arrays.completion_mask import CompletionMask
 from tracer.store.arrays.metadata import NODE
 from tracer.store.arrays.store_path import StorePath
 from tracer.store.quantization import RELATIVE, relative_rows, row_scale
-from tracer.store.table_schema import NO_LABEL, read_attributes, row_checksums
+from tracer.store.table_schema import NO_LABEL, Writable, read_attributes, row_checksums
 
 _MAX_NAMED = 5
 
@@ -30,13 +30,20 @@ class RowWriter:
         mask: Marks which rows are done.
         storage: The dtype of features, or ``"none"``.
         pool: The random numbers that round int8 rows: ``"train"`` or ``"targets"``.
+        writable: Whether rows may be written.
     """
 
     def __init__(
-        self, path: StorePath, arrays: Mapping[str, ChunkedArray], mask: CompletionMask, storage: str, pool: str
+        self,
+        path: StorePath,
+        arrays: Mapping[str, ChunkedArray],
+        mask: CompletionMask,
+        storage: str,
+        pool: str,
+        writable: Writable,
     ) -> None:
         self.path, self._arrays, self._mask = path, arrays, mask
-        self._storage, self._pool = storage, pool
+        self._storage, self._pool, self._writable = storage, pool, writable
         self._features = arrays.get("features")
         # Memory for a batch of features, used again for the next batch instead of being allocated again.
         self._scaled, self._half = torch.empty(0, 0), torch.empty(0, 0, dtype=torch.float16)
@@ -70,8 +77,8 @@ class RowWriter:
             return
         if self._finalized():
             raise CallOrderError(
-                f"{self.path} is finalized, got rows {named_rows(rows)} to write: write them before finalizing, "
-                "call set_attributes(finalized=False) first, or choose another save_dir"
+                f"{self.path} is finalized, got rows {named_rows(rows)} to write: write them before finalizing; "
+                "if their marks are lost, run tracer.verify first; else choose another save_dir"
             )
         columns["scale"] = row_scale(largest, self._storage)
         raw = None if features is None else self._raw(features, columns["scale"], rows)
@@ -102,11 +109,16 @@ class RowWriter:
         return self._scaled[: shape[0]]
 
     def _finalized(self) -> bool:
-        """Return whether any process finalized the table; its document is read only if it may have changed."""
+        """Return whether any process finalized the table; its document is read only if it may have changed.
+
+        It also raises `StoreError` if the table is not `Writable`.
+        """
         with disk_errors(self.path):
             stamp = (self.path / NODE).change_stamp()
         if stamp != self._finalized_at[0]:
-            self._finalized_at = stamp, bool(read_attributes(self.path).get("finalized"))
+            attributes = read_attributes(self.path)
+            self._writable.check(attributes)
+            self._finalized_at = stamp, bool(attributes.get("finalized"))
         return self._finalized_at[1]
 
 

@@ -218,8 +218,11 @@ class ScoreArray:
             self.unmark(bad)
 
     def unmark(self, tiles: np.ndarray) -> None:
-        """Mark tiles ``[n]``, int64, durably as not done."""
+        """Mark tiles ``[n]``, int64, durably as not done, and remove files of another size."""
         self._mask.unmark(tiles)
+        for array in (self._scores, self._scale):
+            if array is not None:
+                array.remove_unusable(np.unique(tiles // self._scores.layout.tiles_per_chunk).tolist())
 
     def flush(self) -> None:
         """Make pending tiles durable, then mark them done; after an error they have to be written again."""

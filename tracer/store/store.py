@@ -328,7 +328,7 @@ def _check_empty(path: StorePath) -> None:
     if found and not (path / NODE).exists():  # if another process has just made a store here, its document came first
         raise StoreError(
             f"{path} is not a store and not empty (it holds {listing(found)}): nothing was changed; choose "
-            "another save_dir or an empty directory"
+            f"another save_dir or an empty directory, or restore {NODE} if it was a store"
         )
 
 

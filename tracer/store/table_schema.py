@@ -56,16 +56,23 @@ def create_table(
         raise InputError(f"expected a table of at least 1 row, got {num_rows}")
     with disk_errors(path):
         layouts = table_layouts(num_rows, dim, storage, chunk_rows)
-        # Files come after the document. Without it, they are of a table that lost it: nobody knows whose they are.
-        if any((path / name / "c").children() for name in layouts):
-            try:
-                read_document(path / NODE)
-            except FileNotFoundError:
-                path.remove()
+        if lost_document(path):
+            path.remove()  # nobody knows whose rows these are
         described = {**attributes, "num_rows": num_rows, "storage": storage, "chunk_rows": chunk_rows}
         # The group's document comes last: the table exists from this instant on, with all of its arrays. Processes
         # that create the same table at once all write the same arrays, and one of them writes the document.
         _write(path, layouts, described, replace=False)
+
+
+def lost_document(path: StorePath) -> bool:
+    """Return whether there are rows of a table without its document, which is written before them."""
+    if (path / NODE).exists() or not any((path / name / "c").children() for name in (*COLUMNS, "features")):
+        return False
+    try:
+        read_document(path / NODE)
+    except FileNotFoundError:
+        return True
+    return False  # another process has just written both
 
 
 def read_attributes(path: StorePath) -> dict[str, Any]:
@@ -79,10 +86,39 @@ def read_attributes(path: StorePath) -> dict[str, Any]:
         raise StoreError(f"{path} has been removed: open the store again") from error
 
 
-def changing(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes of a table whose rows may change from now on: not finalized, and of another revision."""
+def changing(attributes: Mapping[str, Any], grows: bool = False) -> dict[str, Any]:
+    """Return the attributes of a table whose rows may change from now on: not finalized, and of another revision.
+
+    Unless the table only ``grows``, rows may lose their marks too, which `Writable` finds by ``unmarked``.
+    """
     # Random and no counter: of two processes that change a table at once, neither can give it an earlier revision.
-    return {**attributes, "finalized": False, "revision": uuid.uuid4().hex}
+    revision = uuid.uuid4().hex
+    return {**attributes, "finalized": False, "revision": revision} | ({} if grows else {"unmarked": revision})
+
+
+class Writable:
+    """Whether rows may be written and marked: not once another process has removed marks, so that others can be.
+
+    Args:
+        path: The table's directory.
+        attributes: Its attributes when it was opened.
+    """
+
+    def __init__(self, path: StorePath, attributes: Mapping[str, Any]) -> None:
+        self._path = path
+        self.renew(attributes)
+
+    def renew(self, attributes: Mapping[str, Any]) -> None:
+        """Begin with attributes that this process has written."""
+        self._unmarked = attributes.get("unmarked")
+
+    def check(self, attributes: Mapping[str, Any] | None = None) -> None:
+        """Raise `StoreError` if marks were removed since; ``attributes`` are those on the disk."""
+        if (read_attributes(self._path) if attributes is None else attributes).get("unmarked") != self._unmarked:
+            raise StoreError(
+                f"rows of {self._path} were replaced or found damaged by another process: rows that this one had not "
+                "stored yet are not marked as done; load the checkpoint again, and pass these examples again"
+            )
 
 
 def grow_table(path: StorePath, num_rows: int) -> None:
@@ -95,7 +131,7 @@ def grow_table(path: StorePath, num_rows: int) -> None:
         dim = Layout.read(path / "features")[0].shape[-1] if stored else 0
         layouts = table_layouts(num_rows, dim, described["storage"], described["chunk_rows"])
         # The new size comes last: after a crash the table has its old one here, and the next call does all of it again.
-        _write(path, layouts, changing({**described, "num_rows": num_rows}), replace=True)
+        _write(path, layouts, changing({**described, "num_rows": num_rows}, grows=True), replace=True)
 
 
 def _write(path: StorePath, layouts: Mapping[str, Layout], described: Mapping[str, Any], replace: bool) -> None:
@@ -123,11 +159,12 @@ def row_checksums(
 
 def damaged_rows(arrays: Mapping[str, ChunkedArray], start: int, stop: int) -> Int64[np.ndarray, " n"]:
     """Return the rows of a table from ``start`` to ``stop`` that do not match their checksum, done or not."""
-    for array in arrays.values():
+    read = {name: arrays[name] for name in ("features", *_CHECKED, "checksum") if name in arrays}
+    for array in read.values():
         if array.uploads:  # all downloads at once
             array.prefetch(start, stop)
-    columns = {name: arrays[name].read(start, stop) for name in COLUMNS}
-    features = arrays["features"].read(start, stop) if "features" in arrays else None
+    columns = {name: array.read(start, stop) for name, array in read.items()}
+    features = columns.pop("features", None)
     return start + np.flatnonzero(row_checksums(features, columns) != columns["checksum"])
 
 

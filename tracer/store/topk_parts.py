@@ -12,11 +12,12 @@ document does, which is written last and removed first.
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from tracer._core.files import disk_errors
 from tracer.errors import StoreError
@@ -24,15 +25,13 @@ from tracer.store.arrays.metadata import NODE, child_nodes, read_document, write
 from tracer.store.arrays.store_path import StorePath
 from tracer.store.manifest import json_value
 from tracer.store.result_group import load_group, save_group
-from tracer.store.revisions import Revisions, remove_result, result_key, same_but_rows
+from tracer.store.revisions import Revisions, result_key, same_but_rows
 from tracer.types import TopK
 
 ENDS = ("proponents", "opponents")
 """Both ends of a ranking, in the order of every pair of them."""
 
 _NAME = re.compile("(0|[1-9][0-9]*)-([1-9][0-9]*)")
-
-logger = logging.getLogger("tracer")
 
 
 @dataclass(frozen=True)
@@ -78,18 +77,38 @@ def save_part(
     return part
 
 
-def load_part(part: Part) -> tuple[TopK, TopK] | None:
-    """Return proponents and opponents of a part; None if it was removed, or is damaged and therefore removed now."""
+def load_part(part: Part, shape: tuple[int, int] | None = None) -> tuple[TopK, TopK]:
+    """Return proponents and opponents of a part, each of a ``shape``; None: of any.
+
+    Raises:
+        FileNotFoundError: If it was removed.
+        StoreError: If it is damaged, or holds what no selection among its training examples can hold.
+    """
+    _, arrays = load_group(part.path)
+    names = [(f"{end}_rows", f"{end}_scores") for end in ENDS]
+    for name in (name for pair in names for name in pair):
+        if name not in arrays or arrays[name].shape != (shape or arrays[names[0][0]].shape):
+            raise StoreError(f"{part.path} is damaged: expected {name} of shape {shape}; remove it to compute it again")
+    for name, _ in names:
+        rows = arrays[name]
+        if rows.dtype != np.int64 or rows.min() < part.start or rows.max() >= part.stop:
+            raise StoreError(
+                f"{part.path} is damaged: expected {name} from {part.start} to {part.stop - 1}; remove it to compute "
+                "it again"
+            )
+    first, second = (TopK(arrays[rows], arrays[scores]) for rows, scores in names)
+    return first, second
+
+
+def read_part(path: StorePath) -> Part:
+    """Return the part in a directory; raise `FileNotFoundError` if there is none, `StoreError` if it is damaged."""
+    known, name = read_document(path / NODE)["attributes"], _NAME.fullmatch(path.name)
     try:
-        _, arrays = load_group(part.path)
-        first, second = (TopK(arrays[f"{end}_rows"], arrays[f"{end}_scores"]) for end in ENDS)
-        return first, second
-    except FileNotFoundError:
-        return None
-    except (StoreError, KeyError) as error:
-        logger.warning("computing %s again: %s", part.path, error)
-        remove_result(part.path)
-        return None
+        if name is None:
+            raise ValueError(f"{path.name!r} is no range")
+        return Part(path, int(name[1]), int(name[2]), known["inputs"], known["rows"])
+    except (KeyError, ValueError) as error:
+        raise StoreError(f"{path / NODE} is damaged ({error!r}): remove {path} to compute it again") from error
 
 
 def list_parts(directory: StorePath) -> list[Part]:
@@ -97,12 +116,9 @@ def list_parts(directory: StorePath) -> list[Part]:
     found = []
     for key in child_nodes(directory):
         for node in child_nodes(directory / key):
-            name, path = _NAME.fullmatch(node), directory / key / node
             # Removed in the meantime, or damaged: it counts as missing, and is written again.
-            with contextlib.suppress(FileNotFoundError, StoreError, KeyError):
-                if name:
-                    known = read_document(path / NODE)["attributes"]
-                    found.append(Part(path, int(name[1]), int(name[2]), known["inputs"], known["rows"]))
+            with contextlib.suppress(FileNotFoundError, StoreError):
+                found.append(read_part(directory / key / node))
     return found
 
 

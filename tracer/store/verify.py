@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,8 @@ from tracer.store.result_group import load_group
 from tracer.store.revisions import remove_result
 from tracer.store.score_array import ScoreArray, read_description
 from tracer.store.store import Store
-from tracer.store.table_schema import COLUMNS, changing, damaged_rows, table_layouts
+from tracer.store.table_schema import changing, damaged_rows, lost_document, table_layouts
+from tracer.store.topk_parts import load_part, read_part
 
 logger = logging.getLogger("tracer")
 
@@ -106,8 +107,10 @@ def verify(save_dir: str | os.PathLike[str], *, repair: bool = True, progress: b
             checker.check_table(path, exp_name)
     for path in store.catalog.score_paths():
         checker.check_scores(path)
-    for path in store.catalog.array_paths():
-        checker.check_arrays(path)
+    for path in store.catalog.kernel_paths():
+        checker.check_arrays(path, load_group)
+    for path in store.catalog.part_paths():
+        checker.check_arrays(path, lambda path: load_part(read_part(path)))
     audited = None if checker.damage else store.audited()
     return Verification(str(store.path), checker.damage, checker.num_rows, checker.num_tiles, audited)
 
@@ -149,8 +152,7 @@ class _Checker:
             num_rows, storage = int(described["num_rows"]), str(described["storage"])
             chunk_rows = int(described["chunk_rows"])
         except FileNotFoundError:
-            # Arrays without files are those of a table that a killed process was about to make.
-            if any((path / name / "c").children() for name in (*COLUMNS, "features")):
+            if lost_document(path):  # else a killed process was about to make it
                 self._found(path, f"its {NODE} is missing: restore it, or {again}, which replaces it", repaired=False)
             return
         except (StoreError, LookupError, TypeError, ValueError) as error:
@@ -221,9 +223,7 @@ class _Checker:
         """Note a chunk that cannot be used, and remove it so that it is created again."""
         self._found(array.path, what, rows)
         if self.repair:
-            with disk_errors(array.path):
-                array.chunk_path(chunk).remove()
-            array.close()
+            array.remove_unusable([chunk])
         return rows
 
     def check_scores(self, path: StorePath) -> None:
@@ -249,10 +249,10 @@ class _Checker:
                 scores.unmark(tiles)
         scores.close()
 
-    def check_arrays(self, path: StorePath) -> None:
+    def check_arrays(self, path: StorePath, load: Callable[[StorePath], object]) -> None:
         """Check a kernel or a top-k part."""
         try:
-            load_group(path)
+            load(path)
         except FileNotFoundError:
             return  # a process was killed while it made or removed it
         except StoreError as error:

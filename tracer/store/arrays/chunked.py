@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int64, Shaped
 
+from tracer._core.files import disk_errors
 from tracer._core.syncing import SyncGroup
+from tracer.errors import StoreError
 from tracer.store.arrays.layout import DTYPES, Layout
 from tracer.store.arrays.store_path import StorePath
 
@@ -76,6 +78,17 @@ class ChunkedArray(ABC):
     def stored_chunks(self) -> set[int]:
         """Return the chunks that exist."""
 
+    def remove_unusable(self, chunks: Iterable[int]) -> None:
+        """Remove those of some chunks that have another size than their layout, so that they are created again."""
+        for chunk in chunks:
+            try:
+                self.chunk(chunk)
+            except StoreError as error:
+                if error.__cause__ is not None:
+                    raise  # the disk failed, or the network
+                with disk_errors(self.path):
+                    self.chunk_path(chunk).remove()
+
     @abstractmethod
     def close(self) -> None:
         """Release the chunks; views that are held stay valid."""
@@ -94,8 +107,9 @@ class ChunkedArray(ABC):
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return rows as one array that must not be written: a view if they are in one chunk, else a copy."""
-        if start < stop and start // self.layout.chunk_rows == (stop - 1) // self.layout.chunk_rows:
-            return next(self.rows(start, stop))[1]
+        chunk, offset = divmod(start, self.layout.chunk_rows)
+        if start < stop <= (chunk + 1) * self.layout.chunk_rows:
+            return self.chunk(chunk)[offset : offset + stop - start]
         found = np.empty((max(stop - start, 0), *self.layout.shape[1:]), self.dtype)
         for first, view in self.rows(start, stop):  # views are not collected: each map holds a file descriptor
             found[first - start : first - start + len(view)] = view

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -35,12 +35,19 @@ class CompletionMask:
         mask: The bool array ``[R]``.
         data: The arrays that must be durable first.
         flush_seconds: How long written rows may wait before a write flushes them.
+        check: Raises an error if written rows must not be marked any more.
     """
 
     _waits = False  # whether rows may be pending: `__del__` may be too late to ask numpy
 
-    def __init__(self, mask: ChunkedArray, data: Sequence[ChunkedArray], flush_seconds: float) -> None:
-        self._mask, self._data = mask, tuple(data)
+    def __init__(
+        self,
+        mask: ChunkedArray,
+        data: Sequence[ChunkedArray],
+        flush_seconds: float,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._mask, self._data, self._check = mask, tuple(data), check
         self.flush_seconds = flush_seconds
         self._pending = np.zeros(mask.layout.shape[0], dtype=bool)
         self._last_flush = time.monotonic()
@@ -135,6 +142,7 @@ class CompletionMask:
                         self._mask.chunk(chunk, writable=True)
                 arrays.append(self._mask)  # names of new files become durable with the data
             self._mask.flush_together(arrays, chunks, group)
+            self._check()
         except BaseException:
             self._pending[:] = False
             raise
@@ -144,6 +152,12 @@ class CompletionMask:
         # Only now is the data durable: a mark on the disk is a promise that the row is, too.
         self._mask.assign(items, np.ones(len(items), dtype=bool))
         self._mask.flush(chunks)
+        try:
+            self._check()  # once more: another process may have removed marks between the first check and these
+        except BaseException:
+            self._pending[:] = False
+            self.unmark(items)
+            raise
 
 
 _waiting: weakref.WeakSet[CompletionMask] = weakref.WeakSet()

@@ -100,7 +100,8 @@ class LocalArray(ChunkedArray):
                     f"{path} is damaged: expected {self.layout.data_bytes + len(tail)} bytes, found "
                     f"{size}; restore it, or run tracer.verify to have its rows computed again"
                 )
-            return np.memmap(path, self.dtype, mode="r+" if writable else "r", shape=self.chunk_shape)
+            # numpy resolves links in a path, which takes as long as everything else, but not in a str
+            return np.memmap(str(path), self.dtype, mode="r+" if writable else "r", shape=self.chunk_shape)
 
     def rows(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the rows from ``start`` to ``stop`` of one chunk each: views, or copies if there would be many maps."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import stat
@@ -43,14 +42,17 @@ class LocalPath(_NativePath):
         path, below = str(self), []
         while path not in self.roots:
             below.append(path)
-            path, child = os.path.dirname(path), path
-            if path == child:  # not below the directory of a store
+            path = path.rpartition(os.sep)[0]
+            if not path:  # not below the directory of a store
                 return self
         if ".." in self.parts[-len(below) :] and below:
             raise StoreError(f"{self} may lead out of its store: a document in it has a wrong name")
-        for part in below:
-            with disk_errors(part), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                mode = os.lstat(part).st_mode
+        with disk_errors(self):
+            for part in below:
+                try:
+                    mode = os.lstat(part).st_mode
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
                 if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)) or _is_junction(part):
                     raise StoreError(f"{part} is a link or a device: a store must not have any; put the files there")
         return self

@@ -19,7 +19,7 @@ _CHECKSUM = "document_crc32c"
 _NUMBER, _TEXT = (int, float), (str, type(None))
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("num_rows", "chunk_rows", "format_version", "start", "stop", "rows", "layout.*"), (int,)),
-    **dict.fromkeys(("storage", "revision", "rounding", "versions.*", "inputs.revisions.*"), (str,)),
+    **dict.fromkeys(("storage", "revision", "unmarked", "rounding", "versions.*", "inputs.revisions.*"), (str,)),
     **dict.fromkeys(("weights_fingerprint", "source"), _TEXT),
     **dict.fromkeys(("settings", "info", "versions", "layout", "inputs", "sums", "crc32c"), (dict,)),
     **dict.fromkeys(("settings.projector", "settings.task", "settings.params", "inputs.revisions"), (dict,)),

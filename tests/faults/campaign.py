@@ -1,0 +1,99 @@
+"""The fault campaign of `make faults`: faults of every kind at random moments and places, and what comes of them.
+
+Each trial breaks a copy of a small store, or of a process at work on it. Then all questions are asked, what errors say
+is done, everything that is left of the work is done, and all questions are asked again. A trial is as it should be if
+no answer was ever wrong and the last ones are right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from faults.trials import BAD, GOOD, KINDS, Stores, Trial
+from faults.world import World
+
+FAULTS = ("kill", "power failure", "full disk", "two processes")
+STORAGES, SHARES = ("float32", "float16", "int8", "none"), (0.4, 0.2, 0.2, 0.2)
+DOCS, BEGIN, END = Path("docs/store.md"), "<!-- outcomes of make faults -->", "<!-- end of outcomes -->"
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+"""A folder whose disk nobody waits for, and which gives no number of a file twice, as `power` expects."""
+
+
+def campaign(trials: int, seed: int, folder: Path, only: str = "") -> list[Trial]:
+    """Run trials of all kinds in turn, half of them of processes and half of damaged files."""
+    done, stores = [], {}
+    kinds = [*FAULTS, *KINDS]
+    weights = np.array([len(KINDS) / len(FAULTS) if kind in FAULTS else 1 for kind in kinds])
+    weights *= [only in kind for kind in kinds]
+    weights /= weights.sum()
+    for number in range(seed, seed + trials):
+        rng = np.random.default_rng(number)
+        storage, kind = (
+            str(rng.choice(STORAGES, p=[0.4, 0.2, 0.2, 0.2])),
+            str(rng.choice(kinds, p=weights / weights.sum())),
+        )
+        if storage not in stores:
+            stores[storage] = Stores(folder, World(storage))
+        if kind in KINDS and not stores[storage].files(stores[storage].folder / "whole", kind):
+            kind = "marks"
+        trial = Trial(kind, number, stores[storage], folder / f"trial{number}")
+        trial.run()
+        done.append(trial)
+        if trial.outcome in BAD:
+            print(
+                f"seed {number}, {storage}, {kind}: {trial.outcome}\n  " + "\n  ".join(dict.fromkeys(trial.what)),
+                flush=True,
+            )
+    return done
+
+
+def table(trials: list[Trial]) -> str:
+    """Return the outcomes as a table: a line for each kind of fault."""
+    outcomes = [*GOOD, *(each for each in BAD if any(trial.outcome == each for trial in trials))]
+    lines = ["| fault | trials | " + " | ".join(outcomes) + " |", "|---" * (len(outcomes) + 2) + "|"]
+    for kind in [*FAULTS, *KINDS, "all"]:
+        counts = Counter(trial.outcome for trial in trials if kind in (trial.fault, "all"))
+        if counts:
+            cells = [str(counts[each]) for each in outcomes]
+            lines.append(f"| {kind} | {counts.total()} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0, help="of the first trial; the next one has the next seed")
+    parser.add_argument("--only", default="", help="kinds of faults with this in their name")
+    parser.add_argument("--outcome", type=Path, default=Path("build/faults/outcome.md"))
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/store.md too")
+    chosen = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        begin = time.monotonic()
+        trials = campaign(chosen.trials, chosen.seed, Path(folder), chosen.only)
+        seconds = time.monotonic() - begin
+    text = f"{len(trials)} trials, seeds {chosen.seed} to {chosen.seed + len(trials) - 1}.\n\n{table(trials)}\n"
+    chosen.outcome.parent.mkdir(parents=True, exist_ok=True)
+    chosen.outcome.write_text(f"# Outcomes of the fault campaign\n\n{text}")
+    if chosen.docs:
+        before, _, rest = DOCS.read_text().partition(BEGIN)
+        DOCS.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}")
+    print(f"{text}\n{seconds:.0f} s; {chosen.outcome}")
+    sys.exit(any(trial.outcome in BAD for trial in trials))
+
+
+if __name__ == "__main__":
+    main()
