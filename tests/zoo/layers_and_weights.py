@@ -41,6 +41,12 @@ def tied_layers():
     return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Linear(4, 3))
 
 
+def shared_dictionary():
+    bank = nn.ParameterDict({"own": torch.randn(4, 4)})
+    mixed = [Net(lambda m, x: x @ m.bank["own"].tanh() @ m.f.weight, bank=bank, f=nn.Linear(4, 4)) for _ in range(2)]
+    return nn.Sequential(*mixed, nn.Linear(4, 3))
+
+
 def tied_transposed():
     def forward(m, x):
         return m.o(F.linear(torch.tanh(m.f(x)), m.f.weight.T))
@@ -185,6 +191,7 @@ LAYERS_AND_WEIGHTS = [
         vectors(4),
     ),
     Entry("norm of a weight in the output", net(lambda m, x: m.o(m.f(x).tanh() * m.f.weight.norm())), vectors(4)),
+    Entry("parameters shared by modules, in a dictionary of theirs", shared_dictionary, vectors(4)),
     Entry("layer applied to raw parameters", net(memory, slots=parameter(5, 4)), vectors(4)),
     Entry("weight norm", parametrized(parametrizations.weight_norm), vectors(4)),
     Entry(

@@ -96,8 +96,8 @@ def vmap_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute f ``[B]`` and its gradients ``[B, *shape]`` by ``vmap(grad)``: every sample is run as a batch of one."""
     parameters = dict(model.named_parameters())
-    subset = {f"model.{name}": parameters[name].detach() for name in names}
-    module = TaskModule(model, task)
+    subset = {name: parameters[name].detach() for name in names}
+    module, homes = TaskModule(model, task), _homes(model, names)
     rows = [leaf for _, leaf in leaves(batch) if isinstance(leaf, Tensor) and is_per_sample(leaf, batch_size)]
 
     def f_of_one(subset: dict[str, Tensor], *one_row: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +107,8 @@ def vmap_gradients(
             per_row = isinstance(leaf, Tensor) and is_per_sample(leaf, batch_size)
             return next(remaining).unsqueeze(0) if per_row else leaf
 
-        output = torch.func.functional_call(module, subset, (map_leaves(batch, fill),)).output
+        values = {f"model.{home}": subset[name] for home, name in homes.items()}
+        output = torch.func.functional_call(module, values, (map_leaves(batch, fill),), tie_weights=False).output
         return output.sum(), output.detach().sum()
 
     per_sample = torch.func.vmap(
@@ -117,7 +118,21 @@ def vmap_gradients(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")  # the user can do nothing about it
         gradients, output = per_sample(subset, *rows)
-    return output.detach(), {name: gradients[f"model.{name}"].detach() for name in names}
+    return output.detach(), {name: gradients[name].detach() for name in names}
+
+
+def _homes(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Return every place that holds one of some parameters, with the parameter's name."""
+    # torch 2.13: functional_call finds tied weights itself, but in a module that has two names it swaps them twice, and
+    # what it then puts back is not the parameter.
+    parameters = dict(model.named_parameters())
+    wanted = {id(parameters[name]): name for name in names}
+    return {
+        f"{path}.{local}".lstrip("."): wanted[id(parameter)]
+        for path, module in model.named_modules()
+        for local, parameter in module._parameters.items()
+        if id(parameter) in wanted
+    }
 
 
 def loop_gradients(
