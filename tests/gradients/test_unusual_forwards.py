@@ -37,12 +37,13 @@ def run(model, batches, folder):
     return traced
 
 
-def plain(count):
-    return [(torch.randn(4, 3, dtype=torch.float64), torch.arange(4)) for _ in range(count)]
+def plain(count, dtype=torch.float64):
+    return [(torch.randn(4, 3, dtype=dtype), torch.arange(4)) for _ in range(count)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("period", [1, 2, 3, 5, 7, 11, 13])
-def test_a_count_of_forwards_kept_outside_the_model_is_refused(tmp_path, period):
+def test_a_count_of_forwards_kept_outside_the_model_is_refused(tmp_path, period, dtype):
     torch.manual_seed(0)
     calls = []
 
@@ -51,7 +52,18 @@ def test_a_count_of_forwards_kept_outside_the_model_is_refused(tmp_path, period)
         return model.o(torch.tanh(model.h(x))) * (1 + len(calls) // period)
 
     with pytest.raises(tracer.GradientError, match="keeps state between calls"):
-        run(Net(forward).double(), plain(8), tmp_path / "store")
+        run(Net(forward).to(dtype), plain(8, dtype), tmp_path / "store")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_random_numbers_in_eval_mode_are_named_whatever_the_dtype(tmp_path, dtype):
+    torch.manual_seed(0)
+
+    def forward(model, x):
+        return model.o(F.dropout(torch.tanh(model.h(x)), 0.3))
+
+    with pytest.raises(tracer.GradientError, match="draws random numbers"):
+        run(Net(forward).to(dtype), plain(4, dtype), tmp_path / "store")
 
 
 def test_layers_that_run_on_nested_tensors_are_exact(tmp_path):

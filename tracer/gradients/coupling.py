@@ -12,9 +12,17 @@ from tracer._core.sharding import is_sharded
 from tracer.data.batches import leaves
 from tracer.data.tasks import Task
 from tracer.errors import GradientError, TracerError
+from tracer.gradients.isolation import seed_generators
+from tracer.gradients.selfcheck import REPEATED, same_values
 from tracer.types import Batch
 
 Calls = list[tuple[str, Tensor]]
+
+STATEFUL = (
+    "Two forwards of one batch give different outputs: the model draws random numbers in eval mode or keeps state "
+    "between calls. Its gradients would depend on batch sizes and order; make its eval mode a function of the batch."
+)
+"""The error for a model whose outputs for one batch change."""
 
 _NOISE, _MOST_NOISE = 64.0, 1e-4
 _LEAST_SHARE, _MOST_SHARE = 1e-6, 0.1
@@ -40,6 +48,8 @@ def coupling_error(
             f"longest sample that shares the batch, and so scores would depend on batch_size. Mask the padding (an "
             f"attention mask, lengths, labels of -100), or pass batches of one length or of one sample."
         )
+    if not _repeats(model, task, batch):
+        return GradientError(STATEFUL)
     if _is_constant(model, task, batch):
         return GradientError(
             "f depends on the model's parameters by rounding errors only, so its gradients are noise. Look for a task "
@@ -49,6 +59,20 @@ def coupling_error(
         f"A sample run alone gives another result than within its batch (sample {row}: {found}): the samples of a "
         f"batch influence each other. {_cause(model, task, batch, alone, row)} Tracer needs samples that do not."
     )
+
+
+def _repeats(model: nn.Module, task: Task, batch: Batch) -> bool:
+    """Return whether two forwards of a batch with other random numbers give one f, if they run."""
+    found = []
+    device = next(model.parameters()).device
+    for seed in (0, 1):
+        seed_generators(device, seed)
+        try:
+            with torch.no_grad():
+                found.append(task.outputs(model, batch).output)
+        except (RuntimeError, ValueError, TypeError, IndexError, TracerError):
+            return True
+    return same_values(found[0], found[1], found[0].dtype, REPEATED)
 
 
 def _is_constant(model: nn.Module, task: Task, batch: Batch) -> bool:

@@ -25,12 +25,12 @@ from tracer.gradients.attention import CaptureFailed
 from tracer.gradients.audit import Auditor, Finding, FirstOfTwo, Sink, WatchedSink
 from tracer.gradients.backend import Backend, PlainBackend
 from tracer.gradients.capture import CapturedPass
-from tracer.gradients.coupling import coupling_error
+from tracer.gradients.coupling import STATEFUL, coupling_error
 from tracer.gradients.fallback import Fallback, has_batch_norm
 from tracer.gradients.isolation import seed_generators
 from tracer.gradients.module_state import StatelessTask
 from tracer.gradients.per_sample import PerSampleGradient
-from tracer.gradients.selfcheck import Reference, WeightedSums, disagreeing, same_values
+from tracer.gradients.selfcheck import REPEATED, Reference, WeightedSums, disagreeing, same_values
 from tracer.gradients.verification import Signature, Verifier
 from tracer.types import Batch, SampleOutputs, first_sample
 
@@ -38,12 +38,6 @@ logger = logging.getLogger("tracer.gradients")
 
 METHODS = ("auto", "capture", "functional")
 """The choices of ``gradients=``."""
-
-
-_STATEFUL = (
-    "Two forwards of one batch give different outputs: the model draws random numbers in eval mode or keeps state "
-    "between calls. Its gradients would depend on batch sizes and order; make its eval mode a function of the batch."
-)
 
 
 class GradientsChanged(GradientError):
@@ -163,12 +157,12 @@ class GradientEngine:
                     outputs, done = self._complete(batch, batch_size, watched, watched.row)
                     doubt += done.doubt
                     found = self._auditor.audit(watched, outputs, batch, batch_size)
-                    if not same_values(before.output, outputs.output, self._verifier.dtype):
-                        raise GradientError(_STATEFUL)
+                    if not same_values(before.output, outputs.output, self._verifier.dtype, REPEATED):
+                        raise GradientError(STATEFUL)
                     if isinstance(found, Finding):
                         raise self._auditor.error(found, batch)
                 if not self.backend.is_sharded and self._verifier.drifts(batch, batch_size):
-                    raise GradientError(_STATEFUL)
+                    raise GradientError(STATEFUL)
                 self.audited = watched.row if found else None
         self._verifier.confirm(done.signature, done.checked)
         if doubt:
@@ -245,7 +239,7 @@ class GradientEngine:
         reference = self._verifier.checked_reference(batch, sums.weights)
         if not reference.same_outputs(captured.outputs.output):
             if not self._assignment.blame_expanded(captured):
-                raise GradientError(_STATEFUL)
+                raise GradientError(STATEFUL)
             return {}
         wrong = disagreeing(reference, sums.totals, self._assignment.captured)
         if wrong:

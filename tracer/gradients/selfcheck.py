@@ -23,6 +23,8 @@ from tracer.gradients.per_sample import PerSampleGradient
 from tracer.types import Batch, SampleOutputs, detached
 
 BLOCK_BYTES = 32 << 20
+REPEATED = 0.05
+"""The largest difference of forwards of one batch, as a share of its values."""
 _SHRUNK, _SIGNS = 1 << 14, 1 << 20
 _NOISE, _MOST_NOISE = 64.0, 0.03
 _STRICTNESS, _HALF_STRICTNESS = 0.1, 0.5
@@ -41,13 +43,17 @@ def tolerance(dtype: torch.dtype, device: torch.device) -> float:
     return 1e-1
 
 
-def same_values(values: Tensor, others: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether two forwards in a dtype gave the same values ``[b]`` up to rounding; NaN equals NaN."""
+def same_values(values: Tensor, others: Tensor, dtype: torch.dtype, most: float = 1.0) -> bool:
+    """Return whether two forwards in a dtype gave the same values ``[b]`` up to rounding; NaN equals NaN.
+
+    No dtype allows for a larger share of them than ``most``: forwards of one batch run the same kernels (`REPEATED`).
+    """
     values, others = values.double(), others.double().to(values.device)
     scale = torch.maximum(values.abs(), others.abs()).nan_to_num(posinf=0.0).amax()
     # Small values are differences of larger ones, for example of logits, whose rounding they carry.
-    noise = min(256 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps), 10 * tolerance(dtype, values.device))
-    bound = max(10 * tolerance(dtype, values.device) * float(scale), noise)
+    share = min(10 * tolerance(dtype, values.device), most)
+    noise = min(256 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps), share)
+    bound = max(share * float(scale), noise)
     return torch.allclose(values, others, rtol=0, atol=bound, equal_nan=True)
 
 

@@ -22,6 +22,7 @@ from tracer.gradients.coupling import coupling_error
 from tracer.gradients.isolation import seed_generators
 from tracer.gradients.module_state import derived_values
 from tracer.gradients.selfcheck import (
+    REPEATED,
     Reference,
     WeightedSums,
     check_weights,
@@ -124,7 +125,7 @@ class Verifier:
             return False
         if first is None:
             self._verified.first = one, samples.output
-        return first is not None and not same_values(first[1], samples.output, self.dtype)
+        return first is not None and not same_values(first[1], samples.output, self.dtype, REPEATED)
 
     def run(self, batch: Batch) -> SampleOutputs | None:
         """Return the task's outputs for a batch, without a graph, or None if it cannot run."""
