@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 import sys
 from collections.abc import Collection, Iterable, Sequence
@@ -100,6 +101,17 @@ def as_list(values: object, name: str) -> list:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise InputTypeError(f"{name} is {values!r}; expected a list.")
     return list(values)
+
+
+def check_positive(value: Any, name: str) -> float:
+    """Return a finite number above 0 as float."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise InputTypeError(f"{name} is {value!r}; expected a number.") from None
+    if not 0 < number < math.inf:
+        raise InputError(f"{name} is {number}; expected a number above 0.")
+    return number
 
 
 def check_rate(learning_rate: float | None) -> float | None:

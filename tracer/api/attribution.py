@@ -25,6 +25,7 @@ from tracer.api.tracer import Tracer
 from tracer.data.datasets import DataSource, NoExamples, as_data_source
 from tracer.data.halving import Halving
 from tracer.errors import InputError
+from tracer.gradients.preconditioning import KRONECKER
 from tracer.report import ReportOptions, write_report
 from tracer.report.label_noise import WrongLabels
 from tracer.report.samples import as_array
@@ -292,6 +293,8 @@ def attribute(
     def featurize(group: list, of: str) -> None:
         for model_id, (checkpoint, learning_rate) in group:
             tracer.load_checkpoint(checkpoint, model_id=model_id, learning_rate=learning_rate)
+            if settings.preconditioner in KRONECKER:
+                tracer.fit_curvature(train_rows)
             if stores_features:
                 missing = _own(tracer, train_rows, tracer.remaining(model_id))
                 _feed(tracer.featurize, train_rows, missing, {"desc": f"featurize {model_id + 1}{of}", **bar_options})

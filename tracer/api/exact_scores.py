@@ -7,7 +7,7 @@ overflow nor vanish with the size of gradients; scores follow from them, loss de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +20,8 @@ from tracer.api.featurizer import Featurizer
 from tracer.api.featurizer_factory import check_weights
 from tracer.api.session import target_table
 from tracer.api.sinks import NormSink, row_values, write_values
-from tracer.data.batches import map_leaves, select_samples
-from tracer.data.datasets import DataSource, as_data_source
+from tracer.data.batches import map_leaves
+from tracer.data.datasets import DataSource, as_data_source, exact_batches
 from tracer.errors import CallOrderError, InputError, NonFiniteError
 from tracer.gradients import GradientsChanged
 from tracer.gradients.inner_products import TargetGradients
@@ -94,7 +94,7 @@ def score_exactly(
     factory.engine.use_weights(loaded.fingerprint)
     settings = factory.settings
     factory.written |= {None, exp_name}
-    featurizer = factory.make(loaded, model_id)
+    featurizer = factory.make(loaded, model_id, store)
     while True:
         try:
             writer = CosineWriter(featurizer, store, exp_name, model_id, settings.memory_bytes, settings.progress)
@@ -173,7 +173,7 @@ class CosineWriter:
         """Compute the gradients of ``size`` targets, or of as many as memory allows."""
         held = TargetGradients()
         last = len(targets) if size is None else first + size
-        for batch, rows in _wanted(targets, np.arange(first, last)):
+        for batch, rows in exact_batches(targets, np.arange(first, last)):
             sink = _HoldingSink(len(rows), self._featurizer.device)
             # Factors may be views of the batch, whose memory a loader may use again.
             own = map_leaves(batch, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
@@ -194,7 +194,7 @@ class CosineWriter:
         disable = bar_disabled(self._progress)
         with block, tqdm(total=len(train), unit="row", desc=description, disable=disable) as bar:
             bar.update(len(train) - sum(map(len, rows)))
-            for batch, inds in _wanted(train, np.concatenate(rows)):
+            for batch, inds in exact_batches(train, np.concatenate(rows)):
                 sink = _ProductSink(held, len(inds), self._featurizer.device)
                 self._run(self._train, batch, inds, sink, self._same_rows)
                 cosines = (sink.products / _lengths(sink.squared_norm)[:, None]).to("cpu", torch.float32).numpy()
@@ -282,15 +282,3 @@ def _check_finite(cosines: np.ndarray, rows: np.ndarray) -> None:
             f"Inner products of the gradients of rows {bad[:5].tolist()} with targets are NaN or infinite. Gradient "
             f"norms beyond about 1e18 are out of range; scale the loss, or leave these rows out."
         )
-
-
-def _wanted(source: DataSource, rows: np.ndarray) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yield batches of exactly the given examples, ascending, with their indices."""
-    wanted = np.zeros(len(source), dtype=bool)
-    wanted[rows] = True
-    for batch, inds in source.batches(rows):
-        mine = wanted[inds]
-        if not mine.all():
-            batch = select_samples(batch, torch.from_numpy(np.flatnonzero(mine)), len(inds))
-        if mine.any():
-            yield batch, inds[mine]

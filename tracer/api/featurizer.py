@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tracer.api.sinks import DroppingSink, NormSink, ProjectingSink, RowValues, ScalingSink, row_values, write_values
+from tracer.api.sinks import DroppingSink, NormSink, ProjectingSink, RowValues, row_values, write_values
 from tracer.data.batches import check_batch_size, select_samples, to_device
 from tracer.data.fingerprints import fingerprint_samples
 from tracer.data.tasks import check_per_sample
 from tracer.errors import BatchError
 from tracer.gradients import GradientEngine, Sink, isolated
 from tracer.gradients.fsdp import ENDED, WAITING, WORKING
+from tracer.gradients.preconditioning import Preconditioner, PreconditioningSink
 from tracer.projection.base import Projector
 from tracer.store import RowTable
 from tracer.training.lend_weights import LoadedWeights, weights_in
@@ -27,10 +28,11 @@ class Featurizer:
 
     Args:
         engine: Computes per-sample gradients of the model.
-        weights: The checkpoint's weights, lent to the model for each batch; and the scales of its gradients, if any.
+        weights: The checkpoint's weights, lent to the model for each batch.
         projector: Projects gradients; None if features are not stored.
         device: The device of batches.
         check_rows: Whether examples are recognized by a fingerprint of their inputs.
+        preconditioner: Returns what preconditions gradients, or None; called when it is first needed.
     """
 
     def __init__(
@@ -40,9 +42,10 @@ class Featurizer:
         projector: Projector | None,
         device: torch.device,
         check_rows: bool = True,
+        preconditioner: Callable[[], Preconditioner | None] = lambda: None,
     ) -> None:
         self.engine, self.weights, self.projector = engine, weights, projector
-        self.device, self.check_rows = device, check_rows
+        self.device, self.check_rows, self._preconditioner = device, check_rows, preconditioner
         self._memory: Tensor | None = None
         self._runs_alone = False
 
@@ -127,9 +130,10 @@ class Featurizer:
         return row_values(outputs, projection.squared_norm, self.engine.audited, projection.features)
 
     def run(self, batch: Batch, num_rows: int, sink: Sink) -> SampleOutputs:
-        """Pass the gradients of a batch, scaled if there are scales, to a sink; return f, L, Q, w of samples."""
-        if self.weights.scales is not None:
-            sink = ScalingSink(sink, self.weights.scales)
+        """Pass the gradients of a batch, preconditioned, to a sink; return f, L, Q, w of samples."""
+        preconditioner = self._preconditioner()
+        if preconditioner is not None:
+            sink = PreconditioningSink(sink, preconditioner)
         with (
             self.engine.backend.running(),
             weights_in(self.engine.model, self.weights),

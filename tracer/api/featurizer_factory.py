@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,15 +17,24 @@ from tracer._core.validation import check_autocast, check_device, check_model, w
 from tracer.api.featurizer import Featurizer
 from tracer.api.settings import FeatureSettings
 from tracer.data.named_tasks import make_task
-from tracer.data.tasks import LowerPrecision
-from tracer.errors import MismatchError
+from tracer.data.sampled_labels import SampledTask
+from tracer.data.tasks import LowerPrecision, Task
+from tracer.errors import CallOrderError, MismatchError
 from tracer.gradients import GradientEngine, GradientsChanged, select_parameters
 from tracer.gradients.backend import find_backend
+from tracer.gradients.preconditioning import (
+    KRONECKER,
+    DiagonalPreconditioner,
+    KroneckerPreconditioner,
+    Preconditioner,
+    check_preconditioner,
+)
 from tracer.projection import Projector, make_projector
 from tracer.store import RowTable, Store
+from tracer.store.curvature import load_curvature
 from tracer.store.feature_storage import FeatureStorage
 from tracer.store.manifest import Manifest
-from tracer.training.adam import check_preconditioner, read_training_checkpoint
+from tracer.training.adam import read_training_checkpoint
 from tracer.training.lend_weights import LoadedWeights
 from tracer.types import Checkpoint
 
@@ -54,6 +64,8 @@ class FeaturizerFactory:
         backend: How the model runs.
         engine: Computes per-sample gradients.
         settings: As passed.
+        shapes: The shape of each selected parameter.
+        dtype: The dtype of whitened gradients: float64 if a selected parameter is, else float32.
         written: The sets of examples that features were computed of; None is the training set.
         num_restarts: How often everything that was computed was forgotten, since gradients had been wrong.
     """
@@ -70,11 +82,14 @@ class FeaturizerFactory:
             self.task = LowerPrecision(self.task, dtype, self.device)
         names = select_parameters(self.model, settings.params)
         parameters: Mapping[str, torch.Tensor] = dict(self.model.named_parameters())
-        self._shapes = {name: tuple(parameters[name].shape) for name in names}
+        self.shapes = {name: tuple(parameters[name].shape) for name in names}
+        dtypes = [parameters[name].dtype for name in names]
+        self.dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
         self.engine = GradientEngine(self.model, self.task, names, settings.gradients, self.device, self.backend)
         self.written: set[str | None] = set()
         self.num_restarts = 0
         self._projectors: tuple[int | None, Projector] | None = None  # of the checkpoint used last
+        self._whitening: tuple[tuple[int, str], Preconditioner] | None = None  # of that checkpoint too
 
     def manifest(self, train_set_size: int) -> Manifest:
         """Return the manifest of a store for the features of ``train_set_size`` examples."""
@@ -82,7 +97,7 @@ class FeaturizerFactory:
         settings = {
             "train_set_size": train_set_size,
             "task": self.task.settings(),
-            "params": {name: list(shape) for name, shape in self._shapes.items()},
+            "params": {name: list(shape) for name, shape in self.shapes.items()},
             "projector": projector.settings(),
             "feature_dim": projector.dim,
             **self.settings.manifest_entries(),
@@ -94,12 +109,44 @@ class FeaturizerFactory:
         with torch.inference_mode(False):
             settings = self.settings
             read = read_training_checkpoint(
-                checkpoint, self.model, list(self._shapes), settings.preconditioner, settings.checkpoint_key
+                checkpoint, self.model, list(self.shapes), settings.preconditioner, settings.checkpoint_key
             )
             weights = LoadedWeights(self.model, read.state, self.device, read.scales())
             return LoadedCheckpoint(weights, read.fingerprint())
 
-    def make(self, loaded: LoadedCheckpoint, model_id: int) -> Featurizer:
+    @functools.cached_property
+    def curvature_engine(self) -> GradientEngine:
+        """Computes per-sample gradients of the losses of drawn labels."""
+        task: Task = SampledTask(self.task)
+        if isinstance(self.task, LowerPrecision):
+            task = LowerPrecision(SampledTask(self.task.task), self.task.dtype, self.device)
+        elif not self.task.draws_labels:
+            logger.warning(
+                "the task %s does not draw labels from the model's predictions (see Task.sampled_outputs): the "
+                "curvature is that of the given labels, which predicts less",
+                self.task.name,
+            )
+        return GradientEngine(self.model, task, list(self.shapes), self.settings.gradients, self.device, self.backend)
+
+    def curvature_inputs(self, loaded: LoadedCheckpoint) -> dict[str, Any]:
+        """Return everything, apart from what the manifest says, that a checkpoint's curvature is computed from."""
+        return {"version": 1, "weights": loaded.fingerprint}
+
+    def _curvature(self, loaded: LoadedCheckpoint, model_id: int, store: Store) -> Preconditioner:
+        """Return a checkpoint's whitening from the store, or raise `CallOrderError`."""
+        key = model_id, loaded.fingerprint
+        if self._whitening is None or self._whitening[0] != key:
+            found = load_curvature(store, model_id, self.curvature_inputs(loaded))
+            if found is None:
+                raise CallOrderError(
+                    f"preconditioner={self.settings.preconditioner!r} needs the curvature of checkpoint {model_id}; "
+                    f"call tracer.fit_curvature(train) after tracer.load_checkpoint(checkpoint, {model_id})."
+                )
+            tensors = {name: torch.from_numpy(each).to(self.device) for name, each in found.tensors.items()}
+            self._whitening = key, KroneckerPreconditioner.restored(tensors)
+        return self._whitening[1]
+
+    def make(self, loaded: LoadedCheckpoint, model_id: int, store: Store) -> Featurizer:
         """Return the featurizer of a checkpoint."""
         projector = None
         if FeatureStorage(self.settings.storage).stores_features:
@@ -107,7 +154,15 @@ class FeaturizerFactory:
             if self._projectors is None or self._projectors[0] != key:
                 self._projectors = (key, self._projector(key))
             projector = self._projectors[1]
-        return Featurizer(self.engine, loaded.weights, projector, self.device, bool(self.settings.check_rows))
+
+        def preconditioner() -> Preconditioner | None:
+            if self.settings.preconditioner in KRONECKER:
+                return self._curvature(loaded, model_id, store)
+            scales = loaded.weights.scales
+            return None if scales is None else DiagonalPreconditioner(scales)
+
+        check_rows = bool(self.settings.check_rows)
+        return Featurizer(self.engine, loaded.weights, projector, self.device, check_rows, preconditioner)
 
     def forget(self, store: Store, reason: GradientsChanged) -> None:
         """Forget the features that may be wrong, and remember in the store which parameters capture is wrong for."""
@@ -125,7 +180,7 @@ class FeaturizerFactory:
         seed = int(self.settings.seed)
         if model_id is not None:
             seed = int(np.random.SeedSequence([seed, model_id]).generate_state(1, np.uint64)[0] >> 1)
-        return make_projector(self.settings.projector, self._shapes, self.settings.proj_dim, seed, self.device)
+        return make_projector(self.settings.projector, self.shapes, self.settings.proj_dim, seed, self.device)
 
 
 def check_weights(table: RowTable, fingerprint: str, model_id: int) -> None:

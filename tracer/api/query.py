@@ -83,7 +83,7 @@ def query(
         table = store.checkpoint(model_id)
         loaded = factory.read(_tracer._sources.find(model_id, table, checkpoint_dirs))
         check_weights(table, loaded.fingerprint, model_id)
-        featurizer = factory.make(loaded, model_id)
+        featurizer = factory.make(loaded, model_id, store)
         with factory.engine.using_weights(loaded.fingerprint):
             try:
                 values = featurizer.compute(batch, num_rows)

@@ -43,9 +43,11 @@ class Session:
         featurizer: Computes rows at the checkpoint.
         compared: A table of the same examples at another checkpoint, whose fingerprints must be equal, or None.
         forget: Forgets everything that was computed, since gradients turned out to be wrong.
+        loaded: The checkpoint.
 
     Attributes:
         role: As passed.
+        loaded: As passed.
         table: The table that batches are written to.
         featurizer: As passed.
     """
@@ -57,8 +59,9 @@ class Session:
         featurizer: Featurizer,
         compared: RowTable | None,
         forget: Callable[[GradientsChanged], None],
+        loaded: LoadedCheckpoint,
     ) -> None:
-        self.role, self.table, self.featurizer = role, open_table(), featurizer
+        self.role, self.table, self.featurizer, self.loaded = role, open_table(), featurizer, loaded
         self._open_table, self._compared, self._forget = open_table, compared, forget
         self._backend = featurizer.engine.backend
         self._cursor = IndexCursor(self.table.num_rows, "train_set_size" if role == FEATURIZE else "num_targets")
@@ -105,6 +108,11 @@ class Session:
     def flush(self) -> None:
         """Make everything that was computed durable."""
         self.table.flush()
+
+    def reopen(self) -> None:
+        """Open the table again, whose rows may have been forgotten."""
+        self.table.close()
+        self.table = self._open_table()
 
     def join(self) -> None:
         """Run stand-ins until all ranks of a sharded model have written their batches."""
@@ -203,4 +211,4 @@ def _session(
     factory.written.add(exp_name)
     role = FEATURIZE if exp_name is None else SCORE
     forget = partial(factory.forget, store)
-    return Session(role, open_table, factory.make(loaded, model_id), compared, forget)
+    return Session(role, open_table, factory.make(loaded, model_id, store), compared, forget, loaded)

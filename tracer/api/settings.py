@@ -16,12 +16,12 @@ from typing import Any, TypedDict, TypeVar
 import torch
 
 from tracer._core.processes import ProcessChoice
-from tracer._core.validation import check_autocast, check_choice, check_count, check_seed
+from tracer._core.validation import check_autocast, check_choice, check_count, check_positive, check_seed
 from tracer.errors import InputTypeError, nearest_name
 from tracer.gradients import METHODS, ParamSelection
+from tracer.gradients.preconditioning import KRONECKER, PRECONDITIONERS, check_preconditioner
 from tracer.projection import projector_kinds
 from tracer.store.feature_storage import STORAGES, FeatureStorage
-from tracer.training.adam import PRECONDITIONERS, check_preconditioner
 
 Signed = TypeVar("Signed", bound=Callable[..., Any])
 
@@ -90,9 +90,22 @@ class FeatureSettings:
     preconditioner: str | None = _setting(
         None,
         "``adam``: inner products of gradients are those of Adam's steps, ``<g / (sqrt(v̂) + eps), g'>`` (as in "
-        "LESS, Xia et al. 2024); checkpoints then hold the optimizer's state dict too. None: plain inner products, as "
-        "for SGD.",
+        "LESS, Xia et al. 2024); checkpoints then hold the optimizer's state dict too. ``kfac`` and ``ekfac``: those "
+        "of influence functions, ``<(F + λ)^-1 g, g'>`` with the Kronecker-factored Fisher information F of Martens & "
+        "Grosse (2015), for ``ekfac`` with corrected eigenvalues (George et al. 2018); see `Tracer.fit_curvature`. "
+        "None: plain inner products, as for SGD.",
         PRECONDITIONERS,
+    )
+    damping: float = _setting(
+        0.03, "λ of ``kfac`` and ``ekfac``, as a multiple of the mean eigenvalue of each parameter's F."
+    )
+    curvature_examples: int | None = _setting(
+        None,
+        "The number of training examples that F is computed from, spread evenly; None: a quarter, at least 256 and at "
+        "most 16,384.",
+    )
+    curvature_samples: int = _setting(
+        1, "The number of labels that are drawn from the model's predictions for each of these examples and positions."
     )
     checkpoint_key: str | None = _setting(
         None,
@@ -116,6 +129,10 @@ class FeatureSettings:
         check_seed(self.seed)
         check_autocast(self.autocast)
         check_preconditioner(self.preconditioner)
+        check_positive(self.damping, "damping")
+        check_count(self.curvature_samples, "curvature_samples")
+        if self.curvature_examples is not None:
+            check_count(self.curvature_examples, "curvature_examples")
         check_count(self.memory_bytes, "memory_bytes")
 
     def manifest_entries(self) -> dict[str, Any]:
@@ -125,6 +142,8 @@ class FeatureSettings:
             entries["preconditioner"] = self.preconditioner
         if self.shared_projection and self.projector != "none":
             entries["shared_projection"] = True
+        if self.preconditioner in KRONECKER:
+            entries |= {name: getattr(self, name) for name in ("damping", "curvature_examples", "curvature_samples")}
         return entries
 
 
@@ -142,6 +161,9 @@ class FeatureOptions(TypedDict, total=False):
     check_rows: bool
     autocast: str | torch.dtype | None
     preconditioner: str | None
+    damping: float
+    curvature_examples: int | None
+    curvature_samples: int
     checkpoint_key: str | None
     memory_bytes: int
     process: ProcessChoice

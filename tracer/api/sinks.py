@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tracer.errors import NonFiniteError
-from tracer.gradients import Sink
 from tracer.gradients.per_sample import PerSampleGradient
 from tracer.projection.base import Projector
 from tracer.store import RowTable
@@ -86,27 +84,6 @@ class ProjectingSink:
     def finish(self) -> Projection:
         """Return the projection of all gradients."""
         return self._running.finish()
-
-
-class ScalingSink:
-    """Scales gradients entry by entry and passes them to another sink.
-
-    Args:
-        sink: The other sink.
-        scales: The factor of each entry, ``[*shape]`` for each parameter.
-    """
-
-    def __init__(self, sink: Sink, scales: Mapping[str, Tensor]) -> None:
-        self._sink, self._scales = sink, scales
-
-    def begin(self) -> None:
-        """Reset the other sink."""
-        self._sink.begin()
-
-    def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
-        """Pass on the gradients of samples ``start`` to ``stop``, scaled."""
-        scaled = {name: gradient.scaled(self._scales[name].to(gradient.device)) for name, gradient in gradients.items()}
-        self._sink.take(start, stop, scaled)
 
 
 class NormSink:

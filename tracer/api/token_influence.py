@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tracer._core.sharding import fsdp_modules
-from tracer._core.validation import check_device, check_model, check_rate, complete_rates
+from tracer._core.validation import check_choice, check_device, check_model, check_rate, complete_rates
 from tracer.api.checkpoint_sources import check_distinct, checkpoint_pairs
 from tracer.data.batches import check_batch_size, count_samples, select_samples, to_device
 from tracer.data.model_inputs import logits_of
@@ -35,7 +35,7 @@ from tracer.data.tasks import Task, TaskModule
 from tracer.data.token_tasks import TokenTask
 from tracer.errors import BatchError, GradientError, InputError, NonFiniteError
 from tracer.gradients import ParamSelection, isolated, select_parameters
-from tracer.training.adam import check_preconditioner, read_training_checkpoint
+from tracer.training.adam import read_training_checkpoint
 from tracer.training.lend_weights import LoadedWeights, weights_in
 from tracer.types import Batch, Checkpoint, SampleOutputs
 
@@ -98,7 +98,8 @@ def token_influence(
         raise InputError("model is sharded by fully_shard; token_influence takes the plain model, in one process.")
     task, place = make_task(task), check_device(device, model)
     names = select_parameters(model, params)
-    check_preconditioner(preconditioner)
+    if preconditioner is not None:
+        check_choice("preconditioner", preconditioner, ("adam",))
     pairs = _with_rates(checkpoints)
     num_rows, num_targets = count_samples(train_batch), count_samples(target_batch)
     check_batch_size(train_batch, num_rows)

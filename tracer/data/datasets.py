@@ -24,7 +24,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from tracer.data.batches import check_batch_size, count_samples, leaves, tensor_from_numpy
+from tracer.data.batches import check_batch_size, count_samples, leaves, select_samples, tensor_from_numpy
 from tracer.data.fingerprints import fingerprint_samples
 from tracer.data.model_inputs import as_mapping, label_key
 from tracer.errors import InputError, InputTypeError
@@ -272,3 +272,15 @@ def _loader_source(loader: DataLoader) -> DataSource:
         timeout=loader.timeout,
         **({} if loader.generator is None else {"generator": loader.generator}),
     )
+
+
+def exact_batches(source: DataSource, rows: np.ndarray) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yield batches of exactly the given examples, ascending, with their indices."""
+    wanted = np.zeros(len(source), dtype=bool)
+    wanted[rows] = True
+    for batch, inds in source.batches(rows):
+        mine = wanted[inds]
+        if not mine.all():
+            batch = select_samples(batch, torch.from_numpy(np.flatnonzero(mine)), len(inds))
+        if mine.any():
+            yield batch, inds[mine]

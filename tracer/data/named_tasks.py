@@ -23,6 +23,7 @@ from tracer.data.model_inputs import (
     split_labels,
     upcast_half,
 )
+from tracer.data.sampled_labels import LabelDraws
 from tracer.data.tasks import LossTask, Task, loss_outputs
 from tracer.data.token_tasks import LanguageModeling, QuestionAnswering, TokenTask
 from tracer.errors import BatchError, InputTypeError
@@ -46,14 +47,7 @@ class Classification(Task):
 
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
         """Return margins and cross-entropies; see `Task.outputs`."""
-        args, kwargs, labels = split_labels(model, batch, self.name)
-        logits = upcast_half(logits_of(model(*args, **kwargs)))
-        check_classes(logits, labels, self.name)
-        if self.from_probabilities:
-            check_probabilities(logits, "outputs", self.name)
-            logits = logits.clamp_min(torch.finfo(logits.dtype).tiny).log()
-        else:
-            check_logits(logits, self.name)
+        logits, labels = self._logits(model, batch)
         is_label = labels.unsqueeze(1) == torch.arange(logits.shape[1], device=logits.device)
         chosen = torch.where(is_label, logits, 0.0).sum(1)
         others = logits.masked_fill(is_label, -torch.inf).logsumexp(1)
@@ -66,6 +60,23 @@ class Classification(Task):
         rival = logits.detach().masked_fill(is_label, -torch.inf).max(1)
         share = (rival.values - others.detach()).exp()
         return SampleOutputs(margin, F.softplus(-detached), -wrong, loss_hess, labels, baseline, rival.indices, share)
+
+    def sampled_outputs(self, model: nn.Module, batch: Batch, draws: LabelDraws) -> SampleOutputs:
+        """Return cross-entropies of drawn classes; see `Task.sampled_outputs`."""
+        logits, labels = self._logits(model, batch)
+        drawn = draws.classes(logits, torch.zeros_like(labels))
+        return loss_outputs(F.cross_entropy(logits, drawn, reduction="none"))
+
+    def _logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the logits ``[B, C]`` and the labels."""
+        args, kwargs, labels = split_labels(model, batch, self.name)
+        logits = upcast_half(logits_of(model(*args, **kwargs)))
+        check_classes(logits, labels, self.name)
+        if self.from_probabilities:
+            check_probabilities(logits, "outputs", self.name)
+            return logits.clamp_min(torch.finfo(logits.dtype).tiny).log(), labels
+        check_logits(logits, self.name)
+        return logits, labels
 
     def settings(self) -> dict[str, Any]:
         """Return the name, and whether the model returns probabilities."""
@@ -88,15 +99,7 @@ class BinaryClassification(Task):
 
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
         """Return logits and logistic losses; see `Task.outputs`."""
-        args, kwargs, labels = split_labels(model, batch, self.name)
-        logit = upcast_half(logits_of(model(*args, **kwargs)))
-        logit, labels = flatten_scalars(logit, labels, self.name)
-        check_probabilities(labels, "labels", self.name)
-        if self.from_probabilities:
-            check_probabilities(logit, "outputs", self.name)
-            logit = torch.logit(logit, eps=torch.finfo(logit.dtype).eps)
-        else:
-            check_logits(logit, self.name)
+        logit, labels = self._logit(model, batch)
         detached = logit.detach()
         labels = labels.to(detached.dtype)
         loss = F.binary_cross_entropy_with_logits(detached, labels, reduction="none")
@@ -106,6 +109,24 @@ class BinaryClassification(Task):
         classes = labels.round().long()
         share = torch.ones_like(detached)
         return SampleOutputs(logit, loss, loss_grad, loss_hess, classes, baseline, 1 - classes, share)
+
+    def sampled_outputs(self, model: nn.Module, batch: Batch, draws: LabelDraws) -> SampleOutputs:
+        """Return logistic losses of drawn labels; see `Task.sampled_outputs`."""
+        logit, labels = self._logit(model, batch)
+        positive = draws.uniform(torch.zeros_like(labels, dtype=torch.int64)) < torch.sigmoid(logit.detach())
+        return loss_outputs(F.binary_cross_entropy_with_logits(logit, positive.to(logit.dtype), reduction="none"))
+
+    def _logit(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the logits ``[B]`` and the labels."""
+        args, kwargs, labels = split_labels(model, batch, self.name)
+        logit = upcast_half(logits_of(model(*args, **kwargs)))
+        logit, labels = flatten_scalars(logit, labels, self.name)
+        check_probabilities(labels, "labels", self.name)
+        if self.from_probabilities:
+            check_probabilities(logit, "outputs", self.name)
+            return torch.logit(logit, eps=torch.finfo(logit.dtype).eps), labels
+        check_logits(logit, self.name)
+        return logit, labels
 
     settings = Classification.settings
 
@@ -133,6 +154,17 @@ class Regression(Task):
         residual = predicted.detach() - targets.to(predicted.dtype)
         loss_hess, baseline = torch.full_like(residual, 2.0), torch.zeros_like(residual)
         return SampleOutputs(predicted, residual.square(), 2 * residual, loss_hess, baseline=baseline)
+
+    def sampled_outputs(self, model: nn.Module, batch: Batch, draws: LabelDraws) -> SampleOutputs:
+        """Return squared errors of normally distributed targets; see `Task.sampled_outputs`."""
+        args, kwargs, _ = split_labels(model, batch, self.name)
+        predicted = upcast_half(logits_of(model(*args, **kwargs)))
+        predicted = predicted.reshape(predicted.shape[0], -1)
+        count = predicted.shape[1]
+        noise = draws.normal(torch.arange(count, device=predicted.device).expand(predicted.shape))
+        # With a variance of count / 2 the second moment of gradients is that of the mean's Gauss-Newton matrix.
+        drawn = predicted.detach() + noise.to(predicted.dtype) * math.sqrt(count / 2)
+        return loss_outputs((predicted - drawn).square().mean(1))
 
 
 _TASKS: dict[str, Callable[[], Task]] = {

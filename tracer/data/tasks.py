@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,9 @@ from tracer.data.batches import leaves
 from tracer.data.model_inputs import is_transformed
 from tracer.errors import BatchError, TracerError
 from tracer.types import Batch, SampleOutputs
+
+if TYPE_CHECKING:
+    from tracer.data.sampled_labels import LabelDraws
 
 
 class Task(ABC):
@@ -43,6 +46,28 @@ class Task(ABC):
         Returns:
             f, L, Q and w of each example, ``[B]`` each; f differentiable with respect to the model's parameters.
         """
+
+    def sampled_outputs(self, model: nn.Module, batch: Batch, draws: LabelDraws) -> SampleOutputs:
+        """Run the model, and return losses of labels that are drawn from its predictions, for the Fisher information.
+
+        The expected second moment of their gradients is that of the Gauss-Newton matrix of the loss (Martens 2020). A
+        task that does not define this takes the batch's own labels (the empirical Fisher information).
+
+        Args:
+            model: The model in eval mode, with the weights of a checkpoint.
+            batch: The batch, on the model's device.
+            draws: Draws classes and normal numbers for each example.
+
+        Returns:
+            Outputs with ``f = L``, differentiable.
+        """
+        outputs = self.outputs(model, batch)
+        return loss_outputs(outputs.output * outputs.loss_grad)
+
+    @property
+    def draws_labels(self) -> bool:
+        """Whether `sampled_outputs` draws labels."""
+        return type(self).sampled_outputs is not Task.sampled_outputs
 
     def settings(self) -> dict[str, Any]:
         """Return everything that the numbers depend on, as plain JSON values: the store records and compares it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +24,7 @@ from tracer.data.model_inputs import (
     split_mapping,
     upcast_half,
 )
+from tracer.data.sampled_labels import LabelDraws
 from tracer.data.tasks import Task, loss_outputs
 from tracer.errors import BatchError
 from tracer.types import Batch, SampleOutputs
@@ -103,6 +104,27 @@ class TokenTask(Task):
 
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
         """Return losses of examples; see `Task.outputs`."""
+        logits, labels = self._aligned(model, batch)
+        count = (labels != -100).to(logits.dtype).sum(1)
+        loss = _token_losses(logits, labels).sum(1)
+        uniform = torch.full_like(count, math.log(logits.shape[-1]))
+        if self.reduction == "mean":
+            return loss_outputs(loss / count, uniform)
+        return loss_outputs(loss, uniform * count)
+
+    def sampled_outputs(self, model: nn.Module, batch: Batch, draws: LabelDraws) -> SampleOutputs:
+        """Return losses of drawn tokens; see `Task.sampled_outputs`."""
+        logits, labels = self._aligned(model, batch)
+        labelled = labels != -100
+        # Numbered by labelled tokens, so that padding changes nothing.
+        drawn = draws.classes(logits, labelled.cumsum(1)).masked_fill(~labelled, -100)
+        loss = _token_losses(logits, drawn).sum(1)
+        # Drawn labels are independent, and so is the noise of their gradients: a mean over n has n times the curvature
+        # that the second moment of the mean's gradient says.
+        return loss_outputs(loss / labelled.sum(1).sqrt() if self.reduction == "mean" else loss)
+
+    def _aligned(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return logits ``[B, T, V]`` and the label that each predicts, ``[B, T]``."""
         args, kwargs, labels, in_place = self._split(model, batch)
         output = model(*args, **kwargs)
         logits = upcast_half(logits_of(output))
@@ -117,12 +139,7 @@ class TokenTask(Task):
             self._check_pair(args[0], logits, labels)
         logits, labels = _shifted(logits, labels, shift)
         self._check(logits, labels)
-        count = (labels != -100).to(logits.dtype).sum(1)
-        loss = _token_losses(logits, labels).sum(1)
-        uniform = torch.full_like(count, math.log(logits.shape[-1]))
-        if self.reduction == "mean":
-            return loss_outputs(loss / count, uniform)
-        return loss_outputs(loss, uniform * count)
+        return logits, labels
 
     def shifts(self, model: nn.Module, batch: Batch) -> bool:
         """Return whether logits at a position predict the label of the next position."""
@@ -259,6 +276,20 @@ class QuestionAnswering(Task):
 
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
         """Return losses of examples; see `Task.outputs`."""
+        return self._mean_loss(model, batch, lambda logits, positions, end: positions)
+
+    def sampled_outputs(self, model: nn.Module, batch: Batch, draws: LabelDraws) -> SampleOutputs:
+        """Return losses of drawn ends; see `Task.sampled_outputs`."""
+
+        def drawn(logits: Tensor, positions: Tensor, end: int) -> Tensor:
+            return draws.classes(logits, torch.full_like(positions, end))
+
+        outputs = self._mean_loss(model, batch, drawn)
+        return loss_outputs(outputs.output * math.sqrt(2))  # the mean of two independent losses
+
+    def _mean_loss(
+        self, model: nn.Module, batch: Batch, labels: Callable[[Tensor, Tensor, int], Tensor]
+    ) -> SampleOutputs:
         batch, ends = as_mapping(batch), ("start", "end")
         if not isinstance(batch, Mapping) or not {f"{end}_positions" for end in ends} <= set(batch):
             raise BatchError(
@@ -269,7 +300,7 @@ class QuestionAnswering(Task):
         args, kwargs = bind_inputs(model, inputs)
         output = model(*args, **kwargs)
         losses, length = [], 0
-        for end in ends:
+        for number, end in enumerate(ends):
             key, positions = f"{end}_logits", batch[f"{end}_positions"]
             logits = output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
             if not isinstance(logits, Tensor) or logits.ndim != 2 or positions.shape != logits.shape[:1]:
@@ -280,6 +311,6 @@ class QuestionAnswering(Task):
             logits, length = upcast_half(logits), logits.shape[1]
             if not is_transformed(positions):
                 check_label_range(positions, length, self.name)
-            losses.append(F.cross_entropy(logits, positions.long(), reduction="none"))
+            losses.append(F.cross_entropy(logits, labels(logits, positions.long(), number), reduction="none"))
         loss = (losses[0] + losses[1]) / 2
         return loss_outputs(loss, torch.full_like(loss.detach(), math.log(length)))

@@ -47,6 +47,10 @@ class Catalog:
         """Return the path of a checkpoint's kernels of a weighting (see `tracer.store.kernels`)."""
         return self.root / "kernels" / _number(model_id) / weighting
 
+    def curvature_path(self, model_id: int) -> StorePath:
+        """Return the path of a checkpoint's curvatures (see `tracer.store.curvature`)."""
+        return self.root / "curvature" / _number(model_id)
+
     def checkpoint_ids(self) -> list[int]:
         """Return the model ids of all checkpoints, ascending."""
         return numbered_nodes(self.root / "checkpoints")
@@ -91,8 +95,8 @@ class Catalog:
         return [path for kind in ("scores", "cosines") for path in _below(self.root / kind, 3)]
 
     def kernel_paths(self) -> list[StorePath]:
-        """Return the paths of all kernels, even if their document is missing."""
-        return _below(self.root / "kernels", 3)
+        """Return the paths of all kernels and curvatures, even if their document is missing."""
+        return [*_below(self.root / "kernels", 3), *_below(self.root / "curvature", 2)]
 
     def part_paths(self) -> list[StorePath]:
         """Return the paths of all top-k parts, even if their document is missing."""
@@ -100,7 +104,7 @@ class Catalog:
 
     def group_paths(self) -> list[StorePath]:
         """Return the paths of all groups that only hold other ones, outer ones first."""
-        depths = {"checkpoints": 1, "targets": 2, "scores": 3, "cosines": 3, "kernels": 3, "top": 3}
+        depths = {"checkpoints": 1, "targets": 2, "scores": 3, "cosines": 3, "kernels": 3, "top": 3, "curvature": 2}
         return [
             path for kind, depth in depths.items() for level in range(depth) for path in _below(self.root / kind, level)
         ]

@@ -7,6 +7,7 @@
       cosines/<exp_name>/<model_id>/<key>       a `ScoreArray` of exact gradients, which are not stored
       top/<exp_name>/<estimator>/<key>/<rows>   the strongest training examples among some of them
       kernels/<model_id>/<weighting>/<key>      a kernel of all training examples, for estimators with curvature
+      curvature/<model_id>/<key>                what gradients are whitened with (see `tracer.store.curvature`)
 
 A ``<key>`` is a digest of everything that decides a result, the revisions of its tables among it (see
 `tracer.store.revisions`). A store exists as soon as its root ``zarr.json`` does, a table as soon as its own does. There

@@ -250,7 +250,7 @@ class _Checker:
         scores.close()
 
     def check_arrays(self, path: StorePath, load: Callable[[StorePath], object]) -> None:
-        """Check a kernel or a top-k part."""
+        """Check a kernel, a curvature or a top-k part."""
         try:
             load(path)
         except FileNotFoundError:

@@ -19,28 +19,12 @@ from torch import Tensor, nn
 
 from tracer._core.sharding import is_sharded
 from tracer._core.text import listing
-from tracer._core.validation import check_choice
-from tracer.errors import CheckpointError, InputError
+from tracer.errors import CheckpointError
 from tracer.training.checkpoints import read_source, weights_fingerprint
 from tracer.training.load_state import find_state, load_state
 from tracer.training.optimizer_states import assign_parameters
 from tracer.training.trainer_state import OPTIMIZER, with_parameter_names
 from tracer.types import Checkpoint
-
-PRECONDITIONERS = ("adam",)  # the values of ``preconditioner=`` apart from None
-
-
-def check_preconditioner(preconditioner: str | None, sharded: bool = False) -> str | None:
-    """Return a known preconditioner or None; FSDP models, whose optimizer states are divided, can have none."""
-    if preconditioner is None:
-        return None
-    check_choice("preconditioner", preconditioner, PRECONDITIONERS)
-    if sharded:
-        raise InputError(
-            f"preconditioner={preconditioner!r} got a model that fully_shard divides among processes, whose "
-            f"optimizer state is divided too; pass the plain model, or preconditioner=None."
-        )
-    return preconditioner
 
 
 @dataclass(frozen=True)
@@ -96,8 +80,8 @@ def read_training_checkpoint(
     preconditioner: str | None = "adam",
     key: str | None = None,
 ) -> TrainingCheckpoint:
-    """Read weights and, for a preconditioner, the named parameters' second moments; ``key`` is as in `find_state`."""
-    if preconditioner is None:
+    """Read weights and, for ``"adam"``, the named parameters' second moments; ``key`` is as in `find_state`."""
+    if preconditioner != "adam":
         return TrainingCheckpoint(load_state(model, checkpoint, key))
     source = read_source(checkpoint)
     if isinstance(checkpoint, (str, os.PathLike)) and Path(checkpoint).suffix == ".safetensors":
