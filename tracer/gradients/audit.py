@@ -21,7 +21,7 @@ from tracer.data.tasks import Task
 from tracer.errors import GradientError, TracerError
 from tracer.gradients.coupling import coupling_error
 from tracer.gradients.padding import Padded, Padding, without
-from tracer.gradients.per_sample import DenseGradient, PerSampleGradient
+from tracer.gradients.per_sample import PerSampleGradient
 from tracer.gradients.selfcheck import Reference, check_weights, difference, norm, shrunk, tolerance
 from tracer.gradients.verification import Verifier, now
 from tracer.types import Batch, SampleOutputs
@@ -92,10 +92,9 @@ class FirstOfTwo:
         self._sink.begin()
 
     def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
-        """Pass on the first sample's gradients, built."""
+        """Pass on the first sample's gradients."""
         if start == 0:
-            built = {name: gradient.entries(0, 1).view(1, *gradient.shape) for name, gradient in gradients.items()}
-            self._sink.take(0, 1, {name: DenseGradient(value) for name, value in built.items()})
+            self._sink.take(0, 1, {name: gradient.head(1) for name, gradient in gradients.items()})
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ class SumGradient(PerSampleGradient):
     def entries(self, start: int, stop: int, first: int = 0, last: int | None = None) -> Tensor:
         return reduce(torch.add, [part.entries(start, stop, first, last) for part in self.summands])
 
+    def head(self, count: int) -> PerSampleGradient:
+        return SumGradient([part.head(count) for part in self.summands])
+
     def parts(self) -> list[PerSampleGradient]:
         return [leaf for part in self.summands for leaf in part.parts()]
 

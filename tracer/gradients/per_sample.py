@@ -180,6 +180,12 @@ class PerSampleGradient(ABC):
         """Return a gradient of this form with other `tensors`, for example of other samples."""
         raise NotImplementedError(f"{type(self).__name__} holds no tensors")
 
+    def head(self, count: int) -> PerSampleGradient:
+        """Return the gradients of the first ``count`` samples, in this form if it holds tensors."""
+        if self.tensors():
+            return self.with_tensors([each[:count] for each in self.tensors()])
+        return DenseGradient(self.entries(0, count).view(count, *self.shape))
+
     @property
     def form(self) -> Hashable:
         """Equal for two gradients of one parameter if `with_tensors` may join their tensors along samples."""
@@ -312,6 +318,9 @@ class FoldedGradient(PerSampleGradient):
         return (
             None if factors is None else (join_samples(factors[0], self.factor), join_samples(factors[1], self.factor))
         )
+
+    def head(self, count: int) -> FoldedGradient:
+        return FoldedGradient(self.inner_gradient.head(count * self.factor), self.factor)
 
     def parts(self) -> list[PerSampleGradient]:
         inner = self.inner_gradient.parts()
