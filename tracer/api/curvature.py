@@ -55,7 +55,6 @@ class CurvatureFit:
         self._store, self._model_id, self._process = store, model_id, process
         self._inputs = factory.curvature_inputs(loaded)
         self._featurizer = Featurizer(factory.curvature_engine, loaded.weights, None, factory.device)
-        factory.curvature_engine.use_weights(loaded.fingerprint)
 
     def run(self, source: DataSource) -> None:
         """Compute and store the curvature."""

@@ -126,7 +126,8 @@ class FeaturizerFactory:
                 "curvature is that of the given labels, which predicts less",
                 self.task.name,
             )
-        return GradientEngine(self.model, task, list(self.shapes), self.settings.gradients, self.device, self.backend)
+        names, method = list(self.shapes), self.settings.gradients
+        return GradientEngine(self.model, task, names, method, self.device, self.backend, for_sums=True)
 
     def curvature_inputs(self, loaded: LoadedCheckpoint) -> dict[str, Any]:
         """Return everything, apart from what the manifest says, that a checkpoint's curvature is computed from."""

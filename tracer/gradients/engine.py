@@ -66,6 +66,8 @@ class GradientEngine:
             ``"functional"``: the fallback for all. Default: ``"auto"``.
         device: The device of the model. Default: that of its first selected parameter.
         backend: How the model runs; for a sharded model all ranks make the same calls. Default: whole, here.
+        for_sums: Whether only sums over samples are used, in which it does not matter whose a gradient is: then only
+            new ways of calling layers are checked, and no sample is audited. Default: False.
 
     Attributes:
         stateless_task: The task, whose forwards leave the model's state as it was.
@@ -84,8 +86,10 @@ class GradientEngine:
         method: str = "auto",
         device: torch.device | None = None,
         backend: Backend | None = None,
+        for_sums: bool = False,
     ) -> None:
         check_choice("gradients", method, METHODS)
+        self._for_sums = for_sums
         self.model, self.task, self.method = model, task, method
         self.names, self.backend = tuple(names), backend or PlainBackend(model)
         self.device = dict(model.named_parameters())[self.names[0]].device if device is None else device
@@ -145,7 +149,7 @@ class GradientEngine:
             return self._compute(batch, batch_size, sink)
 
     def _compute(self, batch: Batch, batch_size: int, sink: Sink) -> SampleOutputs:
-        watched = WatchedSink(sink, self._auditor.choose(batch, batch_size))
+        watched = WatchedSink(sink, None if self._for_sums else self._auditor.choose(batch, batch_size))
         self.audited = None
         with self.stateless_task.unchanged():
             outputs, done = self._complete(batch, batch_size, watched)
@@ -205,7 +209,7 @@ class GradientEngine:
                 verifier.check_autocast(captured.autocast)
                 verifier.check_outputs(captured.outputs, batch_size)
                 signature = captured.patterns, batch_size == 1
-                due = verifier.is_due(signature) or suspect is not None
+                due = verifier.is_due(signature, only_new=self._for_sums) or suspect is not None
                 sums = verifier.sums(batch_size, suspect) if due else None
                 self._backward(captured, batch_size, sink, sums)
                 if sums is not None:

@@ -139,11 +139,11 @@ class Verifier:
             logger.debug("samples cannot be run by themselves: %s", error)
             return None
 
-    def is_due(self, signature: Signature) -> bool:
-        """Return whether any rank has to check a pass."""
+    def is_due(self, signature: Signature, only_new: bool = False) -> bool:
+        """Return whether any rank has to check a pass; ``only_new``: only if none with its signature agreed before."""
         verified = self._verified
-        due = signature not in verified.signatures or self._num_batches in _EARLY_CHECKS
-        if not due and not verified.seen.issuperset(self._shapes):
+        due = signature not in verified.signatures or (self._num_batches in _EARLY_CHECKS and not only_new)
+        if not due and not only_new and not verified.seen.issuperset(self._shapes):
             # Agreeing on zero proves nothing, so passes are checked again while the gradient of some parameter was
             # never more than noise; ever more rarely, as the parameter may be unused or its gradient zero in theory.
             number = verified.num_batches
