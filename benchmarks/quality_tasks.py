@@ -1,4 +1,4 @@
-"""What attribution is graded on: six networks with their rows, recipes and sizes.
+"""What attribution is graded on: seven networks with their rows, recipes and sizes.
 
 ``N`` training rows, ``M`` targets. The digits come with scikit-learn; the others are read from the folder that
 ``TRACER_DATA`` names, else from ``../shared/data`` beside the repository, and left out with a line that says so where
@@ -7,6 +7,7 @@ their file is missing. Everything is seeded.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from fidelity import IMAGES, TEXT, WINDOW, spread, windows
 from models import Block, Decoder, ResNet9, mlp
-from quality_methods import Rows
+from quality_methods import Rows, row_losses
 from torch import Tensor, nn
 
 from tracer.retraining import Recipe
@@ -100,6 +101,32 @@ class CharacterDecoder(Decoder):
     def __init__(self, vocabulary: int, dim: int = 64, layers: int = 1, heads: int = 4) -> None:
         super().__init__(vocabulary, dim, layers, heads, length=WINDOW)
         nn.init.normal_(self.positions.weight, std=0.02)
+
+
+@functools.cache
+def pretrained() -> dict[str, Tensor]:
+    """Train a decoder on 16,000 windows of Shakespeare's plays for three epochs, and return its weights."""
+    codes = encoded_text(data_file(TEXT).read_text(encoding="utf-8"))
+    rows = windows(codes, spread(codes, 16_000))
+    torch.manual_seed(0)
+    model = CharacterDecoder(len(alphabet()), 96, 3)
+    steps = 3 * len(rows[0]) // 64
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    for _ in range(3):
+        for chosen in torch.randperm(len(rows[0])).split(64):
+            optimizer.zero_grad()
+            row_losses(model(rows[0][chosen]), rows[1][chosen]).mean().backward()
+            optimizer.step()
+            falling.step()
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def pretrained_decoder() -> CharacterDecoder:
+    """Return a new decoder with the weights of the pretraining."""
+    state, model = pretrained(), CharacterDecoder(len(alphabet()), 96, 3)
+    model.load_state_dict(state)
+    return model
 
 
 def small_conv_net() -> nn.Module:
@@ -189,11 +216,29 @@ def sentences(num_train: int = 1_500, num_targets: int = 100) -> Data:
     return Data(encoded(parts[0]), encoded(parts[1]))
 
 
+@functools.cache
+def alphabet() -> dict[str, int]:
+    """Return the number of each character of Shakespeare's plays."""
+    found = sorted(set(data_file(TEXT).read_text(encoding="utf-8")))
+    return {character: number for number, character in enumerate(found)}
+
+
+def encoded_text(text: str) -> Tensor:
+    """Return the numbers of a text's characters, without those that the plays lack."""
+    return torch.tensor([alphabet()[character] for character in text if character in alphabet()])
+
+
+def reviews(num_train: int = 400, num_targets: int = 40) -> Data:
+    """Read windows of SST-2's sentences, joined: what a decoder of plays is fine-tuned on."""
+    lines = data_file(SENTENCES).read_text(encoding="utf-8").splitlines()
+    codes = encoded_text(" . ".join(line.rsplit("\t", 1)[0] for line in lines))
+    rows = windows(codes, torch.arange(num_train + num_targets) * WINDOW)
+    return Data(tuple(each[:num_train] for each in rows), tuple(each[num_train:] for each in rows))
+
+
 def characters(num_train: int = 1_000, num_targets: int = 100) -> Data:
     """Read windows of Shakespeare's plays: training rows from the first nine tenths, targets from the rest."""
-    text = data_file(TEXT).read_text(encoding="utf-8")
-    alphabet = {character: number for number, character in enumerate(sorted(set(text)))}
-    codes = torch.tensor([alphabet[character] for character in text])
+    codes = encoded_text(data_file(TEXT).read_text(encoding="utf-8"))
     known, held_out = codes.split(len(codes) * 9 // 10)[:2]
     return Data(windows(known, spread(known, num_train)), windows(held_out, spread(held_out, num_targets)))
 
@@ -271,6 +316,17 @@ TASKS = [
         checkpoint_epochs=(1, 2, 4, 8),
         last_layer="head",
         num_seeds=2,
+    ),
+    Task(
+        name="finetuned",
+        title="SST-2 as text, decoder pretrained on Shakespeare",
+        kind="language_modeling",
+        make_model=pretrained_decoder,
+        load=reviews,
+        recipe=Recipe("adamw", learning_rate=3e-4, weight_decay=0.01, batch_size=16, epochs=3, schedule="linear"),
+        checkpoint_epochs=(1, 2, 3),
+        last_layer="head",
+        num_subsets=50,
     ),
 ]
 """What is measured, the small ones first."""

@@ -109,7 +109,7 @@ class Variant:
         if self.summed:
             every = [(state, total) for (state, _), total in zip(every, case.rate_sums, strict=False)]
         options = dict(self.options)
-        if "preconditioner" in options:
+        if options.get("preconditioner") == "adam":
             paired = zip(every, case.optimizers, strict=True)
             every = [({"model": state, "optimizer": optimizer}, rate) for (state, rate), optimizer in paired]
         if self.last_layer:
@@ -191,6 +191,11 @@ VARIANTS = [
     Variant("k=1024, target loss", WITH_RIDGE, {"proj_dim": 1024}, scoring={"target": "loss"}),
     Variant("k=1024, equal rates", ("tracin",), {"proj_dim": 1024}, rates=False, unfit=needs_varied_rates),
     Variant("k=1024, Adam", ALL, {"proj_dim": 1024, "preconditioner": "adam"}, unfit=needs_adam),
+    Variant("exact, K-FAC", ("tracin",), {"projector": "none", "preconditioner": "kfac"}),
+    Variant("exact, EK-FAC", ("tracin",), {"projector": "none", "preconditioner": "ekfac"}),
+    Variant("k=4096, K-FAC", ("tracin", "influence"), {"preconditioner": "kfac", "storage": "int8"}),
+    Variant("k=16384, K-FAC", ("tracin",), {"preconditioner": "kfac", "storage": "int8", "proj_dim": 16384}),
+    Variant("exact, EK-FAC, last checkpoint", ("tracin",), {"projector": "none", "preconditioner": "ekfac"}, "last"),
     Variant("last layer", ("tracin",), {"projector": "none"}, last_layer=True, unfit=needs_own_layer),
     Variant("k=1024, last checkpoint", ALL, {"proj_dim": 1024}, checkpoints="last"),
     Variant("k=1024, 3 runs", ALL, {"proj_dim": 1024}, checkpoints="ensemble", sweep=True),
