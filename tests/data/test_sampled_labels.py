@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -179,18 +180,24 @@ def test_padding_changes_no_label():
     torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
 
 
-def test_a_task_that_draws_no_labels_has_the_loss_gradient_of_its_own():
+@pytest.mark.parametrize("has_hess", [True, False])
+def test_a_task_that_draws_no_labels_has_its_own_curvature_or_the_gradient_of_its_own_labels(has_hess):
     model = nn.Linear(3, 1)
     x, y = torch.randn(2, 3), torch.tensor([1.0, 0.0])
     base = BinaryClassification()
 
     class Own(Task):
         def outputs(self, model, batch):
-            return base.outputs(model, batch)
+            found = base.outputs(model, batch)
+            return found if has_hess else replace(found, loss_hess=torch.zeros(2))
 
     assert base.draws_labels and not Own().draws_labels
     outputs = SampledTask(Own()).outputs(model, ((x, y), keys_of(2)))
-    found = torch.autograd.grad(outputs.output.sum(), list(model.parameters()))
-    loss = nn.functional.binary_cross_entropy_with_logits(model(x)[:, 0], y, reduction="sum")
-    for one, other in zip(found, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+    known = base.outputs(model, (x, y))
+    weights = known.loss_hess.sqrt() if has_hess else known.loss_grad
+    for one, other in zip(
+        torch.autograd.grad(outputs.output.sum(), list(model.parameters())),
+        torch.autograd.grad((known.output * weights).sum(), list(model.parameters())),
+        strict=True,
+    ):
         torch.testing.assert_close(one, other)

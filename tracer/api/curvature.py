@@ -87,6 +87,8 @@ class CurvatureFit:
     def _save(self, tensors: Mapping[str, Tensor]) -> None:
         """Store the curvature, and forget its parts and whatever was whitened by an earlier one, which is gone."""
         store, model_id = self._store, self._model_id
+        if self._load(self._inputs) is not None:
+            return  # another process was faster, and may have written rows since
         tables = [store.checkpoint(model_id)]
         tables += [
             store.targets(name, model_id)

@@ -123,7 +123,7 @@ class FeaturizerFactory:
         elif not self.task.draws_labels:
             logger.warning(
                 "the task %s does not draw labels from the model's predictions (see Task.sampled_outputs): the "
-                "curvature is that of the given labels, which predicts less",
+                "curvature is that of its loss_hess, or else of the given labels, which predicts less",
                 self.task.name,
             )
         names, method = list(self.shapes), self.settings.gradients

@@ -50,8 +50,9 @@ class Task(ABC):
     def sampled_outputs(self, model: nn.Module, batch: Batch, draws: LabelDraws) -> SampleOutputs:
         """Run the model, and return losses of labels that are drawn from its predictions, for the Fisher information.
 
-        The expected second moment of their gradients is that of the Gauss-Newton matrix of the loss (Martens 2020). A
-        task that does not define this takes the batch's own labels (the empirical Fisher information).
+        The expected second moment of their gradients is the Gauss-Newton matrix of the loss (Martens 2020). Unless a
+        task defines this, it is that of L as a function of f alone, ``w ∇f ∇fᵀ``, or, for a task without w, that of
+        the batch's own labels (the empirical Fisher information), which predicts less.
 
         Args:
             model: The model in eval mode, with the weights of a checkpoint.
@@ -62,7 +63,8 @@ class Task(ABC):
             Outputs with ``f = L``, differentiable.
         """
         outputs = self.outputs(model, batch)
-        return loss_outputs(outputs.output * outputs.loss_grad)
+        hess, grad = outputs.loss_hess, outputs.loss_grad
+        return loss_outputs(outputs.output * torch.where(hess != 0, hess.abs().sqrt(), grad))
 
     @property
     def draws_labels(self) -> bool:
