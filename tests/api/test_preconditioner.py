@@ -24,9 +24,9 @@ from tracer.gradients.combined import add_gradients
 from tracer.gradients.inner_products import TargetGradients
 from tracer.gradients.layers import conv_weight_gradient
 from tracer.gradients.per_sample import DenseGradient, OuterGradient, ScaledGradient
+from tracer.gradients.preconditioning import check_preconditioner
 from tracer.gradients.rows import RowsGradient
 from tracer.projection import make_projector
-from tracer.training.adam import check_preconditioner
 from tracer.training.lend_weights import LoadedWeights
 
 SHAPE = (11, 6)
@@ -172,7 +172,7 @@ def test_features_are_projections_of_scaled_gradients(tmp_path, kind, model):
     run = AdamRun(model, num_checkpoints=1)
     tracing, making = featurizer(run, tmp_path / "store", projector=kind, proj_dim=64)
     projector = tracing._factory._projector(0)
-    expected = projector.project(as_gradients(run.rows(0, run.train), tracing._factory._shapes)).features.numpy()
+    expected = projector.project(as_gradients(run.rows(0, run.train), tracing._factory.shapes)).features.numpy()
     values = making.compute(run.train, 9)
     np.testing.assert_allclose(values.features, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_allclose(values.gradient_norm, run.rows(0, run.train).norm(dim=1).numpy(), rtol=1e-5)
@@ -194,7 +194,7 @@ def test_projected_products_err_as_projections_do(tmp_path, kind):
 def test_a_model_in_float64_is_scaled_in_float64(tmp_path, kind):
     run = AdamRun(kind, double=True, num_checkpoints=1)
     tracing, making = featurizer(run, tmp_path / "store", projector="none")
-    projector, rows = make_projector("none", tracing._factory._shapes, 1, 0), []
+    projector, rows = make_projector("none", tracing._factory.shapes, 1, 0), []
     sink = SimpleNamespace(begin=rows.clear, take=lambda a, b, given: rows.append(projector.project(given).features))
     making.run(run.train, 9, sink)
     expected = run.rows(0, run.train)
@@ -322,7 +322,7 @@ def test_an_unknown_preconditioner(tmp_path):
 
 def test_a_sharded_model_is_refused():
     with pytest.raises(
-        tracer.InputError, match="fully_shard divides among processes, whose optimizer state is divided"
+        tracer.InputError, match="fully_shard divides among processes, whose gradients and optimizer state are divided"
     ):
         check_preconditioner("adam", sharded=True)
     assert check_preconditioner(None, sharded=True) is None
