@@ -140,9 +140,12 @@ def test_images_and_text_are_read_from_the_data_folder(tmp_path, monkeypatch):
         arrays[f"y_{part}"] = generator.integers(0, 10, count)
     np.savez(tmp_path / "cifar10_10k.npz", **arrays)
     (tmp_path / "tinyshakespeare.txt").write_text("".join(generator.choice(list("to be or not"), 3000)))
+    (tmp_path / "sst2_train.tsv").write_text("to be or not to be\t1\nnot a robot\t0\n" * 40)
     monkeypatch.setenv("TRACER_DATA", str(tmp_path))
     with script("quality_tasks") as module:
-        images, text = module.cifar(20, 5), module.characters(8, 3)
+        images, text, reviews = module.cifar(20, 5), module.characters(8, 3), module.reviews(5, 2)
+    assert reviews.train[0].shape == (5, 64) and reviews.targets[1].shape == (2, 64)
+    assert torch.equal(reviews.train[0][1:, 0], reviews.train[1][:-1, -1])  # windows follow one another
     assert images.train[0].shape == (20, 3, 16, 16) and images.targets[1].tolist() == arrays["y_test"][:5].tolist()
     expected = ((arrays["x_train"][0, :2, :2, 1] / 255.0 - 0.45) / 0.25).mean()
     assert images.train[0][0, 1, 0, 0].item() == pytest.approx(expected, rel=1e-4)
@@ -157,8 +160,10 @@ def test_a_task_without_its_data_is_left_out_with_the_reason(quality, task, caps
     assert f"left out, there is no cifar10_10k.npz in {tmp_path}; TRACER_DATA names" in capsys.readouterr().out
 
 
-def test_every_task_builds_and_names_the_layer_that_gives_the_logits():
+def test_every_task_builds_and_names_the_layer_that_gives_the_logits(monkeypatch):
     with script("quality_tasks") as module:
+        monkeypatch.setattr(module, "alphabet", lambda: dict.fromkeys("abc"))
+        monkeypatch.setattr(module, "pretrained", module.CharacterDecoder(3, 96, 3).state_dict)  # as if trained
         for task in module.TASKS:
             model = task.make_model()
             layer = model.get_submodule(task.last_layer)
