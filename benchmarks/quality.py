@@ -54,7 +54,7 @@ from quality_tasks import TASKS, Data, Task
 from quality_tracer import needs_few_parameters, tracer_methods
 from timing import machine, table, write_results
 
-from tracer.retraining import train_models
+from tracer.retraining import check_smoothness, train_models
 
 DEFINITIONS = (__doc__ or "").partition("\n\n")[2].partition("\n\nInstall")[0]
 """What the columns of the table mean, which is printed with them."""
@@ -101,10 +101,10 @@ def shortened(task: Task, data: Data) -> tuple[Task, Data]:
 
 
 def make_case(task: Task, data: Data) -> Case:
-    """Train three independent networks and return the first one's case."""
-    found = train_models(
-        task.make_model, task.kind, data.train, task.recipe, seeds=RUN_SEEDS, checkpoint_epochs=task.checkpoint_epochs
-    )
+    """Train three independent networks, and three at half strength, and return the first one's case."""
+    options: dict[str, Any] = {"seeds": RUN_SEEDS, "checkpoint_epochs": task.checkpoint_epochs}
+    found = train_models(task.make_model, task.kind, data.train, task.recipe, **options)
+    half = train_models(task.make_model, task.kind, data.train, task.recipe.at_strength(0.5), **options)
     runs = [[(kept.state, kept.learning_rate) for kept in trained.checkpoints] for trained in found]
     model = task.make_model()
     model.load_state_dict(found[0].state)
@@ -117,6 +117,7 @@ def make_case(task: Task, data: Data) -> Case:
         optimizers=[kept.optimizer_state for kept in found[0].checkpoints],
         ensemble=[checkpoint for run in runs for checkpoint in run],
         rate_sums=[kept.learning_rate_sum for trained in found for kept in trained.checkpoints],
+        half=[(kept.state, kept.learning_rate_sum) for trained in half for kept in trained.checkpoints],
         last_layer=task.last_layer,
         make_model=task.make_model,
         recipe=task.recipe,
@@ -311,6 +312,16 @@ def measure_task(task: Task, options: argparse.Namespace) -> list[dict[str, Any]
     seconds = {"three runs": trained - start, "ground truth": time.perf_counter() - trained}
     rows = [describe(task, case, truth, seconds)]
     print(f"\n{heading(rows[0])}, {time.perf_counter() - start:.0f} s", flush=True)
+    for share in (1.0, 0.5) if options.smoothness else ():
+        smooth = check_smoothness(
+            task.make_model,
+            task.kind,
+            data.train,
+            data.targets,
+            task.recipe.at_strength(share),
+            seeds=RUN_SEEDS[:1],
+        )
+        print(f"  strength {share}: {smooth}", flush=True)
     wanted = [part.strip() for part in options.methods.split(",") if part.strip()] or [""]
     methods = [*tracer_methods(), *peer_methods(), *baseline_methods()]
     chosen = [method for method in methods if any(part in method.name for part in wanted)]
@@ -331,6 +342,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", default="", help=f"comma-separated, of {', '.join(task.name for task in TASKS)}")
     parser.add_argument("--methods", default="", help="methods whose name has one of these in it, comma-separated")
     parser.add_argument("--show", action="store_true", help="run nothing; print and draw what was measured")
+    parser.add_argument(
+        "--smoothness", action="store_true", help="print whether 1 %% other weights have smooth effects"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rows, epochs and subsets, and the digits alone")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=Path("runs") / "quality", help="where retrained outputs are kept")

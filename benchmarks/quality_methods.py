@@ -44,6 +44,7 @@ class Case:
         optimizers: The optimizer's state dict at each checkpoint of the run.
         ensemble: The checkpoints of independent runs, one after another.
         rate_sums: The sums of learning rates up to each of these since the one before, over 1 - momentum.
+        half: The checkpoints of as many runs at half strength, with such sums.
         last_layer: The module that gives the logits.
         make_model: Builds an untrained network.
         recipe: How it was trained.
@@ -58,6 +59,7 @@ class Case:
     optimizers: list[dict[str, Any]]
     ensemble: States
     rate_sums: list[float]
+    half: States
     last_layer: str
     make_model: Callable[[], nn.Module]
     recipe: Recipe

@@ -36,7 +36,8 @@ class Variant:
         label: What is added to the estimators' names.
         estimators: Which.
         options: As `tracer.attribute` takes them.
-        checkpoints: ``run``: those of one run; ``last``: the last of them; ``ensemble``: those of all runs.
+        checkpoints: ``run``: those of one run; ``last``: the last of them; ``ensemble``: those of all runs; ``half``
+            and ``half ensemble``: of runs at half strength.
         rates: Whether checkpoints come with their learning rates.
         summed: Whether these are sums over steps, and several runs are scored one by one.
         last_layer: Whether only the last layer's gradients are taken.
@@ -105,8 +106,10 @@ class Variant:
             "run": case.checkpoints,
             "last": case.checkpoints[-1:],
             "ensemble": case.ensemble,
+            "half": case.half[: len(case.checkpoints)],
+            "half ensemble": case.half,
         }[self.checkpoints]
-        if self.summed:
+        if self.summed and "half" not in self.checkpoints:
             every = [(state, total) for (state, _), total in zip(every, case.rate_sums, strict=False)]
         options = dict(self.options)
         if options.get("preconditioner") == "adam":
@@ -187,6 +190,20 @@ VARIANTS = [
         unfit=needs_few_parameters,
     ),
     Variant("k=1024, shared, 3 runs", ("source",), {"proj_dim": 1024, **SHARED}, checkpoints="ensemble", summed=True),
+    Variant(
+        "k=4096, half strength",
+        ("influence", "source"),
+        {"proj_dim": 4096, **SHARED},
+        checkpoints="half",
+        summed=True,
+    ),
+    Variant(
+        "k=4096, half strength, 3 runs",
+        ("source",),
+        {"proj_dim": 4096, **SHARED},
+        checkpoints="half ensemble",
+        summed=True,
+    ),
     Variant("k=1024, target output", ("tracin",), {"proj_dim": 1024}, scoring={"target": "output"}),
     Variant("k=1024, target loss", WITH_RIDGE, {"proj_dim": 1024}, scoring={"target": "loss"}),
     Variant("k=1024, equal rates", ("tracin",), {"proj_dim": 1024}, rates=False, unfit=needs_varied_rates),

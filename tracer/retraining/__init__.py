@@ -2,7 +2,18 @@
 
 from tracer.retraining.ground_truth import Retrained, retrain
 from tracer.retraining.recipe import Recipe
+from tracer.retraining.smoothness import Smoothness, check_smoothness
 from tracer.retraining.subsets import random_subsets
 from tracer.retraining.training import EpochCheckpoint, TrainedModel, train_models
 
-__all__ = ["EpochCheckpoint", "Recipe", "Retrained", "TrainedModel", "random_subsets", "retrain", "train_models"]
+__all__ = [
+    "EpochCheckpoint",
+    "Recipe",
+    "Retrained",
+    "Smoothness",
+    "TrainedModel",
+    "check_smoothness",
+    "random_subsets",
+    "retrain",
+    "train_models",
+]
