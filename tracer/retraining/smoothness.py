@@ -79,9 +79,9 @@ def check_smoothness(
 
     A derivative presupposes that twice the change of weights has twice the effect. Networks with ReLUs often have
     larger and erratic effects of small changes than of large ones in proportion; ``source`` and ``influence`` predict
-    the large ones, since their Gauss-Newton kernels leave kinks out. Each of a few reweightings makes random halves of the examples heavier and lighter by
-    ``change``, and the opposite one the reverse; initial weights and order of examples stay. The result is logged, as
-    a warning if training is not smooth.
+    the large ones, since their Gauss-Newton kernels leave kinks out. Each of a few reweightings makes random halves of
+    the examples heavier and lighter by ``change``, and the opposite one the reverse; initial weights and order of
+    examples stay. The result is logged, as a warning if training is not smooth.
 
     Args:
         make_model: As in `retrain`.
