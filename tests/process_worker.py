@@ -36,7 +36,7 @@ def together(run: Run, save_dir: Path) -> None:
 def kernels(run: Run, save_dir: Path) -> None:
     dist.init_process_group("gloo")
     reader = Tracer.open(save_dir)
-    scores = {name: np.asarray(reader.finalize_scores("test", name)) for name in ("trak", "influence")}
+    scores = {name: np.asarray(reader.finalize_scores("test", name)) for name in ("trak", "influence", "source")}
     np.savez(save_dir.parent / f"scores-{dist.get_rank()}.npz", value=reader.regularization().value, **scores)
     dist.destroy_process_group()
 

@@ -117,9 +117,10 @@ def torchrun(count: int, tmp_path: Path, *arguments: str) -> subprocess.Complete
 
 @pytest.mark.parametrize("shape", [(60, 5, 12), (12, 5, 60)])
 def test_kernels_are_added_up_over_processes(tmp_path, shape):
-    alone = scorer(tmp_path / "alone", *shape)
-    expected = {name: np.array(alone.scores("test", Estimate(name), None)) for name in ("trak", "influence")}
-    scorer(tmp_path / "shared", *shape, processes=2)
+    settings = {"shared_projection": True}
+    alone = scorer(tmp_path / "alone", *shape, settings=settings)
+    expected = {name: np.array(alone.scores("test", Estimate(name), None)) for name in ("trak", "influence", "source")}
+    scorer(tmp_path / "shared", *shape, processes=2, settings=settings)
     done = torchrun(2, tmp_path, "kernels", str(tmp_path / "shared"))
     assert done.returncode == 0, done.stderr
     for rank in range(2):

@@ -14,6 +14,7 @@ from torch import nn
 from tracer import attribute
 from tracer.errors import CallOrderError, InputError
 from tracer.scoring.estimators import Estimate
+from tracer.store import RowTable
 
 SHARED = {"shared_projection": True}
 SHAPES = [(60, 5, 12), (12, 5, 60), (33, 1, 33), (1, 2, 3)]
@@ -142,6 +143,25 @@ def test_stores_without_what_it_needs_are_refused(tmp_path, options, model_ids, 
     ):
         with pytest.raises(InputError, match=message):
             ask()
+
+
+@pytest.mark.parametrize(
+    ("losses", "warned"), [((2.3, 0.4, 2.2), True), ((2.3, 0.4, 0.5), False), ((0.5, 0.4, 0.41), False)]
+)
+def test_a_loss_that_rises_as_if_another_run_began_is_named(tmp_path, caplog, losses, warned):
+    found = shared(tmp_path, 20, 3, 4)
+    column = RowTable.column
+    loss_of = dict(enumerate(losses))
+
+    def losses_of(table, name, *args):
+        values = column(table, name, *args)
+        return np.full_like(values, loss_of[int(table.path.name)]) if name == "loss" else values
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RowTable, "column", losses_of)
+        found.scores("test", Estimate("source"), None)
+    said = "the mean loss rises from 0.4 at checkpoint 1 to 2.2 at checkpoint 2"
+    assert (said in caplog.text) == ("takes all checkpoints for one run" in caplog.text) == warned
 
 
 def test_one_checkpoint_and_exact_features_have_one_projection(tmp_path):

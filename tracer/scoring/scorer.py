@@ -22,7 +22,7 @@ from tracer.scoring.preconditioned_targets import PreconditionedTargets, group_i
 from tracer.scoring.read_checks import ReadCheck
 from tracer.scoring.readiness import complete_cosines, complete_targets, finalized_revisions, learning_rates
 from tracer.scoring.regularization import Regularization
-from tracer.scoring.source import Segment, segment_rates, unrolled_self_influence, unrolled_targets
+from tracer.scoring.source import Segment, segment_rates, unrolled_self_influence, unrolled_targets, warn_of_other_runs
 from tracer.scoring.streaming import MEMORY_BYTES, TileScorer, stream_topk
 from tracer.scoring.top_queries import TopKQuery
 from tracer.scoring.write_scores import write_scores
@@ -284,6 +284,7 @@ class Scorer:
         if self.process.together:  # processes sum up a kernel together, so none may be left out later
             for model_id in model_ids:
                 kernels.get(model_id, "loss_hess", [model_id])
+        warn_of_other_runs(self.store, model_ids)
         times = [rate / self.num_rows for rate in segment_rates(self.store, model_ids)]
         return [
             Segment(model_id, time, partial(kernels.get, model_id, "loss_hess", [model_id]))

@@ -12,6 +12,7 @@ targets, and train features stay as they are stored.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ from tracer.scoring.preconditioned_targets import PreconditionedTargets
 from tracer.scoring.read_checks import ReadCheck
 from tracer.scoring.regularization import Kernel
 from tracer.store import RowTable, Store
+
+logger = logging.getLogger("tracer")
 
 
 def segment_rates(store: Store, model_ids: Sequence[int]) -> list[float]:
@@ -59,6 +62,22 @@ def segment_rates(store: Store, model_ids: Sequence[int]) -> list[float]:
             f"model_id=..., learning_rate=...), or (checkpoint, rate) to attribute; load_checkpoints returns them."
         )
     return [float(rate) for rate in rates.values()]
+
+
+def warn_of_other_runs(store: Store, model_ids: Sequence[int]) -> None:
+    """Log a warning if the loss rises between checkpoints as if another run began there."""
+    ids = sorted(model_ids)
+    losses = [float(np.mean(store.checkpoint(each).column("loss"))) for each in ids]
+    for before, after, lower, higher in zip(ids, ids[1:], losses, losses[1:], strict=False):
+        if higher > 1.5 * lower and higher > (losses[0] + lower) / 2:
+            logger.warning(
+                "the mean loss rises from %.3g at checkpoint %d to %.3g at checkpoint %d: estimator='source' takes all "
+                "checkpoints for one run. If another run begins there, ask for each by model_ids= and average.",
+                lower,
+                before,
+                higher,
+                after,
+            )
 
 
 @dataclass(frozen=True)
