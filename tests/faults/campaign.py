@@ -31,32 +31,32 @@ MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 """A folder whose disk nobody waits for, and which gives no number of a file twice, as `power` expects."""
 
 
-def campaign(trials: int, seed: int, folder: Path, only: str = "") -> list[Trial]:
-    """Run trials of all kinds in turn, half of them of processes and half of damaged files."""
-    done, stores = [], {}
-    kinds = [*FAULTS, *KINDS]
-    weights = np.array([len(KINDS) / len(FAULTS) if kind in FAULTS else 1 for kind in kinds])
-    weights *= [only in kind for kind in kinds]
-    weights /= weights.sum()
+def campaign(trials: int, seed: int, folder: Path, only: str, minutes: float, jobs: int) -> list[Trial]:
+    """Run trials of all kinds, half of them of processes and half of damaged files, a few at a time."""
+    kinds, stores, running, done = [*FAULTS, *KINDS], {}, [], []
+    weights = np.array([(len(KINDS) / len(FAULTS) if kind in FAULTS else 1) * (only in kind) for kind in kinds])
+    end = time.monotonic() + 60 * minutes
     for number in range(seed, seed + trials):
+        if time.monotonic() > end:
+            break
         rng = np.random.default_rng(number)
-        storage, kind = (
-            str(rng.choice(STORAGES, p=[0.4, 0.2, 0.2, 0.2])),
-            str(rng.choice(kinds, p=weights / weights.sum())),
-        )
+        storage, kind = rng.choice(STORAGES, p=SHARES), rng.choice(kinds, p=weights / weights.sum())
         if storage not in stores:
-            stores[storage] = Stores(folder, World(storage))
+            stores[storage] = Stores(folder, World(str(storage)))
         if kind in KINDS and not stores[storage].files(stores[storage].folder / "whole", kind):
             kind = "marks"
-        trial = Trial(kind, number, stores[storage], folder / f"trial{number}")
-        trial.run()
-        done.append(trial)
-        if trial.outcome in BAD:
-            print(
-                f"seed {number}, {storage}, {kind}: {trial.outcome}\n  " + "\n  ".join(dict.fromkeys(trial.what)),
-                flush=True,
-            )
-    return done
+        running.append(Trial(str(kind), number, stores[storage], folder / f"trial{number}").start())
+        if len(running) == jobs:
+            done.append(ended(running.pop(0)))
+    return done + [ended(trial) for trial in running]
+
+
+def ended(trial: Trial) -> Trial:
+    """Wait for a trial, and print what was wrong."""
+    if trial.end().outcome in BAD:
+        said = "\n  ".join(dict.fromkeys(trial.what))
+        print(f"seed {trial.seed}, {trial.stores.world.storage}, {trial.fault}: {trial.outcome}\n  {said}", flush=True)
+    return trial
 
 
 def table(trials: list[Trial]) -> str:
@@ -75,6 +75,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0, help="of the first trial; the next one has the next seed")
+    parser.add_argument("--minutes", type=float, default=60, help="after which no trial begins")
+    parser.add_argument("--jobs", type=int, default=2, help="trials at a time")
     parser.add_argument("--only", default="", help="kinds of faults with this in their name")
     parser.add_argument("--outcome", type=Path, default=Path("build/faults/outcome.md"))
     parser.add_argument("--docs", action="store_true", help="write the table into docs/store.md too")
@@ -83,7 +85,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         begin = time.monotonic()
-        trials = campaign(chosen.trials, chosen.seed, Path(folder), chosen.only)
+        trials = campaign(chosen.trials, chosen.seed, Path(folder), chosen.only, chosen.minutes, chosen.jobs)
         seconds = time.monotonic() - begin
     text = f"{len(trials)} trials, seeds {chosen.seed} to {chosen.seed + len(trials) - 1}.\n\n{table(trials)}\n"
     chosen.outcome.parent.mkdir(parents=True, exist_ok=True)

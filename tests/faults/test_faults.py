@@ -63,7 +63,7 @@ def test_the_answers_that_trials_are_judged_by_are_right(stores, data):
 )
 def test_after_a_fault_answers_are_right_or_refused_with_a_step_that_helps(stores, folder, fault, seed):
     trial = Trial(fault, seed, stores, folder / f"trial{seed}")
-    trial.run()
+    trial.start().end()
     assert trial.outcome in GOOD, "\n".join([trial.outcome, *trial.what])
 
 
@@ -72,7 +72,7 @@ def test_a_store_that_does_not_check_what_it_reads_is_found_out(stores, folder, 
     outcomes = []
     for seed in range(20):
         trial = Trial("features", seed, stores, folder / str(seed))
-        trial.run()
+        trial.start().end()
         outcomes.append(trial.outcome)
         if "wrong" in outcomes:
             return

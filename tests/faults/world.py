@@ -145,6 +145,10 @@ def follow(error: TracerError, path: Path, backup: Path) -> str:
     if "tracer.verify" in said:
         verify(path, progress=False)
         return "verify"
+    if replaced := re.search(r"tracer\.replace\(tracer\.remaining\((\d+)\)\)", said):
+        reader = Tracer.open(path, progress=False)
+        reader.replace(reader.remaining(int(replaced[1])))
+        return "again"
     remove = re.search(r"remove (?:the directory )?(/\S*[^\s.,;:)])", said)
     if (
         "is not a store" not in said

@@ -128,7 +128,7 @@ def grow_table(path: StorePath, num_rows: int) -> None:
         if not described["num_rows"] < num_rows:
             return
         stored = FeatureStorage(described["storage"]).stores_features
-        dim = Layout.read(path / "features")[0].shape[-1] if stored else 0
+        dim = Layout.read(path / "features").shape[-1] if stored else 0
         layouts = table_layouts(num_rows, dim, described["storage"], described["chunk_rows"])
         # The new size comes last: after a crash the table has its old one here, and the next call does all of it again.
         _write(path, layouts, changing({**described, "num_rows": num_rows}, grows=True), replace=True)

@@ -180,7 +180,7 @@ class _Checker:
     def _check_document(self, path: StorePath, layouts: Sequence[Layout]) -> bool:
         """Check an array's metadata against its table's; return False if it is wrong and not repaired."""
         try:
-            if Layout.read(path)[0] in layouts and read_document(path / NODE):
+            if Layout.read(path) in layouts and read_document(path / NODE):
                 return True
             what = f"its {NODE} describes another array"
         except StoreError as error:

@@ -28,7 +28,6 @@ class ChunkedArray(ABC):
     Attributes:
         path: The array's directory.
         layout: How it is cut into files.
-        attributes: Of the array, as they were when it was opened.
         uploads: Whether a chunk is written as a whole: one that is not full then waits for `flush`.
     """
 
@@ -36,7 +35,7 @@ class ChunkedArray(ABC):
 
     def __init__(self, path: StorePath) -> None:
         self.path = path
-        self.layout, self.attributes = Layout.read(path)
+        self.layout = Layout.read(path)
         self.dtype = np.dtype(DTYPES[self.layout.dtype])
 
     @property

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,8 +135,8 @@ class Layout:
             raise ValueError(f"expected files of whole tiles, got {self.chunk_rows} rows and {self.tile_rows}")
 
     @classmethod
-    def read(cls, path: StorePath) -> tuple[Layout, dict[str, Any]]:
-        """Read the layout and the attributes of an array; refuse layouts that this package does not write."""
+    def read(cls, path: StorePath) -> Layout:
+        """Read the layout of an array; refuse layouts that this package does not write."""
         try:
             document = read_document(path / NODE, checked=False)  # whatever matters is compared below
             inner = document["codecs"][0].get("configuration", {}).get("chunk_shape")
@@ -155,18 +154,17 @@ class Layout:
                 f"{path} has a layout that this package does not write: expected uncompressed little-endian chunks; "
                 f"restore it, or remove {path.parent} to compute it again"
             )
-        return layout, document["attributes"]
+        return layout
 
 
-def array_document(layout: Layout, attributes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def array_document(layout: Layout) -> dict[str, Any]:
     """Return the metadata of an array as zarr makes it."""
-    document: dict[str, Any] = json.loads(_zarr_metadata(layout))
-    return {**document, "attributes": dict(attributes or {})}
+    return {**json.loads(_zarr_metadata(layout)), "attributes": {}}
 
 
-def create_array(path: StorePath, layout: Layout, attributes: Mapping[str, Any] | None = None) -> None:
+def create_array(path: StorePath, layout: Layout) -> None:
     """Write the metadata of an array, replacing existing metadata; no chunk is written."""
-    write_document(path / NODE, array_document(layout, attributes))
+    write_document(path / NODE, array_document(layout))
 
 
 @functools.lru_cache(64)

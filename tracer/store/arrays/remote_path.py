@@ -96,10 +96,6 @@ class RemotePath:
         """The key without its last part."""
         return RemotePath(self._filesystem, self._key.rpartition("/")[0], self._url.rpartition("/")[0])
 
-    def with_name(self, name: str) -> RemotePath:
-        """Return the key with another last part."""
-        return self.parent / name
-
     def exists(self) -> bool:
         """Tell whether there is an object with this key, or one below it."""
         return bool(self._call(self._filesystem.exists, self._key))
