@@ -81,6 +81,14 @@ def test_features_and_scores_are_those_of_the_loop_by_hand(run):
     assert np.array_equal(again.scores, found.scores)
 
 
+def test_exact_scores_are_those_of_stored_gradients(tmp_path):
+    given = {"targets": texts(9, 7), "tokenizer": make_tokenizer(), "projector": "none", "batch_tokens": 30}
+    stored = build_store(llama(), texts(), save_dir=tmp_path / "stored", storage="float32", **given)
+    exact = build_store(llama(), texts(), save_dir=tmp_path / "exact", storage="none", **given)
+    expected = np.asarray(stored.scores)
+    np.testing.assert_allclose(exact.scores, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
 def test_a_store_of_other_tokens_is_not_continued(tmp_path):
     data = [{"prompt": f"{text} ", "completion": "w1 w2", "source": "a"} for text in texts()]
     given = {"save_dir": tmp_path, "tokenizer": make_tokenizer(), "proj_dim": 8}

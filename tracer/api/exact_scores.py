@@ -173,7 +173,13 @@ class CosineWriter:
         """Compute the gradients of ``size`` targets, or of as many as memory allows."""
         held = TargetGradients()
         last = len(targets) if size is None else first + size
+        following = first
         for batch, rows in exact_batches(targets, np.arange(first, last)):
+            if not np.array_equal(rows, np.arange(following, following + len(rows))):
+                raise InputError(
+                    f"exact scores expect targets in ascending order, got {rows[:5]} after {following - 1}."
+                )
+            following += len(rows)
             sink = _HoldingSink(len(rows), self._featurizer.device)
             # Factors may be views of the batch, whose memory a loader may use again.
             own = map_leaves(batch, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)

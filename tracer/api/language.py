@@ -91,7 +91,9 @@ def language_inputs(
     explained: TextSource | NoExamples = NoExamples()
     if targets is not None:
         alone = {"packing": "none", "unit": "document", "group_column": None, "split": target_split or settings.split}
-        explained = text_source(targets, tokenizer, text_settings({**asdict(settings), **alone}), "targets")
+        explained = text_source(
+            targets, tokenizer, text_settings({**asdict(settings), **alone}), "targets", in_order=True
+        )
     most = getattr(getattr(module, "config", None), "max_position_embeddings", None)
     longest = max(int(source.rows.lengths.max()) for source in (train, explained) if isinstance(source, TextSource))
     if most is not None and longest > most:

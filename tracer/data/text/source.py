@@ -32,8 +32,15 @@ class TextSource(DataSource):
     """
 
     def __init__(
-        self, documents: Any, rows: TextRows, settings: TextSettings, pad_token: int, values: Sequence[Any] | None
+        self,
+        documents: Any,
+        rows: TextRows,
+        settings: TextSettings,
+        pad_token: int,
+        values: Sequence[Any] | None,
+        in_order: bool,
     ) -> None:
+        self._in_order = in_order
         self.rows, self._documents, self._settings, self._pad_token = rows, documents, settings, pad_token
         self.groups: tuple[Int64[np.ndarray, " N"], list[str]] | None = None
         if values is not None:
@@ -44,18 +51,22 @@ class TextSource(DataSource):
         return len(self.rows.bounds)
 
     def batches(self, indices: Int64[np.ndarray, " n"]) -> Iterator[tuple[Batch, Int64[np.ndarray, " b"]]]:
-        """Yield batches of exactly these rows, longest first within a window."""
+        """Yield batches of exactly these rows; longest first within a window, unless they are to keep their order."""
         for start in range(0, len(indices), WINDOW):
             window = indices[start : start + WINDOW]
             documents = self._documents.load(self.rows, window)
-            for chosen in _bucketed(self.rows.lengths[window], self._settings.batch_tokens):
+            lengths = self.rows.lengths[window]
+            order = np.arange(len(window)) if self._in_order else np.argsort(-lengths, kind="stable")
+            for chosen in _bucketed(lengths, order, self._settings.batch_tokens):
                 own = window[chosen]
                 tokens = [self.rows.tokens(row, documents) for row in own.tolist()]
                 yield collate(tokens, self._pad_token, self._settings.unit == "block"), own
 
 
-def text_source(data: Any, tokenizer: Any, settings: TextSettings, name: str = "data") -> TextSource:
-    """Return the rows of data as `read_dataset` takes them, tokenized.
+def text_source(
+    data: Any, tokenizer: Any, settings: TextSettings, name: str = "data", in_order: bool = False
+) -> TextSource:
+    """Return the rows of data as `read_dataset` takes them, tokenized; ``in_order`` is for targets, held in blocks.
 
     A stream is iterated once to count its rows, which are numbered in its own order, and again for each pass, which
     must yield the same.
@@ -78,7 +89,7 @@ def text_source(data: Any, tokenizer: Any, settings: TextSettings, name: str = "
             f"{name} has {rows.num_documents} examples, and none has a token to predict; check split=, loss_on= and "
             f"max_length=."
         )
-    return TextSource(documents, rows, settings, pad, documents.groups)
+    return TextSource(documents, rows, settings, pad, documents.groups, in_order)
 
 
 class _Encoded:
@@ -168,11 +179,14 @@ def _check_column(column: str, known: Iterable[str]) -> None:
         raise InputError(f"group_column={column!r} is not in the data, which have {sorted(known)}.")
 
 
-def _bucketed(lengths: Int64[np.ndarray, " n"], batch_tokens: int) -> Iterator[Int64[np.ndarray, " b"]]:
-    """Yield positions of rows, longest first, so that a padded batch has at most so many tokens or one row."""
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        size = max(1, batch_tokens // max(1, int(lengths[order[start]])))
-        yield order[start : start + size]
-        start += size
+def _bucketed(
+    lengths: Int64[np.ndarray, " n"], order: Int64[np.ndarray, " n"], batch_tokens: int
+) -> Iterator[Int64[np.ndarray, " b"]]:
+    """Yield positions of rows in an order, so that a padded batch has at most so many tokens or one row."""
+    start = longest = 0
+    for stop, position in enumerate(order):
+        longest = max(longest, int(lengths[position]))
+        if stop > start and longest * (stop + 1 - start) > batch_tokens:
+            yield order[start:stop]
+            start, longest = stop, int(lengths[position])
+    yield order[start:]
