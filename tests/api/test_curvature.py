@@ -305,6 +305,29 @@ def test_an_interrupted_pass_resumes(tmp_path, monkeypatch):
     np.testing.assert_allclose(found.scores, whole.scores, rtol=1e-3, atol=1e-5 * np.abs(whole.scores).max())
 
 
+def test_a_pass_over_rows_in_another_order_resumes(tmp_path, monkeypatch):
+    model, train, targets, checkpoints = case()
+    given = {"batch_size": 8, **OPTIONS}
+    whole = attribute(model, "image_classification", train, targets, checkpoints, save_dir=tmp_path / "a", **given)
+    left = [5]
+
+    def swapped(source, rows):
+        batches = list(exact_batches(source, rows))
+        for place in range(len(batches)):
+            if not left[0]:
+                raise Stop
+            left[0] -= 1
+            yield batches[min(place ^ 1, len(batches) - 1)]
+
+    monkeypatch.setattr(curvature_module, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(curvature_module, "exact_batches", swapped)
+    with pytest.raises(Stop):
+        attribute(model, "image_classification", train, targets, checkpoints, save_dir=tmp_path / "b", **given)
+    left[0] = -1
+    found = attribute(model, "image_classification", train, targets, checkpoints, save_dir=tmp_path / "b", **given)
+    np.testing.assert_allclose(found.scores, whole.scores, rtol=1e-3, atol=1e-5 * np.abs(whole.scores).max())
+
+
 def test_processes_share_the_pass_and_get_one_curvature(tmp_path):
     model, train, _, checkpoints = case()
     alone = tracing(tmp_path / "alone", model)

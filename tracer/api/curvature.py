@@ -148,6 +148,7 @@ class CurvatureFit:
             sums, done = kind.restored(tensors, stored.numbers["sums"]), int(stored.numbers["done"])
         if done == len(rows):
             return sums
+        last = -1  # what is saved holds the first rows, also of a source that yields them in another order
         saved, disable = time.monotonic(), bar_disabled(self._settings.progress)
         with tqdm(total=len(rows), initial=done, unit="row", desc=f"{stage} {self._model_id}", disable=disable) as bar:
             while done < len(rows):
@@ -155,13 +156,14 @@ class CurvatureFit:
                     for batch, inds in exact_batches(source, rows[done:]):
                         for sample in range(samples):
                             sums.merge(self._batch(kind, batch, inds, sample, preconditioner))
-                        done += len(inds)
+                        done, last = done + len(inds), max(last, int(inds.max()))
                         bar.update(len(inds))
-                        if time.monotonic() - saved > _SAVE_SECONDS and done < len(rows):
+                        is_due = time.monotonic() - saved > _SAVE_SECONDS
+                        if is_due and done < len(rows) and last == rows[done - 1]:
                             save_curvature(self._store, self._model_id, inputs, _as_stored(*sums.state(), done=done))
                             saved = time.monotonic()
                 except GradientsChanged:
-                    sums, done = kind(), 0
+                    sums, done, last = kind(), 0, -1
         if not self._process.together and self._load(self._inputs) is not None:
             return None
         save_curvature(self._store, self._model_id, inputs, _as_stored(*sums.state(), done=done))
