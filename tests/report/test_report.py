@@ -409,6 +409,14 @@ def test_suspects_have_a_suggested_label_and_a_probability(tmp_path):
         assert float(rows[index]["wrong_probability"]) == (0.9 if index < 9 else 0.1)
 
 
+def test_a_suggested_label_has_the_name_that_most_examples_of_its_class_have(tmp_path):
+    corrected = np.array(NAMES)[LABELS]
+    corrected[2] = "other"  # LABELS[2] is 2
+    health = wrong_labels(LABELS, np.arange(N) < 9, 2)
+    report(tmp_path / "report", train_labels=corrected, health=health)
+    assert {row["suggested_label"] for row in lines(tmp_path / "report" / "influence_summary.csv")} == {NAMES[2]}
+
+
 def test_without_an_estimate_the_page_says_why(tmp_path):
     text = words(report(tmp_path / "report", train_labels=LABELS, health="the scores do not tell classes apart."))
     assert "No estimate of wrong labels: the scores do not tell classes apart." in text

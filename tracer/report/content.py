@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,9 +78,9 @@ class ReportContent:
         if found is None:
             return []
         labels = self.train.labels or list(map(str, found.label.tolist()))
-        names = {
-            int(code): labels[place] for code, place in zip(*np.unique(found.label, return_index=True), strict=True)
-        }
+        # the name that most examples of a class have: labels that were corrected meanwhile have another one
+        common = Counter(zip(found.label.tolist(), labels, strict=True)).most_common()
+        names = dict(pair for pair, _ in reversed(common))
         return [names.get(code, str(code)) for code in found.suggested.tolist()]
 
     @property
