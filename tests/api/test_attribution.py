@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tracer import attribute
+from tracer import Attribution, attribute
 from tracer.cli.demo_digits.digits import read_digits
 from tracer.errors import InputError
 
@@ -168,3 +168,12 @@ def test_the_change_without_an_example_is_that_of_its_newton_step(attributed):
             without = kernel - weights[index] * np.outer(phi, phi)
             step = phi @ np.linalg.solve(without, phi) * table.column("loss_grad")[index]
             np.testing.assert_allclose(change[index], step, rtol=2e-3)
+
+
+def test_labels_that_were_learned_by_heart_give_no_estimate(tmp_path):
+    def noisy(labels):
+        return torch.where(torch.rand(labels.shape) < 0.5, torch.randint(0, 10, labels.shape), labels)
+
+    found, _, _ = trained_on_digits(tmp_path, noisy, size=150, epochs=300)
+    last = Attribution(found.tracer, "targets", model_ids=[2])
+    assert "learned training labels by heart" in last.label_health()

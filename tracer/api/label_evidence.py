@@ -12,6 +12,7 @@ from tracer.store.table_schema import NO_LABEL
 
 _MARGIN = 0.1  # checkpoints whose held-out agreement is within this of the best one's are used
 
+_MAX_GAP = 0.03  # with more, the step without an example does not undo what the model learned from it
 _FLAT = 0.01  # losses that differ less, relative to the largest, are the same
 _FITTED = 0.02  # how far the loss must be below that of a constant prediction
 
@@ -38,6 +39,13 @@ def held_out_evidence(store: Store, exp_name: str, model_ids: Sequence[int]) -> 
     new = (targets == 0) | ~np.isin(targets, known)  # a fingerprint of 0 was not taken
     found = [evidence_of(store.targets(exp_name, model_id)) for model_id in model_ids]
     return None if None in found else [each.select(new) for each in found if each is not None]
+
+
+def _gap(train: LabelEvidence, held_out: LabelEvidence) -> float:
+    """Return by how much more training labels than held-out ones are predicted, beyond two standard errors."""
+    (share, _), (other, _) = train.accuracy(), held_out.accuracy()
+    pooled = max(share * (1 - share) / len(train.label) + other * (1 - other) / len(held_out.label), 0.0)
+    return share - other - 2 * pooled**0.5
 
 
 def label_health(
@@ -75,7 +83,14 @@ def label_health(
             'the store has no features (storage="none"), so what the model learned from each label itself is unknown. '
             "Store them, or pass out-of-sample probabilities as train_probabilities."
         )
-    used = np.flatnonzero(agreement >= agreement.max() - _MARGIN).tolist()
+    gaps = [_gap(part, other) for part, other in zip(plain, held_out, strict=True) if part is not None]
+    used = np.flatnonzero((agreement >= agreement.max() - _MARGIN) & (np.array(gaps) <= _MAX_GAP)).tolist()
+    if not used:
+        return (
+            "the model has learned training labels by heart: it predicts far more of them than of held-out labels at "
+            "each checkpoint that tells classes apart. Save earlier checkpoints, or pass out-of-sample probabilities "
+            "as train_probabilities."
+        )
     moved = changes(list(model_ids))
     corrected = [evidence_of(store.checkpoint(model_ids[place]), moved[place]) for place in used]
     return estimate_wrong_labels(
