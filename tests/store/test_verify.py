@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 
@@ -213,6 +214,20 @@ def test_rows_that_were_never_done_are_no_damage(store):
     table = store.checkpoint(2)
     table.write(**batch(np.array([9])))  # written, and the process ends without a flush
     assert verify(store.path).ok
+
+
+@pytest.mark.parametrize("harm", ["checkpoints/0/loss/zarr.json", "targets/zarr.json", "checkpoints/0/features/c/1/0"])
+def test_a_full_disk_is_said_when_damage_is_repaired(store, monkeypatch, harm):
+    (store.path / harm).write_bytes(b"{")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StoreError, match="No space left .* Free space"):
+            verify(store.path)
+    assert not verify(store.path).ok and verify(store.path).ok
 
 
 def test_what_is_no_store_is_refused(tmp_path):

@@ -83,12 +83,15 @@ def write_documents(documents: Mapping[StorePath, Mapping[str, Any]], *, replace
     """
     files: dict[Any, bytes] = {path: _encoded(document) for path, document in documents.items()}
     if files:
-        next(iter(files)).write_all(files, replace=replace)
+        first: StorePath = next(iter(files))
+        with disk_errors(first):
+            first.write_all(files, replace=replace)
 
 
 def write_document(path: StorePath, document: Mapping[str, Any], *, replace: bool = True) -> None:
     """Write a JSON document whole; without ``replace`` an existing one stays as it is."""
-    path.write_whole(_encoded(document), replace=replace)
+    with disk_errors(path):
+        path.write_whole(_encoded(document), replace=replace)
 
 
 def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
