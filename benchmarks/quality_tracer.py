@@ -211,7 +211,11 @@ VARIANTS = [
     Variant("exact, K-FAC", ("tracin",), {"projector": "none", "preconditioner": "kfac"}),
     Variant("exact, EK-FAC", ("tracin",), {"projector": "none", "preconditioner": "ekfac"}),
     Variant("k=4096, K-FAC", ("tracin", "influence"), {"preconditioner": "kfac", "storage": "int8"}),
-    Variant("k=16384, K-FAC", ("tracin",), {"preconditioner": "kfac", "storage": "int8", "proj_dim": 16384}),
+    Variant("4 kB of signs", ("tracin", "cosine"), {"storage": "binary", "proj_dim": 1 << 15}),
+    Variant("4 kB of signs, K-FAC", ("tracin",), {"preconditioner": "kfac", "storage": "binary", "proj_dim": 1 << 15}),
+    Variant(
+        "4 kB of signs, EK-FAC", ("tracin",), {"preconditioner": "ekfac", "storage": "binary", "proj_dim": 1 << 15}
+    ),
     Variant("exact, EK-FAC, last checkpoint", ("tracin",), {"projector": "none", "preconditioner": "ekfac"}, "last"),
     Variant("last layer", ("tracin",), {"projector": "none"}, last_layer=True, unfit=needs_own_layer),
     Variant("k=1024, last checkpoint", ALL, {"proj_dim": 1024}, checkpoints="last"),

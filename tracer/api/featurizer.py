@@ -19,6 +19,7 @@ from tracer.gradients.fsdp import ENDED, WAITING, WORKING
 from tracer.gradients.preconditioning import Preconditioner, PreconditioningSink
 from tracer.projection.base import Projector
 from tracer.store import RowTable
+from tracer.store.quantization import rotated
 from tracer.training.lend_weights import LoadedWeights, weights_in
 from tracer.types import Batch, SampleOutputs
 
@@ -33,6 +34,7 @@ class Featurizer:
         device: The device of batches.
         check_rows: Whether examples are recognized by a fingerprint of their inputs.
         preconditioner: Returns what preconditions gradients, or None; called when it is first needed.
+        rotates: Whether features are rotated, since of some their signs are stored.
     """
 
     def __init__(
@@ -43,9 +45,11 @@ class Featurizer:
         device: torch.device,
         check_rows: bool = True,
         preconditioner: Callable[[], Preconditioner | None] = lambda: None,
+        rotates: bool = False,
     ) -> None:
         self.engine, self.weights, self.projector = engine, weights, projector
         self.device, self.check_rows, self._preconditioner = device, check_rows, preconditioner
+        self.rotates = rotates
         self._memory: Tensor | None = None
         self._runs_alone = False
 
@@ -127,7 +131,8 @@ class Featurizer:
         sink = ProjectingSink(self.projector, self._memory[:num_rows])
         outputs = self.run(batch, num_rows, sink)
         projection = sink.finish()
-        return row_values(outputs, projection.squared_norm, self.engine.audited, projection.features)
+        features = rotated(projection.features) if self.rotates else projection.features
+        return row_values(outputs, projection.squared_norm, self.engine.audited, features)
 
     def run(self, batch: Batch, num_rows: int, sink: Sink) -> SampleOutputs:
         """Pass the gradients of a batch, preconditioned, to a sink; return f, L, Q, w of samples."""

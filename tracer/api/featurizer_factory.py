@@ -163,7 +163,8 @@ class FeaturizerFactory:
             return None if scales is None else DiagonalPreconditioner(scales)
 
         check_rows = bool(self.settings.check_rows)
-        return Featurizer(self.engine, loaded.weights, projector, self.device, check_rows, preconditioner)
+        rotates = FeatureStorage(self.settings.storage).is_binary
+        return Featurizer(self.engine, loaded.weights, projector, self.device, check_rows, preconditioner, rotates)
 
     def forget(self, store: Store, reason: GradientsChanged) -> None:
         """Forget the features that may be wrong, and remember in the store which parameters capture is wrong for."""

@@ -92,5 +92,5 @@ def query(
                 raise
         assert values.features is not None  # there is a projector
         fresh = values.features, values.loss_grad, values.gradient_norm
-        targets.append(InMemoryTable(*fresh, store.manifest.storage))  # rounded as stored rows are
+        targets.append(InMemoryTable(*fresh, store.manifest.feature_storage.of_targets))  # rounded as stored rows are
     return _tracer.reader.query(targets, chosen, indices, k, kind, estimate)

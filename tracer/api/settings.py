@@ -66,8 +66,10 @@ class FeatureSettings:
     )
     storage: str = _setting(
         "float16",
-        "``float16`` or ``int8`` (relative to a float32 scale per row), ``float32``, or, with ``projector='none'``, "
-        "``none``: only losses, derivatives and norms are stored, and scores come from `score_exactly`.",
+        "``float16`` or ``int8`` (relative to a float32 scale per row), ``float32``, ``binary`` (the signs of training "
+        "examples' features, eight to a byte, for ``tracin`` and ``cosine`` with a large ``proj_dim``), or, with "
+        "``projector='none'``, ``none``: only losses, derivatives and norms are stored, and scores come from "
+        "`score_exactly`.",
         STORAGES,
     )
     device: str | torch.device | None = _setting(None, "The device to compute on; None: that of the model.")
@@ -125,7 +127,7 @@ class FeatureSettings:
     def __post_init__(self) -> None:
         check_choice("gradients", self.gradients, METHODS)
         check_choice("projector", self.projector, projector_kinds())
-        FeatureStorage(self.storage).check_projector(self.projector)
+        FeatureStorage(self.storage).check_projector(self.projector, self.proj_dim)
         check_seed(self.seed)
         check_autocast(self.autocast)
         check_preconditioner(self.preconditioner)

@@ -163,8 +163,9 @@ def _missing(job: Job, manifest: Manifest) -> list[tuple[int, int]]:
 def _checkpoint_bytes(manifest: Manifest, num_targets: int) -> int:
     """Return the bytes of a checkpoint's files: its features, or the cosines that replace them."""
     total = 0 if manifest.feature_storage.stores_features else 4 * manifest.train_set_size * num_targets
-    for num_rows in (manifest.train_set_size, num_targets):
-        layouts = table_layouts(num_rows, manifest.feature_dim, manifest.storage, num_rows)
+    kinds = ((manifest.train_set_size, manifest.storage), (num_targets, manifest.feature_storage.of_targets))
+    for num_rows, storage in kinds:
+        layouts = table_layouts(num_rows, manifest.feature_dim, storage, num_rows)
         total += sum(layout.data_bytes for layout in layouts.values())
     return total
 

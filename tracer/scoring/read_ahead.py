@@ -8,6 +8,7 @@ import numpy as np
 
 from tracer.scoring.feature_tables import CheckpointPair, FeatureTable, TrainIndices, index_array, split_at_gaps
 from tracer.store import RowTable
+from tracer.store.feature_storage import FeatureStorage
 
 _AHEAD_BYTES = 64 << 20
 """How far reading is ahead of multiplying."""
@@ -45,4 +46,4 @@ def _requests(tables: list[RowTable], tiles: Iterable[TrainIndices]) -> Iterator
 
 
 def _row_bytes(table: FeatureTable) -> int:
-    return table.dim * np.dtype(table.storage).itemsize
+    return max(1, FeatureStorage(table.storage).row_bytes(table.dim))

@@ -295,6 +295,8 @@ class Scorer:
         """Return the kernels of this store, which must have features."""
         what = f"estimator={estimate.estimator!r}" if estimate.kernel else "groups="
         self.store.manifest.feature_storage.require_features(what)
+        if estimate.kernel:
+            self.store.manifest.feature_storage.require_values(what)
         known = self._known_kernels
         if known is None or known.store is not self.store:  # a store that has grown is another object
             known = Kernels(self.store, self.device, self.process, self.progress, self.memory_bytes // 2)

@@ -1,8 +1,13 @@
-"""Rows as they are stored: relative to a scale of their own, in float32, float16 or int8.
+"""Rows as they are stored: relative to a scale of their own, in float32, float16, int8, or as signs.
 
 Layout: features ``[n, k]``, scales ``[n]``, row indices ``[n]``. An int8 row is in units of its largest absolute value
 over 127, rounded up or down at random with the odds that make the expectation exact: the value 2.25 becomes 3 once in
 four times. Training and target rows have separate pools of random numbers.
+
+A binary row ``x [k]`` is the signs of its features and the scale ``‖x‖² / Σ |x_i|``. After a random rotation, which
+leaves inner products as they are, ``scale * <sign(x), y>`` has the expectation ``<x, y>`` for any y (Gao & Long 2024,
+RaBitQ); its error is that of ``2 k / π`` features. So of the bytes of a row most inner products come from more features
+with fewer bits.
 """
 
 from __future__ import annotations
@@ -23,6 +28,52 @@ RELATIVE = ("float16", "int8")
 _WINDOWS = 1 << 16
 _LEVELS = 1 << 16
 _MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+def binary_scale(features: Float32[np.ndarray, "n k"], largest: Float32[np.ndarray, " n"]) -> np.ndarray:
+    """Return the numbers ``[n]``, float32, that the signs of rows are to be multiplied by; 0 for a row of zeros."""
+    relative = features / np.where(largest > 0, largest, 1)[:, None]  # whose squares do not overflow
+    sizes = np.abs(relative).sum(1, dtype=np.float64)
+    scale = largest * np.square(relative).sum(1, dtype=np.float64) / np.where(sizes > 0, sizes, 1)
+    return scale.astype(np.float32)
+
+
+def signs(packed: Shaped[np.ndarray, "n bytes"]) -> Shaped[np.ndarray, "n k"]:
+    """Return packed signs as int8, 1 and -1.
+
+    >>> signs(np.array([[0b101]], np.uint8)).tolist()
+    [[1, -1, 1, -1, -1, -1, -1, -1]]
+    """
+    bits = np.unpackbits(packed, axis=1, bitorder="little").view(np.int8)
+    bits *= 2
+    bits -= 1
+    return bits
+
+
+@lru_cache(maxsize=8)
+def _rotation_signs(dim: int, number: int) -> Float[Tensor, " k"]:
+    """Return random signs, the same for each number of features and of the turn."""
+    drawn = np.random.Philox(np.random.SeedSequence([1, dim, number])).random_raw(-(-dim // 64)).view(np.uint8)
+    with torch.inference_mode(False):
+        return torch.from_numpy(signs(drawn[None])[0, :dim].astype(np.float32))
+
+
+def rotated(features: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """Return features after two turns of random signs and a Hadamard matrix, a rotation; k is a power of two.
+
+    One turn is not enough: if few features differ from zero, as of a small model, its signs repeat.
+    """
+    rows, dim = features.shape
+    found = features
+    for number in range(2):
+        found = found * _rotation_signs(dim, number).to(features)
+        width = 1
+        while width < dim:
+            pairs = found.view(rows, dim // (2 * width), 2, width)
+            found = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2).view(rows, dim)
+            width *= 2
+        found = found * dim**-0.5
+    return found
 
 
 def row_scale(largest: Float32[np.ndarray, " n"], storage: str) -> Float32[np.ndarray, " n"]:
@@ -50,8 +101,13 @@ def relative_rows(
     storage: str,
     pool: str,
     memory: Float[Tensor, "n k"] | None = None,
-) -> Shaped[np.ndarray, "n k"]:
-    """Return rows over their ``scale``: int8 for int8, else float32; ``rows`` and ``pool`` choose the rounding."""
+) -> Shaped[np.ndarray, "n columns"]:
+    """Return rows over their ``scale``: int8 for int8, else float32; ``rows`` and ``pool`` choose the rounding.
+
+    Of binary rows the packed signs are returned, ``[n, k / 8]``, uint8.
+    """
+    if storage == "binary":
+        return np.packbits(features >= 0, axis=1, bitorder="little")
     if storage not in RELATIVE:
         return features
     memory = torch.empty(features.shape) if memory is None else memory

@@ -20,6 +20,7 @@ from tracer.store.arrays.opening import open_arrays
 from tracer.store.arrays.store_path import StorePath
 from tracer.store.feature_storage import FeatureStorage
 from tracer.store.manifest import json_value
+from tracer.store.quantization import signs
 from tracer.store.row_writer import RowWriter, checked_fingerprint, checked_rows, named_rows
 from tracer.store.table_schema import (
     COLUMNS,
@@ -67,7 +68,7 @@ class RowTable:
             raise StoreError(f"{path / NODE} is damaged ({error!r}): restore it, or remove {path}") from error
         self._arrays = open_arrays(path, [*COLUMNS, *(["features"] if self._feature_storage.stores_features else [])])
         self._features = self._arrays.get("features")
-        self.dim = 0 if self._features is None else self._features.layout.shape[-1]
+        self.dim = 0 if self._features is None else self._feature_storage.dim(self._features.layout.shape[-1])
         expected = table_layouts(self.num_rows, self.dim, self.storage, self.chunk_rows)
         for name, array in self._arrays.items():
             if array.layout != expected[name]:
@@ -246,12 +247,16 @@ class RowTable:
             self._features.prefetch(start, stop)
 
     def raw_features(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
-        """Return stored features of rows ``start`` to ``stop``: for each file its first row and a view ``[n, dim]``."""
+        """Return stored features of rows ``start`` to ``stop``: for each file its first row and a view ``[n, dim]``.
+
+        Of binary rows, copies with 1 and -1, int8, are returned.
+        """
         self._check_range(start, stop)
         if self._features is None:
             self._feature_storage.require_features(f"reading features of {self.path}")
             return []
-        return list(self._features.rows(start, stop))
+        found = list(self._features.rows(start, stop))
+        return [(first, signs(view)) for first, view in found] if self._feature_storage.is_binary else found
 
     def close(self) -> None:
         """Flush and release the files; a second call does nothing."""

@@ -15,7 +15,8 @@ from tracer.store.arrays.chunked import ChunkedArray
 from tracer.store.arrays.completion_mask import CompletionMask
 from tracer.store.arrays.metadata import NODE
 from tracer.store.arrays.store_path import StorePath
-from tracer.store.quantization import RELATIVE, relative_rows, row_scale
+from tracer.store.feature_storage import FeatureStorage
+from tracer.store.quantization import RELATIVE, binary_scale, relative_rows, row_scale
 from tracer.store.table_schema import NO_LABEL, Writable, read_attributes, row_checksums
 
 _MAX_NAMED = 5
@@ -70,7 +71,8 @@ class RowWriter:
             raise InputTypeError(f"features is {type(features).__name__} for a table of storage={self._storage!r}")
         largest = np.ones(len(rows), np.float32)
         if features is not None and self._features is not None:
-            features = _floats("features", features, (len(rows), self._features.layout.shape[-1]))
+            dim = FeatureStorage(self._storage).dim(self._features.layout.shape[-1])
+            features = _floats("features", features, (len(rows), dim))
             largest = _largest(features)  # NaN or infinite if any of the row's values is
             _check_finite("features", largest, rows)
         if not len(rows):
@@ -81,6 +83,8 @@ class RowWriter:
                 "if their marks are lost, run tracer.verify first; else choose another save_dir"
             )
         columns["scale"] = row_scale(largest, self._storage)
+        if features is not None and self._storage == "binary":
+            columns["scale"] = binary_scale(features, largest)
         raw = None if features is None else self._raw(features, columns["scale"], rows)
         columns["checksum"] = row_checksums(raw, columns)
         with self._mask.writing(rows):

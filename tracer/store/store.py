@@ -287,7 +287,7 @@ class Store:
                     path,
                     num_rows=num_rows,
                     dim=manifest.feature_dim,
-                    storage=manifest.storage,
+                    storage=self._storage_of(path),
                     chunk_rows=chunk_rows,
                     attributes=attributes,
                 )
@@ -299,13 +299,18 @@ class Store:
             )
         return table
 
+    def _storage_of(self, path: StorePath) -> str:
+        """Return the storage of a table of training examples or of targets."""
+        manifest = self.manifest
+        return manifest.storage if path.parent.name == "checkpoints" else manifest.feature_storage.of_targets
+
     def _table(self, path: StorePath, num_rows: int | None, flush_seconds: float) -> RowTable:
         """Open a table after checking that it fits the manifest; grow it first if the store has grown since."""
         if num_rows is not None and path.parent.name == "checkpoints":
             grow_table(path, num_rows)
         table = RowTable(path, flush_seconds=flush_seconds)
         dim = self.manifest.feature_dim if self.manifest.feature_storage.stores_features else 0
-        expected = (num_rows or table.num_rows, dim, self.manifest.storage)
+        expected = (num_rows or table.num_rows, dim, self._storage_of(path))
         found = (table.num_rows, table.dim, table.storage)
         if found != expected:
             raise StoreError(

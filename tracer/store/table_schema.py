@@ -43,8 +43,9 @@ def table_layouts(num_rows: int, dim: int, storage: str, chunk_rows: int) -> dic
     # All arrays have the same chunks of rows, also the small columns: a file of a whole column would be one file that
     # all processes write.
     layouts = {name: Layout((num_rows,), dtype, chunk_rows) for name, dtype in COLUMNS.items()}
-    if FeatureStorage(storage).stores_features:
-        layouts["features"] = Layout((num_rows, dim), storage, chunk_rows)
+    kind = FeatureStorage(storage)
+    if kind.stores_features:
+        layouts["features"] = Layout((num_rows, kind.columns(dim)), kind.dtype, chunk_rows)
     return layouts
 
 
@@ -127,8 +128,8 @@ def grow_table(path: StorePath, num_rows: int) -> None:
         described = read_attributes(path)
         if not described["num_rows"] < num_rows:
             return
-        stored = FeatureStorage(described["storage"]).stores_features
-        dim = Layout.read(path / "features").shape[-1] if stored else 0
+        kind = FeatureStorage(described["storage"])
+        dim = kind.dim(Layout.read(path / "features").shape[-1]) if kind.stores_features else 0
         layouts = table_layouts(num_rows, dim, described["storage"], described["chunk_rows"])
         # The new size comes last: after a crash the table has its old one here, and the next call does all of it again.
         _write(path, layouts, changing({**described, "num_rows": num_rows}, grows=True), replace=True)

@@ -25,6 +25,7 @@ from tracer.store.arrays.store_path import StorePath
 
 DTYPES = {
     "int8": "|i1",
+    "uint8": "|u1",
     "float16": "<f2",
     "float32": "<f4",
     "uint32": "<u4",
@@ -33,7 +34,7 @@ DTYPES = {
     "uint64": "<u8",
     "bool": "|b1",
 }
-_ONE_BYTE = ("bool", "int8")
+_ONE_BYTE = ("bool", "int8", "uint8")
 _MANY_CHUNKS, _SMALL_CHUNK = 16, 4096
 _MAX_SIZE, _MAX_CHUNKS, _MAX_TILES = 1 << 31, 1 << 20, 1 << 24
 """Bounds of what a document may ask for, whoever wrote it: memory and time grow with them."""
