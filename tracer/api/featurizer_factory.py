@@ -120,7 +120,7 @@ class FeaturizerFactory:
         task: Task = SampledTask(self.task)
         if isinstance(self.task, LowerPrecision):
             task = LowerPrecision(SampledTask(self.task.task), self.task.dtype, self.device)
-        elif not self.task.draws_labels:
+        elif type(self.task).sampled_outputs is Task.sampled_outputs:
             logger.warning(
                 "the task %s does not draw labels from the model's predictions (see Task.sampled_outputs): the "
                 "curvature is that of its loss_hess, or else of the given labels, which predicts less",

@@ -135,7 +135,7 @@ _HELP = {
 }
 _EXAMPLES = {
     "checkpoint_key": '"ema"', "params": '["*"]', "device": '"cpu"', "process": '"slurm"', "progress": "true",
-    "group_column": '"source"', "chat_template": '"template.jinja"',
+    "curvature_examples": "4096", "group_column": '"source"', "chat_template": '"template.jinja"',
 }  # fmt: skip
 
 _FEATURE_SETTINGS = (

@@ -66,11 +66,6 @@ class Task(ABC):
         hess, grad = outputs.loss_hess, outputs.loss_grad
         return loss_outputs(outputs.output * torch.where(hess != 0, hess.abs().sqrt(), grad))
 
-    @property
-    def draws_labels(self) -> bool:
-        """Whether `sampled_outputs` draws labels."""
-        return type(self).sampled_outputs is not Task.sampled_outputs
-
     def settings(self) -> dict[str, Any]:
         """Return everything that the numbers depend on, as plain JSON values: the store records and compares it."""
         if type(self).__module__.startswith(f"{__package__}."):
