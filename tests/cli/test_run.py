@@ -87,6 +87,14 @@ def test_flags_alone_do_and_win_over_the_file(project):
     assert_close(Attribution(Tracer.open("alone"), "targets").scores, expected(project).scores)
 
 
+def test_flags_whiten_gradients_as_the_library_does(project):
+    flags = ["--preconditioner", "kfac", "--damping", "0.1", "--curvature-examples", "20"]
+    assert run_tracer("run", "tracer.toml", *flags).exit_code == 0
+    options = {"preconditioner": "kfac", "damping": 0.1, "curvature_examples": 20}
+    assert_close(Attribution(Tracer.open("store"), "targets").scores, expected(project, **options).scores)
+    assert "preconditioner kfac" in run_tracer("info", "store").output
+
+
 def test_a_task_may_be_named_in_the_users_module(project):
     assert run_tracer("run", "tracer.toml", "--task", f"{MODULE}:loss").exit_code == 0
     wanted = expected(project, task=__import__(MODULE).loss)
@@ -151,7 +159,9 @@ def test_processes_do_their_shares(project):
     [
         (["--learning-rate", "0.1,0.2,0.3"], "learning_rate has 3 values for 2 checkpoints: epoch_2.pt, epoch_10.pt"),
         (["--learning-rate", "fast"], "--learning-rate is 'fast'; expected a number, or several with commas"),
-        (["--regularization", "much"], "regularization is 'much'; expected a number or 'auto'"),
+        (["--regularization", "much"], "'much' is no number; expected one, for regularization also 'auto'"),
+        (["--damping", "much"], "'much' is no number"),
+        (["--damping", "auto"], "damping is 'auto'; expected a number"),
         (["--process", "1of2"], "process='1of2' is not known"),
         (["--process", "a/2"], "process is 'a/2'; expected 'slurm', or a number and a count"),
         (["--checkpoints", "none/*.pt"], "checkpoints='none/*.pt' finds no file"),

@@ -145,7 +145,8 @@ class FeatureSettings:
         if self.shared_projection and self.projector != "none":
             entries["shared_projection"] = True
         if self.preconditioner in KRONECKER:
-            entries |= {name: getattr(self, name) for name in ("damping", "curvature_examples", "curvature_samples")}
+            entries["damping"] = float(self.damping)
+            entries |= {name: getattr(self, name) for name in ("curvature_examples", "curvature_samples")}
         return entries
 
 

@@ -87,6 +87,7 @@ def _text(found: dict[str, Any]) -> str:
         ("training set", f"{found['train_rows']:,} examples"),
         ("parameters", f"{len(settings.get('params', ()))} selected"),
         ("features", f"{found['feature_dim']:,} values an example ({projector}), stored as {found['storage']}"),
+        *([("preconditioner", settings["preconditioner"])] if "preconditioner" in settings else []),
         ("run alone", str(AuditedShare(found["audited"]["gradients"], found["audited"]["stored"]))),
         ("made with", ", ".join(f"{name} {version}" for name, version in found["versions"].items())),
     ]

@@ -40,7 +40,7 @@ def _parse_number(text: str) -> float | str:
     try:
         return float(text)
     except ValueError as error:
-        raise InputError(f"regularization is {text!r}; expected a number or 'auto'.") from error
+        raise InputError(f"{text!r} is no number; expected one, for regularization also 'auto'.") from error
 
 
 def _parse_process(text: str) -> str | tuple[int, int]:
