@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tracer.report.label_noise import MIN_HELD_OUT, LabelEvidence, WrongLabels, estimate_wrong_labels
+from tracer.report.label_noise import MIN_HELD_OUT, MIN_KAPPA, LabelEvidence, WrongLabels, estimate_wrong_labels
 from tracer.store import RowTable, Store
 from tracer.store.table_schema import NO_LABEL
 
@@ -76,7 +76,8 @@ def label_health(
         share, chance = best.accuracy()
         return (
             f"the scores do not tell classes apart. At its best checkpoint the model predicts {share:.0%} of the "
-            f"labels of {size:,} held-out targets; chance predicts {chance:.0%}."
+            f"labels of {size:,} held-out targets; chance predicts {chance:.0%}, and an estimate needs "
+            f"{chance + MIN_KAPPA * (1 - chance):.0%}."
         )
     if changes is None:
         return (
