@@ -89,18 +89,8 @@ class CurvatureFit:
         store, model_id = self._store, self._model_id
         if self._load(self._inputs) is not None:
             return  # another process was faster, and may have written rows since
-        tables = [store.checkpoint(model_id)]
-        tables += [
-            store.targets(name, model_id)
-            for name in store.catalog.exp_names()
-            if store.catalog.has_targets(name, model_id)
-        ]
-        for table in tables:
-            if table.num_done:
-                logger.warning("the curvature of %s was lost: %d examples are forgotten", table.path, table.num_done)
-                table.set_attributes(finalized=False)
-                with table:
-                    table.unmark(np.arange(table.num_rows))
+        if forgotten := store.invalidate_checkpoint(model_id):
+            logger.warning("the curvature of checkpoint %d was lost: %d examples are forgotten", model_id, forgotten)
         save_curvature(store, model_id, self._inputs, _as_stored(tensors, {}))
         remove_curvatures(store, model_id, except_for=self._inputs)
 
@@ -113,17 +103,18 @@ class CurvatureFit:
         preconditioner: KroneckerPreconditioner | None = None,
     ) -> S | None:
         """Return sums over all parts; None if another process has stored the curvature meanwhile."""
-        together, rank = self._process.together, self._process.rank
-        order = range(rank, rank + 1) if together else range(rank, rank + len(parts))
-        for number in order:
-            if together and number >= len(parts):
-                continue
-            if self._part(stage, kind, number % len(parts), parts, source, preconditioner) is None:
+        own = self._process.rank if self._process.together else self._process.rank % len(parts)
+        found: dict[int, S | None] = {}
+        if own < len(parts):
+            found[own] = self._part(stage, kind, own, parts, source, preconditioner)
+            if found[own] is None:
                 return None
         self._process.wait()
         total = kind()
-        for number in range(len(parts)):
-            sums = self._part(stage, kind, number, parts, source, preconditioner)
+        for number in range(len(parts)):  # in one order, so that all processes get the same
+            if number not in found:
+                found[number] = self._part(stage, kind, number, parts, source, preconditioner)
+            sums = found.pop(number)
             if sums is None:
                 return None
             total.merge(sums)

@@ -21,9 +21,9 @@ from tracer.api.featurizer_factory import FeaturizerFactory
 from tracer.api.session import FEATURIZE, SCORE, Session, begin_featurizing, begin_scoring, in_role
 from tracer.api.settings import FeatureOptions, FeatureSettings, feature_settings, takes_settings
 from tracer.api.store_reader import StoreReader
-from tracer.data.datasets import as_data_source
+from tracer.data.datasets import as_training_source
 from tracer.data.indices import ExampleIndices
-from tracer.errors import CallOrderError, InputError
+from tracer.errors import CallOrderError
 from tracer.gradients.preconditioning import KRONECKER
 from tracer.scoring.readiness import check_finalized
 from tracer.store import Store
@@ -167,9 +167,8 @@ class Tracer:
         session = in_role(self._session, FEATURIZE)
         if self._factory.settings.preconditioner not in KRONECKER:
             raise CallOrderError("fit_curvature is for preconditioner='kfac' and 'ekfac'; this Tracer has neither.")
-        source = as_data_source(train, "train", batch_size, collate_fn, bool(self._factory.settings.check_rows))
-        if len(source) != self.train_set_size:
-            raise InputError(f"train has {len(source)} rows; expected train_set_size={self.train_set_size}.")
+        in_order = bool(self._factory.settings.check_rows)
+        source = as_training_source(train, self.train_set_size, batch_size, collate_fn, in_order)
         fit = CurvatureFit(self._factory, self.store, session.loaded, int(session.table.path.name), self.process)
         session.flush()
         fit.run(source)

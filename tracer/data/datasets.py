@@ -24,6 +24,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from tracer._core.validation import check_count
 from tracer.data.batches import check_batch_size, count_samples, leaves, select_samples, tensor_from_numpy
 from tracer.data.fingerprints import fingerprint_samples
 from tracer.data.model_inputs import as_mapping, label_key
@@ -174,6 +175,16 @@ def as_data_source(
     source = data if isinstance(data, DataSource) else _adapt(data, name, batch_size, collate_fn, check_order)
     if not len(source) and source is not data:
         raise InputError(f"{name} has no examples; expected at least one.")
+    return source
+
+
+def as_training_source(
+    data: Any, size: int, batch_size: int, collate_fn: Callable[[list], Batch] | None, check_order: bool
+) -> DataSource:
+    """Return an adapter for all of ``size`` training examples; see `as_data_source`."""
+    source = as_data_source(data, "train", check_count(batch_size, "batch_size"), collate_fn, check_order)
+    if len(source) != size:
+        raise InputError(f"train has {len(source)} rows; expected train_set_size={size}.")
     return source
 
 

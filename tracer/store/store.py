@@ -177,12 +177,16 @@ class Store:
             tables = [self.targets(exp_name, model_id) for model_id in self.catalog.target_ids(exp_name)]
         for table in tables:
             table.checked_rows(rows)
-        for table in tables:
-            # From here on no process computes scores from these tables, or takes earlier ones for theirs.
-            table.set_attributes(finalized=False)
-        for table in tables:
-            with table:
-                table.unmark(rows)
+        _unmark([(table, rows) for table in tables])
+
+    def invalidate_checkpoint(self, model_id: int) -> int:
+        """Mark all training examples and targets at a checkpoint as not done; return how many there were."""
+        names = [name for name in self.catalog.exp_names() if self.catalog.has_targets(name, model_id)]
+        tables = [self.checkpoint(model_id), *(self.targets(name, model_id) for name in names)]
+        started = [table for table in tables if table.num_done]
+        count = sum(table.num_done for table in started)
+        _unmark([(table, np.arange(table.num_rows)) for table in started])
+        return count
 
     def create_checkpoint(
         self,
@@ -324,6 +328,16 @@ def _chunk_rows(path: StorePath, manifest: Manifest, num_rows: int, processes: i
     """Return the rows of one file of a table of this many rows, in a store at this path."""
     row_bytes = manifest.feature_storage.row_bytes(manifest.feature_dim)
     return rows_per_chunk(num_rows, row_bytes, processes, path.feature_chunk_bytes)
+
+
+def _unmark(chosen: Sequence[tuple[RowTable, np.ndarray]]) -> None:
+    """Mark rows of tables as not done."""
+    for table, _ in chosen:
+        # From here on no process computes scores from these tables, or takes earlier ones for theirs.
+        table.set_attributes(finalized=False)
+    for table, rows in chosen:
+        with table:
+            table.unmark(rows)
 
 
 def _check_empty(path: StorePath) -> None:
