@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from function_net import Net, loss
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -11,21 +12,6 @@ from tracer import Tracer
 from tracer.gradients import isolated
 
 CPU = torch.device("cpu")
-
-
-class Net(nn.Module):
-    def __init__(self, function, **parts):
-        super().__init__()
-        self.h, self.o, self.function = nn.Linear(3, 5), nn.Linear(5, 4), function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *args):
-        return self.function(self, *args)
-
-
-def loss(model, batch):
-    return F.cross_entropy(model(*batch[:-1]), batch[-1], reduction="none")
 
 
 def run(model, batches, folder):
