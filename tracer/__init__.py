@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tracer.api.language import build_store
     from tracer.api.token_influence import token_influence
     from tracer.api.tracer import Tracer
+    from tracer.api.traker import TRAKer
     from tracer.data.named_tasks import BinaryClassification, Classification
     from tracer.data.tasks import Task, loss_outputs
     from tracer.data.token_tasks import LanguageModeling
@@ -87,6 +88,7 @@ _HOMES = {
     "tracer.data.token_tasks": ("LanguageModeling",),
     "tracer.api.token_influence": ("token_influence",),
     "tracer.api.tracer": ("Tracer",),
+    "tracer.api.traker": ("TRAKer",),
     "tracer.types": ("SampleOutputs", "TopK"),
 }
 """Where each public name is defined."""
@@ -117,6 +119,7 @@ __all__ = [
     "Regularization",
     "SampleOutputs",
     "StoreError",
+    "TRAKer",
     "Task",
     "TopK",
     "Tracer",

@@ -367,6 +367,27 @@ def test_tuples_are_bound_only_if_that_is_no_guess():
         task.outputs(nn.Linear(4, 3), (x[:, 0], y, torch.arange(5)))
 
 
+class Encoder(nn.Module):
+    """The order of arguments of many encoders, which is not that of tokenizers."""
+
+    def forward(self, input_ids, attention_mask, token_type_ids, **more):
+        value = input_ids * attention_mask + 7 * token_type_ids
+        return torch.stack([value.sum(1), value.square().sum(1)], 1) / 100
+
+
+def test_the_values_of_a_tokenizer_are_bound_by_name():
+    ids = torch.tensor([[1, 5, 9, 2, 4, 2], [1, 6, 2, 3, 2, 0], [1, 7, 2, 8, 3, 2]])
+    types, mask = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]]), (ids > 0).long()
+    y = torch.tensor([0, 1, 1])
+    for task in map(make_task, ("text_classification", "image_classification")):
+        named = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask, "labels": y}
+        expected = task.outputs(Encoder(), named).output
+        torch.testing.assert_close(task.outputs(Encoder(), (ids, types, mask, y)).output, expected)
+        for wrong in (types, torch.zeros_like(types)):
+            with pytest.raises(tracer.BatchError, match="is no attention mask"):
+                task.outputs(Encoder(), (ids, mask, wrong, y))
+
+
 def test_both_inputs_of_a_model_of_two_are_bound():
     task = make_task("image_classification")
     x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])

@@ -16,6 +16,7 @@ from tracer._core.sharding import layer_type
 from tracer._core.validation import check_autocast, check_device, check_model, wrapped_autocast
 from tracer.api.featurizer import Featurizer
 from tracer.api.settings import FeatureSettings
+from tracer.data.model_outputs import ModelOutputTask
 from tracer.data.named_tasks import make_task
 from tracer.data.sampled_labels import SampledTask
 from tracer.data.tasks import LowerPrecision, Task
@@ -71,7 +72,8 @@ class FeaturizerFactory:
     """
 
     def __init__(self, model: nn.Module, task: Any, settings: FeatureSettings) -> None:
-        self.model, self.task, self.settings = check_model(model), make_task(task), settings
+        given = make_task(task)
+        self.model, self.task, self.settings = check_model(model), given, settings
         self.device = check_device(settings.device, self.model)
         self.backend = find_backend(self.model, self.device)
         check_preconditioner(settings.preconditioner, sharded=self.backend.is_sharded)
@@ -85,7 +87,10 @@ class FeaturizerFactory:
         self.shapes = {name: tuple(parameters[name].shape) for name in names}
         dtypes = [parameters[name].dtype for name in names]
         self.dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
-        self.engine = GradientEngine(self.model, self.task, names, settings.gradients, self.device, self.backend)
+        self._method = settings.gradients
+        if self._method == "auto" and isinstance(given, ModelOutputTask):
+            self._method = "functional"  # get_output runs each example alone: layer rules would see batches of one
+        self.engine = GradientEngine(self.model, self.task, names, self._method, self.device, self.backend)
         self.written: set[str | None] = set()
         self.num_restarts = 0
         self._projectors: tuple[int | None, Projector] | None = None  # of the checkpoint used last
@@ -126,8 +131,8 @@ class FeaturizerFactory:
                 "curvature is that of its loss_hess, or else of the given labels, which predicts less",
                 self.task.name,
             )
-        names, method = list(self.shapes), self.settings.gradients
-        return GradientEngine(self.model, task, names, method, self.device, self.backend, for_sums=True)
+        names = list(self.shapes)
+        return GradientEngine(self.model, task, names, self._method, self.device, self.backend, for_sums=True)
 
     def curvature_inputs(self, loaded: LoadedCheckpoint) -> dict[str, Any]:
         """Return everything, apart from what the manifest says, that a checkpoint's curvature is computed from."""

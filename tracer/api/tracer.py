@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from tracer.scoring.readiness import check_finalized
 from tracer.store import Store
 from tracer.types import Batch, Checkpoint
 
+logger = logging.getLogger("tracer")
+
 P = ParamSpec("P")
 Answer = TypeVar("Answer")
 
@@ -42,6 +45,25 @@ def _asks(
     def ask(self: Tracer, /, *args: P.args, **kwargs: P.kwargs) -> Answer:
         prepare(self)
         return method(self.reader, *args, **kwargs)
+
+    return ask
+
+
+def _says_default(method: Callable[Concatenate[Tracer, P], Answer]) -> Callable[Concatenate[Tracer, P], Answer]:
+    """Return ``finalize_scores``, which says once that it gives TracIn to whoever chose neither estimator nor rates."""
+
+    @functools.wraps(method)
+    def ask(self: Tracer, /, *args: P.args, **kwargs: P.kwargs) -> Answer:
+        if len(args) < 2 and "estimator" not in kwargs and not self._said_default:
+            self._said_default = True
+            catalog = self.store.catalog
+            if all(self.store.table_attributes(each).get("learning_rate") is None for each in catalog.checkpoint_ids()):
+                logger.warning(
+                    "finalize_scores() gives TracIn with weight 1 for each checkpoint; pass estimator='trak' for TRAK "
+                    "(Park et al. 2023), 'influence' for what training without an example would change, or 'tracin' to "
+                    "silence this."
+                )
+        return method(self, *args, **kwargs)
 
     return ask
 
@@ -110,6 +132,7 @@ class Tracer:
         self._factory.engine.use_fallback(store.manifest.info.get("fallback", {}))
         self._sources = CheckpointSources()
         self._session: Session | None = None
+        self._said_default = False
 
     open = StoreReader.open
 
@@ -263,7 +286,7 @@ class Tracer:
         self.close() if self._backend.is_sharded else self.flush()
 
     finalize_features = _asks(StoreReader.finalize_features, _finish_batches)
-    finalize_scores = _asks(StoreReader.finalize_scores, _finish_batches)
+    finalize_scores = _says_default(_asks(StoreReader.finalize_scores, _finish_batches))
     top = _asks(StoreReader.top, _finish_batches)
     self_influence = _asks(StoreReader.self_influence, _finish_batches)
     changes_without = _asks(StoreReader.changes_without, _finish_batches)

@@ -37,6 +37,8 @@ def split_labels(model: nn.Module, batch: Batch, task: str) -> tuple[tuple, dict
         if len(inputs) == 1 and isinstance(inputs[0], Mapping):
             args, kwargs = bind_inputs(model, dict(inputs[0]))
             return args, kwargs, _check_labels(labels, task)
+        if (named := _tokenized(model, inputs, task)) is not None:
+            return (), named, _check_labels(labels, task)
         if len(inputs) > 1:
             _check_positional(model, inputs, task)
         return tuple(inputs), {}, _check_labels(labels, task)
@@ -125,6 +127,24 @@ def _check_positional(model: nn.Module, inputs: Sequence[Any], task: str) -> Non
             f"index, a mask, token types?). Pass (inputs, labels), or a mapping with the names of the model's inputs "
             f"and 'labels': {{'{names[0] if names else 'x'}': ..., 'labels': ...}}."
         )
+
+
+_TOKENIZED = ("input_ids", "token_type_ids", "attention_mask")
+
+
+def _tokenized(model: nn.Module, inputs: Sequence[Any], task: str) -> dict[str, Any] | None:
+    """Return three inputs by the names of a tokenizer's values, in its order, if the forward has these names."""
+    # Tokenizers and TRAK have the token types second, many forwards the mask: positions would swap them silently.
+    if len(inputs) != len(_TOKENIZED) or not _signature(model).parameters.keys() >= set(_TOKENIZED):
+        return None
+    named = dict(zip(_TOKENIZED, inputs, strict=True))
+    if not _looks_like_mask(named["input_ids"], named["attention_mask"]):
+        raise BatchError(
+            f"{task}: a batch of 4 values for {type(model).__name__} is taken as {(*_TOKENIZED, 'labels')}, and the "
+            f"third one is no attention mask (1 for tokens, 0 for padding, of the shape of input_ids). Pass a mapping "
+            f"with the names of the model's inputs and 'labels'."
+        )
+    return named
 
 
 def _looks_like_mask(first: Any, mask: Any) -> bool:

@@ -23,6 +23,7 @@ from tracer.data.model_inputs import (
     split_labels,
     upcast_half,
 )
+from tracer.data.model_outputs import ModelOutputTask, is_model_output
 from tracer.data.sampled_labels import LabelDraws
 from tracer.data.tasks import LossTask, Task, loss_outputs
 from tracer.data.token_tasks import LanguageModeling, QuestionAnswering, TokenTask
@@ -184,7 +185,7 @@ TASK_NAMES = tuple(_TASKS)
 
 
 def make_task(task: str | Task | Callable[[nn.Module, Batch], Tensor]) -> Task:
-    """Return the task of a name in `TASK_NAMES` or of a function; a `Task` is returned unchanged.
+    """Return the task of a name in `TASK_NAMES`, of a function or of TRAK's kind; a `Task` is returned unchanged.
 
     Raises:
         InputError: The name is unknown.
@@ -198,6 +199,8 @@ def make_task(task: str | Task | Callable[[nn.Module, Batch], Tensor]) -> Task:
     if isinstance(task, str):
         check_choice("task", task, _TASKS)
         return _TASKS[task]()
+    if is_model_output(task):
+        return ModelOutputTask(task)
     if isinstance(task, type) or not callable(task):
         raise InputTypeError(
             f"task is {task!r}; expected a name ({', '.join(_TASKS)}), a function (model, batch) -> loss [B], or an "
