@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tracer._core.validation import check_choice
+from tracer.data.criteria import CriterionTask, is_criterion
 from tracer.data.model_inputs import (
-    LABEL_KEYS,
     check_classes,
     check_logits,
     check_probabilities,
@@ -169,6 +168,7 @@ class Regression(Task):
 
 
 _TASKS: dict[str, Callable[[], Task]] = {
+    "classification": lambda: Classification("classification"),
     "image_classification": lambda: Classification("image_classification"),
     "text_classification": lambda: Classification("text_classification"),
     "binary_classification": BinaryClassification,
@@ -184,12 +184,12 @@ TASK_NAMES = tuple(_TASKS)
 """The names that ``task=`` accepts."""
 
 
-def make_task(task: str | Task | Callable[[nn.Module, Batch], Tensor]) -> Task:
-    """Return the task of a name in `TASK_NAMES`, of a function or of TRAK's kind; a `Task` is returned unchanged.
+def make_task(task: str | Task | Callable[[Any, Any], Tensor]) -> Task:
+    """Return the task of a name in `TASK_NAMES`, of a function, a loss or of TRAK's kind; a `Task` stays unchanged.
 
     Raises:
         InputError: The name is unknown.
-        InputTypeError: The task is not a name, a function of a model and a batch, or a `Task`.
+        InputTypeError: The task is not a name, a function of two arguments, or a `Task`.
 
     >>> make_task("regression").name
     'regression'
@@ -203,44 +203,7 @@ def make_task(task: str | Task | Callable[[nn.Module, Batch], Tensor]) -> Task:
         return ModelOutputTask(task)
     if isinstance(task, type) or not callable(task):
         raise InputTypeError(
-            f"task is {task!r}; expected a name ({', '.join(_TASKS)}), a function (model, batch) -> loss [B], or an "
-            f"instance of tracer.Task."
+            f"task is {task!r}; expected a name ({', '.join(_TASKS)}), a function (model, batch) -> loss [B], a "
+            f"loss of (outputs, labels), or an instance of tracer.Task."
         )
-    _check_signature(task)
-    return LossTask(task)
-
-
-_MODEL_NAMES = {"model", "m", "net", "network", "module"}
-_OUTPUT_NAMES = {
-    "input",
-    "output",
-    "outputs",
-    "logits",
-    "pred",
-    "preds",
-    "prediction",
-    "predictions",
-    "y_pred",
-    "y_hat",
-}
-_TARGET_NAMES = {*LABEL_KEYS, "y_true", "truth"}
-
-
-def _check_signature(function: Callable) -> None:
-    """Raise `InputTypeError` for a loss of outputs and labels, and for a function that does not take two arguments."""
-    try:
-        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
-    except (TypeError, ValueError):  # some functions in C have none
-        return
-    names = list(signature.parameters)[:2]
-    try:
-        signature.bind(None, None)
-        of_outputs = names[0] in _OUTPUT_NAMES or (names[0] not in _MODEL_NAMES and {*names[1:]} & _TARGET_NAMES)
-    except TypeError:
-        of_outputs = True
-    if of_outputs:
-        raise InputTypeError(
-            f"task is {function!r}, which takes {signature}; expected a function (model, batch) -> loss of each "
-            f"example [B], a name ({', '.join(_TASKS)}), or an instance of tracer.Task. Wrap a loss of outputs and "
-            f"labels, with reduction='none': lambda model, batch: loss(model(batch[0]), batch[1])."
-        )
+    return CriterionTask(task) if is_criterion(task) else LossTask(task)

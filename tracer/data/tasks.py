@@ -150,9 +150,18 @@ class LossTask(Task):
         return settings
 
     def _label(self) -> str:
-        function = self.function.func if isinstance(self.function, functools.partial) else self.function
-        owner = function if hasattr(function, "__qualname__") else type(function)
-        return f"{owner.__module__}.{owner.__qualname__}"
+        return function_label(self.function)
+
+
+def function_label(function: Callable[..., Any]) -> str:
+    """Return the qualified name of a function, or of the class of a callable object.
+
+    >>> function_label(functools.partial(torch.nn.functional.cross_entropy, reduction="none"))
+    'torch.nn.functional.cross_entropy'
+    """
+    function = function.func if isinstance(function, functools.partial) else function
+    owner = function if hasattr(function, "__qualname__") else type(function)
+    return f"{owner.__module__}.{owner.__qualname__}"
 
 
 class LowerPrecision(Task):
