@@ -23,6 +23,7 @@ def of_outputs(outputs, labels):
     return F.cross_entropy(outputs, labels, reduction="none")
 
 
+smoothed = functools.partial(F.cross_entropy, label_smoothing=0.1)
 CLASSES = torch.tensor([0.5, 1.0, 2.0])
 
 
@@ -35,7 +36,7 @@ CLASSES = torch.tensor([0.5, 1.0, 2.0])
         (F.cross_entropy, F.cross_entropy),
         (of_outputs, F.cross_entropy),
         (lambda outputs, labels: F.cross_entropy(outputs, labels, reduction="none"), F.cross_entropy),
-        (functools.partial(F.cross_entropy, label_smoothing=0.1), functools.partial(F.cross_entropy, label_smoothing=0.1)),
+        (smoothed, smoothed),
         # a weighted mean of one example forgets the weight, and so does not serve as the oracle
         (nn.CrossEntropyLoss(weight=CLASSES), functools.partial(F.cross_entropy, weight=CLASSES, reduction="sum")),
         (nn.MultiMarginLoss(), F.multi_margin_loss),

@@ -28,7 +28,7 @@ FOLDERS = [DOCS, DOCS / "examples", DOCS / "results"]
 GUIDES = [ROOT / "README.md", *(path for folder in FOLDERS for path in sorted(folder.glob("*.md")))]
 PAGES = [*GUIDES, *sorted((DOCS / "api").glob("*.md"))]
 RUNNABLE = [path for path in PAGES if "```python" in path.read_text(encoding="utf-8")]
-OPTIONAL = ("captum", "lightning", "matplotlib", "peft", "sklearn", "transformers")
+OPTIONAL = ("captum", "datasets", "lightning", "matplotlib", "peft", "pandas", "sklearn", "transformers")
 FENCE = re.compile(r"^```(\w*|\{[\w-]+\}[^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 

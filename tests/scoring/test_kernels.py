@@ -348,8 +348,6 @@ def test_stores_without_features_have_no_kernels(tmp_path):
     found.store.manifest.settings["storage"] = "none"
     with pytest.raises(CallOrderError, match="estimator='trak' needs stored features"):
         found._kernels(Estimate("trak"), Revisions(found.store, []))
-    with pytest.raises(CallOrderError, match="groups= needs stored features"):
-        found._kernels(Estimate(groups=[0]), Revisions(found.store, []))
 
 
 def gradients_of_margins(run, state, rows) -> tuple[np.ndarray, np.ndarray]:

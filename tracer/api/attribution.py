@@ -24,6 +24,8 @@ from tracer.api.store_reader import StoreReader
 from tracer.api.tracer import Tracer
 from tracer.data.datasets import DataSource, NoExamples, as_data_source
 from tracer.data.halving import Halving
+from tracer.data.named_tasks import make_task
+from tracer.data.tables import InputForm
 from tracer.errors import InputError
 from tracer.gradients.preconditioning import KRONECKER
 from tracer.report import ReportOptions, write_report
@@ -152,7 +154,8 @@ class Attribution:
 
         Args:
             directory: The directory of the files, which is created if it does not exist.
-            inputs: The training examples' inputs as images, vectors, texts or records. Default: none are shown.
+            inputs: The training examples' inputs as images, vectors, texts, records or a DataFrame. Default: none are
+                shown.
             labels: The training examples' labels. Default: those of the store.
             class_names: The name of each class index. Default: the index.
             target_inputs: The targets' inputs. Default: none are shown.
@@ -229,8 +232,9 @@ def attribute(
     Args:
         model: The model; it is not changed.
         task: As for `Tracer`.
-        train: The training examples: a map-style data set, a tuple of tensors, or a `DataLoader`, list or other
-            iterable that yields the same batches or examples each time.
+        train: The training examples: a map-style data set, also one of `datasets`; a tuple of tensors, arrays or
+            tables such as DataFrames, ``(inputs, labels)``, or a table with a column of labels; or a `DataLoader`, list
+            or other iterable that yields the same batches or examples each time.
         targets: The examples to explain, in one of the same forms; None: none yet.
         checkpoints: State dicts or paths, each alone or as ``(checkpoint, learning rate)``; with ``preconditioner=``,
             training checkpoints. An iterator's are loaded one at a time. A path alone may be a folder of checkpoints,
@@ -238,7 +242,8 @@ def attribute(
         save_dir: The directory or URL of the store, which is created if it does not exist.
         batch_size: The batch size, for data sets, tensors and single examples; halved if memory does not suffice.
             Default: 64.
-        collate_fn: Makes a batch of a data set's examples. Default: that of `DataLoader`.
+        collate_fn: Makes a batch of a data set's examples; or a tokenizer, which pads them. Default: that of
+            `DataLoader`.
         exp_name: The name of the targets in the store.
         estimator: ``tracin``, ``cosine``, ``influence``, ``trak`` or ``source``, as in `Tracer.finalize_scores`.
             Default: ``tracin``.
@@ -277,9 +282,10 @@ def attribute(
             check_headers(check_model(model), checkpoint, options.get("checkpoint_key"))
     size = check_count(batch_size, "batch_size")
     in_order = bool(options.get("check_rows", True))
-    train_rows = as_data_source(train, "train", size, collate_fn, in_order)
+    forms = [InputForm.of(check_model(model), make_task(each)) for each in (task, options.get("target_task") or task)]
+    train_rows = as_data_source(train, "train", size, collate_fn, in_order, forms[0])
     explained = NoExamples() if targets is None else targets
-    target_rows = as_data_source(explained, "targets", size, collate_fn, in_order)
+    target_rows = as_data_source(explained, "targets", size, collate_fn, in_order, forms[1])
     options["storage"] = chosen_storage(options, bool(estimate.kernel)).name
     if estimate.is_unrolled and not options.setdefault("shared_projection", True):
         raise InputError("expected shared_projection=True with estimator='source', got False; leave it out.")

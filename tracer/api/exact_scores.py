@@ -83,19 +83,23 @@ def score_exactly(
         )
     model_id, batch_size = check_model_id(model_id), check_count(batch_size, "batch_size")
     in_order = bool(factory.settings.check_rows)
-    train_rows = as_training_source(train, _tracer.train_set_size, batch_size, collate_fn, in_order)
-    target_rows = as_data_source(targets, "targets", batch_size, collate_fn, in_order)
+    train_rows = as_training_source(
+        train, _tracer.train_set_size, batch_size, collate_fn, in_order, factory.form_of(None)
+    )
+    target_rows = as_data_source(targets, "targets", batch_size, collate_fn, in_order, factory.form_of(exp_name))
     loaded = factory.read(checkpoint)
     check_weights(store.checkpoint(model_id), loaded.fingerprint, model_id)
     _tracer.close()
-    target_table(store, exp_name, model_id, len(target_rows))
-    factory.engine.use_weights(loaded.fingerprint)
+    target_table(store, exp_name, model_id, len(target_rows), factory.target_settings)
+    for engine in {factory.engine, factory.target_engine}:
+        engine.use_weights(loaded.fingerprint)
     settings = factory.settings
     factory.written |= {None, exp_name}
-    featurizer = factory.make(loaded, model_id, store)
+    engines = factory.engine, factory.target_engine
+    featurizers = [factory.make(loaded, model_id, store, engine) for engine in engines]
     while True:
         try:
-            writer = CosineWriter(featurizer, store, exp_name, model_id, settings.memory_bytes, settings.progress)
+            writer = CosineWriter(*featurizers, store, exp_name, model_id, settings.memory_bytes, settings.progress)
             return writer.run(train_rows, target_rows)
         except GradientsChanged as change:
             factory.forget(store, change)
@@ -105,7 +109,8 @@ class CosineWriter:
     """Computes the cosines of a set of targets at a checkpoint and stores them with losses, derivatives and norms.
 
     Args:
-        featurizer: Runs the model at the checkpoint.
+        featurizer: Runs the model at the checkpoint on training examples.
+        target_featurizer: Runs it on targets.
         store: The store, which has the tables of training examples and of targets.
         exp_name: The name of the targets.
         model_id: The checkpoint.
@@ -116,13 +121,15 @@ class CosineWriter:
     def __init__(
         self,
         featurizer: Featurizer,
+        target_featurizer: Featurizer,
         store: Store,
         exp_name: str,
         model_id: int,
         memory_bytes: int,
         progress: bool | None = None,
     ) -> None:
-        self._featurizer, self._store, self._exp_name = featurizer, store, exp_name
+        self._featurizer, self._target_featurizer = featurizer, target_featurizer
+        self._store, self._exp_name = store, exp_name
         self._memory_bytes, self._progress = memory_bytes, progress
         self._train, self._targets = store.checkpoint(model_id), store.targets(exp_name, model_id)
         self._revisions = Revisions(store, [model_id], exp_name)
@@ -181,7 +188,7 @@ class CosineWriter:
             sink = _HoldingSink(len(rows), self._featurizer.device)
             # Factors may be views of the batch, whose memory a loader may use again.
             own = map_leaves(batch, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
-            self._run(self._targets, own, rows, sink, self._same_targets)
+            self._run(self._target_featurizer, self._targets, own, rows, sink, self._same_targets)
             held.append(_lengths(sink.squared_norm), sink.pieces)
             if size is None and held.num_bytes() > self._memory_bytes:
                 break
@@ -200,7 +207,7 @@ class CosineWriter:
             bar.update(len(train) - sum(map(len, rows)))
             for batch, inds in exact_batches(train, np.concatenate(rows)):
                 sink = _ProductSink(held, len(inds), self._featurizer.device)
-                self._run(self._train, batch, inds, sink, self._same_rows)
+                self._run(self._featurizer, self._train, batch, inds, sink, self._same_rows)
                 cosines = (sink.products / _lengths(sink.squared_norm)[:, None]).to("cpu", torch.float32).numpy()
                 _check_finite(cosines, inds)
                 for tile in np.unique(inds // block.tile_rows).tolist():
@@ -217,6 +224,7 @@ class CosineWriter:
 
     def _run(
         self,
+        featurizer: Featurizer,
         table: RowTable,
         batch: Batch,
         rows: np.ndarray,
@@ -224,10 +232,10 @@ class CosineWriter:
         same_rows: RowTable | None = None,
     ) -> None:
         """Run a batch, and write the values of examples that are not stored yet."""
-        fingerprint, known = self._featurizer.check(table, batch, rows, same_rows)
-        outputs = self._featurizer.run(batch, len(rows), sink)
+        fingerprint, known = featurizer.check(table, batch, rows, same_rows)
+        outputs = featurizer.run(batch, len(rows), sink)
         new = ~known
-        values = row_values(outputs, sink.squared_norm, self._featurizer.engine.audited)
+        values = row_values(outputs, sink.squared_norm, featurizer.engine.audited)
         write_values(table, rows[new], values.select(new), fingerprint[new])
 
 

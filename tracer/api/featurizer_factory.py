@@ -19,6 +19,7 @@ from tracer.api.settings import FeatureSettings
 from tracer.data.model_outputs import ModelOutputTask
 from tracer.data.named_tasks import make_task
 from tracer.data.sampled_labels import SampledTask
+from tracer.data.tables import InputForm
 from tracer.data.tasks import LowerPrecision, Task
 from tracer.errors import CallOrderError, MismatchError
 from tracer.gradients import GradientEngine, GradientsChanged, select_parameters
@@ -34,7 +35,7 @@ from tracer.projection import Projector, make_projector
 from tracer.store import RowTable, Store
 from tracer.store.curvature import load_curvature
 from tracer.store.feature_storage import FeatureStorage
-from tracer.store.manifest import Manifest
+from tracer.store.manifest import Manifest, json_value
 from tracer.training.adam import read_training_checkpoint
 from tracer.training.lend_weights import LoadedWeights
 from tracer.types import Checkpoint
@@ -60,10 +61,12 @@ class FeaturizerFactory:
 
     Attributes:
         model: The model without wrappers.
-        task: The task.
+        task: The task of training examples.
+        target_task: The task of targets, if it is another one; else None.
         device: The device to compute on.
         backend: How the model runs.
-        engine: Computes per-sample gradients.
+        engine: Computes per-sample gradients of training examples.
+        target_engine: Computes per-sample gradients of targets; the same engine if they have the same task.
         settings: As passed.
         shapes: The shape of each selected parameter.
         dtype: The dtype of whitened gradients: float64 if a selected parameter is, else float32.
@@ -72,29 +75,60 @@ class FeaturizerFactory:
     """
 
     def __init__(self, model: nn.Module, task: Any, settings: FeatureSettings) -> None:
-        given = make_task(task)
-        self.model, self.task, self.settings = check_model(model), given, settings
+        self.model, self.settings = check_model(model), settings
         self.device = check_device(settings.device, self.model)
         self.backend = find_backend(self.model, self.device)
         check_preconditioner(settings.preconditioner, sharded=self.backend.is_sharded)
         dtype = check_autocast(settings.autocast)
         if dtype is None and (dtype := wrapped_autocast(self.model)) is not None:
             logger.info("the model's forward is wrapped in torch.autocast: recorded as autocast=%s", dtype)
-        if dtype is not None:
-            self.task = LowerPrecision(self.task, dtype, self.device)
+        self._dtype = dtype
+        self.task = self._in_precision(make_task(task))
+        self.target_task = None if settings.target_task is None else self._in_precision(make_task(settings.target_task))
         names = select_parameters(self.model, settings.params)
         parameters: Mapping[str, torch.Tensor] = dict(self.model.named_parameters())
         self.shapes = {name: tuple(parameters[name].shape) for name in names}
         dtypes = [parameters[name].dtype for name in names]
         self.dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
-        self._method = settings.gradients
-        if self._method == "auto" and isinstance(given, ModelOutputTask):
-            self._method = "functional"  # get_output runs each example alone: layer rules would see batches of one
-        self.engine = GradientEngine(self.model, self.task, names, self._method, self.device, self.backend)
+        self.engine = self.target_engine = self._engine(self.task)
+        if self.target_task is not None:
+            self.target_engine = self._engine(self.target_task)
         self.written: set[str | None] = set()
         self.num_restarts = 0
         self._projectors: tuple[int | None, Projector] | None = None  # of the checkpoint used last
         self._whitening: tuple[tuple[int, str], Preconditioner] | None = None  # of that checkpoint too
+
+    def _engine(self, task: Task, for_sums: bool = False) -> GradientEngine:
+        method, inner = self.settings.gradients, task
+        while isinstance(inner, (LowerPrecision, SampledTask)):
+            inner = inner.task
+        if method == "auto" and isinstance(inner, ModelOutputTask):
+            method = "functional"  # get_output runs each example alone: layer rules would see batches of one
+        return GradientEngine(self.model, task, list(self.shapes), method, self.device, self.backend, for_sums)
+
+    def _in_precision(self, task: Task) -> Task:
+        return task if self._dtype is None else LowerPrecision(task, self._dtype, self.device)
+
+    def engine_of(self, exp_name: str | None) -> GradientEngine:
+        """Return the engine for targets of a name, or for training examples (None)."""
+        return self.engine if exp_name is None else self.target_engine
+
+    def use_fallback(self, reasons: Mapping[str, str]) -> None:
+        """Compute some parameters by the fallback, since capture was wrong for them before."""
+        for engine in {self.engine, self.target_engine}:
+            engine.use_fallback(reasons)
+
+    def form_of(self, exp_name: str | None) -> InputForm:
+        """Return the form in which the model takes arrays and tables of targets, or of training examples (None)."""
+        return InputForm.of(self.model, self.task if exp_name is None else self.target_task or self.task)
+
+    @property
+    def target_settings(self) -> dict[str, Any] | None:
+        """The settings of the targets' task, as a store keeps them; None if it is that of training examples."""
+        if self.target_task is None:
+            return None
+        settings = json_value(self.target_task.settings(), "target_task")
+        return None if settings == json_value(self.task.settings(), "task") else settings
 
     def manifest(self, train_set_size: int) -> Manifest:
         """Return the manifest of a store for the features of ``train_set_size`` examples."""
@@ -131,8 +165,7 @@ class FeaturizerFactory:
                 "curvature is that of its loss_hess, or else of the given labels, which predicts less",
                 self.task.name,
             )
-        names = list(self.shapes)
-        return GradientEngine(self.model, task, names, self._method, self.device, self.backend, for_sums=True)
+        return self._engine(task, for_sums=True)
 
     def curvature_inputs(self, loaded: LoadedCheckpoint) -> dict[str, Any]:
         """Return everything, apart from what the manifest says, that a checkpoint's curvature is computed from."""
@@ -152,8 +185,10 @@ class FeaturizerFactory:
             self._whitening = key, KroneckerPreconditioner.restored(tensors)
         return self._whitening[1]
 
-    def make(self, loaded: LoadedCheckpoint, model_id: int, store: Store) -> Featurizer:
-        """Return the featurizer of a checkpoint."""
+    def make(
+        self, loaded: LoadedCheckpoint, model_id: int, store: Store, engine: GradientEngine | None = None
+    ) -> Featurizer:
+        """Return the featurizer of a checkpoint, of training examples unless it gets the engine of targets."""
         projector = None
         if FeatureStorage(self.settings.storage).stores_features:
             key = None if self.settings.shared_projection else model_id
@@ -169,7 +204,9 @@ class FeaturizerFactory:
 
         check_rows = bool(self.settings.check_rows)
         rotates = FeatureStorage(self.settings.storage).is_binary
-        return Featurizer(self.engine, loaded.weights, projector, self.device, check_rows, preconditioner, rotates)
+        return Featurizer(
+            engine or self.engine, loaded.weights, projector, self.device, check_rows, preconditioner, rotates
+        )
 
     def forget(self, store: Store, reason: GradientsChanged) -> None:
         """Forget the features that may be wrong, and remember in the store which parameters capture is wrong for."""
@@ -179,7 +216,7 @@ class FeaturizerFactory:
                 "%s All %d %s are forgotten.", reason, rows, "training examples" if exp_name is None else "targets"
             )
             store.invalidate_rows(np.arange(rows), exp_name)
-        store.set_info(fallback=dict(self.engine.fallback))
+        store.set_info(fallback={**self.engine.fallback, **self.target_engine.fallback})
         self.num_restarts += 1
 
     def _projector(self, model_id: int | None) -> Projector:

@@ -77,14 +77,15 @@ def query(
         )
     _tracer.flush()
     chosen, indices = _tracer.reader.check_query(k, kind, estimate, model_ids, rows, labels)
+    batch = factory.form_of("targets").batch(batch)
     num_rows, targets = count_samples(batch), []
     check_batch_size(batch, num_rows)
     for model_id in chosen:
         table = store.checkpoint(model_id)
         loaded = factory.read(_tracer._sources.find(model_id, table, checkpoint_dirs))
         check_weights(table, loaded.fingerprint, model_id)
-        featurizer = factory.make(loaded, model_id, store)
-        with factory.engine.using_weights(loaded.fingerprint):
+        featurizer = factory.make(loaded, model_id, store, factory.target_engine)
+        with factory.target_engine.using_weights(loaded.fingerprint):
             try:
                 values = featurizer.compute(batch, num_rows)
             except GradientsChanged as change:

@@ -39,7 +39,7 @@ class StoreFacts:
             train_labels=_labels(tables[0]),
             target_labels=_labels(store.targets(exp_name, chosen[0])),
             losses=losses if np.isfinite(losses).all() else None,
-            settings=_settings(store, chosen),
+            settings=_settings(store, chosen, exp_name),
         )
 
 
@@ -49,7 +49,7 @@ def _labels(table: RowTable) -> np.ndarray | None:
     return None if (labels == NO_LABEL).any() else labels.astype(np.int64)
 
 
-def _settings(store: Store, model_ids: Sequence[int]) -> dict[str, Any]:
+def _settings(store: Store, model_ids: Sequence[int], exp_name: str) -> dict[str, Any]:
     """Return checkpoints, learning rates, settings, versions and the path of a store."""
     manifest = store.manifest
     settings = manifest.settings
@@ -57,6 +57,9 @@ def _settings(store: Store, model_ids: Sequence[int]) -> dict[str, Any]:
     shown: dict[str, Any] = {"checkpoints": len(model_ids)}
     if all(rate is not None for rate in rates):
         shown["learning rates"] = ", ".join(dict.fromkeys(f"{rate:g}" for rate in rates))
+    of_targets = store.table_attributes(model_ids[0], exp_name).get("target_task")
+    if of_targets:
+        shown["target task"] = _words(of_targets)
     for name in ("task", "projector", "preconditioner"):
         if settings.get(name):
             shown[name] = _words(settings[name])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +16,7 @@ from tracer.api.featurizer_factory import FeaturizerFactory, LoadedCheckpoint, c
 from tracer.data.batches import leaves
 from tracer.data.fingerprints import fingerprint_samples
 from tracer.data.indices import ExampleIndices, IndexCursor
+from tracer.data.tables import InputForm
 from tracer.errors import CallOrderError, MismatchError
 from tracer.gradients import GradientsChanged
 from tracer.store import RowTable, Store
@@ -44,6 +46,7 @@ class Session:
         compared: A table of the same examples at another checkpoint, whose fingerprints must be equal, or None.
         forget: Forgets everything that was computed, since gradients turned out to be wrong.
         loaded: The checkpoint.
+        form: How the model takes arrays and tables.
 
     Attributes:
         role: As passed.
@@ -60,10 +63,11 @@ class Session:
         compared: RowTable | None,
         forget: Callable[[GradientsChanged], None],
         loaded: LoadedCheckpoint,
+        form: InputForm,
     ) -> None:
         self.role, self.table, self.featurizer, self.loaded = role, open_table(), featurizer, loaded
         self._open_table, self._compared, self._forget = open_table, compared, forget
-        self._backend = featurizer.engine.backend
+        self._backend, self._form = featurizer.engine.backend, form
         self._cursor = IndexCursor(self.table.num_rows, "train_set_size" if role == FEATURIZE else "num_targets")
         self._held: list[tuple[Batch, np.ndarray]] = []
         self._held_bytes = 0
@@ -71,7 +75,7 @@ class Session:
     def write(self, batch: Batch, inds: ExampleIndices | None, num_samples: int | None) -> None:
         """Compute and store the rows of a batch that are not stored yet."""
         with self._backend.step():
-            rows = self._cursor.indices(inds, num_samples)
+            batch, rows = self._form.batch(batch), self._cursor.indices(inds, num_samples)
             todo = [(batch, rows)]
             while todo:
                 try:
@@ -178,14 +182,20 @@ def begin_scoring(
     check_weights(known, loaded.fingerprint, model_id)
     agreed = (model_id, num_targets, exp_name, loaded.fingerprint)
     with factory.backend.rank_zero_first("arguments", agreed):
-        target_table(store, exp_name, model_id, num_targets).close()
+        target_table(store, exp_name, model_id, num_targets, factory.target_settings).close()
         sources.remember(model_id, checkpoint, known)
     compared = store.other_targets(exp_name, model_id)
     return _session(factory, store, loaded, model_id, exp_name, lambda: store.targets(exp_name, model_id), compared)
 
 
-def target_table(store: Store, exp_name: str, model_id: int, num_targets: int) -> RowTable:
-    """Return the table of a set of targets at a checkpoint, new or existing, or raise MismatchError by their number."""
+def target_table(
+    store: Store, exp_name: str, model_id: int, num_targets: int, task: Mapping[str, Any] | None
+) -> RowTable:
+    """Return the table of a set of targets at a checkpoint, new or existing.
+
+    Raises:
+        MismatchError: If the set has another number of targets, or another task of its own.
+    """
     own = store.targets(exp_name, model_id) if store.catalog.has_targets(exp_name, model_id) else None
     for known in (own, store.other_targets(exp_name, model_id)):
         if known is not None and known.num_rows != num_targets:
@@ -193,9 +203,19 @@ def target_table(store: Store, exp_name: str, model_id: int, num_targets: int) -
                 f"expected num_targets={known.num_rows}, as exp_name={exp_name!r} has at checkpoint {known.path.name}, "
                 f"got num_targets={num_targets}; pass num_targets={known.num_rows}, or choose another exp_name."
             )
+        stored = None if known is None else known.attributes.get("target_task")
+        if known is not None and stored != task:
+            raise MismatchError(
+                f"expected target_task={_task_text(stored)}, as exp_name={exp_name!r} has at checkpoint "
+                f"{known.path.name}, got {_task_text(task)}; pass the same one, or choose another exp_name."
+            )
     if own is not None:
         return own
-    return store.create_targets(exp_name, model_id, num_targets)
+    return store.create_targets(exp_name, model_id, num_targets, target_task=task)
+
+
+def _task_text(settings: Mapping[str, Any] | None) -> str:
+    return "None (that of training examples)" if settings is None else str(dict(settings))
 
 
 def _session(
@@ -207,8 +227,17 @@ def _session(
     open_table: Callable[[], RowTable],
     compared: RowTable | None,
 ) -> Session:
-    factory.engine.use_weights(loaded.fingerprint)
+    engine = factory.engine_of(exp_name)
+    engine.use_weights(loaded.fingerprint)
     factory.written.add(exp_name)
     role = FEATURIZE if exp_name is None else SCORE
     forget = partial(factory.forget, store)
-    return Session(role, open_table, factory.make(loaded, model_id, store), compared, forget, loaded)
+    return Session(
+        role,
+        open_table,
+        factory.make(loaded, model_id, store, engine),
+        compared,
+        forget,
+        loaded,
+        factory.form_of(exp_name),
+    )

@@ -54,6 +54,11 @@ class FeatureSettings:
         "``sketch``, ``none`` (exact gradients), ``rademacher``, ``gaussian``, ``factored`` or ``fast_jl``.",
         ("sketch", "none", "rademacher", "gaussian", "factored", "fast_jl"),
     )
+    target_task: Any = _setting(
+        None,
+        "The task of targets, if it is another one than ``task``: in any of its forms. Positive scores lower what it "
+        "gives, so return the negative of what should grow. None: ``task``.",
+    )
     gradients: str = _setting(
         "auto",
         "``auto`` (layer rules, and ``torch.func`` as the fallback), ``capture`` (layer rules only) or ``functional`` "
@@ -154,6 +159,7 @@ class FeatureOptions(TypedDict, total=False):
     """The fields of `FeatureSettings` as keyword arguments, apart from ``proj_dim``."""
 
     projector: str
+    target_task: Any
     gradients: str
     params: ParamSelection
     storage: str

@@ -78,9 +78,10 @@ class Tracer:
 
     Args:
         model: The model. Its own weights do not matter: each checkpoint's are lent to it for each batch.
-        task: A name (``image_classification``, ``text_classification``, ``binary_classification``, ``regression``,
-            ``language_modeling``, ``masked_language_modeling``, ``seq2seq``, ``token_classification``,
-            ``question_answering``), a function ``(model, batch) -> loss [B]``, or a `Task`.
+        task: A name (``classification``, ``image_classification``, ``text_classification``,
+            ``binary_classification``, ``regression``, ``language_modeling``, ``masked_language_modeling``, ``seq2seq``,
+            ``token_classification``, ``question_answering``), a function ``(model, batch) -> loss [B]``, a loss of
+            ``(outputs, labels)`` such as `torch.nn.CrossEntropyLoss`, or a `Task`.
         train_set_size: The number of training examples ``N``.
         save_dir: The directory or URL of the store, which is created if it does not exist.
         proj_dim: The number of values ``k`` stored of an example's gradient; inner products have a relative RMS error
@@ -129,7 +130,7 @@ class Tracer:
             store = opened(settings.resume or process.together)
         self.reader = StoreReader(store, self._factory.device, process, settings.memory_bytes, settings.progress)
         self.model, self.device, self.process = self._factory.model, self._factory.device, process
-        self._factory.engine.use_fallback(store.manifest.info.get("fallback", {}))
+        self._factory.use_fallback(store.manifest.info.get("fallback", {}))
         self._sources = CheckpointSources()
         self._session: Session | None = None
         self._said_default = False
@@ -191,7 +192,8 @@ class Tracer:
         if self._factory.settings.preconditioner not in KRONECKER:
             raise CallOrderError("fit_curvature is for preconditioner='kfac' and 'ekfac'; this Tracer has neither.")
         in_order = bool(self._factory.settings.check_rows)
-        source = as_training_source(train, self.train_set_size, batch_size, collate_fn, in_order)
+        form = self._factory.form_of(None)
+        source = as_training_source(train, self.train_set_size, batch_size, collate_fn, in_order, form)
         fit = CurvatureFit(self._factory, self.store, session.loaded, int(session.table.path.name), self.process)
         session.flush()
         fit.run(source)

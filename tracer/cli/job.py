@@ -11,11 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from tracer._core.validation import check_count
+from tracer._core.validation import check_count, check_model
 from tracer.api.attribution import Attribution, attribute
 from tracer.api.settings import FeatureSettings
 from tracer.cli.app import UserCodeError
 from tracer.data.datasets import DataSource, as_data_source
+from tracer.data.named_tasks import make_task
+from tracer.data.tables import AS_THEY_ARE, InputForm
 from tracer.errors import InputError, InputTypeError, nearest_name
 from tracer.training.checkpoint_paths import WeightedPaths, find_checkpoints
 
@@ -46,16 +48,20 @@ class Job:
             raise InputTypeError(
                 f"model: {settings['model']} returned a {type(model).__name__}; expected a torch.nn.Module."
             )
-        train, targets = (load_data(settings, name) for name in ("train", "targets"))
+        task = load_task(settings["task"])
+        options = {name: value for name, value in settings.items() if name in FeatureSettings.__annotations__}
+        if "target_task" in options:
+            options["target_task"] = load_task(options["target_task"])
+        forms = [InputForm.of(check_model(model), make_task(each)) for each in (task, options.get("target_task", task))]
         return cls(
             model,
-            load_task(settings["task"]),
-            train,
-            targets,
+            task,
+            load_data(settings, "train", forms[0]),
+            load_data(settings, "targets", forms[1]),
             checkpoints,
             settings["save_dir"],
             {name: settings[name] for name in RANKING if name in settings},
-            {name: value for name, value in settings.items() if name in FeatureSettings.__annotations__},
+            options,
             notes,
         )
 
@@ -66,12 +72,12 @@ class Job:
         return attribute(self.model, self.task, train, targets, checkpoints, **options)
 
 
-def load_data(settings: Mapping[str, Any], name: str) -> DataSource:
-    """Return the examples of the setting ``train`` or ``targets``."""
+def load_data(settings: Mapping[str, Any], name: str, form: InputForm = AS_THEY_ARE) -> DataSource:
+    """Return the examples of the setting ``train`` or ``targets``, for a model that takes them in a form."""
     collate = resolve(settings["collate_fn"], "collate_fn") if "collate_fn" in settings else None
     batch_size = check_count(settings.get("batch_size", 64), "batch_size")
     in_order = bool(settings.get("check_rows", True))
-    return as_data_source(build(settings[name], name), name, batch_size, collate, in_order)
+    return as_data_source(build(settings[name], name), name, batch_size, collate, in_order, form)
 
 
 def load_task(task: str) -> Any:

@@ -126,6 +126,7 @@ def _from_fields(settings: type, names: Sequence[str], section: str) -> tuple[Se
 
 
 _INPUT, _FEATURES, _SCORES, _EXECUTION = "Inputs", "Gradients and storage", "Scores", "Execution"
+_INPUT_NAMES = ("target_task",)
 _EXECUTION_NAMES = ("device", "memory_bytes", "process", "resume", "progress")
 # Values that a shell writes differently from Python
 _HELP = {
@@ -140,7 +141,9 @@ _EXAMPLES = {
 
 _FEATURE_SETTINGS = (
     *_from_fields(
-        FeatureSettings, [name for name in FeatureSettings.__annotations__ if name not in _EXECUTION_NAMES], _FEATURES
+        FeatureSettings,
+        [name for name in FeatureSettings.__annotations__ if name not in (*_INPUT_NAMES, *_EXECUTION_NAMES)],
+        _FEATURES,
     ),
     *_from_fields(Estimate, ("estimator", "target", "regularization"), _SCORES),
 )
@@ -153,9 +156,10 @@ _CHECKPOINTS = Setting(
 SETTINGS = (
     Setting("model", "str", _INPUT, "Model, as module:callable, which builds it.", '"training:build_model"', True),
     Setting(
-        "task", "str", _INPUT, "A task's name, or module:callable of a loss function or Task.",
+        "task", "str", _INPUT, "A task's name, or module:callable of a loss or Task.",
         '"image_classification"', True,
     ),
+    Setting("target_task", "str", _INPUT, "The task of targets, if it is another one. Default: task.", '"regression"'),
     Setting("train", "str", _INPUT, "Training examples, as module:callable.", '"training:train_set"', True),
     Setting("targets", "str", _INPUT, "Examples to explain, as module:callable.", '"training:test_set"', True),
     _CHECKPOINTS,

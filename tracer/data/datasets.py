@@ -25,9 +25,19 @@ from torch.utils.data import (
 )
 
 from tracer._core.validation import check_count
-from tracer.data.batches import check_batch_size, count_samples, leaves, select_samples, tensor_from_numpy
+from tracer.data.batches import check_batch_size, count_samples, leaves, select_samples
 from tracer.data.fingerprints import fingerprint_samples
 from tracer.data.model_inputs import as_mapping, label_key
+from tracer.data.tables import (
+    AS_THEY_ARE,
+    InputForm,
+    as_collate_fn,
+    is_array,
+    is_frame,
+    is_hugging_face,
+    prepared,
+    with_labels,
+)
 from tracer.errors import InputError, InputTypeError
 from tracer.types import Batch
 
@@ -87,6 +97,7 @@ class IteratedSource(DataSource):
         collate: Collates so many examples; None if the data yield batches, or if the first item is to decide.
         batch_size: The batch size of examples that are collated.
         check_order: Whether each pass must yield what the first one did.
+        form: How the model takes arrays and tables. Default: as they are.
     """
 
     def __init__(
@@ -96,8 +107,10 @@ class IteratedSource(DataSource):
         batch_size: int = 1,
         collate: Callable[[list], Batch] | None = None,
         check_order: bool = False,
+        form: InputForm = AS_THEY_ARE,
     ) -> None:
         self._data, self._name, self._collate, self._batch_size = data, name, collate, batch_size
+        self._form = form
         self._starts, self._hashes = [0], []
         for batch in self._items():
             size = count_samples(batch)
@@ -129,6 +142,9 @@ class IteratedSource(DataSource):
             raise InputError(self._other_order(start))
 
     def _items(self) -> Iterator[Batch]:
+        yield from map(self._form.batch, self._batches())
+
+    def _batches(self) -> Iterator[Batch]:
         items = iter(self._data)
         for first in items:
             items = chain([first], items)
@@ -153,17 +169,19 @@ def as_data_source(
     batch_size: int,
     collate_fn: Callable[[list], Batch] | None = None,
     check_order: bool = True,
+    form: InputForm = AS_THEY_ARE,
 ) -> DataSource:
     """Return an adapter for data as users pass it.
 
     Args:
-        data: A map-style data set; a tuple of tensors or arrays, examples first; a `DataLoader` or another iterable
-            that yields the same batches, or single examples, each time; a list of them; or a `DataSource`, which is
-            returned unchanged.
+        data: A map-style data set; a tuple of tensors, arrays or tables, examples first; a table with a column of
+            labels; a `DataLoader` or another iterable that yields the same batches, or single examples, each time; a
+            list of them; or a `DataSource`, which is returned unchanged.
         name: The argument's name, for messages.
         batch_size: The batch size for data sets, tensors and single examples.
-        collate_fn: Makes a batch of examples.
+        collate_fn: Makes a batch of examples; or a tokenizer, which pads them.
         check_order: Whether loaders and other iterables must yield equal examples in each pass.
+        form: How the model takes arrays and tables. Default: as they are.
 
     Returns:
         The adapter. It yields every example, also of a plain `DataLoader` with ``drop_last``.
@@ -172,17 +190,23 @@ def as_data_source(
         InputError: There are no examples, or a loader shuffles.
         InputTypeError: The data are none of these.
     """
-    source = data if isinstance(data, DataSource) else _adapt(data, name, batch_size, collate_fn, check_order)
+    collate_fn = as_collate_fn(collate_fn)
+    source = data if isinstance(data, DataSource) else _adapt(data, name, batch_size, collate_fn, check_order, form)
     if not len(source) and source is not data:
         raise InputError(f"{name} has no examples; expected at least one.")
     return source
 
 
 def as_training_source(
-    data: Any, size: int, batch_size: int, collate_fn: Callable[[list], Batch] | None, check_order: bool
+    data: Any,
+    size: int,
+    batch_size: int,
+    collate_fn: Callable[[list], Batch] | None,
+    check_order: bool,
+    form: InputForm = AS_THEY_ARE,
 ) -> DataSource:
     """Return an adapter for all of ``size`` training examples; see `as_data_source`."""
-    source = as_data_source(data, "train", check_count(batch_size, "batch_size"), collate_fn, check_order)
+    source = as_data_source(data, "train", check_count(batch_size, "batch_size"), collate_fn, check_order, form)
     if len(source) != size:
         raise InputError(f"train has {len(source)} rows; expected train_set_size={size}.")
     return source
@@ -211,14 +235,23 @@ def is_sample(item: Any, has_collate_fn: bool = False) -> bool:
 
 
 def _adapt(
-    data: Any, name: str, batch_size: int, collate_fn: Callable[[list], Batch] | None, check_order: bool
+    data: Any,
+    name: str,
+    batch_size: int,
+    collate_fn: Callable[[list], Batch] | None,
+    check_order: bool,
+    form: InputForm,
 ) -> DataSource:
+    if is_frame(data):
+        data = with_labels(data, name)
+    if is_hugging_face(data):
+        data = prepared(data, name, form, collate_fn)
     if isinstance(data, DataLoader):
         _check_sampler(data, name)
         if _is_plain(data):
             return _loader_source(data)
-    if isinstance(data, tuple) and data and all(isinstance(column, (Tensor, np.ndarray)) for column in data):
-        columns = [tensor_from_numpy(column) if isinstance(column, np.ndarray) else column for column in data]
+    if isinstance(data, tuple) and data and all(isinstance(column, Tensor) or is_array(column) for column in data):
+        columns = form.tensors(data, name)
         if len({len(column) if column.ndim else None for column in columns}) != 1 or not columns[0].ndim:
             shapes = [tuple(column.shape) for column in columns]
             raise InputError(f"{name} is a tuple of tensors; expected one length for all of them, got shapes {shapes}.")
@@ -231,14 +264,14 @@ def _adapt(
     if not hasattr(data, "__iter__") or isinstance(data, (Tensor, Mapping, str, bytes)):
         raise InputTypeError(
             f"{name} is a {type(data).__name__}; expected a data set with __len__ and __getitem__, a tuple of tensors, "
-            f"a torch DataLoader or another iterable of batches, or a list of batches or examples."
+            f"arrays or tables, a torch DataLoader or another iterable of batches, or a list of batches or examples."
         )
     if isinstance(data, Iterator) and not hasattr(data, "__len__"):  # some loaders are their own iterators
         raise InputTypeError(
             f"{name} is a {type(data).__name__}, which can be iterated only once; expected data that every checkpoint "
             f"can iterate again. Pass a list, a data set or a DataLoader; or write the loop yourself: {_LOOP}."
         )
-    return IteratedSource(data, name, batch_size, collate_fn or default_collate, check_order and not is_list)
+    return IteratedSource(data, name, batch_size, collate_fn or default_collate, check_order and not is_list, form)
 
 
 def _is_plain(loader: DataLoader) -> bool:

@@ -87,6 +87,12 @@ def _parameters(model: nn.Module) -> dict[str, inspect.Parameter] | None:
     return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else parameters
 
 
+def forward_names(model: nn.Module) -> frozenset[str] | None:
+    """Return the names of the arguments of a model's forward; None if it has no names."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return frozenset(name for name, p in _signature(model).parameters.items() if p.kind in named) or None
+
+
 def bind_inputs(model: nn.Module, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Return a mapping as arguments of the forward: a single entry also by position; unknown ones are dropped."""
     accepted = _parameters(model)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from tracer.data.tables import frame_numbers, is_frame
 from tracer.errors import InputError
 from tracer.report.text import as_text
 
@@ -44,6 +45,10 @@ class Samples:
         feature_names: Sequence[str] | None = None,
     ) -> None:
         self.size = size
+        if is_frame(inputs):
+            feature_names = [str(name) for name in inputs.columns] if feature_names is None else feature_names
+            numbers = frame_numbers(inputs)
+            inputs = _records(inputs) if numbers is None else numbers
         self.inputs = np.zeros(size) if inputs is None else as_array(_as_texts(inputs, feature_names), f"{role}_inputs")
         self.labels = None if labels is None else _names(labels, f"{role}_labels", class_names)
         self.predictions = None if predictions is None else _names(predictions, f"{role}_predictions", class_names)
@@ -102,6 +107,8 @@ class Samples:
 
 def as_array(values: Any, name: str) -> np.ndarray:
     """Return a tensor or a sequence of tensors, numbers or texts as an array, without a copy if possible."""
+    if hasattr(values, "to_numpy"):  # a Series counts by its index, not by position
+        values = values.to_numpy()
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         return np.asarray(values.numpy() if values.dtype.is_floating_point is False else values.float().numpy())
@@ -146,6 +153,12 @@ def _are_classes(labels: np.ndarray) -> bool:
     if is_float and not (labels == np.round(labels)).all():
         return False
     return 0 < len(np.unique(labels)) <= (MAX_FLOAT_CLASSES if is_float else MAX_CLASSES)
+
+
+def _records(frame: Any) -> list[dict[str, Any]]:
+    """Return the lines of a table as mappings."""
+    columns = [frame[name].to_list() for name in frame.columns]
+    return [dict(zip(map(str, frame.columns), line, strict=True)) for line in zip(*columns, strict=True)]
 
 
 def _as_texts(inputs: Any, feature_names: Sequence[str] | None) -> Any:

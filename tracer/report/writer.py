@@ -81,7 +81,7 @@ def write_report(
     """Write a self-contained ``index.html`` and, in the same folder, CSV tables, PNG figures and top examples.
 
     Files of an earlier report in the folder are replaced. Inputs may be images ``[N, H, W]``, ``[N, C, H, W]`` or
-    ``[N, H, W, C]``, vectors ``[N, D]``, texts, or records (mappings).
+    ``[N, H, W, C]``, vectors ``[N, D]``, texts, records (mappings), or a DataFrame.
 
     Args:
         directory: The folder to write to; created if it does not exist.

@@ -52,6 +52,9 @@ class CheckpointPair:
     targets: FeatureTable  # as stored, or preconditioned
     # in place of features: exact cosines with blocks of targets, each with the index of its first target
     cosines: Sequence[tuple[int, ScoreArray]] | None = None
+    groups: np.ndarray | None = (
+        None  # [M], the group of each target over which products of cosines are summed; -1: none
+    )
     sizes: np.ndarray | None = None  # [N], the size of each training example's effect, by which scores are divided
 
 

@@ -256,6 +256,11 @@ class Scorer:
         trains = [self.store.checkpoint(model_id) for model_id in model_ids]
         if not estimate.transforms_targets:
             return list(map(CheckpointPair, weights, trains, targets)), {}
+        if not estimate.kernel and not self.store.manifest.feature_storage.stores_features:
+            groups = group_indices(estimate, targets[0])
+            assert groups is not None  # all that transforms these targets
+            pairs = map(CheckpointPair, weights, trains, targets)
+            return [replace(pair, groups=groups) for pair in pairs], {"groups": _digest(groups)}
         groups, kernels = group_indices(estimate, targets[0]), self._kernels(estimate, revisions)
         described: dict[str, Any] = {}
         solves: list[Any] = [None] * len(model_ids)
@@ -267,7 +272,7 @@ class Scorer:
             described |= {"regularization": found.value, "rule": found.rule}
             solves = [partial(kernels.solve, each, estimate.kernel, model_ids, found.value) for each in model_ids]
         if groups is not None:
-            described["groups"] = hashlib.sha256(groups.astype("<i8").tobytes()).hexdigest()
+            described["groups"] = _digest(groups)
         common: Any = (estimate, groups, self.device, self.memory_bytes // (4 * len(model_ids)))
         if segments:
             transformed: list[Any] = unrolled_targets(targets, segments, *common)
@@ -293,7 +298,7 @@ class Scorer:
 
     def _kernels(self, estimate: Estimate, revisions: Revisions) -> Kernels:
         """Return the kernels of this store, which must have features."""
-        what = f"estimator={estimate.estimator!r}" if estimate.kernel else "groups="
+        what = f"estimator={estimate.estimator!r}"
         self.store.manifest.feature_storage.require_features(what)
         if estimate.kernel:
             self.store.manifest.feature_storage.require_values(what)
@@ -311,3 +316,7 @@ class Scorer:
         if estimate.kernel:
             return [1 / len(model_ids)] * len(model_ids)
         return learning_rates(self.store, model_ids)
+
+
+def _digest(groups: np.ndarray) -> str:
+    return hashlib.sha256(groups.astype("<i8").tobytes()).hexdigest()

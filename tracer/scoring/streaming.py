@@ -56,10 +56,13 @@ class TileScorer:
         self, pairs: Sequence[CheckpointPair], estimate: Estimate, device: torch.device, memory_bytes: int
     ) -> None:
         self.pairs, self.estimate, self.device = pairs, estimate, device
-        self.num_rows, self.num_targets = pairs[0].train.num_rows, pairs[0].targets.num_rows
+        num_columns, groups = pairs[0].targets.num_rows, pairs[0].groups
+        self.num_rows, self.num_targets = pairs[0].train.num_rows, num_columns
+        if groups is not None:
+            self.num_targets = int(groups.max()) + 1
         dim = max(1, pairs[0].train.dim)
         self._checks = [ReadCheck(pair.train, self.num_targets) for pair in pairs]
-        self._plan = MemoryPlan.of(memory_bytes, dim, self.num_targets)
+        self._plan = MemoryPlan.of(memory_bytes, dim, num_columns)
         storage = "float32" if estimate.transforms_targets else pairs[0].train.storage
         self._multiplier = Multiplier(self._plan, device, storage)
         size = self._multiplier.target_bytes(self.num_targets, dim)
@@ -89,7 +92,11 @@ class TileScorer:
                     # Weights may be 1e-15 or 1e15 and stored features are of the order of 1, so products are taken of
                     # stored features. Weights follow one after the other: their product could leave float32's range.
                     weighted = products[wanted].mul_(row_weights).mul_(right[columns])
-                    rows[:, columns].add_(weighted, alpha=pair.weight)
+                    if pair.groups is None:
+                        rows[:, columns].add_(weighted, alpha=pair.weight)
+                    else:
+                        groups = torch.from_numpy(pair.groups[columns]).to(self.device)
+                        rows.index_add_(1, groups[groups >= 0], weighted[:, groups >= 0], alpha=pair.weight)
                 if ahead is not None:
                     ahead.advance(len(rows))
 
@@ -109,7 +116,7 @@ class TileScorer:
 
     def _target_weights(self, pair: CheckpointPair) -> Float64[np.ndarray, " M"]:
         """Return the factor of each target's products."""
-        if self.estimate.transforms_targets:  # which has applied the estimator's weights
+        if self.estimate.transforms_targets and pair.cosines is None:  # which has applied the estimator's weights
             return pair.targets.column("scale").astype(np.float64)
         norm = pair.targets.column("gradient_norm")
         weights = self.estimate.target_weights(pair.targets.column("loss_grad"), norm)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -259,10 +259,13 @@ class Store:
         *,
         weights_fingerprint: str | None = None,
         learning_rate: float | None = None,
+        target_task: Mapping[str, Any] | None = None,
         flush_seconds: float = FLUSH_SECONDS,
     ) -> RowTable:
         """Create a table of targets at a checkpoint, or return the existing one unless its weights differ."""
         attributes = _table_attributes(weights_fingerprint, learning_rate)
+        if target_task is not None:
+            attributes["target_task"] = json_value(target_task, "target_task")
         path = self.catalog.targets_path(exp_name, model_id)
         if self.manifest.storage == "int8":
             attributes["rounding"] = "targets"  # another random pool than training rows: see `quantization`
