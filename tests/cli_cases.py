@@ -76,6 +76,7 @@ def fails():
 
 
 batches = [rows(24, 1)]
+names = [f"lines.csv:{row}" for row in range(24)]
 texts = [f"row {row}" for row in range(24)]
 not_a_model = "text"
 '''

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -72,13 +72,36 @@ class Projection:
     squared_norm: Tensor
 
 
-class TopK(NamedTuple):
-    """The strongest training examples of each target.
-
-    Attributes:
-        indices: ``[num_targets, k]``, int64, indices of training examples, strongest first.
-        scores: ``[num_targets, k]``, float32, their scores.
-    """
-
+class _TopK(NamedTuple):
     indices: np.ndarray
     scores: np.ndarray
+
+
+class TopK(_TopK):
+    """The strongest training examples of each target; unpacks into indices and scores.
+
+    Args:
+        indices: ``[num_targets, k]``, int64, indices of training examples, strongest first.
+        scores: ``[num_targets, k]``, float32, their scores.
+        ids: ``[num_targets, k]``, objects, the ids of these training examples. Default: None, unknown.
+        target_ids: ``[num_targets]``, the ids of the targets. Default: None, unknown.
+
+    Attributes:
+        ids: As passed.
+        target_ids: As passed.
+    """
+
+    ids: np.ndarray | None = None
+    target_ids: Sequence[str | int] | None = None
+
+    def __new__(
+        cls,
+        indices: np.ndarray,
+        scores: np.ndarray,
+        ids: np.ndarray | None = None,
+        target_ids: Sequence[str | int] | None = None,
+    ) -> TopK:
+        """Make the pair of indices and scores."""
+        found = super().__new__(cls, indices, scores)
+        found.ids, found.target_ids = ids, target_ids
+        return found

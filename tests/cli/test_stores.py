@@ -375,3 +375,48 @@ def test_compare_refuses_other_rows_and_other_numbers_of_rows(own):
     changed = ["--train", f"{MODULE}:test_set", "--save-dir", "few"]
     assert run_tracer("run", "tracer.toml", *changed).exit_code == 0
     assert "A has 24 training examples and B has 5" in refused("compare", "store", "few")
+
+
+@pytest.fixture(scope="module")
+def with_ids(tmp_path_factory):
+    """A project whose store has ids: those of training examples from a function, those of targets from an attribute."""
+    folder = tmp_path_factory.mktemp("named")
+    with pytest.MonkeyPatch.context() as patch:
+        enter(folder, patch)
+        make_project(folder)
+        source = folder / f"{MODULE}.py"
+        text = "\n\nclass NamedSet(torch.utils.data.TensorDataset):\n    paths = [Path(f'{row}.png') for row in range(5)]\n"
+        source.write_text(source.read_text() + text + "\n\ndef named_set():\n    return NamedSet(*test_set())\n")
+        sys.modules.pop(MODULE, None)
+        options = ["--ids", f"{MODULE}:names", "--target-ids", "paths", "--targets", f"{MODULE}:named_set"]
+        found = run_tracer("run", "tracer.toml", *options)
+        assert found.exit_code == 0, found.output
+    return folder
+
+
+def test_ids_are_shown_and_exported(with_ids, monkeypatch, tmp_path):
+    enter(with_ids, monkeypatch)
+    names = [f"lines.csv:{row}" for row in range(NUM_TRAIN)]
+    found = printed_json("top", "store", "-k", "3")["targets"][1]
+    assert found["id"] == "1.png"
+    assert found["proponents"]["ids"] == [names[row] for row in found["proponents"]["rows"]]
+    text = run_tracer("top", "store", "-k", "1", "--targets", "1").output
+    assert "target 1 1.png" in text
+    assert found["proponents"]["ids"][0] in text
+    own = printed_json("self-influence", "store", "-k", "2")
+    assert own["ids"] == [names[row] for row in own["rows"]]
+    for what in ("scores", "top", "rows", "targets"):
+        assert run_tracer("export", "store", str(tmp_path / "out.csv"), "--what", what).exit_code == 0
+        written = rows_of(tmp_path / "out.csv")
+        assert what == "targets" or all(line["train_id"] == names[int(line["train_row"])] for line in written)
+        assert what == "rows" or all(line["target_id"] == f"{line['target']}.png" for line in written)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert run_tracer("export", "store", str(tmp_path / "out.parquet")).exit_code == 0
+    table = parquet.read_table(tmp_path / "out.parquet").to_pydict()
+    assert table["train_id"] == [names[row] for row in table["train_row"]]
+
+
+def test_a_missing_column_of_ids_is_explained(with_ids, monkeypatch):
+    enter(with_ids, monkeypatch)
+    message = refused("run", "tracer.toml", "--ids", "file_names")
+    assert "ids='file_names' is neither a column nor an attribute of the data" in message

@@ -225,5 +225,5 @@ def test_a_report_shows_the_columns_of_a_table_by_name(tmp_path, numbers):
         tmp_path / "report", inputs=frame.set_axis(np.arange(12) + 5), labels=labels, figures=False
     ).read_text()
     assert '"yes"' in page
-    assert ('"names": ["age", "income", "score"]' in page) == numbers
+    assert ('"names":["age","income","score"]' in page) == numbers
     assert (f"age: {X[0, 0]}\\nincome: {X[0, 1]}" in page) == (not numbers)

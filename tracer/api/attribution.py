@@ -23,6 +23,7 @@ from tracer.api.settings import FeatureOptions, FeatureSettings, chosen_storage,
 from tracer.api.store_reader import StoreReader
 from tracer.api.tracer import Tracer
 from tracer.data.datasets import DataSource, NoExamples, as_data_source
+from tracer.data.example_ids import find_ids
 from tracer.data.halving import Halving
 from tracer.data.named_tasks import make_task
 from tracer.data.tables import InputForm
@@ -150,7 +151,7 @@ class Attribution:
     ) -> Path:
         """Write an HTML page of the findings, and its data files.
 
-        Labels, losses and settings come from the store by default.
+        Labels, losses, ids and settings come from the store by default.
 
         Args:
             directory: The directory of the files, which is created if it does not exist.
@@ -174,6 +175,8 @@ class Attribution:
         facts = StoreFacts.of(self.tracer.store, self.exp_name, self.model_ids)
         known = {**self._described(), **facts.settings}
         options["settings"] = {**known, **(options.get("settings") or {})}
+        options.setdefault("train_ids", facts.train_ids)
+        options.setdefault("target_ids", facts.target_ids)
         if facts.losses is not None:
             options["rankings"] = {"mean loss": facts.losses, **(options.get("rankings") or {})}
             options.setdefault("order_by", "mean loss")
@@ -220,6 +223,8 @@ def attribute(
     target: str | None = None,
     regularization: float | str = "auto",
     proj_dim: int = FeatureSettings.proj_dim,
+    ids: Any = None,
+    target_ids: Any = None,
     **options: Unpack[FeatureOptions],
 ) -> Attribution:
     """Attribute a model's behavior on targets to training examples, over the checkpoints of its training.
@@ -250,14 +255,19 @@ def attribute(
         target: ``loss`` or ``output``, as in `Tracer.finalize_scores`.
         regularization: λ of an estimator with a kernel, as in `Tracer.finalize_scores`. Default: ``auto``.
         proj_dim: The number of values ``k`` stored of an example's gradient, as for `Tracer`. Default: 4096.
+        ids: The id of each training example, only once each: texts, integers or paths, which are stored and shown with
+            the indices; or the name of a column or attribute of ``train``. Default: the index of a DataFrame, if it
+            does not just count.
+        target_ids: The id of each target, in the same forms.
         **options: The settings.
 
     Returns:
         The attribution.
 
     Raises:
-        InputError: If there are no checkpoints or examples, a loader shuffles, or the model is sharded by
-            ``fully_shard``.
+        InputError: If there are no checkpoints or examples, a loader shuffles, ids do not name each example once, or
+            the model is sharded by ``fully_shard``.
+        MismatchError: If an example has another id in the store.
         InputTypeError: If the data or the checkpoints have an invalid type.
 
     >>> import tempfile
@@ -286,6 +296,10 @@ def attribute(
     train_rows = as_data_source(train, "train", size, collate_fn, in_order, forms[0])
     explained = NoExamples() if targets is None else targets
     target_rows = as_data_source(explained, "targets", size, collate_fn, in_order, forms[1])
+    names = {
+        None: find_ids(ids, train, len(train_rows)),
+        exp_name: find_ids(target_ids, targets, len(target_rows), "target_ids"),
+    }
     options["storage"] = chosen_storage(options, bool(estimate.kernel)).name
     if estimate.is_unrolled and not options.setdefault("shared_projection", True):
         raise InputError("expected shared_projection=True with estimator='source', got False; leave it out.")
@@ -294,6 +308,10 @@ def attribute(
     stores_features = tracer.store.manifest.feature_storage.stores_features
     if not stores_features and not len(target_rows):
         raise InputError("storage='none' keeps no gradients, so it expects targets; pass some, or another storage.")
+    for name, found_ids in names.items():
+        if found_ids:
+            tracer.store.ids(name).add(range(len(found_ids)), found_ids)
+            tracer.store.ids(name).flush()
     bar_options = {"unit": "row", "disable": bar_disabled(settings.progress)}
 
     def featurize(group: list, of: str) -> None:

@@ -95,11 +95,12 @@ def score_exactly(
         engine.use_weights(loaded.fingerprint)
     settings = factory.settings
     factory.written |= {None, exp_name}
-    engines = factory.engine, factory.target_engine
-    featurizers = [factory.make(loaded, model_id, store, engine) for engine in engines]
+    featurizer = factory.make(loaded, model_id, store)
+    of_targets = factory.make(loaded, model_id, store, factory.target_engine)
     while True:
         try:
-            writer = CosineWriter(*featurizers, store, exp_name, model_id, settings.memory_bytes, settings.progress)
+            given = (store, exp_name, model_id, settings.memory_bytes, settings.progress)
+            writer = CosineWriter(featurizer, of_targets, *given)
             return writer.run(train_rows, target_rows)
         except GradientsChanged as change:
             factory.forget(store, change)
@@ -132,6 +133,8 @@ class CosineWriter:
         self._store, self._exp_name = store, exp_name
         self._memory_bytes, self._progress = memory_bytes, progress
         self._train, self._targets = store.checkpoint(model_id), store.targets(exp_name, model_id)
+        for table, name in ((self._train, None), (self._targets, exp_name)):
+            table.name_rows(store.ids(name).named)
         self._revisions = Revisions(store, [model_id], exp_name)
         self._same_rows = store.other_checkpoint(model_id)
         self._same_targets = store.other_targets(exp_name, model_id)

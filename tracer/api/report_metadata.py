@@ -20,12 +20,16 @@ class StoreFacts:
     Attributes:
         train_labels: ``[N]``, int64; None if a training example has no label.
         target_labels: ``[M]``, int64; None if a target has no label.
+        train_ids: The id of each training example; None if none has one.
+        target_ids: The id of each target; None if none has one.
         losses: ``[N]``, float64, the loss of each training example, mean over checkpoints; None if one is not finite.
         settings: How the scores were computed, as texts and numbers to be shown.
     """
 
     train_labels: np.ndarray | None
     target_labels: np.ndarray | None
+    train_ids: Sequence[str | int] | None
+    target_ids: Sequence[str | int] | None
     losses: np.ndarray | None
     settings: dict[str, Any]
 
@@ -38,6 +42,8 @@ class StoreFacts:
         return cls(
             train_labels=_labels(tables[0]),
             target_labels=_labels(store.targets(exp_name, chosen[0])),
+            train_ids=store.ids().listed(len(losses)),
+            target_ids=store.ids(exp_name).listed(store.num_rows(exp_name)),
             losses=losses if np.isfinite(losses).all() else None,
             settings=_settings(store, chosen, exp_name),
         )

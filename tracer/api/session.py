@@ -14,12 +14,14 @@ from tracer.api.checkpoint_sources import CheckpointSources
 from tracer.api.featurizer import Featurizer
 from tracer.api.featurizer_factory import FeaturizerFactory, LoadedCheckpoint, check_weights
 from tracer.data.batches import leaves
+from tracer.data.example_ids import check_ids
 from tracer.data.fingerprints import fingerprint_samples
 from tracer.data.indices import ExampleIndices, IndexCursor
 from tracer.data.tables import InputForm
 from tracer.errors import CallOrderError, MismatchError
 from tracer.gradients import GradientsChanged
 from tracer.store import RowTable, Store
+from tracer.store.example_ids import ExampleIds
 from tracer.types import Batch, Checkpoint
 
 logger = logging.getLogger("tracer")
@@ -47,6 +49,7 @@ class Session:
         forget: Forgets everything that was computed, since gradients turned out to be wrong.
         loaded: The checkpoint.
         form: How the model takes arrays and tables.
+        ids: The ids of the examples.
 
     Attributes:
         role: As passed.
@@ -64,18 +67,23 @@ class Session:
         forget: Callable[[GradientsChanged], None],
         loaded: LoadedCheckpoint,
         form: InputForm,
+        ids: ExampleIds,
     ) -> None:
         self.role, self.table, self.featurizer, self.loaded = role, open_table(), featurizer, loaded
         self._open_table, self._compared, self._forget = open_table, compared, forget
         self._backend, self._form = featurizer.engine.backend, form
         self._cursor = IndexCursor(self.table.num_rows, "train_set_size" if role == FEATURIZE else "num_targets")
+        self._ids = ids
+        self._name_rows()
         self._held: list[tuple[Batch, np.ndarray]] = []
         self._held_bytes = 0
 
-    def write(self, batch: Batch, inds: ExampleIndices | None, num_samples: int | None) -> None:
-        """Compute and store the rows of a batch that are not stored yet."""
+    def write(self, batch: Batch, inds: ExampleIndices | None, num_samples: int | None, ids: Any = None) -> None:
+        """Compute and store the rows of a batch that are not stored yet, and their ids if they are given."""
         with self._backend.step():
             batch, rows = self._form.batch(batch), self._cursor.indices(inds, num_samples)
+            if ids is not None:
+                self._ids.add(rows, check_ids(ids, len(rows)))
             todo = [(batch, rows)]
             while todo:
                 try:
@@ -107,16 +115,22 @@ class Session:
         ]
         self._forget(change)
         self.table = self._open_table()
+        self._name_rows()
         return same
+
+    def _name_rows(self) -> None:
+        self.table.name_rows(self._ids.named)
 
     def flush(self) -> None:
         """Make everything that was computed durable."""
+        self._ids.flush()
         self.table.flush()
 
     def reopen(self) -> None:
         """Open the table again, whose rows may have been forgotten."""
         self.table.close()
         self.table = self._open_table()
+        self._name_rows()
 
     def join(self) -> None:
         """Run stand-ins until all ranks of a sharded model have written their batches."""
@@ -124,6 +138,7 @@ class Session:
 
     def close(self) -> None:
         """Make everything that was computed durable, and release the files."""
+        self._ids.flush()
         self.table.close()
         self._backend.joined()
 
@@ -240,4 +255,5 @@ def _session(
         forget,
         loaded,
         factory.form_of(exp_name),
+        store.ids(exp_name),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from types import TracebackType
@@ -14,18 +13,17 @@ from torch.utils.data import Subset
 
 from tracer._core.processes import Process, ProcessChoice, this_process
 from tracer._core.validation import check_choice, check_count, check_device, check_model_id
+from tracer.api import example_names
 from tracer.data.indices import ExampleIndices, ExampleSelection, check_indices
 from tracer.errors import CallOrderError, InputError
 from tracer.scoring.estimators import Estimate
 from tracer.scoring.feature_tables import InMemoryTable, TrainIndices
-from tracer.scoring.readiness import finalize_features, target_table
+from tracer.scoring.readiness import finalize_features, target_table, warn_of_processes
 from tracer.scoring.regularization import Regularization
 from tracer.scoring.scorer import KINDS, Labels, Scorer
 from tracer.scoring.train_groups import sum_groups, top_groups, train_group_numbers
 from tracer.store import Store
 from tracer.types import TopK
-
-logger = logging.getLogger("tracer")
 
 
 class StoreReader:
@@ -49,16 +47,7 @@ class StoreReader:
     ) -> None:
         self.store, self.device, self.process = store, device, process
         self._memory_bytes, self._progress = memory_bytes, progress
-        made_for = store.manifest.layout["processes"]
-        if process.count > 1 and process.count != made_for:
-            logger.warning(
-                "%s was made for %d processes and this is one of %d: parts of processes that still work as one of %d "
-                "would overlap with this one's",
-                store.path,
-                made_for,
-                process.count,
-                made_for,
-            )
+        warn_of_processes(store, process.count)
         self._scorer = Scorer(store, device, progress, memory_bytes, process)
 
     @classmethod
@@ -173,7 +162,7 @@ class StoreReader:
             num_targets = self.store.targets(exp_name, self.store.catalog.target_ids(exp_name)[0]).num_rows
             rows = check_indices(inds, num_targets, "num_targets")
         self.process.wait()  # what others had pending is in the store, so that their marks go too
-        self.process.rank_zero_only(lambda: self.store.invalidate_rows(rows, exp_name))
+        self.process.rank_zero_only(lambda: self.store.replace_rows(rows, exp_name))
 
     def finalize_features(self, model_ids: list[int] | None = None) -> None:
         """Check that every training example is stored at each checkpoint, and allow scoring.
@@ -189,6 +178,7 @@ class StoreReader:
         """
         self.process.wait()
         self.process.rank_zero_only(lambda: finalize_features(self.store, model_ids, self._progress))
+        self.process.rank_zero_only(self.store.ids().join)
 
     def finalize_scores(
         self,
@@ -281,7 +271,8 @@ class StoreReader:
             train_groups: As in `finalize_scores`, which is computed: indices are those of groups.
 
         Returns:
-            Indices and scores, ``[num_targets, k]`` each, strongest first; examples of equal score by their index.
+            Indices and scores, ``[num_targets, k]`` each, strongest first; examples of equal score by their index. With
+            ``ids`` and ``target_ids`` if the store has them.
 
         Raises:
             InputError: If a name is not known, or ``k`` or ``rows`` is out of range.
@@ -290,7 +281,8 @@ class StoreReader:
         """
         estimate = Estimate(estimator, target, regularization, groups)
         if train_groups is None:
-            return self._scorer.top(exp_name, k, kind, estimate, model_ids, rows, labels)
+            found = self._scorer.top(exp_name, k, kind, estimate, model_ids, rows, labels)
+            return example_names.with_ids(found, self.store, None if groups is not None else exp_name)
         if rows is not None or labels is not None:
             raise InputError("rows= and labels= choose examples, and train_groups= groups; leave out one of them.")
         numbers = train_group_numbers(self.store, train_groups)
@@ -386,7 +378,11 @@ class StoreReader:
         estimate: Estimate,
     ) -> TopK:
         """Return the strongest training examples of targets that are in memory; see `Tracer.query`."""
-        return self._scorer.query(targets, model_ids, indices, k, kind, estimate)
+        found = self._scorer.query(targets, model_ids, indices, k, kind, estimate)
+        return example_names.with_ids(found, self.store, None)
+
+    ids = example_names.ids
+    set_ids = example_names.set_ids
 
     def close(self) -> None:
         """Do nothing: files are opened for each answer."""

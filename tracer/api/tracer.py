@@ -199,7 +199,9 @@ class Tracer:
         fit.run(source)
         session.reopen()
 
-    def featurize(self, batch: Batch, inds: ExampleIndices | None = None, num_samples: int | None = None) -> None:
+    def featurize(
+        self, batch: Batch, inds: ExampleIndices | None = None, num_samples: int | None = None, ids: Any = None
+    ) -> None:
         """Compute and store the features of a batch of training examples at the loaded checkpoint.
 
         Stored examples are recognized and not computed again.
@@ -208,15 +210,17 @@ class Tracer:
             batch: The batch, as the task takes it, on any device.
             inds: The indices of its examples in the training set, ``[B]``; or
             num_samples: the number of examples ``B``, counted on from the batch before.
+            ids: The id of each example, ``[B]``: texts, integers or paths. They are stored and shown with the indices;
+                pass them at one checkpoint, or all at once by `set_ids`.
 
         Raises:
             CallOrderError: If no checkpoint is loaded.
-            InputError: If both or neither of ``inds`` and ``num_samples`` are passed.
+            InputError: If both or neither of ``inds`` and ``num_samples`` are passed, or an id names two examples.
             BatchError: If the batch does not fit the indices, the model or the task.
-            MismatchError: If an example's inputs differ from those stored for its index.
+            MismatchError: If an example's inputs, or its id, differ from those stored for its index.
             NonFiniteError: If a gradient is NaN or infinite; nothing of the batch is stored.
         """
-        in_role(self._session, FEATURIZE).write(batch, inds, num_samples)
+        in_role(self._session, FEATURIZE).write(batch, inds, num_samples, ids)
 
     def start_scoring_checkpoint(self, checkpoint: Checkpoint, model_id: int, num_targets: int, exp_name: str) -> None:
         """Select the checkpoint and the set of targets for `score`, and reset the count of ``num_samples`` to 0.
@@ -238,15 +242,18 @@ class Tracer:
             given = (checkpoint, model_id, num_targets, exp_name)
             self._start(begin_scoring(self._factory, self.store, self._sources, *given))
 
-    def score(self, batch: Batch, inds: ExampleIndices | None = None, num_samples: int | None = None) -> None:
+    def score(
+        self, batch: Batch, inds: ExampleIndices | None = None, num_samples: int | None = None, ids: Any = None
+    ) -> None:
         """Compute and store the features of a batch of targets; arguments and errors as for `featurize`.
 
         Args:
             batch: The batch, as the task takes it, on any device.
             inds: The indices of its examples among the targets, ``[B]``; or
             num_samples: the number of examples ``B``, counted on from the batch before.
+            ids: The id of each target, ``[B]``.
         """
-        in_role(self._session, SCORE).write(batch, inds, num_samples)
+        in_role(self._session, SCORE).write(batch, inds, num_samples, ids)
 
     def flush(self) -> None:
         """Make everything that was computed durable."""
@@ -294,6 +301,8 @@ class Tracer:
     changes_without = _asks(StoreReader.changes_without, _finish_batches)
     regularization = _asks(StoreReader.regularization, _finish_batches)
     remaining = _asks(StoreReader.remaining, flush)
+    ids = _asks(StoreReader.ids, flush)
+    set_ids = _asks(StoreReader.set_ids, flush)
     grow = _asks(StoreReader.grow, close)
     replace = _asks(StoreReader.replace, close)
     score_exactly = exact_scores.score_exactly

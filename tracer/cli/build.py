@@ -81,6 +81,6 @@ def _job(settings: dict[str, Any]) -> LanguageJob:
         settings["save_dir"],
         {name: settings[name] for name in RANKING if name in settings},
         options,
-        notes,
-        inputs,
+        notes=notes,
+        inputs=inputs,
     )

@@ -54,7 +54,8 @@ def export(store: str, out: Path, what: str, targets: list[int] | None, k: int, 
     chosen = check_targets(targets, view.target_table.num_rows)
     content: Any
     if what == "scores":
-        content = view.found.scores if suffix == ".npy" else score_blocks(view.found.scores, chosen)
+        ids = view.ids(), view.target_ids()
+        content = view.found.scores if suffix == ".npy" else score_blocks(view.found.scores, chosen, *ids)
     else:
         content = _top_blocks(view, chosen, k) if what == "top" else [_summary(view, what)]
     counts: list[int] = []
@@ -86,7 +87,18 @@ def _check_suffix(out: Path, what: str, targets: list[int] | None) -> str:
     return suffix
 
 
-def score_blocks(scores: Any, targets: list[int]) -> Iterator[Columns]:
+Ids = list[str | int] | None
+
+
+def _named(name: str, ids: Ids, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Return a column with the ids of rows; none if they are not known."""
+    if ids is None:
+        return {}
+    plain = all(isinstance(each, int) for each in ids)  # a column of Parquet has one type
+    return {name: np.array([ids[row] if plain else str(ids[row]) for row in rows.tolist()], None if plain else object)}
+
+
+def score_blocks(scores: Any, targets: list[int], ids: Ids = None, target_ids: Ids = None) -> Iterator[Columns]:
     """Yield pairs of scores ``[N, M]`` in long form, all targets of one training example after another."""
     columns = np.asarray(targets, dtype=np.int64)
     everything = len(targets) == scores.shape[1]
@@ -94,7 +106,9 @@ def score_blocks(scores: Any, targets: list[int]) -> Iterator[Columns]:
         rows = np.arange(start, start + len(block))
         yield {
             "train_row": np.repeat(rows, len(columns)),
+            **_named("train_id", ids, np.repeat(rows, len(columns))),
             "target": np.tile(columns, len(rows)),
+            **_named("target_id", target_ids, np.tile(columns, len(rows))),
             "score": (block if everything else block[:, columns]).ravel(),
         }
 
@@ -108,8 +122,10 @@ def _top_blocks(view: StoreView, targets: list[int], k: int) -> Iterator[Columns
         yield {
             "kind": np.full(len(columns) * k, kind),
             "target": np.repeat(columns, k),
+            **_named("target_id", view.target_ids(), np.repeat(columns, k)),
             "rank": np.tile(np.arange(1, k + 1), len(columns)),
             "train_row": top.indices[columns].ravel(),
+            **_named("train_id", view.ids(), top.indices[columns].ravel()),
             "score": top.scores[columns].ravel(),
         }
 
@@ -130,6 +146,7 @@ def _summary(view: StoreView, what: str) -> Columns:
     own = "self_influence" + ("_tracin" if found.estimator == "cosine" else "")
     return {
         "train_row" if by_row else "target": np.arange(size),
+        **_named("train_id" if by_row else "target_id", view.ids() if by_row else view.target_ids(), np.arange(size)),
         **({} if labels is None else {"class": labels}),
         **({own: view.self_influence()} if by_row else {}),
         "mean_score": mean if by_row else mean / scores.shape[0],

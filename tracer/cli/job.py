@@ -16,6 +16,7 @@ from tracer.api.attribution import Attribution, attribute
 from tracer.api.settings import FeatureSettings
 from tracer.cli.app import UserCodeError
 from tracer.data.datasets import DataSource, as_data_source
+from tracer.data.example_ids import ExampleId, find_ids
 from tracer.data.named_tasks import make_task
 from tracer.data.tables import AS_THEY_ARE, InputForm
 from tracer.errors import InputError, InputTypeError, nearest_name
@@ -37,6 +38,7 @@ class Job:
     save_dir: str
     ranking: Mapping[str, Any]  # given values of RANKING
     options: Mapping[str, Any]  # given options of Tracer
+    ids: tuple[list[ExampleId] | None, list[ExampleId] | None] = (None, None)  # of training examples and targets
     notes: tuple[str, ...] = ()  # sentences about the settings that the user should know
 
     @classmethod
@@ -53,15 +55,18 @@ class Job:
         if "target_task" in options:
             options["target_task"] = load_task(options["target_task"])
         forms = [InputForm.of(check_model(model), make_task(each)) for each in (task, options.get("target_task", task))]
+        train, ids = load_examples(settings, "train", forms[0])
+        targets, target_ids = load_examples(settings, "targets", forms[1])
         return cls(
             model,
             task,
-            load_data(settings, "train", forms[0]),
-            load_data(settings, "targets", forms[1]),
+            train,
+            targets,
             checkpoints,
             settings["save_dir"],
             {name: settings[name] for name in RANKING if name in settings},
             options,
+            (ids, target_ids),
             notes,
         )
 
@@ -69,15 +74,25 @@ class Job:
         """Run `attribute` on these examples at the first ``count`` checkpoints, with changed options."""
         checkpoints = [path if rate is None else (path, rate) for path, rate in self.checkpoints[:count]]
         options = {"save_dir": self.save_dir, **self.ranking, **self.options, **changes}
+        if count is None:
+            options |= {"ids": self.ids[0], "target_ids": self.ids[1]}
         return attribute(self.model, self.task, train, targets, checkpoints, **options)
 
 
-def load_data(settings: Mapping[str, Any], name: str, form: InputForm = AS_THEY_ARE) -> DataSource:
-    """Return the examples of the setting ``train`` or ``targets``, for a model that takes them in a form."""
+_IDS = {"train": "ids", "targets": "target_ids"}
+
+
+def load_examples(
+    settings: Mapping[str, Any], name: str, form: InputForm = AS_THEY_ARE
+) -> tuple[DataSource, list[ExampleId] | None]:
+    """Return the examples of the setting ``train`` or ``targets``, for a model that takes them in a form, and ids."""
     collate = resolve(settings["collate_fn"], "collate_fn") if "collate_fn" in settings else None
     batch_size = check_count(settings.get("batch_size", 64), "batch_size")
     in_order = bool(settings.get("check_rows", True))
-    return as_data_source(build(settings[name], name), name, batch_size, collate, in_order, form)
+    data, ids = build(settings[name], name), settings.get(_IDS[name])
+    source = as_data_source(data, name, batch_size, collate, in_order, form)
+    found = build(ids, _IDS[name]) if isinstance(ids, str) and ":" in ids else ids
+    return source, find_ids(found, data, len(source), _IDS[name])
 
 
 def load_task(task: str) -> Any:

@@ -10,7 +10,7 @@ import click
 import numpy as np
 import torch
 
-from tracer.cli.job import build, load_data
+from tracer.cli.job import build, load_examples
 from tracer.cli.output import print_result
 from tracer.cli.stores import RankingCommand, count_option, known_labels, open_view
 from tracer.data.batches import tensor_from_numpy
@@ -76,7 +76,7 @@ def _displayable_data(settings: Mapping[str, Any], name: str, table: RowTable, i
     """Return inputs and labels of one side: of its setting, if there is one, unless inputs and labels are given."""
     shown: tuple[Any, Any] = (None, None)
     if name in settings:
-        source = load_data(settings, name)
+        source, _ = load_examples(settings, name)
         if len(source) != table.num_rows:
             raise InputError(
                 f"{name}: {settings[name]} has {len(source)} examples; the store has {table.num_rows} {_NAMES[name]}."

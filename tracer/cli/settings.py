@@ -162,6 +162,12 @@ SETTINGS = (
     Setting("target_task", "str", _INPUT, "The task of targets, if it is another one. Default: task.", '"regression"'),
     Setting("train", "str", _INPUT, "Training examples, as module:callable.", '"training:train_set"', True),
     Setting("targets", "str", _INPUT, "Examples to explain, as module:callable.", '"training:test_set"', True),
+    Setting(
+        "ids", "str", _INPUT,
+        "Names of training examples: a column or attribute of train, or module:callable. Default: a table's index.",
+        '"paths"',
+    ),
+    Setting("target_ids", "str", _INPUT, "Names of targets, like ids.", '"paths"'),
     _CHECKPOINTS,
     Setting(
         "learning_rate", "rates", _INPUT,

@@ -55,11 +55,23 @@ class StoreView:
 
     def ranking_table(self, name: str, indices: Iterable[int], values: Iterable[float]) -> str:
         """Return a table of ranked training examples with their values and, if known, classes."""
-        labels = known_labels(self.train_table)
+        labels, ids = known_labels(self.train_table), self.ids()
         ranked = enumerate(zip(indices, values, strict=True), 1)
-        rows = [(rank, index, value, class_of(labels, index)) for rank, (index, value) in ranked]
-        width = 3 if labels is None else 4
-        return format_table(("rank", "example", name, "class")[:width], [row[:width] for row in rows])
+        rows = [
+            (rank, index, *([] if ids is None else [ids[index]]), value, class_of(labels, index))
+            for rank, (index, value) in ranked
+        ]
+        headers = ("rank", "example", *([] if ids is None else ["id"]), name, "class")
+        width = len(headers) - (labels is None)
+        return format_table(headers[:width], [row[:width] for row in rows])
+
+    def ids(self) -> list[str | int] | None:
+        """Return the ids of training examples, if the store has them."""
+        return self.reader.store.ids().listed(self.reader.train_set_size)
+
+    def target_ids(self) -> list[str | int] | None:
+        """Return the ids of targets, if the store has them."""
+        return self.reader.store.ids(self.found.exp_name).listed(self.target_table.num_rows)
 
 
 def known_labels(table: RowTable) -> Integer[np.ndarray, " n"] | None:

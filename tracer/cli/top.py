@@ -55,12 +55,20 @@ def top(store: str, targets: list[int] | None, k: int, kind: str, train_groups: 
         k = min(k, len(np.unique(numbers)))
     found = {each: view.found.top(k, each, train_groups) for each in (KINDS if kind == "both" else (kind,))}
     shown = chosen if targets is not None else chosen[:SHOWN_TARGETS]
+    target_ids = view.target_ids()
     text = _text(view, shown, found, train_groups, names)
     if len(shown) < len(chosen):
         text += f"\n\n{len(chosen) - len(shown)} more targets: choose by --targets, or use --json or export for all."
     listed = [
-        {"target": target}
-        | {each: {"rows": top.indices[target], "scores": top.scores[target]} for each, top in found.items()}
+        {"target": target, **({} if target_ids is None else {"id": target_ids[target]})}
+        | {
+            each: {
+                "rows": top.indices[target],
+                **({} if top.ids is None else {"ids": top.ids[target]}),
+                "scores": top.scores[target],
+            }
+            for each, top in found.items()
+        }
         for target in chosen
     ]
     result = {"exp_name": view.found.exp_name, "estimator": view.found.estimator, "targets": listed}
@@ -85,14 +93,16 @@ def self_influence(store: str, k: int, lowest: bool, **options: Any) -> None:
     view = open_view(store, needs_targets=False, **options)
     values = view.self_influence()
     order = np.argsort(values if lowest else -values, kind="stable")[:k]
-    result = {"rows": order, "self_influence": values[order], "train_rows": len(values), "mean": values.mean()}
+    ids = view.ids()
+    named = {} if ids is None else {"ids": [ids[index] for index in order.tolist()]}
+    result = {"rows": order, **named, "self_influence": values[order], "train_rows": len(values), "mean": values.mean()}
     print_result(result, view.ranking_table("self-influence", order.tolist(), values[order].tolist()))
 
 
 def _text(
     view: StoreView, targets: list[int], found: dict[str, TopK], train_groups: str | None, names: list[str] | None
 ) -> str:
-    labels, parts = known_labels(view.target_table), []
+    labels, ids, parts = known_labels(view.target_table), view.target_ids(), []
     for target in targets:
         label = class_of(labels, target)
         of_class = "" if label is None else f" (class {label})"
@@ -103,7 +113,8 @@ def _text(
                 if train_groups is None
                 else _of_groups(train_groups, names, *ranked)
             )
-            parts.append(f"target {target}{of_class}: {kind}\n{table}")
+            name = "" if ids is None else f" {ids[target]}"
+            parts.append(f"target {target}{name}{of_class}: {kind}\n{table}")
     return "\n\n".join(parts)
 
 

@@ -51,7 +51,7 @@ class CriterionTask(Task):
 
     name = "criterion"
 
-    def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, criterion: Callable[..., Tensor]) -> None:
         self._given = criterion
         self.reduction = _reduction(criterion)
         self._loss: Callable[..., Tensor] = criterion

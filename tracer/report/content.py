@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
+from tracer.data.example_ids import check_ids
 from tracer.errors import InputError
 from tracer.report.label_noise import WrongLabels
 from tracer.report.samples import Samples, as_array
@@ -20,7 +21,7 @@ from tracer.types import TopK
 NUM_SHOWN_TARGETS = 6
 
 COLUMNS = (
-    "rank", "train_index", "self_influence", "self-influence", "label", "prediction", "known_mislabelled",
+    "rank", "train_index", "id", "self_influence", "self-influence", "label", "prediction", "known_mislabelled",
     "mean_score", "mean_absolute_score", "suspect", "suggested_label", "wrong_probability",
 )  # fmt: skip
 """Names that a ranking cannot have: the other columns of influence_summary.csv, and self-influence on the page."""
@@ -45,6 +46,8 @@ class ReportContent:
     train_tokens: Sequence[Sequence[str]] | None
     target_tokens: Sequence[Sequence[str]] | None
     token_scores: Mapping[tuple[int, int], np.ndarray]  # of each token, by (target, training example)
+    train_ids: Sequence[str] | None = None  # [N]
+    target_ids: Sequence[str] | None = None  # [M]
     summary: ScoreSummary | None = None
     class_names: Sequence[str] = ()  # of the class indices in summary
     train_codes: Int64[np.ndarray, " _"] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -153,6 +156,11 @@ def check_health(health: WrongLabels | str, num_train: int) -> WrongLabels | str
     if not isinstance(health, str) and len(health.label) != num_train:
         raise InputError(f"health is of {len(health.label)} examples; expected {num_train}.")
     return health
+
+
+def check_report_ids(ids: Sequence[str | int] | None, count: int, name: str) -> list[str] | None:
+    """Return ids as texts, one for each example."""
+    return None if ids is None else [as_text(each) for each in check_ids(ids, count, name)]
 
 
 def check_shown(shown: Sequence[int] | None, num_targets: int) -> list[int]:

@@ -6,6 +6,7 @@ It embeds the style sheet, the scripts and their data, so it loads nothing.
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,8 @@ SCRIPTS = ("data.js", "inputs.js", "suspects.js", "targets.js", "main.js")
 """The page's scripts, in the order in which they depend on each other."""
 
 
-def render_page(title: str, data: ReportContent) -> str:
-    """Return an HTML document that loads nothing."""
+def render_page(title: str, data: ReportContent, directory: Path) -> str:
+    """Return an HTML document that loads nothing, with links that hold in a directory."""
     mask, found = data.known_mislabelled, None
     if mask is not None:
         found = {"total": mask.sum(), "checked": checked_counts(len(mask))[0]}
@@ -37,7 +38,7 @@ def render_page(title: str, data: ReportContent) -> str:
         found=found,
         sections=_sections(data),
         report=data,
-        data=payload(data),
+        data=payload(data, directory),
         style=Markup(asset("report.css")),
         script=Markup("\n".join(asset(name) for name in SCRIPTS)),
     )  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,8 +51,8 @@ def page_targets(data: ReportContent) -> np.ndarray:
     return np.concatenate([first, rest])
 
 
-def payload(data: ReportContent) -> dict[str, Any]:
-    """Return everything that the scripts need; assets/data.js unpacks it."""
+def payload(data: ReportContent, directory: Path) -> dict[str, Any]:
+    """Return everything that the scripts of a page in a directory need; assets/data.js unpacks it."""
     table, targets = data.order[:MAX_TABLE_EXAMPLES], page_targets(data)
     flags = {"known": data.known_mislabelled, "disagrees": data.disagrees, "suspect": data.suspects}
     masks = {name: mask[table] for name, mask in flags.items() if mask is not None}
@@ -75,6 +77,8 @@ def payload(data: ReportContent) -> dict[str, Any]:
         "labels": _names(data.train.labels, table),
         "predictions": _names(data.train.predictions, table),
         "suggested": suggested,
+        "ids": _ids(data.train_ids, np.union1d(table, top), directory),
+        "target_ids": _ids(data.target_ids, targets, directory),
         "sort": next(key for key, title, *_ in columns if title.lower() == data.order_by.lower()),
         "flags": {name: packed(mask, "u1") for name, mask in masks.items()},
         "train": _inputs(data.train, list(dict.fromkeys(wanted.tolist())), data.train),
@@ -90,6 +94,26 @@ def payload(data: ReportContent) -> dict[str, Any]:
         },
         "tokens": _tokens(data, targets),
     }
+
+
+def _ids(ids: Sequence[str] | None, indices: np.ndarray, directory: Path) -> dict[str, Any] | None:
+    """Return the ids of some examples, which of them are paths of files, and the way to these from a directory."""
+    if ids is None:
+        return None
+    names = [ids[index] for index in indices.tolist()]
+    try:
+        base = os.path.relpath(os.getcwd(), directory)
+    except ValueError:  # of another drive
+        base = os.getcwd()
+    linked = packed([_is_file(name) for name in names], "u1")
+    return {"indices": packed(indices, "i4"), "names": names, "linked": linked, "base": Path(base).as_posix()}
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # too long, or with a character that no path has
+        return False
 
 
 def _columns(data: ReportContent) -> list[tuple[str, str, str, np.ndarray]]:

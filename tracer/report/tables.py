@@ -26,6 +26,7 @@ _MARK = ".written_by_tracer"
 def summary_csv(data: ReportContent) -> str:
     """Return one line for each training example, the most suspicious first, with everything known of it."""
     columns: dict[str, Any] = {
+        "id": data.train_ids,
         "self_influence": data.self_influence,
         "label": data.train.labels,
         "prediction": data.train.predictions,
@@ -45,21 +46,28 @@ def summary_csv(data: ReportContent) -> str:
 
 def scores_csv(data: ReportContent) -> str:
     """Return one line for each proponent and opponent of each target."""
+    ids, target_ids = data.train_ids or [], data.target_ids or []
     lines = (
-        [target, kind, rank, index, score, data.train.label(index), data.target.label(target)]
+        [target, *target_ids[target : target + 1], kind, rank, index, *ids[index : index + 1], score]
+        + [data.train.label(index), data.target.label(target)]
         for target in range(data.target.size)
         for kind, top in (("proponent", data.proponents), ("opponent", data.opponents))
         for rank, (index, score) in enumerate(zip(*(ends[target].tolist() for ends in top), strict=True), 1)
     )
-    return _csv(["target", "kind", "rank", "train_index", "score", "label", "target_label"], lines)
+    own, others = (["target_id"] if target_ids else []), (["id"] if ids else [])
+    return _csv(["target", *own, "kind", "rank", "train_index", *others, "score", "label", "target_label"], lines)
 
 
 def targets_csv(data: ReportContent) -> str:
     """Return one line for each target: label, prediction, mean score over training examples, root mean square."""
     assert data.summary is not None
     numbers = zip(data.summary.target_mean.tolist(), data.summary.target_rms.tolist(), strict=True)
-    lines = ([at, data.target.label(at), data.target.prediction(at), *pair] for at, pair in enumerate(numbers))
-    return _csv(["target", "label", "prediction", "mean_score", "rms_score"], lines)
+    ids = data.target_ids or []
+    lines = (
+        [at, *ids[at : at + 1], data.target.label(at), data.target.prediction(at), *pair]
+        for at, pair in enumerate(numbers)
+    )
+    return _csv(["target", *(["target_id"] if ids else []), "label", "prediction", "mean_score", "rms_score"], lines)
 
 
 def classes_csv(data: ReportContent) -> str:

@@ -26,6 +26,8 @@ class ReportOptions(TypedDict, total=False):
     Attributes:
         train_predictions: ``[N]``, the model's predictions, in the form of the labels.
         target_predictions: ``[M]``, the model's predictions, in the form of the labels.
+        train_ids: ``[N]``, texts or integers, by which examples are known; those that are paths of files become links.
+        target_ids: ``[M]``, the same of targets.
         feature_names: The name of each number of a vector.
         known_mislabelled: ``[N]``, bool, True for training examples whose label is known to be wrong. Adds the
             recovery curve.
@@ -47,6 +49,8 @@ class ReportOptions(TypedDict, total=False):
 
     train_predictions: Any
     target_predictions: Any
+    train_ids: Sequence[str | int] | None
+    target_ids: Sequence[str | int] | None
     feature_names: Sequence[str] | None
     known_mislabelled: Any
     rankings: Mapping[str, Any] | None
@@ -149,13 +153,15 @@ def write_report(
         settings=dict(options.get("settings") or {}),
         shown_targets=content.check_shown(options.get("shown_targets"), num_targets),
         num_top_examples=options.get("num_top_examples", 24),
+        train_ids=content.check_report_ids(options.get("train_ids"), num_train, "train_ids"),
+        target_ids=content.check_report_ids(options.get("target_ids"), num_targets, "target_ids"),
         train_tokens=tokens[0],
         target_tokens=tokens[1],
         token_scores=content.check_tokens(*tokens, num_train, num_targets),
     )
     if scores is not None and num_targets:
         data = _with_scores(data, scores, class_names)
-    html = page.render_page(title, data)
+    html = page.render_page(title, data, Path(directory))
     drawn = {name: png(figure) for name, figure in _slides(data).items()} if figures else {}
     return _write(Path(directory), html, data, drawn)
 

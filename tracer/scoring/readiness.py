@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from tqdm import tqdm
@@ -10,6 +11,8 @@ from tracer._core.validation import as_list, bar_disabled, check_model_id, compl
 from tracer.errors import CallOrderError, IncompleteError, InputError, nearest_name
 from tracer.store import RowTable, ScoreArray, Store
 from tracer.store.revisions import Revisions
+
+logger = logging.getLogger("tracer")
 
 
 def finalize_features(store: Store, model_ids: list[int] | None, progress: bool | None = None) -> None:
@@ -129,3 +132,17 @@ def complete_cosines(store: Store, exp_name: str, model_id: int, targets: RowTab
             f"needs training examples and targets together; call it again for this checkpoint."
         )
     return blocks
+
+
+def warn_of_processes(store: Store, count: int) -> None:
+    """Log a warning if a store is opened by one of several processes and was made for another number of them."""
+    made_for = store.manifest.layout["processes"]
+    if count > 1 and count != made_for:
+        logger.warning(
+            "%s was made for %d processes and this is one of %d: parts of processes that still work as one of %d "
+            "would overlap with this one's",
+            store.path,
+            made_for,
+            count,
+            made_for,
+        )

@@ -104,7 +104,16 @@ class Catalog:
 
     def group_paths(self) -> list[StorePath]:
         """Return the paths of all groups that only hold other ones, outer ones first."""
-        depths = {"checkpoints": 1, "targets": 2, "scores": 3, "cosines": 3, "kernels": 3, "top": 3, "curvature": 2}
+        depths = {
+            "checkpoints": 1,
+            "targets": 2,
+            "scores": 3,
+            "cosines": 3,
+            "kernels": 3,
+            "top": 3,
+            "curvature": 2,
+            "ids": 2,
+        }
         return [
             path for kind, depth in depths.items() for level in range(depth) for path in _below(self.root / kind, level)
         ]

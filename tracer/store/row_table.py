@@ -7,6 +7,7 @@ of its ``scale``, the largest absolute value over 127 (`tracer.store.quantizatio
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -96,6 +97,10 @@ class RowTable:
                     "tracer.verify to have its rows computed again"
                 )
 
+    def name_rows(self, named: Callable[[np.ndarray], str]) -> None:
+        """Name rows in errors by what a function returns for their indices, for example with their ids."""
+        self._writer.named = named
+
     @property
     def attributes(self) -> dict[str, Any]:
         """A copy of the table's attributes as they are on the disk; change them with `set_attributes`."""
@@ -150,7 +155,7 @@ class RowTable:
             wrong = rows[other]
             raise MismatchError(
                 f"{len(wrong)} rows hold other data than was passed for their index in {self.path}: "
-                f"{named_rows(wrong)}. Expected the same data set in the same order (no shuffling that changes "
+                f"{self._writer.named(wrong)}. Expected the same data set in the same order (no shuffling that changes "
                 "indices, no random augmentation); pass the same rows, or choose another save_dir"
             )
         return np.asarray(written)

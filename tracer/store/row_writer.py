@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ class RowWriter:
         self._features = arrays.get("features")
         # Memory for a batch of features, used again for the next batch instead of being allocated again.
         self._scaled, self._half = torch.empty(0, 0), torch.empty(0, 0, dtype=torch.float16)
+        self.named: Callable[[np.ndarray], str] = named_rows
         self._finalized_at: tuple[object, bool] = (None, False)
 
     def write(
@@ -60,7 +61,7 @@ class RowWriter:
         audited: np.ndarray | None,
     ) -> None:
         """Check a batch, then write it; its rows are pending until the next flush."""
-        columns = {name: _checked_floats(name, values, rows) for name, values in floats.items()}
+        columns = {name: self._checked_floats(name, values, rows) for name, values in floats.items()}
         columns["fingerprint"] = checked_fingerprint(fingerprint, len(rows))
         for name, values in classes.items():
             columns[name] = np.full(len(rows), NO_LABEL) if values is None else np.asarray(values, np.int64)
@@ -74,12 +75,12 @@ class RowWriter:
             dim = FeatureStorage(self._storage).dim(self._features.layout.shape[-1])
             features = _floats("features", features, (len(rows), dim))
             largest = _largest(features)  # NaN or infinite if any of the row's values is
-            _check_finite("features", largest, rows)
+            self._check_finite("features", largest, rows)
         if not len(rows):
             return
         if self._finalized():
             raise CallOrderError(
-                f"{self.path} is finalized, got rows {named_rows(rows)} to write: write them before finalizing; "
+                f"{self.path} is finalized, got rows {self.named(rows)} to write: write them before finalizing; "
                 "if their marks are lost, run tracer.verify first; else choose another save_dir"
             )
         columns["scale"] = row_scale(largest, self._storage)
@@ -92,6 +93,19 @@ class RowWriter:
                 self._features.assign(rows, raw)
             for name, values in columns.items():
                 self._arrays[name].assign(rows, values)
+
+    def _checked_floats(self, name: str, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        values = _floats(name, values, (len(rows),))
+        self._check_finite(name, values, rows)
+        return values
+
+    def _check_finite(self, name: str, values: np.ndarray, rows: np.ndarray) -> None:
+        finite = np.isfinite(values)
+        if not finite.all():
+            raise NonFiniteError(
+                f"{name} of rows {self.named(rows[~finite])} is NaN or infinite in float32: nothing of the batch was "
+                "written; check these examples' inputs and the checkpoint, or drop them from the data set"
+            )
 
     def _raw(
         self, features: Float32[np.ndarray, "n k"], scale: Float32[np.ndarray, " n"], rows: Int64[np.ndarray, " n"]
@@ -158,27 +172,12 @@ def named_rows(rows: np.ndarray) -> str:
     return listing(rows, _MAX_NAMED)
 
 
-def _checked_floats(name: str, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    values = _floats(name, values, (len(rows),))
-    _check_finite(name, values, rows)
-    return values
-
-
 def _floats(name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     values = np.asarray(values)
     if values.shape != shape or values.dtype.kind != "f":
         raise InputTypeError(f"{name} is {values.dtype} of shape {values.shape}: expected float32 {shape}")
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which is refused by its name
         return values.astype(np.float32, copy=False)
-
-
-def _check_finite(name: str, values: np.ndarray, rows: np.ndarray) -> None:
-    finite = np.isfinite(values)
-    if not finite.all():
-        raise NonFiniteError(
-            f"{name} of rows {named_rows(rows[~finite])} is NaN or infinite in float32: nothing of the batch was "
-            "written; check these examples' inputs and the checkpoint, or drop them from the data set"
-        )
 
 
 def _largest(features: Float32[np.ndarray, "n k"]) -> Float32[np.ndarray, " n"]:

@@ -7,6 +7,7 @@
       cosines/<exp_name>/<model_id>/<key>       a `ScoreArray` of exact gradients, which are not stored
       top/<exp_name>/<estimator>/<key>/<rows>   the strongest training examples among some of them
       kernels/<model_id>/<weighting>/<key>      a kernel of all training examples, for estimators with curvature
+      ids/train/<key>, ids/targets/<exp_name>/<key>     names of examples (see `tracer.store.example_ids`)
       curvature/<model_id>/<key>                what gradients are whitened with (see `tracer.store.curvature`)
 
 A ``<key>`` is a digest of everything that decides a result, the revisions of its tables among it (see
@@ -36,6 +37,7 @@ from tracer.store.arrays.store_path import StorePath, store_path
 from tracer.store.audited import AuditedShare
 from tracer.store.catalog import Catalog
 from tracer.store.computed_results import ComputedResults
+from tracer.store.example_ids import ExampleIds
 from tracer.store.manifest import Manifest, check_same, json_value
 from tracer.store.paths import ensure_groups
 from tracer.store.row_table import RowTable
@@ -72,6 +74,7 @@ class Store:
         if not manifest.layout:
             raise StoreError(f"the manifest in {path / NODE} is damaged: it lacks the layout; restore it")
         self.path, self.manifest, self.catalog = path, manifest, Catalog(path)
+        self._ids: dict[str | None, ExampleIds] = {}
         self._asked: dict[str | None, list[int]] = {}  # checkpoints whose tables were last asked for, of each set
 
     @classmethod
@@ -123,6 +126,12 @@ class Store:
             raise StoreError(f"{path} holds no store (there is no {NODE} in it): check save_dir") from error
         path.remove_stale()
         return cls(path, manifest)
+
+    def ids(self, exp_name: str | None = None) -> ExampleIds:
+        """Return the ids of training examples, or of targets."""
+        if exp_name not in self._ids:
+            self._ids[exp_name] = ExampleIds(self.path, exp_name)
+        return self._ids[exp_name]
 
     @property
     def results(self) -> ComputedResults:
@@ -178,6 +187,11 @@ class Store:
         for table in tables:
             table.checked_rows(rows)
         _unmark([(table, rows) for table in tables])
+
+    def replace_rows(self, rows: np.ndarray, exp_name: str | None = None) -> None:
+        """Mark examples as not done, since others will have their rows, and forget their ids."""
+        self.invalidate_rows(rows, exp_name)
+        self.ids(exp_name).forget(rows)
 
     def invalidate_checkpoint(self, model_id: int) -> int:
         """Mark all training examples and targets at a checkpoint as not done; return how many there were."""

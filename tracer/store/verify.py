@@ -19,6 +19,7 @@ from tracer.store.arrays.metadata import NODE, child_nodes, read_document, write
 from tracer.store.arrays.opening import open_array
 from tracer.store.arrays.store_path import StorePath
 from tracer.store.audited import AuditedShare
+from tracer.store.example_ids import id_parts, read_ids
 from tracer.store.result_group import load_group
 from tracer.store.revisions import remove_result
 from tracer.store.score_array import ScoreArray, read_description
@@ -111,6 +112,8 @@ def verify(save_dir: str | os.PathLike[str], *, repair: bool = True, progress: b
         checker.check_arrays(path, load_group)
     for path in store.catalog.part_paths():
         checker.check_arrays(path, lambda path: load_part(read_part(path)))
+    for path in id_parts(store.path):
+        checker.check_arrays(path, read_ids, "pass the ids again")
     audited = None if checker.damage else store.audited()
     return Verification(str(store.path), checker.damage, checker.num_rows, checker.num_tiles, audited)
 
@@ -249,14 +252,16 @@ class _Checker:
                 scores.unmark(tiles)
         scores.close()
 
-    def check_arrays(self, path: StorePath, load: Callable[[StorePath], object]) -> None:
-        """Check a kernel, a curvature or a top-k part."""
+    def check_arrays(
+        self, path: StorePath, load: Callable[[StorePath], object], then: str = "it is computed again"
+    ) -> None:
+        """Check a kernel, a curvature, a top-k part or a part of ids."""
         try:
             load(path)
         except FileNotFoundError:
             return  # a process was killed while it made or removed it
         except StoreError as error:
-            self._found(path, f"{error}; it is computed again")
+            self._found(path, f"{error}; {then}")
             if self.repair:
                 remove_result(path)
 

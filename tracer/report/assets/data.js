@@ -21,6 +21,25 @@ class Names {
   at(place) { return this.present ? this.names[this.codes[place]] : ""; }
 }
 
+// The ids of examples by index; those that are paths of files are links.
+class Ids {
+  constructor(packed) {
+    this.place = new Map(packed ? Array.from(unpack(packed.indices, Int32Array), (index, place) => [index, place]) : []);
+    this.packed = packed;
+    this.linked = unpack(packed && packed.linked, Uint8Array);
+  }
+  get present() { return this.place.size > 0; }
+  text(index) { return this.place.has(index) ? this.packed.names[this.place.get(index)] : ""; }
+  show(index) {
+    const name = this.text(index);
+    if (!name) return null;
+    if (!this.linked[this.place.get(index)]) return make("span", { class: "id", title: name }, name);
+    const path = name.replace(/\\/g, "/");
+    const root = path.startsWith("/") ? "file://" : /^[A-Za-z]:/.test(path) ? "file:///" : `${encodeURI(this.packed.base)}/`;
+    return make("a", { class: "id", title: name, href: root + path.split("/").map(encodeURIComponent).join("/") }, name);
+  }
+}
+
 const TABLE = {
   indices: unpack(DATA.indices, Int32Array),
   columns: DATA.columns.map((column) => ({ ...column, values: unpack(column.values, Float32Array) })),
@@ -30,6 +49,9 @@ const TABLE = {
   flags: Object.fromEntries(Object.entries(DATA.flags).map(([name, mask]) => [name, unpack(mask, Uint8Array)])),
 };
 TABLE.place = new Map(Array.from(TABLE.indices, (index, place) => [index, place]));
+
+const TRAIN_IDS = new Ids(DATA.ids);
+const TARGET_IDS = new Ids(DATA.target_ids);
 
 const TARGETS = {
   indices: unpack(DATA.targets.indices, Int32Array),

@@ -78,7 +78,8 @@ class Suspects {
       if (label !== "" && TABLE.labels.codes[place] !== code) continue;
       if (flag && TABLE.flags[flagName][place] !== wanted) continue;
       if (words && !(String(TABLE.indices[place]) === words || byLabel[TABLE.labels.codes[place]]
-        || byPrediction[TABLE.predictions.codes[place]] || TRAIN_INPUTS.text(TABLE.indices[place]).toLowerCase().includes(words))) continue;
+        || byPrediction[TABLE.predictions.codes[place]] || TRAIN_INPUTS.text(TABLE.indices[place]).toLowerCase().includes(words)
+        || TRAIN_IDS.text(TABLE.indices[place]).toLowerCase().includes(words))) continue;
       kept.push(place);
     }
     this.order = Int32Array.from(kept);
@@ -136,6 +137,7 @@ class Suspects {
       return make("li", { class: known ? "tile known" : "tile" },
         make("div", { class: "top" }, make("span", {}, `train ${index}`), make("span", {}, `#${place + 1}`)),
         TRAIN_INPUTS.show(index, "", label && `label ${label}`),
+        TRAIN_IDS.show(index),
         label && make("div", {}, "label ", make("b", {}, label)),
         prediction && make("div", {}, "predicted ", make("b", {}, prediction)),
         suggested && make("div", {}, "suggested ", make("b", {}, suggested)),
@@ -151,6 +153,7 @@ class Suspects {
     }, make("button", { type: "button", onclick: () => this.sortBy(key) }, title));
     const plain = (title) => make("th", { scope: "col" }, title);
     const heads = [make("th", { scope: "col", class: "number" }, "#"), header("index", "Example", "", "number")];
+    if (TRAIN_IDS.present) heads.push(plain("Id"));
     if (TRAIN_INPUTS.kind !== "absent") heads.push(plain("Input"));
     if (TABLE.labels.present) heads.push(header("label", "Label"));
     if (TABLE.predictions.present) heads.push(header("prediction", "Prediction"));
@@ -167,6 +170,7 @@ class Suspects {
     const index = TABLE.indices[place];
     const cells = [make("td", { class: "number" }, String(position)), make("th", { scope: "row", class: "number" }, String(index))];
     const label = TABLE.labels.at(place);
+    if (TRAIN_IDS.present) cells.push(make("td", {}, TRAIN_IDS.show(index)));
     if (TRAIN_INPUTS.kind !== "absent") {
       const css = TRAIN_INPUTS.kind === "images" ? null : "wide-cell";
       cells.push(make("td", { class: css }, TRAIN_INPUTS.show(index, "small", label && `label ${label}`)));

@@ -34,7 +34,7 @@ class Targets {
       if (which === "right" && label !== prediction) return false;
       if (!words) return true;
       const index = TARGETS.indices[place];
-      return String(index) === words || [label, prediction, TARGET_INPUTS.text(index)].some((text) => text.toLowerCase().includes(words));
+      return String(index) === words || [label, prediction, TARGET_INPUTS.text(index), TARGET_IDS.text(index)].some((text) => text.toLowerCase().includes(words));
     });
     this.at = 0;
     this.first = 0;
@@ -93,6 +93,7 @@ class Targets {
     const [label, prediction] = [TARGETS.labels.at(place), TARGETS.predictions.at(place)];
     const facts = make("dl", { class: "facts" });
     const add = (name, value) => facts.append(make("dt", {}, name), make("dd", {}, value));
+    if (TARGET_IDS.present) add("id", TARGET_IDS.show(index));
     if (label) add("label", make("b", {}, label));
     if (prediction) add("predicted", prediction === label ? prediction : make("b", { class: "score neg" }, prediction));
     if (TARGETS.mean) add("mean score", number(TARGETS.mean[place], true));
@@ -126,7 +127,7 @@ class Targets {
       make("span", { style: `width: ${Math.round(Math.min(1, Math.abs(score) / largest) * 100)}%` }));
     return make("li", { class: known ? "tile known" : "tile" },
       make("div", { class: "top" }, make("span", {}, `train ${index}`), make("span", { class: `score ${sign}` }, number(score, true))),
-      coloredTokens(target, index) || TRAIN_INPUTS.show(index, "", label && `label ${label}`), meter,
+      coloredTokens(target, index) || TRAIN_INPUTS.show(index, "", label && `label ${label}`), TRAIN_IDS.show(index), meter,
       label && make("span", {}, "label ", make("b", {}, label)), " ",
       known ? make("span", { class: "flag known" }, "mislabelled") : null, " ",
       flagOf("suspect", index) && !known ? make("span", { class: "flag suspect" }, "suspect") : null);
