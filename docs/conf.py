@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from docutils import nodes
@@ -16,6 +18,7 @@ from sphinx import addnodes
 from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.transforms import SphinxTransform
 from sphinx.util.docstrings import prepare_docstring
+from sphinx.util.docutils import SphinxDirective
 
 import tracer
 
@@ -99,6 +102,37 @@ def _is_prose(node: nodes.Node) -> bool:
     return True
 
 
+class NotebookPage(SphinxDirective):
+    """Show a notebook with its outputs: ``{notebook} ../examples/notebook.ipynb``, relative to the docs."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Return the notebook's cells, apart from its title, as nodes."""
+        path = Path(self.env.srcdir) / self.arguments[0]
+        self.env.note_dependency(str(path))
+        found: list[nodes.Node] = []
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            text = "".join(cell["source"])
+            if cell["cell_type"] == "markdown":
+                text = re.sub("^# .*\n+", "", text)
+                found += self.parse_text_to_nodes(text)
+                continue
+            found.append(nodes.literal_block(text, text, language="python"))
+            for output in cell["outputs"]:
+                found.append(_output(output))
+        return found
+
+
+def _output(output: dict[str, Any]) -> nodes.Node:
+    """Return an output of a cell: its table or picture, else its text."""
+    page = "".join(output.get("data", {}).get("text/html", ""))
+    if page:
+        return nodes.raw("", f'<div class="notebook-output">{page}</div>', format="html")
+    text = "".join(output.get("text", "") or output["data"]["text/plain"])
+    return nodes.literal_block(text, text, language="text")
+
+
 def find_public(
     app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, content: nodes.Element
 ) -> nodes.Element | None:
@@ -144,4 +178,5 @@ def setup(app: Sphinx) -> None:
     """Register what is above."""
     app.connect("autodoc-process-docstring", read_properties, priority=600)  # after napoleon, which has 500
     app.add_transform(LinkedNames)
+    app.add_directive("notebook", NotebookPage)
     app.connect("missing-reference", find_public)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import html
+import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
+
+from tracer.errors import MissingDependencyError
 
 Batch = Any
 """A batch of a data loader: a tensor, or tuples, lists, mappings and dataclasses of tensors."""
@@ -105,3 +109,69 @@ class TopK(_TopK):
         found = super().__new__(cls, indices, scores)
         found.ids, found.target_ids = ids, target_ids
         return found
+
+    def __repr__(self) -> str:
+        count, k = self.indices.shape
+        return f"TopK({count:,} targets, {k:,} training examples each)"
+
+    def _repr_html_(self) -> str:
+        count, k = self.indices.shape
+        lines = []
+        for target in range(min(count, _SHOWN_TARGETS)):
+            pairs = zip(self._names(target), self.scores[target].tolist(), strict=True)
+            cells = [f"{name}: {score:.3g}" for name, score in list(pairs)[:_SHOWN_EXAMPLES]]
+            lines.append([target if self.target_ids is None else self.target_ids[target], *cells])
+        headers = ["target", *range(1, min(k, _SHOWN_EXAMPLES) + 1)]
+        return html_table(headers, lines, repr(self))
+
+    def _names(self, target: int) -> list[Any]:
+        return (self.indices if self.ids is None else self.ids)[target].tolist()
+
+    def to_pandas(self) -> Any:
+        """Return a DataFrame with a line for each target and rank.
+
+        Returns:
+            The columns ``target``, ``rank`` (from 1), ``train_index`` and ``score``, and with ids ``target_id`` and
+            ``train_id``.
+
+        Raises:
+            MissingDependencyError: If pandas is not installed.
+        """
+        count, k = self.indices.shape
+        targets = np.repeat(np.arange(count), k)
+        columns = {"target": targets}
+        if self.target_ids is not None:
+            columns["target_id"] = np.array([*self.target_ids, None], object)[targets]
+        columns |= {"rank": np.tile(np.arange(1, k + 1), count), "train_index": self.indices.ravel()}
+        if self.ids is not None:
+            columns["train_id"] = self.ids.ravel()
+        return data_frame({**columns, "score": self.scores.ravel()})
+
+
+_SHOWN_TARGETS, _SHOWN_EXAMPLES = 5, 8
+"""What a notebook shows of a `TopK`."""
+
+
+def data_frame(columns: Mapping[str, Any]) -> Any:
+    """Return a DataFrame of columns by name, or raise `MissingDependencyError`."""
+    try:
+        pandas = importlib.import_module("pandas")
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"to_pandas needs pandas, which is not installed ({error}); install it with: pip install pandas."
+        ) from error
+    return pandas.DataFrame(dict(columns))
+
+
+def html_table(headers: Sequence[object], lines: Iterable[Sequence[object]], caption: str = "") -> str:
+    """Return a table for notebooks; all cells are texts.
+
+    >>> html_table(["a"], [["<b>"]])
+    '<table><tr><th>a</th></tr><tr><td>&lt;b&gt;</td></tr></table>'
+    """
+
+    def row(cells: Iterable[object], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    title = f'<caption style="text-align: left">{html.escape(caption)}</caption>' if caption else ""
+    return f"<table>{title}{row(headers, 'th')}{''.join(row(line, 'td') for line in lines)}</table>"

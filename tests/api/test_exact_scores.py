@@ -234,7 +234,7 @@ def test_inference_mode_does_not_matter(run, tmp_path):
 
 def test_rows_that_are_not_finite_are_named(run, tmp_path):
     run.x[7, 0, 0, 0] = torch.nan
-    with pytest.raises(NonFiniteError, match=r"rows \[7\]"):
+    with pytest.raises(NonFiniteError, match=r"rows 7 is"):
         direct(run, tmp_path / "store")
 
 

@@ -25,6 +25,8 @@ from tracer import (
     verify,
 )
 from tracer.data.example_ids import check_ids, find_ids
+from tracer.store.arrays.store_path import store_path
+from tracer.store.example_ids import ExampleIds
 
 PATHS = [f"images/{row}.png" for row in range(23)]
 TARGET_PATHS = [Path("targets") / f"{row}.png" for row in range(5)]
@@ -177,7 +179,7 @@ def test_errors_name_examples_by_their_ids(run, tmp_path):
     broken = run.x.clone()
     broken[7] = torch.nan
     run.x = broken
-    with pytest.raises(NonFiniteError, match=r"rows 7 \('images/7.png'\) is NaN"):
+    with pytest.raises(NonFiniteError, match=r"loss of rows 7 \('images/7.png'\) is NaN"):
         traced(run, tmp_path / "store")
 
 
@@ -240,10 +242,17 @@ def test_two_processes_write_parts_of_the_ids(run, tmp_path):
         last = part(rank, tmp_path / "store", names)
     assert last.ids() == names
     shutil.rmtree(tmp_path / "store")
-    for rank in (0, 1):
-        last = part(rank, tmp_path / "store", list("abcabc"))
-    with pytest.raises(InputError, match="ids name several training examples: 'a'"):
-        Tracer.open(tmp_path / "store").finalize_features()
+    part(0, tmp_path / "store", list("abcabc"))
+    with pytest.raises(InputError, match=r"training example \d got the id '.', which training example \d has"):
+        part(1, tmp_path / "store", list("abcabc"))
+    # processes that write at the same time do not see each other's ids
+    at_once = [ExampleIds(store_path(tmp_path / "other"), None) for _ in range(2)]
+    for rows, each in zip(([0, 1], [2, 3]), at_once, strict=True):
+        each.add(rows, ["a", f"b{rows[0]}"])
+    for each in at_once:
+        each.flush()
+    with pytest.raises(InputError, match=r"ids name several training examples: 'a' \(\d and \d\)"):
+        at_once[0].join()
 
 
 def test_top_k_is_a_pair_that_may_have_names():

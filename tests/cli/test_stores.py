@@ -317,8 +317,8 @@ def test_a_report_refuses_rows_of_another_number(project, tmp_path):
 
 
 def test_what_a_report_shows_of_batches():
-    from tracer.cli.report import displayable
     from tracer.data.datasets import as_data_source
+    from tracer.data.displayable import displayable
 
     images, labels = torch.rand(4, 1, 2, 2), torch.arange(4)
     inputs, known = displayable(as_data_source((images, labels), "train", 3))
@@ -385,8 +385,10 @@ def with_ids(tmp_path_factory):
         enter(folder, patch)
         make_project(folder)
         source = folder / f"{MODULE}.py"
-        text = "\n\nclass NamedSet(torch.utils.data.TensorDataset):\n    paths = [Path(f'{row}.png') for row in range(5)]\n"
-        source.write_text(source.read_text() + text + "\n\ndef named_set():\n    return NamedSet(*test_set())\n")
+        text = (
+            "\n\nclass NamedSet(torch.utils.data.TensorDataset):\n    paths = [Path(f'{row}.png') for row in range(5)]"
+        )
+        source.write_text(source.read_text() + text + "\n\n\ndef named_set():\n    return NamedSet(*test_set())\n")
         sys.modules.pop(MODULE, None)
         options = ["--ids", f"{MODULE}:names", "--target-ids", "paths", "--targets", f"{MODULE}:named_set"]
         found = run_tracer("run", "tracer.toml", *options)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
+from tracer._core.progress import tqdm
 from tracer._core.sharding import fsdp_modules
 from tracer._core.validation import bar_disabled, check_count, check_model
+from tracer.api import display
 from tracer.api.checkpoint_sources import check_distinct, checkpoint_pairs
 from tracer.api.label_evidence import label_health, model_warnings
 from tracer.api.report_metadata import StoreFacts
@@ -39,7 +40,7 @@ from tracer.types import Batch, Checkpoint, TopK
 logger = logging.getLogger("tracer")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Attribution:
     """Influence of training examples on targets, as `attribute` returns it; everything is in the store.
 
@@ -52,6 +53,7 @@ class Attribution:
         model_ids: The checkpoints' numbers in the store. Default: all.
         target: ``loss`` or ``output``, as in `Tracer.finalize_scores`.
         regularization: λ of ``trak`` and ``influence``, as in `Tracer.finalize_scores`.
+        sources: The training examples and the targets, if they are at hand, to be shown.
     """
 
     tracer: Tracer | StoreReader
@@ -60,6 +62,10 @@ class Attribution:
     model_ids: list[int] | None = None
     target: str | None = None
     regularization: float | str = "auto"
+    sources: tuple[DataSource | None, DataSource | None] = field(default=(None, None), compare=False)
+
+    __repr__, _repr_html_ = display.as_text, display.as_html
+    show, to_pandas = display.show, display.to_pandas
 
     @property
     def scores(self) -> np.ndarray:
@@ -350,7 +356,7 @@ def attribute(
             "Gradients of checkpoints that the iterator has passed turned out to be wrong and were forgotten (see the "
             "log): call attribute again with the same save_dir and checkpoints, and they are computed again."
         )
-    found = Attribution(tracer, exp_name, estimator, chosen, target, regularization)
+    found = Attribution(tracer, exp_name, estimator, chosen, target, regularization, (train_rows, target_rows))
     if tracer.process.count == 1:
         for sentence in found.warnings():
             logger.warning("%s", sentence)

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tracer._core.processes import Process
+from tracer._core.progress import tqdm
 from tracer._core.validation import bar_disabled
 from tracer.api.featurizer import Featurizer
 from tracer.api.featurizer_factory import FeaturizerFactory, LoadedCheckpoint

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from tracer._core.progress import tqdm
 from tracer._core.validation import bar_disabled, check_count, check_model_id
 from tracer.api.featurizer import Featurizer
 from tracer.api.featurizer_factory import check_weights
@@ -133,11 +133,13 @@ class CosineWriter:
         self._store, self._exp_name = store, exp_name
         self._memory_bytes, self._progress = memory_bytes, progress
         self._train, self._targets = store.checkpoint(model_id), store.targets(exp_name, model_id)
-        for table, name in ((self._train, None), (self._targets, exp_name)):
-            table.name_rows(store.ids(name).named)
         self._revisions = Revisions(store, [model_id], exp_name)
         self._same_rows = store.other_checkpoint(model_id)
         self._same_targets = store.other_targets(exp_name, model_id)
+        for name, tables in ((None, (self._train, self._same_rows)), (exp_name, (self._targets, self._same_targets))):
+            for table in tables:
+                if table is not None:
+                    table.name_rows(store.ids(name).named)
 
     def run(self, train: DataSource, targets: DataSource) -> None:
         """Compute everything that is not stored yet, block by block of targets.

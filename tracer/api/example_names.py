@@ -50,11 +50,25 @@ def with_ids(top: TopK, store: Store, exp_name: str | None) -> TopK:
     """Return the strongest training examples with their ids and, unless they are not stored, those of targets."""
     train = store.ids().known()
     targets = None if exp_name is None else store.ids(exp_name).listed(len(top.indices))
-    names = None
+    names: Any = None
     if train:
-        names = np.empty(top.indices.shape, dtype=object)
-        names.flat = [train.get(row, row) for row in top.indices.ravel().tolist()]
+        names = np.empty(top.indices.size, dtype=object)
+        names[:] = [train.get(row, row) for row in top.indices.ravel().tolist()]
+        names = names.reshape(top.indices.shape)
     return TopK(*top, ids=names, target_ids=targets)
+
+
+def example_index(store: Store, example: int | str, exp_name: str | None) -> int:
+    """Return the index of an example by its index or id; an integer is an index."""
+    size, what = store.num_rows(exp_name), "training example" if exp_name is None else "target"
+    if isinstance(example, str):
+        rows = {str(name): row for row, name in store.ids(exp_name).known().items()}
+        if example not in rows:
+            raise InputError(f"there is no {what} with the id {example!r}; {nearest_name(example, list(rows)[:1000])}.")
+        return rows[example]
+    if not 0 <= example < size:
+        raise InputError(f"there is no {what} {example}; expected an index from 0 to {size - 1}, or an id.")
+    return int(example)
 
 
 def _size(store: Store, exp_name: str | None) -> int:

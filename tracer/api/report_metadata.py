@@ -40,8 +40,8 @@ class StoreFacts:
         tables = [store.checkpoint(model_id) for model_id in chosen]
         losses = np.mean([table.column("loss").astype(np.float64) for table in tables], axis=0)
         return cls(
-            train_labels=_labels(tables[0]),
-            target_labels=_labels(store.targets(exp_name, chosen[0])),
+            train_labels=class_labels(tables[0]),
+            target_labels=class_labels(store.targets(exp_name, chosen[0])),
             train_ids=store.ids().listed(len(losses)),
             target_ids=store.ids(exp_name).listed(store.num_rows(exp_name)),
             losses=losses if np.isfinite(losses).all() else None,
@@ -49,7 +49,7 @@ class StoreFacts:
         )
 
 
-def _labels(table: RowTable) -> np.ndarray | None:
+def class_labels(table: RowTable) -> np.ndarray | None:
     """Return the labels of a table ``[N]``, int64; None if one is missing."""
     labels = table.column("label")
     return None if (labels == NO_LABEL).any() else labels.astype(np.int64)

@@ -119,7 +119,9 @@ class Session:
         return same
 
     def _name_rows(self) -> None:
-        self.table.name_rows(self._ids.named)
+        for table in (self.table, self._compared):
+            if table is not None:
+                table.name_rows(self._ids.named)
 
     def flush(self) -> None:
         """Make everything that was computed durable."""

@@ -142,7 +142,7 @@ def write_values(table: RowTable, rows: np.ndarray, values: RowValues, fingerpri
     for name, column in floats.items():
         finite = np.isfinite(column)
         if not finite.all():
-            _refuse("gradient" if name == "gradient_norm" else name, rows[~finite])
+            _refuse("gradient" if name == "gradient_norm" else name, rows[~finite], table)
     table.write(
         rows,
         values.features,
@@ -154,10 +154,9 @@ def write_values(table: RowTable, rows: np.ndarray, values: RowValues, fingerpri
     )
 
 
-def _refuse(what: str, bad: np.ndarray) -> None:
-    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+def _refuse(what: str, bad: np.ndarray, table: RowTable) -> None:
     raise NonFiniteError(
-        f"The {what} of rows {bad[:5].tolist()}{more} is NaN or infinite (in float32). Nothing of this batch was "
+        f"The {what} of rows {table.named(bad)} is NaN or infinite (in float32). Nothing of this batch was "
         f"written. Look at these rows' inputs and labels, or leave them out; if all rows are concerned, at the "
         f"checkpoint's weights."
     )

@@ -48,6 +48,8 @@ _LOOP = "make a Tracer and call tracer.featurize(batch, inds=...) with the index
 class DataSource(ABC):
     """Examples in a fixed order, loaded by index; its length is their number."""
 
+    loads_by_index = False  # whether a few examples cost no pass over all of them
+
     @abstractmethod
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -70,6 +72,8 @@ class NoExamples(DataSource):
 
 class _MapStyleSource(DataSource):
     """A map-style data set: loads exactly the requested examples."""
+
+    loads_by_index = True
 
     def __init__(self, dataset: Any, **loader_options: Any) -> None:
         self._dataset, self._loader_options = dataset, loader_options

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 
 from tracer.errors import InputError
+from tracer.types import data_frame, html_table
 
 
 class Result:
@@ -15,6 +17,36 @@ class Result:
     def __repr__(self) -> str:
         shown = (f"{field.name}={shortened(getattr(self, field.name))}" for field in fields(self))  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _repr_html_(self) -> str:
+        lines = [(field.name, shortened(getattr(self, field.name))) for field in fields(self)]  # type: ignore[arg-type]
+        return html_table(("", type(self).__name__), lines)
+
+    def to_pandas(self) -> Any:
+        """Return a DataFrame of the longest values: a line for each target, or for each number of checked examples.
+
+        Returns:
+            A column for each field that is an array of the largest first dimension; of a matrix, one for each of its
+            columns, ``name_0`` and so on. Without arrays, one line of numbers.
+
+        Raises:
+            MissingDependencyError: If pandas is not installed.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray) and value.ndim}
+        if not arrays:
+            return data_frame({name: [value] for name, value in values.items()})
+        per_target = {name: value for name, value in arrays.items() if name.endswith("per_target")}
+        size = max(map(len, (per_target or arrays).values()))
+        columns: dict[str, Any] = {}
+        for name, value in arrays.items():
+            if len(value) == size:
+                flat = value.reshape(size, -1)
+                parts = (
+                    {name: flat[:, 0]} if value.ndim == 1 else {f"{name}_{i}": part for i, part in enumerate(flat.T)}
+                )
+                columns |= parts
+        return data_frame(columns)
 
 
 def shortened(value: object) -> str:

@@ -17,10 +17,12 @@ from tracer.retraining.result_files import ResultFiles, settings_of
 from tracer.retraining.subsets import make_runs
 from tracer.retraining.training import Trainer, check_recipe, ordinary_mode, progress_bar
 from tracer.store.arrays.store_path import local_path
-from tracer.types import Batch
+from tracer.types import Batch, data_frame, html_table
+
+_SHOWN = 5  # subsets in a notebook
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Retrained:
     """Outputs and losses of M targets for models trained on S subsets.
 
@@ -36,6 +38,37 @@ class Retrained:
     seeds: tuple[int, ...]
     outputs_by_seed: np.ndarray
     losses_by_seed: np.ndarray
+
+    def __repr__(self) -> str:
+        subsets, seeds, targets = self.outputs_by_seed.shape
+        return f"Retrained({subsets:,} subsets of {self.masks.shape[1]:,} examples, {seeds} seeds, {targets:,} targets)"
+
+    def _repr_html_(self) -> str:
+        lines = [
+            (subset, int(self.masks[subset].sum()), f"{output.mean():.4g}", f"{loss.mean():.4g}")
+            for subset, (output, loss) in enumerate(zip(self.outputs[:_SHOWN], self.losses[:_SHOWN], strict=True))
+        ]
+        return html_table(("subset", "examples", "mean output", "mean loss"), lines, repr(self))
+
+    def to_pandas(self) -> Any:
+        """Return a DataFrame with a line for each subset and target.
+
+        Returns:
+            The columns ``subset``, ``target``, ``examples`` (the number in the subset), ``output`` and ``loss``.
+
+        Raises:
+            MissingDependencyError: If pandas is not installed.
+        """
+        subsets, targets = self.outputs.shape
+        return data_frame(
+            {
+                "subset": np.repeat(np.arange(subsets), targets),
+                "target": np.tile(np.arange(targets), subsets),
+                "examples": np.repeat(self.masks.sum(1), targets),
+                "output": self.outputs.ravel(),
+                "loss": self.losses.ravel(),
+            }
+        )
 
     @property
     def outputs(self) -> np.ndarray:

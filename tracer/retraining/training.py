@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from tracer._core.progress import tqdm
 from tracer._core.text import listing
 from tracer._core.validation import as_list, bar_disabled, check_count
 from tracer.data.batches import count_samples

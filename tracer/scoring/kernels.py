@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
-from tqdm import tqdm
 
 from tracer._core.processes import Process
+from tracer._core.progress import tqdm
 from tracer._core.validation import bar_disabled
 from tracer.errors import InputError
 from tracer.scoring.estimators import Estimate

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
+from tracer._core.progress import tqdm
 from tracer._core.validation import as_list, bar_disabled, check_model_id, complete_rates
 from tracer.errors import CallOrderError, IncompleteError, InputError, nearest_name
 from tracer.store import RowTable, ScoreArray, Store

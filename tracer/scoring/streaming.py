@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
-from tqdm import tqdm
 
+from tracer._core.progress import tqdm
 from tracer._core.validation import bar_disabled
 from tracer.scoring.estimators import Estimate
 from tracer.scoring.feature_tables import (

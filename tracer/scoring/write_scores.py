@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from tracer._core.progress import tqdm
 from tracer._core.validation import bar_disabled
 from tracer.scoring.read_ahead import ReadAhead
 from tracer.scoring.streaming import NUM_TILES_HELD, TileScorer

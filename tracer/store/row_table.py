@@ -101,6 +101,10 @@ class RowTable:
         """Name rows in errors by what a function returns for their indices, for example with their ids."""
         self._writer.named = named
 
+    def named(self, rows: np.ndarray) -> str:
+        """Return the first of some row indices, with what is known of them, and how many more there are."""
+        return self._writer.named(rows)
+
     @property
     def attributes(self) -> dict[str, Any]:
         """A copy of the table's attributes as they are on the disk; change them with `set_attributes`."""

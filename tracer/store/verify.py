@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from tracer._core.files import disk_errors
+from tracer._core.progress import tqdm
 from tracer._core.text import listing
 from tracer.errors import StoreError
 from tracer.store.arrays.chunked import ChunkedArray
