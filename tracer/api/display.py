@@ -6,6 +6,7 @@ import base64
 import html
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from tracer.api.example_names import example_index
 from tracer.api.report_metadata import class_labels
 from tracer.data.datasets import DataSource
 from tracer.data.displayable import displayable
-from tracer.errors import MissingDependencyError, TracerError
+from tracer.errors import InputError, MissingDependencyError, TracerError
 from tracer.report.png import png_bytes
 from tracer.report.samples import Samples, as_array
 from tracer.report.text import number, shortened
@@ -154,12 +155,15 @@ class _Examples:
         labels, self._known = class_labels(table), store.ids(exp_name).known()
         self._places = {index: place for place, index in enumerate(indices.tolist())}
         source: DataSource | None = found.sources[0 if exp_name is None else 1]
-        if inputs is not None:
-            shown: Any = _selected(inputs, indices)
-        else:
-            shown = displayable(source, indices)[0] if source is not None and len(source) else None
         role, own = ("train" if exp_name is None else "target"), None if labels is None else labels[indices]
-        self._samples = Samples(role, len(indices), shown, own, None, class_names if labels is not None else None)
+        names = None if labels is None else class_names
+        if inputs is not None:
+            self._samples = Samples(role, len(indices), _selected(inputs, indices), own, None, names)
+            return
+        self._samples = Samples(role, len(indices), None, own, None, names)
+        if source is not None and len(source):
+            with suppress(InputError):  # of a form that cannot be shown, such as tensors of five dimensions
+                self._samples = Samples(role, len(indices), displayable(source, indices)[0], own, None, names)
 
     def card(self, index: int, score: float | None = None) -> Card:
         place, samples = self._places[index], self._samples
