@@ -155,7 +155,7 @@ def test_links_and_anchors_within_the_site_exist(pages):
 
 
 def test_nothing_is_loaded_from_elsewhere(pages):
-    loaded = {(path, source) for path, page in pages.items() for source in page.loaded}
+    loaded = {(path, each) for path, page in pages.items() for each in page.loaded if not each.startswith("data:")}
     assert [source for _, source in loaded if "//" in source] == []
     files = [path.parent / unquote(source.split("?")[0]) for path, source in loaded if not source.startswith("#")]
     assert [file for file in files if not file.exists()] == []
