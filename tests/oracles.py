@@ -69,7 +69,7 @@ def assert_gradients_match(
 ) -> GradientEngine:
     """Check the engine against the oracle in float64, and which parameters used the fallback.
 
-    `batch` must be in float64 already. `general` is the expected set of parameters without a layer rule, or None.
+    `batch` must be in float64 already. `general` is the expected set of parameters that the fallback computes, or None.
     """
     model = copy.deepcopy(model).double()
     names = selected_names(model) if names is None else names

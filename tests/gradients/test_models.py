@@ -106,7 +106,7 @@ def test_layers_that_mix_up_rows_are_not_given_to_wrong_rows(caplog):
     with caplog.at_level(logging.INFO, logger="tracer"):
         assert_gradients_match(model, loss, (data(3, 6, 4),), 3, general=["f.weight", "f.bias"])
     assert "'f.weight' are computed by torch.func" in caplog.text
-    assert "captured from f" in caplog.text
+    assert "captured from its uses" in caplog.text
 
 
 def test_sequence_first_after_a_first_batch_of_one_row():
@@ -139,7 +139,7 @@ def test_frozen_parameters_are_left_out():
 
 def test_unused_parameters_have_gradient_zero():
     model = Module(lambda m, x: m.f(x), f=nn.Linear(4, 2), unused=nn.Linear(3, 3), raw=nn.Parameter(torch.ones(2)))
-    assert_gradients_match(model, mean_square, (data(3, 4),), 3, general=["raw"])
+    assert_gradients_match(model, mean_square, (data(3, 4),), 3)
 
 
 def test_detached_branch_has_gradient_zero():
@@ -156,24 +156,24 @@ def test_branch_under_no_grad_has_gradient_zero():
     assert_gradients_match(Module(forward, f=nn.Linear(4, 2), g=nn.Linear(4, 2)), mean_square, (data(3, 4),), 3)
 
 
-def test_raw_parameters():
-    model = Module(lambda m, x: m.f(x * m.scale) + m.shift, f=nn.Linear(4, 2))
+def test_raw_parameters_in_functions_without_a_rule():
+    model = Module(lambda m, x: torch.hypot(m.f(torch.hypot(x, m.scale)), m.shift), f=nn.Linear(4, 2))
     model.scale, model.shift = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(()))
     assert_gradients_match(model, mean_square, (data(3, 4),), 3, general=["scale", "shift"])
 
 
 def test_layer_whose_weight_is_used_directly():
     model = Module(lambda m, x: F.linear(x, m.f.weight).tanh() @ m.f.weight + m.f(x), f=nn.Linear(4, 4))
-    assert_gradients_match(model, mean_square, (data(3, 4),), 3, general=["f.weight"])
+    assert_gradients_match(model, mean_square, (data(3, 4),), 3)
 
 
 def test_subclass_with_another_forward_has_no_rule():
     class Doubled(nn.Linear):
         def forward(self, x):
-            return 2 * super().forward(x)
+            return torch.hypot(x, self.weight) + self.bias
 
-    model = nn.Sequential(Doubled(4, 3), nn.Tanh())
-    assert_gradients_match(model, mean_square, (data(3, 4),), 3, general=["0.weight", "0.bias"])
+    model = nn.Sequential(Doubled(4, 1), nn.Tanh())
+    assert_gradients_match(model, mean_square, (data(3, 4),), 3, general=["0.weight"])
 
 
 def test_instance_with_another_forward_is_found_by_the_check():
@@ -183,7 +183,7 @@ def test_instance_with_another_forward_is_found_by_the_check():
     batch = (data(3, 4).float(),)
     found = engine_gradients(engine, batch, 3)
     torch.testing.assert_close(found, oracle_gradients(model, mean_square, batch, 3))
-    assert set(engine.fallback) == {"0.weight", "0.bias"}
+    assert engine.raw == {"0.weight", "0.bias"}
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -254,7 +254,7 @@ def test_lstm_by_the_per_sample_loop_where_vmap_cannot():
 
 def test_data_dependent_control_flow_by_the_loop():
     def forward(m, x):
-        return m.f(x) * m.raw if float(x.sum()) > -1e9 else m.f(x)
+        return torch.hypot(m.f(x), m.raw) if float(x.sum()) > -1e9 else m.f(x)
 
     model = Module(forward, f=nn.Linear(4, 2), raw=nn.Parameter(torch.rand(2)))
     engine = assert_gradients_match(model, mean_square, (data(3, 4),), 3, general=["raw"])
@@ -360,10 +360,11 @@ def test_output_that_depends_on_nothing_selected_is_refused():
 
 
 def test_capture_only_names_what_it_cannot_do():
-    model = Module(lambda m, x: m.f(x) * m.scale, f=nn.Linear(4, 2))
+    model = Module(lambda m, x: torch.hypot(m.f(x), m.scale), f=nn.Linear(4, 2))
     model.scale = nn.Parameter(torch.ones(2))
-    with pytest.raises(tracer.GradientError, match="'scale'.*Use gradients='auto'"):
-        GradientEngine(model, make_task(mean_square), ["f.weight", "scale"], "capture")
+    engine = GradientEngine(model, make_task(mean_square), ["f.weight", "scale"], "capture")
+    with pytest.raises(tracer.GradientError, match="'scale'.*hypot.*Use gradients='auto'"):
+        engine_gradients(engine, (data(3, 4).float(),), 3)
 
 
 def test_unknown_method_suggests_the_nearest():
@@ -380,7 +381,7 @@ def test_complex_parameter_is_refused():
 
 def test_batches_of_strings_go_sample_by_sample():
     def forward(m, words, x):
-        return m.f(x) * m.raw * torch.tensor([[float(len(word))] for word in words], dtype=x.dtype)
+        return torch.hypot(m.f(x), m.raw) * torch.tensor([[float(len(word))] for word in words], dtype=x.dtype)
 
     model = Module(forward, f=nn.Linear(4, 2), raw=nn.Parameter(torch.rand(2)))
     assert_gradients_match(model, mean_square, (["a", "bcd", "ef"], data(3, 4)), 3, general=["raw"])
@@ -405,7 +406,7 @@ def test_rounding_between_batch_sizes_is_no_coupling(dtype):
     def forward(m, x):
         for layer in m.layers:
             x = layer(x)
-        return m.head(x) * m.raw
+        return torch.hypot(m.head(x), m.raw)
 
     blocks = [nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.LayerNorm(64)) for _ in range(8)]
     model = Module(forward, layers=nn.ModuleList(blocks), head=nn.Linear(64, 3)).to(dtype)
@@ -430,7 +431,7 @@ def test_a_rule_that_is_wrong_by_a_third_is_found_in_every_precision(dtype):
     model = nn.Sequential(Stretched(16, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
     engine = GradientEngine(model, make_task("image_classification"), [name for name, _ in model.named_parameters()])
     engine_gradients(engine, (data(6, 16).to(dtype), torch.arange(6) % 3), 6)
-    assert set(engine.fallback) == {"0.weight"}
+    assert engine.raw == {"0.weight"}
 
 
 def test_model_is_left_as_found():
@@ -541,7 +542,8 @@ def test_registered_rule_is_used_and_checked():
     tracer.register_layer_rule(Scale, lambda call: {"weight": call.x * call.grad_output}, ["weight"])
     tracer.register_layer_rule(WrongScale, lambda call: {"weight": call.x + call.grad_output}, ["weight"])
     assert_gradients_match(nn.Sequential(Scale(), nn.Tanh()), mean_square, (data(3, 4),), 3, method="capture")
-    assert_gradients_match(nn.Sequential(WrongScale(), nn.Tanh()), mean_square, (data(3, 4),), 3, general=["0.weight"])
+    engine = assert_gradients_match(nn.Sequential(WrongScale(), nn.Tanh()), mean_square, (data(3, 4),), 3)
+    assert engine.raw == {"0.weight"}
 
 
 def test_rule_of_another_kind_is_refused():
@@ -561,7 +563,7 @@ def test_modules_that_convert_themselves_run_sample_by_sample():
 
     def forward(m, x):
         m.route = m.route.to(torch.float64)
-        return m.f(x * m.scale) * m.route(x)
+        return m.f(torch.hypot(x, m.scale)) * m.route(x)
 
     model = Module(forward, f=nn.Linear(4, 2), route=nn.Linear(4, 2))
     model.scale = nn.Parameter(torch.rand(4))

@@ -20,6 +20,20 @@ def marks(entry: Entry) -> list:
     return [pytest.mark.xfail(reason=entry.fault)] if entry.fault else []
 
 
+def make_torchvision_importable() -> None:
+    """Make torchvision importable; PyPI's wheel is built for CUDA, so its operators do not load beside torch for CPUs.
+
+    transformers and timm import it for their image transforms, which the zoo does not use.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+
+
 class Net(nn.Module):
     """A model given by a function of itself and its inputs, its layers and its raw parameters."""
 

@@ -61,7 +61,7 @@ class FeatureSettings:
     )
     gradients: str = _setting(
         "auto",
-        "``auto`` (layer rules, and ``torch.func`` as the fallback), ``capture`` (layer rules only) or ``functional`` "
+        "``auto`` (layer rules, and ``torch.func`` as the fallback), ``capture`` (no fallback) or ``functional`` "
         "(``torch.func`` only).",
         METHODS,
     )

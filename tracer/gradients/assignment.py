@@ -11,7 +11,8 @@ from tracer._core.sharding import layer_type
 from tracer.errors import GradientError
 from tracer.gradients.attention import CapturedAttention, refuses_attention
 from tracer.gradients.backend import Backend
-from tracer.gradients.capture import CapturedLayer, CapturedPass, SampleAxis
+from tracer.gradients.calls import CapturedLayer, SampleAxis
+from tracer.gradients.capture import CapturedPass
 from tracer.gradients.layers import rule_for
 
 logger = logging.getLogger("tracer.gradients")
@@ -29,6 +30,7 @@ class Assignment:
     Attributes:
         layers: The layers to capture.
         attentions: The attention modules whose projections are among them.
+        raw: The parameters without a layer rule that are captured wherever the forward uses them.
         fallback: The parameters that the fallback computes, with the reason.
         axes: The axis of samples of layers for which it is not the one that the shape suggests.
 
@@ -38,6 +40,7 @@ class Assignment:
 
     def __init__(self, model: nn.Module, names: Sequence[str], method: str, backend: Backend) -> None:
         self._model, self._names, self._method, self._backend = model, names, method, backend
+        self.raw: set[str] = set()
         self.fallback: dict[str, str] = {}
         self.axes: dict[str, SampleAxis] = {}
         self._tried: dict[str, set[SampleAxis]] = {}
@@ -57,12 +60,12 @@ class Assignment:
         for name, difference in wrong.items():
             layers = sorted(set(captured.layers.get(name, ())))
             reason = (
-                f"captured from {', '.join(layers) or 'no layer'}, its gradient differs from autograd's ({difference})"
+                f"captured from {', '.join(layers) or 'its uses'}, its gradient differs from autograd's ({difference})"
             )
-            if batch_size > 1 and not at_once:
+            if batch_size > 1 and not at_once and name not in self.raw:
                 found |= {layer: axis for layer in layers if (axis := self._untried(layer)) is not None}
             if found.keys().isdisjoint(layers):
-                self.drop_parameter(name, reason)
+                self.drop_parameter(name, reason, at_once)
             for layer in found.keys() & set(layers):
                 self._suspects.setdefault(layer, {})[name] = reason
         for layer, axis in found.items():
@@ -80,12 +83,12 @@ class Assignment:
     def give_up(self, layer: str, reason: str, expanded: bool) -> None:
         """Drop a layer whose capture failed, or, if an expansion may have caused it, all suspects."""
         suspects = list(self._suspects) if expanded else []
-        before = len(self.fallback)
+        before = len(self.fallback) + len(self.raw)
         for each in suspects:
             if any(each == captured.name for captured in self.layers):  # it may be gone with a parameter that it shares
                 self._drop_layer(each, reason)
         self._suspects.clear()
-        if len(self.fallback) == before:
+        if len(self.fallback) + len(self.raw) == before:
             self._drop_layer(layer, reason)
 
     def confirm(self) -> None:
@@ -106,9 +109,17 @@ class Assignment:
                     self._capture(layer_name or type(module).__name__, module, canonical)
         owned = {name for layer in self.layers for name in layer.parameters.values()}
         rest = {name: self._reason(name) for name in self.captured if name not in owned}
+        if self._may_be_raw:
+            self.raw |= rest.keys()
+            return
         self._backend.refuse_fallback(rest)
         for name, reason in rest.items():
             self._use_fallback(name, reason)
+
+    @property
+    def _may_be_raw(self) -> bool:
+        """Whether parameters without a layer rule may be captured: their gradient needs whole weights."""
+        return self._method != "functional" and not self._backend.is_sharded
 
     def _capture(self, layer_name: str, module: nn.Module, canonical: Mapping[int, str]) -> bool:
         """Capture a layer if a rule covers wanted parameters of it, and return whether."""
@@ -119,7 +130,7 @@ class Assignment:
             local: name
             for local, parameter in module._parameters.items()
             if parameter is not None and local in registered.parameters
-            if (name := canonical[id(parameter)]) in self._names and name not in self.fallback
+            if (name := canonical[id(parameter)]) in self._names and name not in self.fallback.keys() | self.raw
         }
         if wanted:
             self.layers.append(CapturedLayer(layer_name, module, registered, wanted))
@@ -161,8 +172,17 @@ class Assignment:
         for name in suspected or layer.parameters.values():
             self.drop_parameter(name, suspected.get(name, f"captured from {layer_name}: {reason}"))
 
-    def drop_parameter(self, name: str, reason: str) -> None:
-        """Use the fallback for a parameter."""
-        if name not in self.fallback:
+    def give_up_raw(self, reasons: Mapping[str, str]) -> None:
+        """Use the fallback for parameters whose uses cannot be captured."""
+        for name, reason in reasons.items():
+            self.drop_parameter(name, f"{self._reason(name)}, and {reason}")
+
+    def drop_parameter(self, name: str, reason: str, at_once: bool = False) -> None:
+        """Capture a parameter without its layers, or, if that failed or at once, use the fallback."""
+        if self._may_be_raw and not at_once and name not in self.raw and name not in self.fallback:
+            self.raw.add(name)
+            logger.info("per-sample gradients of %r are taken from the functions that use it: %s", name, reason)
+        elif name not in self.fallback:
+            self.raw.discard(name)
             self._use_fallback(name, reason)
         self._assign()

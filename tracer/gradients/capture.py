@@ -10,81 +10,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 
 from tracer.data.tasks import Task
 from tracer.errors import BatchError, RankError
 from tracer.gradients.attention import CapturedAttention, CaptureFailed, attending
+from tracer.gradients.calls import Call, CapturedLayer, SampleAxis, apply_rule, patterns
 from tracer.gradients.combined import add_gradients
-from tracer.gradients.layers import LayerCall, RegisteredRule
-from tracer.gradients.per_sample import DenseGradient, PerSampleGradient
+from tracer.gradients.per_sample import PerSampleGradient
+from tracer.gradients.raw import RawParameters
+from tracer.gradients.shared import Pullback, RawFailed, Use, failing_as_raw
 from tracer.types import Batch, SampleOutputs, detached
-
-
-class SampleAxis(Enum):
-    """The dimension of a layer's inputs and output that holds the samples.
-
-    Attributes:
-        FIRST: The first, maybe with several rows a sample.
-        SECOND: The second: sequence first.
-        NONE: There is none: one output for all samples (positions, prototypes).
-    """
-
-    FIRST = "first"
-    SECOND = "second"
-    NONE = "none"
-
-
-@dataclass(frozen=True)
-class CapturedLayer:
-    """A layer whose parameters are captured.
-
-    Attributes:
-        name: Its name in the model.
-        module: The layer.
-        rule: The rule of its type.
-        parameters: The wanted parameters: the layer's own names to the model's names.
-    """
-
-    name: str
-    module: nn.Module
-    rule: RegisteredRule
-    parameters: Mapping[str, str]
-
-
-@dataclass
-class _Call:
-    layer: CapturedLayer
-    inputs: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-    edge: GradientEdge
-    axis: SampleAxis
-    rows: int
-
-
-class CallPattern(NamedTuple):
-    """A way of calling a layer, as far as it decides which rows belong to which samples.
-
-    Attributes:
-        layer: The layer's name.
-        axis: The axis of the samples.
-        fold: The number of rows of a sample.
-        ndim: The dimensions of its input.
-        repeated: Whether it was called so more than once.
-    """
-
-    layer: str
-    axis: SampleAxis
-    fold: int
-    ndim: int
-    repeated: bool
-
 
 Receiver = Callable[[dict[str, PerSampleGradient]], None]
 """A consumer of gradients by parameter name, each parameter once and complete."""
@@ -96,7 +36,7 @@ class _Recorder:
     def __init__(self, batch_size: int, axes: Mapping[str, SampleAxis]) -> None:
         self.batch_size = batch_size
         self.axes = axes
-        self.calls: list[_Call] = []
+        self.calls: list[Call] = []
         self.expanded = False
         self.autocast: set[torch.dtype] = set()
 
@@ -126,13 +66,13 @@ class _Recorder:
         versions = tuple(value._version for value in inputs)
         if axis is not SampleAxis.NONE:
             rows = output.shape[0] if axis is SampleAxis.FIRST else self.batch_size
-            self.calls.append(_Call(layer, inputs, versions, get_gradient_edge(output), axis, rows))
+            self.calls.append(Call(layer, inputs, versions, get_gradient_edge(output), axis, rows))
             return None
         # Give each sample its own copy, so that the gradient of the copy is the sample's.
         leading_one = output.ndim > 0 and output.shape[0] == 1
         expanded = _expand_input(output, leading_one, self.batch_size)
         inputs = tuple(_expand_input(value, leading_one, self.batch_size) for value in inputs)
-        self.calls.append(_Call(layer, inputs, versions, get_gradient_edge(expanded), axis, self.batch_size))
+        self.calls.append(Call(layer, inputs, versions, get_gradient_edge(expanded), axis, self.batch_size))
         self.expanded = True
         return expanded
 
@@ -164,6 +104,7 @@ class CapturedPass:
         layers: The layers to capture.
         attentions: The attention modules whose projections are among them.
         axes: The axis of samples by layer name, if it is not the one that the output's shape suggests.
+        raw: The names of parameters that are captured wherever the forward uses them.
 
     Attributes:
         outputs: f, L, Q, w of each sample, detached.
@@ -173,6 +114,7 @@ class CapturedPass:
 
     Raises:
         CaptureFailed: If a layer was used in a way that its rule cannot describe.
+        RawFailed: If other parameters were used in a way that no rule describes.
     """
 
     def __init__(
@@ -184,21 +126,27 @@ class CapturedPass:
         layers: Sequence[CapturedLayer],
         attentions: Sequence[CapturedAttention],
         axes: Mapping[str, SampleAxis],
+        raw: Collection[str] = (),
     ) -> None:
         recorder = _Recorder(batch_size, axes)
+        parameters = {name: value for name, value in model.named_parameters() if name in raw}
+        seen = RawParameters(parameters, batch, batch_size)
         hooks = [
             layer.module.register_forward_hook(recorder.hook(layer), prepend=True, with_kwargs=True) for layer in layers
         ]
         try:
-            with attending(attentions):
-                outputs = _checked_forward(task, model, batch, batch_size, recorder)
+            with attending(attentions), seen.watching():
+                outputs = _checked_forward(task, model, batch, batch_size, recorder, seen)
         finally:
             for hook in hooks:
                 hook.remove()
-        self._calls, self._batch_size = recorder.calls, batch_size
+        if seen.failed:
+            raise RawFailed(seen.failed)
+        self._calls: list[Call | Use] = [*recorder.calls, *seen.uses]
+        self._batch_size, self._pullback = batch_size, Pullback(parameters)
         self._output: Tensor | None = outputs.output
         self.outputs = detached(outputs)
-        self.patterns = _patterns(recorder.calls, batch_size)
+        self.patterns = patterns(recorder.calls, seen.uses, batch_size)
         self.autocast = recorder.autocast
         self.layers: dict[str, list[str]] = {}
 
@@ -218,14 +166,19 @@ class CapturedPass:
             return
         total = output.sum()
         del output
-        calls_of: dict[Node, list[_Call]] = {}
+        calls_of: dict[Node, list[Call | Use]] = {}
         for call in calls:
             calls_of.setdefault(call.edge.node, []).append(call)
         reached, innermost = _innermost(total.grad_fn, calls_of)
         calls = [call for node in reached for call in calls_of[node]]
-        arrivals = _Arrivals(calls, self._batch_size, receive, self.layers)
+        arrivals = _Arrivals(calls, self._batch_size, receive, self.layers, self._pullback)
         last = [call for call in calls if call.edge.node in innermost]
         hooks = [node.register_prehook(arrivals.hook(calls_of[node])) for node in reached if node not in innermost]
+        hooks += [
+            call.leaf.register_hook(arrivals.leaf_hook(call))
+            for call in last
+            if isinstance(call, Use) and call.leaf is not None
+        ]
         edges = [call.edge for call in last]
         calls_of.clear()
         try:
@@ -234,8 +187,12 @@ class CapturedPass:
             for hook in hooks:
                 hook.remove()
         del total, edges
-        arrivals.take(list(zip(last, grads, strict=True)))
+        arrivals.take([(call, grad) for call, grad in zip(last, grads, strict=True) if not _has_leaf(call)])
         arrivals.finish()
+
+
+def _has_leaf(call: Call | Use) -> bool:
+    return isinstance(call, Use) and call.leaf is not None
 
 
 def _innermost(root: Node | None, wanted: Collection[Node]) -> tuple[list[Node], set[Node]]:
@@ -263,13 +220,20 @@ class _Arrivals:
     """Output gradients in any order, turned into gradients of parameters and passed on when complete."""
 
     def __init__(
-        self, calls: Sequence[_Call], batch_size: int, receive: Receiver, layers: dict[str, list[str]]
+        self,
+        calls: Sequence[Call | Use],
+        batch_size: int,
+        receive: Receiver,
+        layers: dict[str, list[str]],
+        pullback: Pullback,
     ) -> None:
-        self._batch_size, self._receive, self._layers = batch_size, receive, layers
-        self._awaited = Counter(name for call in calls for name in call.layer.parameters.values())
+        self._batch_size, self._receive, self._layers, self._pullback = batch_size, receive, layers, pullback
+        self._awaited = Counter(name for call in calls for name in call.names)
+        # Gradients that come by way of other shared tensors are complete at the end.
+        self._awaited.update({name for call in calls if isinstance(call, Use) for name in call.names})
         self._parts: dict[str, list[PerSampleGradient]] = {}
 
-    def hook(self, calls: Sequence[_Call]) -> Callable[[tuple[Tensor | None, ...]], None]:
+    def hook(self, calls: Sequence[Call | Use]) -> Callable[[tuple[Tensor | None, ...]], None]:
         """Return the hook of a node that these calls' outputs come from."""
 
         def arrive(grads: tuple[Tensor | None, ...]) -> None:
@@ -277,31 +241,53 @@ class _Arrivals:
 
         return arrive
 
-    def take(self, arrived: Sequence[tuple[_Call, Tensor | None]]) -> None:
+    def leaf_hook(self, use: Use) -> Callable[[Tensor], Tensor]:
+        """Return the hook of copies of a parameter."""
+
+        def arrive(grad: Tensor) -> Tensor:
+            self.take([(use, grad)])
+            return grad.new_zeros(()).expand(grad.shape)  # autograd holds what it is given until its end
+
+        return arrive
+
+    def take(self, arrived: Sequence[tuple[Call | Use, Tensor | None]]) -> None:
         """Take the output gradients of some calls and pass on the parameters that are complete by them."""
         whole: dict[str, PerSampleGradient] = {}
         for call, grad in arrived:
-            given = {} if grad is None else _apply_rule(call, grad)
-            call.inputs = ()  # frees the activation, once the graph has let go of it
-            for name in call.layer.parameters.values():
+            given = {} if grad is None else self._gradients(call, grad)
+            for name in call.names:
                 self._awaited[name] -= 1
                 if name in given:
-                    self._layers.setdefault(name, []).append(call.layer.name)
-                    self._parts.setdefault(name, []).append(given[name].fold(call.rows // self._batch_size))
+                    self._parts.setdefault(name, []).append(given[name])
                 if not self._awaited[name] and name in self._parts:
                     whole[name] = add_gradients(self._parts.pop(name))
         if whole:
             self._receive(whole)
 
+    def _gradients(self, call: Call | Use, grad: Tensor) -> dict[str, PerSampleGradient]:
+        """Return the gradients of parameters that a call gives."""
+        if isinstance(call, Use):
+            with torch.no_grad(), failing_as_raw(call.names):
+                return self._pullback.direct(call.convert(grad.detach()))
+        found = apply_rule(call, grad)
+        call.inputs = ()  # frees the activation, once the graph has let go of it
+        for name in found:
+            self._layers.setdefault(name, []).append(call.layer.name)
+        return {name: gradient.fold(call.rows // self._batch_size) for name, gradient in found.items()}
+
     def finish(self) -> None:
-        """Pass on parameters that waited for calls that f turned out not to depend on."""
+        """Pass on parameters that waited for calls that f turned out not to depend on, or for a way back."""
+        for name, gradient in self._pullback.finish().items():
+            self._parts.setdefault(name, []).append(gradient)
         whole = {name: add_gradients(parts) for name, parts in self._parts.items()}
         self._parts.clear()
         if whole:
             self._receive(whole)
 
 
-def _checked_forward(task: Task, model: nn.Module, batch: Batch, batch_size: int, recorder: _Recorder) -> SampleOutputs:
+def _checked_forward(
+    task: Task, model: nn.Module, batch: Batch, batch_size: int, recorder: _Recorder, seen: RawParameters
+) -> SampleOutputs:
     """Run the task; blame the expanded layers for an error that only their expansion can have caused."""
     try:
         outputs = task.outputs(model, batch)
@@ -310,50 +296,13 @@ def _checked_forward(task: Task, model: nn.Module, batch: Batch, batch_size: int
     except (torch.OutOfMemoryError, RankError):
         raise
     except Exception as error:
+        if isinstance(error, CaptureFailed):
+            raise
         shared = next((call.layer.name for call in recorder.calls if call.axis is SampleAxis.NONE), None)
-        if shared is None or isinstance(error, CaptureFailed):
+        if shared is None:
+            seen.blame(error)
             raise
         raise CaptureFailed(shared, f"its output without rows cannot be expanded ({error})", True) from error
     if not isinstance(outputs, SampleOutputs):
         raise BatchError(f"{type(task).__name__}.outputs must return SampleOutputs; it gave {type(outputs).__name__}.")
     return outputs
-
-
-def _patterns(calls: Sequence[_Call], batch_size: int) -> frozenset[CallPattern]:
-    counts = Counter((call.layer.name, call.axis, call.rows // batch_size, call.inputs[0].ndim) for call in calls)
-    return frozenset(CallPattern(*key, repeated=count > 1) for key, count in counts.items())
-
-
-def _apply_rule(call: _Call, grad: Tensor) -> dict[str, PerSampleGradient]:
-    """Run a layer's rule and check the shapes of its gradients."""
-    layer = call.layer
-    if any(value._version != version for value, version in zip(call.inputs, call.versions, strict=True)):
-        raise CaptureFailed(layer.name, "its input was changed in place after the call")
-    wanted = frozenset(layer.parameters)
-    with torch.no_grad():
-        try:
-            inputs, grad = tuple(value.detach() for value in call.inputs), grad.detach()
-            if call.axis is SampleAxis.SECOND:
-                grad = grad.transpose(0, 1)
-                inputs = tuple(value.transpose(0, 1) if value.ndim > 1 else value for value in inputs)
-            given = layer.rule.rule(LayerCall(layer.module, inputs, grad, wanted))
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise CaptureFailed(layer.name, f"its rule failed: {error}") from error
-    return _checked_gradients(call, given)
-
-
-def _checked_gradients(call: _Call, given: Mapping[str, PerSampleGradient | Tensor]) -> dict[str, PerSampleGradient]:
-    found: dict[str, PerSampleGradient] = {}
-    for local, name in call.layer.parameters.items():
-        if local not in given:
-            raise CaptureFailed(call.layer.name, f"its rule gave no gradient for {local!r}")
-        value = given[local]
-        gradient = DenseGradient(value) if isinstance(value, Tensor) else value
-        expected = (call.rows, *getattr(call.layer.module, local).shape)
-        if (gradient.batch_size, *gradient.shape) != expected:
-            got = (gradient.batch_size, *gradient.shape)
-            raise CaptureFailed(call.layer.name, f"expected shape {expected} for {local!r} from its rule, got {got}")
-        found[name] = gradient
-    return found

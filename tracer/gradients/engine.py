@@ -31,6 +31,7 @@ from tracer.gradients.isolation import seed_generators
 from tracer.gradients.module_state import StatelessTask
 from tracer.gradients.per_sample import PerSampleGradient
 from tracer.gradients.selfcheck import REPEATED, Reference, WeightedSums, disagreeing, same_values
+from tracer.gradients.shared import RawFailed
 from tracer.gradients.verification import Signature, Verifier
 from tracer.types import Batch, SampleOutputs, first_sample
 
@@ -107,6 +108,11 @@ class GradientEngine:
         return self._assignment.fallback
 
     @property
+    def raw(self) -> frozenset[str]:
+        """The parameters without a layer rule whose gradients are taken from the functions that use them."""
+        return frozenset(self._assignment.raw)
+
+    @property
     def runs_samples_alone(self) -> bool:
         """Whether the fallback runs sample by sample, since ``vmap`` failed."""
         return self._fallback.looped
@@ -114,7 +120,7 @@ class GradientEngine:
     def use_fallback(self, reasons: Mapping[str, str]) -> None:
         """Compute some parameters by the fallback, for example since capture was wrong for them before."""
         for name in reasons.keys() & set(self._assignment.captured):
-            self._assignment.drop_parameter(name, reasons[name])
+            self._assignment.drop_parameter(name, reasons[name], at_once=True)
 
     def use_weights(self, fingerprint: str) -> None:
         """Declare which weights are in the model: gradients are verified for each anew."""
@@ -204,6 +210,7 @@ class GradientEngine:
                     assignment.layers,
                     assignment.attentions,
                     assignment.axes,
+                    assignment.raw,
                 )
                 self._fallback.looped |= self.stateless_task.converts_weights
                 verifier.check_autocast(captured.autocast)
@@ -221,6 +228,9 @@ class GradientEngine:
                         continue
             except CaptureFailed as failure:
                 assignment.give_up(failure.layer, failure.reason, failure.expanded)
+                continue
+            except RawFailed as failure:
+                assignment.give_up_raw(failure.reasons)
                 continue
             assignment.confirm()
             return captured.outputs, _Done(signature, due, doubt)

@@ -109,6 +109,11 @@ def register_layer_rule(
     _RULES[module_type] = RegisteredRule(rule, tuple(parameters), refuses)
 
 
+def rule_of(kind: type[nn.Module] | str) -> LayerRule:
+    """Return the rule registered for a layer type by this class or name."""
+    return _RULES[kind].rule
+
+
 def rule_for(module: nn.Module) -> RegisteredRule | None:
     """Return the rule registered for exactly this layer's type, or None; a name without ``*`` has priority."""
     kind = layer_type(module)
@@ -130,7 +135,7 @@ def _same_dtype(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(g.dtype), g
 
 
-def _sum(values: Tensor, dim: int) -> Tensor:
+def summed(values: Tensor, dim: int) -> Tensor:
     """Return the sum over a dimension; half-precision values are summed in float32."""
     half = values.dtype in (torch.float16, torch.bfloat16)
     return values.sum(dim, dtype=torch.float32 if half else None)
@@ -143,7 +148,7 @@ def _linear(call: LayerCall) -> Gradients:
     if "weight" in call.wanted:
         found["weight"] = OuterGradient(g, x, call.module.weight.shape)
     if "bias" in call.wanted:
-        found["bias"] = DenseGradient(_sum(g, 1))
+        found["bias"] = DenseGradient(summed(g, 1))
     return found
 
 
@@ -154,7 +159,7 @@ def _conv1d_of_transformers(call: LayerCall) -> Gradients:
     if "weight" in call.wanted:  # stored [in, out]
         found["weight"] = OuterGradient(x, g, call.module.weight.shape)
     if "bias" in call.wanted:
-        found["bias"] = DenseGradient(_sum(g, 1))
+        found["bias"] = DenseGradient(summed(g, 1))
     return found
 
 
@@ -179,7 +184,7 @@ def _conv(call: LayerCall) -> Gradients:
     if "weight" in call.wanted:
         found["weight"] = conv_weight_gradient(call.module, x, g)
     if "bias" in call.wanted:
-        found["bias"] = DenseGradient(_sum(g.flatten(2), 2))
+        found["bias"] = DenseGradient(summed(g.flatten(2), 2))
     return found
 
 
@@ -205,10 +210,10 @@ def _affine(call: LayerCall, normalized: Tensor, channels_first: bool) -> Gradie
         if name not in call.wanted:
             continue
         if channels_first:  # [N, C, ...]
-            found[name] = DenseGradient(_sum(values().flatten(2), 2) if g.ndim > 2 else values())
+            found[name] = DenseGradient(summed(values().flatten(2), 2) if g.ndim > 2 else values())
         else:  # [N, ..., *shape]
             shape = getattr(call.module, name).shape
-            found[name] = DenseGradient(_sum(values().reshape(g.shape[0], -1, *shape), 1))
+            found[name] = DenseGradient(summed(values().reshape(g.shape[0], -1, *shape), 1))
     return found
 
 

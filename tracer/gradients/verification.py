@@ -17,7 +17,7 @@ from tracer.data.batches import select_samples
 from tracer.data.tasks import Task, check_per_sample
 from tracer.errors import GradientError, TracerError
 from tracer.gradients.backend import Backend
-from tracer.gradients.capture import CallPattern
+from tracer.gradients.calls import CallPattern
 from tracer.gradients.coupling import coupling_error
 from tracer.gradients.isolation import seed_generators
 from tracer.gradients.module_state import derived_values

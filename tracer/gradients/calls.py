@@ -1,0 +1,136 @@
+"""Calls of layers with rules: which they were, and what they give for the gradient of an output."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from tracer.gradients.attention import CaptureFailed
+from tracer.gradients.layers import LayerCall, RegisteredRule
+from tracer.gradients.per_sample import DenseGradient, PerSampleGradient
+from tracer.gradients.shared import Use
+
+
+class SampleAxis(Enum):
+    """The dimension of a layer's inputs and output that holds the samples.
+
+    Attributes:
+        FIRST: The first, maybe with several rows a sample.
+        SECOND: The second: sequence first.
+        NONE: There is none: one output for all samples (positions, prototypes).
+    """
+
+    FIRST = "first"
+    SECOND = "second"
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class CapturedLayer:
+    """A layer whose parameters are captured.
+
+    Attributes:
+        name: Its name in the model.
+        module: The layer.
+        rule: The rule of its type.
+        parameters: The wanted parameters: the layer's own names to the model's names.
+    """
+
+    name: str
+    module: nn.Module
+    rule: RegisteredRule
+    parameters: Mapping[str, str]
+
+
+@dataclass
+class Call:
+    """A call of a layer.
+
+    Attributes:
+        layer: The layer.
+        inputs: Its tensor arguments, which the rule reads.
+        versions: Their versions at the time of the call.
+        edge: Where the gradient of its output arrives.
+        axis: The dimension of samples.
+        rows: The size of that dimension.
+    """
+
+    layer: CapturedLayer
+    inputs: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    edge: GradientEdge
+    axis: SampleAxis
+    rows: int
+
+    @property
+    def names(self) -> Collection[str]:
+        """The parameters, as the model has them."""
+        return self.layer.parameters.values()
+
+
+class CallPattern(NamedTuple):
+    """A way of calling a layer, as far as it decides which rows belong to which samples.
+
+    Attributes:
+        layer: The layer's name.
+        axis: The axis of the samples.
+        fold: The number of rows of a sample.
+        ndim: The dimensions of its input.
+        repeated: Whether it was called so more than once.
+    """
+
+    layer: str
+    axis: SampleAxis
+    fold: int
+    ndim: int
+    repeated: bool
+
+
+def patterns(calls: Sequence[Call], uses: Sequence[Use], batch_size: int) -> frozenset[CallPattern]:
+    """Return the patterns of calls of layers and of uses of other parameters."""
+    counts = Counter((call.layer.name, call.axis, call.rows // batch_size, call.inputs[0].ndim) for call in calls)
+    axes = SampleAxis.FIRST, SampleAxis.SECOND
+    counts.update((use.label, axes[use.axis], use.fold, 0) for use in uses)
+    return frozenset(CallPattern(*key, repeated=count > 1) for key, count in counts.items())
+
+
+def apply_rule(call: Call, grad: Tensor) -> dict[str, PerSampleGradient]:
+    """Run a layer's rule and check the shapes of its gradients."""
+    layer = call.layer
+    if any(value._version != version for value, version in zip(call.inputs, call.versions, strict=True)):
+        raise CaptureFailed(layer.name, "its input was changed in place after the call")
+    wanted = frozenset(layer.parameters)
+    with torch.no_grad():
+        try:
+            inputs, grad = tuple(value.detach() for value in call.inputs), grad.detach()
+            if call.axis is SampleAxis.SECOND:
+                grad = grad.transpose(0, 1)
+                inputs = tuple(value.transpose(0, 1) if value.ndim > 1 else value for value in inputs)
+            given = layer.rule.rule(LayerCall(layer.module, inputs, grad, wanted))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise CaptureFailed(layer.name, f"its rule failed: {error}") from error
+    return _checked_gradients(call, given)
+
+
+def _checked_gradients(call: Call, given: Mapping[str, PerSampleGradient | Tensor]) -> dict[str, PerSampleGradient]:
+    found: dict[str, PerSampleGradient] = {}
+    for local, name in call.layer.parameters.items():
+        if local not in given:
+            raise CaptureFailed(call.layer.name, f"its rule gave no gradient for {local!r}")
+        value = given[local]
+        gradient = DenseGradient(value) if isinstance(value, Tensor) else value
+        expected = (call.rows, *getattr(call.layer.module, local).shape)
+        if (gradient.batch_size, *gradient.shape) != expected:
+            got = (gradient.batch_size, *gradient.shape)
+            raise CaptureFailed(call.layer.name, f"expected shape {expected} for {local!r} from its rule, got {got}")
+        found[name] = gradient
+    return found

@@ -1,0 +1,127 @@
+"""Tensors that come from parameters alone, where they meet the batch, and the way back of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from tracer.gradients.combined import add_gradients
+from tracer.gradients.per_sample import DenseGradient, OuterGradient, PerSampleGradient
+from tracer.gradients.rows import RowsGradient
+
+
+class RawFailed(Exception):
+    """Parameters whose use cannot be divided among samples; never reaches a user.
+
+    Args:
+        reasons: The reason by parameter name.
+    """
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__(", ".join(reasons))
+        self.reasons = dict(reasons)
+
+
+@contextmanager
+def failing_as_raw(names: Iterable[str]) -> Iterator[None]:
+    """Raise `RawFailed` for an error of torch within a ``with`` block."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise RawFailed(dict.fromkeys(names, f"its gradient cannot be divided among samples ({error})")) from error
+
+
+class Shared(NamedTuple):
+    """A tensor that comes from parameters alone.
+
+    Attributes:
+        tensor: The tensor.
+        names: The parameters.
+        transposed: Whether it is one parameter, a matrix, transposed.
+        rows: The rows of one parameter, a table, that it consists of.
+    """
+
+    tensor: Tensor
+    names: frozenset[str]
+    transposed: bool = False
+    rows: Tensor | None = None
+
+
+class Use(NamedTuple):
+    """A place where shared tensors meet the batch.
+
+    Attributes:
+        label: The function and the parameters.
+        names: The parameters.
+        edge: Where the gradient arrives.
+        leaf: The tensor of copies, if its gradient is what arrives.
+        axis: The dimension of samples.
+        fold: The number of rows of a sample.
+        convert: Returns, for the gradient that arrives, the gradients of shared tensors, ``B`` samples each.
+    """
+
+    label: str
+    names: frozenset[str]
+    edge: GradientEdge
+    leaf: Tensor | None
+    axis: int
+    fold: int
+    convert: Callable[[Tensor], list[tuple[Shared, PerSampleGradient]]]
+
+
+class Pullback:
+    """Gradients of shared tensors on their way back to parameters.
+
+    Args:
+        parameters: The parameters by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._parameters = parameters
+        self._names = {id(value): name for name, value in parameters.items()}
+        self._waiting: dict[int, tuple[Shared, list[PerSampleGradient]]] = {}
+
+    def direct(self, found: Sequence[tuple[Shared, PerSampleGradient]]) -> dict[str, PerSampleGradient]:
+        """Return the gradients of shared tensors that are parameters; the others wait."""
+        given: dict[str, PerSampleGradient] = {}
+        for shared, gradient in found:
+            name = self._names.get(id(shared.tensor))
+            if name is None and shared.transposed and isinstance(gradient, OuterGradient):
+                (name,) = shared.names
+                gradient = OuterGradient(gradient.right, gradient.left, gradient.shape[::-1])
+            if name is None:
+                self._waiting.setdefault(id(shared.tensor), (shared, []))[1].append(gradient)
+            else:
+                given[name] = add_gradients([given[name], gradient]) if name in given else gradient
+        return given
+
+    def finish(self) -> dict[str, PerSampleGradient]:
+        """Return the gradients of the parameters of tensors that wait."""
+        found: dict[str, list[PerSampleGradient]] = {}
+        for shared, gradients in self._waiting.values():
+            with failing_as_raw(shared.names):
+                for name, gradient in self._back(shared, add_gradients(gradients)):
+                    found.setdefault(name, []).append(gradient)
+        self._waiting.clear()
+        return {name: add_gradients(parts) for name, parts in found.items()}
+
+    def _back(self, shared: Shared, gradient: PerSampleGradient) -> Iterator[tuple[str, PerSampleGradient]]:
+        """Yield the gradients of the parameters of a shared tensor."""
+        count, names = gradient.batch_size, sorted(shared.names)
+        built = gradient.dense(0, count).view(count, *shared.tensor.shape).to(shared.tensor.dtype)
+        wanted = [self._parameters[name] for name in names]
+        if shared.rows is not None and shared.rows.numel() < len(wanted[0]):
+            index = shared.rows.reshape(1, -1).expand(count, -1).long()
+            yield names[0], RowsGradient(index, built.reshape(*index.shape, -1), wanted[0].shape)
+            return
+        grads = torch.autograd.grad(
+            shared.tensor, wanted, built, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+        yield from ((name, DenseGradient(grad)) for name, grad in zip(names, grads, strict=True) if grad is not None)
