@@ -8,6 +8,7 @@ tensors, lists, or anything else that ``np.asarray`` accepts.
 from tracer.metrics.datamodels import LDS, lds
 from tracer.metrics.detection import MislabelDetection, mislabel_detection
 from tracer.metrics.interventions import Brittleness, TailPatch, brittleness, tail_patch
+from tracer.metrics.planted import PlantedDetection, TopCardinality, planted_detection, top_cardinality
 from tracer.metrics.ranks import spearman
 from tracer.metrics.removal import RemovalCorrelation, removal_correlation
 from tracer.metrics.sanity import ClassAgreement, RandomizationCheck, class_agreement, randomization_check
@@ -17,15 +18,19 @@ __all__ = [
     "Brittleness",
     "ClassAgreement",
     "MislabelDetection",
+    "PlantedDetection",
     "RandomizationCheck",
     "RemovalCorrelation",
     "TailPatch",
+    "TopCardinality",
     "brittleness",
     "class_agreement",
     "lds",
     "mislabel_detection",
+    "planted_detection",
     "randomization_check",
     "removal_correlation",
     "spearman",
     "tail_patch",
+    "top_cardinality",
 ]
