@@ -199,6 +199,22 @@ def test_the_installed_package_attributes(environment, tmp_path):
     assert shape.strip() == "(12, 2)"
 
 
+def test_the_readmes_snippet_prints_what_it_says_where_only_the_package_is_installed(environment, tmp_path):
+    code, printed = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", readme(), re.DOTALL).groups()
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    assert run_in(environment, tmp_path, "python", "-c", code).split() == printed.split()
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_extra_for_hugging_face_has_all_that_its_trainer_needs(metadata):
+    asked = map(requirements.Requirement, metadata.get_all("Requires-Dist"))
+    found = {each.name for each in asked if each.marker and each.marker.evaluate({"extra": "hf"})}
+    assert {"transformers", "datasets", "peft", "accelerate"} <= found
+
+
 def test_the_installed_command_says_its_version(environment, tmp_path):
     assert tracer.__version__ in run_in(environment, tmp_path, "tracer", "--version")
 
