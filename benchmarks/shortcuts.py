@@ -6,8 +6,8 @@ Each case plants examples among scikit-learn's digits, trains a small network an
   the network takes for that class, and the planted examples are the marked ones
 - poison: a few marked images of other classes with that class's label; targets as above
 - leak: noisy copies of test images; targets are these test images, each with its own copies
-- source: images of another style (inverted) with permuted labels; targets are of that style, each with the images of its
-  style and label
+- source: images of another style (inverted) with permuted labels; targets are of that style, each with the
+  images of its style and label
 
 The table has the area under the precision-recall curve (`tracer.metrics.planted_detection`), the mean over targets and
 seeds, and for the shortcut the share of top-5 places that different examples fill (`top_cardinality`).
