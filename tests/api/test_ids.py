@@ -109,6 +109,8 @@ def test_replaced_examples_lose_their_ids_and_added_ones_have_none_yet(run, tmp_
     found.tracer.replace([3])
     found.tracer.grow(24)
     assert found.tracer.ids() == [*PATHS[:3], 3, *PATHS[4:], 23]
+    found.tracer.store.ids().add([4 + 19], ["3"])  # like the index of the example without an id
+    assert found.tracer.ids()[23] == "3"
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ EXPECTED = (torch.tensor(X, dtype=torch.float32), torch.tensor(Y))
         (FRAME, pd.Series(Y.astype(bool))),
         (FRAME.astype("Float64"), pd.Series(Y, dtype="Int64")),
         (FRAME, pd.Series(Y).astype("category").cat.codes),
+        (FRAME, Y.tolist()),
         (X.astype(np.float32), Y.astype(np.uint8)),
         FRAME.assign(label=Y),
         [(X[:6], Y[:6]), (X[6:], Y[6:])],

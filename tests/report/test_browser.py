@@ -318,3 +318,20 @@ def test_a_hundred_thousand_rows_are_sorted_searched_and_paged(chrome, tmp_path)
     np.testing.assert_allclose(loss[table_rows(chrome)], -np.sort(-loss)[24:48], rtol=1e-6)
     choose(chrome, "suspects", "search", "77777")
     assert table_rows(chrome) == [77777]
+
+
+def test_ids_are_shown_and_those_that_are_files_are_links(chrome, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [f"data/x {row}#.png" for row in range(N)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / names[ORDER[0]]).touch()
+    names[ORDER[1]] = EVIL
+    names[ORDER[2]] = "javascript:alert(1)"
+    page = report(tmp_path / "out" / "page", train_ids=names, target_ids=range(500, 500 + M), train_inputs=IMAGES)
+    open_page(chrome, page)
+    tiles = chrome.find_elements("css selector", "#suspects .tile .id")
+    assert [tile.text for tile in tiles[:3]] == [names[row] for row in ORDER[:3]]
+    (link,) = (tile for tile in tiles if tile.tag_name == "a")
+    assert link.get_attribute("href") == (tmp_path / names[ORDER[0]]).as_uri()
+    assert "500" in chrome.find_element("css selector", ".target-card .id").text
+    assert chrome.execute_script("return window.hacked") is None

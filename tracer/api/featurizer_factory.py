@@ -82,7 +82,7 @@ class FeaturizerFactory:
         dtype = check_autocast(settings.autocast)
         if dtype is None and (dtype := wrapped_autocast(self.model)) is not None:
             logger.info("the model's forward is wrapped in torch.autocast: recorded as autocast=%s", dtype)
-        self._dtype = dtype
+        self._autocast = dtype
         self.task = self._in_precision(make_task(task))
         self.target_task = None if settings.target_task is None else self._in_precision(make_task(settings.target_task))
         names = select_parameters(self.model, settings.params)
@@ -107,7 +107,7 @@ class FeaturizerFactory:
         return GradientEngine(self.model, task, list(self.shapes), method, self.device, self.backend, for_sums)
 
     def _in_precision(self, task: Task) -> Task:
-        return task if self._dtype is None else LowerPrecision(task, self._dtype, self.device)
+        return task if self._autocast is None else LowerPrecision(task, self._autocast, self.device)
 
     def engine_of(self, exp_name: str | None) -> GradientEngine:
         """Return the engine for targets of a name, or for training examples (None)."""

@@ -54,7 +54,7 @@ def export(store: str, out: Path, what: str, targets: list[int] | None, k: int, 
     chosen = check_targets(targets, view.target_table.num_rows)
     content: Any
     if what == "scores":
-        ids = view.ids(), view.target_ids()
+        ids = _id_column(view.ids()), _id_column(view.target_ids())
         content = view.found.scores if suffix == ".npy" else score_blocks(view.found.scores, chosen, *ids)
     else:
         content = _top_blocks(view, chosen, k) if what == "top" else [_summary(view, what)]
@@ -87,18 +87,21 @@ def _check_suffix(out: Path, what: str, targets: list[int] | None) -> str:
     return suffix
 
 
-Ids = list[str | int] | None
-
-
-def _named(name: str, ids: Ids, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Return a column with the ids of rows; none if they are not known."""
+def _id_column(ids: list[str | int] | None) -> np.ndarray | None:
+    """Return ids as an array of integers, or of texts if one is a text: a column of Parquet has one type."""
     if ids is None:
-        return {}
-    plain = all(isinstance(each, int) for each in ids)  # a column of Parquet has one type
-    return {name: np.array([ids[row] if plain else str(ids[row]) for row in rows.tolist()], None if plain else object)}
+        return None
+    return np.array(ids) if all(isinstance(each, int) for each in ids) else np.array(list(map(str, ids)), object)
 
 
-def score_blocks(scores: Any, targets: list[int], ids: Ids = None, target_ids: Ids = None) -> Iterator[Columns]:
+def _named(name: str, ids: np.ndarray | None, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Return a column with the ids of rows; none if they are not known."""
+    return {} if ids is None else {name: ids[rows]}
+
+
+def score_blocks(
+    scores: Any, targets: list[int], ids: np.ndarray | None = None, target_ids: np.ndarray | None = None
+) -> Iterator[Columns]:
     """Yield pairs of scores ``[N, M]`` in long form, all targets of one training example after another."""
     columns = np.asarray(targets, dtype=np.int64)
     everything = len(targets) == scores.shape[1]
@@ -117,15 +120,16 @@ def _top_blocks(view: StoreView, targets: list[int], k: int) -> Iterator[Columns
     """Yield the proponents of all targets, then the opponents."""
     k = min(k, view.reader.train_set_size)
     columns = np.asarray(targets, dtype=np.int64)
+    ids, target_ids = _id_column(view.ids()), _id_column(view.target_ids())
     for kind in KINDS:
         top = view.found.top(k, kind)
         yield {
             "kind": np.full(len(columns) * k, kind),
             "target": np.repeat(columns, k),
-            **_named("target_id", view.target_ids(), np.repeat(columns, k)),
+            **_named("target_id", target_ids, np.repeat(columns, k)),
             "rank": np.tile(np.arange(1, k + 1), len(columns)),
             "train_row": top.indices[columns].ravel(),
-            **_named("train_id", view.ids(), top.indices[columns].ravel()),
+            **_named("train_id", ids, top.indices[columns].ravel()),
             "score": top.scores[columns].ravel(),
         }
 
@@ -143,10 +147,11 @@ def _summary(view: StoreView, what: str) -> Columns:
     labels = known_labels(view.train_table if by_row else view.target_table)
     if labels is not None and (labels == NO_LABEL).any():
         labels = None  # integers have no missing value
+    ids = view.ids() if by_row else view.target_ids()
     own = "self_influence" + ("_tracin" if found.estimator == "cosine" else "")
     return {
         "train_row" if by_row else "target": np.arange(size),
-        **_named("train_id" if by_row else "target_id", view.ids() if by_row else view.target_ids(), np.arange(size)),
+        **_named("train_id" if by_row else "target_id", _id_column(ids), np.arange(size)),
         **({} if labels is None else {"class": labels}),
         **({own: view.self_influence()} if by_row else {}),
         "mean_score": mean if by_row else mean / scores.shape[0],

@@ -33,6 +33,7 @@ from tracer.data.tables import (
     InputForm,
     as_collate_fn,
     is_array,
+    is_column,
     is_frame,
     is_hugging_face,
     prepared,
@@ -248,6 +249,8 @@ def _adapt(
 ) -> DataSource:
     if is_frame(data):
         data = with_labels(data, name)
+    if isinstance(data, tuple) and any(is_frame(column) or is_column(column) for column in data):
+        data = tuple(np.asarray(column) if isinstance(column, list) else column for column in data)
     if is_hugging_face(data):
         data = prepared(data, name, form, collate_fn)
     if isinstance(data, DataLoader):

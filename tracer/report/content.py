@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from tracer.data.example_ids import check_ids
 from tracer.errors import InputError
 from tracer.report.label_noise import WrongLabels
 from tracer.report.samples import Samples, as_array
@@ -160,7 +159,9 @@ def check_health(health: WrongLabels | str, num_train: int) -> WrongLabels | str
 
 def check_report_ids(ids: Sequence[str | int] | None, count: int, name: str) -> list[str] | None:
     """Return ids as texts, one for each example."""
-    return None if ids is None else [as_text(each) for each in check_ids(ids, count, name)]
+    if ids is not None and len(ids) != count:
+        raise InputError(f"{name} has {len(ids)} values; expected {count}, one for each example.")
+    return None if ids is None else [as_text(each) for each in ids]
 
 
 def check_shown(shown: Sequence[int] | None, num_targets: int) -> list[int]:

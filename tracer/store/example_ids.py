@@ -40,7 +40,7 @@ class ExampleIds:
     def __init__(self, root: StorePath, exp_name: str | None) -> None:
         self._root, self._name = root, "training example" if exp_name is None else "target"
         self._path = id_path(root, exp_name)
-        self._parts: tuple[str, ...] = ()
+        self._parts: tuple[str, ...] | None = None  # that were read or written; None: not read yet
         self._known: dict[int, str | int] = {}
         self._rows: dict[str, int] = {}
         self._pending: dict[int, str | int] = {}
@@ -69,7 +69,7 @@ class ExampleIds:
             MismatchError: If a row has another id.
             InputError: If another row has the id.
         """
-        known = self.known()
+        known = self.known() if self._parts is None else self._known  # listing parts for each batch would take long
         for row, name in zip(np.asarray(rows).tolist(), ids, strict=True):
             if row in known and known[row] != name:
                 raise MismatchError(
@@ -89,7 +89,7 @@ class ExampleIds:
     def flush(self) -> None:
         """Store the ids that were added."""
         if self._pending:
-            self._write(self._pending)
+            self._parts = tuple(sorted({*(self._parts or ()), self._write(self._pending)}))
             self._pending = {}
         self._flushed = time.monotonic()
 
@@ -100,7 +100,7 @@ class ExampleIds:
         for part in before:
             if part != written:
                 remove_result(self._path / part)
-        self._pending, self._parts = {}, ("",)  # read again
+        self._pending, self._parts = {}, None
 
     def forget(self, rows: np.ndarray) -> None:
         """Forget the ids of rows, in whose place there will be other examples."""
@@ -124,7 +124,7 @@ class ExampleIds:
             raise InputError(
                 f"ids name several {self._name}s: {listing(repeated, 3)}; expected another id for each: call set_ids."
             )
-        if len(self._parts) > 1:
+        if len(self._parts or ()) > 1:
             self.replace(dict(sorted(known.items())))
 
     def named(self, rows: np.ndarray) -> str:
