@@ -13,6 +13,7 @@ from tracer.gradients.attention import CapturedAttention, refuses_attention
 from tracer.gradients.backend import Backend
 from tracer.gradients.calls import CapturedLayer, SampleAxis
 from tracer.gradients.capture import CapturedPass
+from tracer.gradients.experts import CapturedExperts, has_experts
 from tracer.gradients.layers import rule_for
 
 logger = logging.getLogger("tracer.gradients")
@@ -29,7 +30,7 @@ class Assignment:
 
     Attributes:
         layers: The layers to capture.
-        attentions: The attention modules whose projections are among them.
+        stand_ins: The modules of attention or experts whose products are among them.
         raw: The parameters without a layer rule that are captured wherever the forward uses them.
         fallback: The parameters that the fallback computes, with the reason.
         axes: The axis of samples of layers for which it is not the one that the shape suggests.
@@ -44,6 +45,7 @@ class Assignment:
         self.fallback: dict[str, str] = {}
         self.axes: dict[str, SampleAxis] = {}
         self._tried: dict[str, set[SampleAxis]] = {}
+        self._own_experts: set[str] = set()
         self._suspects: dict[str, dict[str, str]] = {}
         self._assign()
 
@@ -80,6 +82,13 @@ class Assignment:
             self._drop_layer(name, "giving each sample its own copy of its output changes the model's outputs")
         return bool(expanded)
 
+    def blame_experts(self) -> bool:
+        """Run modules of experts by their own forward, after outputs changed; return whether there are any."""
+        found = {each.name for each in self.stand_ins if isinstance(each, CapturedExperts)}
+        self._own_experts |= found
+        self._assign()
+        return bool(found)
+
     def give_up(self, layer: str, reason: str, expanded: bool) -> None:
         """Drop a layer whose capture failed, or, if an expansion may have caused it, all suspects."""
         suspects = list(self._suspects) if expanded else []
@@ -97,14 +106,18 @@ class Assignment:
 
     def _assign(self) -> None:
         self.layers: list[CapturedLayer] = []
-        self.attentions: list[CapturedAttention] = []
+        self.stand_ins: list[CapturedAttention | CapturedExperts] = []
         if self._method != "functional":
             canonical = {id(parameter): name for name, parameter in self._model.named_parameters()}
             for layer_name, module in self._model.named_modules():
                 if layer_type(module) is nn.MultiheadAttention and not refuses_attention(module):
                     attention = CapturedAttention(layer_name, module)
                     if self._capture(attention.projection_name, attention.projection, canonical):
-                        self.attentions.append(attention)
+                        self.stand_ins.append(attention)
+                elif layer_name not in self._own_experts and has_experts(module):
+                    experts = CapturedExperts(layer_name, module)
+                    if any([self._capture(*each, canonical) for each in experts.projections.items()]):
+                        self.stand_ins.append(experts)
                 else:
                     self._capture(layer_name or type(module).__name__, module, canonical)
         owned = {name for layer in self.layers for name in layer.parameters.values()}

@@ -107,15 +107,15 @@ def refuses_attention(module: nn.MultiheadAttention) -> str | None:
 
 
 @contextmanager
-def attending(attentions: Sequence[CapturedAttention]) -> Iterator[None]:
-    """Replace the forward of attention modules within a ``with`` block."""
+def standing_in(stand_ins: Sequence[Any]) -> Iterator[None]:
+    """Replace the forward of each stand-in's ``module`` by its own ``forward`` within a ``with`` block."""
     try:
-        for attention in attentions:
-            attention.module.__dict__["forward"] = attention.forward
+        for stand_in in stand_ins:
+            stand_in.module.__dict__["forward"] = stand_in.forward
         yield
     finally:
-        for attention in attentions:
-            attention.module.__dict__.pop("forward", None)
+        for stand_in in stand_ins:
+            stand_in.module.__dict__.pop("forward", None)
 
 
 def _joined_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:

@@ -18,9 +18,10 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from tracer.data.tasks import Task
 from tracer.errors import BatchError, RankError
-from tracer.gradients.attention import CapturedAttention, CaptureFailed, attending
+from tracer.gradients.attention import CapturedAttention, CaptureFailed, standing_in
 from tracer.gradients.calls import Call, CapturedLayer, SampleAxis, apply_rule, patterns
 from tracer.gradients.combined import add_gradients
+from tracer.gradients.experts import CapturedExperts
 from tracer.gradients.per_sample import PerSampleGradient
 from tracer.gradients.raw import RawParameters
 from tracer.gradients.shared import Pullback, RawFailed, Use, failing_as_raw
@@ -102,7 +103,7 @@ class CapturedPass:
         batch: A batch of ``B`` samples on the model's device.
         batch_size: ``B``.
         layers: The layers to capture.
-        attentions: The attention modules whose projections are among them.
+        stand_ins: The modules of attention or experts whose products are among them.
         axes: The axis of samples by layer name, if it is not the one that the output's shape suggests.
         raw: The names of parameters that are captured wherever the forward uses them.
 
@@ -124,7 +125,7 @@ class CapturedPass:
         batch: Batch,
         batch_size: int,
         layers: Sequence[CapturedLayer],
-        attentions: Sequence[CapturedAttention],
+        stand_ins: Sequence[CapturedAttention | CapturedExperts],
         axes: Mapping[str, SampleAxis],
         raw: Collection[str] = (),
     ) -> None:
@@ -135,7 +136,7 @@ class CapturedPass:
             layer.module.register_forward_hook(recorder.hook(layer), prepend=True, with_kwargs=True) for layer in layers
         ]
         try:
-            with attending(attentions), seen.watching():
+            with standing_in(stand_ins), seen.watching():
                 outputs = _checked_forward(task, model, batch, batch_size, recorder, seen)
         finally:
             for hook in hooks:

@@ -208,7 +208,7 @@ class GradientEngine:
                     batch,
                     batch_size,
                     assignment.layers,
-                    assignment.attentions,
+                    assignment.stand_ins,
                     assignment.axes,
                     assignment.raw,
                 )
@@ -252,7 +252,7 @@ class GradientEngine:
         """Check a captured pass and the fallback against autograd; return the wrong gradients, or None."""
         reference = self._verifier.checked_reference(batch, sums.weights)
         if not reference.same_outputs(captured.outputs.output):
-            if not self._assignment.blame_expanded(captured):
+            if not (self._assignment.blame_expanded(captured) or self._assignment.blame_experts()):
                 raise GradientError(STATEFUL)
             return {}
         wrong = disagreeing(reference, sums.totals, self._assignment.captured)
