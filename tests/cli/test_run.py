@@ -101,6 +101,14 @@ def test_a_task_may_be_named_in_the_users_module(project):
     assert_close(Attribution(Tracer.open("store"), "targets").scores, wanted.scores)
 
 
+def test_targets_may_have_a_task_of_their_own(project):
+    assert run_tracer("run", "tracer.toml", "--target-task", f"{MODULE}:loss").exit_code == 0
+    found = Attribution(Tracer.open("store"), "targets").scores
+    assert_close(found, expected(project, target_task=__import__(MODULE).loss).scores)
+    assert printed_json("info", "store")["targets"]["targets"]["task"]["function"] == f"{MODULE}.loss"
+    assert f"{MODULE}.loss" in run_tracer("info", "store").output
+
+
 def test_what_it_says_to_do_next_can_be_done(project):
     output = run_tracer("run", "tracer.toml").output
     commands = [line for line in output.splitlines() if line.startswith("  tracer ") and "report" not in line]

@@ -63,6 +63,7 @@ def _target_set(store: Store, exp_name: str) -> dict[str, Any]:
     tables = {model_id: store.targets(exp_name, model_id) for model_id in store.catalog.target_ids(exp_name)}
     return {
         "num_targets": next(iter(tables.values())).num_rows,
+        "task": next(iter(tables.values())).attributes.get("target_task"),  # None: that of training examples
         "done": {str(model_id): table.num_done for model_id, table in tables.items()},
         "scores": store.catalog.score_names(exp_name),
     }
@@ -96,12 +97,23 @@ def _text(found: dict[str, Any]) -> str:
         facts.append(("on disk", f"{format_size(found['bytes']['total'])} ({folders})"))
     checkpoints = [list(each.values()) for each in found["checkpoints"]]
     target_sets = [
-        (name, each["num_targets"], min(each["done"].values()), len(each["done"]), ", ".join(each["scores"]) or None)
+        (
+            name,
+            _task_name(each["task"]),
+            each["num_targets"],
+            min(each["done"].values()),
+            len(each["done"]),
+            ", ".join(each["scores"]) or None,
+        )
         for name, each in found["targets"].items()
     ]
     parts = [format_facts(facts)]
     headers = ("id", "learning rate", "examples done", "finalized", "weights from")
     parts.append("Checkpoints\n" + format_table(headers, checkpoints) if checkpoints else "No checkpoints yet.")
-    headers = ("name", "targets", "done at least", "checkpoints", "score matrices")
+    headers = ("name", "task", "targets", "done at least", "checkpoints", "score matrices")
     parts.append("Targets\n" + format_table(headers, target_sets) if target_sets else "No targets yet.")
     return "\n\n".join(parts)
+
+
+def _task_name(task: dict[str, Any] | None) -> str | None:
+    return None if task is None else str(task.get("function", task.get("name")))
