@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tracer.api.attribution import Attribution, attribute
-    from tracer.api.language import build_store
+    from tracer.api.explained import ExplainedDocument, Explanation
+    from tracer.api.language import build_store, load_store
     from tracer.api.token_influence import token_influence
     from tracer.api.tracer import Tracer
     from tracer.api.traker import TRAKer
@@ -54,7 +55,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "tracer.api.attribution": ("Attribution", "attribute"),
-    "tracer.api.language": ("build_store",),
+    "tracer.api.explained": ("ExplainedDocument", "Explanation"),
+    "tracer.api.language": ("build_store", "load_store"),
     "tracer.scoring.regularization": ("Regularization",),
     "tracer.errors": (
         "BatchError",
@@ -102,6 +104,8 @@ __all__ = [
     "CheckpointRecord",
     "CheckpointRecorder",
     "Classification",
+    "ExplainedDocument",
+    "Explanation",
     "GradientError",
     "IdealRecord",
     "IdealRecorder",
@@ -128,6 +132,7 @@ __all__ = [
     "attribute",
     "build_store",
     "load_checkpoints",
+    "load_store",
     "loss_outputs",
     "open_recording",
     "read_ideal",

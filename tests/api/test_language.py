@@ -1,13 +1,12 @@
+# ruff: noqa: F811
 """Stores built from names; loops by hand over the same batches, and autograd on documents alone, are the oracles."""
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from text_cases import datasets, make_tokenizer, offline, texts, transformers  # noqa: F401
+from text_cases import datasets, llama, make_tokenizer, offline, run, save, texts, transformers  # noqa: F401
 from torch.nn import functional as F
 
 from tracer import InputError, InputTypeError, LanguageModeling, MismatchError, Tracer, build_store
@@ -16,34 +15,6 @@ from tracer.data.text.source import text_source
 from tracer.training.language_models import load_language_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-
-
-def llama(seed=0, **options):
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": 40, "max_position_embeddings": 64, "initializer_range": 0.3, **SIZES, **options}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A trainer's folder: a model with its tokenizer, two checkpoints, and data."""
-    save(llama(), tmp_path / "model")
-    for step in (10, 20):
-        folder = tmp_path / "run" / f"checkpoint-{step}"
-        llama(step).save_pretrained(folder, max_shard_size="5KB" if step == 20 else "1GB")
-        log = [{"step": 10, "learning_rate": 0.02}, {"step": 20, "learning_rate": 0.01}]
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": log}))
-    assert len(list((tmp_path / "run" / "checkpoint-20").glob("*.safetensors"))) > 1
-    with (tmp_path / "train.jsonl").open("w") as file:
-        file.writelines(json.dumps({"text": text, "source": "ab"[row % 2]}) + "\n" for row, text in enumerate(texts()))
-    (tmp_path / "targets.txt").write_text("\n".join(texts()[3:5]))
-    return tmp_path
-
-
-def save(model, folder):
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
 
 
 def features_of(tracing, model_id=0):

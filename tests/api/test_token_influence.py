@@ -26,6 +26,7 @@ from tracer import (
     token_influence,
 )
 from tracer.api import token_influence as token_module
+from tracer.api import token_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:.*jit.script")
 VOCABULARY = 13
@@ -323,7 +324,7 @@ def test_it_runs_under_no_grad_and_inference_mode():
 
 
 def test_the_way_without_a_formula_is_logged_once(caplog, monkeypatch):
-    monkeypatch.setattr(token_module, "_SEEN", set())
+    monkeypatch.setattr(token_parts, "_SEEN", set())
     model, x = make("no formula"), rows_of(2)
     with caplog.at_level(logging.INFO, logger="tracer"):
         token_influence(model, "language_modeling", x, x, checkpoints_of(model))
@@ -332,7 +333,7 @@ def test_the_way_without_a_formula_is_logged_once(caplog, monkeypatch):
 
 @pytest.mark.parametrize("name", ["decoder", "lstm", "gru"])
 def test_fused_kernels_make_way_for_forward_mode(name, caplog, monkeypatch):
-    monkeypatch.setattr(token_module, "_SEEN", set())
+    monkeypatch.setattr(token_parts, "_SEEN", set())
     model, x = make(name, torch.float32), rows_of(2)
     with caplog.at_level(logging.INFO, logger="tracer"):
         token_influence(model, "language_modeling", x, x, checkpoints_of(model))

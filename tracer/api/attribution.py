@@ -18,8 +18,10 @@ from tracer._core.sharding import fsdp_modules
 from tracer._core.validation import bar_disabled, check_count, check_model
 from tracer.api import display
 from tracer.api.checkpoint_sources import check_distinct, checkpoint_pairs
+from tracer.api.explanation import explain
 from tracer.api.label_evidence import label_health, model_warnings
-from tracer.api.report_metadata import StoreFacts
+from tracer.api.language_inputs import LanguageInputs
+from tracer.api.report_metadata import StoreFacts, labels_or
 from tracer.api.settings import FeatureOptions, FeatureSettings, chosen_storage, feature_settings, takes_settings
 from tracer.api.store_reader import StoreReader
 from tracer.api.tracer import Tracer
@@ -32,7 +34,6 @@ from tracer.errors import InputError
 from tracer.gradients.preconditioning import KRONECKER
 from tracer.report import ReportOptions, write_report
 from tracer.report.label_noise import WrongLabels
-from tracer.report.samples import as_array
 from tracer.scoring.estimators import Estimate
 from tracer.training.load_state import check_headers
 from tracer.types import Batch, Checkpoint, TopK
@@ -44,7 +45,7 @@ logger = logging.getLogger("tracer")
 class Attribution:
     """Influence of training examples on targets, as `attribute` returns it; everything is in the store.
 
-    For an existing store, use ``Attribution(Tracer.open(save_dir), "targets")``.
+    For an existing store, use ``Attribution(Tracer.open(save_dir), "targets")``, or `load_store`.
 
     Attributes:
         tracer: The tracer, or the reader of its store, for more questions.
@@ -54,6 +55,7 @@ class Attribution:
         target: ``loss`` or ``output``, as in `Tracer.finalize_scores`.
         regularization: λ of ``trak`` and ``influence``, as in `Tracer.finalize_scores`.
         sources: The training examples and the targets, if they are at hand, to be shown.
+        language: The tokenizer and data of `build_store` and `load_store`, for `explain`.
     """
 
     tracer: Tracer | StoreReader
@@ -63,9 +65,11 @@ class Attribution:
     target: str | None = None
     regularization: float | str = "auto"
     sources: tuple[DataSource | None, DataSource | None] = field(default=(None, None), compare=False)
+    language: LanguageInputs | None = field(default=None, repr=False, compare=False)
 
     __repr__, _repr_html_ = display.as_text, display.as_html
     show, to_pandas = display.show, display.to_pandas
+    explain = explain
 
     @property
     def scores(self) -> np.ndarray:
@@ -197,20 +201,13 @@ class Attribution:
             scores=self.scores if all_scores else None,
             train_inputs=inputs,
             target_inputs=target_inputs,
-            train_labels=_labels_or(facts.train_labels, labels, target_labels),
-            target_labels=_labels_or(facts.target_labels, target_labels, labels),
+            train_labels=labels_or(facts.train_labels, labels, target_labels),
+            target_labels=labels_or(facts.target_labels, target_labels, labels),
             class_names=class_names,
             figures=figures,
             title=title,
             **options,
         )
-
-
-def _labels_or(stored: np.ndarray | None, given: Any, others: Any) -> Any:
-    """Return the given labels, else the store's, unless the other side's are names."""
-    if given is not None or others is None:
-        return stored if given is None else given
-    return stored if as_array(others, "labels").dtype.kind in "iu" else None
 
 
 @takes_settings

@@ -146,7 +146,7 @@ class CheckpointSources:
             raise CallOrderError(f"The weights of checkpoint {model_id} are not known to this process. {again}")
         if passed is None:
             allowed = [table.path.parent.parent.parent] if folders is None else folders
-            if not any(_is_below(source, str(folder)) for folder in allowed):
+            if not any(is_below(source, str(folder)) for folder in allowed):
                 raise CallOrderError(
                     f"The store says that the weights of checkpoint {model_id} are in {source}, which is in none of "
                     f"{[str(folder) for folder in allowed]}. If you trust it, pass checkpoint_dirs= with its folder. "
@@ -159,7 +159,7 @@ class CheckpointSources:
         return str(source)
 
 
-def _is_below(path: str, folder: str) -> bool:
+def is_below(path: str, folder: str) -> bool:
     """Return whether an absolute path is below a folder, by its name and by where links lead."""
     # By name first: on Windows, looking at a path of another machine already logs in there.
     for real in (os.path.abspath, os.path.realpath):

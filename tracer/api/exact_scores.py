@@ -190,11 +190,11 @@ class CosineWriter:
                     f"exact scores expect targets in ascending order, got {rows[:5]} after {following - 1}."
                 )
             following += len(rows)
-            sink = _HoldingSink(len(rows), self._featurizer.device)
+            sink = HoldingSink(len(rows), self._featurizer.device)
             # Factors may be views of the batch, whose memory a loader may use again.
             own = map_leaves(batch, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
             self._run(self._target_featurizer, self._targets, own, rows, sink, self._same_targets)
-            held.append(_lengths(sink.squared_norm), sink.pieces)
+            held.append(gradient_lengths(sink.squared_norm), sink.pieces)
             if size is None and held.num_bytes() > self._memory_bytes:
                 break
         held.join()
@@ -211,9 +211,10 @@ class CosineWriter:
         with block, tqdm(total=len(train), unit="row", desc=description, disable=disable) as bar:
             bar.update(len(train) - sum(map(len, rows)))
             for batch, inds in exact_batches(train, np.concatenate(rows)):
-                sink = _ProductSink(held, len(inds), self._featurizer.device)
+                sink = ProductSink(held, len(inds), self._featurizer.device)
                 self._run(self._featurizer, self._train, batch, inds, sink, self._same_rows)
-                cosines = (sink.products / _lengths(sink.squared_norm)[:, None]).to("cpu", torch.float32).numpy()
+                lengths = gradient_lengths(sink.squared_norm)[:, None]
+                cosines = (sink.products / lengths).to("cpu", torch.float32).numpy()
                 _check_finite(cosines, inds)
                 for tile in np.unique(inds // block.tile_rows).tolist():
                     start = tile * block.tile_rows
@@ -233,7 +234,7 @@ class CosineWriter:
         table: RowTable,
         batch: Batch,
         rows: np.ndarray,
-        sink: _HoldingSink | _ProductSink,
+        sink: HoldingSink | ProductSink,
         same_rows: RowTable | None = None,
     ) -> None:
         """Run a batch, and write the values of examples that are not stored yet."""
@@ -244,7 +245,7 @@ class CosineWriter:
         write_values(table, rows[new], values.select(new), fingerprint[new])
 
 
-class _HoldingSink(NormSink):
+class HoldingSink(NormSink):
     """Holds gradients and sums up their squared norms, ``[B]``, float64."""
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
@@ -262,7 +263,7 @@ class _HoldingSink(NormSink):
         self.pieces.append((start, gradients))
 
 
-class _ProductSink:
+class ProductSink:
     """Sums up inner products with held gradients ``[B, m]``, and squared norms ``[B]``; both float64."""
 
     def __init__(self, held: TargetGradients, num_rows: int, device: torch.device) -> None:
@@ -287,7 +288,7 @@ class _ProductSink:
                 self.products[start:stop] += products.to(self.products.device)
 
 
-def _lengths(squared_norm: Tensor) -> Tensor:
+def gradient_lengths(squared_norm: Tensor) -> Tensor:
     """Return norms ``[B]``, float64, and 1 for a gradient of zero."""
     return torch.where(squared_norm > 0, squared_norm.sqrt(), 1.0)
 

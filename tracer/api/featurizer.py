@@ -48,7 +48,7 @@ class Featurizer:
         rotates: bool = False,
     ) -> None:
         self.engine, self.weights, self.projector = engine, weights, projector
-        self.device, self.check_rows, self._preconditioner = device, check_rows, preconditioner
+        self.device, self.check_rows, self.preconditioner = device, check_rows, preconditioner
         self.rotates = rotates
         self._memory: Tensor | None = None
         self._runs_alone = False
@@ -136,7 +136,7 @@ class Featurizer:
 
     def run(self, batch: Batch, num_rows: int, sink: Sink) -> SampleOutputs:
         """Pass the gradients of a batch, preconditioned, to a sink; return f, L, Q, w of samples."""
-        preconditioner = self._preconditioner()
+        preconditioner = self.preconditioner()
         if preconditioner is not None:
             sink = PreconditioningSink(sink, preconditioner)
         with (

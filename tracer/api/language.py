@@ -4,113 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from tracer._core.validation import check_choice
 from tracer.api.attribution import Attribution, attribute
-from tracer.data.datasets import DataSource, NoExamples
-from tracer.data.fingerprints import fingerprint_samples
-from tracer.data.text.isolation import check_isolation
-from tracer.data.text.settings import TextOptions, text_settings
-from tracer.data.text.source import TextSource, text_source
-from tracer.data.token_tasks import LanguageModeling
-from tracer.errors import InputError
-from tracer.store import RowTable, Store
-from tracer.store.arrays.metadata import NODE
-from tracer.store.arrays.store_path import store_path
-from tracer.store.example_groups import write_example_groups
+from tracer.api.checkpoint_sources import is_below
+from tracer.api.language_inputs import is_name, language_inputs
+from tracer.api.settings import stored_settings
+from tracer.api.tracer import Tracer
+from tracer.data.text.settings import TextOptions
+from tracer.errors import InputError, MismatchError, StoreError
+from tracer.store import Store
 from tracer.training.checkpoint_paths import find_checkpoints
-from tracer.training.language_models import load_language_model, own_weights
+from tracer.training.language_models import own_weights
 from tracer.types import Checkpoint
-
-
-@dataclass(frozen=True)
-class LanguageInputs:
-    """A model, a task and tokenized examples, as `attribute` takes them."""
-
-    model: nn.Module
-    tokenizer: Any
-    task: LanguageModeling
-    train: TextSource
-    targets: TextSource | NoExamples
-    recipe: Mapping[str, Any]  # the names and settings they come from
-
-    def check(self, save_dir: str | os.PathLike[str], exp_name: str) -> None:
-        """Raise `MismatchError` if a store has other tokens of examples than these; stored ones are not run again."""
-        if not (store_path(save_dir) / NODE).exists():
-            return
-        store = Store.open_existing(save_dir)
-        catalog = store.catalog
-        ids = catalog.target_ids(exp_name) if exp_name in catalog.exp_names() else []
-        tables: list[tuple[DataSource, RowTable]] = [
-            (self.train, store.checkpoint(each)) for each in catalog.checkpoint_ids()[:1]
-        ]
-        tables += [(self.targets, store.targets(exp_name, each)) for each in ids[:1]]
-        for source, table in tables if store.manifest.settings.get("check_rows", True) else ():
-            done = np.setdiff1d(np.arange(table.num_rows), table.remaining())
-            if table.num_rows == len(source) and len(done):
-                for batch, inds in source.batches(done):
-                    table.check_rows(inds, fingerprint_samples(batch, len(inds)))
-
-    def record(self, store: Store) -> None:
-        """Write into a store the documents and groups of its training examples, and where they come from."""
-        write_example_groups(store, self.train.rows.documents, self.train.groups)
-        store.set_info(language=dict(self.recipe))
-
-
-def language_inputs(
-    model: str | os.PathLike[str] | nn.Module,
-    data: Any,
-    targets: Any = None,
-    checkpoints: Sequence[Checkpoint] = (),
-    *,
-    tokenizer: Any = None,
-    dtype: str = "auto",
-    loss: str = "sum",
-    target_split: str | None = None,
-    options: TextOptions | None = None,
-) -> LanguageInputs:
-    """Load and tokenize what names say; see `build_store`."""
-    check_choice("loss", loss, ("sum", "mean"))
-    settings = text_settings(options or {})
-    if isinstance(model, nn.Module):
-        if tokenizer is None or isinstance(tokenizer, str):
-            raise InputError("model is a module; pass its tokenizer, an object, by tokenizer=.")
-        module = model
-    else:
-        module, found = load_language_model(
-            os.fspath(model), checkpoints, tokenizer if isinstance(tokenizer, str) else None, dtype
-        )
-        tokenizer = found if tokenizer is None or isinstance(tokenizer, str) else tokenizer
-    train = text_source(data, tokenizer, settings, "data")
-    explained: TextSource | NoExamples = NoExamples()
-    if targets is not None:
-        alone = {"packing": "none", "unit": "document", "group_column": None, "split": target_split or settings.split}
-        explained = text_source(
-            targets, tokenizer, text_settings({**asdict(settings), **alone}), "targets", in_order=True
-        )
-    most = getattr(getattr(module, "config", None), "max_position_embeddings", None)
-    longest = max(int(source.rows.lengths.max()) for source in (train, explained) if isinstance(source, TextSource))
-    if most is not None and longest > most:
-        raise InputError(
-            f"an example has {longest} tokens, and the model has {most} positions; pass max_length={most}."
-        )
-    if settings.unit == "block":
-        check_isolation(module, train)
-    names = {
-        name: str(value) for name, value in (("model", model), ("data", data), ("targets", targets)) if _is_name(value)
-    }
-    recipe = {**names, **asdict(settings)}
-    return LanguageInputs(module, tokenizer, LanguageModeling(loss), train, explained, recipe)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, (str, os.PathLike))
 
 
 def build_store(
@@ -154,8 +64,8 @@ def build_store(
         MissingDependencyError: If transformers, datasets or peft is needed and not installed.
     """
     text: Any = {name: options.pop(name) for name in tuple(options) if name in TextOptions.__annotations__}
-    if _is_name(checkpoints) or (isinstance(checkpoints, (list, tuple)) and all(map(_is_name, checkpoints))):
-        named = [checkpoints] if _is_name(checkpoints) else checkpoints
+    if is_name(checkpoints) or (isinstance(checkpoints, (list, tuple)) and all(map(is_name, checkpoints))):
+        named = [checkpoints] if is_name(checkpoints) else checkpoints
         found, _ = find_checkpoints(named, learning_rate)
         checkpoints = [path if rate is None else (path, rate) for path, rate in found]
         paths = [path for path, _ in found]
@@ -178,4 +88,137 @@ def build_store(
         inputs.model, inputs.task, inputs.train, inputs.targets, checkpoints, save_dir=save_dir, **options
     )
     inputs.record(result.tracer.store)
-    return result
+    return replace(result, language=inputs)
+
+
+def load_store(
+    save_dir: str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str] | nn.Module | None = None,
+    data: Any = None,
+    tokenizer: Any = None,
+    checkpoints: Sequence[Checkpoint] | None = None,
+    exp_name: str = "targets",
+    estimator: str = "tracin",
+    folders: Sequence[str | os.PathLike[str]] | None = None,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> Attribution:
+    """Open a store of `build_store` with its model, tokenizer and data, for `Attribution.explain`.
+
+    The store has their names and all settings; pass what it does not know, since it was an object or has moved. Code
+    that comes with a model or data set is never executed.
+
+    Args:
+        save_dir: The store's directory or URL.
+        model: The model. Default: by the name in the store.
+        data: The training data. Default: by the name in the store.
+        tokenizer: The tokenizer. Default: by the name in the store, else the model's.
+        checkpoints: State dicts or paths in the order of their numbers. Default: the paths in the store.
+        exp_name: The name of targets in the store, for `Attribution.scores`.
+        estimator: The estimator, as for `attribute`.
+        folders: The folders below which paths that the store has are followed, since a store may come from others.
+            Default: the folder that holds the store.
+        device: The device to compute on. Default: CUDA if a model is loaded by name and there is one.
+        **options: ``memory_bytes``, ``process`` or ``progress``, as for `Tracer`.
+
+    Returns:
+        The attribution.
+
+    Raises:
+        InputError: If something is neither in the store nor passed, or a path is outside ``folders``.
+        MismatchError: If the data or weights differ from those of the store.
+        MissingDependencyError: If transformers, datasets or peft is needed and not installed.
+    """
+    store = Store.open_existing(save_dir)
+    record = LanguageRecord.of(store, folders)
+    model = record.name("model") if model is None else model
+    data = record.name("data") if data is None else data
+    if tokenizer is None:
+        named = "tokenizer" in record.values or isinstance(model, nn.Module)
+        tokenizer = record.name("tokenizer") if named else None
+    if not isinstance(model, nn.Module):
+        record = replace(record, folders=(*record.folders, str(own_weights(os.fspath(model)))))
+    ids = store.catalog.checkpoint_ids()
+    if checkpoints is not None and len(checkpoints) != len(ids):
+        raise InputError(f"checkpoints has {len(checkpoints)}; expected {len(ids)}, as many as the store has.")
+    paths = record.checkpoints(store) if checkpoints is None else list(checkpoints)
+    dtype, loss = (str(record.values.get(name, default)) for name, default in (("dtype", "auto"), ("loss", "sum")))
+    inputs = language_inputs(
+        model, data, None, paths, tokenizer=tokenizer, dtype=dtype, loss=loss, options=record.options()
+    )
+    if len(inputs.train) != store.manifest.train_set_size:
+        raise MismatchError(
+            f"the data have {len(inputs.train)} examples now, and the store {store.manifest.train_set_size}; pass by "
+            f"data= those that it was built from."
+        )
+    inputs = replace(inputs, folders=record.folders)
+    if device is None and is_name(model) and torch.cuda.is_available():
+        device = "cuda"
+    settings = {**stored_settings(store.manifest), "device": device, **options}
+    tracer = Tracer(inputs.model, inputs.task, len(inputs.train), save_dir, **settings)
+    for model_id, checkpoint in zip(ids, checkpoints or (), strict=False):
+        tracer.load_checkpoint(checkpoint, model_id)
+    tracer.close()
+    return Attribution(tracer, exp_name, estimator, language=inputs)
+
+
+@dataclass(frozen=True)
+class LanguageRecord:
+    """The names and settings that a store has of its language model."""
+
+    values: Mapping[str, Any]
+    folders: tuple[str, ...]
+    store: str
+
+    @classmethod
+    def of(cls, store: Store, folders: Sequence[str | os.PathLike[str]] | None) -> LanguageRecord:
+        """Read a store's record; without ``folders``, paths are followed below the folder that holds the store."""
+        values = store.manifest.info.get("language") or {}
+        # a JSON file that others may have written
+        if not isinstance(values, Mapping) or not all(isinstance(each, _PLAIN) for each in values.values()):
+            raise StoreError(f"the record of the language model in {store.path} is damaged: build the store again.")
+        chosen = [store.path.parent] if folders is None else folders
+        return cls(values, tuple(str(each) for each in chosen), str(store.path))
+
+    def name(self, what: str) -> str:
+        """Return the name of the model, data or tokenizer; raise InputError if there is none, or it is elsewhere."""
+        name = self.values.get(what)
+        if name is None:
+            raise InputError(
+                f"the store {self.store} does not say which {what} it was built with (an object was passed, or "
+                f"build_store has not made it); pass {what}=."
+            )
+        self._check(what, str(name), what)
+        return str(name)
+
+    def checkpoints(self, store: Store) -> list[str]:
+        """Return the paths of all checkpoints; raise InputError if one is not known, or elsewhere."""
+        found = []
+        for model_id in store.catalog.checkpoint_ids():
+            path = store.table_attributes(model_id).get("source")
+            if path is None:
+                raise InputError(
+                    f"the store {self.store} does not say where the weights of checkpoint {model_id} are (a state dict "
+                    f"was passed); pass checkpoints=, in the order of their numbers."
+                )
+            self._check(f"checkpoint {model_id}", str(path), "checkpoints")
+            found.append(str(path))
+        return found
+
+    def _check(self, what: str, path: str, option: str) -> None:
+        if os.path.isabs(path) and not any(is_below(path, folder) for folder in self.folders):
+            raise InputError(
+                f"the store says that its {what} is {path}, which is in none of {list(self.folders)}. If you trust it, "
+                f"pass folders= with its folder (--trust in the shell), or pass {option}=."
+            )
+
+    def options(self) -> TextOptions:
+        """Return the settings of the texts."""
+        found: Any = {name: self.values[name] for name in TextOptions.__annotations__ if name in self.values}
+        if "{" not in (found.get("chat_template") or "{"):
+            raise StoreError(f"the chat template in {self.store} is damaged: build the store again.")
+        return found
+
+
+_PLAIN = (str, bool, int, type(None))

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from tracer.api.featurizer_factory import check_weights
+import numpy as np
+
+from tracer.api.featurizer import Featurizer
+from tracer.api.featurizer_factory import LoadedCheckpoint, check_weights
+from tracer.api.sinks import RowValues
 from tracer.data.batches import check_batch_size, count_samples
 from tracer.data.indices import ExampleSelection
 from tracer.errors import CallOrderError
@@ -67,31 +72,78 @@ def query(
         GradientsChanged: If stored gradients turn out to be wrong: they are forgotten, and to be computed again.
     """
     estimate = Estimate(estimator, target, regularization)
-    factory, store = _tracer._factory, _tracer.store
+    store = _tracer.store
     instead = "call tracer.score_exactly(checkpoint, model_id, train, targets, exp_name) and tracer.top, or "
     store.manifest.feature_storage.require_features("query", instead)
-    if factory.backend.is_sharded:
-        raise CallOrderError(
-            "query() got an FSDP model; call it with the plain model, in one process, on the same save_dir, or score "
-            "the targets and call tracer.top."
-        )
+    check_plain(_tracer, "query()")
     _tracer.flush()
     chosen, indices = _tracer.reader.check_query(k, kind, estimate, model_ids, rows, labels)
-    batch = factory.form_of("targets").batch(batch)
-    num_rows, targets = count_samples(batch), []
+    batch = _tracer._factory.form_of("targets").batch(batch)
+    num_rows = count_samples(batch)
     check_batch_size(batch, num_rows)
-    for model_id in chosen:
-        table = store.checkpoint(model_id)
-        loaded = factory.read(_tracer._sources.find(model_id, table, checkpoint_dirs))
-        check_weights(table, loaded.fingerprint, model_id)
-        featurizer = factory.make(loaded, model_id, store, factory.target_engine)
-        with factory.target_engine.using_weights(loaded.fingerprint):
-            try:
-                values = featurizer.compute(batch, num_rows)
-            except GradientsChanged as change:
-                factory.forget(store, change)
-                raise
-        assert values.features is not None  # there is a projector
-        fresh = values.features, values.loss_grad, values.gradient_norm
-        targets.append(InMemoryTable(*fresh, store.manifest.feature_storage.of_targets))  # rounded as stored rows are
+    targets = fresh_targets(_tracer, [(batch, num_rows)], chosen, checkpoint_dirs)
     return _tracer.reader.query(targets, chosen, indices, k, kind, estimate)
+
+
+def check_plain(tracer: Tracer, call: str) -> None:
+    """Raise `CallOrderError` if the model is sharded."""
+    if tracer._factory.backend.is_sharded:
+        raise CallOrderError(
+            f"{call} got an FSDP model; call it with the plain model, in one process, on the same save_dir, or score "
+            "the targets and call tracer.top."
+        )
+
+
+def loaded_checkpoint(
+    tracer: Tracer, model_id: int, checkpoint_dirs: Sequence[str | os.PathLike[str]] | None
+) -> LoadedCheckpoint:
+    """Return a checkpoint of the store with its weights, from where they were; see `query` for errors."""
+    table = tracer.store.checkpoint(model_id)
+    loaded = tracer._factory.read(tracer._sources.find(model_id, table, checkpoint_dirs))
+    check_weights(table, loaded.fingerprint, model_id)
+    return loaded
+
+
+@contextmanager
+def featurizing(
+    tracer: Tracer, loaded: LoadedCheckpoint, model_id: int, exp_name: str | None = "targets"
+) -> Iterator[Featurizer]:
+    """Make a featurizer of targets, or of training examples (None), for a block, which disturbs no session."""
+    factory = tracer._factory
+    engine = factory.engine_of(exp_name)
+    with engine.using_weights(loaded.fingerprint):
+        try:
+            yield factory.make(loaded, model_id, tracer.store, engine)
+        except GradientsChanged as change:
+            factory.forget(tracer.store, change)
+            raise
+
+
+def fresh_targets(
+    tracer: Tracer,
+    batches: Iterable[tuple[Batch, int]],
+    model_ids: Sequence[int],
+    checkpoint_dirs: Sequence[str | os.PathLike[str]] | None,
+    alike: bool = False,
+) -> list[InMemoryTable]:
+    """Return the features of targets at each checkpoint, from batches and their sizes.
+
+    They are rounded as stored rows are; with ``alike`` equal ones are rounded alike, whatever their place.
+    """
+    batches, storage = list(batches), tracer.store.manifest.feature_storage.of_targets
+    targets = []
+    for model_id in model_ids:
+        with featurizing(tracer, loaded_checkpoint(tracer, model_id, checkpoint_dirs), model_id) as featurizer:
+            values = [featurizer.compute(batch, num_rows) for batch, num_rows in batches]
+        targets.append(_table(values, storage, alike))
+    return targets
+
+
+def _table(values: Sequence[RowValues], storage: str, alike: bool) -> InMemoryTable:
+    features = np.concatenate([each.features for each in values if each.features is not None])  # there is a projector
+    loss_grad, norm = (np.concatenate([getattr(each, name) for each in values]) for name in _COLUMNS)
+    rows = np.zeros(len(features), np.int64) if alike else np.arange(len(features))
+    return InMemoryTable(features, loss_grad, norm, storage, rows)
+
+
+_COLUMNS = "loss_grad", "gradient_norm"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tracer.report.samples import as_array
 from tracer.store import RowTable, Store
 from tracer.store.table_schema import NO_LABEL
 
@@ -89,3 +90,10 @@ def _words(value: Any) -> str:
     if not isinstance(value, Mapping):
         return str(value)
     return ", ".join(str(each) if name in ("name", "kind") else f"{name} {each}" for name, each in value.items())
+
+
+def labels_or(stored: np.ndarray | None, given: Any, others: Any) -> Any:
+    """Return the given labels, else the store's, unless the other side's are names."""
+    if given is not None or others is None:
+        return stored if given is None else given
+    return stored if as_array(others, "labels").dtype.kind in "iu" else None

@@ -22,6 +22,7 @@ from tracer.gradients import METHODS, ParamSelection
 from tracer.gradients.preconditioning import KRONECKER, PRECONDITIONERS, check_preconditioner
 from tracer.projection import projector_kinds
 from tracer.store.feature_storage import STORAGES, FeatureStorage
+from tracer.store.manifest import Manifest
 
 Signed = TypeVar("Signed", bound=Callable[..., Any])
 
@@ -188,6 +189,20 @@ def feature_settings(options: Mapping[str, Any], caller: str) -> FeatureSettings
                 f"{caller}() got an unexpected keyword argument {name!r}; {nearest_name(name, known)}."
             )
     return FeatureSettings(**options)
+
+
+def stored_settings(manifest: Manifest) -> dict[str, Any]:
+    """Return the keyword arguments of `Tracer` with which a store was made, as its manifest has them."""
+    settings = manifest.settings
+    projector, task, params = (dict(settings.get(name) or {}) for name in ("projector", "task", "params"))
+    found = {name: settings[name] for name in FeatureOptions.__annotations__ if name in settings and name != "params"}
+    found |= {name: projector[key] for name, key in _OF_PROJECTOR.items() if key in projector}
+    if task.get("autocast") is not None:
+        found["autocast"] = task["autocast"]
+    return {**found, "params": lambda name, _: name in params}
+
+
+_OF_PROJECTOR = {"projector": "kind", "proj_dim": "proj_dim", "seed": "seed"}
 
 
 def chosen_storage(options: Mapping[str, Any], needs_features: bool) -> FeatureStorage:

@@ -9,7 +9,7 @@ import click
 import torch
 
 from tracer.api.attribution import Attribution
-from tracer.api.language import LanguageInputs, language_inputs
+from tracer.api.language_inputs import LanguageInputs, language_inputs
 from tracer.api.settings import FeatureSettings
 from tracer.cli.job import RANKING, Job
 from tracer.cli.run import execute, next_steps

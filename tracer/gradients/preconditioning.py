@@ -15,8 +15,8 @@ from torch import Tensor
 from tracer._core.validation import check_choice
 from tracer.errors import InputError
 from tracer.gradients.audit import Sink
-from tracer.gradients.kronecker import KroneckerCurvature, multiplied
-from tracer.gradients.per_sample import PerSampleGradient
+from tracer.gradients.kronecker import KroneckerCurvature, multiplied, times
+from tracer.gradients.per_sample import PerSampleGradient, matrix_shape
 
 PRECONDITIONERS = ("adam", "kfac", "ekfac")
 """The values of ``preconditioner=`` apart from None."""
@@ -45,6 +45,10 @@ class Preconditioner(Protocol):
         """Return the gradient of a parameter, preconditioned."""
         ...
 
+    def squared(self, name: str, gradient: Tensor) -> Tensor:
+        """Return ``PᵀP g`` of one gradient ``[*shape]``; its inner product with g' is ``<P g, P g'>``."""
+        ...
+
 
 class DiagonalPreconditioner:
     """Multiplies gradients entry by entry.
@@ -59,6 +63,10 @@ class DiagonalPreconditioner:
     def apply(self, name: str, gradient: PerSampleGradient) -> PerSampleGradient:
         """Return the gradient of a parameter, scaled."""
         return gradient.scaled(self.scales[name].to(gradient.device))
+
+    def squared(self, name: str, gradient: Tensor) -> Tensor:
+        """Return a gradient times the squares of the factors."""
+        return gradient * self.scales[name].to(gradient.device).square()
 
 
 class KroneckerPreconditioner:
@@ -127,6 +135,16 @@ class KroneckerPreconditioner:
         if self.scales is None:
             return found
         return found.scaled(self.scales[name].to(gradient.device).view(gradient.shape))
+
+    def squared(self, name: str, gradient: Tensor) -> Tensor:
+        """Return ``PᵀP g``, whitened twice."""
+        left, right = (side.to(gradient.device) for side in self.sides[name])
+        found = gradient.reshape(matrix_shape(gradient.shape)).to(left.dtype)
+        found = times(times(found, right).T, left).T
+        if self.scales is not None:
+            found = found * self.scales[name].to(gradient.device).view(found.shape).square()
+        left, right = (side if side.ndim == 1 else side.T for side in (left, right))
+        return times(times(found, right).T, left).T.reshape(gradient.shape)
 
 
 _SIDES = "left", "right"

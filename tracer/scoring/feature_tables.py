@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Shaped
+from jaxtyping import Float32, Float64, Int64, Shaped
 from torch import Tensor
 
 from tracer._core.blocks import row_blocks
@@ -61,6 +61,13 @@ class CheckpointPair:
 class InMemoryTable:
     """Target features that are not in a store, rounded as a store with this storage dtype rounds them.
 
+    Args:
+        features: ``[m, k]``.
+        loss_grad: ``[m]``.
+        gradient_norm: ``[m]``.
+        storage: The storage dtype.
+        rows: ``[m]``, the indices that rounding depends on; equal ones round equal features alike. Default: as stored.
+
     Raises:
         NonFiniteError: A value is NaN or infinite.
     """
@@ -71,6 +78,7 @@ class InMemoryTable:
         loss_grad: Shaped[np.ndarray, " m"],
         gradient_norm: Shaped[np.ndarray, " m"],
         storage: str,
+        rows: Int64[np.ndarray, " m"] | None = None,
     ) -> None:
         largest = np.abs(features).max(1)
         bad = np.flatnonzero(~np.isfinite(largest) | ~np.isfinite(loss_grad) | ~np.isfinite(gradient_norm))
@@ -82,7 +90,8 @@ class InMemoryTable:
         scale = row_scale(largest, storage)
         self.num_rows, self.dim = features.shape
         self.storage = storage
-        self._raw = relative_rows(features, scale, np.arange(len(features)), storage, "targets").astype(storage)
+        rows = np.arange(len(features)) if rows is None else rows
+        self._raw = relative_rows(features, scale, rows, storage, "targets").astype(storage)
         self._columns = {"loss_grad": loss_grad, "gradient_norm": gradient_norm, "scale": scale}
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:

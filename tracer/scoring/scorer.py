@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float32
 
 from tracer._core.processes import Process
 from tracer._core.validation import check_choice, check_count
@@ -23,7 +24,7 @@ from tracer.scoring.read_checks import ReadCheck
 from tracer.scoring.readiness import complete_cosines, complete_targets, finalized_revisions, learning_rates
 from tracer.scoring.regularization import Regularization
 from tracer.scoring.source import Segment, segment_rates, unrolled_self_influence, unrolled_targets, warn_of_other_runs
-from tracer.scoring.streaming import MEMORY_BYTES, TileScorer, stream_topk
+from tracer.scoring.streaming import MEMORY_BYTES, TileScorer, stream_tiles, stream_topk
 from tracer.scoring.top_queries import TopKQuery
 from tracer.scoring.write_scores import write_scores
 from tracer.store import ScoreArray, Store
@@ -130,6 +131,19 @@ class Scorer:
         *_, (_, *ends) = stream_topk(scorer, indices, k, self.progress, aligned=len(indices) == self.num_rows)
         revisions.check()
         return ends[KINDS.index(kind)].result()
+
+    def query_scores(
+        self, targets: Sequence[FeatureTable], model_ids: list[int], estimate: Estimate
+    ) -> Float32[np.ndarray, "N M"]:
+        """Return the scores of all training examples for targets in memory, given at each checkpoint."""
+        revisions = finalized_revisions(self.store, model_ids)
+        pairs, _ = self._terms(revisions, targets, estimate)
+        scorer = TileScorer(pairs, estimate, self.device, self.memory_bytes)
+        scores = np.empty((self.num_rows, scorer.num_targets), np.float32)
+        for start, tile in stream_tiles(scorer, range(self.num_rows), self.progress):
+            scores[start : start + len(tile)] = tile.cpu().numpy()
+        revisions.check()
+        return scores
 
     def check_query(
         self,

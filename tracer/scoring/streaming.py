@@ -187,6 +187,16 @@ def stream_topk(
     proponents, opponents = (RunningTopK(scorer.num_targets, k, largest) for largest in (True, False))
     for running, found in zip((proponents, opponents), begin or (), strict=False):
         running.merge(found)
+    for seen, tile in stream_tiles(scorer, indices, progress, aligned=aligned):
+        for running in (proponents, opponents):
+            running.update(index_array(indices[seen : seen + len(tile)]), tile)
+        yield seen + len(tile), proponents, opponents
+
+
+def stream_tiles(
+    scorer: TileScorer, indices: TrainIndices, progress: bool | None = None, *, aligned: bool = True
+) -> Iterator[tuple[int, Float32[Tensor, "n M"]]]:
+    """Yield scores tile by tile, in memory that is used again, each with the number of examples before it."""
     step = scorer.tile_rows
     tiles = [indices[first : first + step] for first in range(0, len(indices), step)]
     ahead = ReadAhead(scorer.pairs, tiles)
@@ -196,8 +206,6 @@ def stream_topk(
         for tile in tiles:
             scores = memory[: len(tile)]
             scorer.score(tile, scores, ahead, aligned=aligned)
-            for running in (proponents, opponents):
-                running.update(index_array(tile), scores)
+            yield seen, scores
             seen += len(tile)
             bar.update(len(tile))
-            yield seen, proponents, opponents

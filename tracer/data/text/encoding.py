@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,16 @@ IGNORED = -100
 """The label of tokens that are not predicted."""
 
 
+def with_template(settings: TextSettings) -> TextSettings:
+    """Return settings with the text of a chat template in place of its file's name."""
+    template = settings.chat_template
+    if template is None or "{" in template:
+        return settings
+    if not Path(template).is_file():
+        raise InputError(f"chat_template={template!r} is neither a template nor a file.")
+    return replace(settings, chat_template=Path(template).read_text(encoding="utf-8"))
+
+
 class Encoder:
     """Makes tokens and labels of an example with a tokenizer.
 
@@ -26,12 +37,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, settings: TextSettings) -> None:
         self._tokenizer, self._settings = tokenizer, settings
-        template = settings.chat_template
-        if template is not None and "{" not in template:
-            if not Path(template).is_file():
-                raise InputError(f"chat_template={template!r} is neither a template nor a file.")
-            template = Path(template).read_text(encoding="utf-8")
-        self._template, self._warned = template, False
+        self._template, self._warned = with_template(settings).chat_template, False
 
     def __call__(self, example: Mapping[str, Any]) -> dict[str, list[int]]:
         """Return ``input_ids`` and ``labels``, of which -100 are not predicted."""
@@ -48,6 +54,12 @@ class Encoder:
             raise InputError(f"an example has {len(tokens)} input_ids and {len(labels)} labels; expected as many.")
         found = {"input_ids": tokens, "labels": labels}
         return {**found, **_segments(example, len(tokens))} if self._settings.packing in GIVEN else found
+
+    def prompt(self, prompt: Any) -> list[int]:
+        """Return the tokens of a prompt, a text or messages, after which a completion begins."""
+        if isinstance(prompt, str):
+            return self._plain(prompt)
+        return self._chat({}, prompt, False, add_generation_prompt=True)[0]
 
     def _tokens(self, example: Mapping[str, Any]) -> tuple[list[int], list[list[int]]]:
         """Return the tokens, and the masks of those that count."""
@@ -121,6 +133,14 @@ class Encoder:
     def _ended(self, text: str) -> str:
         end = self._tokenizer.eos_token if self._settings.add_eos else None
         return text if end is None or text.endswith(end) else text + end
+
+
+def is_chat(example: Mapping[str, Any]) -> bool:
+    """Return whether an example of the data is a conversation rather than text."""
+    if "input_ids" in example:
+        return False
+    named = example.get("messages") or example.get("conversations")
+    return bool(named) or not isinstance(example.get("prompt", ""), str)
 
 
 def _attended(example: Mapping[str, Any]) -> Mapping[str, Any]:

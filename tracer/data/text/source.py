@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import xxhash
 from jaxtyping import Int64
 
 from tracer.data.datasets import DataSource
-from tracer.data.text.encoding import Encoder
+from tracer.data.text.encoding import Encoder, is_chat
 from tracer.data.text.packing import GROUP
 from tracer.data.text.reading import import_datasets, read_dataset
 from tracer.data.text.rows import TextRows, Tokens, collate, plan_rows
@@ -29,19 +29,14 @@ class TextSource(DataSource):
     Attributes:
         rows: The rows.
         groups: The group of each row, ``[N]``, and the groups' names; None without a column of groups.
+        is_chat: Whether the data are conversations.
+        pad_token: The token of padding.
     """
 
-    def __init__(
-        self,
-        documents: Any,
-        rows: TextRows,
-        settings: TextSettings,
-        pad_token: int,
-        values: Sequence[Any] | None,
-        in_order: bool,
-    ) -> None:
-        self._in_order = in_order
-        self.rows, self._documents, self._settings, self._pad_token = rows, documents, settings, pad_token
+    def __init__(self, documents: Any, rows: TextRows, settings: TextSettings, pad_token: int, in_order: bool) -> None:
+        self._in_order, self.is_chat = in_order, documents.is_chat
+        values = documents.groups
+        self.rows, self._documents, self._settings, self.pad_token = rows, documents, settings, pad_token
         self.groups: tuple[Int64[np.ndarray, " N"], list[str]] | None = None
         if values is not None:
             names, numbers = np.unique([str(value) for value in values], return_inverse=True)
@@ -57,10 +52,10 @@ class TextSource(DataSource):
             documents = self._documents.load(self.rows, window)
             lengths = self.rows.lengths[window]
             order = np.arange(len(window)) if self._in_order else np.argsort(-lengths, kind="stable")
-            for chosen in _bucketed(lengths, order, self._settings.batch_tokens):
+            for chosen in bucketed(lengths, order, self._settings.batch_tokens):
                 own = window[chosen]
                 tokens = [self.rows.tokens(row, documents) for row in own.tolist()]
-                yield collate(tokens, self._pad_token, self._settings.unit == "block"), own
+                yield collate(tokens, self.pad_token, self._settings.unit == "block"), own
 
 
 def text_source(
@@ -89,7 +84,7 @@ def text_source(
             f"{name} has {rows.num_documents} examples, and none has a token to predict; check split=, loss_on= and "
             f"max_length=."
         )
-    return TextSource(documents, rows, settings, pad, documents.groups, in_order)
+    return TextSource(documents, rows, settings, pad, in_order)
 
 
 class _Encoded:
@@ -103,6 +98,7 @@ class _Encoded:
                 "gives into the data by map()."
             )
         dataset = dataset.with_format(None)
+        self.is_chat = is_chat(next(iter(dataset), {}))
         if settings.group_column is not None:
             _check_column(settings.group_column, dataset.column_names)
             self.groups = dataset[settings.group_column]
@@ -130,11 +126,13 @@ class _Stream:
         self._dataset, self._encoder, self._column, self._name = dataset, encoder, settings.group_column, name
         self.groups: list[Any] | None = None if self._column is None else []
         self._hashes: list[int] = []
+        self.is_chat = False
         self._position = 0
         self._examples: Iterator[Any] = iter(())
 
     def __iter__(self) -> Iterator[Tokens]:
-        for example in self._dataset:
+        for number, example in enumerate(self._dataset):
+            self.is_chat = is_chat(example) if number == 0 else self.is_chat
             if self.groups is not None and self._column is not None:
                 _check_column(self._column, example)
                 self.groups.append(example[self._column])
@@ -179,7 +177,7 @@ def _check_column(column: str, known: Iterable[str]) -> None:
         raise InputError(f"group_column={column!r} is not in the data, which have {sorted(known)}.")
 
 
-def _bucketed(
+def bucketed(
     lengths: Int64[np.ndarray, " n"], order: Int64[np.ndarray, " n"], batch_tokens: int
 ) -> Iterator[Int64[np.ndarray, " b"]]:
     """Yield positions of rows in an order, so that a padded batch has at most so many tokens or one row."""

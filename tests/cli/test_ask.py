@@ -1,0 +1,56 @@
+"""`tracer ask`: documents behind an answer. The oracle is `Attribution.explain`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from cli_cases import enter, refused, run_tracer
+from text_cases import datasets, offline, run, transformers  # noqa: F401
+
+from tracer import build_store, load_store
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def project(run, monkeypatch):  # noqa: F811
+    enter(run, monkeypatch)
+    build_store("model", "train.jsonl", "run", save_dir="store", proj_dim=64, group_column="source")
+    (run / "build.toml").write_text('model = "model"\ndata = "train.jsonl"\nout = "store"\nestimator = "cosine"\n')
+    return run
+
+
+def test_the_answer_is_that_of_explain(project, monkeypatch):
+    options = ["--completion", " w5", "--rather-than", " w6", "--top", "3", "--estimator", "cosine", "--exact", "6"]
+    result = run_tracer("ask", "store", "w3 w4", *options, "--json")
+    assert result.exit_code == 0, result.output
+    found = dataclasses.replace(load_store("store", folders=[project]), estimator="cosine")
+    expected = found.explain("w3 w4", " w5", rather_than=" w6", k=3, exact=6)
+    assert json.loads(result.stdout) == json.loads(json.dumps(expected.to_dict()))
+    of_file = run_tracer("ask", "build.toml", "w3 w4", *options)
+    assert of_file.exit_code == 0 and of_file.output.strip().endswith(str(expected))
+    assert "2. score" in of_file.output and "tokens: " in of_file.output
+    several = run_tracer("ask", "store", "w3", "w4", "--max-new-tokens", "2", "--no-tokens", "-k", "1", "--json")
+    assert several.exit_code == 0 and len(json.loads(several.stdout)["completions"]) == 2
+    (project / "elsewhere").mkdir()
+    monkeypatch.chdir(project / "elsewhere")
+    (project / "elsewhere" / "store").symlink_to(project / "store")
+    moved = ["ask", "store", "w3 w4", "--completion", " w5"]
+    assert "--trust" in refused(*moved)
+    assert run_tracer(*moved, "--trust", str(project)).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["w3", "w4", "--completion", "w5"], "--completion came 1 times for 2 prompts"),
+        (["w3", "--completion", "w5"], "Begin the completion with a space"),
+        (["w3", "--model", "nowhere"], "model='nowhere' cannot be loaded"),
+        (["w3", "--estimator", "influence", "--exact", "2"], "exact= expects estimator"),
+        (["w3", "--regularization", "high"], "no number"),
+    ],
+)
+def test_what_is_wrong_is_said(project, options, message):
+    assert message in refused("ask", "store", *options)

@@ -1,0 +1,126 @@
+"""A model, its tokenizer and its data, from names or as objects."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from tracer._core.validation import check_choice
+from tracer.data.datasets import DataSource, NoExamples
+from tracer.data.fingerprints import fingerprint_samples
+from tracer.data.text.encoding import with_template
+from tracer.data.text.isolation import check_isolation
+from tracer.data.text.settings import TextOptions, TextSettings, text_settings
+from tracer.data.text.source import TextSource, text_source
+from tracer.data.token_tasks import LanguageModeling
+from tracer.errors import InputError
+from tracer.store import RowTable, Store
+from tracer.store.arrays.metadata import NODE
+from tracer.store.arrays.store_path import store_path
+from tracer.store.example_groups import write_example_groups
+from tracer.training.language_models import load_language_model
+from tracer.types import Checkpoint
+
+
+@dataclass(frozen=True)
+class LanguageInputs:
+    """A model, a task and tokenized examples, as `attribute` takes them."""
+
+    model: nn.Module
+    tokenizer: Any
+    task: LanguageModeling
+    train: TextSource
+    targets: TextSource | NoExamples
+    settings: TextSettings
+    recipe: Mapping[str, Any]  # the names and settings they come from
+    folders: tuple[str, ...] | None = None  # below which paths of checkpoints in the store are followed
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The most tokens that the model takes; None if it does not say."""
+        return getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+
+    def check(self, save_dir: str | os.PathLike[str], exp_name: str) -> None:
+        """Raise `MismatchError` if a store has other tokens of examples than these; stored ones are not run again."""
+        if not (store_path(save_dir) / NODE).exists():
+            return
+        store = Store.open_existing(save_dir)
+        catalog = store.catalog
+        ids = catalog.target_ids(exp_name) if exp_name in catalog.exp_names() else []
+        tables: list[tuple[DataSource, RowTable]] = [
+            (self.train, store.checkpoint(each)) for each in catalog.checkpoint_ids()[:1]
+        ]
+        tables += [(self.targets, store.targets(exp_name, each)) for each in ids[:1]]
+        for source, table in tables if store.manifest.settings.get("check_rows", True) else ():
+            done = np.setdiff1d(np.arange(table.num_rows), table.remaining())
+            if table.num_rows == len(source) and len(done):
+                for batch, inds in source.batches(done):
+                    table.check_rows(inds, fingerprint_samples(batch, len(inds)))
+
+    def record(self, store: Store) -> None:
+        """Write into a store the documents and groups of its training examples, and where they come from."""
+        write_example_groups(store, self.train.rows.documents, self.train.groups)
+        store.set_info(language=dict(self.recipe))
+
+
+def language_inputs(
+    model: str | os.PathLike[str] | nn.Module,
+    data: Any,
+    targets: Any = None,
+    checkpoints: Sequence[Checkpoint] = (),
+    *,
+    tokenizer: Any = None,
+    dtype: str = "auto",
+    loss: str = "sum",
+    target_split: str | None = None,
+    options: TextOptions | None = None,
+) -> LanguageInputs:
+    """Load and tokenize what names say; see `build_store`."""
+    check_choice("loss", loss, ("sum", "mean"))
+    settings = with_template(text_settings(options or {}))
+    given_tokenizer = tokenizer
+    if isinstance(model, nn.Module):
+        if tokenizer is None or is_name(tokenizer):
+            raise InputError("model is a module; pass its tokenizer, an object, by tokenizer=.")
+        module = model
+    else:
+        name = os.fspath(tokenizer) if is_name(tokenizer) else None
+        module, own = load_language_model(os.fspath(model), checkpoints, name, dtype)
+        tokenizer = own if tokenizer is None or is_name(tokenizer) else tokenizer
+    train = text_source(data, tokenizer, settings, "data")
+    explained: TextSource | NoExamples = NoExamples()
+    if targets is not None:
+        alone = {"packing": "none", "unit": "document", "group_column": None, "split": target_split or settings.split}
+        explained = text_source(
+            targets, tokenizer, text_settings({**asdict(settings), **alone}), "targets", in_order=True
+        )
+    longest = max(int(source.rows.lengths.max()) for source in (train, explained) if isinstance(source, TextSource))
+    task, recipe = LanguageModeling(loss), {"dtype": dtype, "loss": loss, **asdict(settings), "chat": train.is_chat}
+    named = {"model": model, "data": data, "targets": targets, "tokenizer": given_tokenizer}
+    recipe |= {name: _place(value) for name, value in named.items() if is_name(value)}
+    found = LanguageInputs(module, tokenizer, task, train, explained, settings, recipe)
+    most = found.most_tokens
+    if most is not None and longest > most:
+        raise InputError(
+            f"an example has {longest} tokens, and the model has {most} positions; pass max_length={most}."
+        )
+    if settings.unit == "block":
+        check_isolation(module, train)
+    return found
+
+
+def is_name(value: Any) -> bool:
+    """Return whether a value is a name or path rather than an object."""
+    return isinstance(value, (str, os.PathLike))
+
+
+def _place(name: str | os.PathLike[str]) -> str:
+    """Return a name on the hub as it is, and a path from the root on, so that it is found from other directories."""
+    text = os.fspath(name)
+    return os.path.abspath(text) if os.path.exists(text) or glob.glob(text, recursive=True) else text

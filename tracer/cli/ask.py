@@ -1,0 +1,108 @@
+"""``tracer ask``: the training documents behind an answer of a language model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tracer.api.language import load_store
+from tracer.cli.output import ResultCommand, print_result
+from tracer.cli.settings import read_settings, setting_option
+from tracer.cli.stores import Integers, find_store
+from tracer.errors import InputError
+from tracer.scoring.scorer import KINDS
+
+
+class AskCommand(ResultCommand):
+    """A command with the options of the estimator, and those for what a store does not know."""
+
+    shared = (
+        *(setting_option(name) for name in ("estimator", "target", "regularization")),
+        click.Option(["--model-ids"], type=Integers(), help="Only these checkpoints, such as 0,2 or 0-3."),
+        click.Option(["--model"], help="The model, if the store does not know it or it has moved."),
+        click.Option(["--data"], help="The training data, likewise."),
+        click.Option(["--tokenizer"], help="The tokenizer, likewise."),
+        click.Option(["--checkpoints"], multiple=True, help="The path of each checkpoint, likewise; repeat it."),
+        click.Option(
+            ["--trust"], multiple=True, metavar="DIR",
+            help="Follow paths in the store below this folder too; repeat it. By default only those below the store's "
+            "own folder and the current one.",
+        ),
+        click.Option(["--device"], help="Device to compute on. Default: cuda if there is one."),
+    )  # fmt: skip
+
+
+@click.command("ask", cls=AskCommand)
+@click.argument("store")
+@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
+@click.option("--completion", multiple=True, help="The completion of each prompt. Default: generated ones.")
+@click.option("--rather-than", multiple=True, help="Another completion of each prompt, to tell from the first one.")
+@click.option("-k", "--top", "k", type=click.IntRange(min=1), default=5, show_default=True, help="Documents to show.")
+@click.option(
+    "--kind", type=click.Choice(KINDS), default="proponents", show_default=True,
+    help="Documents that made the completion likelier, or less likely.",
+)  # fmt: skip
+@click.option(
+    "--exact", type=click.IntRange(min=0), default=0, show_default=True,
+    help="Rank this many documents again by exact gradients.",
+)  # fmt: skip
+@click.option("--tokens/--no-tokens", default=True, help="Split scores over tokens. Default: yes.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Most generated tokens."
+)
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: likeliest tokens."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of sampling.")
+def ask(store: str, prompts: tuple[str, ...], k: int, **options: Any) -> None:
+    r"""Show the training documents behind a language model's answer.
+
+    STORE is the directory or URL of a store of `tracer build`, or its TOML file. With several prompts, the mean of
+    their scores is shown. Brackets mark the tokens that carry the score. Completions follow prompts as they are: write
+    the space in between.
+
+    Examples:
+        tracer ask store "Who wrote Faust?"
+        tracer ask store "The capital of France is" --completion " Paris" --rather-than " Rome" --estimator cosine
+        tracer ask store "Who wrote Faust?" --exact 1000 -k 10 --json
+    """
+    save_dir, in_file = find_store(store)
+    given = {name: options.pop(name) for name in ("estimator", "target", "regularization")}
+    chosen = {**in_file, **read_settings(None, given)}
+    folders = list(dict.fromkeys([_folder(save_dir), os.getcwd(), *options.pop("trust")]))
+    names = ("model", "data", "tokenizer", "device")
+    loaded = {name: value for name in names if (value := options.pop(name)) is not None}
+    checkpoints = options.pop("checkpoints") or None
+    _hide_progress()
+    found = load_store(save_dir, folders=folders, checkpoints=checkpoints, progress=False, **loaded)
+    ranking = {name: chosen[name] for name in ("estimator", "target", "regularization") if name in chosen}
+    found = replace(found, model_ids=options.pop("model_ids"), **ranking)
+    completion, other = (_texts(options.pop(name), len(prompts), name) for name in ("completion", "rather_than"))
+    answer = found.explain(list(prompts), completion, rather_than=other, k=k, **options)
+    print_result(answer.to_dict(), str(answer))
+
+
+def _hide_progress() -> None:
+    """Turn off the progress bars of loading, which take a moment here."""
+    with contextlib.suppress(ImportError):  # which load_store reports
+        import datasets
+        import transformers
+
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+
+
+def _folder(save_dir: str) -> str:
+    return save_dir.rpartition("/")[0] if "://" in save_dir else str(Path(save_dir).absolute().parent)
+
+
+def _texts(given: tuple[str, ...], count: int, name: str) -> list[str] | None:
+    if given and len(given) != count:
+        flag = "--" + name.replace("_", "-")
+        raise InputError(f"{flag} came {len(given)} times for {count} prompts; give one for each.")
+    return list(given) or None
