@@ -54,6 +54,34 @@ def test_tables_and_arrays_give_the_scores_of_tensors(tmp_path, train, storage):
     np.testing.assert_array_equal(scores(tmp_path / "tables", train, storage=storage), expected)
 
 
+class Rows(torch.utils.data.Dataset):
+    """A data set of numpy's values, as a mapping or a pair."""
+
+    def __init__(self, named=False):
+        self.named = named
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, row):
+        return {"input": X[row], "labels": Y[row]} if self.named else (X[row], int(Y[row]))
+
+
+@pytest.mark.parametrize(
+    "train",
+    [Rows(), Rows(named=True), torch.utils.data.DataLoader(Rows(), batch_size=5), [Rows()[row] for row in range(12)]],
+)
+def test_examples_of_numpy_are_collated_in_the_model_s_dtype(tmp_path, train):
+    expected = scores(tmp_path / "tensors", EXPECTED)
+    np.testing.assert_allclose(scores(tmp_path / "examples", train), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_tensors_of_examples_keep_their_dtype():
+    form = InputForm.of(net(), make_task("classification"))
+    x, y = form.collate([(torch.zeros(3).double(), 1), (torch.ones(3).double(), 0)])
+    assert (x.dtype, y.tolist()) == (torch.float64, [1, 0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_floats_are_those_of_the_model(tmp_path, dtype):
     form = InputForm.of(net(dtype), make_task("classification"))

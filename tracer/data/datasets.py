@@ -153,7 +153,8 @@ class IteratedSource(DataSource):
         items = iter(self._data)
         for first in items:
             items = chain([first], items)
-            if self._collate is None or not is_sample(first, self._collate is not default_collate):
+            own = self._collate not in (default_collate, self._form.collate)
+            if self._collate is None or not is_sample(first, own):
                 yield from items
             else:
                 while samples := list(islice(items, self._batch_size)):
@@ -256,7 +257,7 @@ def _adapt(
     if isinstance(data, DataLoader):
         _check_sampler(data, name)
         if _is_plain(data):
-            return _loader_source(data)
+            return _loader_source(data, form)
     if isinstance(data, tuple) and data and all(isinstance(column, Tensor) or is_array(column) for column in data):
         columns = form.tensors(data, name)
         if len({len(column) if column.ndim else None for column in columns}) != 1 or not columns[0].ndim:
@@ -267,7 +268,7 @@ def _adapt(
     is_other = isinstance(data, (IterableDataset, DataLoader, Tensor, Mapping, str, bytes))
     is_map_style = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not is_other
     if is_sample(data[0], collate_fn is not None) if is_list and data else is_map_style and not is_list:
-        return _MapStyleSource(data, batch_size=batch_size, collate_fn=collate_fn)
+        return _MapStyleSource(data, batch_size=batch_size, collate_fn=collate_fn or form.collate)
     if not hasattr(data, "__iter__") or isinstance(data, (Tensor, Mapping, str, bytes)):
         raise InputTypeError(
             f"{name} is a {type(data).__name__}; expected a data set with __len__ and __getitem__, a tuple of tensors, "
@@ -278,7 +279,7 @@ def _adapt(
             f"{name} is a {type(data).__name__}, which can be iterated only once; expected data that every checkpoint "
             f"can iterate again. Pass a list, a data set or a DataLoader; or write the loop yourself: {_LOOP}."
         )
-    return IteratedSource(data, name, batch_size, collate_fn or default_collate, check_order and not is_list, form)
+    return IteratedSource(data, name, batch_size, collate_fn or form.collate, check_order and not is_list, form)
 
 
 def _is_plain(loader: DataLoader) -> bool:
@@ -312,11 +313,11 @@ def _check_sampler(loader: DataLoader, name: str) -> None:
             )
 
 
-def _loader_source(loader: DataLoader) -> DataSource:
+def _loader_source(loader: DataLoader, form: InputForm) -> DataSource:
     return _MapStyleSource(
         loader.dataset,
         batch_size=loader.batch_size,
-        collate_fn=loader.collate_fn,
+        collate_fn=form.collate if loader.collate_fn is default_collate else loader.collate_fn,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from tracer.data.batches import tensor_from_numpy
 from tracer.data.criteria import CriterionTask
@@ -93,6 +94,19 @@ class InputForm:
             return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
         return batch
 
+    def collate(self, samples: list[Any]) -> Batch:
+        """Return a batch of examples as `DataLoader` makes it, with floats of numpy in the model's dtype."""
+        batch, first = default_collate(samples), samples[0]
+        if _is_float(first):
+            return batch.to(self.dtype)
+        if isinstance(first, Mapping) and any(map(_is_float, first.values())):
+            return {key: value.to(self.dtype) if _is_float(first[key]) else value for key, value in batch.items()}
+        if isinstance(first, (tuple, list)) and any(map(_is_float, first)):
+            pairs = zip(batch, first, strict=True)
+            values = [value.to(self.dtype) if _is_float(own) else value for value, own in pairs]
+            return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+        return batch
+
     def tensors(self, data: Sequence[Any], name: str) -> list[Tensor]:
         """Return a tuple of tensors, arrays and tables as tensors; the last one of several holds labels."""
         last = len(data) - 1 if len(data) > 1 else None
@@ -103,6 +117,10 @@ class InputForm:
 
 
 AS_THEY_ARE = InputForm()
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, (np.ndarray, np.floating)) and value.dtype.kind == "f"
 
 
 def with_labels(frame: Any, name: str) -> tuple[Any, Any]:
