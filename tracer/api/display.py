@@ -23,7 +23,7 @@ from tracer.report.png import png_bytes
 from tracer.report.samples import Samples, as_array
 from tracer.report.text import number, shortened
 from tracer.scoring.scorer import KINDS
-from tracer.types import TopK, data_frame, html_table
+from tracer.types import TopK, data_frame
 
 if TYPE_CHECKING:
     from tracer.api.attribution import Attribution
@@ -47,7 +47,7 @@ class Card:
 
     def html(self) -> str:
         """Return a cell of a table."""
-        color = "#1f6fc5" if (self.score or 0) >= 0 else "#c2500b"
+        color = "#2f7fd6" if (self.score or 0) >= 0 else "#cf5f1f"  # readable on white and on black
         score = "" if self.score is None else f'<div style="color: {color}">{number(self.score, signed=True)}</div>'
         source = base64.b64encode(self.image).decode("ascii")
         style = f"width: {_SIDE}px; image-rendering: pixelated"
@@ -204,7 +204,7 @@ def as_text(_found: Attribution) -> str:
 
 def as_html(_found: Attribution) -> str:
     """Return an attribution for notebooks; targets are shown if their scores are known or cost little."""
-    title = html_table((as_text(_found),), ())
+    title = f"<div><b>{html.escape(as_text(_found))}</b></div>"
     try:
         targets = _found.tracer.store.num_rows(_found.exp_name)
         if 0 < targets * _found.tracer.train_set_size <= _FREE_SCORES and all(map(_is_cheap, _found.sources)):

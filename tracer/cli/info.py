@@ -110,8 +110,8 @@ def _text(found: dict[str, Any]) -> str:
     parts = [format_facts(facts)]
     headers = ("id", "learning rate", "examples done", "finalized", "weights from")
     parts.append("Checkpoints\n" + format_table(headers, checkpoints) if checkpoints else "No checkpoints yet.")
-    headers = ("name", "task", "targets", "done at least", "checkpoints", "score matrices")
-    parts.append("Targets\n" + format_table(headers, target_sets) if target_sets else "No targets yet.")
+    of_targets = ("name", "task", "targets", "done at least", "checkpoints", "score matrices")
+    parts.append("Targets\n" + format_table(of_targets, target_sets) if target_sets else "No targets yet.")
     return "\n\n".join(parts)
 
 
