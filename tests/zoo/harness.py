@@ -368,7 +368,8 @@ def cost(engine: Any, batch: Any) -> float:
         outputs = engine.task.outputs(model, part).output
         torch.autograd.grad(outputs.sum(), parameters, allow_unused=True)
 
-    with isolated(model, engine.names, engine.device):
+    # Other weights than the checkpoint's: an engine that is not told takes other outputs for those of a random model.
+    with isolated(model, engine.names, engine.device), engine.using_weights("those of the model"):
         # The first 16 batches are all verified if the gradient of some parameter is zero.
         ours = fastest(lambda: engine.compute(part, len(rows), DroppingSink()), repeats=16)
         return ours / fastest(plain)
