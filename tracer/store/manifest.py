@@ -19,7 +19,7 @@ from tracer.errors import InputError, InputTypeError, MismatchError, StoreError
 from tracer.store.feature_storage import FeatureStorage
 
 FORMAT = "tracer"
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 _REQUIRED = ("train_set_size", "feature_dim", "storage")
 
 logger = logging.getLogger("tracer")

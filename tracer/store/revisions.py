@@ -20,7 +20,7 @@ from tracer._core.files import disk_errors
 from tracer.errors import StoreError
 from tracer.store.arrays.metadata import NODE
 from tracer.store.arrays.store_path import StorePath
-from tracer.store.table_schema import mixed, read_attributes
+from tracer.store.table_schema import content_checksums, mixed, read_attributes
 
 if TYPE_CHECKING:
     from tracer.store.row_table import RowTable
@@ -106,7 +106,8 @@ class Revisions:
         for number, table in zip(self.model_ids, self._checkpoints, strict=True):
             if not table.column("done", start, stop).all():
                 return 0
-            rows = mixed(rows, table.column("checksum", start, stop))
+            checksums, audited = (table.column(name, start, stop) for name in ("checksum", "audited"))
+            rows = mixed(rows, content_checksums(checksums, audited))
             if table.storage == "none":
                 # The checksum is not that of gradients, so it takes the weights and the inputs too to know them. If
                 # inputs are unknown, without check_rows, examples of another revision are never the same.

@@ -8,7 +8,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from jaxtyping import Int64, Shaped, UInt64
+from jaxtyping import Bool, Int64, Shaped, UInt64
 
 from tracer._core.files import disk_errors
 from tracer.errors import InputError, StoreError
@@ -36,6 +36,7 @@ COLUMNS = {
 }
 _REQUIRED = ("num_rows", "storage", "chunk_rows", "finalized", "revision", "weights_fingerprint", "learning_rate")
 _CHECKED = ("scale", *VALUES, "label", "rival", "fingerprint")
+_AUDITED = np.uint64(0xD6E8FEB86659FD93)
 
 
 def table_layouts(num_rows: int, dim: int, storage: str, chunk_rows: int) -> dict[str, Layout]:
@@ -155,12 +156,18 @@ def row_checksums(
         raw.flags.writeable = False  # google_crc32c takes read-only buffers only
         crcs = np.fromiter(map(google_crc32c.value, raw), np.uint64, len(raw))
         sums ^= crcs | crcs << np.uint64(32)
-    return sums
+    return content_checksums(sums, columns["audited"])
+
+
+def content_checksums(checksums: UInt64[np.ndarray, " n"], audited: Bool[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    """Return checksums of rows without their marks of the audit, which say nothing about what is computed from them."""
+    # Bytes, since a damaged one may be neither 0 nor 1.
+    return checksums ^ np.ascontiguousarray(audited).view(np.uint8).astype(np.uint64) * _AUDITED
 
 
 def damaged_rows(arrays: Mapping[str, ChunkedArray], start: int, stop: int) -> Int64[np.ndarray, " n"]:
     """Return the rows of a table from ``start`` to ``stop`` that do not match their checksum, done or not."""
-    read = {name: arrays[name] for name in ("features", *_CHECKED, "checksum") if name in arrays}
+    read = {name: arrays[name] for name in ("features", *_CHECKED, "audited", "checksum") if name in arrays}
     for array in read.values():
         if array.uploads:  # all downloads at once
             array.prefetch(start, stop)
