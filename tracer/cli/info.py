@@ -31,8 +31,11 @@ def info(store: str) -> None:
 
 def describe(store: Store) -> dict[str, Any]:
     """Return settings, checkpoints, target sets and sizes in bytes as JSON values."""
-    manifest = store.manifest
-    share = store.audited()
+    manifest, catalog = store.manifest, store.catalog
+    shares: list[AuditedShare] = []
+    checkpoints = [_checkpoint(store, model_id, shares) for model_id in catalog.checkpoint_ids()]
+    targets = {exp_name: _target_set(store, exp_name, shares) for exp_name in catalog.exp_names()}
+    share = AuditedShare(sum(each.audited for each in shares), sum(each.stored for each in shares))
     return {
         "path": str(store.path),
         "train_rows": manifest.train_set_size,
@@ -41,30 +44,37 @@ def describe(store: Store) -> dict[str, Any]:
         "settings": dict(manifest.settings),
         "model": manifest.info.get("model"),
         "versions": dict(manifest.versions),
-        "checkpoints": [_checkpoint(store, model_id) for model_id in store.catalog.checkpoint_ids()],
-        "targets": {exp_name: _target_set(store, exp_name) for exp_name in store.catalog.exp_names()},
+        "checkpoints": checkpoints,
+        "targets": targets,
         "audited": {"gradients": share.audited, "stored": share.stored, "wrong_at_most": share.bound},
         "bytes": _sizes(store.path),
     }
 
 
-def _checkpoint(store: Store, model_id: int) -> dict[str, Any]:
-    attributes = store.table_attributes(model_id)
+# Thousands of tables take a minute to open, and some memory each: one at a time is opened, once.
+def _checkpoint(store: Store, model_id: int, shares: list[AuditedShare]) -> dict[str, Any]:
+    table = store.checkpoint(model_id)
+    attributes = table.attributes
+    shares.append(AuditedShare.of([table]))
     return {
         "model_id": model_id,
         "learning_rate": attributes.get("learning_rate"),
-        "train_rows_done": store.checkpoint(model_id).num_done,
+        "train_rows_done": shares[-1].stored,
         "finalized": bool(attributes.get("finalized")),
         "source": attributes.get("source"),
     }
 
 
-def _target_set(store: Store, exp_name: str) -> dict[str, Any]:
-    tables = {model_id: store.targets(exp_name, model_id) for model_id in store.catalog.target_ids(exp_name)}
+def _target_set(store: Store, exp_name: str, shares: list[AuditedShare]) -> dict[str, Any]:
+    done = {}
+    for model_id in store.catalog.target_ids(exp_name):
+        table = store.targets(exp_name, model_id)
+        shares.append(AuditedShare.of([table]))
+        done[str(model_id)] = shares[-1].stored
     return {
-        "num_targets": next(iter(tables.values())).num_rows,
-        "task": next(iter(tables.values())).attributes.get("target_task"),  # None: that of training examples
-        "done": {str(model_id): table.num_done for model_id, table in tables.items()},
+        "num_targets": table.num_rows,
+        "task": table.attributes.get("target_task"),  # None: that of training examples
+        "done": done,
         "scores": store.catalog.score_names(exp_name),
     }
 

@@ -38,7 +38,10 @@ def check_finalized(store: Store, model_id: int) -> None:
             f"Checkpoint {model_id} is not in the store, which has {known}. Featurize all training examples at it and "
             f"call tracer.finalize_features() before scoring."
         )
-    table = store.checkpoint(model_id)
+    _check_table(store.checkpoint(model_id), model_id)
+
+
+def _check_table(table: RowTable, model_id: int) -> None:
     if not table.attributes.get("finalized"):
         raise CallOrderError(
             f"Checkpoint {model_id} is not finalized; call tracer.finalize_features() once all training examples are "
@@ -76,11 +79,11 @@ def finalized_revisions(store: Store, model_ids: list[int] | None, exp_name: str
     chosen = checkpoint_ids(store, model_ids)
     if exp_name is not None:
         for model_id in chosen:
-            target_table(store, exp_name, model_id)
+            _check_scored(store, exp_name, model_id)
     # Before anything is checked or read: if a table changes from here on, `Revisions.check` fails.
     revisions = Revisions(store, chosen, exp_name)
-    for model_id in chosen:
-        check_finalized(store, model_id)
+    for model_id, table in zip(chosen, revisions.checkpoints, strict=True):
+        _check_table(table, model_id)
     return revisions
 
 
@@ -93,6 +96,11 @@ def learning_rates(store: Store, model_ids: Sequence[int]) -> list[float]:
 
 def target_table(store: Store, exp_name: str, model_id: int) -> RowTable:
     """Return the targets of an experiment at a checkpoint, some of which may be missing."""
+    _check_scored(store, exp_name, model_id)
+    return store.targets(exp_name, model_id)
+
+
+def _check_scored(store: Store, exp_name: str, model_id: int) -> None:
     if not store.catalog.has_targets(exp_name, model_id):
         known = store.catalog.exp_names()
         if exp_name not in known:
@@ -102,7 +110,6 @@ def target_table(store: Store, exp_name: str, model_id: int) -> RowTable:
             f"Targets {exp_name!r} were not scored at checkpoint {model_id}. Call start_scoring_checkpoint and "
             f"score for it, or choose the checkpoints {scored} by model_ids=."
         )
-    return store.targets(exp_name, model_id)
 
 
 def complete_targets(store: Store, exp_name: str, model_ids: Sequence[int]) -> list[RowTable]:

@@ -181,7 +181,7 @@ class Scorer:
         if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
             raise InputTypeError(f"labels={labels!r}; expected a class index or a list of them.")
         # all finalized checkpoints have the same labels
-        known = self.store.checkpoint(finalized_revisions(self.store, model_ids).model_ids[0]).column("label")
+        known = finalized_revisions(self.store, model_ids).checkpoints[0].column("label")
         if (known == NO_LABEL).all():
             raise InputError("labels= needs a task with labels, but the store knows no labels; choose by rows=.")
         chosen = np.asarray(indices)[np.isin(known[np.asarray(indices)], wanted)]
@@ -201,7 +201,7 @@ class Scorer:
         """Return each training example's influence on itself, ``[N]``; see `tracer.Tracer.self_influence`."""
         revisions = finalized_revisions(self.store, model_ids)
         chosen = revisions.model_ids
-        weights, tables = self._weights(chosen, estimate), [self.store.checkpoint(model_id) for model_id in chosen]
+        weights, tables = self._weights(chosen, estimate), revisions.checkpoints
         total = np.zeros(self.num_rows)
         if estimate.kernel is None:
             for weight, table in zip(weights, tables, strict=True):
@@ -228,7 +228,7 @@ class Scorer:
         estimate, revisions = Estimate("influence"), finalized_revisions(self.store, model_ids)
         chosen, kernels = revisions.model_ids, self._kernels(estimate, revisions)
         found = kernels.regularization(chosen, estimate).value
-        tables = [self.store.checkpoint(model_id) for model_id in chosen]
+        tables = revisions.checkpoints
         weights, changes = kernel_weights(tables, self.num_rows), []
         for model_id, table in zip(chosen, tables, strict=True):
             own = leverages(table, kernels.get(model_id, "loss_hess", chosen)[0], found, self.device)
@@ -267,7 +267,7 @@ class Scorer:
         """Return the terms of the sum over checkpoints, and JSON values that decide how targets are transformed."""
         model_ids = revisions.model_ids
         weights = self._weights(model_ids, estimate)
-        trains = [self.store.checkpoint(model_id) for model_id in model_ids]
+        trains = revisions.checkpoints
         if not estimate.transforms_targets:
             return list(map(CheckpointPair, weights, trains, targets)), {}
         if not estimate.kernel and not self.store.manifest.feature_storage.stores_features:

@@ -27,12 +27,13 @@ class AuditedShare:
 
     @classmethod
     def of(cls, tables: Iterable[RowTable]) -> AuditedShare:
-        """Count the rows of tables."""
-        done = [(table.done, table.column("audited")) for table in tables]
-        return cls(
-            sum(int(np.count_nonzero(each & audited)) for each, audited in done),
-            sum(int(np.count_nonzero(each)) for each, _ in done),
-        )
+        """Count the rows of tables, of which one at a time is read."""
+        audited = stored = 0
+        for table in tables:
+            done = table.done
+            audited += int(np.count_nonzero(done & table.column("audited")))
+            stored += int(np.count_nonzero(done))
+        return cls(audited, stored)
 
     @property
     def bound(self) -> float:

@@ -103,7 +103,7 @@ class Revisions:
     def digest(self, start: int, stop: int) -> int:
         """Return a digest, 64 bits, of training examples ``start`` to ``stop``; 0 if any is missing at a checkpoint."""
         rows = np.zeros(stop - start, np.uint64)
-        for number, table in zip(self.model_ids, self._checkpoints, strict=True):
+        for number, table in zip(self.model_ids, self.checkpoints, strict=True):
             if not table.column("done", start, stop).all():
                 return 0
             checksums, audited = (table.column(name, start, stop) for name in ("checksum", "audited"))
@@ -117,7 +117,8 @@ class Revisions:
         return int(_bits(rows.tobytes()))
 
     @cached_property
-    def _checkpoints(self) -> list[RowTable]:
+    def checkpoints(self) -> list[RowTable]:
+        """The tables of training examples, which are opened once: of thousands, that takes the most time."""
         return [self._store.checkpoint(number) for number in self.model_ids]
 
 

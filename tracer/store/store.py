@@ -18,6 +18,7 @@ chunks.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -233,12 +234,11 @@ class Store:
     def audited(self, model_ids: Sequence[int] | None = None) -> AuditedShare:
         """Return how many gradients of examples and targets were audited, at some checkpoints or at all."""
         catalog = self.catalog
-        chosen = catalog.checkpoint_ids() if model_ids is None else model_ids
-        tables = [self.checkpoint(model_id) for model_id in chosen]
-        for exp_name in catalog.exp_names():
-            ids = [model_id for model_id in catalog.target_ids(exp_name) if model_id in chosen]
-            tables += [self.targets(exp_name, model_id) for model_id in ids]
-        return AuditedShare.of(tables)
+        chosen = set(catalog.checkpoint_ids() if model_ids is None else model_ids)
+        sets = {name: chosen.intersection(catalog.target_ids(name)) for name in catalog.exp_names()}
+        trains = (self.checkpoint(model_id) for model_id in sorted(chosen))
+        targets = (self.targets(name, model_id) for name, ids in sets.items() for model_id in sorted(ids))
+        return AuditedShare.of(itertools.chain(trains, targets))
 
     def other_checkpoint(self, model_id: int) -> RowTable | None:
         """Return a table of training examples at another checkpoint, to compare fingerprints, or None."""

@@ -114,7 +114,7 @@ def verify(save_dir: str | os.PathLike[str], *, repair: bool = True, progress: b
         checker.check_arrays(path, lambda path: load_part(read_part(path)))
     for path in id_parts(store.path):
         checker.check_arrays(path, read_ids, "pass the ids again")
-    audited = None if checker.damage else store.audited()
+    audited = None if checker.damage else AuditedShare(checker.num_audited, checker.num_rows)
     return Verification(str(store.path), checker.damage, checker.num_rows, checker.num_tiles, audited)
 
 
@@ -124,7 +124,7 @@ class _Checker:
     def __init__(self, store: Store, repair: bool) -> None:
         self.store, self.repair = store, repair
         self.damage: list[Damage] = []
-        self.num_rows = self.num_tiles = 0
+        self.num_rows = self.num_audited = self.num_tiles = 0
 
     def _found(self, path: StorePath, what: str, rows: np.ndarray | None = None, repaired: bool | None = None) -> None:
         lost = np.empty(0, np.int64) if rows is None else rows
@@ -221,6 +221,7 @@ class _Checker:
             if len(bad):
                 self._found(mask.path.parent, "rows do not match the checksum that they were written with", bad)
                 yield bad
+            self.num_audited += int(np.count_nonzero(arrays["audited"].take(done)))
 
     def _lost(self, array: ChunkedArray, chunk: int, rows: np.ndarray, what: str) -> np.ndarray:
         """Note a chunk that cannot be used, and remove it so that it is created again."""
