@@ -1,11 +1,14 @@
 """Odd models: whatever a user brings is computed right, by the fallback, or refused."""
 
 import logging
+import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from oracles import assert_gradients_match, engine_gradients, oracle_gradients
+from store_cases import stored_features
 from torch import nn
 
 import tracer
@@ -337,6 +340,28 @@ def test_inputs_centred_over_the_batch_are_refused():
     engine = GradientEngine(model, make_task(mean_square), ["f.weight", "f.bias"])
     with pytest.raises(tracer.GradientError, match="run alone gives another result.*first that differs"):
         engine_gradients(engine, (data(3, 4).float(),), 3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_dynamic_quantization_is_refused_unless_samples_come_one_by_one(tmp_path, batch_size):
+    head = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.ao, which is deprecated
+        quantized = torch.ao.quantization.quantize_dynamic(head, {nn.Linear}, dtype=torch.qint8)
+    model, x = Module(lambda m, x: m.f(m.q(x)), q=quantized, f=nn.Linear(8, 2)), data(3, 4).float()
+    traced = tracer.Tracer(model, mean_square, 3, tmp_path / "store", projector="none", storage="float32")
+    traced.load_checkpoint(model.state_dict(), model_id=0)
+    if batch_size > 1:
+        with pytest.raises(tracer.GradientError, match=r"q\.0 \(Linear\) is quantized dynamically.*batch_size=1"):
+            traced.featurize((x,), num_samples=3)
+        return
+    for row in range(3):
+        traced.featurize((x[row : row + 1],), num_samples=1)
+    traced.flush()
+    found = stored_features(traced.store.checkpoint(0), 0, 3)
+    for row in range(3):
+        expected = oracle_gradients(model, mean_square, (x[row : row + 1],), 1)
+        np.testing.assert_allclose(found[row], torch.cat([each.flatten() for each in expected.values()]), rtol=1e-4)
 
 
 def test_model_that_cannot_run_one_row_is_computed():

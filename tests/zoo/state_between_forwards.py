@@ -88,11 +88,6 @@ STATE_BETWEEN_FORWARDS = [
         refused="state|alone",
         or_exact=True,
     ),
-    Entry(
-        "keeps a weight computed in eval mode",
-        CachedWeight,
-        vectors(3),
-        refused="newly built",
-    ),
+    Entry("keeps a weight computed in eval mode", CachedWeight, vectors(3)),
     Entry("running mean updated in eval mode", RunningMean, vectors(3), refused="state|alone|draws random"),
 ]

@@ -15,6 +15,7 @@ from tracer.data.fingerprints import fingerprint_samples
 from tracer.data.tasks import check_per_sample
 from tracer.errors import BatchError
 from tracer.gradients import GradientEngine, Sink, isolated
+from tracer.gradients.coupling import check_quantization
 from tracer.gradients.fsdp import ENDED, WAITING, WORKING
 from tracer.gradients.preconditioning import Preconditioner, PreconditioningSink
 from tracer.projection.base import Projector
@@ -51,7 +52,7 @@ class Featurizer:
         self.device, self.check_rows, self.preconditioner = device, check_rows, preconditioner
         self.rotates = rotates
         self._memory: Tensor | None = None
-        self._runs_alone = False
+        self._runs_alone = self._derived_checked = False
 
     @torch.inference_mode(False)
     def write(self, table: RowTable, batch: Batch, rows: np.ndarray, compared: RowTable | None = None) -> int:
@@ -146,10 +147,19 @@ class Featurizer:
             isolated(self.engine.model, self.engine.names, self.device),
         ):
             batch = to_device(batch, self.device)
-            if num_rows > 1 and not self._runs_alone and not self.engine.backend.is_sharded:
-                with self.engine.stateless_task.unchanged():
-                    self._check_alone(batch, num_rows)
+            if not self._runs_alone and not self.engine.backend.is_sharded:
+                self._check_first(batch, num_rows)
             return self.engine.compute(batch, num_rows, sink)
+
+    def _check_first(self, batch: Batch, num_rows: int) -> None:
+        """Check before anything is computed that no value comes from other weights, and that one example runs."""
+        with self.engine.stateless_task.unchanged():
+            if not self._derived_checked:
+                self.engine.stateless_task.check_derived(select_samples(batch, torch.tensor([0]), num_rows))
+                self._derived_checked = True
+            if num_rows > 1:
+                check_quantization(self.engine.model)
+                self._check_alone(batch, num_rows)
 
     @torch.no_grad()
     def _check_alone(self, batch: Batch, num_rows: int) -> None:

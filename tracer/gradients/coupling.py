@@ -28,6 +28,27 @@ _NOISE, _MOST_NOISE = 64.0, 1e-4
 _LEAST_SHARE, _MOST_SHARE = 1e-6, 0.1
 
 
+def check_quantization(model: nn.Module) -> None:
+    """Raise `GradientError` for layers that round their inputs to steps that follow from the largest of a batch.
+
+    The difference that this makes is often below what rounding explains elsewhere, so no comparison would find it.
+
+    Args:
+        model: The model.
+
+    Raises:
+        GradientError: If it has such layers.
+    """
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.ao.nn.quantized.dynamic"):
+            raise GradientError(
+                f"{name or 'the model'} ({type(module).__name__}) is quantized dynamically: it rounds its inputs to "
+                f"steps that follow from the largest value of the whole batch, so the samples of a batch influence "
+                f"each other. Pass batches of one sample (batch_size=1), or a model that is not quantized or has fixed "
+                f"ranges."
+            )
+
+
 def coupling_error(
     model: nn.Module, task: Task, batch: Batch, alone: Batch, row: int, found: str, padding: bool = False
 ) -> GradientError:

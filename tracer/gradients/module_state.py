@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tracer._core.text import listing
 from tracer.data.tasks import Task
+from tracer.errors import GradientError, TracerError
+from tracer.gradients.isolation import seed_generators
+from tracer.gradients.selfcheck import same_values, tolerance
 from tracer.types import Batch, SampleOutputs
 
 # Hooks and submodules are torch's, and captured attention replaces ``forward`` while a batch is computed.
@@ -108,6 +112,7 @@ class StatelessTask(Task):
         self.name = task.name
         self.converts_weights = False
         self._has_caches: bool | None = None
+        self._refilled: list[tuple[nn.Module, str]] | None = None  # attributes that a forward fills if they are empty
         self._state: ModuleState | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -144,37 +149,154 @@ class StatelessTask(Task):
             self._has_caches = found.restore()
         if self._has_caches:
             _drop_caches(self._model)
-        self._state = ModuleState(self._model) if self._has_caches else found
+        seen: set[int] = set()
+        detached = [_detach(module.__dict__, seen, _TORCHS_OWN) for module in self._model.modules()]
+        for module, name in self._refilled or ():
+            _empty(module, name)
+        changed = self._has_caches or self._refilled or any(detached)
+        self._state = ModuleState(self._model) if changed else found
         try:
             yield
         finally:
             self._state = None
             found.restore()
 
+    def check_derived(self, batch: Batch) -> None:
+        """Find values that modules derive from weights, by running a batch; only inside of `unchanged`.
+
+        What a forward keeps, and computes again if it is empty, is emptied from now on.
+
+        Args:
+            batch: A sample as a batch of its own.
+
+        Raises:
+            GradientError: If calling ``eval()`` changes f: weights are folded there, for example into a buffer.
+        """
+        if self._refilled is None:
+            self._refilled = self._find_refilled(batch)
+            for module, name in self._refilled:
+                _empty(module, name)
+            self._state = ModuleState(self._model)
+        own = _with_train_of_their_own(self._model)
+        if not own or self._state is None:
+            return
+        before = self._output(batch)
+        self._state.restore()
+        with _modes_and_weights(self._model, own):
+            for module in own:
+                module.train(False)
+            for module in self._model.modules():  # some keep parts in training mode
+                module.training = False
+            folded = self._output(batch)
+        self._state.restore()
+        if folded is None:
+            return
+        if before is not None and same_values(before, folded, before.dtype, tolerance(before.dtype, before.device)):
+            return
+        names = [name or "the model" for name, module in self._model.named_modules() if module in own]
+        raise GradientError(
+            f"The train method of {listing(names)} derives values from weights when eval() is called, and f without "
+            f"them is another one ({'it fails' if before is None else 'another number'}). Gradients of weights do not "
+            f"pass through such values. Pass a model whose forward computes them in eval mode too, or one in which "
+            f"they are merged for good, as a checkpoint of its own."
+        )
+
+    def _find_refilled(self, batch: Batch) -> list[tuple[nn.Module, str]]:
+        """Return the attributes with tensors that a forward fills again after they were emptied."""
+        alike: dict[tuple[type, str], list[nn.Module]] = {}
+        for module in self._model.modules():
+            for name, value in module.__dict__.items():
+                if name not in _TORCHS_OWN and name != "_buffers" and _has_tensors(value):
+                    alike.setdefault((type(module), name), []).append(module)
+        found: list[tuple[nn.Module, str]] = []
+        for (_, name), modules in alike.items():
+            for module in modules:
+                _empty(module, name)
+            if self._output(batch) is not None:  # else it is something that the forward needs
+                found += [(module, name) for module in modules if _has_tensors(module.__dict__.get(name))]
+            if self._state is not None:
+                self._state.restore()
+        return found
+
+    def _output(self, batch: Batch) -> Tensor | None:
+        """Return f of a batch from the modules' state as it is now, or None if that fails."""
+        seed_generators(next(self._model.parameters()).device)
+        try:
+            with torch.no_grad():
+                return self._task.outputs(self._model, batch).output
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, TracerError):
+            return None
+
+
+def _has_tensors(value: Any) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else (value,)
+    return any(type(item) is Tensor for item in items)
+
+
+def _empty(module: nn.Module, name: str) -> None:
+    value = module.__dict__.get(name)
+    module.__dict__[name] = type(value)() if isinstance(value, (dict, list)) else None
+
 
 def derived_values(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return attributes that hold tensors beside parameters and buffers, of modules that contain some parameters."""
-    found = set()
+    """Return attributes with tensors that may be derived from weights, of modules that contain some parameters.
+
+    These are others than parameters, and buffers of modules with a ``train`` method, which may fold weights into them.
+    """
+    found, own = set(), _with_train_of_their_own(model)
     for name in names:
         parts = name.split(".")[:-1]
         for depth in range(len(parts) + 1):
             path = ".".join(parts[:depth])
-            for attribute, value in model.get_submodule(path).__dict__.items():
-                items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else (value,)
-                if attribute not in (*_TORCHS_OWN, "_buffers") and any(type(item) is Tensor for item in items):
-                    found.add(f"{path}.{attribute}".lstrip("."))
+            module = model.get_submodule(path)
+            without = _TORCHS_OWN if module in own else {*_TORCHS_OWN, "_buffers"}
+            for attribute, value in module.__dict__.items():
+                if attribute not in without and _has_tensors(value):
+                    found.add(f"{path}.{'buffers' if attribute == '_buffers' else attribute}".lstrip("."))
     return sorted(found)
+
+
+def _detach(container: Any, seen: set[int], without: Any = ()) -> bool:
+    """Cut tensors in a container off from graphs of earlier forwards; return whether there were any."""
+    # They were computed from other weights. Gradients that reach a parameter through them would look right.
+    if id(container) in seen:
+        return False
+    seen.add(id(container))
+    items = container.items() if isinstance(container, dict) else enumerate(container)
+    found = False
+    for key, value in list(items):
+        if key in without:
+            continue
+        if isinstance(value, (dict, list)):
+            found |= _detach(value, seen)
+        elif isinstance(value, Tensor) and value.grad_fn is not None:
+            container[key] = value.detach()
+            found = True
+    return found
+
+
+def _with_train_of_their_own(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module).train is not nn.Module.train]
 
 
 def _drop_caches(model: nn.Module) -> None:
     """Call the ``train`` methods that modules have of their own, which drop what eval mode has derived from weights."""
     # What was derived belongs to the weights that were in the model then. Only ``train()`` knows what that is.
-    own = [module for module in model.modules() if type(module).train is not nn.Module.train]
+    own = _with_train_of_their_own(model)
+    with _modes_and_weights(model, own):
+        for module in own:
+            module.train(True)
+
+
+@contextmanager
+def _modes_and_weights(model: nn.Module, own: Sequence[nn.Module]) -> Iterator[None]:
+    """Put the modes of a model and the parameters of some of its modules back after the block."""
     flags = [(module, module.training) for module in model.modules()]
     kept = {parameter: parameter.detach().clone() for module in own for parameter in module.parameters()}
     try:
-        for module in own:
-            module.train(True)
+        yield
     finally:
         for parameter, value in kept.items():
             if not torch.equal(parameter.detach(), value):  # it took merged weights apart, but these are a checkpoint's

@@ -171,9 +171,9 @@ class Verifier:
         unused = sorted(self._shapes.keys() - reference.reached)
         if unused and (held := derived_values(self.model, unused)):
             raise GradientError(
-                f"f does not depend on {listing(unused)} in eval mode, while the model holds {listing(held)}, which no "
-                f"checkpoint sets: a value derived from other weights would be used in their place. Pass a model that "
-                f"was newly built, or leave the parameters out with params=."
+                f"f does not depend on {listing(unused)} in eval mode, while the model holds {listing(held)}: a "
+                f"value derived from weights, perhaps others, is used in their place. Pass a model that was newly "
+                f"built, or leave the parameters out with params=."
             )
         if unused and not self._warned:
             self._warned = True

@@ -1,0 +1,143 @@
+"""Modules that fold or keep weights in eval mode: gradients are those of the loaded weights, or are refused."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from store_cases import stored_features
+from torch import nn
+
+import tracer
+from tracer import Tracer
+
+N = 8
+
+
+class Folding(nn.Module):
+    """Multiplies a weight by a scale; subclasses keep the product."""
+
+    def __init__(self):
+        super().__init__()
+        self.h, self.o, self.scale = nn.Linear(3, 4), nn.Linear(4, 3), nn.Parameter(torch.ones(4, 1))
+        self.folded = None
+
+    def weight(self):
+        return self.h.weight * self.scale
+
+    def run(self, x, weight):
+        return self.o(torch.tanh(F.linear(x, weight, self.h.bias)))
+
+    def forward(self, x):
+        return self.run(x, self.weight() if self.folded is None else self.folded)
+
+
+class DroppedByTrain(Folding):
+    def train(self, mode=True):
+        self.folded = None if mode else self.weight().detach()
+        return super().train(mode)
+
+
+class NeverDropped(Folding):
+    def train(self, mode=True):
+        self.folded = self.folded if mode else self.weight().detach()
+        return super().train(mode)
+
+    def forward(self, x):
+        folded = self.weight() if self.training or self.folded is None else self.folded
+        return self.run(x, self.weight()) + self.run(x, folded)
+
+
+class NeededInEval(DroppedByTrain):
+    def forward(self, x):
+        return self.run(x, self.weight() if self.training else self.folded)
+
+
+class InBuffer(Folding):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("product", torch.zeros(4, 3))
+
+    def train(self, mode=True):
+        if not mode:
+            self.product.copy_(self.weight().detach())
+        return super().train(mode)
+
+    def forward(self, x):
+        return self.run(x, self.weight()) + self.run(x, self.weight() if self.training else self.product)
+
+
+class Merging(Folding):
+    """Adds an adapter to its weight in eval mode, in place, as LoRA layers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.merged = nn.Parameter(torch.randn(4, 1)), nn.Parameter(torch.randn(1, 3)), False
+
+    def train(self, mode=True):
+        if mode == self.merged:
+            self.h.weight.data += (1 - 2 * mode) * self.a.data @ self.b.data
+            self.merged = not mode
+        return super().train(mode)
+
+    def weight(self):
+        return (self.h.weight if self.merged else self.h.weight + self.a @ self.b) * self.scale
+
+
+class KeptByForward(Folding):
+    def forward(self, x):
+        if self.training:
+            self.folded = None
+            return self.run(x, self.weight())
+        if self.folded is None:
+            self.folded = self.weight()
+        return self.run(x, self.folded)
+
+
+class KeptWithoutSavedValues(KeptByForward):
+    """Autograd passes this graph twice, as it needs no values of the first pass."""
+
+    def weight(self):
+        return 2 * self.h.weight + self.scale
+
+
+def checkpoint(kind):
+    torch.manual_seed(1)
+    other = kind().double()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return {name: value.clone() for name, value in other.state_dict().items()}
+
+
+def featurized(kind, evaluated, folder):
+    torch.manual_seed(0)
+    model, x, y = kind().double(), torch.randn(N, 3).double(), torch.arange(N) % 3
+    if evaluated:  # with its own weights, as users do
+        model.eval()
+        model(x)
+    traced = Tracer(model, "image_classification", N, folder, projector="none", storage="float32")
+    traced.load_checkpoint(checkpoint(kind), model_id=0)
+    for rows in torch.arange(N).split(3):
+        traced.featurize((x[rows], y[rows]), inds=rows)
+    traced.flush()
+    return traced.store.checkpoint(0), x, y
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("kind", [DroppedByTrain, Merging, KeptByForward, KeptWithoutSavedValues])
+def test_what_was_folded_from_other_weights_is_computed_again(tmp_path, kind, evaluated):
+    table, x, y = featurized(kind, evaluated, tmp_path / "store")
+    plain = kind().double()
+    plain.load_state_dict(checkpoint(kind))
+    plain.train()  # there is no dropout, and nothing is folded
+    found = stored_features(table, 0, N) * np.array(table.column("loss_grad"))[:, None]
+    for row in range(N):
+        loss = F.cross_entropy(plain(x[row : row + 1]), y[row : row + 1])
+        expected = torch.cat([each.reshape(-1) for each in torch.autograd.grad(loss, list(plain.parameters()))])
+        np.testing.assert_allclose(found[row], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [NeverDropped, NeededInEval, InBuffer])
+def test_values_that_only_eval_folds_are_refused(tmp_path, kind):
+    with pytest.raises(tracer.GradientError, match="The train method of the model derives values from weights"):
+        featurized(kind, True, tmp_path / "store")
