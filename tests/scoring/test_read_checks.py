@@ -15,6 +15,7 @@ from tracer.scoring import read_checks
 from tracer.scoring.estimators import Estimate
 from tracer.scoring.read_checks import ReadCheck
 from tracer.scoring.scorer import Scorer
+from tracer.store import RowTable
 
 N, M, DIM = 60, 5, 12
 
@@ -66,9 +67,22 @@ def test_of_many_rows_a_share_that_follows_from_the_work_is_checked(tmp_path, mo
     found = scorer(tmp_path, 4000, M, DIM)
     table, seen = found.store.checkpoint(0), []
     monkeypatch.setattr(read_checks, "WHOLE_BYTES", 50 * table.row_bytes)
+    monkeypatch.setattr(read_checks, "OF_LARGER_TABLES", 1.0)
     monkeypatch.setattr(table, "check_content", lambda rows: seen.extend(rows.tolist()))
     check = ReadCheck(table, products)
     for start in range(0, 4000, 100):
         check.check(np.arange(start, start + 100))
     assert len(set(seen)) == len(seen) and set(seen) & set(range(100))
     assert abs(len(seen) - max(50, 4000 * min(1, products / 16384))) <= 82
+
+
+def test_large_tables_are_checked_in_a_fourth_of_the_passes_and_small_ones_in_all(tmp_path, monkeypatch):
+    found = scorer(tmp_path, 4000, M, DIM)
+    train, targets = found.store.checkpoint(0), found.store.targets("test", 0)
+    monkeypatch.setattr(read_checks, "WHOLE_BYTES", 50 * train.row_bytes)
+    seen = []
+    monkeypatch.setattr(RowTable, "check_content", lambda table, rows: seen.append(table))
+    for _ in range(200):
+        ReadCheck(train, 1).check(np.arange(100))
+        ReadCheck(targets, 1).check(np.arange(M))
+    assert abs(seen.count(train) - 50) <= 6 * (200 / 4 * 3 / 4) ** 0.5 and seen.count(targets) == 200

@@ -8,7 +8,10 @@ from tracer.scoring.feature_tables import split_at_gaps
 from tracer.store import RowTable
 
 WHOLE_BYTES = 1 << 19
-"""The bytes of a table that are checked whatever it costs."""
+"""The bytes of a table that are checked whatever it costs; of a larger one not each time."""
+
+OF_LARGER_TABLES = 0.25
+"""How often `WHOLE_BYTES` of a larger table are checked: files of columns are opened for that, 2 ms of CPU."""
 
 _LEAST_ROWS = 256  # a call for few rows costs as much as one for hundreds
 _STEP_ROWS = 1024
@@ -28,8 +31,9 @@ class ReadCheck:
 
     def __init__(self, table: RowTable, products: int) -> None:
         self._table, self._share = table, min(1.0, products / _PRODUCTS_A_CHECK)
-        self._whole = WHOLE_BYTES // max(1, table.row_bytes)
         self._owed, self._random = 0.0, np.random.default_rng()
+        whole = WHOLE_BYTES // max(1, table.row_bytes)
+        self._whole = whole if table.num_rows <= whole or self._random.random() < OF_LARGER_TABLES else 0
 
     def check(self, indices: np.ndarray) -> None:
         """Check some of the rows at ascending indices; raise `StoreError` if one is damaged."""
