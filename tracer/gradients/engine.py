@@ -171,7 +171,7 @@ class GradientEngine:
                         raise GradientError(STATEFUL)
                     if isinstance(found, Finding):
                         raise self._auditor.error(found, batch)
-                if not self.backend.is_sharded and self._verifier.drifts(batch, batch_size):
+                if not self.backend.is_sharded and self._auditor.drifts(batch, batch_size):
                     raise GradientError(STATEFUL)
                 self.audited = watched.row if found else None
         self._verifier.confirm(done.signature, done.checked)
