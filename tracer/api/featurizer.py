@@ -174,9 +174,9 @@ class Featurizer:
             task.outputs(model, batch)  # raises what is wrong with any batch
             raise BatchError(
                 f"The model and task run on a batch of {num_rows} examples, but not on one example alone, as a last "
-                f"batch or a check may hold: {type(error).__name__}: {str(error).rstrip('.')}. Outputs often lose the batch dimension "
-                f"by squeeze(): use squeeze(-1) or flatten(1). Examples that need each other, as in BatchNorm without "
-                f"running statistics, cannot be attributed."
+                f"batch or a check may hold: {type(error).__name__}: {str(error).rstrip('.')}. Outputs often lose the "
+                f"batch dimension by squeeze(): use squeeze(-1) or flatten(1). Examples that need each other, as in "
+                f"BatchNorm without running statistics, cannot be attributed."
             ) from error
         self._runs_alone = True
 
