@@ -285,7 +285,23 @@ class Normalized(nn.Module):
         return weights / weights.sum(1, keepdim=True)
 
 
-PROBABILITIES["normalized"] = Normalized()
+class Written(nn.Sequential):
+    """A sigmoid that is followed by, or written with, numbers."""
+
+    def __init__(self, function):
+        super().__init__(nn.Linear(4, 1))
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self[0](x))
+
+
+PROBABILITIES |= {
+    "normalized": Normalized(),
+    "sigmoid of the other class": Written(lambda z: 1 - torch.sigmoid(z)),
+    "sigmoid, within bounds": Written(lambda z: 0.98 * torch.sigmoid(z) + 0.01),
+    "sigmoid, written by hand": Written(lambda z: 1 / (1 + torch.exp(-z))),
+}
 
 
 @pytest.mark.parametrize("kind", PROBABILITIES)
@@ -308,6 +324,14 @@ def test_probabilities_are_not_taken_for_logits(kind):
     assert task.settings() != make_task("binary_classification" if binary else "image_classification").settings()
     with pytest.raises(tracer.BatchError, match=r"expects outputs in \[0, 1\]"):
         task.outputs(model[0] if isinstance(model, nn.Sequential) else model.head, (10 * x, batch[1]))
+
+
+@pytest.mark.parametrize("function", [lambda z: 9 * torch.sigmoid(z) - 4, lambda z: z * torch.sigmoid(z)])
+def test_logits_that_come_from_a_sigmoid_are_logits(function):
+    x, labels = torch.randn(5, 4), torch.ones(5)
+    model = Written(function)
+    expected = F.binary_cross_entropy_with_logits(model(x).flatten(), labels, reduction="none")
+    torch.testing.assert_close(make_task("binary_classification").outputs(model, (x, labels)).loss, expected.detach())
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0])

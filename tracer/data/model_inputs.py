@@ -180,8 +180,10 @@ def logits_of(output: Any) -> Tensor:
 
 def check_logits(logits: Tensor, task: str) -> None:
     """Raise `BatchError` if a model's output is one of probabilities, by the operation that made it or by its sums."""
-    kind = _operation(logits.grad_fn)
     rows = logits.detach()
+    kind, changed = _operation(logits.grad_fn)
+    if changed and (is_transformed(rows) or not bool(((rows >= 0) & (rows <= 1)).all())):
+        kind = None  # a multiple may be a logit
     if kind is None and rows.ndim == 2 and min(rows.shape) > 1 and not is_transformed(rows):
         sums = (rows.sum(1) - 1).abs() <= (1e-2 if rows.dtype in (torch.float16, torch.bfloat16) else 1e-5)
         kind = "normalized" if bool((sums & (rows >= 0).all(1)).all()) else None
@@ -201,14 +203,28 @@ _SAME_VALUES = (
 _PROBABILITIES = ("Hardsigmoid", "LogSigmoid", "Sigmoid", "Softmax")
 
 
-def _operation(node: Any) -> str | None:
-    """Return the operation that made probabilities, whatever their shape was made since; None for any other values."""
+_WITH_NUMBERS = ("Add", "Div", "Mul", "Neg", "Rsub", "Sub")
+
+
+def _operation(node: Any) -> tuple[str | None, bool]:
+    """Return the operation that made probabilities, and whether numbers were added or multiplied since.
+
+    Views of the values do not matter; for any other values it is None.
+    """
+    names: list[str] = []
     while node is not None:
         name = node.name().rstrip("0123456789").removesuffix("Backward")
-        if name not in _SAME_VALUES:
-            return name.lower() if name in _PROBABILITIES else None
-        node = node.next_functions[0][0]
-    return None
+        names.append(name)
+        parents = [each for each, _ in node.next_functions if each is not None]
+        changed = any(each in _WITH_NUMBERS for each in names)
+        if name == "Exp" and names[-3:-1] == ["Reciprocal", "Add"]:
+            return "1 / (1 + exp)", True
+        if name in _PROBABILITIES and "Reciprocal" not in names:
+            return name.lower(), changed
+        if name not in (*_SAME_VALUES, *_WITH_NUMBERS, "Reciprocal") or len(parents) != 1:
+            return None, False
+        node = parents[0]
+    return None, False
 
 
 def upcast_half(values: Tensor) -> Tensor:
