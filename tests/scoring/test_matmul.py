@@ -12,7 +12,7 @@ from tracer.scoring import matmul
 from tracer.scoring.matmul import MemoryPlan, Multiplier, int8_products_are_exact
 
 CPU = torch.device("cpu")
-SHAPES = [(1, 1, 1), (1, 7, 1), (5, 1, 3), (33, 40, 17), (64, 16, 8), (3, 300, 70)]
+SHAPES = [(1, 1, 1), (1, 7, 1), (5, 1, 3), (33, 40, 17), (64, 16, 8), (3, 300, 70), (40, 300, 2)]
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +73,13 @@ def test_integer_products_that_saturate_are_not_used(monkeypatch, caplog):
     assert "are not exact" in caplog.text
     train = np.full((3, 40), 127, np.int8)
     assert (multiplier.multiply(train, train).numpy() == 127 * 127 * 40).all()
+
+
+@pytest.mark.usefixtures("int8_units")
+def test_integer_products_with_one_vector_that_saturate_are_not_used(monkeypatch):
+    right = torch._int_mm
+    monkeypatch.setattr("torch._int_mm", lambda a, b: right(a, b).clamp(-(2**20), 2**20 if b.shape[1] == 1 else None))
+    assert not Multiplier(MemoryPlan.of(1 << 30, 40, 1), CPU, "int8").integer
 
 
 @pytest.mark.usefixtures("int8_units")

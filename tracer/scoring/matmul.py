@@ -25,6 +25,9 @@ _INT8_COLUMNS = 1 << 17
 _PAD_ROWS, _PAD = 32, 16
 """int8 products on CUDA need more than 16 rows, and other sizes that are a multiple of 8 (of 16 is faster)."""
 
+_FEW_TARGETS = 3
+"""Up to so many targets, products with one vector at a time are faster on a CPU."""
+
 logger = logging.getLogger("tracer")
 
 
@@ -103,6 +106,14 @@ class Multiplier:
         for first in range(0, train.shape[1], _INT8_COLUMNS):
             columns = slice(first, first + _INT8_COLUMNS)
             left, right = _shared_tensor(train[:, columns]).to(self.device), target[:, columns]
+            if self.device.type == "cpu" and len(right) <= _FEW_TARGETS:
+                for place in range(len(right)):
+                    product = torch._int_mm(left.contiguous(), right[place : place + 1].T)[:, 0]
+                    if overwrite and first == 0:
+                        products[:, place].copy_(product)
+                    else:
+                        products[:, place] += product
+                continue
             found = torch._int_mm(self._padded("left", left, _PAD_ROWS), self._padded("right", right, 1).T)
             found = found[: len(left), : len(right)]
             if overwrite and first == 0:
@@ -161,8 +172,11 @@ def int8_products_are_exact(device: torch.device) -> bool:
         rows[16:24] = rng.choice([-127, 0, 127], (8, 1040))
     expected = left.astype(np.int64) @ right.astype(np.int64).T
     try:
-        found = torch._int_mm(torch.from_numpy(left).to(device), torch.from_numpy(right).to(device).T)
-        exact = np.array_equal(found.cpu().numpy(), expected)
+        one, other = (torch.from_numpy(each).to(device) for each in (left, right))
+        exact = np.array_equal(torch._int_mm(one, other.T).cpu().numpy(), expected)
+        if device.type == "cpu":  # a single vector takes another path
+            single = [torch._int_mm(one, other[place : place + 1].T) for place in range(len(other))]
+            exact = exact and np.array_equal(torch.cat(single, 1).numpy(), expected)
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         logger.info("int8 features are converted to float32: integer products fail on %s (%s)", device, error)
         return False
