@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ask": ("ask", "Show the training documents behind a language model's answer."),
     "export": ("export", "Write scores, top examples or summaries as CSV, Parquet or a numpy matrix."),
     "report": ("report", "Write an HTML page with the results."),
+    "serve": ("serve", "Serve a page with questions to a store, and the same answers as JSON."),
     "compare": ("compare", "Compare the rankings of two runs, or of two estimators."),
     "completion": ("app", "Print the completion script of a shell."),
 }

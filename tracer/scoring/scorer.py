@@ -100,7 +100,7 @@ class Scorer:
     ) -> TopK:
         """Select the strongest training examples of stored targets; see `tracer.Tracer.top`."""
         chosen = self._check_top(k, kind, model_ids, rows, labels)
-        query = self._topk_query(exp_name, k, estimate, model_ids, chosen)
+        query = self.top_query(exp_name, k, estimate, model_ids, chosen)
         if self.process.count > 1:
             shard = self.process.rows(self.num_rows, self.store.chunk_rows)
             query.compute([(shard.start, shard.stop)])
@@ -191,9 +191,10 @@ class Scorer:
             )
         return chosen
 
-    def _topk_query(
+    def top_query(
         self, exp_name: str, k: int, estimate: Estimate, model_ids: list[int] | None, indices: TrainIndices
     ) -> TopKQuery:
+        """Return a query of which parts can be computed one by one; `top` computes all."""
         scorer, inputs, revisions = self._tile_scorer(exp_name, estimate, model_ids)
         return TopKQuery(self.store, exp_name, inputs, revisions, scorer, indices, int(k), self.progress)
 
