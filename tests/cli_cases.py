@@ -71,6 +71,10 @@ def loss(model, batch):
     return nn.functional.cross_entropy(model(x), y, reduction="none")
 
 
+def fit(model, rows):
+    model[0].weight.data.fill_(len(rows))
+
+
 def fails():
     raise KeyError("no such file")
 

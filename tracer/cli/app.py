@@ -35,6 +35,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("report", "Write an HTML page with the results."),
     "serve": ("serve", "Serve a page with questions to a store, and the same answers as JSON."),
     "compare": ("compare", "Compare the rankings of two runs, or of two estimators."),
+    "retrain": ("retrain", "Train models on subsets of the training examples, for `tracer lds`."),
+    "lds": ("retrain", "Show how well scores predict training on subsets."),
     "completion": ("app", "Print the completion script of a shell."),
 }
 """Each command's module and first line of help; written here, so that the list of commands imports none of them."""

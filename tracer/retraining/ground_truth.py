@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from torch import Tensor, nn
 
 from tracer.data.batches import count_samples
 from tracer.data.tasks import Task
+from tracer.errors import InputError
+from tracer.retraining.own_loop import OwnLoopTrainer, TrainFunction
 from tracer.retraining.recipe import Recipe
 from tracer.retraining.result_files import ResultFiles, settings_of
 from tracer.retraining.subsets import make_runs
@@ -81,20 +83,51 @@ class Retrained:
         return self.losses_by_seed.mean(axis=1)
 
 
+class StackingOptions(TypedDict, total=False):
+    """Further arguments of `retrain`."""
+
+    stacked: bool | None
+    models_at_once: int | None
+    progress: bool | None
+
+
+@dataclass(frozen=True)
+class _Stacking:
+    stacked: bool | None = None
+    models_at_once: int | None = None
+    progress: bool | None = None
+
+
+def _trainer(
+    make_model: Callable[[], nn.Module],
+    task: str | Task | Callable[[nn.Module, Batch], Tensor],
+    train: Batch,
+    recipe: Recipe | None,
+    train_fn: TrainFunction | None,
+) -> Trainer:
+    """Return what trains by a recipe, or by the user's function."""
+    if (recipe is None) == (train_fn is None):
+        given = "neither" if recipe is None else "both"
+        raise InputError(f"expected recipe= or train_fn=, got {given}; pass one of them.")
+    if train_fn is not None:
+        return OwnLoopTrainer(make_model, task, train, train_fn)
+    assert recipe is not None
+    return Trainer(make_model, task, train, check_recipe(recipe))
+
+
 def retrain(
     make_model: Callable[[], nn.Module],
     task: str | Task | Callable[[nn.Module, Batch], Tensor],
     train: Batch,
     targets: Batch,
     masks: Any,
-    recipe: Recipe,
+    recipe: Recipe | None = None,
     *,
+    train_fn: TrainFunction | None = None,
     seeds: Iterable[int] = (0, 1),
     save_dir: str | os.PathLike[str] | None = None,
     paired: bool = False,
-    stacked: bool | None = None,
-    models_at_once: int | None = None,
-    progress: bool | None = None,
+    **options: Unpack[StackingOptions],
 ) -> Retrained:
     """Train models on subsets of the training set and evaluate each on all targets.
 
@@ -104,7 +137,8 @@ def retrain(
 
     With ``save_dir``, results are stored as they are computed, and stored models are not trained again, also after
     adding subsets or seeds. Results are identified by data, targets, recipe, task, masks, seeds, the model's printed
-    structure and its initial weights. A change of code in its forward or in a task's function is not detected.
+    structure and its initial weights. A change of code in its forward, in a task's function or in ``train_fn`` is not
+    detected.
 
     Args:
         make_model: Builds an untrained model with torch's global generator, whose state is restored afterwards.
@@ -112,21 +146,24 @@ def retrain(
         train: All N training examples as one batch, for example ``(x, y)`` or ``(tokens,)``.
         targets: All M targets as one batch.
         masks: ``[S, N]``, bool: the training examples of each subset, as from `random_subsets`.
-        recipe: The settings of each training run.
+        recipe: The settings of each training run; or pass ``train_fn``.
+        train_fn: A training loop of your own: a function ``(model, rows)`` that trains an untrained model, already
+            built, on the training examples with the indices ``rows [n]``, in place, or returns another model. torch's
+            global generator is seeded by seed and subset; draw orders and noise from it.
         seeds: The seeds of each subset. Default: 0 and 1.
         save_dir: A local folder for the results, which can hold results of other settings too. Default: not stored.
         paired: Start all subsets of a seed from the same weights and visit examples in the same order, so that they
             differ by their examples alone; for leaving out single examples.
-        stacked: True: train several models at once with stacked parameters; False: one after another. Default: several
-            if they can be stacked and steps are small enough to profit.
-        models_at_once: The largest number at once. Default: by size.
-        progress: Show a progress bar. Default: on a terminal only.
+        **options: ``stacked``: True: train several models at once with stacked parameters; False: one after another.
+            Default: several if they can be stacked and steps are small enough to profit. ``models_at_once``: the
+            largest number at once. Default: by size. ``progress``: show a progress bar. Default: on a terminal only.
 
     Returns:
         f and loss of each subset and target.
 
     Raises:
-        InputError: If an argument has an invalid value, or models cannot be stacked and ``stacked=True``.
+        InputError: If an argument has an invalid value, or models cannot be stacked and ``stacked=True``, or not one of
+            ``recipe`` and ``train_fn`` is given.
         InputTypeError: If an argument has an invalid type.
         NonFiniteError: If a model diverged.
         StoreError: If a file in ``save_dir`` is damaged or cannot be written.
@@ -139,16 +176,16 @@ def retrain(
     >>> truth.outputs.shape, truth.outputs_by_seed.shape
     ((6, 3), (6, 2, 3))
     """
-    check_recipe(recipe)
+    stacking = _Stacking(**options)
     place = None if save_dir is None else local_path(save_dir)
     runs = make_runs(masks, count_samples(train), seeds, paired)
     with ordinary_mode():
-        trainer = Trainer(make_model, task, train, recipe)
+        trainer = _trainer(make_model, task, train, recipe, train_fn)
         rows = trainer.checked_rows(targets, "targets")
         files = None if place is None else ResultFiles(place, settings_of(trainer, rows, paired))
         found = {} if files is None else files.read(runs)
-        with progress_bar("retrain", runs, recipe, progress, num_done=len(found)) as bar:
-            for group in trainer.groups(runs, stacked, models_at_once, done=set(found)):
+        with progress_bar("retrain", runs, trainer.recipe, stacking.progress, num_done=len(found)) as bar:
+            for group in trainer.groups(runs, stacking.stacked, stacking.models_at_once, done=set(found)):
                 models, _ = trainer.train(group, bar)
                 outputs, losses = trainer.evaluate(models, group, rows)
                 if files is not None:

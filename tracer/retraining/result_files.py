@@ -14,7 +14,6 @@ import json
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def settings_of(trainer: Trainer, targets: Examples, paired: bool) -> dict[str, 
         "model": re.sub(r" at 0x[0-9a-f]+", "", repr(trainer.reference)),
         "weights": weights_fingerprint(trainer.reference.state_dict()),
         "task": trainer.task.settings(),
-        "recipe": asdict(trainer.recipe),
+        **trainer.settings(),
         "paired": paired,
         "train": _fingerprint_of(trainer.data),
         "targets": _fingerprint_of(targets),

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -166,6 +167,10 @@ class Trainer:
         self._device = next(self.reference.parameters()).device
         self.data = self.checked_rows(train, "train")
         self._are_stacked = False
+
+    def settings(self) -> dict[str, Any]:
+        """Return what identifies the training, as JSON values."""
+        return {"recipe": asdict(self.recipe)}
 
     def checked_rows(self, batch: Batch, name: str) -> Examples:
         """Return examples on the models' device, checked by the task, which cannot check them inside ``vmap``."""
