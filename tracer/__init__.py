@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from tracer.gradients import LayerCall, register_layer_rule
     from tracer.projection import Projector, register_projector
+    from tracer.report.corrections import apply_corrections
     from tracer.scoring.regularization import Regularization
     from tracer.store import Verification, verify
     from tracer.training.recording import (
@@ -77,6 +78,7 @@ _HOMES = {
     "tracer.training.tracin_ideal": ("IdealRecorder",),
     "tracer.training.tracin_ideal_record": ("IdealRecord", "read_ideal"),
     "tracer.projection": ("Projector", "register_projector"),
+    "tracer.report.corrections": ("apply_corrections",),
     "tracer.training.recording": (
         "CheckpointRecord",
         "CheckpointRecorder",
@@ -129,6 +131,7 @@ __all__ = [
     "Tracer",
     "TracerError",
     "Verification",
+    "apply_corrections",
     "attribute",
     "build_store",
     "load_checkpoints",

@@ -23,7 +23,7 @@ from tracer.report.text import asset, number
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
-SCRIPTS = ("data.js", "inputs.js", "suspects.js", "targets.js", "main.js")
+SCRIPTS = ("data.js", "inputs.js", "verdicts.js", "suspects.js", "targets.js", "main.js")
 """The page's scripts, in the order in which they depend on each other."""
 
 

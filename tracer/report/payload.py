@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,6 +80,7 @@ def payload(data: ReportContent, directory: Path) -> dict[str, Any]:
         "suggested": suggested,
         "ids": _ids(data.train_ids, np.union1d(table, top), directory),
         "target_ids": _ids(data.target_ids, targets, directory),
+        "key": _digest(table, data),
         "sort": next(key for key, title, *_ in columns if title.lower() == data.order_by.lower()),
         "flags": {name: packed(mask, "u1") for name, mask in masks.items()},
         "train": _inputs(data.train, list(dict.fromkeys(wanted.tolist())), data.train),
@@ -94,6 +96,14 @@ def payload(data: ReportContent, directory: Path) -> dict[str, Any]:
         },
         "tokens": _tokens(data, targets),
     }
+
+
+def _digest(table: np.ndarray, data: ReportContent) -> str:
+    """Return a name of these examples and labels, under which a browser keeps what its reader said about them."""
+    found = hashlib.blake2b(np.sort(table).tobytes(), digest_size=12)
+    for names in (data.train.labels, data.train_ids):
+        found.update("\0".join(names or ()).encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
 
 
 def _ids(ids: Sequence[str] | None, indices: np.ndarray, directory: Path) -> dict[str, Any] | None:

@@ -16,6 +16,9 @@ class Suspects {
     for (const button of root.querySelectorAll("[data-view]")) {
       button.addEventListener("click", () => { this.view = button.dataset.view; this.show(); });
     }
+    for (const kind of ["csv", "json"]) this.find(kind).addEventListener("click", () => VERDICTS.download(kind));
+    VERDICTS.changed = () => this.countVerdicts();
+    this.countVerdicts();
     this.find("page").addEventListener("change", () => this.go(Number(this.find("page").value) - 1));
     const last = () => this.pages - 1;
     const moves = { first: () => 0, previous: () => this.page - 1, next: () => this.page + 1, last };
@@ -39,6 +42,14 @@ class Suspects {
     sort.append(make("option", { value: "index up" }, "Index"));
     if (TABLE.labels.present) sort.append(make("option", { value: "label up" }, "Label"));
     sort.value = `${this.sort.key} down`;
+  }
+
+  countVerdicts() {
+    const verdicts = [...VERDICTS.of.values()];
+    const confirmed = verdicts.filter((verdict) => verdict === "confirmed").length;
+    this.find("verdicts").textContent = verdicts.length
+      ? `${count(confirmed)} confirmed, ${count(verdicts.length - confirmed)} ignored` : "no verdicts yet";
+    for (const kind of ["csv", "json"]) this.find(kind).disabled = !verdicts.length;
   }
 
   get pageSize() { return Number(this.find("size").value); }
@@ -68,7 +79,9 @@ class Suspects {
   update() {
     const words = this.find("search").value.trim().toLowerCase();
     const label = this.find("label") ? this.find("label").value : "";
-    const flag = this.find("flag") ? this.find("flag").value : "";
+    const shown = this.find("flag").value;
+    const verdict = { confirmed: "confirmed", ignored: "ignored", undecided: "" }[shown];
+    const flag = verdict === undefined ? shown : "";
     const kept = [];
     const named = (names) => names.names.map((name) => name.toLowerCase().includes(words));
     const [byLabel, byPrediction] = [named(TABLE.labels), named(TABLE.predictions)];
@@ -76,6 +89,7 @@ class Suspects {
     const [flagName, wanted] = flag ? [flag.replace("not-", ""), flag.startsWith("not-") ? 0 : 1] : ["", 0];
     for (let place = 0; place < TABLE.indices.length; place += 1) {
       if (label !== "" && TABLE.labels.codes[place] !== code) continue;
+      if (verdict !== undefined && VERDICTS.get(TABLE.indices[place]) !== verdict) continue;
       if (flag && TABLE.flags[flagName][place] !== wanted) continue;
       if (words && !(String(TABLE.indices[place]) === words || byLabel[TABLE.labels.codes[place]]
         || byPrediction[TABLE.predictions.codes[place]] || TRAIN_INPUTS.text(TABLE.indices[place]).toLowerCase().includes(words)
@@ -142,7 +156,8 @@ class Suspects {
         prediction && make("div", {}, "predicted ", make("b", {}, prediction)),
         suggested && make("div", {}, "suggested ", make("b", {}, suggested)),
         make("div", { class: "num" }, `${column.title.toLowerCase()} ${number(column.values[place])}`),
-        known ? make("span", { class: "flag known" }, "mislabelled") : null);
+        known ? make("span", { class: "flag known" }, "mislabelled") : null,
+        VERDICTS.buttons(index));
     }));
   }
 
@@ -160,6 +175,7 @@ class Suspects {
     if (TABLE.suggested.present) heads.push(plain("Suggested"));
     for (const column of TABLE.columns) heads.push(header(column.key, column.title, column.help, "number"));
     if (Object.keys(TABLE.flags).length) heads.push(plain("Flags"));
+    heads.push(plain("Verdict"));
     const lines = places.map((place, offset) => make("tr", {}, ...this.cells(place, start + offset + 1)));
     const table = make("table", { class: "examples" }, make("caption", {}, "Training examples; click a heading to sort by its column"),
       make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...lines));
@@ -184,6 +200,7 @@ class Suspects {
     if (Object.keys(TABLE.flags).length) {
       cells.push(make("td", {}, ...flags.flatMap((name) => [make("span", { class: `flag ${name}` }, words[name]), " "])));
     }
+    cells.push(make("td", {}, VERDICTS.buttons(index)));
     return cells;
   }
 }
