@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import numpy as np
 from torch import nn
@@ -185,8 +185,7 @@ class Attribution:
         facts = StoreFacts.of(self.tracer.store, self.exp_name, self.model_ids)
         known = {**self._described(), **facts.settings}
         options["settings"] = {**known, **(options.get("settings") or {})}
-        options.setdefault("train_ids", facts.train_ids)
-        options.setdefault("target_ids", facts.target_ids)
+        options = cast(ReportOptions, {**facts.defaults(labels, target_labels), **options})
         if facts.losses is not None:
             options["rankings"] = {"mean loss": facts.losses, **(options.get("rankings") or {})}
             options.setdefault("order_by", "mean loss")

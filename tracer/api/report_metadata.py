@@ -21,6 +21,8 @@ class StoreFacts:
     Attributes:
         train_labels: ``[N]``, int64; None if a training example has no label.
         target_labels: ``[M]``, int64; None if a target has no label.
+        train_predictions: ``[N]``, int64, the classes that the last checkpoint predicts; None if they are unknown.
+        target_predictions: ``[M]``, the same of targets.
         train_ids: The id of each training example; None if none has one.
         target_ids: The id of each target; None if none has one.
         losses: ``[N]``, float64, the loss of each training example, mean over checkpoints; None if one is not finite.
@@ -29,6 +31,8 @@ class StoreFacts:
 
     train_labels: np.ndarray | None
     target_labels: np.ndarray | None
+    train_predictions: np.ndarray | None
+    target_predictions: np.ndarray | None
     train_ids: Sequence[str | int] | None
     target_ids: Sequence[str | int] | None
     losses: np.ndarray | None
@@ -43,11 +47,33 @@ class StoreFacts:
         return cls(
             train_labels=class_labels(tables[0]),
             target_labels=class_labels(store.targets(exp_name, chosen[0])),
+            train_predictions=predicted_classes(tables[-1]),
+            target_predictions=predicted_classes(store.targets(exp_name, chosen[-1])),
             train_ids=store.ids().listed(len(losses)),
             target_ids=store.ids(exp_name).listed(store.num_rows(exp_name)),
             losses=losses if np.isfinite(losses).all() else None,
             settings=_settings(store, chosen, exp_name),
         )
+
+    def defaults(self, *labels: Any) -> dict[str, Any]:
+        """Return ids for a report and, unless labels are given that are no class indices, predictions."""
+        found: dict[str, Any] = {"train_ids": self.train_ids, "target_ids": self.target_ids}
+        if all(each is None or as_array(each, "labels").dtype.kind in "iu" for each in labels):
+            found |= {"train_predictions": self.train_predictions, "target_predictions": self.target_predictions}
+        return found
+
+
+def predicted_classes(table: RowTable) -> np.ndarray | None:
+    """Return the class of greatest probability for each example ``[n]``, int64; None if the store does not tell."""
+    label, rival = class_labels(table), table.column("rival")
+    if label is None or (rival == NO_LABEL).any():
+        return None
+    own = np.exp(-table.column("loss").astype(np.float64))
+    # Of soft labels and losses that are no cross-entropies, |Q| is not the probability of all other classes.
+    if not np.allclose(np.abs(table.column("loss_grad")), 1 - own, atol=1e-3):
+        return None
+    others = (1 - own) * table.column("rival_share")
+    return np.where(own >= others, label, rival).astype(np.int64)
 
 
 def class_labels(table: RowTable) -> np.ndarray | None:

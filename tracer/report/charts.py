@@ -112,16 +112,19 @@ def recovery_chart(
     """Draw the share of mislabelled examples that each ranking finds, of all or enlarged; a legend adds to the size."""
     num_train, total = len(known), int(known.sum())
     curves = {name: recovery_curve(scores, known) * 100.0 / total for name, scores in rankings.items()}
-    best, left, right, floor = 100.0 * total / num_train, 0.0, 100.0, 0.0
+    best, left, right, floor, top = 100.0 * total / num_train, 0.0, 100.0, 0.0, 102.0
     if enlarged:
         left, right = 0.5 * best, min(100.0, 2.5 * best)
-        floor = min(90.0, 0.9 * next(iter(curves.values()))[round(left / 100 * num_train)])
+        window = np.stack(
+            [curve[round(left / 100 * num_train) : round(right / 100 * num_train) + 1] for curve in curves.values()]
+        )
+        floor, top = float(0.9 * window.min()), min(top, float(window.max() + 0.1 * np.ptp(window) + 1))
     keys = recovery_keys(list(rankings))
     shown_keys = keys if legend else []
     plot = Plot(
         (size[0], size[1] + int(legend_figure(shown_keys, size[0]).height)),
         Axis(left, right, [(tick, f"{tick:g} %") for tick in round_ticks(left, right, 5)], "training examples checked"),
-        Axis(floor, 102, [(tick, f"{tick:g} %") for tick in round_ticks(floor, 100, 4)], "mislabelled examples found"),
+        Axis(floor, top, [(tick, f"{tick:g} %") for tick in round_ticks(floor, min(100, top), 4)], "mislabelled found"),
         shown_keys,
     )
     shown = np.linspace(np.ceil(left / 100 * num_train), np.floor(right / 100 * num_train), MAX_CURVE_POINTS + 1)
@@ -158,11 +161,13 @@ def class_map(influence: np.ndarray, names: Sequence[str], train_counts: np.ndar
     values = influence[np.ix_(shown, shown)]
     labels = [shortened(names[place], max_label) for place in shown]
     widest = max((text_width(label) for label in labels), default=0.0)
-    margin, cell = 24 + 14 + widest, int(np.clip(420 / max(1, len(shown)), 14, 46))
+    # few classes have larger cells, so that the axes' names fit beside them
+    room = text_width("training examples of class") / max(1, len(shown))
+    margin, cell = 24 + 14 + widest, int(max(np.clip(420 / max(1, len(shown)), 14, 46), np.ceil(room)))
     side = cell * len(shown)
     largest = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 0.0
     figure = Figure(margin + side + 8, margin + side + 48, "Mean scores by class. A table below has the numbers.")
-    figure.min_width = 380
+    figure.min_width = int(min(380, figure.width))  # a small map is not enlarged
     figure.caption = (
         "Mean score of the training examples of a class on the targets of a class: blue helps, orange harms."
     )

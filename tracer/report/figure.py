@@ -92,6 +92,16 @@ class Figure:
     title: str = ""
     min_width: int = 0  # on narrower screens the figure scrolls sideways
 
+    def below(self, title: str) -> Figure:
+        """Return a figure with a title above these marks."""
+        size, room = 16.0, 32.0
+        width = max(self.width, text_width(title) * size / FONT_SIZE)
+        titled = Figure(
+            width, self.height + room, self.description, [Text(0, size, title, "text", size=size, bold=True)]
+        )
+        titled.add(self, 0, room)
+        return titled
+
     def add(self, other: Figure, right: float, down: float) -> None:
         """Add the marks of another figure at this place."""
         for mark in other.marks:

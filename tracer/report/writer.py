@@ -200,8 +200,22 @@ def _health(options: ReportOptions, train_labels: Any) -> WrongLabels | str:
     return estimate_wrong_labels(evidence)
 
 
+_TITLES = {
+    "self_influence": "Self-influence of training examples",
+    "recovery": "Finding mislabelled examples",
+    "scores": "Scores of all training examples and targets",
+    "class_influence": "Mean scores by class",
+    "top_self_influence": "Training examples of highest self-influence",
+    "influence": "Proponents and opponents",
+}
+
+
 def _slides(data: content.ReportContent) -> dict[str, Figure]:
-    """Return the figures that become PNG files, by name."""
+    """Return the figures that become PNG files, by name, each below its title."""
+    return {name: figure.below(_TITLES[name]) for name, figure in _figures(data).items()}
+
+
+def _figures(data: content.ReportContent) -> dict[str, Figure]:
     known, classes = data.known_mislabelled, data.classes
     groups = page.self_influence_groups(data)
     drawn = {"self_influence": charts.histogram(groups, "self-influence (dashed: median)", "% of each group", SLIDE)}

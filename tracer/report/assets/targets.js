@@ -95,7 +95,7 @@ class Targets {
     const add = (name, value) => facts.append(make("dt", {}, name), make("dd", {}, value));
     if (TARGET_IDS.present) add("id", TARGET_IDS.show(index));
     if (label) add("label", make("b", {}, label));
-    if (prediction) add("predicted", prediction === label ? prediction : make("b", { class: "score neg" }, prediction));
+    if (prediction) add("predicted", prediction === label ? prediction : make("b", { class: "score neg" }, label ? `${prediction} (wrong)` : prediction));
     if (TARGETS.mean) add("mean score", number(TARGETS.mean[place], true));
     const tokens = DATA.tokens && DATA.tokens.target[index];
     const shown = tokens ? plainTokens(tokens) : TARGET_INPUTS.show(index, "large", label && `label ${label}`);
