@@ -49,7 +49,7 @@ _DEFAULT = Recipe()
 def retrain(
     config: str, out: Path, subsets: int, fraction: float, seeds: list[int], train_fn: str | None, **recipe: Any
 ) -> None:
-    """Train models on random subsets of the training examples, for `tracer lds`.
+    """Train models on subsets of the training examples, for `tracer lds`.
 
     CONFIG is the TOML file of a run, of which model, task, train and targets are used; the model must be a callable
     that builds an untrained one. Train as the explained model was trained. OUT is a .npz file with masks [subsets, N],
@@ -104,11 +104,12 @@ def _whole(source: DataSource, name: str) -> tuple[Batch, int]:
 @click.option("--estimators", help="With commas; compared on the same subsets. Default: --estimator.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Also write a PNG (needs matplotlib).")
 def lds(store: str, truth: Path, estimators: str | None, plot: Path | None, **options: Any) -> None:
-    """Show how well scores predict training on subsets: the linear datamodeling score.
+    """Show how well scores predict training on subsets.
 
-    For each target, Spearman's correlation over subsets of summed scores with the output after training on the subset
-    (Park et al. 2023), and its mean over targets with a 95 % interval: 1 is best, 0 is chance. TRUTH comes from `tracer
-    retrain`, or is a .npz file with masks [subsets, N], and outputs and losses [subsets, targets].
+    The linear datamodeling score is, for each target, Spearman's correlation over subsets of summed scores with the
+    output after training on the subset (Park et al. 2023), and its mean over targets with a 95 % interval: 1 is best, 0
+    is chance. TRUTH comes from `tracer retrain`, or is a .npz file with masks [subsets, N], and outputs and losses
+    [subsets, targets].
 
     Examples:
         tracer lds runs/first truth.npz
