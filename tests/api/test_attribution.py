@@ -13,6 +13,7 @@ from torch import nn
 from tracer import Attribution, attribute
 from tracer.cli.demo_digits.digits import read_digits
 from tracer.errors import InputError
+from tracer.store.hidden_rows import load_hidden
 
 
 @pytest.fixture
@@ -30,12 +31,20 @@ def newton_self_influence(found, regularization, weighted):
     """Loop over examples: the squared mean derivative times the mean of φᵀ (K + λI)⁻¹ φ over checkpoints."""
     store = found.tracer.store
     tables = [store.checkpoint(model_id) for model_id in store.catalog.checkpoint_ids()]
-    weights = np.mean([table.column("loss_hess") for table in tables], axis=0, dtype=np.float64)
-    total, loss_grad = np.zeros(len(weights)), np.mean([table.column("loss_grad") for table in tables], axis=0)
-    for table in tables:
-        raw = np.concatenate([part for _, part in table.raw_features(0, len(weights))]).astype(np.float64)
+    total, loss_grad = (
+        np.zeros(store.manifest.train_set_size),
+        np.mean([table.column("loss_grad") for table in tables], axis=0),
+    )
+    grad = np.mean([np.abs(table.column("loss_grad").astype(np.float64)) for table in tables], axis=0)
+    given = np.mean([table.column("loss_hess") * np.abs(table.column("loss_grad")) for table in tables], axis=0)
+    for number, table in enumerate(tables):
+        raw = np.concatenate([part for _, part in table.raw_features(0, len(total))]).astype(np.float64)
         features = raw * table.column("scale")[:, None]
-        kernel = features.T @ (features * weights[:, None] if weighted else features)
+        kernel = features.T @ features
+        if weighted:  # the curvature of f, and that of other labels
+            hidden = load_hidden(store, number)
+            kernel = features.T @ (features * given[:, None])
+            kernel = kernel + hidden.features.T @ (hidden.features * grad[hidden.examples, None])
         inverse = np.linalg.inv(kernel + regularization * np.eye(len(kernel)))
         for index, feature in enumerate(features):
             total[index] += feature @ inverse @ feature / len(tables)

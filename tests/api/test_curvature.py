@@ -11,6 +11,7 @@ from torch import nn
 import tracer
 from tracer import Tracer, attribute
 from tracer.api import curvature as curvature_module
+from tracer.api import shared_sums
 from tracer.data.datasets import exact_batches
 from tracer.data.sampled_labels import LabelDraws, example_keys
 from tracer.errors import CallOrderError, InputError, InputTypeError, MismatchError, NonFiniteError
@@ -268,7 +269,7 @@ def interrupted_source(monkeypatch, after):
             left[0] -= 1
             yield batch
 
-    monkeypatch.setattr(curvature_module, "exact_batches", batches)
+    monkeypatch.setattr(shared_sums, "exact_batches", batches)
 
 
 def test_an_interrupted_pass_resumes(tmp_path, monkeypatch):
@@ -276,7 +277,7 @@ def test_an_interrupted_pass_resumes(tmp_path, monkeypatch):
     whole = attribute(
         model, "image_classification", train, targets, checkpoints, save_dir=tmp_path / "a", batch_size=8, **OPTIONS
     )
-    monkeypatch.setattr(curvature_module, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(shared_sums, "_SAVE_SECONDS", 0.0)
     with monkeypatch.context() as patch:
         interrupted_source(patch, 5)
         with pytest.raises(Stop):
@@ -293,9 +294,9 @@ def test_an_interrupted_pass_resumes(tmp_path, monkeypatch):
     seen = []
     batch = curvature_module.CurvatureFit._batch
 
-    def counted(self, kind, part, inds, *rest):
+    def counted(self, kind, preconditioner, part, inds):
         seen.append((self._model_id, len(inds)))
-        return batch(self, kind, part, inds, *rest)
+        return batch(self, kind, preconditioner, part, inds)
 
     monkeypatch.setattr(curvature_module.CurvatureFit, "_batch", counted)
     found = attribute(
@@ -319,8 +320,8 @@ def test_a_pass_over_rows_in_another_order_resumes(tmp_path, monkeypatch):
             left[0] -= 1
             yield batches[min(place ^ 1, len(batches) - 1)]
 
-    monkeypatch.setattr(curvature_module, "_SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(curvature_module, "exact_batches", swapped)
+    monkeypatch.setattr(shared_sums, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(shared_sums, "exact_batches", swapped)
     with pytest.raises(Stop):
         attribute(model, "image_classification", train, targets, checkpoints, save_dir=tmp_path / "b", **given)
     left[0] = -1
@@ -347,7 +348,7 @@ def test_processes_share_the_pass_and_get_one_curvature(tmp_path):
 
 def test_a_part_that_another_process_began_is_finished(tmp_path, monkeypatch):
     model, train, _, checkpoints = case()
-    monkeypatch.setattr(curvature_module, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(shared_sums, "_SAVE_SECONDS", 0.0)
     first, second = (tracing(tmp_path, model, process=(rank, 2)) for rank in range(2))
     for each in (first, second):
         each.load_checkpoint(checkpoints[0][0], 0)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tracer.data.named_tasks import BinaryClassification, Classification, make_task
-from tracer.data.sampled_labels import LabelDraws, SampledTask, example_keys
+from tracer.data.sampled_labels import HiddenTask, LabelDraws, ListedLabels, SampledTask, example_keys
 from tracer.data.tasks import Task
 from tracer.data.token_tasks import LanguageModeling
 
@@ -200,3 +200,54 @@ def test_a_task_that_draws_no_labels_has_its_own_curvature_or_the_gradient_of_it
         strict=True,
     ):
         torch.testing.assert_close(one, other)
+
+
+LISTED = ["classification", "probabilities", "regression of 3"]
+
+
+def own_part(task, model, batch):
+    """Return the part of the Gauss-Newton matrix that f shows, and the weight of the rest."""
+    if task.hidden_labels == "all":
+        return 0.0, 1.0
+    outputs = task.outputs(model, batch)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(outputs.output.sum(), list(model.parameters()))])
+    share = outputs.loss_grad.abs()
+    return outputs.loss_hess * share * torch.outer(gradient, gradient), share
+
+
+def flat_gradient(task, model, batch, key):
+    loss = task.outputs(model, (batch, key)).output.sum()
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_listed_labels_and_f_add_up_to_the_gauss_newton_matrix(name):
+    task, model, batch, kind = CASES[name]
+    listing = HiddenTask(task, ListedLabels)
+    found, weight = own_part(task, model, batch)
+    for number in range(task.num_hidden(model, batch)):
+        gradient = flat_gradient(listing, model, batch, torch.tensor([number]))
+        found = found + weight * torch.outer(gradient, gradient)
+    torch.testing.assert_close(found, gauss_newton(model, batch, kind), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [*LISTED, "language", "answers"])
+def test_drawn_labels_and_f_have_the_gauss_newton_matrix_as_their_mean(name):
+    task, model, batch, kind = CASES[name]
+    own, weight = own_part(task, model, batch)
+    drawing = HiddenTask(task)
+    products = []
+    for key in keys_of(700, seed=6).split(1):
+        gradient = flat_gradient(drawing, model, batch, key)
+        products.append(own + weight * torch.outer(gradient, gradient))
+    noise = torch.stack(products).std(0) / len(products) ** 0.5
+    expected = gauss_newton(model, batch, kind)
+    assert ((sum(products) / len(products) - expected).abs() <= 5.5 * noise + 1e-9).all()
+    assert float(expected.trace()) > 10 * float(noise.diagonal().sum())  # so that the test can fail
+
+
+def test_one_output_hides_nothing():
+    two_classes = Classification(), linear(2), (X, torch.tensor([1]))
+    for task, model, batch in (two_classes, CASES["binary"][:3], CASES["regression"][:3]):
+        assert task.num_hidden(model, batch) == 0
+    assert LanguageModeling().num_hidden(Tokens(), (TOKENS,)) is None

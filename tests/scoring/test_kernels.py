@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -365,9 +366,10 @@ def gradients_of_margins(run, state, rows) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_attribute_gives_the_formula_of_autograds_gradients(run, tmp_path, estimator):
-    options = {"projector": "none", "estimator": estimator, "regularization": 0.5, "save_dir": tmp_path / "store"}
-    found = attribute(run.model, "image_classification", run.train, run.targets, run.checkpoints, **options)
+def test_kernels_of_f_give_the_formula_of_autograds_gradients(run, tmp_path, estimator):
+    options = {"projector": "none", "storage": "float32", "save_dir": tmp_path / "store"}
+    made = attribute(run.model, "image_classification", run.train, run.targets, run.checkpoints, **options)
+    found = replace(made, estimator=estimator, regularization=0.5)
     parts = [
         (gradients_of_margins(run, state, run.train), gradients_of_margins(run, state, run.targets)[0])
         for state, _ in run.checkpoints

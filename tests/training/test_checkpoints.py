@@ -397,6 +397,13 @@ def test_the_fingerprint_is_of_values_not_of_how_they_lie():
     assert weights_fingerprint(state) == "771c6ea83e11ceaaecdb3ba2c45ccbb2"
 
 
+@pytest.mark.parametrize("value", [torch.randn(3, 5)[:, 1][:1], torch.randn(4, 3).T[:1, :1], torch.randn(0, 3).T])
+def test_the_fingerprint_of_one_element_with_any_stride_is_that_of_its_copy(value):
+    assert weights_fingerprint({"a": value}) == weights_fingerprint(
+        {"a": torch.tensor(value.tolist()).view(value.shape)}
+    )
+
+
 def test_the_fingerprint_sees_names_dtypes_shapes_and_values():
     states = [
         {"w": torch.zeros(4)},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any, Unpack, cast
 import numpy as np
 from torch import nn
 
-from tracer._core.progress import tqdm
 from tracer._core.sharding import fsdp_modules
 from tracer._core.validation import bar_disabled, check_count, check_model
 from tracer.api import display
@@ -21,13 +20,13 @@ from tracer.api.checkpoint_sources import check_distinct, checkpoint_pairs
 from tracer.api.explanation import explain
 from tracer.api.label_evidence import label_health, model_warnings
 from tracer.api.language_inputs import LanguageInputs
+from tracer.api.passes import checkpoint_groups, feed, own_share, settle
 from tracer.api.report_metadata import StoreFacts, labels_or
 from tracer.api.settings import FeatureOptions, FeatureSettings, chosen_storage, feature_settings, takes_settings
 from tracer.api.store_reader import StoreReader
 from tracer.api.tracer import Tracer
 from tracer.data.datasets import DataSource, NoExamples, as_data_source
 from tracer.data.example_ids import find_ids
-from tracer.data.halving import Halving
 from tracer.data.named_tasks import make_task
 from tracer.data.tables import InputForm
 from tracer.errors import InputError
@@ -322,25 +321,30 @@ def attribute(
             if settings.preconditioner in KRONECKER:
                 tracer.fit_curvature(train_rows)
             if stores_features:
-                missing = _own(tracer, train_rows, tracer.remaining(model_id))
-                _feed(tracer.featurize, train_rows, missing, {"desc": f"featurize {model_id + 1}{of}", **bar_options})
+                missing = own_share(tracer, train_rows, tracer.remaining(model_id))
+                feed(tracer.featurize, train_rows, missing, {"desc": f"featurize {model_id + 1}{of}", **bar_options})
             else:
                 tracer.score_exactly(checkpoint, model_id, train_rows, target_rows, exp_name)
 
     def featurize_and_score(group: list, of: str) -> None:
-        _settle(tracer, partial(featurize, group, of))
+        settle(tracer, partial(featurize, group, of))
         tracer.finalize_features([model_id for model_id, _ in group])
         begun = tracer._factory.num_restarts
-        for model_id, (checkpoint, _) in group if stores_features and len(target_rows) else ():
-            tracer.start_scoring_checkpoint(checkpoint, model_id, len(target_rows), exp_name)
-            missing = _own(tracer, target_rows, tracer.remaining(model_id, exp_name))
-            _feed(tracer.score, target_rows, missing, {"desc": f"score {model_id + 1}{of}", **bar_options})
+        for model_id, (checkpoint, learning_rate) in group if stores_features else ():
+            if len(target_rows):
+                tracer.start_scoring_checkpoint(checkpoint, model_id, len(target_rows), exp_name)
+                missing = own_share(tracer, target_rows, tracer.remaining(model_id, exp_name))
+                feed(tracer.score, target_rows, missing, {"desc": f"score {model_id + 1}{of}", **bar_options})
+            if estimate.sees_all_outputs and not tracer.store.manifest.feature_storage.is_binary:
+                if not len(target_rows):
+                    tracer.load_checkpoint(checkpoint, model_id, learning_rate)
+                tracer.fit_kernel(train_rows)
             if tracer._factory.num_restarts > begun:
                 return
 
     chosen: list[int] = []
-    for group in _groups(pairs):
-        _settle(tracer, partial(featurize_and_score, group, f"/{len(group)}" if isinstance(pairs, list) else ""))
+    for group in checkpoint_groups(pairs):
+        settle(tracer, partial(featurize_and_score, group, f"/{len(group)}" if isinstance(pairs, list) else ""))
         chosen += [model_id for model_id, _ in group]
         if not isinstance(pairs, list):
             tracer._sources.forget(chosen[-1])
@@ -357,39 +361,3 @@ def attribute(
         for sentence in found.warnings():
             logger.warning("%s", sentence)
     return found
-
-
-def _settle(tracer: Tracer, step: Callable[[], None]) -> None:
-    """Run a step, and again as long as what was computed is forgotten in it."""
-    before = -1
-    while before != tracer._factory.num_restarts:
-        before = tracer._factory.num_restarts
-        step()
-
-
-def _own(tracer: Tracer, source: DataSource, rows: np.ndarray) -> np.ndarray:
-    """Return this process's share of some indices."""
-    return rows[np.isin(rows, np.asarray(tracer.shard(range(len(source))).indices), assume_unique=True)]
-
-
-def _feed(step: Callable[..., None], source: DataSource, rows: np.ndarray, bar_options: Mapping[str, Any]) -> None:
-    """Pass the missing examples to the tracer, batch by batch, with a progress bar."""
-    if len(rows) == 0:
-        return
-    initial = len(source) - len(rows)
-    run = Halving(step)
-    with tqdm(total=len(source), initial=initial, **bar_options) as bar:
-        for batch, inds in source.batches(rows):
-            run(batch, inds)
-            bar.update(int(np.isin(inds, rows, assume_unique=True).sum()))
-
-
-def _groups(pairs: Iterable[tuple[Checkpoint, float | None]]) -> Iterator[list[tuple[int, tuple]]]:
-    """Yield the numbered checkpoints that can be loaded again: those of a list together, of an iterator each alone."""
-    if isinstance(pairs, list):
-        yield list(enumerate(pairs))
-        return
-    number = 0
-    for pair in pairs:
-        yield [(number, pair)]  # enumerate would hold the first one
-        number += 1

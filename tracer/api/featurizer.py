@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tracer.api.sinks import DroppingSink, NormSink, ProjectingSink, RowValues, row_values, write_values
 from tracer.data.batches import check_batch_size, select_samples, to_device
@@ -17,12 +18,15 @@ from tracer.errors import BatchError
 from tracer.gradients import GradientEngine, Sink, isolated
 from tracer.gradients.coupling import check_quantization
 from tracer.gradients.fsdp import ENDED, WAITING, WORKING
+from tracer.gradients.per_sample import DenseGradient
 from tracer.gradients.preconditioning import Preconditioner, PreconditioningSink
 from tracer.projection.base import Projector
 from tracer.store import RowTable
 from tracer.store.quantization import rotated
 from tracer.training.lend_weights import LoadedWeights, weights_in
-from tracer.types import Batch, SampleOutputs
+from tracer.types import Batch, Projection, SampleOutputs
+
+Answer = TypeVar("Answer")
 
 
 class Featurizer:
@@ -140,16 +144,38 @@ class Featurizer:
         preconditioner = self.preconditioner()
         if preconditioner is not None:
             sink = PreconditioningSink(sink, preconditioner)
+        with self._at_checkpoint():
+            batch = to_device(batch, self.device)
+            if not self._runs_alone and not self.engine.backend.is_sharded:
+                self._check_first(batch, num_rows)
+            return self.engine.compute(batch, num_rows, sink)
+
+    @torch.no_grad()
+    def projected_weights(self) -> Tensor:
+        """Return the selected parameters at the checkpoint, projected as a gradient is, ``[k]``."""
+        assert self.projector is not None
+        features = torch.zeros(1, self.projector.dim, device=self.device)
+        running = self.projector.start(Projection(features, torch.zeros(1, dtype=torch.float64, device=self.device)))
+        running.add({name: DenseGradient(self.weights.parameters[name][None]) for name in self.engine.names}, 0, 1)
+        return running.finish().features[0]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def ask(self, question: Callable[[nn.Module, Batch], Answer], batch: Batch) -> Answer:
+        """Return the answer to a question about the model at the checkpoint on a batch; its state stays."""
+        with self._at_checkpoint(), self.engine.stateless_task.unchanged():
+            return question(self.engine.model, to_device(batch, self.device))
+
+    @contextmanager
+    def _at_checkpoint(self) -> Iterator[None]:
+        """Lend the checkpoint's weights to the model, which is left as it was."""
         with (
             self.engine.backend.running(),
             weights_in(self.engine.model, self.weights),
             _no_autocast(self.device),
             isolated(self.engine.model, self.engine.names, self.device),
         ):
-            batch = to_device(batch, self.device)
-            if not self._runs_alone and not self.engine.backend.is_sharded:
-                self._check_first(batch, num_rows)
-            return self.engine.compute(batch, num_rows, sink)
+            yield
 
     def _check_first(self, batch: Batch, num_rows: int) -> None:
         """Check before anything is computed that no value comes from other weights, and that one example runs."""

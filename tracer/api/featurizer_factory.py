@@ -18,7 +18,7 @@ from tracer.api.featurizer import Featurizer
 from tracer.api.settings import FeatureSettings
 from tracer.data.model_outputs import ModelOutputTask
 from tracer.data.named_tasks import make_task
-from tracer.data.sampled_labels import SampledTask
+from tracer.data.sampled_labels import HiddenTask, LabelDraws, SampledTask
 from tracer.data.tables import InputForm
 from tracer.data.tasks import LowerPrecision, Task
 from tracer.errors import CallOrderError, MismatchError
@@ -95,6 +95,7 @@ class FeaturizerFactory:
             self.target_engine = self._engine(self.target_task)
         self.written: set[str | None] = set()
         self.num_restarts = 0
+        self._hidden_engines: dict[type[LabelDraws], GradientEngine] = {}
         self._projectors: tuple[int | None, Projector] | None = None  # of the checkpoint used last
         self._whitening: tuple[tuple[int, str], Preconditioner] | None = None  # of that checkpoint too
 
@@ -156,16 +157,24 @@ class FeaturizerFactory:
     @functools.cached_property
     def curvature_engine(self) -> GradientEngine:
         """Computes per-sample gradients of the losses of drawn labels."""
-        task: Task = SampledTask(self.task)
-        if isinstance(self.task, LowerPrecision):
-            task = LowerPrecision(SampledTask(self.task.task), self.task.dtype, self.device)
-        elif type(self.task).sampled_outputs is Task.sampled_outputs:
+        if type(self.own_task).sampled_outputs is Task.sampled_outputs:
             logger.warning(
                 "the task %s does not draw labels from the model's predictions (see Task.sampled_outputs): the "
                 "curvature is that of its loss_hess, or else of the given labels, which predicts less",
                 self.task.name,
             )
-        return self._engine(task, for_sums=True)
+        return self._engine(self._in_precision(SampledTask(self.own_task)), for_sums=True)
+
+    def hidden_engine(self, draws: type[LabelDraws]) -> GradientEngine:
+        """Return what computes per-sample gradients of `Task.hidden_outputs`."""
+        if draws not in self._hidden_engines:
+            self._hidden_engines[draws] = self._engine(self._in_precision(HiddenTask(self.own_task, draws)))
+        return self._hidden_engines[draws]
+
+    @property
+    def own_task(self) -> Task:
+        """The task without autocast."""
+        return self.task.task if isinstance(self.task, LowerPrecision) else self.task
 
     def curvature_inputs(self, loaded: LoadedCheckpoint) -> dict[str, Any]:
         """Return everything, apart from what the manifest says, that a checkpoint's curvature is computed from."""
@@ -188,7 +197,7 @@ class FeaturizerFactory:
     def make(
         self, loaded: LoadedCheckpoint, model_id: int, store: Store, engine: GradientEngine | None = None
     ) -> Featurizer:
-        """Return the featurizer of a checkpoint, of training examples unless it gets the engine of targets."""
+        """Return the featurizer of a checkpoint, of training examples unless it gets another engine."""
         projector = None
         if FeatureStorage(self.settings.storage).stores_features:
             key = None if self.settings.shared_projection else model_id

@@ -15,17 +15,13 @@ from torch.utils.data import Subset
 
 from tracer._core.processes import this_process
 from tracer._core.validation import check_count, check_model_id, check_rate
-from tracer.api import exact_scores, query
+from tracer.api import curvature, exact_scores, hidden_curvature, query
 from tracer.api.checkpoint_sources import CheckpointSources
-from tracer.api.curvature import CurvatureFit
 from tracer.api.featurizer_factory import FeaturizerFactory
 from tracer.api.session import FEATURIZE, SCORE, Session, begin_featurizing, begin_scoring, in_role
 from tracer.api.settings import FeatureOptions, FeatureSettings, feature_settings, takes_settings
 from tracer.api.store_reader import StoreReader
-from tracer.data.datasets import as_training_source
 from tracer.data.indices import ExampleIndices
-from tracer.errors import CallOrderError
-from tracer.gradients.preconditioning import KRONECKER
 from tracer.scoring.readiness import check_finalized
 from tracer.store import Store
 from tracer.types import Batch, Checkpoint
@@ -167,38 +163,6 @@ class Tracer:
         with self._all_ranks():
             self._start(begin_featurizing(self._factory, self.store, self._sources, checkpoint, model_id, rate))
 
-    def fit_curvature(
-        self, train: Any, batch_size: int = 64, collate_fn: Callable[[list], Batch] | None = None
-    ) -> None:
-        """Compute the curvature of the loaded checkpoint, which `featurize` whitens gradients with.
-
-        Only for ``preconditioner="kfac"`` and ``"ekfac"``, between `load_checkpoint` and `featurize`. The curvature is
-        the Fisher information of labels drawn from the model's predictions for ``curvature_examples`` of the training
-        examples, Kronecker-factored by parameter. It is stored; called again, this resumes or does nothing. Processes
-        share the work.
-
-        Args:
-            train: All training examples: a map-style data set, a tuple of tensors, or a `DataLoader`, list or other
-                iterable that yields the same batches or examples each time.
-            batch_size: The batch size, for data sets and tensors. Default: 64.
-            collate_fn: Makes a batch of a data set's examples.
-
-        Raises:
-            CallOrderError: If no checkpoint is loaded, or gradients are not whitened.
-            InputError: If ``train`` has another number of examples than ``train_set_size``.
-            NonFiniteError: If a gradient is NaN or infinite.
-        """
-        session = in_role(self._session, FEATURIZE)
-        if self._factory.settings.preconditioner not in KRONECKER:
-            raise CallOrderError("fit_curvature is for preconditioner='kfac' and 'ekfac'; this Tracer has neither.")
-        in_order = bool(self._factory.settings.check_rows)
-        form = self._factory.form_of(None)
-        source = as_training_source(train, self.train_set_size, batch_size, collate_fn, in_order, form)
-        fit = CurvatureFit(self._factory, self.store, session.loaded, int(session.table.path.name), self.process)
-        session.flush()
-        fit.run(source)
-        session.reopen()
-
     def featurize(
         self, batch: Batch, inds: ExampleIndices | None = None, num_samples: int | None = None, ids: Any = None
     ) -> None:
@@ -305,6 +269,8 @@ class Tracer:
     set_ids = _asks(StoreReader.set_ids, flush)
     grow = _asks(StoreReader.grow, close)
     replace = _asks(StoreReader.replace, close)
+    fit_curvature = curvature.fit_curvature
+    fit_kernel = hidden_curvature.fit_kernel
     score_exactly = exact_scores.score_exactly
     query = query.query
 

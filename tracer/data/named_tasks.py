@@ -42,6 +42,8 @@ class Classification(Task):
             logarithm.
     """
 
+    hidden_labels = "others"
+
     def __init__(self, name: str = "image_classification", from_probabilities: bool = False) -> None:
         self.name, self.from_probabilities = name, from_probabilities
 
@@ -66,6 +68,17 @@ class Classification(Task):
         logits, labels = self._logits(model, batch)
         drawn = draws.classes(logits, torch.zeros_like(labels))
         return loss_outputs(F.cross_entropy(logits, drawn, reduction="none"))
+
+    def hidden_outputs(self, model: nn.Module, batch: Batch, draws: LabelDraws) -> SampleOutputs:
+        """Return cross-entropies of drawn classes other than the labels; see `Task.hidden_outputs`."""
+        logits, labels = self._logits(model, batch)
+        drawn, probability = draws.others(logits, labels)
+        return loss_outputs(F.cross_entropy(logits, drawn, reduction="none") * probability.sqrt())
+
+    def num_hidden(self, model: nn.Module, batch: Batch) -> int:
+        """Return the number of other classes, 0 for two classes, whose margin shows everything."""
+        classes = self._logits(model, batch)[0].shape[1]
+        return classes - 1 if classes > 2 else 0
 
     def _logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits ``[B, C]`` and the labels."""
@@ -138,7 +151,7 @@ class Regression(Task):
     several, ``f = L``.
     """
 
-    name = "regression"
+    name, hidden_labels = "regression", "all"
 
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
         """Return predictions and squared errors; see `Task.outputs`."""
@@ -157,14 +170,23 @@ class Regression(Task):
 
     def sampled_outputs(self, model: nn.Module, batch: Batch, draws: LabelDraws) -> SampleOutputs:
         """Return squared errors of normally distributed targets; see `Task.sampled_outputs`."""
-        args, kwargs, _ = split_labels(model, batch, self.name)
-        predicted = upcast_half(logits_of(model(*args, **kwargs)))
-        predicted = predicted.reshape(predicted.shape[0], -1)
+        predicted = self._predicted(model, batch)
         count = predicted.shape[1]
         noise = draws.normal(torch.arange(count, device=predicted.device).expand(predicted.shape))
         # With a variance of count / 2 the second moment of gradients is that of the mean's Gauss-Newton matrix.
         drawn = predicted.detach() + noise.to(predicted.dtype) * math.sqrt(count / 2)
         return loss_outputs((predicted - drawn).square().mean(1))
+
+    def num_hidden(self, model: nn.Module, batch: Batch) -> int:
+        """Return the number of outputs, 0 for one, which is f."""
+        count = self._predicted(model, batch).shape[1]
+        return count if count > 1 else 0
+
+    def _predicted(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the predictions, ``[B, m]``."""
+        args, kwargs, _ = split_labels(model, batch, self.name)
+        predicted = upcast_half(logits_of(model(*args, **kwargs)))
+        return predicted.reshape(predicted.shape[0], -1)
 
 
 _TASKS: dict[str, Callable[[], Task]] = {

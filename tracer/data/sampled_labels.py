@@ -52,9 +52,36 @@ class LabelDraws:
         below = cumulative < self.uniform(positions).to(cumulative.dtype).unsqueeze(-1)
         return below.sum(-1).clamp(max=logits.shape[-1] - 1)  # rounding may leave the last sum below 1
 
+    def others(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return for logits ``[B, C]`` a class drawn from those other than the label, and its weight, ``[B]`` each."""
+        rest = logits.masked_fill(_is_label(logits, labels), -torch.inf)
+        return self.classes(rest, torch.zeros_like(labels)), torch.ones_like(logits[:, 0])
+
     def normal(self, positions: Tensor) -> Tensor:
         """Return standard normal numbers, float64, for positions ``[B, ...]`` of examples."""
         return torch.special.ndtri(self.uniform(positions))
+
+
+class ListedLabels(LabelDraws):
+    """Takes one label after another in place of draws, so that sums over all of them are expectations over draws.
+
+    Args:
+        numbers: ``[B]``, int64, the label of each example by its number, from 0 on.
+    """
+
+    def others(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the numbered class after the label ``[B]``, and its probability among the others, ``[B]``."""
+        chosen = (labels + 1 + self._keys) % logits.shape[1]
+        rest = logits.detach().masked_fill(_is_label(logits, labels), -torch.inf).softmax(1)
+        return chosen, rest.gather(1, chosen.unsqueeze(1)).squeeze(1)
+
+    def normal(self, positions: Tensor) -> Tensor:
+        """Return the numbered unit vector for positions ``[B, m]``: their second moments add up to the identity."""
+        return (positions == self._keys.unsqueeze(1)).double()
+
+
+def _is_label(logits: Tensor, labels: Tensor) -> Tensor:
+    return labels.unsqueeze(1) == torch.arange(logits.shape[1], device=logits.device)
 
 
 def _signed(value: int) -> int:
@@ -71,15 +98,24 @@ class SampledTask(Task):
 
     Args:
         task: The task.
+        draws: Makes draws of the keys.
     """
 
-    def __init__(self, task: Task) -> None:
-        self.task, self.name = task, task.name
+    def __init__(self, task: Task, draws: type[LabelDraws] = LabelDraws) -> None:
+        self.task, self.name, self.draws = task, task.name, draws
 
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
         """Return losses of drawn labels; see `Task.sampled_outputs`."""
-        return self.task.sampled_outputs(model, batch[0], LabelDraws(batch[1]))
+        return self.task.sampled_outputs(model, batch[0], self.draws(batch[1]))
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of the wrapped task."""
         return self.task.settings()
+
+
+class HiddenTask(SampledTask):
+    """Another task with labels drawn for the curvature that its f does not show; see `Task.hidden_outputs`."""
+
+    def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
+        """Return losses of drawn labels; see `Task.hidden_outputs`."""
+        return self.task.hidden_outputs(model, batch[0], self.draws(batch[1]))

@@ -35,6 +35,12 @@ class Task(ABC):
 
     name: str = "custom"
 
+    hidden_labels: str | None = None
+    """Whose curvature f does not show, see `hidden_outputs`: that of all labels, or of the others than the given one.
+
+    ``"all"``, ``"others"``, or None if f shows all of it, or nothing else is known.
+    """
+
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
         """Run the model on a batch of ``B`` examples.
@@ -65,6 +71,26 @@ class Task(ABC):
         outputs = self.outputs(model, batch)
         hess, grad = outputs.loss_hess, outputs.loss_grad
         return loss_outputs(outputs.output * torch.where(hess != 0, hess.abs().sqrt(), grad))
+
+    def hidden_outputs(self, model: nn.Module, batch: Batch, draws: LabelDraws) -> SampleOutputs:
+        """Run the model, and return losses of labels that are drawn for the curvature that f does not show.
+
+        The Gauss-Newton matrix of the loss is ``w |Q| ∇f ∇fᵀ + |Q| E[∇L ∇Lᵀ]`` if `hidden_labels` is ``"others"``,
+        with L the loss of a label drawn from those other than the given one; and ``E[∇L ∇Lᵀ]`` if it is ``"all"``.
+
+        Args:
+            model: The model in eval mode, with the weights of a checkpoint.
+            batch: The batch, on the model's device.
+            draws: Draws labels, or lists them.
+
+        Returns:
+            Outputs with ``f = L``, differentiable; those of listed labels times the root of their probability.
+        """
+        return self.sampled_outputs(model, batch, draws)
+
+    def num_hidden(self, model: nn.Module, batch: Batch) -> int | None:
+        """Return how many labels an example's `hidden_outputs` list; None if they cannot be listed, 0 for none."""
+        return 0 if self.hidden_labels is None else None
 
     def settings(self) -> dict[str, Any]:
         """Return everything that the numbers depend on, as plain JSON values: the store records and compares it."""

@@ -94,6 +94,8 @@ class TokenTask(Task):
         reduction: ``"mean"`` or ``"sum"`` over the labelled tokens of an example.
     """
 
+    hidden_labels = "all"
+
     def __init__(self, name: str, reduction: str = "mean") -> None:
         check_choice("reduction", reduction, ("mean", "sum"))
         self.name, self.reduction = name, reduction
@@ -272,7 +274,7 @@ class QuestionAnswering(Task):
     among the classes, so pad all batches to one length.
     """
 
-    name = "question_answering"
+    name, hidden_labels = "question_answering", "all"
 
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
         """Return losses of examples; see `Task.outputs`."""

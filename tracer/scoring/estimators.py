@@ -107,6 +107,11 @@ class Estimate:
         return self.estimator == "source"
 
     @property
+    def sees_all_outputs(self) -> bool:
+        """Whether the kernel is the Gauss-Newton matrix in all outputs of the model; see `Tracer.fit_kernel`."""
+        return self.kernel == "loss_hess" and not self.is_unrolled
+
+    @property
     def is_relative(self) -> bool:
         """Whether scores are divided by the size of the training example's own effect."""
         return self.estimator.startswith("relatif")

@@ -27,6 +27,9 @@ MIN_MEAN_DIVISOR = 0.2
 
 _MIN_DIVISOR = 1e-4
 
+OPTIMUM_COSINE = 0.97
+"""From which cosine on the summed loss gradient is taken for a multiple of the weights."""
+
 LAMBDAS = torch.logspace(-6, 4, 101, dtype=torch.float64)
 """The candidates for λ, in units of the mean of ``w ‖φ‖²``."""
 
@@ -154,11 +157,35 @@ class Regularization:
 
     Attributes:
         value: λ, in the kernel's units, those of ``Σ w ‖φ‖²``.
-        rule: ``"given"``, ``"held-out"`` or ``"trace"``; see `choose_regularization`.
+        rule: ``"given"``, ``"optimum"`` (see `optimum_regularization`), or ``"held-out"`` or ``"trace"`` (see
+            `choose_regularization`).
     """
 
     value: float
     rule: str
+
+
+def optimum_regularization(
+    gradient_sum: Float64[Tensor, " k"], weights: Float64[Tensor, " k"]
+) -> Regularization | None:
+    """Return λ of a model at the optimum of ``Σ L + λ/2 ‖θ‖²``, or None if it is not at one.
+
+    There the gradient of the losses is ``−λθ``. Parts of θ that are not penalized, such as biases, have no gradient:
+    ``λ = ‖g‖² / −⟨g, θ⟩`` holds with them too. Models that are trained on a share of the examples have that λ for the
+    mean of their losses, so the same λ for the whole kernel.
+
+    Args:
+        gradient_sum: ``g = Φᵀ Q``, the features of the gradient of the summed loss.
+        weights: θ in the space of features.
+
+    >>> theta = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    >>> optimum_regularization(-0.5 * theta, theta).value
+    0.5
+    """
+    product, squared_norm = -float(gradient_sum @ weights), float(gradient_sum.square().sum())
+    if product <= 0 or product < OPTIMUM_COSINE * math.sqrt(squared_norm) * float(weights.norm()):
+        return None
+    return Regularization(squared_norm / product, "optimum")
 
 
 def choose_regularization(

@@ -227,7 +227,7 @@ class Scorer:
         """Return how f of each training example would change without the example at each checkpoint, ``[N]`` each."""
         # The Newton step from one example's removal: φᵀ (K - wφφᵀ + λI)⁻¹ φ Q, with h = φᵀ (K + λI)⁻¹ φ.
         estimate, revisions = Estimate("influence"), finalized_revisions(self.store, model_ids)
-        chosen, kernels = revisions.model_ids, self._kernels(estimate, revisions)
+        chosen, kernels = revisions.model_ids, self._kernels(estimate, revisions, warns=False)
         found = kernels.regularization(chosen, estimate).value
         tables = revisions.checkpoints
         weights, changes = kernel_weights(tables, self.num_rows), []
@@ -240,7 +240,7 @@ class Scorer:
     def regularization(self, model_ids: list[int] | None, estimate: Estimate) -> Regularization:
         """Return the regularization of an estimator with a kernel; see `tracer.Tracer.regularization`."""
         revisions = finalized_revisions(self.store, model_ids)
-        found = self._kernels(estimate, revisions).regularization(revisions.model_ids, estimate)
+        found = self._kernels(estimate, revisions, warns=False).regularization(revisions.model_ids, estimate)
         revisions.check()
         return found
 
@@ -283,9 +283,9 @@ class Scorer:
         if segments:
             described["segments"] = [segment.time for segment in segments]
         elif estimate.kernel:
-            found = kernels.regularization(model_ids, estimate)
-            described |= {"regularization": found.value, "rule": found.rule}
-            solves = [partial(kernels.solve, each, estimate.kernel, model_ids, found.value) for each in model_ids]
+            found, weighting = kernels.regularization(model_ids, estimate), kernels.weighting(model_ids, estimate)
+            described |= {"regularization": found.value, "rule": found.rule, "kernel": weighting}
+            solves = [partial(kernels.solve, each, weighting, model_ids, found.value) for each in model_ids]
         if groups is not None:
             described["groups"] = _digest(groups)
         common: Any = (estimate, groups, self.device, self.memory_bytes // (4 * len(model_ids)))
@@ -311,7 +311,7 @@ class Scorer:
             for model_id, time in zip(model_ids, times, strict=True)
         ]
 
-    def _kernels(self, estimate: Estimate, revisions: Revisions) -> Kernels:
+    def _kernels(self, estimate: Estimate, revisions: Revisions, warns: bool = True) -> Kernels:
         """Return the kernels of this store, which must have features."""
         what = f"estimator={estimate.estimator!r}"
         self.store.manifest.feature_storage.require_features(what)
@@ -322,6 +322,8 @@ class Scorer:
             known = Kernels(self.store, self.device, self.process, self.progress, self.memory_bytes // 2)
             self._known_kernels = known
         known.revisions = revisions
+        if warns:
+            known.warn_of_missing(revisions.model_ids, estimate)
         return known
 
     def _weights(self, model_ids: list[int], estimate: Estimate) -> list[float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,9 +74,10 @@ def load_curvature(store: Store, model_id: int, inputs: Mapping[str, Any]) -> St
         return None
 
 
-def remove_curvatures(store: Store, model_id: int, except_for: Mapping[str, Any]) -> None:
-    """Remove whatever was stored of a checkpoint, such as parts of a curvature, apart from that of some inputs."""
-    parent, kept = store.catalog.curvature_path(model_id), result_key(json_value(dict(except_for), "inputs"))
+def remove_curvatures(store: Store, model_id: int, except_for: Sequence[Mapping[str, Any]]) -> None:
+    """Remove whatever was stored of a checkpoint, such as parts of a curvature, apart from those of some inputs."""
+    parent = store.catalog.curvature_path(model_id)
+    kept = {result_key(json_value(dict(inputs), "inputs")) for inputs in except_for}
     for key in child_nodes(parent):
-        if key != kept:
+        if key not in kept:
             remove_result(parent / key)

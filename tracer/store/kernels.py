@@ -3,6 +3,7 @@
     kernels/<model_id>/<weighting>/<key>/     group; its attributes are ``inputs``, sums, and checksums of the arrays
       matrix       [k, k]  float64            ``Φᵀ diag(w) Φ``
       residual_sum [1, k]  float64            ``Φᵀ (w · output_change − Q)``
+      gradient_sum [1, k]  float64            ``Φᵀ Q``
     kernels/<model_id>/regularization/<key>/  without arrays: the λ chosen for kernels weighted with ``loss_hess``
 
 A kernel exists as soon as its group's document does, which is written last and removed first. A kernel that is damaged
@@ -39,7 +40,7 @@ def load_kernel(parent: StorePath, inputs: Mapping[str, Any]) -> tuple[dict[str,
     path = parent / result_key(json_value(dict(inputs), "inputs"))
     try:
         known, arrays = load_group(path)
-        names = {"value", "held_out"} if parent.name == "regularization" else {"trace"}
+        names = {"value", "rule"} if parent.name == "regularization" else {"trace"}
         if set(known["sums"]) != names or known["inputs"] != json_value(dict(inputs), "inputs"):
             raise StoreError(f"{path} is damaged: expected the sums {sorted(names)}")
         return known["sums"], arrays

@@ -142,5 +142,7 @@ def weights_fingerprint(state: Mapping[str, Tensor], dtype: torch.dtype | None =
         value = state[name].detach().resolve_conj().resolve_neg()
         value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
         digest.update(f"{len(name)} {name} {value.dtype} {tuple(value.shape)};".encode())
-        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        # A dimension of one element may have any stride, also if a tensor counts as contiguous; a view as bytes not.
+        flat = value.cpu().contiguous().as_strided((value.numel(),), (1,))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
