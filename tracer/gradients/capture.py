@@ -45,37 +45,44 @@ class _Recorder:
         """Return the forward hook of a layer."""
 
         def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
-            if not torch.is_grad_enabled():
-                return None
-            if not isinstance(output, Tensor) or torch.func.debug_unwrap(output, recurse=False) is not output:
-                raise CaptureFailed(layer.name, "its output is not a plain tensor")
-            if not output.requires_grad:
-                return None
-            if torch.is_autocast_enabled(output.device.type):
-                self.autocast.add(torch.get_autocast_dtype(output.device.type))
-            inputs = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            if any(value.is_nested or value.layout != torch.strided for value in (output, *inputs)):
-                raise CaptureFailed(layer.name, "it was called with nested or sparse tensors")
-            if not inputs:
-                raise CaptureFailed(layer.name, "it was called without tensors")
-            return self._record(layer, inputs, output)
+            with torch._C.DisableTorchFunction():  # or `RawParameters` would see each look at a tensor
+                inputs = self._checked(layer, args, kwargs, output)
+                if inputs is None:
+                    return None
+                axis = self._axis(layer.name, output)
+                versions = tuple(value._version for value in inputs)
+                if axis is not SampleAxis.NONE:
+                    rows = output.shape[0] if axis is SampleAxis.FIRST else self.batch_size
+                    self.calls.append(Call(layer, inputs, versions, get_gradient_edge(output), axis, rows))
+                    return None
+            # Give each sample its own copy, so that the gradient of the copy is the sample's.
+            leading_one = output.ndim > 0 and output.shape[0] == 1
+            expanded = _expand_input(output, leading_one, self.batch_size)
+            inputs = tuple(_expand_input(value, leading_one, self.batch_size) for value in inputs)
+            self.calls.append(Call(layer, inputs, versions, get_gradient_edge(expanded), axis, self.batch_size))
+            self.expanded = True
+            return expanded
 
         return record
 
-    def _record(self, layer: CapturedLayer, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        axis = self._axis(layer.name, output)
-        versions = tuple(value._version for value in inputs)
-        if axis is not SampleAxis.NONE:
-            rows = output.shape[0] if axis is SampleAxis.FIRST else self.batch_size
-            self.calls.append(Call(layer, inputs, versions, get_gradient_edge(output), axis, rows))
+    def _checked(
+        self, layer: CapturedLayer, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> tuple[Tensor, ...] | None:
+        """Return the tensors that a layer was called with, or None if its output has no gradient."""
+        if not torch.is_grad_enabled():
             return None
-        # Give each sample its own copy, so that the gradient of the copy is the sample's.
-        leading_one = output.ndim > 0 and output.shape[0] == 1
-        expanded = _expand_input(output, leading_one, self.batch_size)
-        inputs = tuple(_expand_input(value, leading_one, self.batch_size) for value in inputs)
-        self.calls.append(Call(layer, inputs, versions, get_gradient_edge(expanded), axis, self.batch_size))
-        self.expanded = True
-        return expanded
+        if not isinstance(output, Tensor) or torch.func.debug_unwrap(output, recurse=False) is not output:
+            raise CaptureFailed(layer.name, "its output is not a plain tensor")
+        if not output.requires_grad:
+            return None
+        if torch.is_autocast_enabled(output.device.type):
+            self.autocast.add(torch.get_autocast_dtype(output.device.type))
+        inputs = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        if any(value.is_nested or value.layout != torch.strided for value in (output, *inputs)):
+            raise CaptureFailed(layer.name, "it was called with nested or sparse tensors")
+        if not inputs:
+            raise CaptureFailed(layer.name, "it was called without tensors")
+        return inputs
 
     def _axis(self, name: str, output: Tensor) -> SampleAxis:
         """Return the axis that was found for a layer, or the likeliest one for its output's shape."""

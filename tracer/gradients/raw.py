@@ -1,8 +1,7 @@
 """Parameters that a forward uses without a layer of their own: tables, gates, scales, functions of parameters.
 
-While the forward runs, every call of a torch function is seen. A tensor that comes from such parameters alone, by any
-functions, is *shared*: one for all samples. Where it meets a tensor that comes from the batch, its gradient is divided
-among samples in one of these ways:
+While the forward runs, every call of a torch function is seen. A tensor that comes from such parameters alone is
+*shared*: one for all samples. Where it meets the batch, its gradient is divided among samples in one of these ways:
 
 - broadcasting (sums, products, masks of attention): the shared tensor is replaced by an equal one with a copy, without
   memory of its own, for each sample; autograd's gradient of the copies is that of the samples;
@@ -86,13 +85,24 @@ class RawParameters(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        # This runs for each function of the model, so it is written for speed.
         kwargs = kwargs or {}
-        shared, from_batch = [], False
-        for value in _tensors(args, kwargs):
-            if (found := self._shared.get(id(value))) is not None:
-                shared.append(found)
-            elif value.__dict__.get("_tracer_pass") is self._pass:
-                from_batch = True
+        if getattr(func, "__name__", "") == "__get__":
+            result = func(*args, **kwargs)
+            if not isinstance(result, Tensor):
+                return result
+        shared: list[Shared] = []
+        from_batch = False
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(value, Tensor):
+                if (found := self._shared.get(id(value))) is not None:
+                    shared.append(found)
+                elif value.__dict__.get("_tracer_pass") is self._pass:
+                    from_batch = True
+            elif type(value) is tuple or type(value) is list:
+                for each in _tensors(value, {}):
+                    shared += [self._shared[id(each)]] if id(each) in self._shared else []
+                    from_batch |= each.__dict__.get("_tracer_pass") is self._pass
         if not shared or not torch.is_grad_enabled():
             result = func(*args, **kwargs)
             if from_batch:
@@ -104,8 +114,7 @@ class RawParameters(TorchFunctionMode):
 
     def blame(self, error: Exception) -> None:
         """Raise `RawFailed` for an error of the model that copies of parameters may have caused."""
-        names = frozenset[str]().union(*(use.names for use in self.uses))
-        if names:
+        if names := frozenset[str]().union(*(use.names for use in self.uses)):
             raise RawFailed(
                 dict.fromkeys(names, f"the model cannot run with a copy for each sample ({error})")
             ) from error
@@ -137,7 +146,9 @@ class RawParameters(TorchFunctionMode):
             return None
         if before.ndim != result.ndim and (1,) * (result.ndim - 1 - before.ndim) + before.shape != result.shape[1:]:
             return None
-        return self._mark_one(self._copied(shared, result.shape, 0, "expand"))
+        copies = self._copied(shared, result.shape, 0, "expand")
+        self._mark([copies])
+        return copies
 
     def _meet(
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], shared: Sequence[Shared]
@@ -147,9 +158,9 @@ class RawParameters(TorchFunctionMode):
         number = len(self.uses)
         try:
             result = self._divided(func, name, args, kwargs, shared)
+        except torch.OutOfMemoryError:
+            raise
         except (_Unknown, RuntimeError, ValueError, TypeError, IndexError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
             del self.uses[number:]
             result = func(*args, **kwargs)
             if any(value.requires_grad for value in _tensors((result,), {})):
@@ -189,12 +200,11 @@ class RawParameters(TorchFunctionMode):
                 return (*torch.broadcast_shapes(first.shape[:-2], second.shape[:-2]), -1, -1)
         if name == "scaled_dot_product_attention":
             return (*torch.broadcast_shapes(*(each.shape[:-2] for each in _tensors(args, kwargs))), -1, -1)
-        if name in ("cat", "concat", "concatenate", "stack"):
+        if name in ("cat", "concat", "concatenate"):
             ndim = max(each.ndim for each in _tensors(args, kwargs))
-            sizes = [max(each.shape[dim] for each in _tensors(args, kwargs)) for dim in range(1)]
             dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-            if name != "stack" and dim % ndim != 0:
-                return (*sizes, *(-1 for _ in range(ndim - 1)))
+            if dim % ndim != 0:
+                return (max(each.shape[0] for each in _tensors(args, kwargs)), *[-1] * (ndim - 1))
         raise _Unknown
 
     def _axis(self, shape: Sequence[int], values: Sequence[Tensor]) -> int:
@@ -343,7 +353,10 @@ class RawParameters(TorchFunctionMode):
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
     ) -> None:
         """Mark what a function of the batch returns or changes."""
-        self._mark(_tensors((result, kwargs.get("out")), {}))
+        if isinstance(result, Tensor) and "out" not in kwargs:
+            result.__dict__["_tracer_pass"] = self._pass
+        else:
+            self._mark(_tensors((result, kwargs.get("out")), {}))
         name = getattr(func, "__name__", "")
         inplace = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name[2:3] == "i"
         if inplace and args and isinstance(args[0], Tensor) and not name.startswith("__init"):
@@ -352,10 +365,6 @@ class RawParameters(TorchFunctionMode):
     def _mark(self, values: Any) -> None:
         for value in values:
             value.__dict__["_tracer_pass"] = self._pass
-
-    def _mark_one(self, value: Tensor) -> Tensor:
-        self._mark([value])
-        return value
 
 
 def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
