@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,8 @@ class Call:
 
     Attributes:
         layer: The layer.
-        inputs: Its tensor arguments, which the rule reads.
+        inputs: Its tensor arguments, which the rule reads; None: the node of the edge has saved them.
+        ndim: The number of dimensions of the first.
         versions: Their versions at the time of the call.
         edge: Where the gradient of its output arrives.
         axis: The dimension of samples.
@@ -63,7 +64,8 @@ class Call:
     """
 
     layer: CapturedLayer
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...] | None
+    ndim: int
     versions: tuple[int, ...]
     edge: GradientEdge
     axis: SampleAxis
@@ -95,7 +97,7 @@ class CallPattern(NamedTuple):
 
 def patterns(calls: Sequence[Call], uses: Sequence[Use], batch_size: int) -> frozenset[CallPattern]:
     """Return the patterns of calls of layers and of uses of other parameters."""
-    counts = Counter((call.layer.name, call.axis, call.rows // batch_size, call.inputs[0].ndim) for call in calls)
+    counts = Counter((call.layer.name, call.axis, call.rows // batch_size, call.ndim) for call in calls)
     axes = SampleAxis.FIRST, SampleAxis.SECOND
     counts.update((use.label, axes[use.axis], use.fold, 0) for use in uses)
     return frozenset(CallPattern(*key, repeated=count > 1) for key, count in counts.items())
@@ -104,12 +106,14 @@ def patterns(calls: Sequence[Call], uses: Sequence[Use], batch_size: int) -> fro
 def apply_rule(call: Call, grad: Tensor) -> dict[str, PerSampleGradient]:
     """Run a layer's rule and check the shapes of its gradients."""
     layer = call.layer
-    if any(value._version != version for value, version in zip(call.inputs, call.versions, strict=True)):
+    saved: Any = call.edge.node
+    inputs = saved.saved_tensors if call.inputs is None else call.inputs
+    if any(value._version != version for value, version in zip(inputs, call.versions, strict=False)):
         raise CaptureFailed(layer.name, "its input was changed in place after the call")
     wanted = frozenset(layer.parameters)
     with torch.no_grad():
         try:
-            inputs, grad = tuple(value.detach() for value in call.inputs), grad.detach()
+            inputs, grad = tuple(value.detach() for value in inputs), grad.detach()
             if call.axis is SampleAxis.SECOND:
                 grad = grad.transpose(0, 1)
                 inputs = tuple(value.transpose(0, 1) if value.ndim > 1 else value for value in inputs)

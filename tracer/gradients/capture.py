@@ -10,16 +10,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
+from torch.utils.checkpoint import CheckpointError
 
 from tracer.data.tasks import Task
 from tracer.errors import BatchError, RankError
 from tracer.gradients.attention import CapturedAttention, CaptureFailed, standing_in
 from tracer.gradients.calls import Call, CapturedLayer, SampleAxis, apply_rule, patterns
+from tracer.gradients.checkpointing import CheckpointedForward, CheckpointFailed, SavedInputs, leave_out
 from tracer.gradients.combined import add_gradients
 from tracer.gradients.experts import CapturedExperts
 from tracer.gradients.per_sample import PerSampleGradient
@@ -38,7 +41,7 @@ class _Recorder:
         self.batch_size = batch_size
         self.axes = axes
         self.calls: list[Call] = []
-        self.expanded = False
+        self.expanded = self.saving = self.finished = False
         self.autocast: set[torch.dtype] = set()
 
     def hook(self, layer: CapturedLayer) -> Callable[..., Tensor | None]:
@@ -50,20 +53,33 @@ class _Recorder:
                 if inputs is None:
                     return None
                 axis = self._axis(layer.name, output)
-                versions = tuple(value._version for value in inputs)
                 if axis is not SampleAxis.NONE:
                     rows = output.shape[0] if axis is SampleAxis.FIRST else self.batch_size
-                    self.calls.append(Call(layer, inputs, versions, get_gradient_edge(output), axis, rows))
-                    return None
+                    return self._record(layer, inputs, output, axis, rows)
             # Give each sample its own copy, so that the gradient of the copy is the sample's.
             leading_one = output.ndim > 0 and output.shape[0] == 1
             expanded = _expand_input(output, leading_one, self.batch_size)
             inputs = tuple(_expand_input(value, leading_one, self.batch_size) for value in inputs)
-            self.calls.append(Call(layer, inputs, versions, get_gradient_edge(expanded), axis, self.batch_size))
             self.expanded = True
-            return expanded
+            saved = self._record(layer, inputs, expanded, axis, self.batch_size)
+            return expanded if saved is None else saved
 
         return record
+
+    def _record(
+        self, layer: CapturedLayer, inputs: tuple[Tensor, ...], output: Tensor, axis: SampleAxis, rows: int
+    ) -> Tensor | None:
+        """Record a call; return the output that takes the place of this one, if it saves the inputs in a region."""
+        if not CheckpointedForward.running:
+            versions = tuple(value._version for value in inputs)
+            if not self.finished:
+                self.calls.append(Call(layer, inputs, inputs[0].ndim, versions, get_gradient_edge(output), axis, rows))
+            return None
+        saving = SavedInputs.apply(output, *inputs)
+        if not self.finished:
+            self.saving = True
+            self.calls.append(Call(layer, None, inputs[0].ndim, (), get_gradient_edge(saving), axis, rows))
+        return saving
 
     def _checked(
         self, layer: CapturedLayer, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
@@ -113,6 +129,7 @@ class CapturedPass:
         stand_ins: The modules of attention or experts whose products are among them.
         axes: The axis of samples by layer name, if it is not the one that the output's shape suggests.
         raw: The names of parameters that are captured wherever the forward uses them.
+        checkpoints: Whether layers whose gradient checkpointing is on run so. Default: True.
 
     Attributes:
         outputs: f, L, Q, w of each sample, detached.
@@ -123,6 +140,7 @@ class CapturedPass:
     Raises:
         CaptureFailed: If a layer was used in a way that its rule cannot describe.
         RawFailed: If other parameters were used in a way that no rule describes.
+        CheckpointFailed: If the model cannot run with regions that save the inputs of layers.
     """
 
     def __init__(
@@ -135,20 +153,24 @@ class CapturedPass:
         stand_ins: Sequence[CapturedAttention | CapturedExperts],
         axes: Mapping[str, SampleAxis],
         raw: Collection[str] = (),
+        checkpoints: bool = True,
     ) -> None:
         recorder = _Recorder(batch_size, axes)
         parameters = {name: value for name, value in model.named_parameters() if name in raw}
         seen = RawParameters(parameters, batch, batch_size)
-        hooks = [
-            layer.module.register_forward_hook(recorder.hook(layer), prepend=True, with_kwargs=True) for layer in layers
-        ]
-        try:
-            with standing_in(stand_ins), seen.watching():
+        leave_out(model, list(parameters.values()), not checkpoints)
+        with ExitStack() as stack:
+            for layer in layers:
+                hook = layer.module.register_forward_hook(recorder.hook(layer), prepend=True, with_kwargs=True)
+                stack.callback(hook.remove)
+            stack.enter_context(standing_in(stand_ins))
+            with seen.watching():
                 outputs = _checked_forward(task, model, batch, batch_size, recorder, seen)
-        finally:
-            for hook in hooks:
-                hook.remove()
+            recorder.finished = True
+            # Regions run again in the backward, where they must save what they saved here.
+            self._running_again = stack.pop_all() if recorder.saving else ExitStack()
         if seen.failed:
+            self.close()
             raise RawFailed(seen.failed)
         self._calls: list[Call | Use] = [*recorder.calls, *seen.uses]
         self._batch_size, self._pullback = batch_size, Pullback(parameters)
@@ -158,6 +180,10 @@ class CapturedPass:
         self.autocast = recorder.autocast
         self.layers: dict[str, list[str]] = {}
 
+    def close(self) -> None:
+        """Remove hooks."""
+        self._running_again.close()
+
     def backward(self, receive: Receiver) -> None:
         """Pass the gradient of each captured parameter that f depends on to ``receive``, as soon as it is complete.
 
@@ -166,12 +192,19 @@ class CapturedPass:
 
         Raises:
             CaptureFailed: If a layer was used in a way that its rule cannot describe.
+            CheckpointFailed: If a region does not run again as it ran.
         """
         output, calls = self._output, self._calls
         self._output, self._calls = None, []
         assert output is not None, "a pass has one backward"
-        if not calls or not output.requires_grad:
-            return
+        with self._running_again:
+            try:
+                if calls and output.requires_grad:
+                    self._run_backward(output, calls, receive)
+            except CheckpointError as error:
+                raise CheckpointFailed(str(error).partition("\n")[0]) from error
+
+    def _run_backward(self, output: Tensor, calls: list[Call | Use], receive: Receiver) -> None:
         total = output.sum()
         del output
         calls_of: dict[Node, list[Call | Use]] = {}
@@ -306,6 +339,8 @@ def _checked_forward(
     except Exception as error:
         if isinstance(error, CaptureFailed):
             raise
+        if recorder.saving:
+            raise CheckpointFailed(str(error)) from error
         shared = next((call.layer.name for call in recorder.calls if call.axis is SampleAxis.NONE), None)
         if shared is None:
             seen.blame(error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from tracer.gradients.attention import CaptureFailed
 from tracer.gradients.audit import Auditor, Finding, FirstOfTwo, Sink, WatchedSink
 from tracer.gradients.backend import Backend, PlainBackend
 from tracer.gradients.capture import CapturedPass
+from tracer.gradients.checkpointing import CheckpointFailed
 from tracer.gradients.coupling import STATEFUL, coupling_error
 from tracer.gradients.fallback import Fallback, has_batch_norm
 from tracer.gradients.isolation import seed_generators
@@ -95,6 +96,7 @@ class GradientEngine:
         self.names, self.backend = tuple(names), backend or PlainBackend(model)
         self.device = dict(model.named_parameters())[self.names[0]].device if device is None else device
         self.audited: int | None = None
+        self._checkpoints = True
         self.stateless_task = StatelessTask(task, model)
         self._assignment = Assignment(model, self.names, method, self.backend)
         autocast = task.dtype if isinstance(task, LowerPrecision) else None
@@ -211,14 +213,16 @@ class GradientEngine:
                     assignment.stand_ins,
                     assignment.axes,
                     assignment.raw,
+                    self._checkpoints,
                 )
-                self._fallback.looped |= self.stateless_task.converts_weights
-                verifier.check_autocast(captured.autocast)
-                verifier.check_outputs(captured.outputs, batch_size)
-                signature = captured.patterns, batch_size == 1
-                due = verifier.is_due(signature, only_new=self._for_sums) or suspect is not None
-                sums = verifier.sums(batch_size, suspect) if due else None
-                self._backward(captured, batch_size, sink, sums)
+                with closing(captured):
+                    self._fallback.looped |= self.stateless_task.converts_weights
+                    verifier.check_autocast(captured.autocast)
+                    verifier.check_outputs(captured.outputs, batch_size)
+                    signature = captured.patterns, batch_size == 1
+                    due = verifier.is_due(signature, only_new=self._for_sums) or suspect is not None
+                    sums = verifier.sums(batch_size, suspect) if due else None
+                    self._backward(captured, batch_size, sink, sums)
                 if sums is not None:
                     wrong = self._wrong(captured, sums, batch, batch_size)
                     if self.backend.any(wrong is not None):
@@ -228,6 +232,10 @@ class GradientEngine:
                         continue
             except CaptureFailed as failure:
                 assignment.give_up(failure.layer, failure.reason, failure.expanded)
+                continue
+            except CheckpointFailed as failure:
+                logger.info("gradient checkpointing is left out while gradients are captured: %s", failure)
+                self._checkpoints = False
                 continue
             except RawFailed as failure:
                 assignment.give_up_raw(failure.reasons)

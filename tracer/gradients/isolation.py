@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tracer.gradients.checkpointing import checkpointed_layers
+
 
 @contextmanager
 def isolated(model: nn.Module, selected: Collection[str], device: torch.device) -> Iterator[None]:
@@ -39,6 +41,7 @@ def isolated(model: nn.Module, selected: Collection[str], device: torch.device) 
                 stack.enter_context(_without_cudnn(module))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in selected)
+        stack.enter_context(checkpointed_layers(model))
         yield
 
 

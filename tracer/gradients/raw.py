@@ -32,7 +32,7 @@ from tracer.gradients.shared import RawFailed, Shared, Use
 from tracer.types import Batch
 
 MASKED_BYTES = 64 << 20
-"""The bytes of gradients of a tensor that holds all samples, one copy for each sample, that are built at most."""
+"""The most bytes of gradients of a tensor that holds all samples, one copy for each."""
 
 _ELEMENTWISE = frozenset(
     "add radd iadd sub rsub isub mul rmul imul multiply div rdiv truediv rtruediv divide true_divide addcmul addcdiv "
@@ -353,10 +353,8 @@ class RawParameters(TorchFunctionMode):
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
     ) -> None:
         """Mark what a function of the batch returns or changes."""
-        if isinstance(result, Tensor) and "out" not in kwargs:
-            result.__dict__["_tracer_pass"] = self._pass
-        else:
-            self._mark(_tensors((result, kwargs.get("out")), {}))
+        single = isinstance(result, Tensor) and "out" not in kwargs
+        self._mark((result,) if single else _tensors((result, kwargs.get("out")), {}))
         name = getattr(func, "__name__", "")
         inplace = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name[2:3] == "i"
         if inplace and args and isinstance(args[0], Tensor) and not name.startswith("__init"):
