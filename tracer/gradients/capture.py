@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
-from torch.utils.checkpoint import CheckpointError
 
 from tracer.data.tasks import Task
 from tracer.errors import BatchError, RankError
@@ -168,6 +167,7 @@ class CapturedPass:
                 outputs = _checked_forward(task, model, batch, batch_size, recorder, seen)
             recorder.finished = True
             # Regions run again in the backward, where they must save what they saved here.
+            self._has_regions = recorder.saving
             self._running_again = stack.pop_all() if recorder.saving else ExitStack()
         if seen.failed:
             self.close()
@@ -193,6 +193,8 @@ class CapturedPass:
         Raises:
             CaptureFailed: If a layer was used in a way that its rule cannot describe.
             CheckpointFailed: If a region does not run again as it ran.
+            OutOfMemoryError: If memory is short.
+            RuntimeError: If torch raises another error, and there are no regions.
         """
         output, calls = self._output, self._calls
         self._output, self._calls = None, []
@@ -201,7 +203,11 @@ class CapturedPass:
             try:
                 if calls and output.requires_grad:
                     self._run_backward(output, calls, receive)
-            except CheckpointError as error:
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                if not self._has_regions:
+                    raise
                 raise CheckpointFailed(str(error).partition("\n")[0]) from error
 
     def _run_backward(self, output: Tensor, calls: list[Call | Use], receive: Receiver) -> None:

@@ -46,6 +46,7 @@ class CheckpointedForward:
             return self._forward(*args, **kwargs)
         # The backward would write to a cache a second time; transformers leaves it out too.
         kwargs |= {key: value for key, value in _WITHOUT_CACHE.items() if kwargs.get(key) is not None}
+        args = tuple(None if _is_cache(value) else value for value in args)
         return checkpoint(partial(self._run, **kwargs), *args, use_reentrant=False)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,6 +100,10 @@ def leave_out(model: nn.Module, parameters: Collection[Tensor], all_layers: bool
         if isinstance(forward := module.__dict__.get("forward"), CheckpointedForward):
             held = any(id(parameter) in wanted for parameter in module.parameters())
             forward.used = not (held or all_layers)
+
+
+def _is_cache(value: object) -> bool:
+    return any(kind.__name__ == "Cache" for kind in type(value).__mro__)
 
 
 def _is_transformed(value: object) -> bool:
