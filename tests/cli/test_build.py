@@ -83,6 +83,7 @@ def test_a_file_holds_the_same_settings(project):
     )
     result = run_tracer("build", "build.toml")
     assert result.exit_code == 0 and "tracer top build.toml -k 5" in result.output
+    assert "\n  tracer ask build.toml 'a prompt'\n" in result.output
     found = build_store(
         "model", "train.jsonl", save_dir=project / "expected", targets="targets.txt", proj_dim=32, max_length=6
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,12 @@ def build(config: str | None, dry_run: bool, **flags: Any) -> None:
     settings = read_settings(config, flags, BUILD_BY_NAME)
     check_required(settings, config, BUILD_BY_NAME)
     settings["save_dir"], flags["save_dir"] = settings["out"], flags["out"]
-    execute(_job(settings), settings, dry_run, lambda: next_steps(config, flags, settings, ()))
+    execute(_job(settings), settings, dry_run, lambda: _next_steps(config, flags, settings))
+
+
+def _next_steps(config: str | None, flags: dict[str, Any], settings: dict[str, Any]) -> str:
+    store = config if config is not None and not flags["out"] else settings["out"]
+    return f"{next_steps(config, flags, settings, ())}\n  tracer ask {shlex.quote(store)} 'a prompt'"
 
 
 def _job(settings: dict[str, Any]) -> LanguageJob:
