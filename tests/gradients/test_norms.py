@@ -1,5 +1,6 @@
 """Exact norms and inner products meet the built gradients in float64, whatever the form."""
 
+import numpy as np
 import pytest
 import torch
 from projection_cases import OnlyDense, all_forms, embedding, normal, oracle_rows, outer
@@ -9,6 +10,7 @@ from tracer.gradients.combined import SumGradient, add_gradients
 from tracer.gradients.layers import conv_weight_gradient
 from tracer.gradients.per_sample import DenseGradient, OuterGradient
 from tracer.gradients.rows import RowsGradient
+from tracer.gradients.selfcheck import norm
 
 FORMS = all_forms((11, 6))
 
@@ -126,3 +128,21 @@ def test_a_divided_gradient_of_a_grouped_convolution_keeps_one_dtype(dtype):
     divided = gradient.divided(torch.tensor([1.0, 2.0, 4.0])).dense(0, 3)
     expected = gradient.dense(0, 3).float() / torch.tensor([[1.0], [2.0], [4.0]])
     torch.testing.assert_close(divided, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("size", [1, 1023, 2048, 5000, (1 << 20) + 7])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("share", [0.0, 0.001, 1.0])
+def test_the_norm_of_few_or_many_values_is_that_of_a_sum_in_float64(size, scale, share):
+    generator = torch.Generator().manual_seed(size)
+    values = torch.randn(size, generator=generator) * scale * (torch.rand(size, generator=generator) < share)
+    expected = np.linalg.norm(values.double().numpy())
+    assert norm(values) == pytest.approx(expected, rel=1e-12, abs=0)
+    assert norm(values.reshape(1, -1).T) == norm(values)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_norm_of_values_that_are_not_finite_is_not_finite(bad):
+    values = torch.zeros(5000)
+    values[777] = bad
+    assert not np.isfinite(norm(values))
