@@ -173,6 +173,7 @@ def needs_few_parameters(case: Case) -> str:
 
 ALL = ("tracin", "cosine", "trak", "influence")
 SHARED = {"shared_projection": True}
+OUTPUTS = {"estimator": "influence"}  # so that the curvature of all outputs is computed, not that of f alone
 
 VARIANTS = [
     Variant("k=256", ALL, {"proj_dim": 256}),
@@ -204,6 +205,10 @@ VARIANTS = [
         checkpoints="half ensemble",
         summed=True,
     ),
+    Variant("k=1024, all outputs", ("influence", "relatif"), {"proj_dim": 1024, **OUTPUTS}),
+    Variant("k=4096, all outputs", ("influence",), OUTPUTS),
+    Variant("k=1024, all outputs, last checkpoint", ("influence",), {"proj_dim": 1024, **OUTPUTS}, "last"),
+    Variant("k=1024, all outputs, 3 runs", ("influence",), {"proj_dim": 1024, **OUTPUTS}, "ensemble"),
     Variant("k=1024, target output", ("tracin",), {"proj_dim": 1024}, scoring={"target": "output"}),
     Variant("k=1024, target loss", WITH_RIDGE, {"proj_dim": 1024}, scoring={"target": "loss"}),
     Variant("k=1024, equal rates", ("tracin",), {"proj_dim": 1024}, rates=False, unfit=needs_varied_rates),
