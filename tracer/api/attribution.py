@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Unpack, cast
 
@@ -14,13 +13,13 @@ import numpy as np
 from torch import nn
 
 from tracer._core.sharding import fsdp_modules
-from tracer._core.validation import bar_disabled, check_count, check_model
+from tracer._core.validation import check_count, check_model
 from tracer.api import display
 from tracer.api.checkpoint_sources import check_distinct, checkpoint_pairs
 from tracer.api.explanation import explain
 from tracer.api.label_evidence import label_health, model_warnings
 from tracer.api.language_inputs import LanguageInputs
-from tracer.api.passes import checkpoint_groups, feed, own_share, settle
+from tracer.api.passes import Passes
 from tracer.api.report_metadata import StoreFacts, labels_or
 from tracer.api.settings import FeatureOptions, FeatureSettings, chosen_storage, feature_settings, takes_settings
 from tracer.api.store_reader import StoreReader
@@ -30,7 +29,6 @@ from tracer.data.example_ids import find_ids
 from tracer.data.named_tasks import make_task
 from tracer.data.tables import InputForm
 from tracer.errors import InputError
-from tracer.gradients.preconditioning import KRONECKER
 from tracer.report import ReportOptions, write_report
 from tracer.report.label_noise import WrongLabels
 from tracer.scoring.estimators import Estimate
@@ -304,58 +302,16 @@ def attribute(
     options["storage"] = chosen_storage(options, bool(estimate.kernel)).name
     if estimate.is_unrolled and not options.setdefault("shared_projection", True):
         raise InputError("expected shared_projection=True with estimator='source', got False; leave it out.")
-    settings = feature_settings({"proj_dim": proj_dim, **options}, "attribute")
+    feature_settings({"proj_dim": proj_dim, **options}, "attribute")  # names the caller in its errors
     tracer = Tracer(model, task, len(train_rows), save_dir, proj_dim, **options)
-    stores_features = tracer.store.manifest.feature_storage.stores_features
-    if not stores_features and not len(target_rows):
+    if not tracer.store.manifest.feature_storage.stores_features and not len(target_rows):
         raise InputError("storage='none' keeps no gradients, so it expects targets; pass some, or another storage.")
     for name, found_ids in names.items():
         if found_ids:
             tracer.store.ids(name).add(range(len(found_ids)), found_ids)
             tracer.store.ids(name).flush()
-    bar_options = {"unit": "row", "disable": bar_disabled(settings.progress)}
-
-    def featurize(group: list, of: str) -> None:
-        for model_id, (checkpoint, learning_rate) in group:
-            tracer.load_checkpoint(checkpoint, model_id=model_id, learning_rate=learning_rate)
-            if settings.preconditioner in KRONECKER:
-                tracer.fit_curvature(train_rows)
-            if stores_features:
-                missing = own_share(tracer, train_rows, tracer.remaining(model_id))
-                feed(tracer.featurize, train_rows, missing, {"desc": f"featurize {model_id + 1}{of}", **bar_options})
-            else:
-                tracer.score_exactly(checkpoint, model_id, train_rows, target_rows, exp_name)
-
-    def featurize_and_score(group: list, of: str) -> None:
-        settle(tracer, partial(featurize, group, of))
-        tracer.finalize_features([model_id for model_id, _ in group])
-        begun = tracer._factory.num_restarts
-        for model_id, (checkpoint, learning_rate) in group if stores_features else ():
-            if len(target_rows):
-                tracer.start_scoring_checkpoint(checkpoint, model_id, len(target_rows), exp_name)
-                missing = own_share(tracer, target_rows, tracer.remaining(model_id, exp_name))
-                feed(tracer.score, target_rows, missing, {"desc": f"score {model_id + 1}{of}", **bar_options})
-            if estimate.sees_all_outputs and not tracer.store.manifest.feature_storage.is_binary:
-                if not len(target_rows):
-                    tracer.load_checkpoint(checkpoint, model_id, learning_rate)
-                tracer.fit_kernel(train_rows)
-            if tracer._factory.num_restarts > begun:
-                return
-
-    chosen: list[int] = []
-    for group in checkpoint_groups(pairs):
-        settle(tracer, partial(featurize_and_score, group, f"/{len(group)}" if isinstance(pairs, list) else ""))
-        chosen += [model_id for model_id, _ in group]
-        if not isinstance(pairs, list):
-            tracer._sources.forget(chosen[-1])
-    if stores_features:
-        tracer.flush()
-        tracer.process.wait()
-    if tracer._factory.num_restarts and not isinstance(pairs, list):
-        raise InputError(
-            "Gradients of checkpoints that the iterator has passed turned out to be wrong and were forgotten (see the "
-            "log): call attribute again with the same save_dir and checkpoints, and they are computed again."
-        )
+    fits_kernel = estimate.sees_all_outputs and not tracer.store.manifest.feature_storage.is_binary
+    chosen = Passes(tracer, train_rows, target_rows, exp_name, fits_kernel).run(pairs)
     found = Attribution(tracer, exp_name, estimator, chosen, target, regularization, (train_rows, target_rows))
     if tracer.process.count == 1:
         for sentence in found.warnings():
