@@ -189,6 +189,7 @@ def test_few_labels_are_listed_and_many_are_drawn_by_density():
     )  # so sums are unbiased
     assert planned(np.tile(density, 1000), 3, 10, 0).draws is ListedLabels  # exact features
     assert planned(density, None, 10, 0).draws is LabelDraws
+    assert planned(np.ones(100), None, None, 0).counts.tolist() == [4] * 100
     assert not planned(np.zeros(4), 3, None, 0).counts.any()
 
 

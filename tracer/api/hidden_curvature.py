@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from tracer.api.tracer import Tracer
 
 MIN_ROWS, MAX_ROWS = 1024, 4096
-"""How many labels are drawn at least and at most; in between one for each training example."""
+"""How many labels are drawn at least, and at most; in between one for each training example."""
+
+MAX_PASSES = 4
+"""The most labels that are drawn for each training example, if there are so few of these."""
 
 MAX_LISTED, LISTED_BYTES = 1 << 16, 1 << 28
 """Up to how many labels, and bytes of their features, all are listed if features are exact."""
@@ -48,9 +51,9 @@ def fit_kernel(
     The output f of an example shows the curvature of its loss along one direction. A softmax of more than two
     classes, a regression with several outputs, and tokens have more: the rest of their Gauss-Newton matrix comes
     from gradients of other labels (see `Task.hidden_outputs`), all of them if these are few, else 1,024 to 4,096
-    drawn from the model's predictions. They are stored, 4 bytes for each of ``k`` values; called again, this
-    resumes or does nothing, as for tasks without such a rest. Processes share the work. `attribute` calls it for
-    these estimators. Without it, their kernel is that of f alone.
+    drawn from the model's predictions, at most four for each example. They are stored, 4 bytes for each of ``k``
+    values; called again, this resumes or does nothing, as for tasks without such a rest. Processes share the work.
+    `attribute` calls it for these estimators. Without it, their kernel is that of f alone.
 
     Call it when the training examples are finalized at all checkpoints, after `load_checkpoint` or
     `start_scoring_checkpoint`.
@@ -241,7 +244,7 @@ def planned(density: Float64[np.ndarray, " N"], count: int | None, exact_dim: in
     [2, 0, 2]
     """
     total, rows = float(density.sum()), len(density)
-    drawn = min(max(rows, MIN_ROWS), MAX_ROWS)
+    drawn = min(max(rows, min(MIN_ROWS, MAX_PASSES * rows)), MAX_ROWS)
     if total == 0:
         return Plan(ListedLabels, np.zeros(rows, np.int64), np.ones(rows))
     if count is not None:
