@@ -107,7 +107,7 @@ def test_hooks_are_removed_after_an_error():
 
 
 PEAK = """
-import resource, sys, torch, transformers
+import sys, torch, transformers
 from tracer.api.sinks import DroppingSink
 from tracer.data.named_tasks import make_task
 from tracer.gradients import GradientEngine, isolated
@@ -128,7 +128,8 @@ if "ours" in sys.argv[1]:
 else:
     model.train()
     make_task("language_modeling").outputs(model, tokens).output.sum().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+# ru_maxrss counts the memory of the process that this one was forked from
+print(next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
@@ -138,6 +139,7 @@ def peak(kind):
     return float(done.stdout.split()[-1])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 def test_memory_is_that_of_a_plain_pass_with_checkpointing():
     plain, checkpointed, ours = peak("plain"), peak("checkpointed"), peak("ours")
     assert checkpointed < 0.8 * plain

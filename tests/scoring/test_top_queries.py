@@ -187,7 +187,7 @@ def test_any_zarr_reader_opens_a_part(found):
 
 def test_shares_of_the_work_are_merged(found, counted):
     for share in ([(100, 200)], [(0, 50), (250, N)], [(190, 210)]):
-        found._topk_query("test", K, Estimate(), None, range(N)).compute(share)
+        found.top_query("test", K, Estimate(), None, range(N)).compute(share)
     assert sorted(counted) == [*range(50), *range(100, 210), *range(250, N)]
     counted.clear()
     answer = top(found)
@@ -227,7 +227,7 @@ def test_equal_scores_come_by_row_index_also_across_parts(tmp_path):
         )
         table.flush()
     for share in ((200, 300), (3, 50)):
-        found._topk_query("test", K, Estimate(), None, range(N)).compute([share])
+        found.top_query("test", K, Estimate(), None, range(N)).compute([share])
     for kind in KINDS:
         np.testing.assert_array_equal(top(found, kind=kind).indices, np.tile(np.arange(K), (M, 1)))
     np.testing.assert_array_equal(top(found, rows=slice(100, None)).indices, np.tile(100 + np.arange(K), (M, 1)))
