@@ -64,6 +64,11 @@ def states_of(model, number=1):
     ]
 
 
+def attributed(path, model, train, targets, states):
+    options = {"save_dir": path, "estimator": "influence", **EXACT}
+    return attribute(model, "image_classification", train, targets, states, **options)
+
+
 def influence_of(found, **options):
     given = {"target": "loss", "regularization": RIDGE, **options}
     return np.asarray(found.tracer.finalize_scores("targets", "influence", **given))
@@ -75,16 +80,7 @@ def close(found, expected, relative=1e-5):
 
 def test_influence_of_a_softmax_is_that_of_its_gauss_newton_matrix(tmp_path):
     model, train, targets = softmax_case()
-    found = attribute(
-        model,
-        "image_classification",
-        train,
-        targets,
-        [model.state_dict()],
-        save_dir=tmp_path,
-        estimator="influence",
-        **EXACT,
-    )
+    found = attributed(tmp_path, model, train, targets, [model.state_dict()])
     close(influence_of(found), softmax_influence(model, train, targets))
 
 
@@ -132,16 +128,7 @@ def test_a_penalized_optimum_has_its_own_regularization(tmp_path, outputs, optio
 
 def test_weights_that_are_no_optimum_have_none(tmp_path):
     model, train, targets = softmax_case()
-    found = attribute(
-        model,
-        "image_classification",
-        train,
-        targets,
-        states_of(model),
-        save_dir=tmp_path,
-        estimator="influence",
-        **EXACT,
-    )
+    found = attributed(tmp_path, model, train, targets, states_of(model))
     assert found.tracer.regularization("influence").rule != "optimum"
 
 
@@ -204,9 +191,7 @@ def logit_parts(model, rows):
 def test_weights_are_averaged_over_checkpoints(tmp_path):
     model, train, targets = softmax_case()
     states = states_of(model, 2)
-    found = attribute(
-        model, "image_classification", train, targets, states, save_dir=tmp_path, estimator="influence", **EXACT
-    )
+    found = attributed(tmp_path, model, train, targets, states)
 
     def at(state, rows):
         model.load_state_dict(state)
@@ -319,7 +304,7 @@ def test_whitened_and_preconditioned_rows_have_labels_of_their_own_kind(tmp_path
     options = {"preconditioner": "kfac", "save_dir": tmp_path, "estimator": "influence", **EXACT}
     found = attribute(model, "image_classification", train, targets, [model.state_dict()], **options)
     rows, store = load_hidden(found.tracer.store, 0), found.tracer.store
-    assert rows.labels == "others" and rows.weights is None
+    assert rows.facts.labels == "others" and rows.facts.weights is None
     assert len(list((tmp_path / "curvature" / "0").glob("*/zarr.json"))) == 2  # the whitening stays
     assert np.isfinite(influence_of(found)).all() and store.catalog.has_checkpoint(0)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tracer._core.processes import Process
 from tracer._core.progress import tqdm
 from tracer._core.validation import bar_disabled
-from tracer.errors import InputError
+from tracer.errors import InputError, StoreError
 from tracer.scoring.estimators import Estimate
 from tracer.scoring.feature_tables import dequantized_blocks, dequantized_features
 from tracer.scoring.read_checks import ReadCheck
@@ -31,7 +31,7 @@ from tracer.scoring.regularization import (
     optimum_regularization,
 )
 from tracer.store import RowTable, Store
-from tracer.store.hidden_rows import HiddenRows, load_hidden
+from tracer.store.hidden_rows import HiddenFacts, load_hidden
 from tracer.store.kernels import load_kernel, save_kernel
 from tracer.store.revisions import Revisions
 
@@ -76,7 +76,7 @@ class Kernels:
         # of each kernel: a matrix or features, a Cholesky factor or basis, and eigenvectors
         self._max_kernels = max(1, memory_bytes // (24 * dim * min(dim, num_rows)))
         self._kernels: dict[tuple[str, ...], tuple[Kernel, KernelSums]] = {}
-        self._hidden: dict[str, HiddenRows | None] = {}
+        self._hidden: dict[str, HiddenFacts | None] = {}
         self._warned = False
         self._sizes: dict[tuple[str, ...], np.ndarray] = {}
         self._regularizations: dict[tuple[str, ...], Regularization] = {}
@@ -121,11 +121,12 @@ class Kernels:
             )
         self._warned = self._warned or bool(missing)
 
-    def hidden(self, model_id: int) -> HiddenRows | None:
-        """Return the features of labels that show the curvature which f does not, or None."""
+    def hidden(self, model_id: int) -> HiddenFacts | None:
+        """Return what is known of the labels that show the curvature which f does not, or None."""
         key = self._revision(model_id)
         if self._hidden.get(key) is None:
-            self._hidden[key] = load_hidden(self.store, model_id)
+            found = load_hidden(self.store, model_id)
+            self._hidden[key] = None if found is None else found.facts  # its features may be large
         return self._hidden[key]
 
     def _revision(self, model_id: int) -> str:
@@ -255,10 +256,13 @@ class Kernels:
         self, model_id: int, tables: Sequence[RowTable]
     ) -> tuple[Float64[np.ndarray, " N"], Float64[Tensor, "R k"]]:
         """Return the weights of training examples beside those of labels that f hides, and these labels' features."""
-        found = self.hidden(model_id)
-        assert found is not None
-        features = torch.from_numpy(np.array(found.features)).double()
-        if found.labels == "all":
+        found = load_hidden(self.store, model_id)
+        if found is None:
+            raise StoreError(
+                f"the curvature of other outputs at checkpoint {model_id} was removed meanwhile: ask again"
+            )
+        features = torch.from_numpy(found.features).double()
+        if found.facts.labels == "all":
             return np.zeros(self.store.manifest.train_set_size), features
         grad = [np.abs(table.column("loss_grad").astype(np.float64)) for table in tables]
         hess = [table.column("loss_hess").astype(np.float64) for table in tables]

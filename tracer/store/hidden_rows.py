@@ -11,6 +11,19 @@ from tracer.store.store import Store
 from tracer.store.table_schema import read_attributes
 
 
+class HiddenFacts(NamedTuple):
+    """What is known of a checkpoint beside the features of labels.
+
+    Attributes:
+        labels: Of which labels there are features: ``"others"`` than the given one, whose weight is that label's
+            ``|Q|``; ``"all"``, weight 1; or ``"none"``, if f shows everything.
+        weights: ``[k]``, float64, the model's weights in place of a gradient; None if gradients are preconditioned.
+    """
+
+    labels: str
+    weights: np.ndarray | None
+
+
 class HiddenRows(NamedTuple):
     """Features of labels that show the curvature which f does not, and of the model's weights, at a checkpoint.
 
@@ -18,15 +31,12 @@ class HiddenRows(NamedTuple):
         features: ``[R, k]``, float32; the sum of their outer products, each times the weight of its example, is added
             to a kernel.
         examples: ``[R]``, the training example of each.
-        labels: ``"others"`` than the given label, whose weight is that label's ``|Q|``; ``"all"``, weight 1; or
-            ``"none"``, if f shows everything.
-        weights: ``[k]``, float64, the model's weights in place of a gradient; None if gradients are preconditioned.
+        facts: Of which labels these are, and the model's weights.
     """
 
     features: np.ndarray
     examples: np.ndarray
-    labels: str
-    weights: np.ndarray | None
+    facts: HiddenFacts
 
 
 def hidden_inputs(store: Store, model_id: int) -> dict[str, Any]:
@@ -43,4 +53,4 @@ def load_hidden(store: Store, model_id: int) -> HiddenRows | None:
         return None
     examples = np.asarray(found.numbers["sums"]["examples"], dtype=np.int64)
     weights = found.tensors["weights"].astype(np.float64) if "weights" in found.tensors else None
-    return HiddenRows(found.tensors["features"], examples, str(found.numbers["labels"]), weights)
+    return HiddenRows(found.tensors["features"], examples, HiddenFacts(str(found.numbers["labels"]), weights))
