@@ -16,7 +16,7 @@ from tracer.api.featurizer import Featurizer
 from tracer.api.featurizer_factory import FeaturizerFactory, LoadedCheckpoint
 from tracer.api.session import FEATURIZE, in_role
 from tracer.api.shared_sums import SharedSums, as_stored
-from tracer.data.datasets import DataSource, as_training_source
+from tracer.data.datasets import DataSource
 from tracer.data.sampled_labels import example_keys
 from tracer.errors import CallOrderError, InputError, NonFiniteError
 from tracer.gradients import Sink
@@ -60,9 +60,7 @@ def fit_curvature(
     session = in_role(_tracer._session, FEATURIZE)
     if _tracer._factory.settings.preconditioner not in KRONECKER:
         raise CallOrderError("fit_curvature is for preconditioner='kfac' and 'ekfac'; this Tracer has neither.")
-    in_order = bool(_tracer._factory.settings.check_rows)
-    form = _tracer._factory.form_of(None)
-    source = as_training_source(train, _tracer.train_set_size, batch_size, collate_fn, in_order, form)
+    source = _tracer._factory.training_source(train, _tracer.train_set_size, batch_size, collate_fn)
     fit = CurvatureFit(_tracer._factory, _tracer.store, session.loaded, int(session.table.path.name), _tracer.process)
     session.flush()
     fit.run(source)

@@ -21,7 +21,7 @@ from tracer.api.featurizer_factory import check_weights
 from tracer.api.session import target_table
 from tracer.api.sinks import NormSink, row_values, write_values
 from tracer.data.batches import map_leaves
-from tracer.data.datasets import DataSource, as_data_source, as_training_source, exact_batches
+from tracer.data.datasets import DataSource, as_data_source, exact_batches
 from tracer.errors import CallOrderError, InputError, NonFiniteError
 from tracer.gradients import GradientsChanged
 from tracer.gradients.inner_products import TargetGradients
@@ -83,9 +83,7 @@ def score_exactly(
         )
     model_id, batch_size = check_model_id(model_id), check_count(batch_size, "batch_size")
     in_order = bool(factory.settings.check_rows)
-    train_rows = as_training_source(
-        train, _tracer.train_set_size, batch_size, collate_fn, in_order, factory.form_of(None)
-    )
+    train_rows = factory.training_source(train, _tracer.train_set_size, batch_size, collate_fn)
     target_rows = as_data_source(targets, "targets", batch_size, collate_fn, in_order, factory.form_of(exp_name))
     loaded = factory.read(checkpoint)
     check_weights(store.checkpoint(model_id), loaded.fingerprint, model_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from tracer._core.sharding import layer_type
 from tracer._core.validation import check_autocast, check_device, check_model, wrapped_autocast
 from tracer.api.featurizer import Featurizer
 from tracer.api.settings import FeatureSettings
+from tracer.data.datasets import DataSource, as_training_source
 from tracer.data.model_outputs import ModelOutputTask
 from tracer.data.named_tasks import make_task
 from tracer.data.sampled_labels import HiddenTask, LabelDraws, SampledTask
@@ -38,7 +39,7 @@ from tracer.store.feature_storage import FeatureStorage
 from tracer.store.manifest import Manifest, json_value
 from tracer.training.adam import read_training_checkpoint
 from tracer.training.lend_weights import LoadedWeights
-from tracer.types import Checkpoint
+from tracer.types import Batch, Checkpoint
 
 logger = logging.getLogger("tracer")
 
@@ -122,6 +123,14 @@ class FeaturizerFactory:
     def form_of(self, exp_name: str | None) -> InputForm:
         """Return the form in which the model takes arrays and tables of targets, or of training examples (None)."""
         return InputForm.of(self.model, self.task if exp_name is None else self.target_task or self.task)
+
+    def training_source(
+        self, train: Any, size: int, batch_size: int, collate_fn: Callable[[list], Batch] | None
+    ) -> DataSource:
+        """Return an adapter for all of ``size`` training examples, in the form that the model takes."""
+        return as_training_source(
+            train, size, batch_size, collate_fn, bool(self.settings.check_rows), self.form_of(None)
+        )
 
     @property
     def target_settings(self) -> dict[str, Any] | None:

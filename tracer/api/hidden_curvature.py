@@ -18,7 +18,7 @@ from tracer.api.featurizer import Featurizer
 from tracer.api.featurizer_factory import FeaturizerFactory, LoadedCheckpoint
 from tracer.api.shared_sums import SharedSums, as_stored
 from tracer.data.batches import select_samples
-from tracer.data.datasets import DataSource, as_training_source, exact_batches
+from tracer.data.datasets import DataSource, exact_batches
 from tracer.data.sampled_labels import LabelDraws, ListedLabels, example_keys
 from tracer.errors import CallOrderError, NonFiniteError
 from tracer.scoring.readiness import check_finalized
@@ -82,9 +82,7 @@ def fit_kernel(
         )
     _tracer.flush()
     check_finalized(_tracer.store, model_id)
-    in_order = bool(_tracer._factory.settings.check_rows)
-    form = _tracer._factory.form_of(None)
-    source = as_training_source(train, _tracer.train_set_size, batch_size, collate_fn, in_order, form)
+    source = _tracer._factory.training_source(train, _tracer.train_set_size, batch_size, collate_fn)
     HiddenFit(_tracer._factory, _tracer.store, session.loaded, model_id, _tracer.process).run(source)
 
 

@@ -74,7 +74,7 @@ class SharedSums:
     def sum(
         self,
         stage: str,
-        kind: Callable[[], S],
+        kind: type[S],
         rows: np.ndarray,
         source: DataSource,
         compute: Callable[[Batch, np.ndarray], S],
@@ -113,7 +113,7 @@ class SharedSums:
     def _part(
         self,
         stage: str,
-        kind: Any,
+        kind: type[S],
         number: int,
         parts: Sequence[np.ndarray],
         source: DataSource,

@@ -23,7 +23,7 @@ from tracer.data.model_inputs import (
     upcast_half,
 )
 from tracer.data.model_outputs import ModelOutputTask, is_model_output
-from tracer.data.sampled_labels import LabelDraws
+from tracer.data.sampled_labels import LabelDraws, is_label
 from tracer.data.tasks import LossTask, Task, loss_outputs
 from tracer.data.token_tasks import LanguageModeling, QuestionAnswering, TokenTask
 from tracer.errors import BatchError, InputTypeError
@@ -50,16 +50,16 @@ class Classification(Task):
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
         """Return margins and cross-entropies; see `Task.outputs`."""
         logits, labels = self._logits(model, batch)
-        is_label = labels.unsqueeze(1) == torch.arange(logits.shape[1], device=logits.device)
-        chosen = torch.where(is_label, logits, 0.0).sum(1)
-        others = logits.masked_fill(is_label, -torch.inf).logsumexp(1)
+        given = is_label(logits, labels)
+        chosen = torch.where(given, logits, 0.0).sum(1)
+        others = logits.masked_fill(given, -torch.inf).logsumexp(1)
         # The gradient of L vanishes for fitted examples, that of the margin does not: float16 features keep precision.
         margin = chosen - others
         detached = margin.detach()
         wrong = torch.sigmoid(-detached)  # 1 - p_y without the cancellation that 1 - softmax has for p_y near 1
         baseline = torch.full_like(detached, -math.log(max(logits.shape[1] - 1, 1)))
         loss_hess = wrong * torch.sigmoid(detached)
-        rival = logits.detach().masked_fill(is_label, -torch.inf).max(1)
+        rival = logits.detach().masked_fill(given, -torch.inf).max(1)
         share = (rival.values - others.detach()).exp()
         return SampleOutputs(margin, F.softplus(-detached), -wrong, loss_hess, labels, baseline, rival.indices, share)
 

@@ -54,7 +54,7 @@ class LabelDraws:
 
     def others(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return for logits ``[B, C]`` a class drawn from those other than the label, and its weight, ``[B]`` each."""
-        rest = logits.masked_fill(_is_label(logits, labels), -torch.inf)
+        rest = logits.masked_fill(is_label(logits, labels), -torch.inf)
         return self.classes(rest, torch.zeros_like(labels)), torch.ones_like(logits[:, 0])
 
     def normal(self, positions: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class ListedLabels(LabelDraws):
     def others(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the numbered class after the label ``[B]``, and its probability among the others, ``[B]``."""
         chosen = (labels + 1 + self._keys) % logits.shape[1]
-        rest = logits.detach().masked_fill(_is_label(logits, labels), -torch.inf).softmax(1)
+        rest = logits.detach().masked_fill(is_label(logits, labels), -torch.inf).softmax(1)
         return chosen, rest.gather(1, chosen.unsqueeze(1)).squeeze(1)
 
     def normal(self, positions: Tensor) -> Tensor:
@@ -80,7 +80,8 @@ class ListedLabels(LabelDraws):
         return (positions == self._keys.unsqueeze(1)).double()
 
 
-def _is_label(logits: Tensor, labels: Tensor) -> Tensor:
+def is_label(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return which of the classes of logits ``[B, C]`` is the label ``[B]``, ``[B, C]``."""
     return labels.unsqueeze(1) == torch.arange(logits.shape[1], device=logits.device)
 
 
