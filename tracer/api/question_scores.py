@@ -22,7 +22,6 @@ from tracer.data.batches import map_leaves, select_samples, to_device
 from tracer.data.datasets import exact_batches
 from tracer.data.fingerprints import fingerprint_samples
 from tracer.data.halving import Halving
-from tracer.data.tasks import LowerPrecision
 from tracer.data.text.questions import QuestionSource
 from tracer.errors import InputError, NonFiniteError
 from tracer.gradients import isolated
@@ -189,7 +188,7 @@ class QuestionScores:
                 ) -> None:
                     batch = to_device(train, tracer.device)
                     parts = token_parts(model, task, batch, direction)
-                    parts = by_label(task.task if isinstance(task, LowerPrecision) else task, model, batch, parts)
+                    parts = by_label(tracer._factory.own_task, model, batch, parts)
                     for row, part in zip(inds.tolist(), rate * _numbers(parts), strict=True):
                         if self.split_estimator == "cosine":
                             part = part / lengths[row] if lengths[row] > 0 else 0 * part
