@@ -58,7 +58,7 @@ def test_self_influence_is_that_of_the_estimator_and_its_regularization(attribut
 
 
 def test_a_gradient_s_cosine_with_itself_is_refused_as_self_influence(attributed):
-    with pytest.raises(InputError, match="cosine with itself is 1"):
+    with pytest.raises(InputError, match="that of a gradient with itself is 1"):
         attributed(estimator="cosine").self_influence()
 
 

@@ -122,7 +122,11 @@ def test_completion_knows_commands_options_and_choices():
     shell = get_completion_class("bash")(main, {}, "tracer", "_TRACER_COMPLETE")
     assert [item.value for item in shell.get_completions([], "self")] == ["self-influence"]
     assert "--proj-dim" in [item.value for item in shell.get_completions(["run"], "--pro")]
-    assert [item.value for item in shell.get_completions(["top", "--estimator"], "tr")] == ["tracin", "trak"]
+    assert [item.value for item in shell.get_completions(["top", "--estimator"], "tr")] == [
+        "tracin",
+        "trak",
+        "trackstar",
+    ]
 
 
 def test_the_template_sets_what_is_required_and_shows_all_else(tmp_path):

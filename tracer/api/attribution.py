@@ -98,14 +98,16 @@ class Attribution:
             ``[num_train]``, float64.
 
         Raises:
-            InputError: If the estimator is ``cosine``: a gradient's cosine with itself is 1.
+            InputError: If scores are cosines (``cosine``, ``trackstar``): that of a gradient with itself is 1.
         """
         return self.tracer.self_influence(self.model_ids, self.estimator, regularization=self.regularization)
 
     @property
     def ranking(self) -> Attribution:
-        """The attribution whose self-influence ranks examples: this one, or that of ``tracin`` for ``cosine``."""
-        return replace(self, estimator="tracin") if self.estimator == "cosine" else self
+        """The attribution whose self-influence ranks examples: this one, or that of ``tracin`` for cosines."""
+        if Estimate(self.estimator).is_cosine:
+            return replace(self, estimator="tracin", target=None, regularization="auto")
+        return self
 
     def label_health(self) -> WrongLabels | str:
         """Return the estimated share of wrong labels among the training examples, or why there is no estimate.
@@ -138,6 +140,8 @@ class Attribution:
             return shown
         if self.regularization != "auto":
             return {**shown, "regularization": f"{float(self.regularization):.4g}, given"}
+        if not estimate.is_newton_step:
+            return shown
         found = self.tracer.regularization(self.estimator, self.model_ids)
         return {**shown, "regularization": f"{found.value:.4g}, rule {found.rule}"}
 
@@ -249,8 +253,8 @@ def attribute(
         collate_fn: Makes a batch of a data set's examples; or a tokenizer, which pads them. Default: that of
             `DataLoader`.
         exp_name: The name of the targets in the store.
-        estimator: ``tracin``, ``cosine``, ``influence``, ``trak`` or ``source``, as in `Tracer.finalize_scores`.
-            Default: ``tracin``.
+        estimator: ``tracin``, ``cosine``, ``influence``, ``trak``, ``trackstar`` or another one of
+            `Tracer.finalize_scores`. Default: ``tracin``.
         target: ``loss`` or ``output``, as in `Tracer.finalize_scores`.
         regularization: λ of an estimator with a kernel, as in `Tracer.finalize_scores`. Default: ``auto``.
         proj_dim: The number of values ``k`` stored of an example's gradient, as for `Tracer`. Default: 4096.

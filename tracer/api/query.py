@@ -50,7 +50,8 @@ def query(
         batch: The targets, as the task takes them, on any device.
         k: The number of training examples for each target.
         kind: As in `top`.
-        estimator: As in `finalize_scores`.
+        estimator: As in `finalize_scores`; with ``trackstar`` gradients are whitened by the second moments of the
+            training examples alone, since a batch's own would make an answer depend on what else is in the batch.
         model_ids: The checkpoints. Default: all in the store.
         rows: Only these training examples, as in `top`.
         labels: Only training examples of these classes.

@@ -98,10 +98,10 @@ class FeatureSettings:
     preconditioner: str | None = _setting(
         None,
         "``adam``: inner products of gradients are those of Adam's steps, ``<g / (sqrt(v̂) + eps), g'>`` (as in "
-        "LESS, Xia et al. 2024); checkpoints then hold the optimizer's state dict too. ``kfac`` and ``ekfac``: those "
-        "of influence functions, ``<(F + λ)^-1 g, g'>`` with the Kronecker-factored Fisher information F of Martens & "
-        "Grosse (2015), for ``ekfac`` with corrected eigenvalues (George et al. 2018); see `Tracer.fit_curvature`. "
-        "None: plain inner products, as for SGD.",
+        "LESS, Xia et al. 2024), or of Adafactor's; checkpoints then hold the optimizer's state dict too. ``kfac`` and "
+        "``ekfac``: those of influence functions, ``<(F + λ)^-1 g, g'>`` with the Kronecker-factored Fisher "
+        "information F of Martens & Grosse (2015), for ``ekfac`` with corrected eigenvalues (George et al. 2018); see "
+        "`Tracer.fit_curvature`. None: plain inner products, as for SGD.",
         PRECONDITIONERS,
     )
     damping: float = _setting(

@@ -205,6 +205,8 @@ class StoreReader:
                 training loss in feature space (Koh & Liang 2017), averaged over checkpoints, which may come from
                 independently trained models; ``trak``: the same without the loss's curvature (Park et al. 2023);
                 ``relatif``, ``relatif_theta``: that over the example's effect on itself, on weights (Barshan 2020);
+                ``trackstar``: cosines of gradients whitened by the second moments of training examples and of these
+                targets, averaged over checkpoints (Chang et al. 2024);
                 ``source``: the steps of one run unrolled (Bae et al. 2024), from a store with
                 ``shared_projection=True`` (or exact features) and learning rates that are sums over steps.
             model_ids: The checkpoints. Default: all in the store.
@@ -215,6 +217,7 @@ class StoreReader:
                 falls. Default: the loss for ``tracin`` and ``cosine``, else the output.
             regularization: λ of the kernel of ``trak`` and ``influence``, in units of ``Σ w ‖φ‖²`` over training
                 examples; 0 is the pseudo-inverse. Default: ``auto``, chosen from the training; see `regularization`.
+                For ``trackstar`` what is added to the second moments, in units of their mean eigenvalue; ``auto``: 0.1.
             groups: The group of each target, ``[M]``, integers from 0 on and -1 for none: scores are those of the sum
                 over each group, ``[N, G]``. ``label``: groups are the targets' classes. Default: each target alone.
             train_groups: The group of each training example, ``[N]``, integers from 0 on and -1 for none; or
@@ -305,7 +308,7 @@ class StoreReader:
 
         Args:
             model_ids: The checkpoints. Default: all in the store.
-            estimator: Any but ``cosine``.
+            estimator: Any but ``cosine`` and ``trackstar``.
             regularization: As in `finalize_scores`.
 
         Returns:
@@ -313,11 +316,13 @@ class StoreReader:
 
         Raises:
             CallOrderError: If a checkpoint is not finalized.
-            InputError: If the estimator is not known, or is ``cosine``: a gradient's cosine with itself is 1.
+            InputError: If the estimator is not known, or scores are cosines: that of a gradient with itself is 1.
         """
         estimate = Estimate(estimator, regularization=regularization)
-        if estimator == "cosine":
-            raise InputError("estimator='cosine' came: every gradient's cosine with itself is 1; pass 'tracin'.")
+        if estimate.is_cosine:
+            raise InputError(
+                f"estimator={estimator!r} gives cosines, and that of a gradient with itself is 1; pass 'tracin'."
+            )
         return self._scorer.self_influence(model_ids, estimate)
 
     def changes_without(self, model_ids: list[int] | None = None) -> list[np.ndarray]:
@@ -352,7 +357,7 @@ class StoreReader:
             InputError: If the estimator has no kernel.
         """
         estimate = Estimate(estimator)
-        if not estimate.is_regularized:
+        if not estimate.is_newton_step:
             raise InputError(f"estimator={estimator!r} has no kernel to regularize; pass 'influence' or 'trak'.")
         return self._scorer.regularization(model_ids, estimate)
 

@@ -39,7 +39,7 @@ def export(store: str, out: Path, what: str, targets: list[int] | None, k: int, 
 
     OUT's ending decides the format: .csv, .parquet (needs pyarrow) or .npy (scores only). An existing file is replaced
     when the new one is complete. Pairs are never all in memory at once; scores that are not yet in the store are
-    computed and stored first. With --estimator cosine, self-influence is that of tracin, in the column
+    computed and stored first. With --estimator cosine or trackstar, self-influence is that of tracin, in the column
     self_influence_tracin, since each example's cosine with itself is 1.
 
     Examples:
@@ -148,7 +148,7 @@ def _summary(view: StoreView, what: str) -> Columns:
     if labels is not None and (labels == NO_LABEL).any():
         labels = None  # integers have no missing value
     ids = view.ids() if by_row else view.target_ids()
-    own = "self_influence" + ("_tracin" if found.estimator == "cosine" else "")
+    own = "self_influence" + ("_tracin" if found.ranking is not found else "")
     return {
         "train_row" if by_row else "target": np.arange(size),
         **_named("train_id" if by_row else "target_id", _id_column(ids), np.arange(size)),

@@ -170,9 +170,9 @@ class StoreAnswers:
 
     def self_influence(self, estimator: str) -> Job:
         """Ask for the self-influence of all training examples."""
-        if estimator == "cosine":
-            raise InputError("Every gradient's cosine with itself is 1; choose another estimator.")
         estimate = Estimate(estimator)
+        if estimate.is_cosine:
+            raise InputError("Every gradient's cosine with itself is 1; choose another estimator.")
 
         def compute(job: Job) -> Answer:
             return self._scorer().self_influence(None, estimate)

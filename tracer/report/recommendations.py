@@ -112,7 +112,7 @@ def _concentration(data: ReportContent) -> Advice | None:
 def _omnipresent_example(data: ReportContent) -> Advice | None:
     """Suggest cosine scores if one example with a large gradient is among the strongest of many targets."""
     num_targets = data.target.size
-    if num_targets < 4 * MIN_EXAMPLES or data.settings.get("estimator") == "cosine":
+    if num_targets < 4 * MIN_EXAMPLES or data.settings.get("estimator") in ("cosine", "trackstar"):
         return None
     if data.proponents.indices.shape[1] * 10 > data.num_train:
         return None  # with few examples to choose from, each is often among the strongest

@@ -12,7 +12,9 @@ marks a proponent: training on that example lowered the target's loss. With C ch
 - ``relatif``: ``influence`` over the square root of the training example's self-influence, its effect on its own loss
   (ℓ-RelatIF; Barshan et al. 2020, eq. 14); ``relatif_theta``: over the root mean square of how far the example's step
   moves the parameters, ``|mean_c Q_c(z)| ‖(K_c + λI)⁻¹ phi_c(z)‖`` (θ-RelatIF, eq. 10);
-- ``source``: the unrolled steps of one run, segment by segment (Bae et al. 2024; see `tracer.scoring.source`).
+- ``source``: the unrolled steps of one run, segment by segment (Bae et al. 2024; see `tracer.scoring.source`);
+- ``trackstar``: ``mean_c`` of the cosines of loss gradients whitened by the mean second moments of training examples
+  and targets (Chang et al. 2024; see `tracer.scoring.trackstar`).
 """
 
 from __future__ import annotations
@@ -26,11 +28,15 @@ from jaxtyping import Float, Float64
 from tracer._core.validation import check_choice
 from tracer.errors import InputError, InputTypeError
 
-ESTIMATORS = ("tracin", "cosine", "influence", "trak", "source", "relatif", "relatif_theta")
+ESTIMATORS = ("tracin", "cosine", "influence", "trak", "source", "relatif", "relatif_theta", "trackstar")
 """The values of ``estimator=``."""
 
-KERNELS = {"trak": "plain", **dict.fromkeys(("influence", "source", "relatif", "relatif_theta"), "loss_hess")}
-"""The weights of training examples in an estimator's kernel: 1, or the loss's second derivative ∂²L/∂f²."""
+KERNELS = {
+    "trak": "plain",
+    **dict.fromkeys(("influence", "source", "relatif", "relatif_theta"), "loss_hess"),
+    "trackstar": "second_moment",
+}
+"""The weights of training examples in an estimator's kernel: 1, the loss's second derivative ∂²L/∂f², or Q²."""
 
 TARGETS = ("loss", "output")
 """The values of ``target=``."""
@@ -44,13 +50,14 @@ class Estimate:
     line flags and documentation are made from these.
 
     Attributes:
-        estimator: ``"tracin"``, ``"cosine"``, ``"trak"``, ``"influence"``, ``"relatif"``, ``"relatif_theta"`` or
-            ``"source"``. Default: ``"tracin"``.
+        estimator: ``"tracin"``, ``"cosine"``, ``"trak"``, ``"influence"``, ``"relatif"``, ``"relatif_theta"``,
+            ``"trackstar"`` or ``"source"``. Default: ``"tracin"``.
         target: Explain the target's ``"loss"``, or its ``"output"``: f, in the direction in which the loss falls. That
-            has the same sign, and it does not vanish if the model fits the target. None: the loss for ``tracin`` and
-            ``cosine`` (for ``cosine`` both are the same), else the output.
+            has the same sign, and it does not vanish if the model fits the target. None: the loss for ``tracin``,
+            ``cosine`` and ``trackstar`` (for cosines both are the same), else the output.
         regularization: λ of the kernel of ``trak`` and ``influence``, in units of ``Σ w ‖φ‖²``, 0 or more; or
-            ``"auto"``, which chooses it from what training has done.
+            ``"auto"``, which chooses it from what training has done. For ``trackstar`` δ, in units of the mean
+            eigenvalue of its second moments, of which ``"auto"`` takes a tenth.
         groups: The group of each target, ``[M]``, integers from 0 on, -1 for none; for example ``[0, 0, 1]``. Scores
             are then those of the sum over each group, ``[N, G]``. Or ``"label"``: the targets' classes.
 
@@ -65,7 +72,7 @@ class Estimate:
     target: str | None = field(
         default=None,
         metadata={
-            "help": "Explain the target's loss or its output. Default: loss for tracin and cosine, else output.",
+            "help": "Explain the target's loss or its output. Default: output for estimators of retraining, else loss.",
             "choices": TARGETS,
         },
     )
@@ -80,7 +87,7 @@ class Estimate:
         """Check the settings and complete them."""
         check_choice("estimator", self.estimator, ESTIMATORS)
         if self.target is None:
-            object.__setattr__(self, "target", "output" if self.kernel else "loss")
+            object.__setattr__(self, "target", "loss" if self.kernel is None or self.is_cosine else "output")
         check_choice("target", self.target, TARGETS)
         if self.regularization != "auto":
             object.__setattr__(self, "regularization", _checked_regularization(self.regularization))
@@ -98,8 +105,18 @@ class Estimate:
 
     @property
     def is_regularized(self) -> bool:
-        """Whether the estimator is a Newton step of the mean gradient over checkpoints, with a regularization λ."""
+        """Whether the estimator has a regularization."""
         return self.kernel is not None and not self.is_unrolled
+
+    @property
+    def is_newton_step(self) -> bool:
+        """Whether the estimator is a Newton step of the mean gradient over checkpoints, with a regularization λ."""
+        return self.is_regularized and not self.is_cosine
+
+    @property
+    def is_cosine(self) -> bool:
+        """Whether scores are cosines, in which only the signs of Q are left."""
+        return self.estimator in ("cosine", "trackstar")
 
     @property
     def is_unrolled(self) -> bool:
@@ -124,7 +141,7 @@ class Estimate:
     @property
     def name(self) -> str:
         """The name under which results are stored; variants have names of their own and do not replace each other."""
-        usual = self.estimator == "cosine" or (self.target == "output") == (self.kernel is not None)
+        usual = self.is_cosine or (self.target == "output") == (self.kernel is not None)
         return self.estimator + ("" if usual else f"-{self.target}") + ("" if self.groups is None else "-groups")
 
     def train_weights(
@@ -133,13 +150,14 @@ class Estimate:
         """Return the factor of each training example's features, from Q and the exact norm of the gradient of f.
 
         It is Q (with a λ its mean over checkpoints); for ``cosine`` the sign of Q over the norm, and for ``relatif``
-        and ``relatif_theta`` that over the size of the example's effect, which is passed in place of the norm.
+        and ``relatif_theta`` that over the size of the example's effect, which is passed in place of the norm, for
+        ``trackstar`` over the norm of the whitened gradient.
 
         >>> Estimate("cosine").train_weights(np.array([-0.5, 2.0]), np.array([4.0, 0.0])).tolist()
         [-0.25, 0.0]
         """
         loss_grad, gradient_norm = np.asarray(loss_grad, np.float64), np.asarray(gradient_norm, np.float64)
-        if self.estimator != "cosine" and not self.is_relative:
+        if not self.is_cosine and not self.is_relative:
             return loss_grad
         return np.divide(np.sign(loss_grad), gradient_norm, out=np.zeros_like(loss_grad), where=gradient_norm > 0)
 
@@ -151,7 +169,7 @@ class Estimate:
         >>> Estimate("trak").target_weights(np.array([-0.0, 2.0]), np.ones(2)).tolist()
         [-1.0, 1.0]
         """
-        if self.estimator == "cosine":
+        if self.is_cosine:
             return self.train_weights(loss_grad, gradient_norm)
         if self.target == "loss":
             return np.asarray(loss_grad, np.float64)

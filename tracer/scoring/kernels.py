@@ -48,6 +48,9 @@ _VERSION = 5
 
 _Stored = tuple[dict[str, float], dict[str, np.ndarray]]
 
+MAX_SIZES = 16
+"""The number of passes over training examples that are remembered as one number for each."""
+
 MAX_LEFT_OUT = 4096
 """The number of examples, spread evenly, that are predicted from the others to choose λ."""
 
@@ -85,7 +88,7 @@ class Kernels:
 
     def get(self, model_id: int, weighting: str, averaged: Sequence[int]) -> tuple[Kernel, KernelSums]:
         """Return a checkpoint's kernel for a weighting from `weighting`, with weights averaged over checkpoints."""
-        averaged = [] if weighting == "plain" else sorted(averaged)
+        averaged = sorted(averaged) if weighting in ("loss_hess", WITH_HIDDEN) else []
         key = weighting, *(self._revision(each) for each in (model_id, *averaged))
         if key not in self._kernels:
             while len(self._kernels) >= self._max_kernels:
@@ -148,9 +151,17 @@ class Kernels:
         estimator = estimate.estimator
         weighting = self.weighting(model_ids, estimate)
         key = (estimator, weighting, str(estimate.regularization), *map(self._revision, model_ids))
+        of_steps = estimator == "relatif_theta"
+        return self.sizes(key, lambda: np.sqrt(np.maximum(self.mean_leverages(model_ids, estimate, of_steps), 0.0)))
+
+    def sizes(
+        self, key: tuple[str, ...], compute: Callable[[], Float64[np.ndarray, " N"]]
+    ) -> Float64[np.ndarray, " N"]:
+        """Return sizes of training examples, the last `MAX_SIZES` of which are kept."""
         if key not in self._sizes:
-            mean = self.mean_leverages(model_ids, estimate, of_steps=estimator == "relatif_theta")
-            self._sizes = {key: np.sqrt(np.maximum(mean, 0.0))}
+            while len(self._sizes) >= MAX_SIZES:
+                del self._sizes[next(iter(self._sizes))]
+            self._sizes[key] = compute()
         return self._sizes[key]
 
     def regularization(self, model_ids: list[int], estimate: Estimate) -> Regularization:
@@ -220,7 +231,9 @@ class Kernels:
         table = self.store.checkpoint(model_id)
         tables = [self.store.checkpoint(each) for each in averaged]
         weights, hidden = kernel_weights(tables, table.num_rows), torch.zeros(0, table.dim, dtype=torch.float64)
-        if weighting == WITH_HIDDEN:
+        if weighting == "second_moment":
+            weights = np.square(table.column("loss_grad").astype(np.float64))
+        elif weighting == WITH_HIDDEN:
             weights, hidden = self._with_hidden(model_id, tables)
         hidden = hidden.to(self.device)
         pass_over = _WeightedPass(table, weights, self.device)

@@ -52,9 +52,10 @@ class PreconditionedTargets:
         groups: Int64[np.ndarray, " M"] | None,
         device: torch.device,
         memory_bytes: int,
+        lengths: Float64[np.ndarray, " M"] | None = None,  # in place of gradients' norms
     ) -> None:
         self._targets, self._estimate, self._groups = targets, estimate, groups
-        self._solve, self._device, self._memory_bytes = solve, device, memory_bytes
+        self._solve, self._device, self._memory_bytes, self._lengths = solve, device, memory_bytes, lengths
         self.num_rows = targets.num_rows if groups is None else int(groups.max()) + 1
         self.dim = targets.dim
 
@@ -76,6 +77,7 @@ class PreconditionedTargets:
             unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
             raw[start : start + len(features)] = (features / unit.unsqueeze(1)).float().cpu().numpy()
             scale[start : start + len(features)] = unit.cpu().numpy()
+        self._solve = None  # a kernel takes much memory
         return raw, scale
 
     def _allocate(self, dtype: type) -> Shaped[np.ndarray, "M k"]:
@@ -100,6 +102,7 @@ class PreconditionedTargets:
     def _weighted(self) -> Iterator[tuple[int, Float64[Tensor, "n k"]]]:
         """Yield targets times their weights, block by block, each with its first index."""
         loss_grad, norm = (self._targets.column(name) for name in ("loss_grad", "gradient_norm"))
-        weights = torch.from_numpy(self._estimate.target_weights(loss_grad, norm)).to(self._device)
+        lengths = norm if self._lengths is None else self._lengths
+        weights = torch.from_numpy(self._estimate.target_weights(loss_grad, lengths)).to(self._device)
         for start, features in dequantized_blocks(self._targets, range(self._targets.num_rows), self._device):
             yield start, features.mul_(weights[start : start + len(features)].unsqueeze(1))

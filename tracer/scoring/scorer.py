@@ -26,6 +26,7 @@ from tracer.scoring.regularization import Regularization
 from tracer.scoring.source import Segment, segment_rates, unrolled_self_influence, unrolled_targets, warn_of_other_runs
 from tracer.scoring.streaming import MEMORY_BYTES, TileScorer, stream_tiles, stream_topk
 from tracer.scoring.top_queries import TopKQuery
+from tracer.scoring.trackstar import DAMPING, whitening
 from tracer.scoring.write_scores import write_scores
 from tracer.store import ScoreArray, Store
 from tracer.store.lazy_matrix import ScoreMatrix
@@ -253,7 +254,7 @@ class Scorer:
         tables = complete_targets(self.store, exp_name, chosen)
         for table in tables:
             ReadCheck(table, self.num_rows).check(np.arange(table.num_rows))
-        pairs, described = self._terms(revisions, tables, estimate)
+        pairs, described = self._terms(revisions, tables, estimate, stored=True)
         if not self.store.manifest.feature_storage.stores_features:
             pairs = [
                 replace(pair, cosines=complete_cosines(self.store, exp_name, model_id, targets))
@@ -263,7 +264,7 @@ class Scorer:
         return TileScorer(pairs, estimate, self.device, self.memory_bytes), inputs, revisions
 
     def _terms(
-        self, revisions: Revisions, targets: Sequence[FeatureTable], estimate: Estimate
+        self, revisions: Revisions, targets: Sequence[FeatureTable], estimate: Estimate, stored: bool = False
     ) -> tuple[list[CheckpointPair], dict[str, Any]]:
         """Return the terms of the sum over checkpoints, and JSON values that decide how targets are transformed."""
         model_ids = revisions.model_ids
@@ -277,18 +278,19 @@ class Scorer:
             pairs = map(CheckpointPair, weights, trains, targets)
             return [replace(pair, groups=groups) for pair in pairs], {"groups": _digest(groups)}
         groups, kernels = group_indices(estimate, targets[0]), self._kernels(estimate, revisions)
-        described: dict[str, Any] = {}
+        described: dict[str, Any] = {} if groups is None else {"groups": _digest(groups)}
         solves: list[Any] = [None] * len(model_ids)
         segments = self._segments(model_ids, kernels) if estimate.is_unrolled else []
         if segments:
             described["segments"] = [segment.time for segment in segments]
-        elif estimate.kernel:
+        elif estimate.is_newton_step:
             found, weighting = kernels.regularization(model_ids, estimate), kernels.weighting(model_ids, estimate)
             described |= {"regularization": found.value, "rule": found.rule, "kernel": weighting}
             solves = [partial(kernels.solve, each, weighting, model_ids, found.value) for each in model_ids]
-        if groups is not None:
-            described["groups"] = _digest(groups)
         common: Any = (estimate, groups, self.device, self.memory_bytes // (4 * len(model_ids)))
+        if estimate.estimator == "trackstar":
+            terms, whitened = self._whitened(revisions, targets, kernels, common, stored)
+            return terms, {**described, **whitened}
         if segments:
             transformed: list[Any] = unrolled_targets(targets, segments, *common)
         else:
@@ -298,6 +300,27 @@ class Scorer:
         sizes = kernels.effect_sizes(model_ids, estimate) if estimate.is_relative else None
         pairs = map(CheckpointPair, weights, trains, transformed)
         return [replace(pair, sizes=sizes) for pair in pairs], described
+
+    def _whitened(
+        self, revisions: Revisions, targets: Sequence[FeatureTable], kernels: Kernels, common: Any, stored: bool
+    ) -> tuple[list[CheckpointPair], dict[str, Any]]:
+        """Return the terms of ``trackstar``, see `_terms`; ``stored`` targets have a part in the whitening."""
+        # Second moments of the targets of a question would depend on what else is asked with it. Those of a target set
+        # are the same whatever is asked of it, and results have its revision.
+        estimate, groups, device, memory_bytes = common
+        weight, pairs, mixing = 1 / len(targets), [], []
+        for model_id, train, table in zip(revisions.model_ids, revisions.checkpoints, targets, strict=True):
+            found = whitening(kernels, model_id, table if stored else None, estimate)
+            lengths = found.target_lengths(table, device)
+            whitened = PreconditionedTargets(table, found.solve, estimate, groups, device, memory_bytes, lengths)
+            whitened.column("scale")  # computed now, one kernel after the other
+            tables = (f"{path} {revision}" for path, revision in revisions.tables.items())
+            key = ("trackstar", str(model_id), str(found.damping), str(stored), *tables)
+            sizes = kernels.sizes(key, partial(found.train_lengths, train, device))
+            pairs.append(CheckpointPair(weight, train, whitened, sizes=sizes))
+            mixing.append(found.mixing)
+        share = DAMPING if estimate.regularization == "auto" else estimate.regularization
+        return pairs, {"regularization": share, "kernel": estimate.kernel, "mixing": mixing}
 
     def _segments(self, model_ids: list[int], kernels: Kernels) -> list[Segment]:
         """Return the segments that end at checkpoints."""

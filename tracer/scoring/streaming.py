@@ -103,7 +103,7 @@ class TileScorer:
     def _train_loss_grads(self, indices: np.ndarray) -> list[Float64[np.ndarray, " n"]]:
         """Return Q of training examples at each checkpoint, or for each their mean."""
         loss_grads = [column_at(pair.train, "loss_grad", indices).astype(np.float64) for pair in self.pairs]
-        return [np.mean(loss_grads, axis=0)] * len(loss_grads) if self.estimate.is_regularized else loss_grads
+        return [np.mean(loss_grads, axis=0)] * len(loss_grads) if self.estimate.is_newton_step else loss_grads
 
     def _train_weights(
         self, pair: CheckpointPair, indices: np.ndarray, loss_grad: Float64[np.ndarray, " n"]

@@ -1,7 +1,7 @@
 """Kernels of checkpoints, stored so that a repeated question does not read all training examples again.
 
     kernels/<model_id>/<weighting>/<key>/     group; its attributes are ``inputs``, sums, and checksums of the arrays
-      matrix       [k, k]  float64            ``Φᵀ diag(w) Φ``
+      matrix       [k, k]  float64            ``Φᵀ diag(w) Φ``, w by the weighting: 1, ∂²L/∂f² or Q²
       residual_sum [1, k]  float64            ``Φᵀ (w · output_change − Q)``
       gradient_sum [1, k]  float64            ``Φᵀ Q``
     kernels/<model_id>/regularization/<key>/  without arrays: the λ chosen for kernels weighted with ``loss_hess``

@@ -1,4 +1,4 @@
-"""Adam's second moments, read from a training checkpoint, as a diagonal metric of gradients.
+"""Second moments of Adam or Adafactor, read from a training checkpoint, as a diagonal metric of gradients.
 
 Adam moves a parameter along ``m / (sqrt(v̂) + eps)`` (Kingma & Ba 2015), so a gradient g moves it along ``Γ g`` with
 the diagonal ``Γ = 1 / (sqrt(v̂) + eps)``. If the gradients of training examples and targets are multiplied by the
@@ -20,6 +20,15 @@ from torch import Tensor, nn
 from tracer._core.sharding import is_sharded
 from tracer._core.text import listing
 from tracer.errors import CheckpointError
+from tracer.training.adafactor import (
+    FACTORS,
+    KEYS,
+    AdafactorMoment,
+    floor_of,
+    is_adafactor,
+    moment_shape,
+    stored_arrays,
+)
 from tracer.training.checkpoints import read_source, weights_fingerprint
 from tracer.training.load_state import find_state, load_state
 from tracer.training.optimizer_states import assign_parameters
@@ -36,13 +45,23 @@ class SecondMoment:
     beta2: float
     eps: float
 
+    def gamma(self) -> Tensor:
+        """Return ``1 / (sqrt(v̂) + eps)``, float64."""
+        corrected = self.values.double() / (1.0 - self.beta2**self.step)  # a mean that begins at zero
+        return corrected.sqrt_().add_(self.eps).reciprocal_()
+
+    def described(self, name: str) -> dict[str, Tensor]:
+        """Return what decides it, by name."""
+        numbers = torch.tensor([self.step, self.beta2, self.eps], dtype=torch.float64)
+        return {name: self.values, f"{name} step, beta2, eps": numbers}
+
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
     """A model's weights, and its optimizer's second moments of the selected parameters by name, or None."""
 
     state: dict[str, Tensor]
-    moments: dict[str, SecondMoment] | None = None
+    moments: Mapping[str, SecondMoment | AdafactorMoment] | None = None
 
     def scales(self) -> dict[str, Tensor] | None:
         """Return ``Γ^{1/2}`` of each selected parameter; float64 for float64 parameters and else float32."""
@@ -50,9 +69,7 @@ class TrainingCheckpoint:
             return None
         found = {}
         for name, moment in self.moments.items():
-            corrected = moment.values.double() / (1.0 - moment.beta2**moment.step)  # a mean that begins at zero
-            scale = corrected.sqrt_().add_(moment.eps).reciprocal_().sqrt_()
-            found[name] = scale.to(torch.promote_types(self.state[name].dtype, torch.float32))
+            found[name] = moment.gamma().sqrt_().to(torch.promote_types(self.state[name].dtype, torch.float32))
         return found
 
     def fingerprint(self) -> str:
@@ -60,12 +77,10 @@ class TrainingCheckpoint:
         if self.moments is None:
             return weights_fingerprint(self.state)
         # Of the moments as stored, not of Γ, whose last bit may differ between machines.
-        values = {name: moment.values for name, moment in self.moments.items()}
-        numbers = {
-            f"{name} step, beta2, eps": torch.tensor([moment.step, moment.beta2, moment.eps], dtype=torch.float64)
-            for name, moment in self.moments.items()
+        described = {
+            key: value for name, moment in self.moments.items() for key, value in moment.described(name).items()
         }
-        return f"{weights_fingerprint(self.state)}+{weights_fingerprint(values | numbers)}"
+        return f"{weights_fingerprint(self.state)}+{weights_fingerprint(described)}"
 
 
 def optimizer_path(path: str | os.PathLike[str]) -> Path:
@@ -123,15 +138,15 @@ def _no_optimizer(found: list, value: Any, where: str) -> CheckpointError:
     )
 
 
-def _moments(optimizer: Mapping, model: nn.Module, names: Sequence[str]) -> dict[str, SecondMoment]:
+def _moments(optimizer: Mapping, model: nn.Module, names: Sequence[str]) -> dict[str, SecondMoment | AdafactorMoment]:
     """Return the second moments of the named parameters, or raise CheckpointError if one is missing or in doubt."""
     state = optimizer["state"]
     kept = sorted({str(key) for entry in state.values() if isinstance(entry, Mapping) for key in entry})
-    if "exp_avg_sq" not in kept:
+    if not {"exp_avg_sq", *KEYS} & set(kept):
         raise CheckpointError(
             f"preconditioner='adam' needs second moments, 'exp_avg_sq', which the optimizer's state does not have: it "
-            f"holds {listing(kept) or 'nothing'}. Expected the state of Adam or AdamW after one step at least; with "
-            f"another optimizer pass preconditioner=None"
+            f"holds {listing(kept) or 'nothing'}. Expected the state of Adam, AdamW or Adafactor after one step at "
+            f"least; with another optimizer pass preconditioner=None"
         )
     assigned, known = assign_parameters(optimizer, model)
     missing = [repr(name) for name in names if name not in assigned]
@@ -151,11 +166,16 @@ def _moments(optimizer: Mapping, model: nn.Module, names: Sequence[str]) -> dict
             f"the optimizer has never stepped {len(idle)} selected parameters, which so have no second moments: "
             f"{listing(idle)}. Leave them out with params="
         )
-    return {name: _moment(entries[name], assigned[name][1], model.get_parameter(name).shape, name) for name in names}
+    found: dict[str, SecondMoment | AdafactorMoment] = {}
+    for name in names:
+        entry, group, parameter = entries[name], assigned[name][1], model.get_parameter(name)
+        read = _adafactor_moment if is_adafactor(entry, group) else _moment
+        found[name] = read(entry, group, parameter, name)
+    return found
 
 
-def _moment(entry: Any, group: Any, shape: torch.Size, name: str) -> SecondMoment:
-    """Read and check the second moment of one parameter from its state and group."""
+def _moment(entry: Any, group: Any, parameter: Tensor, name: str) -> SecondMoment:
+    """Read and check Adam's second moment of one parameter from its state and group."""
     key = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
     values, step, betas, eps = entry.get(key), entry.get("step"), group.get("betas"), group.get("eps")
     wrong = ""
@@ -163,15 +183,38 @@ def _moment(entry: Any, group: Any, shape: torch.Size, name: str) -> SecondMomen
         wrong = f"expected {key!r} and 'step' in it, and 'betas' and 'eps' in its group"
     elif is_sharded(values) or values.is_meta:
         wrong = f"{key!r} has no values, or is a part of a sharded tensor; expected all of it"
-    elif values.shape != shape:
-        wrong = f"{key!r} is {list(values.shape)}, the parameter is {list(shape)}"
+    elif values.shape != parameter.shape:
+        wrong = f"{key!r} is {list(values.shape)}, the parameter is {list(parameter.shape)}"
     elif not (0 <= float(betas[1]) < 1 and 0 <= float(eps) < math.inf):
         wrong = f"beta2 is {betas[1]} and eps is {eps}; expected 0 <= beta2 < 1 and eps >= 0"
     elif not bool((torch.isfinite(values) & (values >= 0 if eps > 0 else values > 0)).all()):
         wrong = f"{key!r} has values that are NaN, infinite or negative, or zero while eps is 0"
     if wrong:
-        raise CheckpointError(
-            f"the optimizer's state of {name!r} cannot be used: {wrong}. Pass the whole optimizer.state_dict() of Adam "
-            f"or AdamW, saved with these weights"
-        )
+        raise _unusable(name, wrong)
     return SecondMoment(values.detach(), float(step), float(betas[1]), float(eps))
+
+
+def _adafactor_moment(entry: Any, group: Any, parameter: Tensor, name: str) -> AdafactorMoment:
+    """Read and check Adafactor's second moment of one parameter from its state and group."""
+    arrays, floor, wrong = stored_arrays(entry), floor_of(entry, group, parameter.dtype), ""
+    if not arrays or floor is None:
+        names = ", ".join(f"{rows!r} and {columns!r}" for rows, columns in FACTORS)
+        wrong = f"expected {names} or 'variance' in it, and two values of 'eps' in its group"
+    elif any(is_sharded(each) or each.is_meta for each in arrays):
+        wrong = "second moments have no values, or are a part of a sharded tensor; expected all of them"
+    elif moment_shape(entry) != tuple(parameter.shape):
+        wrong = (
+            f"second moments are of shape {list(moment_shape(entry) or ())}, the parameter is {list(parameter.shape)}"
+        )
+    elif not all(bool((each.isfinite() & (each >= 0 if floor > 0 else each > 0)).all()) for each in arrays):
+        wrong = "second moments have values that are NaN, infinite or negative, or zero while the first eps is 0"
+    if wrong or floor is None:
+        raise _unusable(name, wrong)
+    return AdafactorMoment(tuple(each.detach() for each in arrays), floor)
+
+
+def _unusable(name: str, wrong: str) -> CheckpointError:
+    return CheckpointError(
+        f"the optimizer's state of {name!r} cannot be used: {wrong}. Pass the whole optimizer.state_dict() of Adam, "
+        f"AdamW or Adafactor, saved with these weights"
+    )

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tracer._core.text import listing
 from tracer.errors import CheckpointError
+from tracer.training.adafactor import moment_shape
 from tracer.training.key_matching import match_names
 
 # torch.distributed.checkpoint.state_dict names the parameters of an optimizer in memory, not of a saved state dict; and
@@ -59,8 +60,7 @@ def assign_parameters(optimizer: Mapping, model: nn.Module) -> tuple[Assigned, s
             f"{len(trainable)} require a gradient: which is which cannot be told; {_NAME}"
         )
     entries = [optimizer["state"].get(number) for number, _ in held]
-    moments = [entry.get("exp_avg_sq") if isinstance(entry, Mapping) else None for entry in entries]
-    shapes = [tuple(values.shape) if isinstance(values, Tensor) else None for values in moments]
+    shapes = [moment_shape(entry) for entry in entries]
     return _by_shape(held, shapes, fitting), f"{len(held)} of the model's parameters"
 
 
@@ -73,7 +73,7 @@ def _by_shape(
             if found is not None and found != shape:
                 raise CheckpointError(
                     f"the optimizer's parameters have no names and do not fit in the model's order: {name!r} is "
-                    f"{list(shape)}, 'exp_avg_sq' of the optimizer's parameter {number!r} is {list(found)}; {_NAME}"
+                    f"{list(shape)}, the second moment of the optimizer's parameter {number!r} {list(found)}; {_NAME}"
                 )
         return {name: one for (name, _), one in zip(named, held, strict=True)}
     known = [shape for shape in shapes if shape is not None]
@@ -90,7 +90,7 @@ def _by_shape(
         if len(mine) != len(theirs):
             raise CheckpointError(
                 f"the optimizer's parameters do not fit the model: {len(mine)} of the model's parameters have shape "
-                f"{list(shape)}, {len(theirs)} of the optimizer's 'exp_avg_sq' have; pass the state of the "
+                f"{list(shape)}, {len(theirs)} of the optimizer's second moments have; pass the state of the "
                 f"optimizer that trained this model"
             )
         if len({id(group) for _, group in theirs}) > 1:

@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from tracer.errors import CheckpointError
+from tracer.training.adafactor import moment_shape
 
 STATE, OPTIMIZER = "trainer_state.json", "optimizer.pt"
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]  # of Trainer's own
@@ -70,11 +71,11 @@ def with_parameter_names(optimizer: Any, model: nn.Module) -> Any:
         if parameter.requires_grad:
             spared = name in inside or any(re.search(pattern, name.lower()) for pattern in _NO_DECAY)
             names[spared].append(name)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for group, own in zip(groups, names, strict=True):
-        moments = [optimizer["state"].get(number, {}).get("exp_avg_sq") for number in group["params"]]
-        if len(own) != len(moments) or any(
-            values is not None and values.shape != shapes[name] for values, name in zip(moments, own, strict=True)
+        found = [moment_shape(optimizer["state"].get(number)) for number in group["params"]]
+        if len(own) != len(found) or any(
+            shape is not None and shape != shapes[name] for shape, name in zip(found, own, strict=True)
         ):
             return optimizer
     named = [{**group, "param_names": own} for group, own in zip(groups, names, strict=True)]

@@ -15,6 +15,7 @@ from tracer._core.files import partial_path, sync, write_whole
 from tracer._core.sharding import fsdp_modules, is_sharded
 from tracer._core.text import listing
 from tracer.errors import CheckpointError, InputError, InputTypeError
+from tracer.training.adafactor import KEYS
 from tracer.training.adam import optimizer_path
 from tracer.training.checkpoints import FROZEN
 from tracer.training.fit_state import adapter_models, frozen_fingerprint
@@ -58,10 +59,11 @@ def check_optimizer(optimizer: Any, model: nn.Module, second_moments: bool) -> t
             f"optimizer has no learning rates ({type(optimizer).__name__} sets its steps itself); TracIn needs them. "
             f"Pass lr= to the optimizer, or save checkpoints yourself and pass attribute learning rates of your choice."
         )
-    if second_moments and not all("betas" in group and "eps" in group for group in groups):
+    known = {"betas", "decay_rate", "beta2_decay"}  # of Adam, and of Adafactor in transformers and torch
+    if second_moments and not all(known & group.keys() and "eps" in group for group in groups):
         raise InputError(
-            f"second_moments=True came with {type(optimizer).__name__}, which keeps none; expected Adam or AdamW. Pass "
-            f"second_moments=False."
+            f"second_moments=True came with {type(optimizer).__name__}, which keeps none; expected Adam, AdamW or "
+            f"Adafactor. Pass second_moments=False."
         )
     return optimizer
 
@@ -111,15 +113,19 @@ def moments_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
         held = {named[id(one)]: optimizer.state.get(one, {}) for one in group["params"] if id(one) in named}
         key = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
         for name, entry in held.items():
+            moments = {own: entry[own].detach().cpu() for own in KEYS if own in entry}
             if key in entry:
-                moment = entry[key].detach().cpu()
-                state[name] = {"step": float(entry["step"]), "exp_avg_sq": moment, key: moment}
-        settings = {"betas": tuple(map(float, group["betas"])), "eps": float(group["eps"])}
+                moments |= dict.fromkeys(("exp_avg_sq", key), entry[key].detach().cpu())
+            if moments:
+                state[name] = {"step": float(entry["step"]), **moments}
+        settings: dict[str, Any] = {own: group[own] for own in ("eps", "decay_rate", "beta2_decay") if own in group}
+        if "betas" in group:
+            settings["betas"] = tuple(map(float, group["betas"]))
         groups.append({"params": list(held), "amsgrad": bool(group.get("amsgrad")), **settings})
     if not state:
         raise CheckpointError(
-            f"second_moments=True came with {type(optimizer).__name__}, whose state has no 'exp_avg_sq' after a step; "
-            f"expected Adam or AdamW, whole in this process. Pass second_moments=False"
+            f"second_moments=True came with {type(optimizer).__name__}, whose state has no second moments after a "
+            f"step; expected Adam, AdamW or Adafactor, whole in this process. Pass second_moments=False"
         )
     return {"state": state, "param_groups": groups}
 
