@@ -429,6 +429,6 @@ def test_a_task_without_drawn_labels_takes_the_given_ones_and_says_so(tmp_path, 
 def test_a_query_is_whitened_too(tmp_path):
     model, train, targets, checkpoints = case()
     found = attribute(model, "image_classification", train, targets, checkpoints, save_dir=tmp_path, **OPTIONS)
-    top, answer = found.top(3), found.tracer.query(targets, 3)
+    top, answer = found.by("scores").top(3), found.tracer.query(targets, 3)
     np.testing.assert_array_equal(answer.indices, top.indices)
     np.testing.assert_allclose(answer.scores, top.scores, rtol=1e-3, atol=1e-6)

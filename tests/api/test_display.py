@@ -26,9 +26,10 @@ def found(run, tmp_path):
 
 def test_an_attribution_is_one_line(found, tmp_path):
     expected = (
-        f"Attribution('{tmp_path}/store': 23 training examples, 5 targets 'targets', checkpoints [0, 1, 2], tracin)"
+        f"Attribution('{tmp_path}/store': 23 training examples, 5 targets 'targets', checkpoints [0, 1, 2], {{}})"
     )
-    assert repr(found) == expected
+    assert repr(found) == expected.format("scores by tracin, proponents by cosine")
+    assert repr(found.by("top")) == expected.format("cosine")
 
 
 def test_a_target_is_shown_with_its_strongest_examples(found, run):

@@ -213,15 +213,17 @@ def test_documents_in_parts_have_the_sum_of_their_parts(tmp_path, packing):
 
 def test_a_block_has_the_scores_of_its_documents(tmp_path):
     options = {"packing": "bfd", "max_length": 16}
-    documents = build(tmp_path / "a", texts(), **options).explain("w3 w4 ", "w5", k=12)
-    blocks = build(tmp_path / "b", texts(), unit="block", **options).explain("w3 w4 ", "w5", k=12)
-    expected = scores_of(documents)
+    alone = build(tmp_path / "a", texts(), **options).by("scores")
+    packed = build(tmp_path / "b", texts(), unit="block", **options)
+    expected = scores_of(alone.explain("w3 w4 ", "w5", k=12))
     scale = max(map(abs, expected.values()))
+    blocks = packed.by("scores").explain("w3 w4 ", "w5", k=12)
     assert len(blocks.documents) < len(expected)
     for block in blocks.documents:
         inside = {number: score for number, score in block.documents.items() if number in expected}
         assert inside == pytest.approx({number: expected[number] for number in inside}, abs=1e-4 * scale)
-        assert block.score == pytest.approx(sum(inside.values()), abs=1e-4 * scale)
+    for block in (*blocks.documents, *packed.by("top").explain("w3 w4 ", "w5", k=12).documents):
+        assert block.score == pytest.approx(sum(block.documents.values()), rel=1e-4, abs=1e-6)
 
 
 def test_chats_are_asked_as_chats(tmp_path):

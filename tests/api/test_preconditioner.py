@@ -228,8 +228,9 @@ def test_step_by_step_queries_and_paths_agree_with_the_one_call(tmp_path, projec
         tracing.score(run.targets, num_samples=4)
     whole = trace(run, tmp_path / "whole", **options)
     np.testing.assert_allclose(tracing.finalize_scores("targets"), whole.scores, rtol=1e-5, atol=1e-9)
-    np.testing.assert_array_equal(answer.indices, whole.top(3).indices)
-    np.testing.assert_allclose(answer.scores, whole.top(3).scores, rtol=1e-4, atol=1e-9)
+    top = whole.by("scores").top(3)
+    np.testing.assert_array_equal(answer.indices, top.indices)
+    np.testing.assert_allclose(answer.scores, top.scores, rtol=1e-4, atol=1e-9)
 
 
 def test_a_score_is_what_a_step_of_adam_does_to_the_target(tmp_path):

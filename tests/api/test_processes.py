@@ -202,7 +202,7 @@ def test_a_job_array_shares_nothing_but_the_file_system(run, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
     reader = Tracer.open(tmp_path / "array")
     np.testing.assert_array_equal(np.asarray(reader.finalize_scores("targets")), alone.scores)
-    np.testing.assert_array_equal(reader.top("targets", 3).indices, alone.top(3).indices)
+    np.testing.assert_array_equal(reader.top("targets", 3).indices, alone.by("scores").top(3).indices)
 
 
 def test_a_job_is_refused_scores_that_another_has_not_made_also_in_one_file(run, tmp_path):

@@ -25,7 +25,7 @@ def test_a_reader_answers_as_the_tracer_does(found):
     assert type(reader) is StoreReader and reader.train_set_size == 23
     np.testing.assert_array_equal(reader.finalize_scores("targets"), found.scores)
     for kind in ("proponents", "opponents"):
-        np.testing.assert_array_equal(reader.top("targets", 4, kind).indices, found.top(4, kind).indices)
+        np.testing.assert_array_equal(reader.top("targets", 4, kind).indices, found.by("scores").top(4, kind).indices)
     np.testing.assert_array_equal(reader.self_influence(), found.self_influence())
     assert reader.remaining(0).tolist() == [] and reader.remaining(1, "targets").tolist() == []
     with pytest.raises(StoreError, match="holds no store"):

@@ -65,7 +65,7 @@ def test_a_regularizer_is_part_of_the_training_loss_only(run, tmp_path):
 def test_queries_use_the_function_of_targets(run, tmp_path):
     found = traced(run, tmp_path / "store", target_task=margin, storage="float32")
     query = found.tracer.query(run.targets, 4)
-    np.testing.assert_array_equal(query.indices, found.top(4).indices)
+    np.testing.assert_array_equal(query.indices, found.by("scores").top(4).indices)
 
 
 @pytest.mark.parametrize("storage", ["none", "float32"])

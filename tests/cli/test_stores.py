@@ -46,7 +46,7 @@ def own(finished, tmp_path, monkeypatch):
     return folder
 
 
-def library(estimator: str = "tracin", save_dir: str = "store") -> Attribution:
+def library(estimator: str | None = None, save_dir: str = "store") -> Attribution:
     return Attribution(Tracer.open(save_dir), "targets", estimator)
 
 

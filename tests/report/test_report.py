@@ -625,7 +625,7 @@ def test_attribution_writes_a_report(run, tmp_path):
     )
     assert index == tmp_path / "report" / "index.html"
     assert (tmp_path / "report" / "influence.png").exists()
-    means = np.asarray(found.scores).mean(axis=0)
+    means = np.asarray(found.by("top").scores).mean(axis=0)
     targets = lines(tmp_path / "report" / "target_summary.csv")
     np.testing.assert_allclose([float(row["mean_score"]) for row in targets], means, rtol=1e-5)
 

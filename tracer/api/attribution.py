@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack, cast
 
@@ -20,8 +21,9 @@ from tracer.api.explanation import explain
 from tracer.api.label_evidence import label_health, model_warnings
 from tracer.api.language_inputs import LanguageInputs
 from tracer.api.passes import Passes
+from tracer.api.questions import Estimators
 from tracer.api.report_metadata import StoreFacts, labels_or
-from tracer.api.settings import FeatureOptions, FeatureSettings, chosen_storage, feature_settings, takes_settings
+from tracer.api.settings import AttributeOptions, FeatureOptions, chosen_storage, feature_settings, takes_settings
 from tracer.api.store_reader import StoreReader
 from tracer.api.tracer import Tracer
 from tracer.data.datasets import DataSource, NoExamples, as_data_source
@@ -31,7 +33,7 @@ from tracer.data.tables import InputForm
 from tracer.errors import InputError
 from tracer.report import ReportOptions, write_report
 from tracer.report.label_noise import WrongLabels
-from tracer.scoring.estimators import Estimate
+from tracer.scoring.estimators import ESTIMATORS, Estimate
 from tracer.training.load_state import check_headers
 from tracer.types import Batch, Checkpoint, TopK
 
@@ -47,7 +49,7 @@ class Attribution:
     Attributes:
         tracer: The tracer, or the reader of its store, for more questions.
         exp_name: The name of the targets.
-        estimator: The estimator of `scores` and `top`.
+        estimator: The estimator of all questions, ``auto``, or None, as for `attribute`; see `estimators`.
         model_ids: The checkpoints' numbers in the store. Default: all.
         target: ``loss`` or ``output``, as in `Tracer.finalize_scores`.
         regularization: λ of ``trak`` and ``influence``, as in `Tracer.finalize_scores`.
@@ -57,7 +59,7 @@ class Attribution:
 
     tracer: Tracer | StoreReader
     exp_name: str
-    estimator: str = "tracin"
+    estimator: str | None = None
     model_ids: list[int] | None = None
     target: str | None = None
     regularization: float | str = "auto"
@@ -68,13 +70,21 @@ class Attribution:
     show, to_pandas = display.show, display.to_pandas
     explain = explain
 
+    @cached_property
+    def estimators(self) -> Estimators:
+        """The estimators of `scores`, `top` and `self_influence`, and the reason why they were chosen."""
+        return Estimators.of(self.estimator, self.tracer.store.manifest)
+
     @property
     def scores(self) -> np.ndarray:
         """``[num_train, num_targets]``, float32, mapped from the store; computed on first use."""
-        return self.tracer.finalize_scores(self.exp_name, self.estimator, self.model_ids, **self._options)
+        name = self.estimators.scores
+        return self.tracer.finalize_scores(self.exp_name, name, self.model_ids, **self._options(name))
 
     def top(self, k: int, kind: str = "proponents", train_groups: Any = None) -> TopK:
-        """Return the strongest training examples of each target.
+        """Return the strongest training examples of each target, by ``estimators.top``.
+
+        Sums over groups are those of `scores`, since cosines do not add up.
 
         Args:
             k: The number for each target.
@@ -84,15 +94,17 @@ class Attribution:
         Returns:
             Indices and scores, ``[num_targets, k]`` each, strongest first.
         """
-        options = {**self._options, "train_groups": train_groups}
-        return self.tracer.top(self.exp_name, k, kind, self.estimator, self.model_ids, **options)
+        name = self.estimators.top if train_groups is None else self.estimators.scores
+        options = {**self._options(name), "train_groups": train_groups}
+        return self.tracer.top(self.exp_name, k, kind, name, self.model_ids, **options)
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {"target": self.target, "regularization": self.regularization}
+    def _options(self, estimator: str) -> dict[str, Any]:
+        # a λ that was given with another estimator, such as the one of auto, says nothing of this one
+        ignored = estimator != self.estimator and not Estimate(estimator).is_regularized
+        return {"target": self.target, "regularization": "auto" if ignored else self.regularization}
 
     def self_influence(self) -> np.ndarray:
-        """Return each training example's influence on itself by this estimator; see `Tracer.self_influence`.
+        """Return each training example's influence on itself, by ``estimators.self_influence``.
 
         Returns:
             ``[num_train]``, float64.
@@ -100,14 +112,15 @@ class Attribution:
         Raises:
             InputError: If scores are cosines (``cosine``, ``trackstar``): that of a gradient with itself is 1.
         """
-        return self.tracer.self_influence(self.model_ids, self.estimator, regularization=self.regularization)
+        named = self.estimator if self.estimator in ESTIMATORS else None  # refused if scores are cosines
+        name = named or self.estimators.self_influence
+        given = self._options(name)["regularization"]
+        return self.tracer.self_influence(self.model_ids, name, regularization=given)
 
-    @property
-    def ranking(self) -> Attribution:
-        """The attribution whose self-influence ranks examples: this one, or that of ``tracin`` for cosines."""
-        if Estimate(self.estimator).is_cosine:
-            return replace(self, estimator="tracin", target=None, regularization="auto")
-        return self
+    def by(self, question: str) -> Attribution:
+        """Return the attribution all of whose questions have the estimator of one: a field of `estimators`."""
+        name = getattr(self.estimators, question)
+        return replace(self, estimator=name, regularization=self._options(name)["regularization"])
 
     def label_health(self) -> WrongLabels | str:
         """Return the estimated share of wrong labels among the training examples, or why there is no estimate.
@@ -133,16 +146,15 @@ class Attribution:
 
     def _described(self) -> dict[str, Any]:
         """Return estimator, target and, for estimators with a kernel, λ and its rule, for a report."""
-        estimate = Estimate(self.estimator, self.target, self.regularization)
+        estimate = Estimate(self.estimators.scores, self.target, self.regularization)
         shown: dict[str, Any] = {"estimator": estimate.estimator, "target": estimate.target}
-        shown["self-influence"] = self.ranking.estimator
         if not estimate.is_regularized:
             return shown
         if self.regularization != "auto":
             return {**shown, "regularization": f"{float(self.regularization):.4g}, given"}
         if not estimate.is_newton_step:
             return shown
-        found = self.tracer.regularization(self.estimator, self.model_ids)
+        found = self.tracer.regularization(estimate.estimator, self.model_ids)
         return {**shown, "regularization": f"{found.value:.4g}, rule {found.rule}"}
 
     def report(
@@ -162,7 +174,7 @@ class Attribution:
     ) -> Path:
         """Write an HTML page of the findings, and its data files.
 
-        Labels, losses, ids and settings come from the store by default.
+        Scores are those of ``estimators.top``. Labels, losses, ids and settings come from the store by default.
 
         Args:
             directory: The directory of the files, which is created if it does not exist.
@@ -184,7 +196,9 @@ class Attribution:
         """
         k = min(k, self.tracer.train_set_size)
         facts = StoreFacts.of(self.tracer.store, self.exp_name, self.model_ids)
-        known = {**self._described(), **facts.settings}
+        shown = self.by("top")
+        ranking = {"self-influence": self.estimators.self_influence}
+        known = {**shown._described(), **ranking, **facts.settings}
         options["settings"] = {**known, **(options.get("settings") or {})}
         options = cast(ReportOptions, {**facts.defaults(labels, target_labels), **options})
         if facts.losses is not None:
@@ -195,10 +209,10 @@ class Attribution:
             options.setdefault("health", self.label_health())
         return write_report(
             directory,
-            self_influence=self.ranking.self_influence(),
-            proponents=self.top(k, "proponents"),
-            opponents=self.top(k, "opponents"),
-            scores=self.scores if all_scores else None,
+            self_influence=self.by("self_influence").self_influence(),
+            proponents=shown.top(k, "proponents"),
+            opponents=shown.top(k, "opponents"),
+            scores=shown.scores if all_scores else None,
             train_inputs=inputs,
             target_inputs=target_inputs,
             train_labels=labels_or(facts.train_labels, labels, target_labels),
@@ -210,7 +224,7 @@ class Attribution:
         )
 
 
-@takes_settings
+@takes_settings(AttributeOptions)
 def attribute(
     model: nn.Module,
     task: Any,
@@ -222,13 +236,10 @@ def attribute(
     batch_size: int = 64,
     collate_fn: Callable[[list], Batch] | None = None,
     exp_name: str = "targets",
-    estimator: str = "tracin",
-    target: str | None = None,
-    regularization: float | str = "auto",
-    proj_dim: int = FeatureSettings.proj_dim,
+    estimator: str | None = None,
     ids: Any = None,
     target_ids: Any = None,
-    **options: Unpack[FeatureOptions],
+    **options: Unpack[AttributeOptions],
 ) -> Attribution:
     """Attribute a model's behavior on targets to training examples, over the checkpoints of its training.
 
@@ -253,11 +264,9 @@ def attribute(
         collate_fn: Makes a batch of a data set's examples; or a tokenizer, which pads them. Default: that of
             `DataLoader`.
         exp_name: The name of the targets in the store.
-        estimator: ``tracin``, ``cosine``, ``influence``, ``trak``, ``trackstar`` or another one of
-            `Tracer.finalize_scores`. Default: ``tracin``.
-        target: ``loss`` or ``output``, as in `Tracer.finalize_scores`.
-        regularization: λ of an estimator with a kernel, as in `Tracer.finalize_scores`. Default: ``auto``.
-        proj_dim: The number of values ``k`` stored of an example's gradient, as for `Tracer`. Default: 4096.
+        estimator: One of `Tracer.finalize_scores` for all questions. ``auto``: scores predict what training without
+            examples would change, by the estimator that does so best on such a store, and ``cosine`` ranks
+            proponents. Default: scores by ``tracin``, what this run's steps did, and proponents by ``cosine``.
         ids: The id of each training example, only once each: texts, integers or paths, which are stored and shown with
             the indices; or the name of a column or attribute of ``train``. Default: the index of a DataFrame, if it
             does not just count.
@@ -282,7 +291,8 @@ def attribute(
     ...     found.scores.shape
     (6, 2)
     """
-    estimate = Estimate(estimator, target, regularization)
+    target, regularization = options.pop("target", None), options.pop("regularization", "auto")
+    estimate = Estimate({None: "tracin", "auto": "influence"}.get(estimator) or str(estimator), target, regularization)
     if fsdp_modules(model):
         raise InputError(
             "model is sharded by fully_shard, and attribute passes all examples in one process; make a Tracer on each "
@@ -303,18 +313,22 @@ def attribute(
         None: find_ids(ids, train, len(train_rows)),
         exp_name: find_ids(target_ids, targets, len(target_rows), "target_ids"),
     }
-    options["storage"] = chosen_storage(options, bool(estimate.kernel)).name
+    options["storage"] = chosen_storage(options, estimator).name
     if estimate.is_unrolled and not options.setdefault("shared_projection", True):
         raise InputError("expected shared_projection=True with estimator='source', got False; leave it out.")
-    feature_settings({"proj_dim": proj_dim, **options}, "attribute")  # names the caller in its errors
-    tracer = Tracer(model, task, len(train_rows), save_dir, proj_dim, **options)
+    feature_settings(options, "attribute")  # names the caller in its errors
+    tracer = Tracer(model, task, len(train_rows), save_dir, **cast(FeatureOptions, options))
     if not tracer.store.manifest.feature_storage.stores_features and not len(target_rows):
         raise InputError("storage='none' keeps no gradients, so it expects targets; pass some, or another storage.")
     for name, found_ids in names.items():
         if found_ids:
             tracer.store.ids(name).add(range(len(found_ids)), found_ids)
             tracer.store.ids(name).flush()
-    fits_kernel = estimate.sees_all_outputs and not tracer.store.manifest.feature_storage.is_binary
+    manifest = tracer.store.manifest
+    estimators = Estimators.of(estimator, manifest)
+    if estimator == "auto":
+        logger.info("estimator='auto': %s, since %s", estimators, estimators.reason)
+    fits_kernel = Estimate(estimators.scores).sees_all_outputs and not manifest.feature_storage.is_binary
     chosen = Passes(tracer, train_rows, target_rows, exp_name, fits_kernel).run(pairs)
     found = Attribution(tracer, exp_name, estimator, chosen, target, regularization, (train_rows, target_rows))
     if tracer.process.count == 1:

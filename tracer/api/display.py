@@ -127,7 +127,7 @@ def show(
     train = _Examples(_found, None, wanted, inputs, class_names)
     explained = _Examples(_found, _found.exp_name, np.unique(rows), target_inputs, class_names)
     return Shown(
-        f"{_found.estimator}: proponents lowered the target's loss, opponents raised it",
+        f"{_found.estimators.top}: proponents lowered the target's loss, opponents raised it",
         [(explained.card(row), {kind: list(_cards(train, tops[kind], row, kind)) for kind in KINDS}) for row in rows],
     )
 
@@ -198,7 +198,7 @@ def as_text(_found: Attribution) -> str:
     targets = store.num_rows(_found.exp_name) if _found.exp_name in store.catalog.exp_names() else 0
     return (
         f"Attribution({path.removeprefix(here)!r}: {_found.tracer.train_set_size:,} training examples, {targets:,} "
-        f"targets {_found.exp_name!r}, checkpoints {_found._checkpoints}, {_found.estimator})"
+        f"targets {_found.exp_name!r}, checkpoints {_found._checkpoints}, {_found.estimators})"
     )
 
 

@@ -46,7 +46,7 @@ def explain(
 ) -> Explanation:
     """Find the training documents behind a completion of a prompt, of a store of `build_store` or `load_store`.
 
-    The completion's loss is explained by this attribution's estimator and checkpoints. Nothing is stored.
+    The completion's loss is explained by ``estimators.top`` and this attribution's checkpoints. Nothing is stored.
 
     Args:
         prompt: A text, the messages of a chat, or tokens; with a list of them, the mean of their scores is explained.
@@ -102,7 +102,7 @@ def explain(
         for text, own in zip(shown, (each.prompt, each.completion, other.completion if other else ()), strict=True):
             text.append("".join(token_texts(inputs.tokenizer, own)))
     return Explanation(
-        shown[0], shown[1], shown[2] if contrasted else None, completion is None, _found.estimator, kind,
+        shown[0], shown[1], shown[2] if contrasted else None, completion is None, _found.estimators.top, kind,
         scores.split_estimator if tokens else None, documents,
     )  # fmt: skip
 

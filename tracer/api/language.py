@@ -99,7 +99,7 @@ def load_store(
     tokenizer: Any = None,
     checkpoints: Sequence[Checkpoint] | None = None,
     exp_name: str = "targets",
-    estimator: str = "tracin",
+    estimator: str | None = None,
     folders: Sequence[str | os.PathLike[str]] | None = None,
     device: str | torch.device | None = None,
     **options: Any,

@@ -80,7 +80,8 @@ class QuestionScores:
         inputs: LanguageInputs,
     ) -> None:
         self._tracer, self._inputs = tracer, inputs
-        self._estimate = Estimate(found.estimator, found.target, found.regularization)
+        shown = found.by("top")
+        self._estimate = Estimate(found.estimators.top, shown.target, shown.regularization)
         self._model_ids = finalized_revisions(tracer.store, found.model_ids).model_ids
 
     @property

@@ -21,6 +21,7 @@ from tracer.errors import InputTypeError, nearest_name
 from tracer.gradients import METHODS, ParamSelection
 from tracer.gradients.preconditioning import KRONECKER, PRECONDITIONERS, check_preconditioner
 from tracer.projection import projector_kinds
+from tracer.scoring.estimators import KERNELS, Estimate
 from tracer.store.feature_storage import STORAGES, FeatureStorage
 from tracer.store.manifest import Manifest
 
@@ -180,6 +181,14 @@ class FeatureOptions(TypedDict, total=False):
     progress: bool | None
 
 
+class AttributeOptions(FeatureOptions, total=False):
+    """Those of `attribute`, with ``proj_dim`` and two fields of `Estimate`."""
+
+    proj_dim: int
+    target: str | None
+    regularization: float | str
+
+
 def feature_settings(options: Mapping[str, Any], caller: str) -> FeatureSettings:
     """Return the settings from a caller's keyword arguments, or raise InputTypeError naming the nearest known one."""
     known = [each.name for each in fields(FeatureSettings)]
@@ -205,28 +214,36 @@ def stored_settings(manifest: Manifest) -> dict[str, Any]:
 _OF_PROJECTOR = {"projector": "kind", "proj_dim": "proj_dim", "seed": "seed"}
 
 
-def chosen_storage(options: Mapping[str, Any], needs_features: bool) -> FeatureStorage:
+def chosen_storage(options: Mapping[str, Any], estimator: str | None) -> FeatureStorage:
     """Return the storage of `attribute` with these options; by default exact gradients are stored only if needed."""
-    default = FeatureStorage.default(options.get("projector", FeatureSettings.projector), needs_features)
+    default = FeatureStorage.default(options.get("projector", FeatureSettings.projector), estimator in KERNELS)
     return FeatureStorage(options.get("storage", default))
 
 
-def takes_settings(target: Signed) -> Signed:
-    """Put the settings into the signature of a class or function, and into its docstring at ``**options:``."""
-    function: Any = target.__init__ if inspect.isclass(target) else target
-    signature = inspect.signature(function)
-    given = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-    settings = [each for each in fields(FeatureSettings) if each.name not in signature.parameters]
-    hints = FeatureOptions.__annotations__
-    own = [
-        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=hints[each.name])
-        for each in settings
-    ]
-    function.__signature__ = signature.replace(parameters=[*given, *own])
-    if inspect.isclass(target):  # sphinx reads a class's own signature
-        target.__signature__ = signature.replace(parameters=[*given[1:], *own])  # type: ignore[attr-defined]
-    target.__doc__ = _with_documentation(target.__doc__ or "", settings)
-    return target
+def takes_settings(options: type) -> Callable[[Signed], Signed]:
+    """Return a decorator that puts settings into the signature of a class or function, and into its docstring.
+
+    Args:
+        options: The settings: `FeatureOptions` or `AttributeOptions`. They replace ``**options:`` in the docstring.
+    """
+    known = {each.name: each for each in (*fields(Estimate), *fields(FeatureSettings))}
+
+    def decorate(target: Signed) -> Signed:
+        function: Any = target.__init__ if inspect.isclass(target) else target
+        signature = inspect.signature(function)
+        given = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        hints: dict[str, Any] = dict(options.__annotations__)
+        own = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=known[name].default, annotation=hints[name])
+            for name in hints
+        ]
+        function.__signature__ = signature.replace(parameters=[*given, *own])
+        if inspect.isclass(target):  # sphinx reads a class's own signature
+            target.__signature__ = signature.replace(parameters=[*given[1:], *own])  # type: ignore[attr-defined]
+        target.__doc__ = _with_documentation(target.__doc__ or "", [known[name] for name in hints])
+        return target
+
+    return decorate
 
 
 def _with_documentation(text: str, settings: Sequence[Field]) -> str:

@@ -64,7 +64,7 @@ def _says_default(method: Callable[Concatenate[Tracer, P], Answer]) -> Callable[
     return ask
 
 
-@takes_settings
+@takes_settings(FeatureOptions)
 class Tracer:
     """Traces a model's behavior to training examples, from checkpoints of its training (TracIn, Pruthi et al. 2020).
 

@@ -44,7 +44,7 @@ def compare(a: str, b: str, k: int, **options: Any) -> None:
     _check_alike(first, second)
     found = _similarity(first, second, k)
     sides = {
-        name: {"path": view.reader.store.path, "exp_name": view.found.exp_name, "estimator": view.found.estimator}
+        name: {"path": view.reader.store.path, "exp_name": view.found.exp_name, "estimator": str(view.found.estimators)}
         for name, view in (("a", first), ("b", second))
     }
     print_result({**sides, **found}, _text(sides, found))

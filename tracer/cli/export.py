@@ -148,7 +148,8 @@ def _summary(view: StoreView, what: str) -> Columns:
     if labels is not None and (labels == NO_LABEL).any():
         labels = None  # integers have no missing value
     ids = view.ids() if by_row else view.target_ids()
-    own = "self_influence" + ("_tracin" if found.ranking is not found else "")
+    chosen = found.estimators
+    own = "self_influence" + ("" if chosen.scores == chosen.self_influence else f"_{chosen.self_influence}")
     return {
         "train_row" if by_row else "target": np.arange(size),
         **_named("train_id" if by_row else "target_id", _id_column(ids), np.arange(size)),

@@ -121,7 +121,7 @@ def lds(store: str, truth: Path, estimators: str | None, plot: Path | None, **op
         view = open_view(store, **(options if name is None else {**options, "estimator": name}))
         task = view.reader.store.manifest.settings["task"]["name"]
         outputs = given["outputs"] if task in _MARGINS else -given["losses"]
-        found[view.found.estimator] = grade(np.asarray(view.found.scores), given["masks"], outputs)
+        found[view.found.estimators.scores] = grade(np.asarray(view.found.scores), given["masks"], outputs)
     rows = [(name, each.mean, *each.interval) for name, each in found.items()]
     if plot is not None:
         values = [(each.mean, *each.interval) for each in found.values()]

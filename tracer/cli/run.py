@@ -24,7 +24,6 @@ from tracer.cli.plan import make_plan, plan_text
 from tracer.cli.settings import BY_NAME, SettingsCommand, check_required, read_settings
 from tracer.data.datasets import DataSource
 from tracer.errors import IncompleteError, InputError
-from tracer.scoring.estimators import Estimate
 from tracer.types import Batch
 
 
@@ -73,8 +72,7 @@ def execute(job: Job, settings: dict[str, Any], dry_run: bool, advice: Callable[
 
 def _run(ctx: click.Context, job: Job, settings: dict[str, Any]) -> dict[str, Any]:
     """Run `attribute`; an interruption ends the program and prints the command that resumes it."""
-    estimate = Estimate(settings.get("estimator", "tracin"))
-    exact = not chosen_storage(settings, bool(estimate.kernel)).stores_features
+    exact = not chosen_storage(settings, settings.get("estimator")).stores_features
     sizes = {"train_rows": len(job.train), "targets": len(job.targets)}
     try:
         with Interruption() as interruption:

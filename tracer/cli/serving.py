@@ -292,7 +292,7 @@ def _questions(answers: StoreAnswers) -> APIRouter:
         target: Target = 0,
         k: Count = 10,
         kind: str = KINDS[0],
-        estimator: str = ESTIMATORS[0],
+        estimator: str = "cosine",  # as proponents are ranked by default elsewhere
         exp_name: str | None = None,
         wait: Wait = 10,
     ) -> Response:

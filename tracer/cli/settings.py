@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from tracer.api.questions import CHOICES
 from tracer.api.settings import FeatureSettings
 from tracer.cli.app import ExampleCommand
 from tracer.cli.output import ResultCommand
@@ -139,13 +140,23 @@ _EXAMPLES = {
     "curvature_examples": "4096", "group_column": '"source"', "chat_template": '"template.jinja"',
 }  # fmt: skip
 
+# of an attribution, which answers several questions
+_ESTIMATOR: dict[str, Any] = {
+    "choices": CHOICES,
+    "help": "Method by which influence is estimated; auto: what predicts training without examples best. Default: "
+    "tracin for scores and self-influence, cosine for proponents and opponents.",
+}
+
 _FEATURE_SETTINGS = (
     *_from_fields(
         FeatureSettings,
         [name for name in FeatureSettings.__annotations__ if name not in (*_INPUT_NAMES, *_EXECUTION_NAMES)],
         _FEATURES,
     ),
-    *_from_fields(Estimate, ("estimator", "target", "regularization"), _SCORES),
+    *(
+        dataclasses.replace(each, **_ESTIMATOR) if each.name == "estimator" else each
+        for each in _from_fields(Estimate, ("estimator", "target", "regularization"), _SCORES)
+    ),
 )
 _CHECKPOINTS = Setting(
     "checkpoints", "texts", _INPUT,

@@ -51,7 +51,7 @@ class StoreView:
 
     def self_influence(self) -> Float64[np.ndarray, " N"]:
         """Return each training example's influence on itself; for ``cosine``, which has none, that of ``tracin``."""
-        return self.found.ranking.self_influence()
+        return self.found.by("self_influence").self_influence()
 
     def ranking_table(self, name: str, indices: Iterable[int], values: Iterable[float]) -> str:
         """Return a table of ranked training examples with their values and, if known, classes."""

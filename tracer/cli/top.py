@@ -71,7 +71,7 @@ def top(store: str, targets: list[int] | None, k: int, kind: str, train_groups: 
         }
         for target in chosen
     ]
-    result = {"exp_name": view.found.exp_name, "estimator": view.found.estimator, "targets": listed}
+    result = {"exp_name": view.found.exp_name, "estimator": _estimator(view, train_groups), "targets": listed}
     print_result(result, text)
 
 
@@ -114,8 +114,13 @@ def _text(
                 else _of_groups(train_groups, names, *ranked)
             )
             name = "" if ids is None else f" {ids[target]}"
-            parts.append(f"target {target}{name}{of_class}: {kind}\n{table}")
+            estimator = _estimator(view, train_groups)
+            parts.append(f"target {target}{name}{of_class}: {kind} by {estimator}\n{table}")
     return "\n\n".join(parts)
+
+
+def _estimator(view: StoreView, train_groups: str | None) -> str:
+    return view.found.estimators.top if train_groups is None else view.found.estimators.scores
 
 
 def _of_groups(kind: str, names: list[str] | None, numbers: np.ndarray, scores: np.ndarray) -> str:
