@@ -174,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         checkpoints,
         save_dir=options.output_dir / "store",
         projector="none",
+        estimator="tracin",  # whose scores are split over characters
     )
     top = found.top(4)
     shown = list(range(0, len(targets), max(1, len(targets) // 6)))[:6]

@@ -216,9 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seed=options.seed,
     )  # fmt: skip
     print_top(found, train, test, predicted, folder.class_names)
-    agreement = class_agreement(found.top(5).indices, train.labels, test.labels)
-    normalized = Attribution(found.tracer, found.exp_name, "cosine")  # of the same store
-    by_cosine = class_agreement(normalized.top(5).indices, train.labels, test.labels)
+    agreement = class_agreement(found.by("scores").top(5).indices, train.labels, test.labels)
+    by_cosine = class_agreement(found.top(5).indices, train.labels, test.labels)
     print(
         f"\nProponents of their target's class among the first five: {agreement.mean:.0%} by tracin, "
         f"{by_cosine.mean:.0%} by cosine (chance {agreement.chance:.0%})"

@@ -241,7 +241,7 @@ def influence_montage(
     counts = [min(MAX_TILES, top.indices.shape[1]) for top in (proponents, opponents)]
     starts = [0.0, PITCH + GAP, PITCH + GAP + counts[0] * PITCH + GAP]
     figure = Figure(starts[2] + counts[1] * PITCH, 30 + TILE_HEIGHT * len(shown))
-    headings = zip(starts, (1, *counts), ("target", "proponents", "opponents"), ("text", "pos", "series1"), strict=True)
+    headings = zip(starts, (1, *counts), ("target", "proponents", "opponents"), ("text", "pos", "neg"), strict=True)
     for start, count, name, color in headings:
         figure.marks.append(Text(start + count * PITCH / 2, 16, name, color, "middle", 14, bold=True))
     framed = () if known_mislabelled is None else np.flatnonzero(known_mislabelled)
