@@ -95,3 +95,18 @@ def test_an_unknown_estimator_is_refused_with_the_nearest(ask, run, tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="did you mean 'auto'"):
         _ = Attribution(ask().tracer, "targets", "aut").scores
+
+
+def test_a_regularization_without_an_estimator_is_refused(ask):
+    found = Attribution(ask().tracer, "targets", regularization=0.5)
+    for question in (lambda: found.scores, lambda: found.top(3), found.self_influence):
+        with pytest.raises(InputError, match="no kernel to regularize"):
+            question()
+
+
+def test_labels_are_ranked_by_self_influence_of_tracin_if_scores_are_cosines(ask):
+    for name in ("cosine", "trackstar"):
+        found = ask(estimator=name)
+        with pytest.raises(InputError, match="1"):
+            found.self_influence()
+        assert np.array_equal(found.by("self_influence").self_influence(), found.tracer.self_influence())

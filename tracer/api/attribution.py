@@ -100,7 +100,7 @@ class Attribution:
 
     def _options(self, estimator: str) -> dict[str, Any]:
         # a λ that was given with another estimator, such as the one of auto, says nothing of this one
-        ignored = estimator != self.estimator and not Estimate(estimator).is_regularized
+        ignored = self.estimator not in (None, estimator) and not Estimate(estimator).is_regularized
         return {"target": self.target, "regularization": "auto" if ignored else self.regularization}
 
     def self_influence(self) -> np.ndarray:
