@@ -100,6 +100,81 @@ class KeptWithoutSavedValues(KeptByForward):
         return 2 * self.h.weight + self.scale
 
 
+class KeptInBuffer(Folding):
+    """Keeps the weight in a buffer that no state dict has, for one of two uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("product", None, persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            return self.run(x, self.weight()) + self.run(x, self.weight())
+        if self.product is None:
+            self.product = self.weight()
+        return self.run(x, self.weight()) + self.run(x, self.product)
+
+
+class Workspace:
+    """What some models keep between calls."""
+
+    def __init__(self):
+        self.weights, self.calls = {}, 0
+
+
+class KeptInObject(Folding):
+    def __init__(self):
+        super().__init__()
+        self.workspace = Workspace()
+
+    def kept(self):
+        return self.workspace.weights
+
+    def forward(self, x):
+        if self.training:
+            return self.run(x, self.weight()) + self.run(x, self.weight())
+        if "product" not in self.kept():
+            self.kept()["product"] = self.weight()
+        return self.run(x, self.weight()) + self.run(x, self.kept()["product"])
+
+
+class KeptInNestedDict(KeptInObject):
+    def __init__(self):
+        super().__init__()
+        self.workspace = {"eval": {}}
+
+    def kept(self):
+        return self.workspace["eval"]
+
+
+class KeptInBufferByFlag(Folding):
+    """A forward copies the weight into a buffer once, and says so by a flag."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("product", torch.zeros(4, 3), persistent=False)
+        self.ready = False
+
+    def forward(self, x):
+        if not self.training and not self.ready:
+            self.product.copy_(self.weight().detach())
+            self.ready = True
+        return self.run(x, self.weight() if self.training else self.product)
+
+
+class KeptInObjectByFlag(KeptInBufferByFlag):
+    def __init__(self):
+        super().__init__()
+        del self.product
+        self.workspace = Workspace()
+
+    def forward(self, x):
+        if not self.training and not self.ready:
+            self.workspace.product = self.weight().detach()
+            self.ready = True
+        return self.run(x, self.weight() if self.training else self.workspace.product)
+
+
 def checkpoint(kind):
     torch.manual_seed(1)
     other = kind().double()
@@ -124,7 +199,10 @@ def featurized(kind, evaluated, folder):
 
 
 @pytest.mark.parametrize("evaluated", [False, True])
-@pytest.mark.parametrize("kind", [DroppedByTrain, Merging, KeptByForward, KeptWithoutSavedValues])
+@pytest.mark.parametrize(
+    "kind",
+    [DroppedByTrain, Merging, KeptByForward, KeptWithoutSavedValues, KeptInBuffer, KeptInObject, KeptInNestedDict],
+)
 def test_what_was_folded_from_other_weights_is_computed_again(tmp_path, kind, evaluated):
     table, x, y = featurized(kind, evaluated, tmp_path / "store")
     plain = kind().double()
@@ -141,3 +219,10 @@ def test_what_was_folded_from_other_weights_is_computed_again(tmp_path, kind, ev
 def test_values_that_only_eval_folds_are_refused(tmp_path, kind):
     with pytest.raises(tracer.GradientError, match="The train method of the model derives values from weights"):
         featurized(kind, True, tmp_path / "store")
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("kind", [KeptInBufferByFlag, KeptInObjectByFlag])
+def test_values_that_a_forward_copies_once_are_refused(tmp_path, kind, evaluated):
+    with pytest.raises(tracer.GradientError, match="in eval mode, while the model holds .*product"):
+        featurized(kind, evaluated, tmp_path / "store")

@@ -17,20 +17,18 @@ from tracer._core.text import listing
 from tracer.data.tasks import Task
 from tracer.errors import GradientError, TracerError
 from tracer.gradients.isolation import seed_generators
+from tracer.gradients.kept_values import TORCHS_OWN, Place, is_object, places
 from tracer.gradients.selfcheck import same_values, tolerance
 from tracer.types import Batch, SampleOutputs
 
-# Hooks and submodules are torch's, and captured attention replaces ``forward`` while a batch is computed.
-_TORCHS_OWN = nn.Module().__dict__.keys() - {"_buffers", "_non_persistent_buffers_set", "training"} | {"forward"}
+_NOT_STATE = TORCHS_OWN - {"_buffers", "_non_persistent_buffers_set", "training"}
 
 Restore = Callable[[], bool]
 """Puts something back; returns whether it had changed."""
 
 
 class ModuleState:
-    """The buffers and attributes of all modules at one moment, with the values of tensors and the items of containers.
-
-    What a forward changes inside of objects of other classes is not undone.
+    """The buffers and attributes of all modules at one moment, with what containers and objects in them hold.
 
     Args:
         model: The model.
@@ -38,7 +36,7 @@ class ModuleState:
 
     def __init__(self, model: nn.Module) -> None:
         seen: set[int] = set()
-        self._restores = [_container(module.__dict__, seen, _TORCHS_OWN) for module in model.modules()]
+        self._restores = [_container(module.__dict__, seen, _NOT_STATE) for module in model.modules()]
 
     def restore(self) -> bool:
         """Undo what has happened to the modules since; return whether anything had."""
@@ -78,6 +76,9 @@ def _value(value: Any, seen: set[int]) -> Restore | None:
         return None
     if isinstance(value, (dict, list, set)):
         return _container(value, seen)
+    if is_object(value):
+        seen.add(id(value))
+        return _container(vars(value), seen)
     if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or value.is_inference():
         return None
     seen.add(id(value))
@@ -112,7 +113,7 @@ class StatelessTask(Task):
         self.name = task.name
         self.converts_weights = False
         self._has_caches: bool | None = None
-        self._refilled: list[tuple[nn.Module, str]] | None = None  # attributes that a forward fills if they are empty
+        self._refilled: list[Place] | None = None  # that a forward fills if they are empty
         self._state: ModuleState | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -150,9 +151,9 @@ class StatelessTask(Task):
         if self._has_caches:
             _drop_caches(self._model)
         seen: set[int] = set()
-        detached = [_detach(module.__dict__, seen, _TORCHS_OWN) for module in self._model.modules()]
-        for module, name in self._refilled or ():
-            _empty(module, name)
+        detached = [_detach(module.__dict__, seen, _NOT_STATE) for module in self._model.modules()]
+        for place in self._refilled or ():
+            place.empty()
         changed = self._has_caches or self._refilled or any(detached)
         self._state = ModuleState(self._model) if changed else found
         try:
@@ -174,8 +175,8 @@ class StatelessTask(Task):
         """
         if self._refilled is None:
             self._refilled = self._find_refilled(batch)
-            for module, name in self._refilled:
-                _empty(module, name)
+            for place in self._refilled:
+                place.empty()
             self._state = ModuleState(self._model)
         own = _with_train_of_their_own(self._model)
         if not own or self._state is None:
@@ -201,19 +202,18 @@ class StatelessTask(Task):
             f"they are merged for good, as a checkpoint of its own."
         )
 
-    def _find_refilled(self, batch: Batch) -> list[tuple[nn.Module, str]]:
-        """Return the attributes with tensors that a forward fills again after they were emptied."""
-        alike: dict[tuple[type, str], list[nn.Module]] = {}
+    def _find_refilled(self, batch: Batch) -> list[Place]:
+        """Return the places with tensors that a forward fills again after they were emptied."""
+        alike: dict[Any, list[Place]] = {}
         for module in self._model.modules():
-            for name, value in module.__dict__.items():
-                if name not in _TORCHS_OWN and name != "_buffers" and _has_tensors(value):
-                    alike.setdefault((type(module), name), []).append(module)
-        found: list[tuple[nn.Module, str]] = []
-        for (_, name), modules in alike.items():
-            for module in modules:
-                _empty(module, name)
+            for place in places(module):
+                alike.setdefault((type(module), place.path), []).append(place)
+        found: list[Place] = []
+        for group in alike.values():
+            for place in group:
+                place.empty()
             if self._output(batch) is not None:  # else it is something that the forward needs
-                found += [(module, name) for module in modules if _has_tensors(module.__dict__.get(name))]
+                found += [place for place in group if place.is_filled()]
             if self._state is not None:
                 self._state.restore()
         return found
@@ -230,20 +230,11 @@ class StatelessTask(Task):
             return None
 
 
-def _has_tensors(value: Any) -> bool:
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else (value,)
-    return any(type(item) is Tensor for item in items)
-
-
-def _empty(module: nn.Module, name: str) -> None:
-    value = module.__dict__.get(name)
-    module.__dict__[name] = type(value)() if isinstance(value, (dict, list)) else None
-
-
 def derived_values(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return attributes with tensors that may be derived from weights, of modules that contain some parameters.
+    """Return values that may be derived from weights, of modules that contain some parameters.
 
-    These are others than parameters, and buffers of modules with a ``train`` method, which may fold weights into them.
+    They are tensors that no state dict has, and buffers of modules with a ``train`` method, which may fold weights into
+    them.
     """
     found, own = set(), _with_train_of_their_own(model)
     for name in names:
@@ -251,10 +242,7 @@ def derived_values(model: nn.Module, names: Sequence[str]) -> list[str]:
         for depth in range(len(parts) + 1):
             path = ".".join(parts[:depth])
             module = model.get_submodule(path)
-            without = _TORCHS_OWN if module in own else {*_TORCHS_OWN, "_buffers"}
-            for attribute, value in module.__dict__.items():
-                if attribute not in without and _has_tensors(value):
-                    found.add(f"{path}.{'buffers' if attribute == '_buffers' else attribute}".lstrip("."))
+            found |= {f"{path}.{place}".lstrip(".") for place in places(module, buffers=module in own)}
     return sorted(found)
 
 
@@ -269,8 +257,8 @@ def _detach(container: Any, seen: set[int], without: Any = ()) -> bool:
     for key, value in list(items):
         if key in without:
             continue
-        if isinstance(value, (dict, list)):
-            found |= _detach(value, seen)
+        if isinstance(value, (dict, list)) or is_object(value):
+            found |= _detach(vars(value) if is_object(value) else value, seen)
         elif isinstance(value, Tensor) and value.grad_fn is not None:
             container[key] = value.detach()
             found = True
