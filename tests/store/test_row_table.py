@@ -196,6 +196,14 @@ def test_other_rows_under_known_indices_are_named(table):
     assert table.check_rows(np.array([20]), np.array([1], np.uint64)).tolist() == [False]
 
 
+def test_damaged_fingerprints_are_blamed_and_not_the_data(table):
+    table.write(**batch(np.arange(4)))
+    table.flush()
+    table._arrays["fingerprint"].assign(np.array([1, 2]), np.zeros(2, np.uint64))
+    with pytest.raises(StoreError, match=r"rows 1, 2 of .* do not match the checksum .*: run tracer\.verify"):
+        table.check_rows(np.arange(4), batch(np.arange(4))["fingerprint"])
+
+
 @pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1e-12, 1.0, 1e12, 1e30])
 def test_float16_keeps_relative_precision_at_any_magnitude(tmp_path, magnitude):
     store = Store.open(tmp_path, manifest(storage="float16"))

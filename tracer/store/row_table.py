@@ -157,6 +157,7 @@ class RowTable:
         other = written & (self._arrays["fingerprint"].take(rows) != fingerprint)
         if other.any():
             wrong = rows[other]
+            self.check_content(np.sort(wrong))  # else the data would be blamed for a damaged fingerprint
             raise MismatchError(
                 f"{len(wrong)} rows hold other data than was passed for their index in {self.path}: "
                 f"{self._writer.named(wrong)}. Expected the same data set in the same order (no shuffling that changes "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import google_crc32c
@@ -67,9 +68,16 @@ def create_table(
 
 
 def lost_document(path: StorePath) -> bool:
-    """Return whether there are rows of a table without its document, which is written before them."""
-    if (path / NODE).exists() or not any((path / name / "c").children() for name in (*COLUMNS, "features")):
+    """Return whether there are finished rows of a table without its document, which is written before them.
+
+    Files without a row that is done are left where power failed before the document's name was on the disk.
+    """
+    if (path / NODE).exists():
         return False
+    marks = path / "done" / "c"
+    with suppress(FileNotFoundError):  # of a table that another process removes
+        if not any(np.frombuffer((marks / name).read_bytes(), bool).any() for name in marks.children()):
+            return False
     try:
         read_document(path / NODE)
     except FileNotFoundError:

@@ -213,8 +213,10 @@ class _Checker:
             self.num_rows += len(done)
             problems = {name: _problem(array, chunk, len(done) > 0) for name, array in arrays.items()}
             for name, problem in problems.items():
-                if problem:
+                if problem and len(done):
                     yield self._lost(arrays[name], chunk, done, problem)
+                elif problem and self.repair:  # left by a power failure before any row was done
+                    arrays[name].remove_unusable([chunk])
             if any(problems.values()) or not len(done):
                 continue
             bad = np.intersect1d(done, damaged_rows(arrays, start, stop))
