@@ -177,6 +177,39 @@ def test_pages_go_through_all_rows(chrome, texts):
     assert table_rows(chrome) == ORDER[48:72].tolist()
 
 
+def test_records_show_all_fields_and_are_sorted_by_any(chrome, tmp_path):
+    ages = [-1.5 * (row % 40) if (row + 1) % 9 else "" for row in range(N)]
+    records = [
+        {"town": f"Ulm {row % 13}", **({"age": age} if age != "" else {}), "<b>": EVIL} for row, age in enumerate(ages)
+    ]
+    open_page(chrome, report(tmp_path / "report", train_inputs=records, train_tokens=None, token_scores=None))
+    shown = chrome.execute_script("return document.querySelector('#suspects tbody .features').textContent")
+    assert shown == "".join(f"{name}{value}" for name, value in records[ORDER[0]].items())
+    known = [row for row in range(N) if ages[row] != ""]
+    for way, sign in (("down", -1), ("up", 1)):
+        choose(chrome, "suspects", "sort", f"field1 {way}")
+        assert table_rows(chrome) == sorted(known, key=lambda row: (sign * ages[row], list(ORDER).index(row)))[:24]
+    choose(chrome, "suspects", "sort", "field0 up")
+    assert table_rows(chrome) == sorted(range(N), key=lambda row: (row % 13, list(ORDER).index(row)))[:24]
+    choose(chrome, "suspects", "search", "ulm 12")
+    assert {row % 13 for row in table_rows(chrome)} == {12}
+    assert chrome.execute_script("return window.hacked") is None
+
+
+def test_named_numbers_are_all_shown_and_sort(chrome, tmp_path):
+    vectors = np.random.default_rng(5).normal(size=(N, 40)).astype(np.float32)
+    names = [f"x{place}" for place in range(40)]
+    open_page(chrome, report(tmp_path / "report", train_inputs=vectors, feature_names=names))
+    assert (
+        chrome.execute_script(
+            "return document.querySelectorAll('#suspects tbody tr:first-child .features span').length"
+        )
+        == 40
+    )
+    choose(chrome, "suspects", "sort", "field37 down")
+    assert table_rows(chrome) == np.argsort(-vectors[:, 37])[:24].tolist()
+
+
 def test_targets_are_chosen_by_button_number_search_and_key(chrome, texts):
     open_page(chrome, texts)
 

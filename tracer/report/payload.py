@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ MAX_THUMBNAILS = 4_000  # images in the page, of training examples and of target
 TEXT_BUDGET = 6_000_000  # characters of texts in the page, of training examples and of targets each
 TEXT_LENGTH = 600  # longer texts are cut to this many characters
 NUMBER_BUDGET = 1_500_000  # numbers of vectors in the page, of training examples and of targets each
-VECTOR_LENGTH = 24  # longer vectors are cut to this many numbers
+VECTOR_LENGTH = 24  # longer vectors without names are cut to this many numbers
+FEATURES = 256  # the same for vectors with names
 MAX_SIDE = 96  # larger images are scaled down to this many pixels
 MAX_PIXELS = 20_000_000  # the pixels of all training or all target thumbnails; more images are scaled down further
 MIN_SIDE = 32
@@ -161,6 +162,8 @@ def _inputs(samples: Samples, indices: list[int], train: Samples) -> dict[str, A
     if samples.kind == "images" and indices:
         indices = indices[:MAX_THUMBNAILS]
         return {"kind": "images", "indices": packed(indices, "i4"), **sprite_sheets(samples, indices)}
+    if samples.fields is not None:
+        return _records(samples.fields, indices)
     if samples.kind == "texts":
         texts = [shortened(samples.text(index), TEXT_LENGTH) for index in indices]
         count = np.searchsorted(np.cumsum([len(text) for text in texts]), TEXT_BUDGET, side="right")
@@ -170,10 +173,19 @@ def _inputs(samples: Samples, indices: list[int], train: Samples) -> dict[str, A
     return {"kind": "absent", "indices": ""}
 
 
+def _records(fields: Mapping[str, Sequence[str]], indices: list[int]) -> dict[str, Any]:
+    """Return the fields of records: each value once, and a code for each record."""
+    cut = {name: [shortened(values[index], TEXT_LENGTH) for index in indices] for name, values in fields.items()}
+    lengths = np.sum([[len(value) for value in values] for values in cut.values()], axis=0)
+    count = int(np.searchsorted(np.cumsum(lengths), TEXT_BUDGET, side="right"))
+    columns = [{"name": name, "values": _names(values, np.arange(count))} for name, values in cut.items()]
+    return {"kind": "records", "indices": packed(indices[:count], "i4"), "fields": columns}
+
+
 def _vectors(samples: Samples, indices: list[int], train: Samples) -> dict[str, Any]:
-    """Return the first numbers of vectors, with each number's mean and deviation over training examples."""
+    """Return numbers of vectors, with each number's mean and deviation over training examples."""
     width = len(samples.vector(indices[0]))
-    shown = min(width, VECTOR_LENGTH)
+    shown = min(width, VECTOR_LENGTH if samples.feature_names is None else FEATURES)
     indices = indices[: max(1, NUMBER_BUDGET // max(1, shown))]
     reference = train if train.kind == "vectors" and len(train.vector(0)) == width else samples
     values = np.asarray(reference.inputs, dtype=np.float64).reshape(reference.size, -1)[:, :shown]

@@ -24,7 +24,8 @@ class Samples:
     """Inputs, labels and predictions of ``size`` examples, to be shown one by one; ``role`` is named in errors.
 
     Inputs, labels and predictions are as in `tracer.report.write_report`; channels come first if both readings of an
-    image's shape are possible. Records (mappings, or a two-dimensional array of objects) become texts.
+    image's shape are possible. Records (mappings, or a two-dimensional array of objects) are texts with ``fields``, the
+    values of each field as texts, empty if a record lacks it.
 
     Raises:
         InputError: If a length differs from ``size``, or a label is not an index of ``class_names``.
@@ -49,7 +50,10 @@ class Samples:
             feature_names = [str(name) for name in inputs.columns] if feature_names is None else feature_names
             numbers = frame_numbers(inputs)
             inputs = _records(inputs) if numbers is None else numbers
-        self.inputs = np.zeros(size) if inputs is None else as_array(_as_texts(inputs, feature_names), f"{role}_inputs")
+        self.fields = _fields(inputs, feature_names)
+        if self.fields is not None:
+            inputs = _as_texts(self.fields)
+        self.inputs = np.zeros(size) if inputs is None else as_array(inputs, f"{role}_inputs")
         self.labels = None if labels is None else _names(labels, f"{role}_labels", class_names)
         self.predictions = None if predictions is None else _names(predictions, f"{role}_predictions", class_names)
         self.has_classes = labels is not None and _are_classes(as_array(labels, f"{role}_labels"))
@@ -161,14 +165,21 @@ def _records(frame: Any) -> list[dict[str, Any]]:
     return [dict(zip(map(str, frame.columns), line, strict=True)) for line in zip(*columns, strict=True)]
 
 
-def _as_texts(inputs: Any, feature_names: Sequence[str] | None) -> Any:
-    """Return records as texts with a line for each field, and anything else unchanged."""
+def _fields(inputs: Any, feature_names: Sequence[str] | None) -> dict[str, list[str]] | None:
+    """Return the values of each field of records, as texts; None for anything else."""
     if isinstance(inputs, np.ndarray) and inputs.dtype == object and inputs.ndim == 2:
-        names = feature_names or [f"field {place}" for place in range(inputs.shape[1])]
-        inputs = [dict(zip(names, values, strict=False)) for values in inputs]
-    if isinstance(inputs, Sequence) and len(inputs) and isinstance(inputs[0], Mapping):
-        return ["\n".join(f"{name}: {value}" for name, value in record.items()) for record in inputs]
-    return inputs
+        keys = feature_names or [f"field {place}" for place in range(inputs.shape[1])]
+        inputs = [dict(zip(keys, values, strict=False)) for values in inputs]
+    if not (isinstance(inputs, Sequence) and len(inputs) and isinstance(inputs[0], Mapping)):
+        return None
+    names = dict.fromkeys(name for record in inputs for name in record)
+    return {str(name): [str(record[name]) if name in record else "" for record in inputs] for name in names}
+
+
+def _as_texts(fields: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return records as texts with a line for each field."""
+    lines = zip(*fields.values(), strict=True)
+    return ["\n".join(f"{name}: {value}" for name, value in zip(fields, line, strict=True) if value) for line in lines]
 
 
 def _kind(inputs: np.ndarray, name: str) -> Kind:

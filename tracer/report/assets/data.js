@@ -21,6 +21,14 @@ class Names {
   at(place) { return this.present ? this.names[this.codes[place]] : ""; }
 }
 
+// Return the place of each name in alphabetical order, in which numbers within names count by their value.
+function ranksOf(names) {
+  const collate = new Intl.Collator("en", { numeric: true });
+  const rank = new Int32Array(names.length);
+  names.map((_, code) => code).sort((a, b) => collate.compare(names[a], names[b])).forEach((code, place) => { rank[code] = place; });
+  return rank;
+}
+
 // The ids of examples by index; those that are paths of files are links.
 class Ids {
   constructor(packed) {

@@ -12,11 +12,28 @@ class Inputs {
       this.mean = unpack(packed.mean, Float32Array);
       this.deviation = unpack(packed.deviation, Float32Array);
     }
+    this.columns = this.kind === "records" ? packed.fields.map((field) => new Names(field.values)) : [];
+    this.fields = this.kind === "records" ? packed.fields.map((field) => field.name) : packed.names || [];
   }
 
   has(index) { return this.place.has(index); }
 
-  text(index) { return this.kind === "texts" && this.has(index) ? this.packed.texts[this.place.get(index)] : ""; }
+  text(index) {
+    if (!this.has(index)) return "";
+    const place = this.place.get(index);
+    if (this.kind === "records") return this.fields.map((name, field) => `${name}: ${this.columns[field].at(place)}`).join("\n");
+    return this.kind === "texts" ? this.packed.texts[place] : "";
+  }
+
+  // Return numbers that sort examples as a field of records, or a number of vectors, does; NaN where it is absent.
+  ranks(field, indices) {
+    const places = Array.from(indices, (index) => this.place.get(index));
+    if (this.kind === "vectors") return places.map((place) => this.values[place * this.fields.length + field]);
+    const { names, codes } = this.columns[field];
+    const numeric = names.every((name) => name === "" || Number.isFinite(Number(name)));
+    const rank = numeric ? names.map((name) => (name === "" ? NaN : Number(name))) : ranksOf(names);
+    return places.map((place) => (place === undefined ? NaN : rank[codes[place]]));
+  }
 
   // Return an element that shows the input; `size` is "", "small" or "large"; null where inputs are absent.
   show(index, size, words) {
@@ -27,7 +44,7 @@ class Inputs {
       const text = this.text(index);
       return make("span", { class: size === "large" ? "text" : "text clip", title: size === "large" ? null : text }, text);
     }
-    return this.features(index);
+    return this.kind === "records" ? this.record(index) : this.features(index);
   }
 
   thumbnail(index, size, words) {
@@ -55,6 +72,15 @@ class Inputs {
     const y = Math.floor(inside / columns) * height;
     canvas.getContext("2d").drawImage(image, x, y, width, height, 0, 0, width, height);
     canvas.dataset.drawn = "yes";
+  }
+
+  record(index) {
+    const list = make("span", { class: "features" });
+    this.fields.forEach((name, field) => {
+      const value = this.columns[field].at(this.place.get(index));
+      if (value) list.append(make("span", { title: `${name}: ${value}` }, make("i", {}, name), value));
+    });
+    return list;
   }
 
   features(index) {

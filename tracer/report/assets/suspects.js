@@ -41,6 +41,12 @@ class Suspects {
     }
     sort.append(make("option", { value: "index up" }, "Index"));
     if (TABLE.labels.present) sort.append(make("option", { value: "label up" }, "Label"));
+    const fields = make("optgroup", { label: "Fields" });
+    TRAIN_INPUTS.fields.forEach((name, field) => {
+      fields.append(make("option", { value: `field${field} down` }, `${name}, highest first`));
+      fields.append(make("option", { value: `field${field} up` }, `${name}, lowest first`));
+    });
+    if (TRAIN_INPUTS.fields.length) sort.append(fields);
     sort.value = `${this.sort.key} down`;
   }
 
@@ -109,11 +115,11 @@ class Suspects {
     let values = column ? column.values : TABLE.indices;
     const names = key === "label" ? TABLE.labels : key === "prediction" ? TABLE.predictions : null;
     if (names) { // a rank for each name, so that names compare as numbers
-      const collate = new Intl.Collator("en", { numeric: true });
-      const sorted = names.names.map((_, code) => code).sort((a, b) => collate.compare(names.names[a], names.names[b]));
-      const rank = new Int32Array(names.names.length);
-      sorted.forEach((code, place) => { rank[code] = place; });
+      const rank = ranksOf(names.names);
       values = Int32Array.from(names.codes, (code) => rank[code]);
+    } else if (key.startsWith("field")) {
+      const last = descending ? -Infinity : Infinity;
+      values = TRAIN_INPUTS.ranks(Number(key.slice(5)), TABLE.indices).map((value) => (Number.isNaN(value) ? last : value));
     }
     this.order.sort((a, b) => sign * (values[a] - values[b]) || a - b);
   }
