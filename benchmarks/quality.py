@@ -46,6 +46,7 @@ import numpy as np
 from featurize import RESULTS
 from fidelity import rank_correlation
 from quality_baselines import baseline_methods, logits_of
+from quality_collected import collected_methods
 from quality_figures import draw
 from quality_grading import Truth, grade_all, ground_truth
 from quality_methods import Case, Found, Method, row_losses
@@ -323,7 +324,7 @@ def measure_task(task: Task, options: argparse.Namespace) -> list[dict[str, Any]
         )
         print(f"  strength {share}: {smooth}", flush=True)
     wanted = [part.strip() for part in options.methods.split(",") if part.strip()] or [""]
-    methods = [*tracer_methods(), *peer_methods(), *baseline_methods()]
+    methods = [*tracer_methods(), *collected_methods(), *peer_methods(), *baseline_methods()]
     chosen = [method for method in methods if any(part in method.name for part in wanted)]
     agreed = () if options.methods else agreements(case)
     for row in chain(measure(chosen, case, truth, data), agreed):

@@ -12,13 +12,18 @@ anything is left out (Pruthi et al. 2020, section 3.2). How its scores agree wit
 over targets of Spearman's rank correlation over train rows, with the sums of learning rates and with the last ones. It
 says nothing about retraining.
 
-Run it: python benchmarks/recorder.py            both, a few minutes
+Collecting: the same two models in turns, one with a `GradientCollector`. The ratio is that of medians of the process's
+CPU time for a step. No step ends a segment: what that costs depends on the number of training rows alone. The first
+ten steps, of which four are checked against passes of their own, are not measured.
+
+Run it: python benchmarks/recorder.py            all, a few minutes
         python benchmarks/recorder.py --quick    small sizes, rough figures
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import tempfile
 import time
@@ -28,11 +33,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import ResNet9
+from models import Decoder, ResNet9
 from timing import machine, synchronize, table, write_results
 from torch import Tensor, nn
 
-from tracer import CheckpointRecorder, open_recording
+from tracer import CheckpointRecorder, GradientCollector, open_recording
 from tracer.training.recording import Even, Geometric, LossDecrease, Schedule, make_schedule
 from tracer.training.recording.record import CheckpointRecord
 from tracer.training.recording.schedules import thin
@@ -52,6 +57,14 @@ COST_COLUMNS = {
 }
 QUALITY_COLUMNS = {"every": "every", "checkpoints": "checkpoints", "sum": "sum of rates", "last": "last rate"}
 
+COLLECTING_COLUMNS = {
+    "model": "model",
+    "collecting": "collecting",
+    "step_ms": "ms a plain step",
+    "overhead": "overhead %",
+    "steps": "steps",
+}
+
 
 def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -68,6 +81,75 @@ CASES: dict[str, Case] = {
     "MLP, batch 128": (3000, _mlp, lambda: torch.randn(128, 784)),
     "ResNet-9 (width 16), batch 32": (100, lambda: ResNet9(width=16), lambda: torch.randn(32, 3, 32, 32)),
 }
+
+
+def _row_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Return each row's cross-entropy, of sequences the mean over positions, ``[B]``."""
+    losses = nn.functional.cross_entropy(model(batch[0]).movedim(-1, 1), batch[1], reduction="none")
+    return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+
+
+def _tokens(rows: int, length: int) -> tuple[Tensor, Tensor]:
+    return torch.randint(0, 500, (rows, length)), torch.randint(0, 500, (rows, length))
+
+
+COLLECTED: dict[str, tuple[int, Callable[[], nn.Module], Callable[[], tuple[Tensor, Tensor]]]] = {
+    "MLP 784-256-256-10, 128 rows": (200, _mlp, lambda: (torch.randn(128, 784), torch.randint(0, 10, (128,)))),
+    "decoder, 4 layers of 256, 8 x 128 tokens": (24, lambda: Decoder(500, 256), lambda: _tokens(8, 128)),
+    "decoder, 4 layers of 512, 4 x 256 tokens": (8, lambda: Decoder(500, 512, heads=8), lambda: _tokens(4, 256)),
+}
+"""Steps, the model, and a batch."""
+
+COLLECTORS: dict[str, dict[str, Any]] = {
+    "factored, k=4096": {"projector": "factored"},
+    "sketch, k=4096": {},
+    "sketch, k=4096, Adam": {"preconditioner": "adam"},
+    "sketch, k=4096, second pass": {"second_pass": True},
+}
+
+
+def measure_collecting(part: float) -> list[dict[str, Any]]:
+    """Return a row for each model and way of collecting, from a part of the cases' steps."""
+    rows = []
+    for name, (steps, make, draw) in COLLECTED.items():
+        for label, options in COLLECTORS.items():
+            torch.manual_seed(0)
+            batch, count = draw(), max(2, round(part * steps))
+            plain, collected = _steps_in_turn(make, batch, options, count)
+            ratio = statistics.median(collected) / statistics.median(plain)
+            found = {"model": name, "collecting": label, "step_ms": 1000 * statistics.median(plain)}
+            rows.append(found | {"overhead": 100 * (ratio - 1), "steps": count})
+    return rows
+
+
+def _steps_in_turn(
+    make: Callable[[], nn.Module], batch: tuple[Tensor, Tensor], options: dict[str, Any], count: int
+) -> tuple[list[float], list[float]]:
+    """Return the CPU seconds of plain and of collected steps, after ten of each that are checked thoroughly."""
+    kind = torch.optim.AdamW if options.get("preconditioner") else torch.optim.SGD
+    rows = torch.arange(len(batch[0]))
+    seconds: tuple[list[float], list[float]] = [], []
+    trained = []
+    for _ in seconds:
+        torch.manual_seed(1)
+        model = make()
+        trained.append((model, kind(model.parameters(), lr=1e-3)))
+    with tempfile.TemporaryDirectory() as folder:
+        collector = GradientCollector(*trained[1], folder, _row_losses, 1000, every=10**9, **options)
+        for number in range(10 + count):
+            for place in (0, 1) if number % 2 else (1, 0):
+                model, optimizer = trained[place]
+                start = time.process_time()
+                optimizer.zero_grad()
+                with collector.batch(batch, rows) if place else contextlib.nullcontext():
+                    _row_losses(model, batch).mean().backward()
+                optimizer.step()
+                if place:
+                    collector.step()
+                if number >= 10:
+                    seconds[place].append(time.process_time() - start)
+        collector.close(save=False)
+    return seconds
 
 
 def overhead(case: Case, every: int | str, steps: int, folder: Path, device: str) -> dict[str, Any]:
@@ -255,11 +337,11 @@ def measure_quality(steps: int, num_rows: int, num_targets: int, seeds: int) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print two tables and write JSON."""
+    """Measure, print three tables and write JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", type=float, default=1.0, help="of the steps that each model is trained")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--what", choices=("both", "overhead", "schedules"), default="both")
+    parser.add_argument("--what", choices=("all", "overhead", "collecting", "schedules"), default="all")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, help="where recordings are written for a while")
     parser.add_argument("--quick", action="store_true", help="small sizes, rough figures")
@@ -268,15 +350,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     part, repeats = (0.02, 1) if options.quick else (options.part, options.repeats)
     cost: list[dict[str, Any]] = []
     quality: list[dict[str, Any]] = []
-    if options.what != "schedules":
+    collecting: list[dict[str, Any]] = []
+    if options.what in ("all", "overhead"):
         cost = measure_cost(part, repeats, options.device, options.folder)
         print(f"\n{table(cost, COST_COLUMNS)}")
-    if options.what != "overhead":
+    if options.what in ("all", "collecting"):
+        collecting = measure_collecting(part)
+        print(f"\n{table(collecting, COLLECTING_COLUMNS)}")
+    if options.what in ("all", "schedules"):
         quality = measure_quality(*((50, 60, 10, 1) if options.quick else (600, 300, 60, 3)))
         print(f"\n{table(quality, QUALITY_COLUMNS)}")
     print(f"\n{machine()}")
     name = "recorder_quick" if options.quick else "recorder"
-    print(write_results(options.output_dir, name, cost + quality))
+    print(write_results(options.output_dir, name, cost + collecting + quality))
 
 
 if __name__ == "__main__":

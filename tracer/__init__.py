@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tracer.api.attribution import Attribution, attribute
+    from tracer.api.collecting import GradientCollector, IndexedDataset, collected_checkpoints
     from tracer.api.explained import ExplainedDocument, Explanation
     from tracer.api.language import build_store, load_store
     from tracer.api.token_influence import token_influence
@@ -58,6 +59,7 @@ _HOMES = {
     "tracer.api.attribution": ("Attribution", "attribute"),
     "tracer.api.explained": ("ExplainedDocument", "Explanation"),
     "tracer.api.language": ("build_store", "load_store"),
+    "tracer.api.collecting": ("GradientCollector", "IndexedDataset", "collected_checkpoints"),
     "tracer.scoring.regularization": ("Regularization",),
     "tracer.errors": (
         "BatchError",
@@ -108,10 +110,12 @@ __all__ = [
     "Classification",
     "ExplainedDocument",
     "Explanation",
+    "GradientCollector",
     "GradientError",
     "IdealRecord",
     "IdealRecorder",
     "IncompleteError",
+    "IndexedDataset",
     "InputError",
     "InputTypeError",
     "LanguageModeling",
@@ -134,6 +138,7 @@ __all__ = [
     "apply_corrections",
     "attribute",
     "build_store",
+    "collected_checkpoints",
     "load_checkpoints",
     "load_store",
     "loss_outputs",

@@ -172,7 +172,7 @@ class Featurizer:
         with (
             self.engine.backend.running(),
             weights_in(self.engine.model, self.weights),
-            _no_autocast(self.device),
+            no_autocast(self.device),
             isolated(self.engine.model, self.engine.names, self.device),
         ):
             yield
@@ -211,7 +211,7 @@ class Featurizer:
 
 
 @contextmanager
-def _no_autocast(device: torch.device) -> Iterator[None]:
+def no_autocast(device: torch.device) -> Iterator[None]:
     """Disable a surrounding autocast, whose cached casts belong to other weights."""
     torch.clear_autocast_cache()
     try:

@@ -209,10 +209,7 @@ class FeaturizerFactory:
         """Return the featurizer of a checkpoint, of training examples unless it gets another engine."""
         projector = None
         if FeatureStorage(self.settings.storage).stores_features:
-            key = None if self.settings.shared_projection else model_id
-            if self._projectors is None or self._projectors[0] != key:
-                self._projectors = (key, self._projector(key))
-            projector = self._projectors[1]
+            projector = self.projector(model_id)
 
         def preconditioner() -> Preconditioner | None:
             if self.settings.preconditioner in KRONECKER:
@@ -225,6 +222,13 @@ class FeaturizerFactory:
         return Featurizer(
             engine or self.engine, loaded.weights, projector, self.device, check_rows, preconditioner, rotates
         )
+
+    def projector(self, model_id: int) -> Projector:
+        """Return the projector of a checkpoint."""
+        key = None if self.settings.shared_projection else model_id
+        if self._projectors is None or self._projectors[0] != key:
+            self._projectors = (key, self._projector(key))
+        return self._projectors[1]
 
     def forget(self, store: Store, reason: GradientsChanged) -> None:
         """Forget the features that may be wrong, and remember in the store which parameters capture is wrong for."""

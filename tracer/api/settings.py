@@ -189,6 +189,22 @@ class AttributeOptions(FeatureOptions, total=False):
     regularization: float | str
 
 
+class CollectorOptions(TypedDict, total=False):
+    """Those of `GradientCollector`: of features that are sums over steps of a training, in one process."""
+
+    proj_dim: int
+    projector: str
+    target_task: Any
+    params: ParamSelection
+    storage: str
+    device: str | torch.device | None
+    seed: int
+    shared_projection: bool
+    autocast: str | torch.dtype | None
+    preconditioner: str | None
+    memory_bytes: int
+
+
 def feature_settings(options: Mapping[str, Any], caller: str) -> FeatureSettings:
     """Return the settings from a caller's keyword arguments, or raise InputTypeError naming the nearest known one."""
     known = [each.name for each in fields(FeatureSettings)]

@@ -95,8 +95,10 @@ class IndexCursor:
         return np.arange(self.position, stop, dtype=np.int64)
 
 
-def check_indices(inds: ExampleIndices, num_examples: int, size_name: str) -> Int64[np.ndarray, " n"]:
-    """Return the indices of a batch in the given order; refuse none, repeated ones, and those out of range."""
+def check_indices(
+    inds: ExampleIndices, num_examples: int, size_name: str, repeats: bool = False
+) -> Int64[np.ndarray, " n"]:
+    """Return the indices of a batch in the given order; refuse none, those out of range, and repeated ones or not."""
     values = inds.detach().cpu().numpy() if isinstance(inds, torch.Tensor) else np.asarray(inds)
     if values.shape == (0,):
         raise BatchError("inds is empty; expected at least one index.")
@@ -112,6 +114,6 @@ def check_indices(inds: ExampleIndices, num_examples: int, size_name: str) -> In
             f"inds has {outside[:5].tolist()}, outside 0...{num_examples - 1} ({size_name}={num_examples})."
         )
     unique, counts = np.unique(indices, return_counts=True)
-    if len(unique) < len(indices):
+    if len(unique) < len(indices) and not repeats:
         raise BatchError(f"inds has {unique[counts > 1][:5].tolist()} more than once; give each example once.")
     return indices

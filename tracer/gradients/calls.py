@@ -106,8 +106,8 @@ def patterns(calls: Sequence[Call], uses: Sequence[Use], batch_size: int) -> fro
 def apply_rule(call: Call, grad: Tensor) -> dict[str, PerSampleGradient]:
     """Run a layer's rule and check the shapes of its gradients."""
     layer = call.layer
-    saved: Any = call.edge.node
-    inputs = saved.saved_tensors if call.inputs is None else call.inputs
+    node: Any = call.edge and call.edge.node
+    inputs = node.saved_tensors if call.inputs is None else call.inputs
     if any(value._version != version for value, version in zip(inputs, call.versions, strict=False)):
         raise CaptureFailed(layer.name, "its input was changed in place after the call")
     wanted = frozenset(layer.parameters)

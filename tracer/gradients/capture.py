@@ -33,7 +33,7 @@ Receiver = Callable[[dict[str, PerSampleGradient]], None]
 """A consumer of gradients by parameter name, each parameter once and complete."""
 
 
-class _Recorder:
+class CallRecorder:
     """The forward hooks of one pass."""
 
     def __init__(self, batch_size: int, axes: Mapping[str, SampleAxis]) -> None:
@@ -54,18 +54,18 @@ class _Recorder:
                 axis = self._axis(layer.name, output)
                 if axis is not SampleAxis.NONE:
                     rows = output.shape[0] if axis is SampleAxis.FIRST else self.batch_size
-                    return self._record(layer, inputs, output, axis, rows)
+                    return self.record(layer, inputs, output, axis, rows)
             # Give each sample its own copy, so that the gradient of the copy is the sample's.
             leading_one = output.ndim > 0 and output.shape[0] == 1
             expanded = _expand_input(output, leading_one, self.batch_size)
             inputs = tuple(_expand_input(value, leading_one, self.batch_size) for value in inputs)
             self.expanded = True
-            saved = self._record(layer, inputs, expanded, axis, self.batch_size)
+            saved = self.record(layer, inputs, expanded, axis, self.batch_size)
             return expanded if saved is None else saved
 
         return record
 
-    def _record(
+    def record(
         self, layer: CapturedLayer, inputs: tuple[Tensor, ...], output: Tensor, axis: SampleAxis, rows: int
     ) -> Tensor | None:
         """Record a call; return the output that takes the place of this one, if it saves the inputs in a region."""
@@ -154,7 +154,7 @@ class CapturedPass:
         raw: Collection[str] = (),
         checkpoints: bool = True,
     ) -> None:
-        recorder = _Recorder(batch_size, axes)
+        recorder = CallRecorder(batch_size, axes)
         parameters = {name: value for name, value in model.named_parameters() if name in raw}
         seen = RawParameters(parameters, batch, batch_size)
         leave_out(model, list(parameters.values()), not checkpoints)
@@ -333,7 +333,7 @@ class _Arrivals:
 
 
 def _checked_forward(
-    task: Task, model: nn.Module, batch: Batch, batch_size: int, recorder: _Recorder, seen: RawParameters
+    task: Task, model: nn.Module, batch: Batch, batch_size: int, recorder: CallRecorder, seen: RawParameters
 ) -> SampleOutputs:
     """Run the task; blame the expanded layers for an error that only their expansion can have caused."""
     try:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tracer._core.text import listing
 from tracer._core.validation import check_choice
 from tracer.data.batches import select_samples
 from tracer.data.tasks import LowerPrecision, Task
@@ -24,6 +25,7 @@ from tracer.gradients.assignment import Assignment
 from tracer.gradients.attention import CaptureFailed
 from tracer.gradients.audit import Auditor, Finding, FirstOfTwo, Sink, WatchedSink
 from tracer.gradients.backend import Backend, PlainBackend
+from tracer.gradients.calls import CallPattern, CapturedLayer, SampleAxis
 from tracer.gradients.capture import CapturedPass
 from tracer.gradients.checkpointing import CheckpointFailed
 from tracer.gradients.coupling import STATEFUL, coupling_error
@@ -74,6 +76,7 @@ class GradientEngine:
     Attributes:
         stateless_task: The task, whose forwards leave the model's state as it was.
         audited: The position in the last batch of the sample that was run alone and agreed, or None.
+        patterns: How the last batch called its layers.
 
     Raises:
         InputError: If the method is not known.
@@ -96,6 +99,7 @@ class GradientEngine:
         self.names, self.backend = tuple(names), backend or PlainBackend(model)
         self.device = dict(model.named_parameters())[self.names[0]].device if device is None else device
         self.audited: int | None = None
+        self.patterns: frozenset[CallPattern] = frozenset()
         self._checkpoints = True
         self.stateless_task = StatelessTask(task, model)
         self._assignment = Assignment(model, self.names, method, self.backend)
@@ -114,6 +118,15 @@ class GradientEngine:
         """The parameters without a layer rule whose gradients are taken from the functions that use them."""
         return frozenset(self._assignment.raw)
 
+    def plain_layers(self) -> tuple[list[CapturedLayer], Mapping[str, SampleAxis]] | str:
+        """Return the layers whose calls give all gradients, and their axes; or why calls of layers do not suffice."""
+        assignment = self._assignment
+        if others := sorted({*assignment.fallback, *assignment.raw}):
+            return f"no layer's input and output give the gradient of {listing(others)}"
+        if assignment.stand_ins:
+            return f"{type(assignment.stand_ins[0].module).__name__} is captured by a module that replaces it"
+        return list(assignment.layers), dict(assignment.axes)
+
     @property
     def runs_samples_alone(self) -> bool:
         """Whether the fallback runs sample by sample, since ``vmap`` failed."""
@@ -131,6 +144,15 @@ class GradientEngine:
     def using_weights(self, fingerprint: str) -> AbstractContextManager[None]:
         """Declare which weights are in the model within a ``with`` block."""
         return self._verifier.using_weights(fingerprint)
+
+    def weights_moved(self, verify: bool) -> None:
+        """Declare that training changed the weights in the model; with ``verify`` the next pass is checked again."""
+        self._verifier.weights_moved(verify)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that layers compute in."""
+        return self._verifier.dtype
 
     def compute(self, batch: Batch, batch_size: int, sink: Sink) -> SampleOutputs:
         """Compute the per-sample gradients of a batch and pass them to a sink, layer by layer.
@@ -177,6 +199,7 @@ class GradientEngine:
                     raise GradientError(STATEFUL)
                 self.audited = watched.row if found else None
         self._verifier.confirm(done.signature, done.checked)
+        self.patterns = done.signature[0]
         if doubt:
             self._verifier.start_again()
             raise GradientsChanged(

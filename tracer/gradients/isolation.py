@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tracer.gradients.checkpointing import checkpointed_layers
 
@@ -89,11 +89,16 @@ def seed_generators(device: torch.device, seed: int = 0) -> None:
         generator.manual_seed(seed)
 
 
+def generator_states(device: torch.device) -> list[Tensor]:
+    """Return the states of the random generators of the CPU and the device."""
+    return [generator.get_state() for generator in _generators(device)]
+
+
 def _restore_generators(device: torch.device) -> Callable[[], None]:
-    states = [(generator, generator.get_state()) for generator in _generators(device)]
+    states = generator_states(device)
 
     def restore() -> None:
-        for generator, state in states:
+        for generator, state in zip(_generators(device), states, strict=True):
             generator.set_state(state)
 
     return restore

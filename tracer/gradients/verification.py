@@ -117,6 +117,12 @@ class Verifier:
         # A contribution may vanish at one checkpoint and not at the next: a gate or a head that starts at zero.
         self._verified = self._by_weights.setdefault(fingerprint, _Verified())
 
+    def weights_moved(self, verify: bool) -> None:
+        """Declare that training changed the weights in the model; with ``verify`` the next pass is checked again."""
+        if verify:
+            self._verified = _Verified()
+        self._verified.first = None
+
     def drifts(self, batch: Batch, batch_size: int) -> bool:
         """Return whether the first sample that was run alone with these weights has another f by now."""
         first = self._verified.first

@@ -37,6 +37,7 @@ class Projector(ABC):
         version: Raised whenever the numbers change for the same seed; recorded in the store.
         dim: The number of values stored for an example; ``proj_dim`` unless the subclass sets another.
         shapes: The shape of each parameter by name, in the model's order.
+        adds_norms: Whether squared norms are wanted. A projector may leave them out if they are not, to save time.
 
     Raises:
         InputError: If ``shapes`` is empty, or ``proj_dim`` or the seed is out of range.
@@ -46,6 +47,7 @@ class Projector(ABC):
     kind: ClassVar[str]
     version: ClassVar[int] = 1
     dim: int
+    adds_norms: bool = True
 
     def __init__(
         self,

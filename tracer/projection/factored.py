@@ -74,7 +74,8 @@ class FactoredProjector(Projector):
         """Add ``P_out G P_inᵀ`` to the parameter's columns of ``features [B, dim]`` and ``|G|²``, in place."""
         if gradient.numel == 0:
             return
-        squared_norm += gradient.squared_norm()
+        if self.adds_norms:
+            squared_norm += gradient.squared_norm()
         where = self.columns[name]
         target = features[:, where.start : where.start + where.out_dim * where.in_dim]
         for part in gradient.parts():

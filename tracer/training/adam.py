@@ -45,15 +45,24 @@ class SecondMoment:
     beta2: float
     eps: float
 
-    def gamma(self) -> Tensor:
-        """Return ``1 / (sqrt(v̂) + eps)``, float64."""
-        corrected = self.values.double() / (1.0 - self.beta2**self.step)  # a mean that begins at zero
+    def gamma(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return ``1 / (sqrt(v̂) + eps)``, computed in a dtype."""
+        corrected = self.values.to(dtype) / (1.0 - self.beta2**self.step)  # a mean that begins at zero
         return corrected.sqrt_().add_(self.eps).reciprocal_()
 
     def described(self, name: str) -> dict[str, Tensor]:
         """Return what decides it, by name."""
         numbers = torch.tensor([self.step, self.beta2, self.eps], dtype=torch.float64)
         return {name: self.values, f"{name} step, beta2, eps": numbers}
+
+
+def moment_of(optimizer: torch.optim.Optimizer, group: Mapping, parameter: Tensor) -> SecondMoment | None:
+    """Return Adam's second moment of a parameter as it is in an optimizer now; None before its first step."""
+    entry = optimizer.state.get(parameter, {})
+    values = entry.get("max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
+    if values is None or float(entry["step"]) < 1:
+        return None
+    return SecondMoment(values, float(entry["step"]), float(group["betas"][1]), float(group["eps"]))
 
 
 @dataclass(frozen=True)

@@ -108,16 +108,16 @@ class SketchProjector(Projector):
     def add_to(self, name: str, gradient: PerSampleGradient, features: Tensor, spectrum: SpectrumRows) -> Tensor:
         """Add one parameter's sketch to features or spectrum and return its squared norms: ``[B]``, float64."""
         if gradient.numel == 0:
-            return gradient.squared_norm()
+            return self._norms(gradient)
         parts = gradient.parts()
         if len(parts) > 1:
-            total = cross_terms(parts)
+            total = cross_terms(parts) if self.adds_norms else self._norms(gradient)
             for part in parts:
                 total += self.add_to(name, part, features, spectrum)
             return total
         if gradient.touches_rows:
             self._add_rows(name, gradient, features)
-            return gradient.squared_norm()
+            return self._norms(gradient)
         inner, scale = gradient.unscaled()
         positions = inner.num_positions
         if positions is None:
@@ -132,12 +132,19 @@ class SketchProjector(Projector):
         else:
             for lattice in self._lattices(name, gradient.device):
                 lattice.add(gradient, features, self._scratch)
-        return gradient.squared_norm()
+        return self._norms(gradient)
+
+    def _norms(self, gradient: PerSampleGradient) -> Tensor:
+        """Return squared norms ``[B]``, or zeros if none are wanted."""
+        if self.adds_norms:
+            return gradient.squared_norm()
+        return torch.zeros(gradient.batch_size, dtype=torch.float64, device=gradient.device)
 
     def _way(self, name: str, gradient: PerSampleGradient, positions: int) -> str:
         """Choose the cheapest way by sizes alone: ``built``, ``spectral`` or ``lattice``."""
         shape = matrix_shape(gradient.shape)
-        gram = norms.gram_cost(positions, *shape)  # for norms, which building gives besides
+        # for norms, which building gives besides
+        gram = norms.gram_cost(positions, *shape) if self.adds_norms else 0
         costs = {
             "built": norms.build_cost(positions, *shape),
             "spectral": spectral_cost(positions, shape, self.dim) + gram,
@@ -182,15 +189,16 @@ class SketchProjector(Projector):
         if positions == 1 and scale is None:
             for tile in self.tiles(name, gradient.device):
                 self._add_products(gradient, tile, features)
-            return gradient.squared_norm()
+            return self._norms(gradient)
         total = torch.zeros(gradient.batch_size, dtype=torch.float64, device=gradient.device)
         for tile in self.tiles(name, gradient.device):
-            row_norms = features.new_empty(gradient.batch_size, tile.num_rows)
+            row_norms = features.new_zeros(gradient.batch_size, tile.num_rows)
             placed = None if scale is None else place_tile(scale.reshape(1, *matrix_shape(scale.shape)), tile)
             for start, stop, built in self._built(gradient, positions, tile, features.element_size()):
                 if placed is not None:
                     built *= placed
-                torch.linalg.vector_norm(built, dim=2, out=row_norms[start:stop])
+                if self.adds_norms:
+                    torch.linalg.vector_norm(built, dim=2, out=row_norms[start:stop])
                 fold_tile(built, tile, features[start:stop])
             total += row_norms.double().square_().sum(1)
         return total
@@ -232,7 +240,8 @@ class SketchProjector(Projector):
         rows, cols = matrix_shape(gradient.shape)
         for start, stop in row_blocks(gradient.batch_size, 2 * rows * cols * features.element_size()):
             built = gradient.entries(start, stop)
-            total[start:stop] = norms.row_squares(built)
+            if self.adds_norms:
+                total[start:stop] = norms.row_squares(built)
             matrix = built.reshape(stop - start, rows, cols)
             for tile in self.tiles(name, gradient.device):
                 if rows == tile.num_taps == 1:  # a vector is in order; with taps, memory goes tap by tap

@@ -45,7 +45,7 @@ class HuggingFaceRecorderCallback(_Callback):
     ) -> None:
         if _Callback is object:
             raise MissingDependencyError("HuggingFaceRecorderCallback needs transformers: pip install 'tracin[hf]'")
-        self.recorder: CheckpointRecorder | None = None
+        self.recorder: Any = None
         self._directory, self._every, self._options = os.fspath(directory), every, options
         self._logged: float | None = None
 
@@ -56,9 +56,7 @@ class HuggingFaceRecorderCallback(_Callback):
         saved = state.stateful_callbacks.get(type(self).__name__, []) if state.global_step else []
         own = [one for one in (saved if isinstance(saved, list) else [saved]) if self._is_own(one)]
         options = {**self._options, "resume": own[0]["attributes"]["saved"]} if own else self._options
-        self.recorder = CheckpointRecorder(
-            kwargs["model"], kwargs["optimizer"], self._directory, every=self._every, **options
-        )
+        self.recorder = self._make(kwargs["model"], kwargs["optimizer"], self._directory, every=self._every, **options)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Store the logged loss."""
@@ -89,6 +87,10 @@ class HuggingFaceRecorderCallback(_Callback):
         saved = {} if self.recorder is None else self.recorder.state_dict()
         arguments = {"directory": self._directory, "every": make_schedule(self._every).settings(), **self._options}
         return {"args": arguments, "attributes": {"saved": saved}}
+
+    def _make(self, *args: Any, **options: Any) -> Any:
+        """Return what records the training."""
+        return CheckpointRecorder(*args, **options)
 
     def _is_own(self, saved: dict[str, Any]) -> bool:
         return bool(saved["attributes"].get("saved")) and saved["args"].get("directory") == self._directory

@@ -57,7 +57,7 @@ class LightningRecorderCallback(_Callback):
     ) -> None:
         if _Callback is object:
             raise MissingDependencyError("LightningRecorderCallback needs lightning: pip install 'tracin[lightning]'")
-        self.recorder: CheckpointRecorder | None = None
+        self.recorder: Any = None
         self._directory, self._every, self._options = directory, every, options
         self._submodule, self._optimizer = submodule, optimizer
         self._saved: dict[str, Any] = {}
@@ -88,7 +88,11 @@ class LightningRecorderCallback(_Callback):
             ) from error
         options = {**self._options, "resume": self._saved} if self._saved else self._options
         optimizer = optimizers[self._optimizer or 0]
-        self.recorder = CheckpointRecorder(model, optimizer, self._directory, every=self._every, **options)
+        self.recorder = self._make(model, optimizer, self._directory, every=self._every, **options)
+
+    def _make(self, *args: Any, **options: Any) -> Any:
+        """Return what records the training."""
+        return CheckpointRecorder(*args, **options)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Tell the recorder that a batch is over."""

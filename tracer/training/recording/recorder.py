@@ -63,6 +63,11 @@ class CheckpointRecorder:
             last checkpoint, whose weights the model must have. A dict from `state_dict`: continue from there, and
             remove checkpoints of later steps.
 
+    Attributes:
+        steps: The number of steps taken.
+        moves: For each group, how far a gradient of the last step moves its parameters over all later steps: its
+            learning rate over 1 − momentum, or 0 if the step was skipped.
+
     Raises:
         InputTypeError: If the model, the optimizer or another argument has an invalid type.
         InputError: If an argument has an invalid value, the optimizer does not hold the model's parameters or has no
@@ -100,6 +105,7 @@ class CheckpointRecorder:
         self.max_checkpoints = None if max_checkpoints is None else check_count(max_checkpoints, "max_checkpoints")
         self.second_moments = second_moments
         self.steps = 0
+        self.moves: list[Rate] = []
         self.closed = False
         self._schedule = make_schedule(every)
         self._loss: float | Tensor | None = None
@@ -126,6 +132,11 @@ class CheckpointRecorder:
                 self.optimizer.register_step_pre_hook(self._enter_step),
                 self.optimizer.register_step_post_hook(self._leave_step),
             ]
+
+    @property
+    def checkpoints(self) -> list[CheckpointRecord]:
+        """The checkpoints saved so far."""
+        return list(self._recording.checkpoints)
 
     @property
     def needs_loss(self) -> bool:
@@ -252,7 +263,7 @@ class CheckpointRecorder:
         self.steps += 1
         overflow = getattr(optimizer, "found_inf", None)  # fused optimizers skip a step by themselves
         self._rates = []
-        moved: list[Rate] = []
+        self.moves = moved = []
         for number, group in enumerate(optimizer.param_groups):
             rate = group["lr"]
             rate = rate.detach().to(torch.float64, copy=True) if isinstance(rate, Tensor) else float(rate)
