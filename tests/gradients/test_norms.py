@@ -81,6 +81,34 @@ def test_gram_products_survive_cancellation():
     )
 
 
+@pytest.mark.parametrize("positions", [2, 64, 65, 300])
+@pytest.mark.parametrize("share", [10.0, 1.0, 0.1, 0.01])
+def test_gram_products_of_float32_keep_six_digits_however_much_cancels(positions, share):
+    left, right = normal(3, positions, 40), normal(3, positions, 30, seed=1) * share + normal(3, 1, 30, seed=2)
+    left = (left - left.mean(1, keepdim=True)).float()  # what positions have in common of the right factors cancels
+    gradient = OuterGradient(left, right.float(), (40, 30))
+    expected = oracle_rows(gradient).square().sum(1)
+    torch.testing.assert_close(norms.gram_squares(gradient.left, gradient.right), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("left_scale", "right_scale"), [(1e-25, 1e25), (1e25, 1e-25), (1e-18, 1e-18), (1e15, 1e15)])
+def test_gram_products_neither_overflow_nor_vanish(left_scale, right_scale):
+    left, right = normal(2, 5, 40).float() * left_scale, normal(2, 5, 30, seed=1).float() * right_scale
+    expected = oracle_rows(OuterGradient(left.double(), right.double(), (40, 30))).square().sum(1)
+    torch.testing.assert_close(norms.gram_squares(left, right), expected, rtol=1e-6, atol=0)
+
+
+def test_gram_products_ignore_lower_precisions_of_training():
+    before = torch.get_float32_matmul_precision()
+    gradient = OuterGradient(normal(2, 9, 40).float(), normal(2, 9, 30, seed=1).float(), (40, 30))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = norms.gram_squares(gradient.left, gradient.right)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(found, oracle_rows(gradient).square().sum(1), rtol=1e-10, atol=0)
+
+
 def test_sums_that_cancel_have_a_norm_near_zero():
     gradient = outer((8, 5), dtype=torch.float64)
     opposite = DenseGradient(-oracle_rows(gradient).reshape(-1, 8, 5))

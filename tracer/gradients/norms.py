@@ -1,9 +1,10 @@
 """Squared norms from built gradients and from factors, and what either costs.
 
 Cancellation: a squared norm from built entries adds squares and loses nothing. One from Gram products, or from the
-parts of a sum, ``|A|² + 2<A, B> + |B|²``, adds terms of both signs. Gram products are float64, so their relative error
-is 1e-16 times ``(sum of the parts' norms)² / |gradient|²``: below 1e-6 until a gradient is 1e-5 of its parts, a size
-at which float32 factors have lost it themselves.
+parts of a sum, ``|A|² + 2<A, B> + |B|²``, adds terms of both signs. In float64 its relative error is 1e-16 times
+``(sum of the parts' norms)² / |gradient|²``: below 1e-6 until a gradient is 1e-5 of its parts, a size at which float32
+factors have lost it themselves. Gram products in float32, which take half the time, err by about 1e-7 of the sum of the
+positions' squared norms, so they are used for the samples whose gradient is not much smaller than that.
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ from torch import Tensor
 from tracer._core.blocks import full_precision
 
 _CHUNK = 1024
+_BANDS, _BAND = 4, 64
+"""Gram matrices are computed in so many bands of rows, of at least so many positions, up to the diagonal."""
+_CANCELLED = 1 / 8
+"""A gradient whose squared norm is a smaller share of its positions' is computed in float64."""
+_SMALLEST, _LARGEST = 1e-20, 1e20
+"""Squared norms of factors that are far from what float32 can represent."""
 
 
 def row_squares(rows: Tensor) -> Tensor:
@@ -36,8 +43,8 @@ def row_squares(rows: Tensor) -> Tensor:
 
 
 def gram_cost(positions: int, rows: int, cols: int) -> float:
-    """Estimate a sample's squared norm by float64 Gram products over positions, in float32 multiply-adds."""
-    return 2.0 * positions**2 * (rows + cols)
+    """Estimate a sample's squared norm by Gram products over positions, in float32 multiply-adds."""
+    return (1.1 if positions <= _BAND else 0.8) * positions**2 * (rows + cols)
 
 
 def build_cost(positions: int, rows: int, cols: int) -> float:
@@ -52,7 +59,35 @@ def gram_squares(left: Tensor, right: Tensor) -> Tensor:
     """
     if left.shape[1] == 1:
         return row_squares(left.squeeze(1)) * row_squares(right.squeeze(1))
-    left, right = left.double(), right.double()
-    gram = torch.bmm(left, left.transpose(1, 2))
-    gram *= torch.bmm(right, right.transpose(1, 2))
-    return gram.sum((1, 2))
+    # On a GPU, looking at the result would wait for it. Lower precisions of products are for training.
+    single = left.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+    if not single or torch.float64 in (left.dtype, right.dtype):
+        return _gram_sums(left.double(), right.double())[0]
+    left, right = full_precision(left), full_precision(right)
+    total, positions, sizes = _gram_sums(left, right)
+    sure = (total >= _CANCELLED * positions) & ((sizes > _SMALLEST) & (sizes < _LARGEST)).all(0)
+    if not sure.all():
+        rows = (~sure).nonzero()[:, 0]
+        total[rows] = _gram_sums(left[rows].double(), right[rows].double())[0]
+    return total
+
+
+def _gram_sums(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums of the product of both Gram matrices ``[b]`` and of its diagonal ``[b]``, in float64.
+
+    The third are the largest squared norms of a position's factors, left and right: ``[2, b]``.
+    """
+    total = torch.zeros(left.shape[0], dtype=torch.float64, device=left.device)
+    step = max(_BAND, -(-left.shape[1] // _BANDS))
+    diagonals = []
+    for start in range(0, left.shape[1], step):  # what is right of the diagonal equals what is left of it
+        stop = min(start + step, left.shape[1])
+        lefts = torch.bmm(left[:, start:stop], left[:, :stop].transpose(1, 2))
+        rights = torch.bmm(right[:, start:stop], right[:, :stop].transpose(1, 2))
+        diagonals.append(torch.stack([each[:, :, start:].diagonal(dim1=1, dim2=2) for each in (lefts, rights)]))
+        product = lefts.mul_(rights)
+        total += product[:, :, start:].sum((1, 2), dtype=torch.float64)
+        if start:
+            total += 2 * product[:, :, :start].sum((1, 2), dtype=torch.float64)
+    sizes = torch.cat(diagonals, 2)
+    return total, (sizes[0] * sizes[1]).sum(1, dtype=torch.float64), sizes.amax(2)
