@@ -44,7 +44,7 @@ def row_squares(rows: Tensor) -> Tensor:
 
 def gram_cost(positions: int, rows: int, cols: int) -> float:
     """Estimate a sample's squared norm by Gram products over positions, in float32 multiply-adds."""
-    return (1.1 if positions <= _BAND else 0.8) * positions**2 * (rows + cols)
+    return (1.1 if positions <= _BAND else 0.7) * positions**2 * (rows + cols)
 
 
 def build_cost(positions: int, rows: int, cols: int) -> float:

@@ -65,7 +65,7 @@ class Lattice:
         """Estimate a sample's cost in float32 multiply-adds: the product, copies of its factors, and folding."""
         terms, breadth = self.groups * self.steps, self.width + self.groups - 1
         copies = terms * (self.tile.group if self.steps > 1 else 1) + terms * (breadth if self.groups > 1 else 1)
-        wide = max(breadth, 16)  # narrower products are no faster
+        wide = -(-breadth // 16) * 16  # products take as long as those of whole vectors
         return positions * (1.2 * self.tile.group * wide * terms + 4.0 * copies) + 8.0 * self.k
 
     @property

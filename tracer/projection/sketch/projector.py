@@ -146,7 +146,7 @@ class SketchProjector(Projector):
         # for norms, which building gives besides
         gram = norms.gram_cost(positions, *shape) if self.adds_norms else 0
         costs = {
-            "built": norms.build_cost(positions, *shape),
+            "built": norms.build_cost(positions, *shape) + (12.0 * math.prod(shape) if positions > 1 else 0.0),
             "spectral": spectral_cost(positions, shape, self.dim) + gram,
         }
         if not has_windows(gradient):

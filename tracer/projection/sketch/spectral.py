@@ -20,7 +20,7 @@ from tracer.gradients.windows import WindowGradient, has_windows
 from tracer.projection.sketch.arrangement import place, place_columns, window_rows
 from tracer.projection.sketch.hashing import Tile
 
-SPECTRAL_BYTES = 4 << 20
+SPECTRAL_BYTES = 1 << 20
 """The bytes of sketched factors that are transformed at once."""
 HELD_BYTES = 16 << 20
 """The bytes of vector factors that wait for more, so that the spectra of some samples stay in cache over layers."""
@@ -111,10 +111,11 @@ class SpectrumRows:
 
 def spectral_cost(positions: int, shape: tuple[int, int], k: int) -> float:
     """Estimate sketching a sample's ``[T, O]`` and ``[T, I]`` by Fourier transforms, in multiply-adds."""
-    # A fixed estimate, fitted on CPU, so that the choice depends on sizes alone.
+    # A fixed estimate, fitted on CPU, so that the choice depends on sizes alone: transforms, and placing the factors.
     rows, cols = shape
-    num_tiles = math.ceil(rows / k) * math.ceil(cols / k)
-    return num_tiles * positions * k * (8.0 * math.log2(k + 1) + 40.0)
+    row_tiles, column_tiles = math.ceil(rows / k), math.ceil(cols / k)
+    transforms = row_tiles * column_tiles * k * (6.0 * math.log2(k + 1) + 32.0)
+    return positions * (transforms + 60.0 * (rows * column_tiles + cols * row_tiles))
 
 
 def _products(
