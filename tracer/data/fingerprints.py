@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -39,12 +39,10 @@ def fingerprint_samples(batch: Batch, batch_size: int) -> UInt64[np.ndarray, " B
         if not isinstance(leaf, Tensor):
             hashes = list(map(xxhash.xxh3_64_intdigest, (_object_bytes(path, item) for item in leaf), hashes))
             continue
-        rows = list(_without_padding(leaf, _counted(path, leaf, tensors)))
+        shapes, memory = _without_padding(leaf, _counted(path, leaf, tensors))
         # The hash of the leaves before is the seed of the next: leaves may not change places.
         if leaf.ndim > 2:  # a shape is part of a sample, up to its padding
-            shapes = (str(row.shape[1:]).encode() for row in rows)
-            hashes = list(map(xxhash.xxh3_64_intdigest, shapes, hashes))
-        memory: Any = (row.reshape(math.prod(row.shape)) for row in rows)
+            hashes = list(map(xxhash.xxh3_64_intdigest, (str(shape[1:]).encode() for shape in shapes), hashes))
         hashes = list(map(xxhash.xxh3_64_intdigest, memory, hashes))
     return np.array(hashes, np.uint64)
 
@@ -65,23 +63,25 @@ def _counted(path: str, leaf: Tensor, tensors: Mapping[str, Tensor]) -> np.ndarr
     return counted.cpu().numpy()
 
 
-def _without_padding(leaf: Tensor, counted: np.ndarray | None) -> Iterator[np.ndarray]:
-    """Yield the values of each sample as contiguous little-endian memory."""
+def _without_padding(leaf: Tensor, counted: np.ndarray | None) -> tuple[list[tuple[int, ...]], list[Any]]:
+    """Return the shape of each sample and its values as contiguous little-endian memory."""
     values = leaf.detach().cpu()
     if values.dtype == torch.bfloat16:  # numpy has no such dtype
         values = values.view(torch.int16)
     array = values.numpy()
-    array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     padded = np.full(len(array), counted is not None)
     for axis in range(1, array.ndim if array.size else 0):
         padded |= _is_padding(array.take(-1, axis)).reshape(len(array), -1).all(1)
-    for number, row in enumerate(array):
-        if padded[number]:
-            row = row if counted is None else row[counted[number]]
-            for axis in range(row.ndim):
-                used = np.flatnonzero(~_is_padding(row).all(tuple(each for each in range(row.ndim) if each != axis)))
-                row = row.take(range(int(used.max(initial=-1)) + 1), axis)
-        yield np.ascontiguousarray(row)
+    shapes = [array.shape[1:]] * len(array)
+    memory = list(array.reshape(len(array), math.prod(array.shape[1:])))
+    for number in np.flatnonzero(padded):
+        row = array[number] if counted is None else array[number][counted[number]]
+        for axis in range(row.ndim):
+            used = np.flatnonzero(~_is_padding(row).all(tuple(each for each in range(row.ndim) if each != axis)))
+            row = row.take(range(int(used.max(initial=-1)) + 1), axis)
+        shapes[number], memory[number] = row.shape, np.ascontiguousarray(row).ravel()
+    return shapes, memory
 
 
 def _is_padding(values: np.ndarray) -> np.ndarray:
