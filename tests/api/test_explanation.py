@@ -331,3 +331,17 @@ def test_an_answer_is_shown_as_text_and_html():
     found = json.loads(json.dumps(answer.to_dict()))["documents"]
     assert found[0]["tokens"][1] == {"text": " <b>", "score": 3.0}
     assert found[1]["documents"] == [{"document": 3, "score": -0.5}]
+
+
+def test_candidates_of_the_index_give_the_answer_of_all_examples(tmp_path):
+    found = build(tmp_path)
+    found.tracer.build_index("cosine")
+    for options in ({}, {"rather_than": " w9"}, {"kind": "opponents"}):
+        whole, some = (
+            found.explain("w1 w4", " w2", k=2, tokens=False, candidates=count, **options).to_dict() for count in (0, 5)
+        )
+        assert [each["document"] for each in some["documents"]] == [each["document"] for each in whole["documents"]]
+        scores = [[each["score"] for each in answer["documents"]] for answer in (some, whole)]
+        np.testing.assert_allclose(*scores, rtol=1e-5)
+    with pytest.raises(InputError, match="candidates=2 is less than k=4"):
+        found.explain("w1 w4", " w2", k=2, exact=4, candidates=2)

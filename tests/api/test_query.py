@@ -173,3 +173,27 @@ def test_labels_are_those_of_a_checkpoint_that_has_all_rows(run, tmp_path):
         assert (run.y[found.indices.ravel()] == label).all()
     with pytest.raises(tracer.CallOrderError, match="not finalized"):
         tracing.query(run.targets, 1, labels=label)
+
+
+@pytest.mark.parametrize("estimator", ["tracin", "cosine"])
+def test_candidates_of_the_index_are_ranked_by_their_stored_scores(run, tmp_path, estimator):
+    tracing = stored(run, tmp_path / "store", storage="int8")
+    with pytest.raises(tracer.CallOrderError, match="no index of its training examples"):
+        tracing.query(run.targets, 3, estimator=estimator, candidates=10)
+    tracing.build_index(estimator)
+    for kind in ("proponents", "opponents"):
+        whole = tracing.query(run.targets, 3, kind=kind, estimator=estimator)
+        some = tracing.query(run.targets, 3, kind=kind, estimator=estimator, candidates=10)
+        np.testing.assert_array_equal(some.indices, whole.indices)
+        np.testing.assert_allclose(some.scores, whole.scores, rtol=1e-5)
+
+
+def test_candidates_that_cannot_be_searched_for_are_refused(run, tmp_path):
+    tracing = stored(run, tmp_path / "store")
+    for options, message in [
+        ({"candidates": 2}, "candidates=2 is less than k=3"),
+        ({"candidates": 9, "rows": range(9)}, "leave out rows= and labels="),
+        ({"candidates": 9, "estimator": "influence"}, "expected tracin or cosine"),
+    ]:
+        with pytest.raises(tracer.InputError, match=message):
+            tracing.query(run.targets, 3, **options)

@@ -54,3 +54,14 @@ def test_the_answer_is_that_of_explain(project, monkeypatch):
 )
 def test_what_is_wrong_is_said(project, options, message):
     assert message in refused("ask", "store", *options)
+
+
+def test_an_index_is_built_and_searched(project):
+    question = ["ask", "store", "w3 w4", "--completion", " w5", "--top", "3", "--no-tokens", "--json"]
+    assert "no index of its training examples" in refused(*question, "--candidates", "8")
+    built = run_tracer("index", "store")
+    assert built.exit_code == 0 and "index of 12 training examples for estimator cosine" in built.output
+    whole, some = run_tracer(*question), run_tracer(*question, "--candidates", "8")
+    documents = [json.loads(each.stdout)["documents"] for each in (whole, some)]
+    assert [each["document"] for each in documents[0]] == [each["document"] for each in documents[1]]
+    assert "expected tracin or cosine" in refused("index", "store", "--estimator", "influence")

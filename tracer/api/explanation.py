@@ -39,6 +39,7 @@ def explain(
     k: int = 10,
     kind: str = "proponents",
     exact: int = 0,
+    candidates: int = 0,
     tokens: bool = True,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -58,6 +59,8 @@ def explain(
         kind: ``proponents``, whose scores are largest, or ``opponents``.
         exact: Rank this many documents by the store, then these again by exact gradients; for ``tracin`` and
             ``cosine``. 0: rank by the store alone. Without stored features, all are ranked exactly.
+        candidates: Rank only the documents of so many training examples, which the index of `build_index` finds; a
+            thousand or so hold nearly all of the hundred strongest ones. 0: rank all of them.
         tokens: Split scores over the documents' tokens, by exact gradients; those of an estimator with a kernel are
             split as TracIn.
         max_new_tokens: The most tokens that are generated.
@@ -81,6 +84,8 @@ def explain(
     scores = QuestionScores(_found, tracer, inputs)
     if exact or not scores.has_features:
         scores.check_exact()
+    if check_integer(candidates, "candidates", 0):
+        scores.check_candidates(candidates, max(k, exact))
     encoder = QuestionEncoder(inputs.tokenizer, inputs.settings, _is_chat(_found, inputs), inputs.most_tokens)
     prompts = [prompt] if is_single(prompt) else list(prompt)
     if not prompts:
@@ -95,7 +100,7 @@ def explain(
     contrasted = [] if others is None else [encoder.question(*pair) for pair in zip(prompts, others, strict=True)]
     source = QuestionSource([*questions, *contrasted], inputs.train.pad_token, inputs.settings.batch_tokens)
     scores.ask(source, TargetWeights.of(len(questions), len(contrasted)))
-    ranked = _ranked(scores, inputs, k, kind, exact)
+    ranked = _ranked(scores, inputs, k, kind, exact, candidates)
     documents = list(_documents(ranked, scores, inputs, tokens))
     shown: list[list[str]] = [[], [], []]
     for each, other in zip(questions, [*contrasted, *[None] * len(questions)], strict=False):
@@ -187,23 +192,25 @@ class _Ranked:
     rows: list[np.ndarray]
 
 
-def _ranked(scores: QuestionScores, inputs: LanguageInputs, k: int, kind: str, exact: int) -> _Ranked:
+def _ranked(scores: QuestionScores, inputs: LanguageInputs, k: int, kind: str, exact: int, candidates: int) -> _Ranked:
     """Rank documents by the store, and the first ones by exact gradients if asked to."""
     # A block may hold several documents; it is ranked as a whole, and its documents by their tokens.
     by_block = inputs.settings.unit == "block"
     numbers = np.arange(len(inputs.train)) if by_block else inputs.train.rows.documents
     sign = -1.0 if kind == "opponents" else 1.0
-    present = np.unique(numbers)
+    found = scores.candidates(candidates, kind) if candidates else np.arange(len(numbers))
+    present = np.unique(numbers[found])
+    among = np.flatnonzero(np.isin(numbers, present))
     if not scores.has_features or exact:
         chosen = present
         if scores.has_features and exact < len(present):
-            chosen = _strongest(scores.of_store(), numbers, present, sign, exact)
+            chosen = _strongest(scores.of_store(among), numbers, present, sign, exact)
         rows = np.flatnonzero(np.isin(numbers, chosen))
         values = np.zeros(len(numbers))
         values[rows] = scores.exactly(rows)
         present = np.sort(chosen)
     else:
-        values = scores.of_store()
+        values = scores.of_store(among)
     best = _strongest(values, numbers, present, sign, k)
     summed = np.bincount(numbers, values)
     return _Ranked(best, summed[best], [np.flatnonzero(numbers == each) for each in best])

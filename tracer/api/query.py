@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tracer._core.validation import check_integer
 from tracer.api.featurizer import Featurizer
 from tracer.api.featurizer_factory import LoadedCheckpoint, check_weights
 from tracer.api.sinks import RowValues
 from tracer.data.batches import check_batch_size, count_samples
 from tracer.data.indices import ExampleSelection
-from tracer.errors import CallOrderError
+from tracer.errors import CallOrderError, InputError
 from tracer.gradients import GradientsChanged
 from tracer.scoring.estimators import Estimate
 from tracer.scoring.feature_tables import InMemoryTable
 from tracer.scoring.scorer import Labels
+from tracer.scoring.search_index import check_indexed
 from tracer.types import Batch, TopK
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def query(
     target: str | None = None,
     regularization: float | str = "auto",
     checkpoint_dirs: Sequence[str | os.PathLike[str]] | None = None,
+    candidates: int = 0,
 ) -> TopK:
     """Return the strongest training examples of a few targets at once, without storing anything.
 
@@ -59,6 +62,8 @@ def query(
         regularization: As in `finalize_scores`.
         checkpoint_dirs: The folders below which the store's paths of checkpoints are followed, since a store may come
             from others. Default: the folder that holds the store.
+        candidates: Rank only so many training examples for each target, which the index of `build_index` finds; a
+            thousand or so hold nearly all of the hundred strongest ones. 0: rank all of them.
 
     Returns:
         Indices and scores, ``[B, k]`` each, strongest first.
@@ -79,11 +84,22 @@ def query(
     check_plain(_tracer, "query()")
     _tracer.flush()
     chosen, indices = _tracer.reader.check_query(k, kind, estimate, model_ids, rows, labels)
+    if check_integer(candidates, "candidates", 0):
+        check_candidates(candidates, k, estimate)
+        if rows is not None or labels is not None:
+            raise InputError("candidates= are found among all training examples; leave out rows= and labels=.")
     batch = _tracer._factory.form_of("targets").batch(batch)
     num_rows = count_samples(batch)
     check_batch_size(batch, num_rows)
     targets = fresh_targets(_tracer, [(batch, num_rows)], chosen, checkpoint_dirs)
-    return _tracer.reader.query(targets, chosen, indices, k, kind, estimate)
+    return _tracer.reader.query(targets, chosen, indices, k, kind, estimate, candidates)
+
+
+def check_candidates(candidates: int, k: int, estimate: Estimate) -> None:
+    """Raise InputError if candidates are fewer than what is asked for, or the estimator has no index."""
+    check_indexed(estimate)
+    if candidates < k:
+        raise InputError(f"candidates={candidates} is less than k={k}; expected at least k, better ten times as many.")
 
 
 def check_plain(tracer: Tracer, call: str) -> None:

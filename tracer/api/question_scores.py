@@ -16,7 +16,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from tracer.api.exact_scores import HoldingSink, ProductSink, gradient_lengths
-from tracer.api.query import featurizing, fresh_targets, loaded_checkpoint
+from tracer.api.query import check_candidates, featurizing, fresh_targets, loaded_checkpoint
 from tracer.api.token_parts import by_label, differentiable, loss_gradient, squared, token_parts
 from tracer.data.batches import map_leaves, select_samples, to_device
 from tracer.data.datasets import exact_batches
@@ -27,6 +27,7 @@ from tracer.errors import InputError, NonFiniteError
 from tracer.gradients import isolated
 from tracer.gradients.inner_products import TargetGradients
 from tracer.scoring.estimators import Estimate
+from tracer.scoring.feature_tables import InMemoryTable
 from tracer.scoring.readiness import finalized_revisions, learning_rates
 from tracer.training.lend_weights import weights_in
 from tracer.types import Batch
@@ -106,17 +107,31 @@ class QuestionScores:
                 f"stored features; a store with projector='none' has exact ones."
             )
 
-    def of_store(self) -> Float64[np.ndarray, " N"]:
-        """Return the scores of all training examples from stored features."""
-        return self._of_store
+    def check_candidates(self, candidates: int, k: int) -> None:
+        """Raise an error if the store, the estimator or the number of candidates do not allow a search by the index."""
+        self._tracer.store.manifest.feature_storage.require_features("candidates=")
+        check_candidates(candidates, k, self._estimate)
+
+    def of_store(self, rows: Int64[np.ndarray, " n"]) -> Float64[np.ndarray, " N"]:
+        """Return the scores of training examples, ascending, from stored features; 0 of all others."""
+        estimate, scorer = replace(self._estimate, groups=self._weights.groups), self._tracer.reader._scorer
+        chosen = None if len(rows) == len(self._inputs.train) else rows
+        scores = scorer.query_scores(self._target_tables, self._model_ids, estimate, chosen)
+        found = np.zeros(len(self._inputs.train))
+        found[rows] = _finite(scores.astype(np.float64) @ self._weights.of_groups)
+        return found
 
     @cached_property
-    def _of_store(self) -> Float64[np.ndarray, " N"]:
-        estimate = replace(self._estimate, groups=self._weights.groups)
+    def _target_tables(self) -> list[InMemoryTable]:
         # A contrast is then the difference of the answers, to the last bits, and not that of their roundings too.
-        tables = fresh_targets(self._tracer, self._batches(), self._model_ids, self._inputs.folders, alike=True)
-        scores = self._tracer.reader._scorer.query_scores(tables, self._model_ids, estimate)
-        return _finite(scores.astype(np.float64) @ self._weights.of_groups)
+        return fresh_targets(self._tracer, self._batches(), self._model_ids, self._inputs.folders, alike=True)
+
+    def candidates(self, count: int, kind: str) -> Int64[np.ndarray, " n"]:
+        """Return the training examples that the store's index finds for the question, ascending."""
+        scorer, estimate = self._tracer.reader._scorer, replace(self._estimate, groups=self._weights.groups)
+        return scorer.query_candidates(
+            self._target_tables, self._model_ids, estimate, self._weights.of_groups, count, kind
+        )
 
     def exactly(self, rows: Int64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
         """Return the scores of some training examples from exact gradients of both sides; see `check_exact`."""

@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 from tracer._core.processes import Process, ProcessChoice, this_process
 from tracer._core.validation import check_choice, check_count, check_device, check_model_id
-from tracer.api import example_names
+from tracer.api import example_names, search
 from tracer.data.indices import ExampleIndices, ExampleSelection, check_indices
 from tracer.errors import CallOrderError, InputError
 from tracer.scoring.estimators import Estimate
@@ -167,7 +167,7 @@ class StoreReader:
     def finalize_features(self, model_ids: list[int] | None = None) -> None:
         """Check that every training example is stored at each checkpoint, and allow scoring.
 
-        Processes that run together all call it, and wait here for each other. Of a job array, any later process does.
+        Processes that run together all call it and wait for each other. Of a job array, any later process does.
 
         Args:
             model_ids: The checkpoints. Default: all in the store.
@@ -301,8 +301,8 @@ class StoreReader:
     ) -> np.ndarray:
         """Return each training example's influence on itself: ``lr ‖gradient of the loss‖²``, summed over checkpoints.
 
-        It is computed from exact gradient norms, so it has no projection error. Mislabelled and unusual examples have
-        large values (Pruthi et al. 2020, section 4.1). With ``trak`` or ``influence`` it is the square of the mean
+        Exact gradient norms give it, without projection error. Mislabelled and unusual examples have large values
+        (Pruthi et al. 2020, section 4.1). With ``trak`` or ``influence`` it is the square of the mean
         derivative times the mean of ``φᵀ (K + λI)⁻¹ φ``, the effect of the example's own Newton step on its loss; with
         ``source`` the score of the example on its own loss.
 
@@ -381,13 +381,15 @@ class StoreReader:
         k: int,
         kind: str,
         estimate: Estimate,
+        candidates: int = 0,
     ) -> TopK:
         """Return the strongest training examples of targets that are in memory; see `Tracer.query`."""
-        found = self._scorer.query(targets, model_ids, indices, k, kind, estimate)
+        found = self._scorer.query(targets, model_ids, indices, k, kind, estimate, candidates)
         return example_names.with_ids(found, self.store, None)
 
     ids = example_names.ids
     set_ids = example_names.set_ids
+    build_index = search.build_index
 
     def close(self) -> None:
         """Do nothing: files are opened for each answer."""

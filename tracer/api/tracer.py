@@ -264,6 +264,7 @@ class Tracer:
     self_influence = _asks(StoreReader.self_influence, _finish_batches)
     changes_without = _asks(StoreReader.changes_without, _finish_batches)
     regularization = _asks(StoreReader.regularization, _finish_batches)
+    build_index = _asks(StoreReader.build_index, _finish_batches)
     remaining = _asks(StoreReader.remaining, flush)
     ids = _asks(StoreReader.ids, flush)
     set_ids = _asks(StoreReader.set_ids, flush)

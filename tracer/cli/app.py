@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("verify", "Read a whole store and report damage."),
     "top": ("top", "Show the strongest training examples of targets."),
     "self-influence": ("top", "Show the training examples of highest self-influence."),
+    "index": ("index", "Store an index of training examples, for approximate questions."),
     "ask": ("ask", "Show the training documents behind a language model's answer."),
     "export": ("export", "Write scores, top examples or summaries as CSV, Parquet or a numpy matrix."),
     "report": ("report", "Write an HTML page with the results."),

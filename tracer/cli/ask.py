@@ -51,6 +51,10 @@ class AskCommand(ResultCommand):
     "--exact", type=click.IntRange(min=0), default=0, show_default=True,
     help="Rank this many documents again by exact gradients.",
 )  # fmt: skip
+@click.option(
+    "--candidates", type=click.IntRange(min=0), default=0, show_default=True,
+    help="Rank this many examples, found by the index of `tracer index`; 0: all.",
+)  # fmt: skip
 @click.option("--tokens/--no-tokens", default=True, help="Split scores over tokens. Default: yes.")
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Most generated tokens."
@@ -70,6 +74,7 @@ def ask(store: str, prompts: tuple[str, ...], k: int, **options: Any) -> None:
         tracer ask store "Who wrote Faust?"
         tracer ask store "The capital of France is" --completion " Paris" --rather-than " Rome" --estimator cosine
         tracer ask store "Who wrote Faust?" --exact 1000 -k 10 --json
+        tracer ask store "Who wrote Faust?" --candidates 1000      after tracer index store
     """
     save_dir, in_file = find_store(store)
     given = {name: options.pop(name) for name in ("estimator", "target", "regularization")}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64, Int64
 
 from tracer._core.processes import Process
 from tracer._core.validation import check_choice, check_count
@@ -23,10 +23,11 @@ from tracer.scoring.preconditioned_targets import PreconditionedTargets, group_i
 from tracer.scoring.read_checks import ReadCheck
 from tracer.scoring.readiness import complete_cosines, complete_targets, finalized_revisions, learning_rates
 from tracer.scoring.regularization import Regularization
+from tracer.scoring.search_index import IndexSearch, save_index
 from tracer.scoring.source import Segment, segment_rates, unrolled_self_influence, unrolled_targets, warn_of_other_runs
 from tracer.scoring.streaming import MEMORY_BYTES, TileScorer, stream_tiles, stream_topk
 from tracer.scoring.top_queries import TopKQuery
-from tracer.scoring.trackstar import DAMPING, whitening
+from tracer.scoring.trackstar import whitened_terms
 from tracer.scoring.write_scores import write_scores
 from tracer.store import ScoreArray, Store
 from tracer.store.lazy_matrix import ScoreMatrix
@@ -58,6 +59,7 @@ class Scorer:
         self.store, self.device, self.progress, self.memory_bytes = store, device, progress, memory_bytes
         self.process = process or Process()
         self._known_kernels: Kernels | None = None
+        self._known_search: IndexSearch | None = None
 
     @property
     def num_rows(self) -> int:
@@ -124,27 +126,64 @@ class Scorer:
         k: int,
         kind: str,
         estimate: Estimate,
+        candidates: int = 0,
     ) -> TopK:
-        """Select the strongest training examples of targets in memory, given at each checkpoint; see `check_query`."""
-        revisions = finalized_revisions(self.store, model_ids)
-        pairs, _ = self._terms(revisions, targets, estimate)
-        scorer = TileScorer(pairs, estimate, self.device, self.memory_bytes)
+        """Select the strongest training examples, or some ``candidates`` of the index, of targets in memory."""
+        revisions, scorer = self._query_scorer(targets, model_ids, estimate)
+        if candidates:
+            indices = self._search.candidates(revisions, scorer, candidates, kind, self.memory_bytes)
         *_, (_, *ends) = stream_topk(scorer, indices, k, self.progress, aligned=len(indices) == self.num_rows)
         revisions.check()
         return ends[KINDS.index(kind)].result()
 
     def query_scores(
-        self, targets: Sequence[FeatureTable], model_ids: list[int], estimate: Estimate
-    ) -> Float32[np.ndarray, "N M"]:
-        """Return the scores of all training examples for targets in memory, given at each checkpoint."""
-        revisions = finalized_revisions(self.store, model_ids)
-        pairs, _ = self._terms(revisions, targets, estimate)
-        scorer = TileScorer(pairs, estimate, self.device, self.memory_bytes)
-        scores = np.empty((self.num_rows, scorer.num_targets), np.float32)
-        for start, tile in stream_tiles(scorer, range(self.num_rows), self.progress):
+        self,
+        targets: Sequence[FeatureTable],
+        model_ids: list[int],
+        estimate: Estimate,
+        indices: TrainIndices | None = None,
+    ) -> Float32[np.ndarray, "n M"]:
+        """Return the scores of training examples (None: all) for targets in memory, given at each checkpoint."""
+        revisions, scorer = self._query_scorer(targets, model_ids, estimate)
+        chosen = range(self.num_rows) if indices is None else indices
+        scores = np.empty((len(chosen), scorer.num_targets), np.float32)
+        for start, tile in stream_tiles(scorer, chosen, self.progress, aligned=indices is None):
             scores[start : start + len(tile)] = tile.cpu().numpy()
         revisions.check()
         return scores
+
+    def query_candidates(
+        self,
+        targets: Sequence[FeatureTable],
+        model_ids: list[int],
+        estimate: Estimate,
+        weights: Float64[np.ndarray, " m"],
+        count: int,
+        kind: str,
+    ) -> Int64[np.ndarray, " n"]:
+        """Return candidates for the strongest training examples of the targets' sum with weights, by the index."""
+        revisions, scorer = self._query_scorer(targets, model_ids, estimate)
+        return self._search.candidates(revisions, scorer, count, kind, self.memory_bytes, weights)
+
+    def _query_scorer(
+        self, targets: Sequence[FeatureTable], model_ids: list[int], estimate: Estimate
+    ) -> tuple[Revisions, TileScorer]:
+        revisions = finalized_revisions(self.store, model_ids)
+        pairs, _ = self._terms(revisions, targets, estimate)
+        return revisions, TileScorer(pairs, estimate, self.device, self.memory_bytes)
+
+    def build_index(self, estimate: Estimate, model_ids: list[int] | None, dims: int) -> None:
+        """Compute and store the index of training examples for an estimator; see `Tracer.build_index`."""
+        self.store.manifest.feature_storage.require_features("an index")
+        revisions = finalized_revisions(self.store, model_ids)
+        self.process.wait()
+        self.process.rank_zero_only(lambda: save_index(self.store, revisions, estimate, dims, self.progress))
+
+    @property
+    def _search(self) -> IndexSearch:
+        if self._known_search is None or self._known_search.store is not self.store:
+            self._known_search = IndexSearch(self.store)
+        return self._known_search
 
     def check_query(
         self,
@@ -289,7 +328,7 @@ class Scorer:
             solves = [partial(kernels.solve, each, weighting, model_ids, found.value) for each in model_ids]
         common: Any = (estimate, groups, self.device, self.memory_bytes // (4 * len(model_ids)))
         if estimate.estimator == "trackstar":
-            terms, whitened = self._whitened(revisions, targets, kernels, common, stored)
+            terms, whitened = whitened_terms(kernels, revisions, targets, common, stored)
             return terms, {**described, **whitened}
         if segments:
             transformed: list[Any] = unrolled_targets(targets, segments, *common)
@@ -300,27 +339,6 @@ class Scorer:
         sizes = kernels.effect_sizes(model_ids, estimate) if estimate.is_relative else None
         pairs = map(CheckpointPair, weights, trains, transformed)
         return [replace(pair, sizes=sizes) for pair in pairs], described
-
-    def _whitened(
-        self, revisions: Revisions, targets: Sequence[FeatureTable], kernels: Kernels, common: Any, stored: bool
-    ) -> tuple[list[CheckpointPair], dict[str, Any]]:
-        """Return the terms of ``trackstar``, see `_terms`; ``stored`` targets have a part in the whitening."""
-        # Second moments of the targets of a question would depend on what else is asked with it. Those of a target set
-        # are the same whatever is asked of it, and results have its revision.
-        estimate, groups, device, memory_bytes = common
-        weight, pairs, mixing = 1 / len(targets), [], []
-        for model_id, train, table in zip(revisions.model_ids, revisions.checkpoints, targets, strict=True):
-            found = whitening(kernels, model_id, table if stored else None, estimate)
-            lengths = found.target_lengths(table, device)
-            whitened = PreconditionedTargets(table, found.solve, estimate, groups, device, memory_bytes, lengths)
-            whitened.column("scale")  # computed now, one kernel after the other
-            tables = (f"{path} {revision}" for path, revision in revisions.tables.items())
-            key = ("trackstar", str(model_id), str(found.damping), str(stored), *tables)
-            sizes = kernels.sizes(key, partial(found.train_lengths, train, device))
-            pairs.append(CheckpointPair(weight, train, whitened, sizes=sizes))
-            mixing.append(found.mixing)
-        share = DAMPING if estimate.regularization == "auto" else estimate.regularization
-        return pairs, {"regularization": share, "kernel": estimate.kernel, "mixing": mixing}
 
     def _segments(self, model_ids: list[int], kernels: Kernels) -> list[Segment]:
         """Return the segments that end at checkpoints."""

@@ -84,7 +84,7 @@ class TileScorer:
         out.zero_()
         loss_grads = self._train_loss_grads(indices)
         for position, pair in enumerate(self.pairs):
-            weights = self._train_weights(pair, indices, loss_grads[position]), self._target_weights(pair)
+            weights = self._train_weights(pair, indices, loss_grads[position]), self.target_weights(pair)
             left, right = (torch.from_numpy(side).to(self.device, torch.float32) for side in weights)
             for block, wanted, place in self._blocks(indices, aligned):
                 rows, row_weights = out[place], left[place].unsqueeze(1)
@@ -114,7 +114,7 @@ class TileScorer:
         unit = norm if pair.cosines is not None else column_at(pair.train, "scale", indices)
         return self.estimate.train_weights(loss_grad, size) * unit
 
-    def _target_weights(self, pair: CheckpointPair) -> Float64[np.ndarray, " M"]:
+    def target_weights(self, pair: CheckpointPair) -> Float64[np.ndarray, " M"]:
         """Return the factor of each target's products."""
         if self.estimate.transforms_targets and pair.cosines is None:  # which has applied the estimator's weights
             return pair.targets.column("scale").astype(np.float64)

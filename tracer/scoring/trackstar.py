@@ -8,7 +8,10 @@ template rather than of what a single target is about.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +19,12 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from tracer.scoring.estimators import Estimate
-from tracer.scoring.feature_tables import FeatureTable, dequantized_blocks
+from tracer.scoring.feature_tables import CheckpointPair, FeatureTable, dequantized_blocks
 from tracer.scoring.kernels import Kernels, leverages
+from tracer.scoring.preconditioned_targets import PreconditionedTargets
 from tracer.scoring.regularization import Kernel
 from tracer.store import RowTable
+from tracer.store.revisions import Revisions
 
 SHARED_COMPONENTS = 1000 / 65536
 """The share of components, the strongest ones, that are taken for common to all targets (section A.1.3)."""
@@ -70,6 +75,36 @@ def whitening(kernels: Kernels, model_id: int, targets: FeatureTable | None, est
     unit = float(moments.matrix.diagonal().mean())
     share = DAMPING if estimate.regularization == "auto" else float(estimate.regularization)
     return Whitening(moments, mixing, share * unit)
+
+
+def whitened_terms(
+    kernels: Kernels, revisions: Revisions, targets: Sequence[FeatureTable], common: Any, stored: bool
+) -> tuple[list[CheckpointPair], dict[str, Any]]:
+    """Return the terms of the mean over checkpoints, and JSON values that decide the whitening.
+
+    Args:
+        kernels: The kernels of the store.
+        revisions: The checkpoints.
+        targets: The targets at each.
+        common: The estimator's settings, groups, the device and the memory of `PreconditionedTargets`.
+        stored: Whether the targets are a set in the store, whose second moments then have a part in the whitening.
+    """
+    # Second moments of the targets of a question would depend on what else is asked with it. Those of a target set are
+    # the same whatever is asked of it, and results have its revision.
+    estimate, groups, device, memory_bytes = common
+    weight, pairs, mixing = 1 / len(targets), [], []
+    for model_id, train, table in zip(revisions.model_ids, revisions.checkpoints, targets, strict=True):
+        found = whitening(kernels, model_id, table if stored else None, estimate)
+        lengths = found.target_lengths(table, device)
+        whitened = PreconditionedTargets(table, found.solve, estimate, groups, device, memory_bytes, lengths)
+        whitened.column("scale")  # computed now, one kernel after the other
+        tables = (f"{path} {revision}" for path, revision in revisions.tables.items())
+        key = ("trackstar", str(model_id), str(found.damping), str(stored), *tables)
+        sizes = kernels.sizes(key, partial(found.train_lengths, train, device))
+        pairs.append(CheckpointPair(weight, train, whitened, sizes=sizes))
+        mixing.append(found.mixing)
+    share = DAMPING if estimate.regularization == "auto" else estimate.regularization
+    return pairs, {"regularization": share, "kernel": estimate.kernel, "mixing": mixing}
 
 
 def _mixed(train: Kernel, targets: FeatureTable, kernels: Kernels) -> tuple[float, Kernel]:
