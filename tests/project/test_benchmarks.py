@@ -203,3 +203,32 @@ def test_distributed_gives_the_times_of_every_phase(tmp_path):
         (count, phase) for count in (1, 2) for phase in ("featurize", "targets", "scores", "top")
     ]
     assert all(row["seconds"] > 0 and row["speedup"] > 0 for row in rows)
+
+
+def test_the_search_benchmark_measures_every_way_and_finds_the_strongest(tmp_path, monkeypatch):
+    words = np.random.default_rng(0).choice(list("to be or not"), 130_000)
+    (tmp_path / "tinyshakespeare.txt").write_text("".join(words), encoding="utf-8")
+    monkeypatch.setenv("TRACER_DATA", str(tmp_path))
+    with script("search") as search:
+        search.build(tmp_path / "store", 1500, 256, 5)
+        rows = search.measured(search.Store.open_existing(tmp_path / "store"), "cosine", [1500], 1)
+    by_way = {row["way"]: row for row in rows}
+    assert by_way["exact"]["recall"] == by_way["candidates 1500"]["recall"] == 1
+    assert 0.9 < by_way["index alone"]["recall"] <= 1
+    assert by_way["read"]["over_read"] == by_way["exact"]["over_exact"] == 1
+
+
+def test_the_tracing_benchmark_knows_the_sources_of_its_documents():
+    with script("tracing") as tracing:
+        facts, toxicity, selection = (make(np.random.default_rng(0)) for make in tracing.CASES.values())
+        best = tracing.source_metrics(facts.truth.astype(float), facts.truth)
+        worst = tracing.source_metrics(-facts.truth.astype(float), facts.truth)
+        batch = facts.targets[torch.arange(2)]
+    assert (facts.truth.sum(0) == 3).all()
+    for row, target in np.argwhere(facts.truth):  # the source has the relation and the object of the question
+        assert set(facts.targets.words[target][2:]) <= set(facts.train.words[row])
+    assert best == {"recall at 10": 1.0, "reciprocal rank": 1.0}
+    assert worst["recall at 10"] == 0 and worst["reciprocal rank"] < 0.01
+    assert (batch["labels"] != -100).sum(1).tolist() == [1, 1]
+    assert toxicity.truth.sum() == 32 and toxicity.truth.shape == (800,)
+    assert 0.05 < selection.truth.mean() < 0.12

@@ -155,7 +155,7 @@ def test_prefetched_chunks_are_those_that_are_read(url, monkeypatch):
     reads = []
     whole = RemotePath.read_bytes
     monkeypatch.setattr(RemotePath, "read_bytes", lambda self: (reads.append(str(self)), whole(self))[1])
-    table.prefetch(4, 12)
+    table.prefetch([(4, 12)])
     found = [raw for _, raw in table.raw_features(4, 12)]
     np.testing.assert_array_equal(np.concatenate(found), batch(np.arange(4, 12))["features"])
     assert len([path for path in reads if "/features/c/" in path]) == 2  # each was read once

@@ -24,6 +24,7 @@ DEQUANTIZED_BYTES = 32 << 20
 """The most bytes of a block of float64 features."""
 
 _MAX_GAP = 64
+_MAX_PIECES = 16
 
 TrainIndices = range | np.ndarray
 """Ascending indices of training examples."""
@@ -132,8 +133,10 @@ def joined_views(views: list[tuple[int, np.ndarray]]) -> np.ndarray:
 
 def raw_features_at(table: FeatureTable, indices: np.ndarray) -> Shaped[np.ndarray, "n k"]:
     """Return stored features at ascending indices, without a copy if they are consecutive in one file."""
-    found = []
-    for near in split_at_gaps(indices):
+    found, pieces = [], split_at_gaps(indices)
+    if len(pieces) > _MAX_PIECES and isinstance(table, RowTable):
+        return table.scattered_features(indices)
+    for near in pieces:
         view = joined_views(table.raw_features(int(near[0]), int(near[-1]) + 1))
         found.append(view if len(view) == len(near) else view[near - near[0]])
     return found[0] if len(found) == 1 else np.concatenate(found)

@@ -31,8 +31,7 @@ class ReadAhead:
         self._num_requested -= num_rows
         while self._num_requested < self._rows_ahead and (request := next(self._requests, None)) is not None:
             table, indices = request
-            for near in split_at_gaps(indices):
-                table.prefetch(int(near[0]), int(near[-1]) + 1)
+            table.prefetch([(int(near[0]), int(near[-1]) + 1) for near in split_at_gaps(indices)])
             self._num_requested += len(indices)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from tracer.scoring.feature_tables import split_at_gaps
 from tracer.store import RowTable
 
 WHOLE_BYTES = 1 << 19
@@ -44,5 +43,4 @@ class ReadCheck:
         self._whole, self._owed = max(0, self._whole - count), max(0.0, self._owed - count)
         first = int(self._random.integers(len(indices) - count + 1))
         for start in range(first, first + count, _STEP_ROWS):
-            for near in split_at_gaps(indices[start : min(start + _STEP_ROWS, first + count)]):
-                self._table.check_content(near)
+            self._table.check_content(indices[start : min(start + _STEP_ROWS, first + count)])

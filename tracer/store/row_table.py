@@ -7,11 +7,12 @@ of its ``scale``, the largest absolute value over 127 (`tracer.store.quantizatio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64, Shaped
 
 from tracer._core.files import disk_errors
 from tracer.errors import CallOrderError, InputError, InputTypeError, MismatchError, StoreError
@@ -243,18 +244,26 @@ class RowTable:
 
     def check_content(self, rows: np.ndarray) -> None:
         """Raise `StoreError` if a done row among ``rows [n]``, ascending, is not as it was written."""
-        bad = damaged_rows(self._arrays, int(rows[0]), int(rows[-1]) + 1)
-        if len(bad) and len(bad := bad[np.isin(bad, rows) & self._arrays["done"].take(bad)]):
+        bad = damaged_rows(self._arrays, rows)
+        if len(bad) and len(bad := bad[self._arrays["done"].take(bad)]):
             raise StoreError(
                 f"rows {named_rows(bad)} of {self.path} do not match the checksum that they were written with: run "
                 "tracer.verify, which marks damaged rows as missing, and compute these again"
             )
 
-    def prefetch(self, start: int, stop: int) -> None:
-        """Start to read the features of rows ``start`` to ``stop`` in the background."""
-        self._check_range(start, stop)
+    def prefetch(self, pieces: Sequence[tuple[int, int]]) -> None:
+        """Start to read the features of ranges ``(start, stop)`` of rows, ascending, in the background."""
+        for start, stop in pieces:
+            self._check_range(start, stop)
         if self._features is not None:
-            self._features.prefetch(start, stop)
+            self._features.prefetch_all(pieces)
+
+    def scattered_features(self, rows: Int64[np.ndarray, " n"]) -> Shaped[np.ndarray, "n k"]:
+        """Return a copy of stored features of single rows, as `raw_features` has them."""
+        self.checked_rows(rows)
+        assert self._features is not None
+        found = self._features.take(rows)
+        return signs(found) if self._feature_storage.is_binary else found
 
     def raw_features(self, start: int, stop: int) -> list[tuple[int, np.ndarray]]:
         """Return stored features of rows ``start`` to ``stop``: for each file its first row and a view ``[n, dim]``.

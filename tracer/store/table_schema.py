@@ -173,15 +173,17 @@ def content_checksums(checksums: UInt64[np.ndarray, " n"], audited: Bool[np.ndar
     return checksums ^ np.ascontiguousarray(audited).view(np.uint8).astype(np.uint64) * _AUDITED
 
 
-def damaged_rows(arrays: Mapping[str, ChunkedArray], start: int, stop: int) -> Int64[np.ndarray, " n"]:
-    """Return the rows of a table from ``start`` to ``stop`` that do not match their checksum, done or not."""
+def damaged_rows(arrays: Mapping[str, ChunkedArray], rows: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " m"]:
+    """Return those of some rows of a table, ascending, that do not match their checksum, done or not."""
+    start, stop = int(rows[0]), int(rows[-1]) + 1
+    together = stop - start == len(rows)
     read = {name: arrays[name] for name in ("features", *_CHECKED, "audited", "checksum") if name in arrays}
     for array in read.values():
-        if array.uploads:  # all downloads at once
+        if array.uploads and together:  # all downloads at once
             array.prefetch(start, stop)
-    columns = {name: array.read(start, stop) for name, array in read.items()}
+    columns = {name: array.read(start, stop) if together else array.take(rows) for name, array in read.items()}
     features = columns.pop("features", None)
-    return start + np.flatnonzero(row_checksums(features, columns) != columns["checksum"])
+    return rows[row_checksums(features, columns) != columns["checksum"]]
 
 
 def mixed(sums: UInt64[np.ndarray, " n"], bits: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:

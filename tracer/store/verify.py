@@ -219,7 +219,7 @@ class _Checker:
                     arrays[name].remove_unusable([chunk])
             if any(problems.values()) or not len(done):
                 continue
-            bad = np.intersect1d(done, damaged_rows(arrays, start, stop))
+            bad = np.intersect1d(done, damaged_rows(arrays, np.arange(start, stop)))
             if len(bad):
                 self._found(mask.path.parent, "rows do not match the checksum that they were written with", bad)
                 yield bad

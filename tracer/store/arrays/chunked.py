@@ -96,6 +96,11 @@ class ChunkedArray(ABC):
     def prefetch(self, start: int, stop: int) -> None:
         """Begin to read rows ``start`` to ``stop`` in the background."""
 
+    def prefetch_all(self, pieces: Sequence[tuple[int, int]]) -> None:
+        """Begin to read several ranges ``(start, stop)`` of rows, ascending, in the background."""
+        for start, stop in pieces:
+            self.prefetch(start, stop)
+
     def rows(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the rows from ``start`` to ``stop`` as views of one chunk each, with the index of the first."""
         while start < stop:
