@@ -170,4 +170,4 @@ def test_attribute_takes_it_and_an_exact_store_has_the_scores_of_autograd(tmp_pa
     options = {"save_dir": tmp_path, "estimator": "trackstar", "projector": "none"}
     found = attribute(model, "image_classification", *data, [model.state_dict()], **options)
     np.testing.assert_allclose(found.scores, of_trackstar(*sides), atol=2e-4)
-    assert found.ranking.self_influence().shape == (40,)
+    assert found.by("self_influence").self_influence().shape == (40,)

@@ -194,9 +194,8 @@ class StoreReader:
     ) -> Any:
         """Compute the scores of all training examples for all targets of an experiment, tile by tile.
 
-        Finished tiles are stored, so a run that was killed resumes. Processes that run together all call it and share
-        the work. A job of an array computes its own share and returns; reading unfinished shares of other jobs is an
-        error.
+        Finished tiles are stored, so a run that was killed resumes. Processes that run together share the work. A job
+        of an array computes its own share and returns; reading unfinished shares of other jobs is an error.
 
         Args:
             exp_name: The name of the targets.
@@ -256,9 +255,8 @@ class StoreReader:
     ) -> TopK:
         """Return the strongest training examples of each target, without computing a score matrix.
 
-        Both kinds are stored: a repeated question, even for a smaller ``k``, is read, and a run that was killed
-        resumes. Processes that run together all call it and share the work; a job of an array computes its share, and
-        raises an error while other shares are missing.
+        Both kinds are stored: a repeated question, even for a smaller ``k``, is read, and a killed run resumes.
+        Processes that run together share the work; a job of an array raises an error while other shares are missing.
 
         Args:
             exp_name: The name of the targets.
@@ -326,9 +324,7 @@ class StoreReader:
         return self._scorer.self_influence(model_ids, estimate)
 
     def changes_without(self, model_ids: list[int] | None = None) -> list[np.ndarray]:
-        """Return how f of each training example would change if the model had not been trained on it.
-
-        It is one leave-one-out Newton step with the kernel of ``influence``.
+        """Return how f of each example would change without it: one leave-one-out Newton step of ``influence``.
 
         Args:
             model_ids: The checkpoints. Default: all in the store.

@@ -23,7 +23,7 @@ class IndexCommand(ResultCommand):
 @click.option("--model-ids", type=Integers(), help="Only these checkpoints, such as 0,2 or 0-3. Default: all.")
 @click.option("--dims", type=click.IntRange(min=1), default=DIMS, show_default=True, help="Bytes of each example.")
 def index(store: str, estimator: str | None, model_ids: list[int] | None, dims: int) -> None:
-    """Store an index of training examples, which `tracer ask --candidates` searches.
+    """Store an index of training examples, for approximate questions.
 
     STORE is a store's directory or URL, or its TOML file. The index is of the examples as they are now: build it again
     after some were replaced or added.

@@ -4,7 +4,8 @@ A score is an inner product of vectors of D values: the features of all checkpoi
 its weights, those of the target times the rest. Of the former the index keeps the d coordinates in the leading
 principal components of a sample, one byte each. Candidates are the examples whose inner products with the target's
 coordinates are largest; they are then ranked by their stored features, so that an answer has exact scores and misses at
-most some examples. A search of clusters (FAISS) takes about as long with the same recall: ``benchmarks/search.py``.
+most some examples. A search of clusters, by FAISS, takes 0.6 of the time with the same recall, and both little
+beside the ranking: ``benchmarks/search.py``.
 """
 
 from __future__ import annotations
