@@ -12,7 +12,7 @@ ZOO_ARGS ?=
 FAULTS_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test zoo faults lint format docs release-check clean
+.PHONY: help demo test test-fast zoo faults lint format docs release-check clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,7 +21,10 @@ demo: $(STAMP)  ## Find flipped labels among handwritten digits and write runs/m
 	$(RUN)/python examples/mislabeled_digits.py $(DEMO_ARGS)
 
 test: lint  ## Run every gate, one after another: lint, types, doctests, tests, examples, docs, packages.
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(PYTEST_WORKERS)
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(PYTEST_WORKERS) --durations=20 --record-durations build/durations.json
+
+test-fast: $(STAMP)  ## Run the tests that take a minute together, and name the slowest twenty.
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -n $(PYTEST_WORKERS) --durations=20 --fast
 
 zoo: $(ZOO)/.installed  ## Check 250 models of transformers, timm and peft; ZOO_ARGS="-k Llama" for some.
 	OMP_NUM_THREADS=1 ZOO_OUTCOME=build/zoo/outcome.md $(ZOO)/bin/python -m pytest -n $(PYTEST_WORKERS) \

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,42 @@ from projection_cases import stand_in  # noqa: F401  a fixture
 from torch import nn
 
 torch.set_num_threads(1)  # tests run beside each other, and a child process must train the same weights as its parent
+
+
+SLOW = Path(__file__).with_name("slow_tests.txt")
+"""Test functions that `make test-fast` leaves out; `python tests/choose_fast.py` writes them."""
+
+_durations: Counter[str] = Counter()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help=f"leave out the tests in {SLOW.name}, and doctests")
+    parser.addoption("--record-durations", type=Path, metavar="FILE", help="write the seconds of each test function")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--fast"):
+        return
+    slow = set(SLOW.read_text().split())
+    left_out = [item for item in items if isinstance(item, pytest.DoctestItem) or function_of(item.nodeid) in slow]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+def function_of(nodeid: str) -> str:
+    """The test without its parameters, and without spaces, as in the files of names."""
+    return nodeid.partition("[")[0].replace(" ", "_")
+
+
+def pytest_runtest_logreport(report):
+    _durations[function_of(report.nodeid)] += report.duration
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--record-durations")
+    if path is not None and not hasattr(session.config, "workerinput"):  # the process that started the workers
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_durations, indent=0))
 
 
 def small_net() -> nn.Module:
