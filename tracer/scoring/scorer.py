@@ -163,7 +163,9 @@ class Scorer:
     ) -> Int64[np.ndarray, " n"]:
         """Return candidates for the strongest training examples of the targets' sum with weights, by the index."""
         revisions, scorer = self._query_scorer(targets, model_ids, estimate)
-        return self._search.candidates(revisions, scorer, count, kind, self.memory_bytes, weights)
+        found = self._search.candidates(revisions, scorer, count, kind, self.memory_bytes, weights)
+        revisions.check()
+        return found
 
     def _query_scorer(
         self, targets: Sequence[FeatureTable], model_ids: list[int], estimate: Estimate

@@ -5,6 +5,7 @@
       residual_sum [1, k]  float64            ``Φᵀ (w · output_change − Q)``
       gradient_sum [1, k]  float64            ``Φᵀ Q``
     kernels/<model_id>/regularization/<key>/  without arrays: the λ chosen for kernels weighted with ``loss_hess``
+    kernels/<model_id>/search_<estimator>/    an index of training examples (see `tracer.scoring.search_index`)
 
 A kernel exists as soon as its group's document does, which is written last and removed first. A kernel that is damaged
 counts as missing.
