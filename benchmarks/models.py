@@ -83,19 +83,6 @@ class Decoder(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
-class EncoderStack(nn.Module):
-    """BERT-sized encoder blocks on given embeddings, with a classification head on the mean position."""
-
-    def __init__(self, dim: int = 768, layers: int = 2, heads: int = 12, num_classes: int = 2) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(*(Block(dim, heads, False) for _ in range(layers)))
-        self.head = nn.Linear(dim, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, T, dim]`` to logits ``[B, num_classes]``."""
-        return self.head(self.blocks(x).mean(1))
-
-
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear layers with ReLU between them."""
     layers: list[nn.Module] = []
