@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import logging
 import shutil
 from dataclasses import replace
@@ -179,6 +180,28 @@ def test_the_choice_is_stored(tmp_path, monkeypatch):
     assert again.regularization(model_ids, Estimate("influence")) == chosen
     with pytest.raises(TypeError):
         again.regularization([model_ids[0]], Estimate("influence"))  # of other checkpoints it is another choice
+
+
+def test_a_choice_of_few_rows_is_stored_without_kernels(tmp_path, monkeypatch):
+    found = scorer(tmp_path, 12, 5, 60)
+    chosen = found.regularization(None, Estimate("influence"))
+    monkeypatch.setattr("tracer.scoring.kernels.choose_regularization", None)
+    assert Scorer(found.store, torch.device("cpu"), False).regularization(None, Estimate("influence")) == chosen
+    assert not list((tmp_path / "kernels").rglob("matrix"))
+
+
+def test_few_rows_of_a_store_that_cannot_be_written_have_a_choice(tmp_path, monkeypatch):
+    found = scorer(tmp_path, 12, 5, 60)
+
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        for name in ("os.link", "pathlib.Path.replace", "pathlib.Path.mkdir"):
+            patch.setattr(name, refused)
+        chosen = found.regularization(None, Estimate("influence"))
+    assert not (tmp_path / "kernels").exists()
+    assert Scorer(found.store, torch.device("cpu"), False).regularization(None, Estimate("influence")) == chosen
 
 
 def test_a_few_rows_are_enough_to_choose(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scoring_cases import slow_leave_one_out
 
+from tracer.scoring.gram_kernel import GramKernel
 from tracer.scoring.regularization import LAMBDAS, Kernel, choose_regularization, leave_one_out
 
 
@@ -15,10 +16,10 @@ def rows_of(num_rows: int, dim: int, seed: int = 0) -> np.ndarray:
     return rng.standard_normal((num_rows, dim)) * 10.0 ** rng.uniform(-2, 1, dim)
 
 
-def kernels(rows: np.ndarray) -> list[Kernel]:
-    """The kernel as a matrix, and in the basis of its rows."""
-    a = torch.from_numpy(rows)
-    return [Kernel(a.T @ a), Kernel.from_features(2 * a, torch.full((len(a),), 0.25, dtype=torch.float64))]
+def kernels(rows: np.ndarray, w: np.ndarray | None = None) -> list[Kernel | GramKernel]:
+    """The kernel as a matrix, and by inner products of rows; of weight one by default."""
+    a, w = torch.from_numpy(rows), torch.ones(len(rows), dtype=torch.float64) if w is None else torch.from_numpy(w)
+    return [Kernel(a.T @ (w[:, None] * a)), GramKernel(a, w)]
 
 
 @pytest.mark.parametrize("shape", [(40, 7), (7, 40), (9, 9), (1, 5)])
@@ -48,7 +49,7 @@ def test_solutions_in_the_basis_of_the_examples_have_no_part_that_none_of_them_s
 def test_rows_of_weight_zero_are_seen():
     rows, weights = torch.from_numpy(rows_of(3, 9)), torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
     kernel = rows.T @ (weights[:, None] * rows) + 0.5 * torch.eye(9, dtype=torch.float64)
-    found = Kernel.from_features(rows, weights).solve(rows, 0.5) @ rows.T
+    found = GramKernel(rows, weights).solve(rows, 0.5) @ rows.T
     torch.testing.assert_close(found, rows @ torch.linalg.inv(kernel) @ rows.T)
 
 
@@ -96,10 +97,23 @@ def test_rows_are_predicted_by_the_others(shape):
         [slow_leave_one_out(features, w, output_change, loss_grad, rows, float(x)) for x in lambdas], axis=1
     )
     pull, *chosen = (torch.from_numpy(values) for values in (features.T @ own, features[rows], w[rows], own[rows]))
-    for kernel in kernels(np.sqrt(w)[:, None] * features):
-        np.testing.assert_allclose(
-            leave_one_out(kernel, pull, *chosen, lambdas).numpy(), expected, rtol=1e-6, atol=1e-9
+    for kernel in kernels(features, w):
+        found = leave_one_out(kernel.seen(pull, chosen[0], rows), *chosen[1:], lambdas)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_examples_of_hardly_any_weight_are_predicted_by_the_others():
+    features, w, output_change, loss_grad = regression(12, 60)
+    w[:4] = [0.0, 1e-12, 1e-9, 1e-7]
+    own = w * output_change - loss_grad
+    rows = np.arange(12)[::-1].copy()
+    expected = slow_leave_one_out(features, w, output_change, loss_grad, rows, 20.0)
+    pull, *chosen = (torch.from_numpy(values) for values in (features.T @ own, features[rows], w[rows], own[rows]))
+    for kernel in kernels(features, w):
+        found = leave_one_out(
+            kernel.seen(pull, chosen[0], rows), *chosen[1:], torch.tensor([20.0], dtype=torch.float64)
         )
+        np.testing.assert_allclose(found[:, 0].numpy(), expected, rtol=1e-6, atol=1e-9)
 
 
 def test_predictions_hardly_depend_on_the_example_itself():
@@ -110,9 +124,10 @@ def test_predictions_hardly_depend_on_the_example_itself():
         phi = features[kept]
         values, vectors = np.linalg.eigh(phi.T @ (w[kept, None] * phi))
         theta[len(kept)] = vectors * (-np.expm1(-values / 2.0) / values) @ vectors.T @ phi.T @ own[kept]
-    kernel = kernels(np.sqrt(w)[:, None] * features)[0]
+    kernel = kernels(features, w)[0]
     pull, *chosen = (torch.from_numpy(values) for values in (features.T @ own, features[:1], w[:1], own[:1]))
-    found = float(leave_one_out(kernel, pull, *chosen, torch.tensor([2.0], dtype=torch.float64)))
+    seen = kernel.seen(pull, chosen[0], np.arange(1))
+    found = float(leave_one_out(seen, *chosen[1:], torch.tensor([2.0], dtype=torch.float64)))
     apart, together = features[0] @ theta[399], features[0] @ theta[400]
     assert found == pytest.approx(apart, abs=0.05 * abs(together - apart))
 
@@ -121,8 +136,9 @@ def test_examples_that_mostly_predict_themselves_have_no_prediction():
     features, w, output_change, loss_grad = regression(12, 60)
     own = w * output_change - loss_grad
     pull, *chosen = (torch.from_numpy(values) for values in (features.T @ own, features, w, own))
-    kernel = kernels(np.sqrt(w)[:, None] * features)[1]
-    found = leave_one_out(kernel, pull, *chosen, torch.tensor([1e-9, 1e3], dtype=torch.float64))
+    kernel = kernels(features, w)[1]
+    seen = kernel.seen(pull, chosen[0], np.arange(12))
+    found = leave_one_out(seen, *chosen[1:], torch.tensor([1e-9, 1e3], dtype=torch.float64))
     assert found[:, 0].isnan().all()
     assert found[:, 1].isfinite().all()
 
@@ -186,8 +202,7 @@ def test_without_output_changes_the_trace_decides():
 
 def test_kernels_of_zeros_predict_nothing():
     zero = torch.zeros(2, dtype=torch.float64)
-    kernel = Kernel.from_features(torch.zeros(2, 3, dtype=torch.float64), zero)
-    found = leave_one_out(
-        kernel, torch.zeros(3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64), zero, zero, LAMBDAS
-    )
-    assert found.eq(0).all()
+    for kernel in kernels(np.zeros((2, 3)), np.zeros(2)):
+        features = torch.zeros(2, 3, dtype=torch.float64)
+        found = leave_one_out(kernel.seen(features[0], features, np.arange(2)), zero, zero, LAMBDAS)
+        assert found.eq(0).all()

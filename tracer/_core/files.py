@@ -41,9 +41,14 @@ def disk_errors(path: object) -> Iterator[None]:
         ) from error
 
 
+def is_refused(error: BaseException | None) -> bool:
+    """Return whether an error of the system says that this user may not write there."""
+    return isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
 def _advice(error: OSError) -> str:
     """Return what to do about an error of the system."""
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if is_refused(error):
         return "Give this user the right to write there, or copy the store to where it may, and open it again"
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
         return "The store was removed or moved, or something else is in its way: put it back and open it again"

@@ -15,12 +15,14 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from tracer._core.files import is_refused
 from tracer._core.processes import Process
 from tracer._core.progress import tqdm
 from tracer._core.validation import bar_disabled
 from tracer.errors import InputError, StoreError
 from tracer.scoring.estimators import Estimate
 from tracer.scoring.feature_tables import dequantized_blocks, dequantized_features
+from tracer.scoring.gram_kernel import GramKernel
 from tracer.scoring.read_checks import ReadCheck
 from tracer.scoring.regularization import (
     LAMBDAS,
@@ -45,6 +47,9 @@ _RULES = ("trace", "held-out", "optimum")
 
 _VERSION = 5
 """The version of what is stored with a kernel."""
+
+AnyKernel = Kernel | GramKernel
+"""A kernel as a matrix, or of fewer examples than features."""
 
 _Stored = tuple[dict[str, float], dict[str, np.ndarray]]
 
@@ -76,9 +81,9 @@ class Kernels:
     ) -> None:
         self.store, self.device, self.process, self.progress = store, device, process, progress
         dim, num_rows = store.manifest.feature_dim, store.manifest.train_set_size
-        # of each kernel: a matrix or features, a Cholesky factor or basis, and eigenvectors
-        self._max_kernels = max(1, memory_bytes // (24 * dim * min(dim, num_rows)))
-        self._kernels: dict[tuple[str, ...], tuple[Kernel, KernelSums]] = {}
+        # of each kernel: a matrix, a Cholesky factor and eigenvectors; or features, inner products and two factors
+        self._max_kernels = max(1, memory_bytes // (32 * dim * min(dim, num_rows)))
+        self._kernels: dict[tuple[str, ...], tuple[AnyKernel, KernelSums]] = {}
         self._hidden: dict[str, HiddenFacts | None] = {}
         self._warned = False
         self._sizes: dict[tuple[str, ...], np.ndarray] = {}
@@ -86,7 +91,7 @@ class Kernels:
         self.revisions = Revisions(store, [])
         """The checkpoints of the next call, as they were before it began."""
 
-    def get(self, model_id: int, weighting: str, averaged: Sequence[int]) -> tuple[Kernel, KernelSums]:
+    def get(self, model_id: int, weighting: str, averaged: Sequence[int]) -> tuple[AnyKernel, KernelSums]:
         """Return a checkpoint's kernel for a weighting from `weighting`, with weights averaged over checkpoints."""
         averaged = sorted(averaged) if weighting in ("loss_hess", WITH_HIDDEN) else []
         key = weighting, *(self._revision(each) for each in (model_id, *averaged))
@@ -185,15 +190,17 @@ class Kernels:
         return Regularization(self.process.agreed(found.value * used / chosen_for), found.rule)
 
     def _stored_choice(self, model_ids: list[int], last: int) -> Regularization:
-        few = self.store.manifest.train_set_size < self.store.manifest.feature_dim
-
         def choose() -> _Stored:
             found = self._choose(model_ids, last)
             return {"value": self.process.agreed(found.value), "rule": float(_RULES.index(found.rule))}, {}
 
-        # with so few examples no kernel is stored either, so that a question changes nothing in the store
         knows = {"knows_weights": self._weights(last) is not None}
-        sums, _ = choose() if few else self._stored(last, "regularization", model_ids, choose, knows)
+        try:
+            sums, _ = self._stored(last, "regularization", model_ids, choose, knows)
+        except StoreError as error:
+            if not is_refused(error.__cause__):
+                raise
+            sums, _ = choose()  # of few examples no kernel is stored, and a store that is only read is enough
         return Regularization(sums["value"], _RULES[int(sums["rule"])])
 
     def _weights(self, model_id: int) -> np.ndarray | None:
@@ -218,16 +225,16 @@ class Kernels:
         weights = kernel_weights([self.store.checkpoint(model_id) for model_id in sorted(model_ids)], num_rows)
         predictions = torch.zeros(len(chosen), len(LAMBDAS), dtype=torch.float64, device=self.device)
         lambdas = (unit * LAMBDAS).to(self.device)
-        for model_id in model_ids:
+        for model_id in tqdm(model_ids, desc="regularization", disable=bar_disabled(self.progress)):
             kernel, sums = self.get(model_id, "loss_hess", model_ids)
             table = self.store.checkpoint(model_id)
             features = dequantized_features(table, chosen, self.device)
             w, r = (torch.from_numpy(each[chosen]).to(self.device) for each in (weights, residuals(table, weights)))
-            predictions += leave_one_out(kernel, sums.residual_sum, features, w, r, lambdas)
+            predictions += leave_one_out(kernel.seen(sums.residual_sum, features, chosen), w, r, lambdas)
         output_changes = self.store.checkpoint(last).column("output_change").astype(np.float64)[chosen]
         return choose_regularization(unit, predictions, torch.from_numpy(output_changes).to(self.device))
 
-    def _compute(self, model_id: int, weighting: str, averaged: list[int]) -> tuple[Kernel, KernelSums]:
+    def _compute(self, model_id: int, weighting: str, averaged: list[int]) -> tuple[AnyKernel, KernelSums]:
         table = self.store.checkpoint(model_id)
         tables = [self.store.checkpoint(each) for each in averaged]
         weights, hidden = kernel_weights(tables, table.num_rows), torch.zeros(0, table.dim, dtype=torch.float64)
@@ -240,7 +247,7 @@ class Kernels:
         if table.num_rows + len(hidden) < table.dim:  # features are smaller than the matrix, and nothing is stored
             features = torch.cat([*(rows for rows, _ in pass_over.blocks(range(table.num_rows))), hidden])
             both = torch.cat([torch.from_numpy(weights).to(self.device), features.new_ones(len(hidden))])
-            return Kernel.from_features(features, both), pass_over.sums().plus(hidden)
+            return GramKernel(features, both), pass_over.sums().plus(hidden)
 
         def compute() -> _Stored:
             matrix = torch.zeros(table.dim, table.dim, dtype=torch.float64, device=self.device)
@@ -376,7 +383,7 @@ class _WeightedPass:
 
 
 def leverages(
-    table: RowTable, kernel: Kernel, regularization: float, device: torch.device, *, of_steps: bool = False
+    table: RowTable, kernel: AnyKernel, regularization: float, device: torch.device, *, of_steps: bool = False
 ) -> Float64[np.ndarray, " N"]:
     """Return ``φᵀ (K + λI)⁻¹ φ`` of each training example without weights, or ``‖(K + λI)⁻¹ φ‖²`` of its step."""
     found, check = np.empty(table.num_rows), ReadCheck(table, table.dim)

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 TRAINED_SHARE = 0.5**0.5
@@ -46,21 +47,10 @@ class Kernel:
     [[0.5, 0.25]]
     """
 
-    # With fewer examples than features, B spans the examples: r is their number. The part of a target that is
-    # orthogonal to all of them has no inner product with any, before a solution or after it; but divided by λ it would
-    # drown the rest in the rounding errors of a float32 product.
-
     def __init__(self, matrix: Float64[Tensor, "r r"], basis: Float64[Tensor, "k r"] | None = None) -> None:
         self.matrix, self.basis = matrix, basis
         self._factor: tuple[float, Tensor] | None = None
         self._spectrum: tuple[Tensor, Tensor] | None = None
-
-    @classmethod
-    def from_features(cls, features: Float64[Tensor, "n k"], weights: Float64[Tensor, " n"]) -> Kernel:
-        """Return ``Φᵀ diag(w) Φ`` of fewer examples than features, in the basis that they span."""
-        basis = torch.linalg.qr(features.T).Q  # of all examples, also those of weight zero: they get scores too
-        rows = (features @ basis).mul_(weights.sqrt().unsqueeze(1))
-        return cls(rows.T @ rows, basis)
 
     def coordinates(self, features: Float64[Tensor, "*n k"]) -> Float64[Tensor, "*n r"]:
         """Return features in the basis."""
@@ -82,6 +72,23 @@ class Kernel:
         found = self.coordinates(features) @ vectors * function(values) @ vectors.T
         return found if self.basis is None else found @ self.basis.T
 
+    def seen(
+        self,
+        vector: Float64[Tensor, " k"],
+        features: Float64[Tensor, "m k"],
+        rows: Int64[np.ndarray, " m"],
+    ) -> Seen:
+        """Return a vector and the features of the training examples at ``rows`` in eigenvectors of K."""
+        values, vectors = self.spectrum()
+        found, along = self.coordinates(features) @ vectors, self.coordinates(vector) @ vectors
+        nothing = torch.zeros(len(found), dtype=found.dtype, device=found.device)
+        return Seen(values, found, along, nothing, nothing)
+
+    @property
+    def in_basis(self) -> Kernel:
+        """This kernel, with its matrix and basis."""
+        return self
+
     def spectrum(self) -> tuple[Float64[Tensor, " r"], Float64[Tensor, "r r"]]:
         """Return M's eigenvalues, 0 or more and ascending, and its eigenvectors as columns."""
         if self._spectrum is None:
@@ -101,6 +108,25 @@ class Kernel:
         return self._factor[1]
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Training examples φ and a vector v in r eigenvectors U of a kernel, outside of which the kernel is zero.
+
+    Attributes:
+        values: Eigenvalues, 0 or more, ``[r]``.
+        coordinates: ``Uᵀ φ``, ``[m, r]``.
+        along: ``Uᵀ v``, ``[r]``.
+        rest: The squared norm of each example's part outside of U, ``[m]``.
+        rest_along: The inner product of that part with v, ``[m]``.
+    """
+
+    values: Float64[Tensor, " r"]
+    coordinates: Float64[Tensor, "m r"]
+    along: Float64[Tensor, " r"]
+    rest: Float64[Tensor, " m"]
+    rest_along: Float64[Tensor, " m"]
+
+
 def _inverse(values: Float64[Tensor, " r"], regularization: float) -> Float64[Tensor, " r"]:
     """Return ``1 / (s + λ)`` of eigenvalues; if λ is 0, zero for those that are rounding errors."""
     if regularization > 0:
@@ -110,9 +136,7 @@ def _inverse(values: Float64[Tensor, " r"], regularization: float) -> Float64[Te
 
 
 def leave_one_out(
-    kernel: Kernel,
-    residual_sum: Float64[Tensor, " k"],
-    features: Float64[Tensor, "m k"],
+    seen: Seen,
     weights: Float64[Tensor, " m"],
     residuals: Float64[Tensor, " m"],
     lambdas: Float64[Tensor, " G"],
@@ -129,9 +153,8 @@ def leave_one_out(
     which is exact for the ridge ``F = (K + λI)⁻¹``.
 
     Args:
-        kernel: ``K = Φᵀ diag(w) Φ``.
-        residual_sum: ``Φᵀ r``, over all training examples.
-        features: φ of the m examples to predict.
+        seen: φ of the m examples to predict, and ``Φᵀ r`` over all training examples, in eigenvectors of
+            ``K = Φᵀ diag(w) Φ``.
         weights: w of these examples.
         residuals: r of these examples.
         lambdas: The λ to try, all positive.
@@ -140,12 +163,13 @@ def leave_one_out(
         Predictions in units of f; NaN for a λ so small that examples mostly predict themselves: the mean of
         ``1 − w h`` is below `MIN_MEAN_DIVISOR`.
     """
-    values, vectors = kernel.spectrum()
-    seen, along = kernel.coordinates(features) @ vectors, kernel.coordinates(residual_sum) @ vectors
-    values = values.clamp(min=max(1e-30 * float(values.max()), torch.finfo(values.dtype).tiny)).unsqueeze(1)
-    filters = -torch.expm1(-values / lambdas) / values  # [r, G]
-    leverage = seen.square() @ filters  # h, [m, G]
-    predicted = seen @ (along.unsqueeze(1) * filters) - leverage * residuals.unsqueeze(1)
+    values = seen.values
+    if len(values):
+        values = values.clamp(min=max(1e-30 * float(values.max()), torch.finfo(values.dtype).tiny)).unsqueeze(1)
+    filters = -torch.expm1(-values.reshape(-1, 1) / lambdas) / values.reshape(-1, 1)  # [r, G], at most 1 / λ
+    leverage = seen.coordinates.square() @ filters + seen.rest.unsqueeze(1) / lambdas  # h, [m, G]
+    predicted = seen.coordinates @ (seen.along.unsqueeze(1) * filters) + seen.rest_along.unsqueeze(1) / lambdas
+    predicted -= leverage * residuals.unsqueeze(1)
     divisor = 1 - weights.unsqueeze(1) * leverage
     found = predicted / divisor.clamp(min=_MIN_DIVISOR)
     return torch.where(divisor.mean(0) < MIN_MEAN_DIVISOR, torch.nan, found)

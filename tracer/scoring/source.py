@@ -25,9 +25,9 @@ from torch import Tensor
 from tracer._core.blocks import row_blocks
 from tracer.errors import InputError
 from tracer.scoring.feature_tables import FeatureTable, dequantized_blocks
+from tracer.scoring.kernels import AnyKernel
 from tracer.scoring.preconditioned_targets import PreconditionedTargets
 from tracer.scoring.read_checks import ReadCheck
-from tracer.scoring.regularization import Kernel
 from tracer.store import RowTable, Store
 
 logger = logging.getLogger("tracer")
@@ -86,7 +86,7 @@ class Segment:
 
     model_id: int
     time: float
-    kernel: Callable[[], tuple[Kernel, Any]]
+    kernel: Callable[[], tuple[AnyKernel, Any]]
 
     def response(self, features: Float64[Tensor, "m k"]) -> Float64[Tensor, "m k"]:
         """Return ``(1 − exp(−τK)) / K φ``, without what no training example sees."""

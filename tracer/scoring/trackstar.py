@@ -69,7 +69,7 @@ def whitening(kernels: Kernels, model_id: int, targets: FeatureTable | None, est
     assert estimate.kernel is not None
     kernel, sums = kernels.get(model_id, estimate.kernel, [])
     num_rows = kernels.store.manifest.train_set_size
-    mixing, moments = 0.0, Kernel(kernel.matrix / num_rows, kernel.basis)
+    mixing, moments = 0.0, Kernel(kernel.in_basis.matrix / num_rows, kernel.in_basis.basis)
     if targets is not None and sums.trace > 0:
         mixing, moments = _mixed(moments, targets, kernels)
     unit = float(moments.matrix.diagonal().mean())
