@@ -246,6 +246,23 @@ def test_parameters_without_a_layer_are_collected_by_a_second_pass(tmp_path, cap
     close(features(collector), looped(other, sgd(other), steps, row_part))
 
 
+def test_torch_s_attention_is_collected_by_a_second_pass(tmp_path, caplog):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.head = nn.Linear(1, 8), nn.Linear(8, 3)
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+        def forward(self, x):
+            return self.head(self.layer(self.embed(x[..., None])).mean(1))
+
+    model, other, steps = Encoder().double(), Encoder().double(), batches(4)
+    collector = collected(tmp_path, model, sgd(model), steps)
+    assert "MultiheadAttention is captured by a module that replaces it" in caplog.text
+    close(features(collector), looped(other, sgd(other), steps, row_part))
+
+
 def test_scores_are_the_sum_of_first_order_terms_with_targets_at_the_middle_of_segments(tmp_path):
     model, steps = mlp(), batches(8)
     collector = collected(tmp_path, model, sgd(model), steps, every=2)
