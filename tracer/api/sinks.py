@@ -61,7 +61,7 @@ class RowValues:
 
 
 class ProjectingSink:
-    """Projects gradients as they are computed.
+    """Projects gradients as they are computed, after `begin`.
 
     Args:
         projector: The projector.
@@ -70,7 +70,6 @@ class ProjectingSink:
 
     def __init__(self, projector: Projector, features: Tensor) -> None:
         self._projector, self._features = projector, features
-        self.begin()
 
     def begin(self) -> None:
         """Reset the features to zero."""
