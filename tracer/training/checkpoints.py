@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from tracer._core.text import listing
 from tracer.errors import CheckpointError, InputTypeError
-from tracer.training.distributed_checkpoint import METADATA, find_distributed, read_distributed
 from tracer.types import Checkpoint
 
 INDEX = ".index.json"
@@ -32,6 +31,8 @@ FROZEN = "tracer_frozen"
 
 _STEMS = ("model", "adapter_model", "pytorch_model", "diffusion_pytorch_model")
 _ENDS = (".safetensors", ".bin")
+_DISTRIBUTED = ".metadata"  # what a distributed checkpoint has instead, in one of these folders
+_FOLDERS = ("", "pytorch_model_fsdp_0", "pytorch_model_fsdp")  # the second as accelerate and Trainer name it
 _HARMLESS: list[Any] = [argparse.Namespace]  # training scripts save their arguments with the weights
 
 
@@ -59,7 +60,10 @@ def read_source(checkpoint: Checkpoint, mapped: bool = False) -> Source:
         raise CheckpointError(f"the checkpoint {path} does not exist: check the path (now in {Path.cwd()})")
     if path.is_dir():
         path = _weights_file(path)
-    if path.name == METADATA:
+    if path.name == _DISTRIBUTED:
+        # Here, since torch.distributed.checkpoint imports sympy, which takes longer than a small attribution.
+        from tracer.training.distributed_checkpoint import read_distributed
+
         return Source(read_distributed(path, mapped), str(path.parent))
     if not path.name.endswith(INDEX):
         return _read_file(path, mapped)
@@ -84,7 +88,8 @@ def _weights_file(directory: Path) -> Path:
 def weights_files(directory: Path) -> list[Path]:
     """Return the files of weights in a directory, or their indices, or what a distributed checkpoint has instead."""
     found = [directory / (stem + end + index) for stem in _STEMS for end in _ENDS for index in ("", INDEX)]
-    return [path for path in found if path.is_file()] or find_distributed(directory)
+    found = [path for path in found if path.is_file()]
+    return found or [path for name in _FOLDERS if (path := directory / name / _DISTRIBUTED).is_file()]
 
 
 def _shards(index: Path) -> list[Path]:

@@ -15,8 +15,6 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from tracer.errors import CheckpointError
 
-METADATA = ".metadata"
-_FOLDERS = ("", "pytorch_model_fsdp_0", "pytorch_model_fsdp")  # the second as accelerate and Trainer name it
 _GLOBALS = {
     "torch.distributed.checkpoint.metadata": None,  # all of the module
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
@@ -28,11 +26,6 @@ _GLOBALS = {
     "collections": {"OrderedDict", "defaultdict"},
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
 }
-
-
-def find_distributed(directory: Path) -> list[Path]:
-    """Return the metadata file of a distributed checkpoint of a model in a directory, if there is one."""
-    return [path for name in _FOLDERS if (path := directory / name / METADATA).is_file()]
 
 
 class _Unpickler(pickle.Unpickler):
@@ -50,7 +43,7 @@ class _Reader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
         """Return the metadata."""
-        with (Path(self.path) / METADATA).open("rb") as file:
+        with (Path(self.path) / ".metadata").open("rb") as file:
             found = _Unpickler(file).load()
         if getattr(found, "storage_meta", None) is None:
             found.storage_meta = metadata.StorageMeta()
