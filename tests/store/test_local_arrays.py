@@ -18,7 +18,7 @@ from tracer._core.files import PARTIAL, create_file, sweep
 from tracer.errors import StoreError
 from tracer.store.arrays import local
 from tracer.store.arrays.completion_mask import CompletionMask
-from tracer.store.arrays.layout import Layout, create_array, rows_per_chunk
+from tracer.store.arrays.layout import DTYPES, Layout, array_document, create_array, rows_per_chunk
 from tracer.store.arrays.local import LocalArray
 from tracer.store.arrays.local_path import LocalPath
 from tracer.store.arrays.metadata import NODE
@@ -137,6 +137,24 @@ def test_a_tiled_array_is_a_matrix_at_the_head_of_its_file(tmp_path):
     (file,) = [path for path in (tmp_path / "a" / "c").rglob("*") if path.is_file()]
     assert file.stat().st_size == 12 * 3 * 4 + 3 * 16 + 4
     np.testing.assert_array_equal(np.fromfile(file, "<f4", 30).reshape(10, 3), values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "chunk_rows", "tile_rows"), [((5,), 2, None), ((5, 3), 8, None), ((9, 2), 6, 3)])
+def test_metadata_are_those_that_zarr_makes(dtype, shape, chunk_rows, tile_rows):
+    made, chunks = {}, (chunk_rows, *shape[1:])
+    zarr.create_array(
+        zarr.storage.MemoryStore(made),
+        shape=shape,
+        dtype=dtype,
+        chunks=(tile_rows, *shape[1:]) if tile_rows else chunks,
+        shards=chunks if tile_rows else None,
+        filters=None,
+        compressors=None,
+        fill_value=0,
+        zarr_format=3,
+    )
+    assert array_document(Layout(shape, dtype, chunk_rows, tile_rows)) == json.loads(made[NODE].to_bytes())
 
 
 def test_the_index_of_a_shard_is_the_one_that_zarr_writes(tmp_path):
