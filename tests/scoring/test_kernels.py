@@ -11,11 +11,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scoring_cases import RATES, scorer, slow_leave_one_out
+from scoring_cases import RATES, fill, scorer, slow_leave_one_out
 from store_cases import stored_features
 
 from tracer import attribute
 from tracer.errors import CallOrderError, InputError
+from tracer.scoring import scorer as scorer_module
 from tracer.scoring.estimators import Estimate
 from tracer.scoring.feature_tables import InMemoryTable
 from tracer.scoring.preconditioned_targets import PreconditionedTargets
@@ -306,6 +307,21 @@ def test_kernels_stay_in_memory_for_the_next_call(tmp_path, monkeypatch, shape):
     monkeypatch.setattr("tracer.scoring.kernels._WeightedPass.blocks", lambda *args: pytest.fail("computed again"))
     monkeypatch.setattr("tracer.scoring.kernels.load_kernel", lambda *args: pytest.fail("read again"))
     assert found.regularization(None, Estimate("influence")) == first
+
+
+@pytest.mark.parametrize("shape", [(60, 5, 12), (12, 5, 60)])
+def test_changes_without_examples_are_computed_once_unless_an_example_changes(tmp_path, monkeypatch, shape):
+    found, calls = scorer(tmp_path, *shape), []
+    compute = scorer_module.leverages
+    monkeypatch.setattr(scorer_module, "leverages", lambda *args: calls.append(1) or compute(*args))
+    first = found.changes_without(None)
+    np.testing.assert_array_equal(found.changes_without(None), first)
+    assert len(calls) == len(RATES)
+    with found.store.checkpoint(0) as table:
+        table.set_attributes(finalized=False)
+        fill(table, 7)
+    assert not np.allclose(found.changes_without(None)[0], first[0])
+    assert len(calls) == 2 * len(RATES)
 
 
 def test_kernels_that_do_not_fit_memory_are_read_again(tmp_path):

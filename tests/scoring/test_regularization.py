@@ -53,6 +53,19 @@ def test_rows_of_weight_zero_are_seen():
     torch.testing.assert_close(found, rows @ torch.linalg.inv(kernel) @ rows.T)
 
 
+@pytest.mark.parametrize("regularization", [1e-3, 1.0, 1e6])
+def test_leverages_of_a_kernels_own_rows_are_those_of_the_inverse(regularization):
+    rows, weights = rows_of(7, 40), np.array([1.0, 0.0, 2.0, 1e-9, 0.5, 1.0, 1.0])
+    inverse = np.linalg.inv(rows.T @ (weights[:, None] * rows) + regularization * np.eye(40))
+    found = kernels(rows, weights)[1].leverages(slice(5), regularization)
+    np.testing.assert_allclose(found, np.einsum("nk,kl,nl->n", rows, inverse, rows)[:5], rtol=1e-7)
+
+
+def test_leverages_are_refused_for_a_regularization_near_rounding():
+    rows = rows_of(7, 40)
+    assert kernels(rows)[1].leverages(slice(5), 1e-12 * np.square(rows).sum()) is None
+
+
 @pytest.mark.parametrize("shape", [(40, 7), (7, 40), (1, 5)])
 def test_without_regularization_they_are_those_of_the_pseudo_inverse(shape):
     rows, x = rows_of(*shape), rows_of(3, shape[1], 1)

@@ -49,14 +49,22 @@ class GramKernel:
 
     def solve(self, features: Float64[Tensor, "m k"], regularization: float) -> Float64[Tensor, "m k"]:
         """Return ``(K + λI)⁻¹ φ`` without what no training example sees; with the pseudo-inverse if λ is 0."""
-        trace = float(self._weights @ self._gram.diagonal())
-        factor = self._cholesky(regularization) if regularization > _LEAST_REGULARIZATION * trace else None
+        factor = self._cholesky(regularization)
         if factor is None or self._span is None:
             return self.in_basis.solve(features, regularization)
         inner = features @ self._features.T
         # Woodbury: φᵢᵀ (K + λI)⁻¹ φ = (φᵢᵀ φ − φᵢᵀ Φᵀ √w (√w G √w + λI)⁻¹ √w Φ φ) / λ
         explained = torch.cholesky_solve((inner * self._roots).T, factor).mul_(self._roots.unsqueeze(1))
         return self._with_inner(inner.sub_(explained.T @ self._gram).div_(regularization), self._span)
+
+    def leverages(self, rows: slice, regularization: float) -> Float64[Tensor, " m"] | None:
+        """Return ``φᵀ (K + λI)⁻¹ φ`` of some of the examples, or None for a λ that is too small for G."""
+        factor = self._cholesky(regularization)
+        if factor is None:
+            return None
+        inner = self._gram[:, rows] * self._roots.unsqueeze(1)
+        explained = torch.linalg.solve_triangular(factor, inner, upper=False).square().sum(0)
+        return self._gram.diagonal()[rows].sub(explained).div_(regularization)
 
     def filtered(
         self, features: Float64[Tensor, "m k"], function: Callable[[Tensor], Tensor]
@@ -115,7 +123,9 @@ class GramKernel:
         return parts.T @ self._features
 
     def _cholesky(self, regularization: float) -> Float64[Tensor, "n n"] | None:
-        """Return the Cholesky factor of ``√w G √w + λI``, or None if rounding makes it indefinite."""
+        """Return the Cholesky factor of ``√w G √w + λI``, or None for a λ that is near what rounding leaves."""
+        if regularization <= _LEAST_REGULARIZATION * float(self._weights @ self._gram.diagonal()):
+            return None
         if self._factor is None or self._factor[0] != regularization:
             shifted = self._gram * self._roots * self._roots.unsqueeze(1)
             shifted.diagonal().add_(regularization)

@@ -386,6 +386,10 @@ def leverages(
     table: RowTable, kernel: AnyKernel, regularization: float, device: torch.device, *, of_steps: bool = False
 ) -> Float64[np.ndarray, " N"]:
     """Return ``φᵀ (K + λI)⁻¹ φ`` of each training example without weights, or ``‖(K + λI)⁻¹ φ‖²`` of its step."""
+    if isinstance(kernel, GramKernel) and not of_steps:  # the table's examples are its first ones
+        own = kernel.leverages(slice(table.num_rows), regularization)
+        if own is not None:
+            return own.cpu().numpy()
     found, check = np.empty(table.num_rows), ReadCheck(table, table.dim)
     for start, features in dequantized_blocks(table, range(table.num_rows), device):
         check.check(np.arange(start, start + len(features)))

@@ -29,7 +29,7 @@ from tracer.scoring.streaming import MEMORY_BYTES, TileScorer, stream_tiles, str
 from tracer.scoring.top_queries import TopKQuery
 from tracer.scoring.trackstar import whitened_terms
 from tracer.scoring.write_scores import write_scores
-from tracer.store import ScoreArray, Store
+from tracer.store import RowTable, ScoreArray, Store
 from tracer.store.lazy_matrix import ScoreMatrix
 from tracer.store.revisions import Revisions
 from tracer.store.table_schema import NO_LABEL
@@ -273,8 +273,13 @@ class Scorer:
         found = kernels.regularization(chosen, estimate).value
         tables = revisions.checkpoints
         weights, changes = kernel_weights(tables, self.num_rows), []
+
+        def own_leverages(model_id: int, table: RowTable) -> np.ndarray:
+            return leverages(table, kernels.get(model_id, "loss_hess", chosen)[0], found, self.device)
+
         for model_id, table in zip(chosen, tables, strict=True):
-            own = leverages(table, kernels.get(model_id, "loss_hess", chosen)[0], found, self.device)
+            key = ("leverages", str(found), *(revisions.tables[f"checkpoints/{each}"] for each in (model_id, *chosen)))
+            own = kernels.sizes(key, partial(own_leverages, model_id, table))
             changes.append(table.column("loss_grad") * own / np.clip(1 - weights * own, MIN_DIVISOR, None))
         revisions.check()
         return changes
