@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -12,25 +13,34 @@ import torch
 from projection_cases import stand_in  # noqa: F401  a fixture
 from torch import nn
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that no folder has is an error at once, and not after waiting for a network
 torch.set_num_threads(1)  # tests run beside each other, and a child process must train the same weights as its parent
 
 
 SLOW = Path(__file__).with_name("slow_tests.txt")
 """Test functions that `make test-fast` leaves out; `python tests/choose_fast.py` writes them."""
 
+_WHOLE = {"project", "zoo", "faults"}  # what these folders test is the whole
+
 _durations: Counter[str] = Counter()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fast", action="store_true", help=f"leave out the tests in {SLOW.name}, and doctests")
+    parser.addoption("--fast", action="store_true", help=f"only the rooms' tests, without those in {SLOW.name}")
     parser.addoption("--record-durations", type=Path, metavar="FILE", help="write the seconds of each test function")
+
+
+def pytest_ignore_collect(collection_path, config):
+    if config.getoption("--fast") and (collection_path.name in _WHOLE or "tests" not in collection_path.parts):
+        return True
+    return None
 
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--fast"):
         return
     slow = set(SLOW.read_text().split())
-    left_out = [item for item in items if isinstance(item, pytest.DoctestItem) or function_of(item.nodeid) in slow]
+    left_out = [item for item in items if function_of(item.nodeid) in slow]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
 

@@ -251,5 +251,5 @@ def test_the_page_asks_shows_progress_and_cancels(server, store, held):
         cells = chrome.execute_script(
             "return [...document.querySelectorAll('#targets tbody td:nth-child(2)')].map(each => each.textContent)"
         )
-        assert cells == [IDS[index] for index in Tracer.open(store).top("test", 9).indices[2]]
+        assert cells == [IDS[index] for index in Tracer.open(store).top("test", 9, estimator="cosine").indices[2]]
         assert [each for each in console(chrome) if "409" not in each] == []
