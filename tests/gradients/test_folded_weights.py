@@ -175,6 +175,18 @@ class KeptInObjectByFlag(KeptInBufferByFlag):
         return self.run(x, self.weight() if self.training else self.workspace.product)
 
 
+class AssertsItsTable(Folding):
+    """A forward needs a tensor that no state dict has, and asserts that it is there, as timm's rotary embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.linspace(1, 2, 12).view(4, 3), persistent=False)
+
+    def forward(self, x):
+        assert self.table is not None
+        return self.run(x, self.weight() * self.table)
+
+
 def checkpoint(kind):
     torch.manual_seed(1)
     other = kind().double()
@@ -201,7 +213,16 @@ def featurized(kind, evaluated, folder):
 @pytest.mark.parametrize("evaluated", [False, True])
 @pytest.mark.parametrize(
     "kind",
-    [DroppedByTrain, Merging, KeptByForward, KeptWithoutSavedValues, KeptInBuffer, KeptInObject, KeptInNestedDict],
+    [
+        DroppedByTrain,
+        Merging,
+        KeptByForward,
+        KeptWithoutSavedValues,
+        KeptInBuffer,
+        KeptInObject,
+        KeptInNestedDict,
+        AssertsItsTable,
+    ],
 )
 def test_what_was_folded_from_other_weights_is_computed_again(tmp_path, kind, evaluated):
     table, x, y = featurized(kind, evaluated, tmp_path / "store")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tracer._core.text import listing
 from tracer.data.tasks import Task
-from tracer.errors import GradientError, TracerError
+from tracer.errors import GradientError
 from tracer.gradients.isolation import seed_generators
 from tracer.gradients.kept_values import TORCHS_OWN, Place, is_object, places
 from tracer.gradients.selfcheck import same_values, tolerance
@@ -226,7 +226,7 @@ class StatelessTask(Task):
                 return self._task.outputs(self._model, batch).output
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, TracerError):
+        except Exception:  # a forward that lacks a value may raise anything, as an AssertionError
             return None
 
 
