@@ -8,7 +8,7 @@ from projection_cases import OnlyDense, all_forms, embedding, normal, oracle_row
 from tracer.gradients import norms, per_sample
 from tracer.gradients.combined import SumGradient, add_gradients
 from tracer.gradients.layers import conv_weight_gradient
-from tracer.gradients.per_sample import DenseGradient, OuterGradient
+from tracer.gradients.per_sample import DenseGradient, OuterGradient, flat
 from tracer.gradients.rows import RowsGradient
 from tracer.gradients.selfcheck import norm
 
@@ -138,9 +138,12 @@ def test_weighted_sums_are_those_of_built_gradients(form):
 def test_the_weighted_sum_of_a_large_table_builds_none_of_its_gradients(monkeypatch):
     gradient = RowsGradient(torch.randint(0, 1 << 20, (64, 5)), torch.randn(64, 5, 8), (1 << 20, 8))
     monkeypatch.setattr(RowsGradient, "dense", lambda *rows: pytest.fail("built a gradient"))
-    for one in (gradient, SumGradient([gradient, gradient])):
-        total, norms = one.weighted_sum(torch.ones(64))
-        assert total.shape == (8 << 20,) and norms > 0
+    total, norms = gradient.weighted_sum(torch.ones(64))
+    assert total.is_sparse and total.shape == (1 << 20, 8) and norms > 0
+    twice, _ = SumGradient([gradient, gradient]).weighted_sum(torch.ones(64))
+    torch.testing.assert_close(twice, 2 * flat(total))
+    expected = torch.zeros(1 << 20, 8).index_add_(0, gradient.index[3], gradient.values[3])
+    torch.testing.assert_close(flat(gradient.sample(3)), expected.flatten())
 
 
 def test_a_single_gradient_is_not_copied_and_empty_parameters_have_norm_zero():

@@ -21,8 +21,8 @@ from tracer.data.tasks import Task
 from tracer.errors import GradientError, TracerError
 from tracer.gradients.coupling import coupling_error
 from tracer.gradients.padding import Padded, Padding, without
-from tracer.gradients.per_sample import PerSampleGradient
-from tracer.gradients.selfcheck import Reference, check_weights, difference, norm, shrunk, tolerance
+from tracer.gradients.per_sample import PerSampleGradient, flat
+from tracer.gradients.selfcheck import Reference, check_weights, difference, distance, norm, shrunk, tolerance
 from tracer.gradients.verification import Verifier, now
 from tracer.types import Batch, SampleOutputs
 
@@ -73,10 +73,10 @@ class WatchedSink:
         self._sink.begin()
 
     def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
-        """Keep the sample's gradients, flat, and pass all on."""
+        """Keep the sample's gradients and pass all on."""
         if self.row is not None and start <= self.row < stop:
             row = self.row - start
-            self.kept |= {name: gradient.entries(row, row + 1)[0] for name, gradient in gradients.items()}
+            self.kept |= {name: gradient.sample(row) for name, gradient in gradients.items()}
         self._sink.take(start, stop, gradients)
 
 
@@ -186,9 +186,7 @@ class Auditor:
             rows = each.counts.nonzero()[:, 0]
             weights = check_weights(batch_size, self._num_batches)
             others = torch.zeros_like(weights).index_copy(0, rows, weights[rows])
-            expected = {
-                key: value.reshape(-1) for key, value in self._verifier.reference(batch, others).gradients.items()
-            }
+            expected = self._verifier.reference(batch, others).gradients
             found = self._compare_both(expected, outputs, batch, rows, weights[rows], [each])
             if isinstance(found, Finding):
                 return found
@@ -252,12 +250,12 @@ class Auditor:
         if (found := _different_values(outputs, reference.samples, rows, dtype)) is not None:
             return found
         total = math.hypot(*map(norm, reference.gradients.values()))
-        for name, expected in reference.gradients.items():
-            alone = expected.reshape(-1)
-            together = kept[name].to(alone.device) if name in kept else torch.zeros_like(alone)
-            together = shrunk(together) if self._verifier.backend.is_sharded else together
-            scale = max(norm(alone), norm(together))
-            apart = norm(together - alone)
+        for name, alone in reference.gradients.items():
+            together = kept.get(name)
+            if together is not None and self._verifier.backend.is_sharded:
+                together = shrunk(flat(together))
+            scale = max(norm(alone), norm(together) if together is not None else 0.0)
+            apart = scale if together is None else distance(together, alone)
             # A sample alone takes other kernels, and rounding can flip an activation that is nearly zero.
             share = min(10 * tolerance(dtype, alone.device), _MOST_DIFFERENCE)
             noise = min(tolerance(dtype, alone.device), _MOST_NOISE) * total if name in kept else 0.0

@@ -9,7 +9,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from tracer.gradients.per_sample import PerSampleGradient, weighted_norms
+from tracer.gradients.per_sample import PerSampleGradient, flat, weighted_norms
 
 
 class SumGradient(PerSampleGradient):
@@ -41,7 +41,7 @@ class SumGradient(PerSampleGradient):
         return reduce(torch.add, [part.squared_norm() for part in parts]) + cross_terms(parts)
 
     def weighted_sum(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        total = reduce(torch.add, [part.weighted_sum(weights)[0] for part in self.parts()])
+        total = reduce(torch.add, [flat(part.weighted_sum(weights)[0]) for part in self.parts()])
         return total, weighted_norms(self, weights)
 
 

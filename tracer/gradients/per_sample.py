@@ -156,13 +156,20 @@ class PerSampleGradient(ABC):
         return list(gradients)
 
     def weighted_sum(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sums of weighted gradients ``[numel]`` and of weighted norms ``[1]``, given ``weights [B]``."""
+        """Return the sums of weighted gradients and of weighted norms ``[1]``, given ``weights [B]``.
+
+        The sum of gradients is ``[numel]``, or sparse and ``[V, I]`` if they touch few rows of a large table.
+        """
         total, norms = weights.new_zeros(self.numel), weights.new_zeros(1)
         for start, stop in row_blocks(self.batch_size, 8 * self.numel, 32 << 20):
             block = self.dense(start, stop).to(weights.dtype)
             total += weights[start:stop] @ block
             norms += (weights[start:stop].abs() * torch.linalg.vector_norm(block, dim=1)).sum()
         return total, norms
+
+    def sample(self, row: int) -> Tensor:
+        """Return a sample's gradient, in the layout of `weighted_sum`."""
+        return self.entries(row, row + 1)[0]
 
     def fold(self, factor: int) -> PerSampleGradient:
         """Add up groups of ``factor`` consecutive gradients: those of ``B * factor`` rows become those of ``B``."""
@@ -371,6 +378,11 @@ class ScaledGradient(PerSampleGradient):
 
     def fold(self, factor: int) -> PerSampleGradient:
         return self if factor == 1 else ScaledGradient(self.inner_gradient.fold(factor), self.scale)
+
+
+def flat(gradient: Tensor) -> Tensor:
+    """Return a gradient that may be sparse as ``[numel]``."""
+    return (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
 
 
 def join_samples(values: Tensor, factor: int) -> Tensor:

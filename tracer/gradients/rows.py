@@ -11,6 +11,9 @@ from tracer._core.blocks import full_precision
 from tracer.gradients.norms import row_squares
 from tracer.gradients.per_sample import PerSampleGradient, join_samples, matrix_shape, weighted_norms
 
+LARGE_TABLE = 1 << 18
+"""From so many entries on a table's sums are sparse if few rows are touched."""
+
 
 class RowsGradient(PerSampleGradient):
     """Gradients that touch few rows of a matrix ``[V, I]``: an embedding's.
@@ -91,12 +94,20 @@ class RowsGradient(PerSampleGradient):
         return self._built_inner(other)
 
     def weighted_sum(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        # A table may be large and a batch touches few of its rows: nothing of B * V * I numbers is built.
-        cols = self.values.shape[-1]
         weighted = self.values.to(weights.dtype) * weights.view(-1, 1, 1)
-        total = weights.new_zeros(matrix_shape(self.shape))
-        total.index_add_(0, self.index.reshape(-1), weighted.reshape(-1, cols))
-        return total.reshape(-1), weighted_norms(self, weights)
+        return self._added(self.index, weighted), weighted_norms(self, weights)
+
+    def sample(self, row: int) -> Tensor:
+        return self._added(self.index[row], full_precision(self.values[row]))
+
+    def _added(self, index: Tensor, values: Tensor) -> Tensor:
+        """Return the sum of values ``[..., I]`` at rows, in the layout of `weighted_sum`."""
+        # A table may be large and a batch touches few of its rows: nothing of B * V * I numbers is built.
+        rows, cols = matrix_shape(self.shape)
+        index, values = index.reshape(-1), values.reshape(-1, cols)
+        if self.numel >= LARGE_TABLE and 4 * len(index) < rows:
+            return torch.sparse_coo_tensor(index[None], values, (rows, cols), check_invariants=False).coalesce()
+        return values.new_zeros(rows, cols).index_add_(0, index, values).reshape(-1)
 
     @classmethod
     def joined(cls, gradients: Sequence[RowsGradient]) -> list[PerSampleGradient]:

@@ -10,23 +10,25 @@ an attention key's bias, which softmax cancels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tracer.data.tasks import Task
 from tracer.errors import GradientError
-from tracer.gradients.per_sample import PerSampleGradient
+from tracer.gradients.per_sample import PerSampleGradient, flat
+from tracer.gradients.rows import LARGE_TABLE
 from tracer.types import Batch, SampleOutputs, detached
 
 BLOCK_BYTES = 32 << 20
 REPEATED = 0.05
 """The largest difference of forwards of one batch, as a share of its values."""
 _SHRUNK, _SIGNS = 1 << 14, 1 << 20
-_NORM_BLOCK, _NORM_PART = 1 << 10, 1 << 20
+_NORM_PART = 1 << 20
 _NOISE, _MOST_NOISE = 64.0, 0.03
 _STRICTNESS, _HALF_STRICTNESS = 0.1, 0.5
 """A gradient that differs by more than this share of the tolerance uses the fallback, which costs time; only a
@@ -72,7 +74,7 @@ class Reference:
 
     Attributes:
         samples: The outputs, detached.
-        gradients: The gradient of ``sum_b c_b f_b`` by parameter name.
+        gradients: The gradient of ``sum_b c_b f_b`` by parameter name; that of a large embedding is sparse.
         scale: The largest norm of a parameter's gradient.
         reached: The parameters that autograd found f to depend on.
         precision: The dtype that layers compute in, if it is lower than that of gradients.
@@ -106,13 +108,13 @@ class Reference:
         eps = max(torch.finfo(each).eps for each in (self.precision or gradient.dtype, torch.float32))
         return min(_NOISE * eps, _MOST_NOISE) * self.scale
 
-    def compare(self, totals: Mapping[str, Tensor], strictness: float = 1.0) -> dict[str, str]:
+    def compare(self, totals: Mapping[str, Total], strictness: float = 1.0) -> dict[str, str]:
         """Return the parameters whose weighted sums differ, missing ones being zero, with a measure for the message."""
         wrong = {}
         for name, expected in self.gradients.items():
-            flat, total = expected.reshape(-1), totals.get(name)
-            scale = max(norm(flat), float(total[-1]) if total is not None else 0.0)
-            difference = norm(flat) if total is None else norm(total[:-1].to(flat.device) - flat)
+            total, size = totals.get(name), norm(expected)
+            scale = max(size, float(total.norms) if total is not None else 0.0)
+            difference = size if total is None else distance(total.gradient, expected)
             bound = tolerance(self.precision or expected.dtype, expected.device)
             # Rounding explains no gradient that is missing: the parameter is used apart from its layer.
             if difference > max(strictness * bound * scale, 0.0 if total is None else self._noise(expected)):
@@ -121,18 +123,19 @@ class Reference:
 
 
 def norm(values: Tensor) -> float:
-    """Return the Euclidean norm of all values, summed up in float64."""
-    flat = values.reshape(-1)
-    if len(flat) >= 2 * _NORM_BLOCK:
-        # To look for the few rows of a table that have a gradient takes a tenth of the time of a sum over all of them.
-        whole = len(flat) // _NORM_BLOCK * _NORM_BLOCK
-        blocks = flat[:whole].view(-1, _NORM_BLOCK)
-        touched = (blocks.amax(1) != 0) | (blocks.amin(1) != 0)
-        if not touched.all():
-            flat = torch.cat([blocks[touched].reshape(-1), flat[whole:]])
+    """Return the Euclidean norm of all values, dense or coalesced, summed up in float64."""
     # vector_norm with a dtype of its own takes four times as long
-    parts = (part.double() for part in flat.split(_NORM_PART))
+    stored = values.values() if values.is_sparse else values
+    parts = (part.double() for part in stored.reshape(-1).split(_NORM_PART))
     return math.sqrt(sum(float(torch.dot(part, part)) for part in parts))
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """Return the Euclidean norm of the difference of two gradients, either of which may be sparse."""
+    one = one.to(other.device)
+    if one.is_sparse and other.is_sparse:
+        return norm((one - other).coalesce())
+    return norm(flat(one) - flat(other))
 
 
 def check_weights(batch_size: int, seed: int, row: int | None = None) -> Tensor:
@@ -161,6 +164,25 @@ def shrunk(values: Tensor) -> Tensor:
     return folded
 
 
+@dataclass(frozen=True)
+class Total:
+    """The weighted sum of a parameter's gradients.
+
+    Attributes:
+        gradient: ``[numel]``, or sparse and ``[V, I]``.
+        norms: The sum of weighted norms: ``[1]``.
+    """
+
+    gradient: Tensor
+    norms: Tensor
+
+    def plus(self, gradient: Tensor, norms: Tensor) -> Total:
+        """Return the sum with those of other samples."""
+        if self.gradient.is_sparse and gradient.is_sparse:
+            return Total((self.gradient + gradient).coalesce(), self.norms + norms)
+        return Total(flat(self.gradient) + flat(gradient), self.norms + norms)
+
+
 class WeightedSums:
     """The sum of ``c_b * gradient_b`` over samples, parameter by parameter, updated as gradients are computed.
 
@@ -169,22 +191,23 @@ class WeightedSums:
         shrink: Whether to store sums `shrunk`.
 
     Attributes:
-        totals: For each parameter the weighted sum and, appended, the sum of weighted norms: ``[numel + 1]``.
+        totals: The sums by parameter name.
     """
 
     def __init__(self, weights: Tensor, shrink: bool = False) -> None:
         self.weights, self._shrink = weights, shrink
-        self.totals: dict[str, Tensor] = {}
+        self.totals: dict[str, Total] = {}
 
     def add(self, start: int, gradients: Mapping[str, PerSampleGradient]) -> None:
         """Add the gradients of samples from ``start`` on."""
         for name, gradient in gradients.items():
             weights = self.weights[start : start + gradient.batch_size].to(gradient.device)
             dtype = torch.promote_types(gradient.dtype, torch.float32)
-            total = torch.cat(gradient.weighted_sum(weights.to(dtype)))
+            total, norms = gradient.weighted_sum(weights.to(dtype))
             if self._shrink:
-                total = torch.cat((shrunk(total[:-1]), total[-1:]))
-            self.totals[name] = self.totals[name] + total if name in self.totals else total
+                total = shrunk(flat(total))
+            before = self.totals.get(name)
+            self.totals[name] = before.plus(total, norms) if before else Total(total, norms)
 
 
 def reference_pass(
@@ -216,7 +239,8 @@ def reference_pass(
     for name, parameter in zip(names, wanted, strict=True):
         if parameter.is_complex():
             raise GradientError(f"Parameter {name!r} is complex; select real parameters with params=.")
-    outputs = task.outputs(model, batch)
+    with _sparse_tables():
+        outputs = task.outputs(model, batch)
     output = outputs.output
     grads: Sequence[Tensor | None] = [None] * len(wanted)
     if output.requires_grad:
@@ -224,10 +248,29 @@ def reference_pass(
     reached = frozenset(name for name, grad in zip(names, grads, strict=True) if grad is not None)
     gradients = {}
     for name, parameter, grad in zip(names, wanted, grads, strict=True):
-        dense = torch.zeros_like(parameter) if grad is None else grad.to_dense() if grad.is_sparse else grad
-        gradients[name] = dense.detach()
+        found = torch.zeros_like(parameter) if grad is None else grad.coalesce() if grad.is_sparse else grad
+        gradients[name] = found.detach()
     scale = max(norm(gradient) for gradient in gradients.values())
     return Reference(detached(outputs), gradients, scale, reached, precision)
+
+
+@contextmanager
+def _sparse_tables() -> Iterator[None]:
+    """Let forwards look up large tables such that autograd builds only the rows that a batch touches."""
+    # Built whole, a table of 800,000 x 32 numbers takes longer than everything else of a small model's check.
+    original = nn.Embedding.forward
+
+    def forward(module: nn.Embedding, index: Tensor) -> Tensor:
+        weight = module._parameters.get("weight")  # None if it is computed from others
+        if weight is None or weight.numel() < LARGE_TABLE or module.scale_grad_by_freq or weight._backward_hooks:
+            return original(module, index)
+        return F.embedding(index, weight, module.padding_idx, module.max_norm, module.norm_type, sparse=True)
+
+    nn.Embedding.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Embedding.forward = original  # type: ignore[method-assign]
 
 
 def sharded_reference_pass(
@@ -278,7 +321,7 @@ def depends_on_nothing(names: Sequence[str]) -> str:
     )
 
 
-def disagreeing(reference: Reference, totals: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, str]:
+def disagreeing(reference: Reference, totals: Mapping[str, Total], names: Sequence[str]) -> dict[str, str]:
     """Return which named parameters' weighted sums differ from the reference, with a measure."""
     part = reference.of(names)
     dtypes = {reference.precision, *(part.gradients[name].dtype for name in names)}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracer.gradients.per_sample import DenseGradient, OuterGradient, PerSampleGradient
+from tracer.gradients.per_sample import DenseGradient, OuterGradient, PerSampleGradient, flat
 from tracer.projection.base import Projector
 from tracer.types import Projection, SampleOutputs
 
@@ -95,7 +95,8 @@ def _summed(gradient: PerSampleGradient) -> Tensor:
         return gradient.values.sum(0).reshape(-1)
     if isinstance(gradient, OuterGradient):
         return (gradient.left.flatten(0, 1).T @ gradient.right.flatten(0, 1)).reshape(-1)
-    return gradient.weighted_sum(torch.ones(gradient.batch_size, dtype=gradient.dtype, device=gradient.device))[0]
+    ones = torch.ones(gradient.batch_size, dtype=gradient.dtype, device=gradient.device)
+    return flat(gradient.weighted_sum(ones)[0])
 
 
 Expected = tuple[SharesSink, SampleOutputs, int | None]
