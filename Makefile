@@ -5,6 +5,7 @@ DEMO_ARGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin
+LIBRARY := $(VENV)/.library
 STAMP := $(VENV)/.installed
 RELEASE := build/release-check
 ZOO := build/zoo-env
@@ -17,7 +18,7 @@ FAULTS_ARGS ?=
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(STAMP)  ## Find flipped labels among handwritten digits and write runs/mislabeled_digits/report.
+demo: $(LIBRARY)  ## Find flipped labels among handwritten digits and write runs/mislabeled_digits/report.
 	$(RUN)/python examples/mislabeled_digits.py $(DEMO_ARGS)
 
 test: lint  ## Run every gate, one after another: lint, types, doctests, tests, examples, docs, packages.
@@ -66,11 +67,16 @@ $(ZOO)/.installed: tests/zoo/requirements.txt constraints.txt setup.py
 	$(ZOO)/bin/python -m pip install --quiet --constraint constraints.txt --requirement tests/zoo/requirements.txt --editable .
 	@touch $@
 
-# The stamp is newer than what decides the environment, or the environment is made again.
-$(STAMP): pyproject.toml setup.py constraints.txt
+# A stamp is newer than what decides the environment, or the environment is made again. The demo needs the library and
+# its figures only, half of what the tests need.
+$(LIBRARY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || $(PYTHON) -m venv --without-pip $(VENV)  # some distributions leave ensurepip out
 	$(RUN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m pip --python $(RUN)/python install --quiet pip
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[report]'
+	@touch $@
+
+$(STAMP): $(LIBRARY)
 	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
