@@ -28,14 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/mislabeled_digits"))
     parser.add_argument("--flip-rate", type=float, default=0.1, help="share of flipped training labels (0.1)")
     parser.add_argument("--epochs", type=int, help="passes over the training images (30)")
-    parser.add_argument("--proj-dim", type=int, help="numbers kept of each gradient (4096)")
+    parser.add_argument("--proj-dim", type=int, default=256, help="numbers kept of each gradient (256)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="fewer images, epochs and numbers: a few seconds")
+    parser.add_argument("--quick", action="store_true", help="fewer images and epochs: a few seconds")
     options = parser.parse_args(arguments)
-    proj_dim = options.proj_dim or (512 if options.quick else 4096)
     try:
         settings = Settings.for_demo(options.seed, options.flip_rate, options.epochs, options.quick)
-        found = run(settings, options.output_dir, proj_dim)
+        found = run(settings, options.output_dir, options.proj_dim)
     except InputError as error:
         parser.error(str(error))
     checked, total = found["checked"][1], found["flipped"]

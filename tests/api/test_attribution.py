@@ -78,6 +78,16 @@ def test_a_report_shows_self_influence_of_its_estimator_or_says_of_which(attribu
     np.testing.assert_allclose([values[index] for index in range(len(values))], expected, rtol=1e-6)
 
 
+def test_a_report_does_not_compute_the_estimate_and_warnings_that_it_was_given(attributed, tmp_path, monkeypatch):
+    found = attributed(estimator="tracin")
+    for name in ("label_health", "warnings"):
+        monkeypatch.delattr(Attribution, name)
+    given = {"health": "Asked somewhere else.", "warnings": ["Sand in it."]}
+    page = found.report(tmp_path / "report", figures=False, **given).read_text()
+    assert "Asked somewhere else." in page
+    assert "Sand in it." in page
+
+
 def trained_on_digits(tmp_path, labels, size=700, epochs=15, **options):
     """Attribute held-out digits of a small network that was trained on some labels."""
     pixels, digits = read_digits()

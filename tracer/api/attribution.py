@@ -204,9 +204,10 @@ class Attribution:
         if facts.losses is not None:
             options["rankings"] = {"mean loss": facts.losses, **(options.get("rankings") or {})}
             options.setdefault("order_by", "mean loss")
-        options.setdefault("warnings", self.warnings())
-        if all_scores and options.get("train_probabilities") is None:
-            options.setdefault("health", self.label_health())
+        if "warnings" not in options:
+            options["warnings"] = self.warnings()
+        if all_scores and options.get("train_probabilities") is None and "health" not in options:
+            options["health"] = self.label_health()
         return write_report(
             directory,
             self_influence=self.by("self_influence").self_influence(),

@@ -17,10 +17,12 @@ from tracer.cli.output import ResultCommand, print_result, wants_json
 )  # fmt: skip
 @click.option("--flip-rate", default=0.1, show_default=True, help="Share of flipped training labels.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training images (30).")
-@click.option("--proj-dim", type=click.IntRange(min=1), help="Size of a projected gradient (4096).")
+@click.option(
+    "--proj-dim", type=click.IntRange(min=1), default=256, show_default=True, help="Size of a projected gradient."
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of data and training.")
-@click.option("--quick", is_flag=True, help="Fewer images, fewer epochs, smaller projections: a few seconds.")
-def demo(output_dir: Path, flip_rate: float, epochs: int | None, proj_dim: int | None, seed: int, quick: bool) -> None:
+@click.option("--quick", is_flag=True, help="Fewer images and epochs: a few seconds.")
+def demo(output_dir: Path, flip_rate: float, epochs: int | None, proj_dim: int, seed: int, quick: bool) -> None:
     """Find flipped labels among handwritten digits, on built-in data.
 
     A tenth of the labels of 1,297 digits (8 by 8 pixels) is flipped. A small convolutional network is trained on them
@@ -34,6 +36,5 @@ def demo(output_dir: Path, flip_rate: float, epochs: int | None, proj_dim: int |
         tracer self-influence runs/mislabeled_digits/store -k 10
     """
     settings = Settings.for_demo(seed, flip_rate, epochs, quick)
-    dim = proj_dim or (512 if quick else 4096)
-    found = run(settings, output_dir, dim, (lambda line: None) if wants_json() else click.echo)
+    found = run(settings, output_dir, proj_dim, (lambda line: None) if wants_json() else click.echo)
     print_result(found, f"\nNext: tracer top {output_dir / 'store'} --targets 0 -k 5")

@@ -22,7 +22,7 @@ from tracer.report.health import CHECKED_SHARES, checked_counts, recovered, reco
 
 @torch.random.fork_rng(devices=[])  # building a network draws initial weights from the global generator
 def run(
-    settings: Settings, output_dir: Path, proj_dim: int = 4096, log: Callable[[str], object] = print
+    settings: Settings, output_dir: Path, proj_dim: int = 256, log: Callable[[str], object] = print
 ) -> dict[str, Any]:
     """Train on digits with flipped labels, attribute, print the results and write the report; resumes if run again.
 
