@@ -1,6 +1,6 @@
 """How well scores predict retraining and find wrong labels: tracer, the field's methods and cheap baselines.
 
-Six networks are trained as usual, and every method gets the same rows, targets and checkpoints. With scores
+Seven networks are trained as usual, and every method gets the same rows, targets and checkpoints. With scores
 ``[N, M]``, positive for proponents:
 
 - LDS: the linear datamodeling score (Park et al. 2023): the network is trained anew on random halves of the training
@@ -13,7 +13,9 @@ Six networks are trained as usual, and every method gets the same rows, targets 
 - AUC, own: the area under the recovery curve of flipped labels (Pruthi et al. 2020) when rows are checked in the order
   of their influence on themselves, or of a baseline's own ranking; a random order has 0.5.
 - AUC, harm: the same in the order of the harm that a row does to the targets, minus the mean of its scores.
-- plain passes: seconds over those of one forward and backward of all rows and targets at every checkpoint of a run.
+- CPU seconds: of the process. Each method runs in one of its own.
+- plain passes: these seconds over those of one forward and backward of all rows and targets at every checkpoint.
+- peak MB: by how much the method raised the process's own memory at most, of all its settings.
 - bytes a row: what lies on disk for a training row, of all checkpoints. Kernels, which do not grow with the rows, are
   not in it.
 
@@ -21,10 +23,12 @@ Methods with a regularization have a row for their default, and where others wer
 LDS itself: more than a user without retraining can know, so the default is what compares. ``3 runs``: checkpoints of
 three independently trained networks instead of one.
 
-Install the peers with ``pip install -e '.[peers]'``, then run: python benchmarks/quality.py
+Install the peers with ``pip install -e '.[peers]'`` and ``pip install --no-deps kronfluence==1.0.1 einconv einops
+opt_einsum`` (it asks for torchvision, which it does not use and which may bring another torch), then run:
+        python benchmarks/quality.py
         with --tasks logistic,mlp or --methods tracer,random: a part; the other results stay where they are
         with --quick: a small run with rough numbers, to quality_quick.json and .png
-        with --show: no run, the tables and figures of what was measured
+        with --show: no run, the tables and figures of what was measured, and who leads each task
 
 What was retrained is kept in the folder that --cache names, and taken up again.
 """
@@ -32,11 +36,13 @@ What was retrained is kept in the folder that --cache names, and taken up again.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -49,11 +55,13 @@ from quality_baselines import baseline_methods, logits_of
 from quality_collected import collected_methods
 from quality_figures import draw
 from quality_grading import Truth, grade_all, ground_truth
-from quality_methods import Case, Found, Method, row_losses
+from quality_methods import Case, Found, Method, clock, first_line, row_losses
 from quality_peers import exact_agreement, peer_methods, traker_agreement
+from quality_process import ProcessError, in_own_process
+from quality_tables import COLUMNS, comparisons, heading, leaders, report, summary
 from quality_tasks import TASKS, Data, Task
 from quality_tracer import needs_few_parameters, tracer_methods
-from timing import machine, table, write_results
+from timing import machine, peak_mb, write_results
 
 from tracer.retraining import check_smoothness, train_models
 
@@ -62,20 +70,6 @@ DEFINITIONS = (__doc__ or "").partition("\n\n")[2].partition("\n\nInstall")[0]
 
 RUN_SEEDS = (1000, 1001, 1002)
 """Of the attributed networks; those of subsets count from 0."""
-
-COLUMNS = {
-    "method": "method",
-    "lds": "LDS",
-    "interval": "95 % interval",
-    "removal": "removal",
-    "auc_own": "AUC, own",
-    "auc_harm": "AUC, harm",
-    "seconds": "seconds",
-    "ratio": "plain passes",
-    "row_bytes": "bytes a row",
-    "note": "note",
-}
-"""From a row's key to the header of the table."""
 
 PAIRS = [
     ("captum TracInCP", "tracer tracin, exact"),
@@ -127,14 +121,14 @@ def make_case(task: Task, data: Data) -> Case:
 
 def plain_pass(case: Case) -> float:
     """Return the seconds of one forward and backward of all rows and targets at every checkpoint."""
-    start = time.perf_counter()
+    start = clock()
     for model in case.states():
         model.eval()
         for rows in (case.train, case.targets):
             for x, y in zip(*(column.split(case.batch_size) for column in rows), strict=True):
                 model.zero_grad(set_to_none=True)
                 row_losses(model(x), y).mean().backward()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def describe(task: Task, case: Case, truth: Truth, seconds: dict[str, float]) -> dict[str, Any]:
@@ -150,16 +144,6 @@ def describe(task: Task, case: Case, truth: Truth, seconds: dict[str, float]) ->
     return {"task": task.name, "title": task.title, **sizes, **checkpoints, **reached, **retrained, "seconds": seconds}
 
 
-def heading(row: dict[str, Any]) -> str:
-    """Return what a task is and what its training reached."""
-    ceiling = "" if row["ceiling"] is None else f", LDS of a perfect predictor about {row['ceiling']:.2f}"
-    return (
-        f"{row['title']}: {row['parameters']:,} parameters, {row['train']:,} rows, {row['targets']} targets with "
-        f"accuracy {row['targets_accuracy']:.3f} and loss {row['targets_loss']:.2f} (rows {row['train_accuracy']:.3f} "
-        f"and {row['train_loss']:.3f}); {row['subsets']} halves x {row['seeds']} seeds{ceiling}"
-    )
-
-
 def measure(methods: Sequence[Method], case: Case, truth: Truth, data: Data) -> Iterator[dict[str, Any]]:
     """Run the methods one after another, grade them and compare those that should agree.
 
@@ -170,26 +154,59 @@ def measure(methods: Sequence[Method], case: Case, truth: Truth, data: Data) -> 
         data: The rows.
 
     Yields:
-        A row for each method and setting, and one for each agreement.
+        A row for each method and setting, for each agreement, and for each comparison of tracer's best method with
+        another library's best.
     """
     plain_pass(case)
     plain = float(np.median([plain_pass(case) for _ in range(3)]))
-    kept: dict[str, np.ndarray] = {}
+    graded: list[tuple[dict[str, Any], np.ndarray]] = []
     for method in methods:
         reason = method.unfit(case) or ("" if find_spec(method.package) else f"{method.package} is not installed")
         if reason:
             yield {"method": method.name, "error": f"left out: {reason}"}
             continue
-        with tempfile.TemporaryDirectory(prefix="tracer-benchmark-") as folder:
-            try:
-                results = method.run(case, Path(folder))
-            except Exception as error:  # a library that fails on this task has a row that says so
-                results = [Found(method.name, error=f"{type(error).__name__}: {str(error).splitlines()[0]}")]
-            kept |= {found.name: found.scores for found in results if found.scores is not None and not found.setting}
-            yield from grade_all(results, truth, data, plain)
+        try:
+            rows, kept = in_own_process(partial(attempt, method, case, truth, data, plain))
+        except ProcessError as error:
+            rows, kept = [{"method": method.name, "setting": {}, "error": str(error)}], {}
+        graded += [(rows[number], scores) for number, scores in kept.items()]
+        yield from rows
+    by_name = {row["method"]: scores for row, scores in graded if not row["setting"]}
     for left, right in PAIRS:
-        if left in kept and right in kept:
-            yield {"agreement": f"{left} | {right}", "spearman": rank_correlation(kept[right], kept[left])}
+        if left in by_name and right in by_name:
+            yield {"agreement": f"{left} | {right}", "spearman": rank_correlation(by_name[right], by_name[left])}
+    yield from comparisons(graded, truth)
+
+
+def attempt(
+    method: Method, case: Case, truth: Truth, data: Data, plain: float
+) -> tuple[list[dict[str, Any]], dict[int, np.ndarray]]:
+    """Run a method and grade what it gives.
+
+    Args:
+        method: Which.
+        case: What it gets.
+        truth: What retraining says.
+        data: The rows.
+        plain: The seconds of the plain passes.
+
+    Returns:
+        Its rows, and the scores of those that have an interval, by their number.
+    """
+    importlib.import_module(method.package)  # so that no method's memory and seconds are those of an import
+    results: list[Found] = []
+    with tempfile.TemporaryDirectory(prefix="tracer-benchmark-") as folder:
+        try:
+            peak = peak_mb(lambda: results.extend(method.run(case, Path(folder))), every=0.01)
+        except Exception as error:  # a library that fails on this task has a row that says so
+            peak, results = float("nan"), [Found(method.name, error=f"{type(error).__name__}: {first_line(error)}")]
+        rows = [row if "error" in row else row | {"peak_mb": peak} for row in grade_all(results, truth, data, plain)]
+    kept: dict[int, np.ndarray] = {}
+    for number, row in enumerate(rows):
+        for found in results:
+            if "lds_interval" in row and (found.name, found.setting) == (row["method"], row["setting"]):
+                kept[number] = found.scores
+    return rows, kept
 
 
 def agreements(case: Case) -> Iterator[dict[str, Any]]:
@@ -200,77 +217,6 @@ def agreements(case: Case) -> Iterator[dict[str, Any]]:
         for name, value in traker_agreement(case, Path(folder) / "features").items():
             yield {"agreement": f"traker | TRAK's formula on its features, {name}", "spearman": value}
         yield {"agreement": "traker | tracer trak, whole gradients", "spearman": exact_agreement(case, Path(folder))}
-
-
-def best_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of a table: each method's default, and the best of its other settings where it has some.
-
-    >>> rows = [{"method": "a", "setting": {}, "lds": 0.1}, {"method": "a", "setting": {"x": 2.0}, "lds": 0.3}]
-    >>> [row["method"] for row in best_of(rows)]
-    ['a', 'a, best of 2: x=2']
-    """
-    chosen = []
-    for name in dict.fromkeys(row["method"] for row in rows):
-        same = [row for row in rows if row["method"] == name]
-        chosen.append(same[0])
-        graded = [row for row in same if "lds" in row]
-        best = max(graded, key=lambda row: row["lds"], default=same[0])
-        if best is not same[0]:
-            setting = ", ".join(f"{key}={value:g}" for key, value in best["setting"].items())
-            chosen.append(best | {"method": f"{name}, best of {len(same)}: {setting}"})
-    return chosen
-
-
-def shown(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row with its cells as texts where numbers alone would not do."""
-    low, high = row.get("lds_interval", (None, None))
-    interval = None if low is None else f"{low:.3f} to {high:.3f}"
-    decimals = {
-        key: None if row.get(key) is None else f"{row[key]:.3f}" for key in ("lds", "removal", "auc_own", "auc_harm")
-    }
-    size = f"{row['row_bytes']:,.0f}" if "row_bytes" in row else None
-    return (
-        row | decimals | {"interval": interval, "row_bytes": size, "note": row.get("error", row.get("own_error", ""))}
-    )
-
-
-def report(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the tables of all tasks."""
-    parts = [DEFINITIONS]
-    for task in [row for row in rows if "title" in row]:
-        mine = [row for row in rows if row["task"] == task["task"]]
-        graded = best_of([row for row in mine if "method" in row])
-        columns = {key: header for key, header in COLUMNS.items() if any(shown(row).get(key) for row in graded)}
-        lines = [f"{row['agreement']}: Spearman {row['spearman']:.5f}" for row in mine if "agreement" in row]
-        parts.append("\n".join([heading(task), "", table([shown(row) for row in graded], columns), "", *lines]))
-    return "\n\n".join(parts)
-
-
-def summary(rows: Sequence[dict[str, Any]], key: str) -> str:
-    """Return one measure of all methods on all tasks: each method's default, and in brackets its best setting.
-
-    Args:
-        rows: As they are written.
-        key: ``lds``, ``removal``, ``auc_own``, ``auc_harm`` or ``ratio``.
-
-    Returns:
-        A Markdown table, a line a method.
-    """
-    tasks = [row["task"] for row in rows if "title" in row]
-    lines: dict[str, dict[str, str]] = {}
-    for row in rows:
-        if row.get(key) is None or "method" not in row:
-            continue
-        same = [r[key] for r in rows if (r["task"], r.get("method")) == (row["task"], row["method"]) and r.get(key)]
-        line = lines.setdefault(row["method"], {"method": row["method"]})
-        if row["setting"] or row["task"] in line:
-            line.setdefault(row["task"], f"- ({max(same):.3f})")
-        elif key == "ratio":
-            line[row["task"]] = f"{row[key]:,.0f}" if row[key] >= 100 else f"{row[key]:.3g}"
-        else:
-            best = f" ({max(same):.3f})" if len(same) > 1 and max(same) > row[key] else ""
-            line[row["task"]] = f"{row[key]:.3f}{best}"
-    return table(list(lines.values()), {"method": "method", **{task: task for task in tasks}})
 
 
 def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -285,7 +231,7 @@ def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
 
     def key(row: dict[str, Any]) -> tuple[str, ...]:
-        return row["task"], row.get("agreement", ""), row.get("method", "")
+        return row["task"], row.get("agreement", ""), row.get("comparison", ""), row.get("method", "")
 
     kept: list[dict[str, Any]] = []
     if path.is_file():
@@ -329,11 +275,9 @@ def measure_task(task: Task, options: argparse.Namespace) -> list[dict[str, Any]
     agreed = () if options.methods else agreements(case)
     for row in chain(measure(chosen, case, truth, data), agreed):
         rows.append({"task": task.name, **row})
-        value = row.get("lds", row.get("auc_own", row.get("spearman")))
-        print(
-            f"  {row.get('method') or row['agreement']} {row.get('setting') or ''}: {row.get('error', value)}",
-            flush=True,
-        )
+        named = row.get("method") or row.get("agreement") or row["comparison"]
+        value = row.get("lds", row.get("auc_own", row.get("spearman", row.get("interval"))))
+        print(f"  {named} {row.get('setting') or ''}: {row.get('error', value)}", flush=True)
     return rows
 
 
@@ -361,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = measure_task(task, options)
         all_rows = merged(options.output_dir / f"{name}.json", rows)
         write_results(options.output_dir, name, all_rows)
-        print(report(rows) if rows else "", flush=True)
+        print(report(rows, DEFINITIONS) if rows else "", flush=True)
     path = options.output_dir / f"{name}.json"
     if path.is_file():
         everything = json.loads(path.read_text())["rows"]
@@ -370,6 +314,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not any(row.get(key) is not None for row in everything):
                 continue
             print(f"\n{COLUMNS[key]}, of all that was measured\n\n{summary(everything, key)}")
+    beside = [
+        row for one in sorted(options.output_dir.rglob("quality.json")) for row in json.loads(one.read_text())["rows"]
+    ]
+    if beside:
+        print(f"\nLDS, who leads each task, of all results in {options.output_dir}\n\n{leaders(beside)}")
     print(f"\n{machine()}\n{path}")
 
 

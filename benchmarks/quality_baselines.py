@@ -17,7 +17,6 @@ with a target give scores ``[N, M]`` too.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from quality_methods import Case, Found, Method, Rows, row_losses
+from quality_methods import Case, Found, Method, Rows, clock, row_losses
 from torch import Tensor, nn
 
 from tracer.retraining import train_models
@@ -37,9 +36,9 @@ def ranked(name: str, rank: Callable[[Case], np.ndarray]) -> Method:
     """Return a method that ranks rows and has no scores; its seconds are those of the ranking."""
 
     def run(case: Case, folder: Path) -> list[Found]:
-        start = time.perf_counter()
+        start = clock()
         suspicion = rank(case)
-        return [Found(name, seconds=time.perf_counter() - start, suspicion=lambda: suspicion)]
+        return [Found(name, seconds=clock() - start, suspicion=lambda: suspicion)]
 
     return Method(name, run, unfit=needs_labels if rank in NEED_LABELS else lambda case: "")
 
@@ -142,10 +141,10 @@ def neighbour_labels(case: Case) -> np.ndarray:
 
 def embedding_similarity(case: Case, folder: Path) -> list[Found]:
     """Cosines of embeddings: plain, and negative where the labels differ."""
-    name, start = "embedding", time.perf_counter()
+    name, start = "embedding", clock()
     train, targets = (embeddings(case.model, case.last_layer, rows[0]) for rows in (case.train, case.targets))
     scores = (train @ targets.T).numpy()
-    found = Found(name, scores, time.perf_counter() - start)
+    found = Found(name, scores, clock() - start)
     if needs_labels(case):
         return [found]
     same = case.train[1].unsqueeze(1) == case.targets[1]
@@ -169,11 +168,11 @@ def out_of_fold(case: Case) -> Tensor:
 
 def confident_learning(case: Case, folder: Path) -> list[Found]:
     """Normalized margin and self-confidence of out-of-fold probabilities."""
-    start = time.perf_counter()
+    start = clock()
     probabilities, labels = out_of_fold(case), case.train[1]
     margin = label_margin(probabilities, labels).numpy()
     unlikely = 1 - probabilities.gather(1, labels.unsqueeze(1)).squeeze(1).numpy()
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     return [
         Found("confident learning, margin", seconds=seconds, suspicion=lambda: margin),
         Found("confident learning, self-confidence", seconds=seconds, suspicion=lambda: unlikely),

@@ -7,14 +7,13 @@ are what collecting adds to the training, and scoring.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from quality_methods import Case, Found, Method, row_losses
+from quality_methods import Case, Found, Method, clock, row_losses
 from quality_tracer import needs_adam, stored_bytes
 from torch import nn
 
@@ -59,27 +58,27 @@ class Collected:
         collecting = self._timed(lambda: self._train(case, make)) - plain
         (collector,) = collectors
         store = folder / "featurized" if self.featurized else collector.store
-        start = time.perf_counter()
+        start = clock()
         found = attribute(
             case.model, case.task, case.train, case.targets, collector.checkpoints,
             save_dir=store, batch_size=case.batch_size, progress=False, **self.options,
         )  # fmt: skip
-        scoring = time.perf_counter() - start + (0.0 if self.featurized else collecting)
+        scoring = clock() - start + (0.0 if self.featurized else collecting)
         row_bytes = stored_bytes(store / "checkpoints") / case.sizes[0]
         results = []
         for estimator in self.estimators:
-            start = time.perf_counter()
+            start = clock()
             scores = found.tracer.finalize_scores(found.exp_name, estimator)
-            seconds = scoring + time.perf_counter() - start
+            seconds = scoring + clock() - start
             own = found.self_influence if estimator == "tracin" else None
             facts = {"checkpoints": len(collector.checkpoints), "training": collecting / plain}
             results.append(Found(f"tracer {estimator}, {self.label}", scores, seconds, row_bytes, own, {}, facts))
         return results
 
     def _timed(self, work: Callable[[], None]) -> float:
-        start = time.perf_counter()
+        start = clock()
         work()
-        return time.perf_counter() - start
+        return clock() - start
 
     def _train(self, case: Case, make: Callable[..., GradientCollector] | None) -> None:
         """Train by the recipe, collected or not."""

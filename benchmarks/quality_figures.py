@@ -16,11 +16,14 @@ GROUPS = {
     "captum": {"color": "#d9730d", "marker": "s"},
     "traker": {"color": "#2e9e6b", "marker": "^"},
     "dattri": {"color": "#8a4fbf", "marker": "D"},
+    "kronfluence": {"color": "#b08900", "marker": "P"},
+    "bergson": {"color": "#5c4033", "marker": "X"},
+    "logix": {"color": "#4f7f86", "marker": "v"},
     "baseline": {"color": "#8a949e", "marker": "x"},
 }
 """How each library's methods are drawn, and each of tracer's estimators; what belongs to none is a baseline."""
 
-OTHERS = ("captum", "traker", "dattri", "baseline")
+OTHERS = ("captum", "traker", "dattri", "kronfluence", "bergson", "logix", "baseline")
 """All but tracer's estimators."""
 
 CROWD = ("k=256", "k=4096", "exact", "3 runs", "last checkpoint", "target")

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import io
 import logging
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,10 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timing import compute_clock
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tracer.retraining import Recipe
+
+clock = compute_clock()
+"""Gives the seconds of methods: processor time, which other processes do not change."""
 
 Rows = tuple[Tensor, Tensor]
 """Inputs and labels of rows, ``[B, ...]`` each."""
@@ -99,7 +102,7 @@ class Found:
     Attributes:
         name: The method's, as in tables. Several of one name differ in a setting; the first has the default.
         scores: ``[N, M]``, positive for proponents; None for methods that only rank rows.
-        seconds: Wall time for all of it but ``suspicion``.
+        seconds: Processor time for all of it but ``suspicion``.
         row_bytes: What lies on disk for a training row.
         suspicion: Computes ``[N]``, higher for rows that are more likely mislabelled: self-influence, or a baseline's
             own ranking; None where there is none.
@@ -149,6 +152,11 @@ def row_losses(outputs: Tensor, labels: Tensor) -> Tensor:
     return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return (str(error).splitlines() or [""])[0]
+
+
 def log_odds(losses: Tensor) -> Tensor:
     """Return log(p / (1 - p)) of p = exp(-loss), elementwise."""
     return -losses - torch.log(-torch.expm1(-losses))
@@ -187,12 +195,12 @@ def timed(name: str, run: Callable[..., Found], settings: Sequence[dict[str, Any
         results = []
         for number, setting in enumerate(settings):
             with quiet():
-                start = time.perf_counter()
+                start = clock()
                 try:
                     found = run(case.copied(), folder / str(number), **setting)
                 except Exception as error:  # a library that fails here has a row that says so
-                    found = Found(name, error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
-            seconds = time.perf_counter() - start
+                    found = Found(name, error=f"{type(error).__name__}: {first_line(error)}")
+            seconds = clock() - start
             results.append(replace(found, name=name, seconds=seconds, setting=setting))
         return results
 

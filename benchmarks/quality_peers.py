@@ -10,13 +10,12 @@ and is called as its own documentation calls it; the defaults come first, then s
   values, which the paper does not, so checkpoints have other weights, and it computes in float16 by default. Its
   features are divided by the square root of the number of parameters: a ridge of ours, divided by that number, is
   its ``lambda_reg``.
-- dattri 0.3: see `quality_dattri`.
+- dattri 0.3: see `quality_dattri`; kronfluence 1.0: see `quality_kronfluence`.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,20 @@ import numpy as np
 import torch
 from fidelity import rank_correlation
 from quality_dattri import dattri_methods
-from quality_methods import Case, Found, Method, Runner, at_most, log_odds, method, needs_last_layer, quiet, row_losses
+from quality_kronfluence import kronfluence_methods
+from quality_methods import (
+    Case,
+    Found,
+    Method,
+    Runner,
+    at_most,
+    clock,
+    log_odds,
+    method,
+    needs_last_layer,
+    quiet,
+    row_losses,
+)
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -192,15 +204,15 @@ def run_traker(name: str, settings: Sequence[dict[str, Any]] = ({},), ensemble: 
     def runner(case: Case, folder: Path) -> list[Found]:
         case, results = case.copied(checkpoints=case.ensemble if ensemble else case.checkpoints), []
         with quiet():
-            start = time.perf_counter()
+            start = clock()
             traker = traker_of(case, folder, **options)
-            featurizing = time.perf_counter() - start
+            featurizing = clock() - start
             for setting in settings:
-                start = time.perf_counter()
+                start = clock()
                 if setting:
                     traker_refinalize(traker, **setting)
                 scores = np.array(traker.finalize_scores("targets"), dtype=np.float64)
-                seconds = featurizing + time.perf_counter() - start
+                seconds = featurizing + clock() - start
                 suspicion = traker_self_influence(traker, case, setting)
                 results.append(Found(name, scores, seconds, traker_bytes(folder, case), suspicion, setting))
         return results
@@ -340,4 +352,5 @@ def peer_methods() -> list[Method]:
         Method(trak, run_traker(trak, ridges, **projected), "trak"),
         Method(ensemble, run_traker(ensemble, ridges, True, **projected), "trak"),
         *dattri_methods(),
+        *kronfluence_methods(),
     ]

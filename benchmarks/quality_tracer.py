@@ -6,14 +6,13 @@ each estimator reads it. An estimator's seconds are those of the store and of it
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from quality_methods import Case, Found, Method
+from quality_methods import Case, Found, Method, clock
 
 from tracer import attribute
 from tracer.api.attribution import Attribution
@@ -63,22 +62,22 @@ class Variant:
 
     def run(self, case: Case, folder: Path) -> list[Found]:
         """Make the store and score with each estimator."""
-        start = time.perf_counter()
+        start = clock()
         found = self.store(case, folder / "store", case.targets)
-        featurizing = time.perf_counter() - start
+        featurizing = clock() - start
         row_bytes = stored_bytes(folder / "store" / "checkpoints") / case.sizes[0]
         results = []
         for estimator in self.estimators:
             facts = {}
             for setting in self.settings(found, estimator):
-                start = time.perf_counter()
+                start = clock()
                 name, options = self.name_of(estimator), {**self.scoring, **setting}
                 try:
                     scores = self.scores(found, case, estimator, options)
                 except Exception as error:  # one estimator's failure has a row that says so
                     results.append(Found(name, setting=setting, error=f"{type(error).__name__}: {error}"))
                     continue
-                seconds = featurizing + time.perf_counter() - start
+                seconds = featurizing + clock() - start
                 suspicion = self.suspicion(case, folder, found, estimator, options)
                 if estimator in WITH_RIDGE and not setting:
                     chosen = found.tracer.regularization(estimator)

@@ -53,11 +53,12 @@ def compute_clock() -> Callable[[], float]:
     return time.perf_counter if torch.cuda.is_available() else time.process_time
 
 
-def peak_mb(work: Work) -> float:
-    """Run work and watch the process's own memory, files left out, every millisecond.
+def peak_mb(work: Work, every: float = 0.001) -> float:
+    """Run work and watch the process's own memory, files left out.
 
     Args:
         work: What to run.
+        every: How many seconds lie between two looks.
 
     Returns:
         By how many megabytes (1e6 bytes) it rose at most; NaN where there is no ``/proc``.
@@ -78,7 +79,7 @@ def peak_mb(work: Work) -> float:
 
     def watch() -> None:
         nonlocal most
-        while not stop.wait(0.001):
+        while not stop.wait(every):
             most = max(most, own_memory())
 
     watcher = threading.Thread(target=watch)
@@ -104,7 +105,7 @@ def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
 
 def machine() -> dict[str, Any]:
     """Return what a figure depends on: processor, cores, threads and package versions."""
-    packages = ["torch", "numpy", "zarr", "tracin", "captum", "traker", "dattri", "bergson"]
+    packages = ["torch", "numpy", "zarr", "tracin", "captum", "traker", "dattri", "bergson", "kronfluence"]
     found = {}
     for package in packages:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from benchmark_scripts import script
 from torch import nn
 
 from tracer.api.store_reader import StoreReader
+from tracer.metrics import lds
 from tracer.retraining import Recipe, train_models
 
 NUM_TRAIN, NUM_TARGETS = 60, 12
@@ -344,6 +346,15 @@ def test_a_sweep_is_around_the_regularization_that_tracer_chooses(variant, case,
 # the field's methods
 
 
+def test_kronfluence_gives_proponents_positive_scores(quality, case, tmp_path):
+    pytest.importorskip("kronfluence")
+    (default, heuristic) = found_by(quality.peer_methods(), "kronfluence EK-FAC, last checkpoint", case, tmp_path)
+    assert default.setting == {} and heuristic.setting == {"damping": "0.1 of the mean"}
+    assert default.scores.shape == case.sizes and default.suspicion().shape == case.sizes[:1]
+    last = case.copied(checkpoints=case.checkpoints[-1:])
+    assert quality.rank_correlation(heuristic.scores, tracin(last)) > 0.5
+
+
 def test_captum_computes_the_same_tracin(quality, case, tmp_path):
     pytest.importorskip("captum")
     (found,) = found_by(quality.peer_methods(), "captum TracInCP", case, tmp_path)
@@ -518,7 +529,73 @@ def test_sweeps_are_drawn_with_what_tracer_chose(tmp_path):
     assert [path.name for path in written] == ["q_cost.png", "q_lambda.png"]
 
 
-def test_the_best_setting_has_a_row_of_its_own(quality):
+def test_the_best_setting_has_a_row_of_its_own():
     rows = [{"method": "a", "setting": {}, "lds": 0.1}, {"method": "a", "setting": {"x": 2.0}, "lds": 0.3}]
     rows += [{"method": "b", "setting": {}, "error": "none"}, {"method": "c", "setting": {}, "lds": 0.2}]
-    assert [row["method"] for row in quality.best_of(rows)] == ["a", "a, best of 2: x=2", "b", "c"]
+    with script("quality_tables") as module:
+        assert [row["method"] for row in module.best_of(rows)] == ["a", "a, best of 2: x=2", "b", "c"]
+
+
+def graded(method, lds, setting=None, task="t"):
+    return {
+        "task": task,
+        "method": method,
+        "setting": setting or {},
+        "lds": lds,
+        "lds_interval": [lds - 0.02, lds + 0.02],
+    }
+
+
+def test_the_leader_of_a_task_is_tracers_best_default_against_the_best_of_other_libraries():
+    rows = [graded("tracer tracin", 0.3), graded("tracer influence", 0.5), graded("tracer trak", 0.9, {"ridge": 1.0})]
+    rows += [graded("tracer influence, 3 runs", 0.8), graded("embedding", 0.7)]
+    rows += [
+        graded("captum", 0.6, task="u"),
+        graded("dattri EKFAC", 0.2),
+        graded("dattri EKFAC", 0.49, {"damping": 0.1}),
+    ]
+    with script("quality_tables") as module:
+        (line,) = module.leaders(rows).splitlines()[2:3]
+        assert [cell.strip() for cell in line.split("|")[1:-1]] == [
+            "t",
+            "tracer influence: 0.500 (0.480 to 0.520)",
+            "dattri EKFAC: 0.200 (0.180 to 0.220)",
+            "dattri EKFAC, damping=0.1: 0.490 (0.470 to 0.510)",
+            "no",
+        ]
+        rows[-1]["lds"] = 0.47
+        assert "| yes " in module.leaders(rows)
+
+
+def test_a_comparison_is_the_difference_of_lds_on_the_same_resamples(quality, truth, case):
+    generator = np.random.default_rng(0)
+    ours, theirs, worse = (generator.normal(size=case.sizes) for _ in range(3))
+    rows = [(graded("tracer tracin", 0.5), ours), (graded("captum TracInCP", 0.2), theirs)]
+    rows.append((graded("captum TracInCP", 0.1, {"x": 1.0}), worse))
+    with script("quality_tables") as module:
+        (found,) = module.comparisons(rows, truth)
+    left, right = (lds(scores, truth.masks, truth.outputs) for scores in (ours, theirs))
+    assert found["comparison"] == "tracer tracin | captum TracInCP"
+    assert found["difference"] == pytest.approx(left.mean - right.mean)
+    assert found["interval"] == pytest.approx(list(left.difference(right)))
+
+
+def test_a_method_runs_in_a_process_of_its_own():
+    import os
+
+    with script("quality_process") as module:
+        assert module.in_own_process(os.getpid) != os.getpid()
+        with pytest.raises(module.ProcessError, match="ended with exit code 7"):
+            module.in_own_process(lambda: os._exit(7))
+        with pytest.raises(module.ProcessError, match="ZeroDivisionError: division by zero"):
+            module.in_own_process(lambda: 1 / 0)
+
+
+def test_a_row_has_the_seconds_and_the_peak_memory_of_its_method(quality, case, truth, data):
+    def run(case, folder):
+        held = np.ones(25_000_000)  # 200 MB
+        time.sleep(0.1)
+        return [quality.Found("a", np.ones(case.sizes) * held[0], 1.0)]
+
+    (row,) = quality.measure([quality.Method("a", run)], case, truth, data)
+    assert 190 < row["peak_mb"] < 300 and row["seconds"] == 1.0
