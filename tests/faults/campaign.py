@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,13 @@ from faults.trials import BAD, GOOD, KINDS, Stores, Trial
 from faults.world import World
 
 FAULTS = ("kill", "power failure", "full disk", "two processes")
+GROUPS = {
+    **{fault: (fault,) for fault in FAULTS},
+    "damaged metadata": [kind for kind in KINDS if kind.startswith(("manifest", "documents"))],
+    "damaged results": ("scores", "kernels", "top"),
+}
+GROUPS["damaged rows"] = [kind for kind in KINDS if not any(kind in kinds for kinds in GROUPS.values())]
+"""The lines of the table in the docs: kinds of faults that belong together."""
 STORAGES, SHARES = ("float32", "float16", "int8", "none"), (0.4, 0.2, 0.2, 0.2)
 DOCS, BEGIN, END = Path("docs/store.md"), "<!-- outcomes of make faults -->", "<!-- end of outcomes -->"
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
@@ -59,15 +67,15 @@ def ended(trial: Trial) -> Trial:
     return trial
 
 
-def table(trials: list[Trial]) -> str:
-    """Return the outcomes as a table: a line for each kind of fault."""
+def table(trials: list[Trial], groups: Mapping[str, Collection[str]]) -> str:
+    """Return the outcomes as a table: a line for each group of kinds of faults."""
     outcomes = [*GOOD, *(each for each in BAD if any(trial.outcome == each for trial in trials))]
     lines = ["| fault | trials | " + " | ".join(outcomes) + " |", "|---" * (len(outcomes) + 2) + "|"]
-    for kind in [*FAULTS, *KINDS, "all"]:
-        counts = Counter(trial.outcome for trial in trials if kind in (trial.fault, "all"))
+    for name, kinds in {**groups, "all": {trial.fault for trial in trials}}.items():
+        counts = Counter(trial.outcome for trial in trials if trial.fault in kinds)
         if counts:
             cells = [str(counts[each]) for each in outcomes]
-            lines.append(f"| {kind} | {counts.total()} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name} | {counts.total()} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -87,12 +95,13 @@ def main() -> None:
         begin = time.monotonic()
         trials = campaign(chosen.trials, chosen.seed, Path(folder), chosen.only, chosen.minutes, chosen.jobs)
         seconds = time.monotonic() - begin
-    text = f"{len(trials)} trials, seeds {chosen.seed} to {chosen.seed + len(trials) - 1}.\n\n{table(trials)}\n"
+    heading = f"{len(trials)} trials, seeds {chosen.seed} to {chosen.seed + len(trials) - 1}.\n\n"
+    text = f"{heading}{table(trials, {kind: (kind,) for kind in (*FAULTS, *KINDS)})}\n"
     chosen.outcome.parent.mkdir(parents=True, exist_ok=True)
     chosen.outcome.write_text(f"# Outcomes of the fault campaign\n\n{text}")
     if chosen.docs:
         before, _, rest = DOCS.read_text().partition(BEGIN)
-        DOCS.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}")
+        DOCS.write_text(f"{before}{BEGIN}\n{heading}{table(trials, GROUPS)}\n{END}{rest.partition(END)[2]}")
     print(f"{text}\n{seconds:.0f} s; {chosen.outcome}")
     sys.exit(any(trial.outcome in BAD for trial in trials))
 
