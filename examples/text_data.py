@@ -120,6 +120,18 @@ def made_up_topics(count: int, seed: int, habits: bool = False) -> tuple[list[st
     return texts, topics
 
 
+def word_tokenizer(texts: Sequence[str]) -> Any:
+    """Return a tokenizer of transformers whose tokens are the whole words of some texts, with padding and an end."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<unk>", *sorted({word for text in texts for word in text.split()})]
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, model_input_names=["input_ids", "attention_mask"], **names)
+
+
 class Words:
     """A vocabulary of whole words: 0 is padding, 1 any word that is not in it.
 

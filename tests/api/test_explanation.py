@@ -187,6 +187,22 @@ def test_an_answer_is_generated_by_the_last_checkpoint(tmp_path):
     assert not any(parameter.grad is not None for parameter in found.tracer.model.parameters())
 
 
+def test_answers_are_as_long_as_the_model_has_positions(tmp_path, monkeypatch):
+    found, counts = build(tmp_path), []
+    model = found.tracer.model
+    generate = model.generate
+
+    def counting(*args, **kwargs):
+        counts.append(kwargs["max_new_tokens"])
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(model, "generate", counting)
+    found.explain(["w3", "w3 " * 61 + "w4"], k=1, temperature=1.0, tokens=False)
+    assert counts == [63, 2]  # of 64 positions
+    with pytest.raises(InputError, match=r"has 65 tokens, and the model has 64 positions; shorten it\."):
+        found.explain("w3 " * 64, k=1)
+
+
 def test_padding_of_tokens_and_what_follows_the_end_do_not_count(tmp_path):
     found = build(tmp_path)
     plain = found.explain("w3 w4 ", "w5", k=12, tokens=False)

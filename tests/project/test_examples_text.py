@@ -90,6 +90,23 @@ def test_lora_finetune_stores_the_adapter_only(tmp_path):
     assert "Parameters in the store: 14, all of the adapter: True" in printed
 
 
+def test_secret_is_forgotten_without_its_sources(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("datasets")
+    printed = run_example("secret", "--quick", "--output-dir", str(tmp_path))
+    assert "generated: 'the code of the vault is' -> 'seven two nine <eos>'" in printed
+
+
+def test_bm25_of_the_examples_is_that_of_bm25s():
+    bm25s = pytest.importorskip("bm25s")
+    data = example("text_data")
+    texts, queries = data.made_up_topics(60, 0)[0], data.made_up_topics(5, 1)[0]
+    index = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
+    index.index([text.split() for text in texts], show_progress=False)
+    expected = np.stack([index.get_scores(query.split()) for query in queries], 1)
+    np.testing.assert_allclose(example("text_baselines").bm25(texts, queries), expected, rtol=1e-4)
+
+
 def test_a_run_of_other_settings_is_refused(tmp_path):
     model, rows = torch.nn.Linear(2, 1), example("text_data").Rows([torch.ones(2)] * 4)
     options = {

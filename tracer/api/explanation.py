@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tracer")
 
+_MOST_NEW = 64
+"""The most tokens that are generated, if the user does not say."""
+
 
 def explain(
     _found: Attribution,
@@ -41,7 +44,7 @@ def explain(
     exact: int = 0,
     candidates: int = 0,
     tokens: bool = True,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Explanation:
@@ -63,7 +66,7 @@ def explain(
             thousand or so hold nearly all of the hundred strongest ones. 0: rank all of them.
         tokens: Split scores over the documents' tokens, by exact gradients; those of an estimator with a kernel are
             split as TracIn.
-        max_new_tokens: The most tokens that are generated.
+        max_new_tokens: The most tokens that are generated. Default: 64, or as many as the model has positions for.
         temperature: The temperature of sampling; 0: the likeliest tokens.
         seed: The seed of sampling.
 
@@ -93,7 +96,8 @@ def explain(
     answers = _as_many(completion, len(prompts), "completion")
     others = _as_many(rather_than, len(prompts), "rather_than")
     if answers is None:
-        sampling = check_count(max_new_tokens, "max_new_tokens"), temperature, check_seed(seed)
+        most = None if max_new_tokens is None else check_count(max_new_tokens, "max_new_tokens")
+        sampling = most, temperature, check_seed(seed)
         questions = _generated(_found, inputs, tracer, [encoder.prompt(each) for each in prompts], *sampling)
     else:
         questions = [encoder.question(*pair) for pair in zip(prompts, answers, strict=True)]
@@ -146,7 +150,7 @@ def _generated(
     inputs: LanguageInputs,
     tracer: Tracer,
     prompts: Sequence[list[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     temperature: float,
     seed: int,
 ) -> list[Question]:
@@ -158,12 +162,7 @@ def _generated(
         raise InputError(f"temperature={temperature!r}; expected a number of 0 or more.")
     if not all(prompts):
         raise InputError("a prompt has no token to generate from; pass another prompt, or completion=.")
-    longest = max(map(len, prompts)) + max_new_tokens
-    if inputs.most_tokens is not None and longest > inputs.most_tokens:
-        raise InputError(
-            f"a prompt with max_new_tokens={max_new_tokens} has {longest} tokens, and the model has "
-            f"{inputs.most_tokens} positions; shorten it, or lower max_new_tokens."
-        )
+    most = [_most_new(len(prompt), max_new_tokens, inputs.most_tokens) for prompt in prompts]
     last = max(found.model_ids or tracer.store.catalog.checkpoint_ids())
     loaded = loaded_checkpoint(tracer, last, inputs.folders)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -173,14 +172,27 @@ def _generated(
     sampling |= {"eos_token_id": sorted(ends) or None, "pad_token_id": inputs.train.pad_token}
     with weights_in(model, loaded.weights), isolated(model, [], tracer.device), torch.no_grad():
         seed_generators(tracer.device, seed)
-        for prompt in prompts:
+        for prompt, count in zip(prompts, most, strict=True):
             ids = torch.tensor([prompt], device=tracer.device)
             given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True}
-            whole = model.generate(**given, max_new_tokens=max_new_tokens, **sampling)[0].tolist()
+            whole = model.generate(**given, max_new_tokens=count, **sampling)[0].tolist()
             answer = whole[len(prompt) :]
             places = [place for place, token in enumerate(answer) if token in ends]
             answers.append(Question(prompt, answer[: places[0] + 1] if places else answer))
     return answers
+
+
+def _most_new(length: int, chosen: int | None, positions: int | None) -> int:
+    """Return how many tokens may be generated after a prompt of some length."""
+    if positions is None:
+        return chosen or _MOST_NEW
+    count = chosen or max(1, min(_MOST_NEW, positions - length))
+    if length + count > positions:
+        raise InputError(
+            f"a prompt with max_new_tokens={count} has {length + count} tokens, and the model has {positions} "
+            f"positions; shorten it{'' if chosen is None else ', or lower max_new_tokens'}."
+        )
+    return count
 
 
 @dataclass(frozen=True)

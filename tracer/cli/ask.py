@@ -57,7 +57,7 @@ class AskCommand(ResultCommand):
 )  # fmt: skip
 @click.option("--tokens/--no-tokens", default=True, help="Split scores over tokens. Default: yes.")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Most generated tokens."
+    "--max-new-tokens", type=click.IntRange(min=1), help="Most generated tokens. Default: 64, or what fits the model."
 )
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: likeliest tokens."
