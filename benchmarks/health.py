@@ -210,27 +210,32 @@ def run(name: str, rate: float, kind: str, seed: int) -> dict[str, Any]:
 
 
 def summary(found: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown table: one line for each data set and share of flips, over kinds and seeds."""
+    """Return two Markdown tables over kinds and seeds: estimates by share of flips, and how good rankings are."""
+    cases = list(dict.fromkeys(each["case"] for each in found))
+    rates = sorted({round(each["rate"], 2) for each in found})
     names = [name for name in RANKINGS if any(name in each.get("precision", {}) for each in found)]
-    lines = [
-        "| data | flipped | mean estimate | mean error, points | interval holds it | " + " | ".join(names) + " |",
-        "|---|---|---|---|---|" + "---|" * len(names),
-    ]
-    for key in dict.fromkeys((each["case"], round(each["rate"], 2)) for each in found):
-        group = [each for each in found if (each["case"], round(each["rate"], 2)) == key]
-        known = [each for each in group if "share" in each]
-        shares = np.array([each["share"] for each in known])
-        errors = np.abs(shares - [each["rate"] for each in known])
-        held = sum(each["low"] <= each["rate"] <= each["high"] for each in known)
-        values = [[each["precision"][name] for each in group if name in each.get("precision", {})] for name in names]
-        numbers = f"{100 * shares.mean():.1f} % | {100 * errors.mean():.1f}" if known else "none | "
-        cells = [f"{np.mean(each):.0%}" if each else "" for each in values]
-        lines.append(f"| {key[0]} | {key[1]:.0%} | {numbers} | {held} of {len(known)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    estimates, rankings = [], []
+    for case in cases:
+        runs = [each for each in found if each["case"] == case]
+        cells = []
+        for rate in rates:
+            known = [each for each in runs if round(each["rate"], 2) == rate and "share" in each]
+            held = sum(each["low"] <= each["rate"] <= each["high"] for each in known)
+            mean = np.mean([each["share"] for each in known]) if known else 0.0
+            cells.append(f"{mean:.1%}, {held} of {len(known)}" if known else "")
+        estimates.append([case, *cells])
+        precision = [each["precision"] for each in runs if "precision" in each]
+        values = [[each[name] for each in precision if name in each] for name in names]
+        rankings.append([case, *(f"{np.mean(each):.0%}" if each else "" for each in values)])
+    tables = (["flipped", *(f"{rate:.0%}" for rate in rates)], estimates), (["data", *names], rankings)
+    return "\n\n".join(
+        "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(line)} |" for line in lines)])
+        for head, lines in tables
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run all and print the table."""
+    """Run all and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["digits", "breast cancer", "wine"])
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))

@@ -35,6 +35,8 @@ def test_runs_are_written_summarized_and_not_repeated(health, tmp_path, monkeypa
     (found,) = json.loads(output.read_text())
     assert found["low"] <= found["rate"] <= found["high"]
     assert found["precision"]["mean loss"] > 0.5
-    assert "| wine | 10% |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| flipped | 10% |" in printed
+    assert f"| wine | {found['share']:.1%}, 1 of 1 |" in printed
     monkeypatch.setattr(health, "run", lambda *settings: pytest.fail("run again"))
     health.main(arguments)
