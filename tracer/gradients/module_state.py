@@ -6,7 +6,8 @@ counters, biases gathered once in eval mode. A second forward would see what the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +24,8 @@ from tracer.types import Batch, SampleOutputs
 
 _NOT_STATE = TORCHS_OWN - {"_buffers", "_non_persistent_buffers_set", "training"}
 
-Restore = Callable[[], bool]
-"""Puts something back; returns whether it had changed."""
+_PLAIN = frozenset((bool, int, float, str, type(None)))
+"""Types of values that hold nothing."""
 
 
 class ModuleState:
@@ -32,68 +33,94 @@ class ModuleState:
 
     Args:
         model: The model.
+
+    Attributes:
+        holds_graph: Whether there is a tensor of the graph of a forward.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.holds_graph = False
+        self._containers: list[_Items] = []
+        self._tensors: list[_Values] = []
         seen: set[int] = set()
-        self._restores = [_container(module.__dict__, seen, _NOT_STATE) for module in model.modules()]
+        for module in model.modules():
+            self._keep_all(module.__dict__, seen, _NOT_STATE)
 
     def restore(self) -> bool:
         """Undo what has happened to the modules since; return whether anything had."""
-        return any([restore() for restore in self._restores])
+        every: tuple[_Items | _Values, ...] = (*self._containers, *self._tensors)
+        return any([each.restore() for each in every if each.is_changed()])  # a list: all of them
 
-
-def _container(container: Any, seen: set[int], without: Any = ()) -> Restore:
-    """Return what restores the items of a dict, list or set, and what these hold."""
-    seen.add(id(container))
-    if isinstance(container, dict):
-        items = {key: value for key, value in container.items() if key not in without}
-        values = list(items.values())
-    else:
-        items, values = container.copy(), list(container)
-    inner = [each for value in values if (each := _value(value, seen)) is not None]
-
-    def restore() -> bool:
+    def _keep_all(self, container: Any, seen: set[int], without: Collection[str] = ()) -> None:
+        seen.add(id(container))
+        self._containers.append(_Items(container, without))
+        values = container
         if isinstance(container, dict):
-            now = {key: value for key, value in container.items() if key not in without}
-            changed = now.keys() != items.keys() or any(now[key] is not value for key, value in items.items())
-            if changed:
-                for key in now.keys() - items.keys():
-                    del container[key]
-                container.update(items)
-        else:
-            changed = len(container) != len(items) or any(a is not b for a, b in zip(container, values, strict=True))
-            if changed:
-                container.clear()
-                container.extend(items) if isinstance(container, list) else container.update(items)
-        return any([each() for each in inner]) or changed
+            values = [container[key] for key in container if key not in without]
+        for value in values:
+            if type(value) not in _PLAIN and id(value) not in seen:
+                self._keep(value, seen)
 
-    return restore
+    def _keep(self, value: Any, seen: set[int]) -> None:
+        if isinstance(value, (dict, list, set)):
+            self._keep_all(value, seen)
+        elif is_object(value):
+            seen.add(id(value))
+            self._keep_all(vars(value), seen)
+        elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
+            seen.add(id(value))
+            self.holds_graph |= value.grad_fn is not None
+            self._tensors.append(_Values(value))
 
 
-def _value(value: Any, seen: set[int]) -> Restore | None:
-    if id(value) in seen:
-        return None
-    if isinstance(value, (dict, list, set)):
-        return _container(value, seen)
-    if is_object(value):
-        seen.add(id(value))
-        return _container(vars(value), seen)
-    if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or value.is_inference():
-        return None
-    seen.add(id(value))
-    kept, version = value.detach().clone(), value._version
+class _Items:
+    """The items of a dict, list or set; of a dict some are left out."""
 
-    def restore() -> bool:
-        nonlocal version
-        changed = value._version != version
-        if changed:
-            with torch.no_grad():
-                value.copy_(kept)
-            version = value._version
-        return changed
+    def __init__(self, container: Any, without: Collection[str]) -> None:
+        self._container, self._without = container, without
+        self._keys = list(container)
+        self._values = list(container.values()) if isinstance(container, dict) else self._keys
 
-    return restore
+    def is_changed(self) -> bool:
+        """Return whether there may be other items, perhaps of those that are left out."""
+        now = self._container
+        if len(now) != len(self._keys) or not all(map(operator.is_, now, self._keys)):
+            return True
+        return isinstance(now, dict) and not all(map(operator.is_, now.values(), self._values))
+
+    def restore(self) -> bool:
+        """Put the items back; return whether there were others."""
+        container = self._container
+        if not isinstance(container, dict):
+            container.clear()
+            container.extend(self._keys) if isinstance(container, list) else container.update(self._keys)
+            return True
+        items = {key: value for key, value in zip(self._keys, self._values, strict=True) if key not in self._without}
+        now = {key: value for key, value in container.items() if key not in self._without}
+        if now.keys() == items.keys() and all(now[key] is value for key, value in items.items()):
+            return False
+        for key in now.keys() - items.keys():
+            del container[key]
+        container.update(items)
+        return True
+
+
+class _Values:
+    """The values of a tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._kept, self._version = tensor, tensor.detach().clone(), tensor._version
+
+    def is_changed(self) -> bool:
+        """Return whether something was written to the tensor."""
+        return self._tensor._version != self._version
+
+    def restore(self) -> bool:
+        """Put the values back."""
+        with torch.no_grad():
+            self._tensor.copy_(self._kept)
+        self._version = self._tensor._version
+        return True
 
 
 class StatelessTask(Task):
@@ -151,7 +178,9 @@ class StatelessTask(Task):
         if self._has_caches:
             _drop_caches(self._model)
         seen: set[int] = set()
-        detached = [_detach(module.__dict__, seen, _NOT_STATE) for module in self._model.modules()]
+        may_hold = found.holds_graph or self._has_caches
+        modules = self._model.modules() if may_hold else ()
+        detached = [_detach(module.__dict__, seen, _NOT_STATE) for module in modules]
         for place in self._refilled or ():
             place.empty()
         changed = self._has_caches or self._refilled or any(detached)
