@@ -6,6 +6,7 @@ import inspect
 import typing
 from dataclasses import FrozenInstanceError, fields
 
+import numpy as np
 import pytest
 from store_cases import stored_features
 from tracer_cases import build, featurize
@@ -101,3 +102,31 @@ def test_a_store_is_continued_with_the_projection_it_was_made_with(run, tmp_path
     assert "shared_projection" not in build(run, tmp_path / "b", **options).store.manifest.settings
     build(run, tmp_path / "c", shared_projection=True)
     build(run, tmp_path / "c")  # exact gradients are the same with and without
+
+
+@pytest.mark.parametrize("projector", ["sketch", "factored"])
+def test_projected_norms_are_those_of_the_stored_features_and_nothing_else_changes(run, tmp_path, projector):
+    tables = {}
+    for norms in ("exact", "projected"):
+        options = {"projector": projector, "proj_dim": 64, "norms": norms}
+        with build(run, tmp_path / norms, **options) as tracing:
+            featurize(tracing, run)
+        tables[norms] = tracing.store.checkpoint(0)
+    exact, found = tables["exact"], tables["projected"]
+    features = stored_features(found, 0, found.num_rows)
+    np.testing.assert_allclose(features, stored_features(exact, 0, exact.num_rows), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.column("gradient_norm"), np.linalg.norm(features, axis=1), rtol=1e-5)
+    assert not np.allclose(found.column("gradient_norm"), exact.column("gradient_norm"), rtol=1e-3)
+
+
+def test_a_store_is_continued_with_the_norms_it_was_made_with(run, tmp_path):
+    options = {"projector": "sketch", "proj_dim": 64}
+    build(run, tmp_path / "a", norms="projected", **options)
+    with pytest.raises(MismatchError, match="norms: stored 'projected', asked nothing"):
+        build(run, tmp_path / "a", **options)
+    assert "norms" not in build(run, tmp_path / "b", **options).store.manifest.settings
+
+
+def test_projected_norms_of_exact_gradients_are_refused():
+    with pytest.raises(InputError, match="norms='projected' needs a projection"):
+        FeatureSettings(norms="projected", projector="none")

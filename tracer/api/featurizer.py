@@ -18,6 +18,7 @@ from tracer.errors import BatchError
 from tracer.gradients import GradientEngine, Sink, isolated
 from tracer.gradients.coupling import check_quantization
 from tracer.gradients.fsdp import ENDED, WAITING, WORKING
+from tracer.gradients.norms import row_squares
 from tracer.gradients.per_sample import DenseGradient
 from tracer.gradients.preconditioning import Preconditioner, PreconditioningSink
 from tracer.projection.base import Projector
@@ -136,8 +137,9 @@ class Featurizer:
         sink = ProjectingSink(self.projector, self._memory[:num_rows])
         outputs = self.run(batch, num_rows, sink)
         projection = sink.finish()
+        squares = projection.squared_norm if self.projector.adds_norms else row_squares(projection.features)
         features = rotated(projection.features) if self.rotates else projection.features
-        return row_values(outputs, projection.squared_norm, self.engine.audited, features)
+        return row_values(outputs, squares, self.engine.audited, features)
 
     def run(self, batch: Batch, num_rows: int, sink: Sink) -> SampleOutputs:
         """Pass the gradients of a batch, preconditioned, to a sink; return f, L, Q, w of samples."""

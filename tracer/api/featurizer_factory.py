@@ -246,7 +246,9 @@ class FeaturizerFactory:
         seed = int(self.settings.seed)
         if model_id is not None:
             seed = int(np.random.SeedSequence([seed, model_id]).generate_state(1, np.uint64)[0] >> 1)
-        return make_projector(self.settings.projector, self.shapes, self.settings.proj_dim, seed, self.device)
+        projector = make_projector(self.settings.projector, self.shapes, self.settings.proj_dim, seed, self.device)
+        projector.adds_norms = self.settings.norms == "exact"
+        return projector
 
 
 def check_weights(table: RowTable, fingerprint: str, model_id: int) -> None:

@@ -17,13 +17,16 @@ import torch
 
 from tracer._core.processes import ProcessChoice
 from tracer._core.validation import check_autocast, check_choice, check_count, check_positive, check_seed
-from tracer.errors import InputTypeError, nearest_name
+from tracer.errors import InputError, InputTypeError, nearest_name
 from tracer.gradients import METHODS, ParamSelection
 from tracer.gradients.preconditioning import KRONECKER, PRECONDITIONERS, check_preconditioner
 from tracer.projection import projector_kinds
 from tracer.scoring.estimators import KERNELS, Estimate
 from tracer.store.feature_storage import STORAGES, FeatureStorage
 from tracer.store.manifest import Manifest
+
+NORMS = ("exact", "projected")
+"""The choices of ``norms=``."""
 
 Signed = TypeVar("Signed", bound=Callable[..., Any])
 
@@ -78,6 +81,13 @@ class FeatureSettings:
         "``projector='none'``, ``none``: only losses, derivatives and norms are stored, and scores come from "
         "`score_exactly`.",
         STORAGES,
+    )
+    norms: str = _setting(
+        "exact",
+        "``exact``, or ``projected``: the norm of an example's gradient, which ``cosine`` and self-influence use, is "
+        "that of its projection. It errs by about ``1/sqrt(2k)`` and costs nothing; the cost of exact norms grows with "
+        "the square of the number of tokens.",
+        NORMS,
     )
     device: str | torch.device | None = _setting(None, "The device to compute on; None: that of the model.")
     seed: int = _setting(0, "The seed of the projection.")
@@ -135,6 +145,11 @@ class FeatureSettings:
         check_choice("gradients", self.gradients, METHODS)
         check_choice("projector", self.projector, projector_kinds())
         FeatureStorage(self.storage).check_projector(self.projector, self.proj_dim)
+        check_choice("norms", self.norms, NORMS)
+        if self.norms == "projected" and self.projector == "none":
+            raise InputError(
+                "norms='projected' needs a projection, got projector='none', which computes exact gradients"
+            )
         check_seed(self.seed)
         check_autocast(self.autocast)
         check_preconditioner(self.preconditioner)
@@ -149,6 +164,8 @@ class FeatureSettings:
         entries = {"storage": self.storage, "check_rows": bool(self.check_rows)}
         if self.preconditioner is not None:
             entries["preconditioner"] = self.preconditioner
+        if self.norms != "exact":
+            entries["norms"] = self.norms
         if self.shared_projection and self.projector != "none":
             entries["shared_projection"] = True
         if self.preconditioner in KRONECKER:
@@ -165,6 +182,7 @@ class FeatureOptions(TypedDict, total=False):
     gradients: str
     params: ParamSelection
     storage: str
+    norms: str
     device: str | torch.device | None
     seed: int
     shared_projection: bool

@@ -25,7 +25,7 @@ class RowValues:
         loss: ``[n]``, L.
         loss_grad: ``[n]``, Q.
         loss_hess: ``[n]``, w.
-        gradient_norm: ``[n]``, the exact norm of the gradient of f.
+        gradient_norm: ``[n]``, the norm of the gradient of f, or of its projection.
         output_change: ``[n]``, f minus the f of a model that has learnt nothing; 0 if the task does not know that.
         rival_share: ``[n]``, the rival's share of the probability of all classes other than the label.
         label: ``[n]``, int64, the class; None if the task gives none.
