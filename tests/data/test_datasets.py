@@ -11,6 +11,7 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     SequentialSampler,
+    Subset,
     TensorDataset,
     WeightedRandomSampler,
 )
@@ -39,6 +40,19 @@ def test_examples_and_indices_belong_together(kind, rows):
     assert set(rows) <= set(seen)
     if kind != "batches":
         assert seen == list(rows)
+
+
+@pytest.mark.parametrize("wrapped", [lambda *columns: columns, TensorDataset], ids=["tuple", "TensorDataset"])
+def test_batches_of_tensors_are_those_that_a_loader_collates(wrapped):
+    columns = torch.randn(10, 3, 2, dtype=torch.float64).transpose(1, 2), torch.arange(10), torch.rand(10) > 0.5
+    rows = np.array([1, 2, 5, 7, 9])
+    found = list(as_data_source(wrapped(*columns), "train", 2).batches(rows))
+    expected = list(DataLoader(Subset(TensorDataset(*columns), rows.tolist()), batch_size=2))
+    np.testing.assert_array_equal(np.concatenate([inds for _, inds in found]), rows)
+    for (batch, _), collated in zip(found, expected, strict=True):
+        assert isinstance(batch, type(collated))
+        torch.testing.assert_close(batch, collated, rtol=0, atol=0)
+        assert [each.stride() for each in batch] == [each.stride() for each in collated]
 
 
 def test_only_requested_examples_are_loaded():

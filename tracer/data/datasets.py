@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -89,6 +89,24 @@ class _MapStyleSource(DataSource):
         size = self._loader_options["batch_size"]
         for number, batch in enumerate(DataLoader(subset, shuffle=False, **options)):
             yield batch, indices[number * size : (number + 1) * size]
+
+
+class _TensorSource(DataSource):
+    """Tensors of one length: rows of each are a batch, as a loader would collate them from examples one by one."""
+
+    loads_by_index = True
+
+    def __init__(self, columns: Sequence[Tensor], batch_size: int) -> None:
+        self._columns, self._batch_size = columns, batch_size
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    def batches(self, indices: Int64[np.ndarray, " n"]) -> Iterator[tuple[Batch, Int64[np.ndarray, " b"]]]:
+        for start in range(0, len(indices), self._batch_size):
+            chosen = indices[start : start + self._batch_size]
+            rows = torch.tensor(chosen)
+            yield [column.index_select(0, rows.to(column.device)) for column in self._columns], chosen
 
 
 class IteratedSource(DataSource):
@@ -263,7 +281,9 @@ def _adapt(
         if len({len(column) if column.ndim else None for column in columns}) != 1 or not columns[0].ndim:
             shapes = [tuple(column.shape) for column in columns]
             raise InputError(f"{name} is a tuple of tensors; expected one length for all of them, got shapes {shapes}.")
-        return _MapStyleSource(TensorDataset(*columns), batch_size=batch_size)
+        return _TensorSource(columns, batch_size)
+    if type(data) is TensorDataset and collate_fn is None:
+        return _TensorSource(data.tensors, batch_size)
     is_list = isinstance(data, (list, tuple))
     is_other = isinstance(data, (IterableDataset, DataLoader, Tensor, Mapping, str, bytes))
     is_map_style = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not is_other

@@ -91,7 +91,7 @@ class RowTable:
         if not needed:
             return
         for array in self._arrays.values():
-            missing = sorted(needed - array.stored_chunks())
+            missing = array.missing_chunks(needed)
             if missing:
                 raise StoreError(
                     f"{array.chunk_path(missing[0])} is missing although rows in it are done: restore it, or run "

@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int64
 from tracer._core.files import disk_errors
 from tracer._core.text import listing
 from tracer.errors import CallOrderError, InputError, InputTypeError, NonFiniteError
-from tracer.store.arrays.chunked import ChunkedArray
+from tracer.store.arrays.chunked import ChunkedArray, is_consecutive
 from tracer.store.arrays.completion_mask import CompletionMask
 from tracer.store.arrays.metadata import NODE
 from tracer.store.arrays.store_path import StorePath
@@ -149,8 +149,7 @@ def checked_rows(rows: np.ndarray, num_rows: int, path: StorePath, unique: bool 
     if len(outside):
         raise InputError(f"rows {named_rows(outside)} are outside 0 to {num_rows - 1} of {path}")
     rows = rows.astype(np.int64)
-    consecutive = bool((np.diff(rows) == 1).all())
-    if unique and not consecutive and len(np.unique(rows)) != len(rows):
+    if unique and not is_consecutive(rows) and len(np.unique(rows)) != len(rows):
         values, counts = np.unique(rows, return_counts=True)
         repeated = named_rows(values[counts > 1])
         raise InputError(f"rows {repeated} are more than once in a batch: pass each row once")

@@ -77,6 +77,10 @@ class ChunkedArray(ABC):
     def stored_chunks(self) -> set[int]:
         """Return the chunks that exist."""
 
+    def missing_chunks(self, wanted: Collection[int]) -> list[int]:
+        """Return those of some chunks that do not exist, ascending."""
+        return sorted(set(wanted) - self.stored_chunks())
+
     def remove_unusable(self, chunks: Iterable[int]) -> None:
         """Remove those of some chunks that have another size than their layout, so that they are created again."""
         for chunk in chunks:
@@ -121,29 +125,40 @@ class ChunkedArray(ABC):
 
     def take(self, rows: Int64[np.ndarray, " n"]) -> Shaped[np.ndarray, "n ..."]:
         """Return a copy of single rows, in any order."""
-        chunks, offsets = np.divmod(rows, self.layout.chunk_rows)
         found = np.empty((len(rows), *self.layout.shape[1:]), self.dtype)
-        for chunk in np.unique(chunks).tolist():
-            mine = chunks == chunk
-            found[mine] = self.chunk(chunk)[offsets[mine]]
+        for chunk, mine, inside in self._by_chunk(rows):
+            found[mine] = self.chunk(chunk)[inside]
         return found
 
     def assign(self, rows: Int64[np.ndarray, " n"], values: Shaped[np.ndarray, "n ..."]) -> None:
         """Write rows in any order, converting their dtype (float32 is rounded to float16); `flush` makes it durable."""
-        chunks = rows // self.layout.chunk_rows
+        for chunk, mine, inside in self._by_chunk(rows):
+            self.assign_in_chunk(chunk, inside, values[mine])
+
+    def _by_chunk(self, rows: Int64[np.ndarray, " n"]) -> Iterator[tuple[int, Any, Int64[np.ndarray, " m"]]]:
+        """Yield each chunk that holds some of the rows, which of them it holds, and their positions in it."""
+        size = self.layout.chunk_rows
+        first, last = (int(rows.min()) // size, int(rows.max()) // size) if len(rows) else (0, -1)
+        if first == last:  # a batch mostly is in one chunk, and finding the chunks of each row took most of its time
+            yield first, slice(None), rows - first * size
+            return
+        chunks = rows // size
         for chunk in np.unique(chunks).tolist():
-            pick = chunks == chunk
-            whole = bool(pick.all())
-            inside = (rows if whole else rows[pick]) - chunk * self.layout.chunk_rows
-            self.assign_in_chunk(chunk, inside, values if whole else values[pick])
+            mine = chunks == chunk
+            yield chunk, mine, rows[mine] - chunk * size
 
     def assign_in_chunk(self, chunk: int, inside: Int64[np.ndarray, " n"], values: Shaped[np.ndarray, "n ..."]) -> None:
         """Write rows of one chunk, given by their positions in it."""
         target = self.chunk(chunk, writable=True)
-        if (np.diff(inside) == 1).all():
+        if is_consecutive(inside):
             copy_values(values, target[inside[0] : inside[-1] + 1])
         else:
             target[inside] = values
+
+
+def is_consecutive(rows: Int64[np.ndarray, " n"]) -> bool:
+    """Return whether each row follows the one before."""
+    return not len(rows) or bool(rows[-1] - rows[0] == len(rows) - 1 and (rows[1:] > rows[:-1]).all())
 
 
 def copy_values(values: Shaped[np.ndarray, "*shape"], target: Shaped[np.ndarray, "*shape"]) -> None:

@@ -17,7 +17,7 @@ from tracer._core.files import create_file, disk_errors, sync
 from tracer._core.syncing import SyncGroup
 from tracer.errors import StoreError
 from tracer.store.arrays.chunk_cache import ChunkCache
-from tracer.store.arrays.chunked import ChunkedArray
+from tracer.store.arrays.chunked import ChunkedArray, is_consecutive
 from tracer.store.arrays.local_path import LocalPath
 
 if sys.platform != "win32":
@@ -28,6 +28,7 @@ _MAX_MAPS = 256
 _FSYNC_HAS_MAPS = sys.platform == "linux"
 """Whether a sync of a file includes what was written through its maps."""
 _WRITTEN_BYTES = 1 << 16
+_LOOKED_UP = 8
 _ADVISED_BYTES = 1 << 20  # Linux reads no more than the device's read-ahead window for one advice
 
 
@@ -117,8 +118,8 @@ class LocalArray(ChunkedArray):
         Features go through the map, whose new pages torch fills on all cores while nothing else is to be done.
         """
         self.chunk(chunk, writable=True)  # creates the file, and `flush` will sync it
-        at_once = values.dtype == self.dtype and values.flags.c_contiguous and bool((np.diff(inside) == 1).all())
-        matrix = self.layout.tile_rows is not None and at_once and values.nbytes >= _WRITTEN_BYTES
+        matrix = self.layout.tile_rows is not None and values.nbytes >= _WRITTEN_BYTES
+        matrix = matrix and values.dtype == self.dtype and values.flags.c_contiguous and is_consecutive(inside)
         if not hasattr(os, "pwrite") or not (matrix or chunk in self._sparse):
             super().assign_in_chunk(chunk, inside, values)
             return
@@ -180,6 +181,12 @@ class LocalArray(ChunkedArray):
             if len(self.layout.shape) == 1:  # the name is the file's; otherwise a directory's, which may be empty
                 return set(named)
             return {chunk for chunk in named if self.chunk_path(chunk).exists()}
+
+    def missing_chunks(self, wanted: Collection[int]) -> list[int]:
+        """Return those of some chunks whose files do not exist, ascending; a few are looked up without a listing."""
+        if len(wanted) > _LOOKED_UP:
+            return super().missing_chunks(wanted)
+        return [chunk for chunk in sorted(wanted) if not os.path.exists(self.chunk_path(chunk))]
 
     def prefetch(self, start: int, stop: int) -> None:
         """Begin to read rows into the system's page cache."""
