@@ -56,6 +56,11 @@ class Variant:
     scoring: dict[str, Any] = field(default_factory=dict)
     unfit: Callable[[Case], str] = lambda case: ""
 
+    @property
+    def title(self) -> str:
+        """What its method is called."""
+        return self.name_of(self.estimators[0]) if len(self.estimators) == 1 else f"tracer, {self.label}"
+
     def name_of(self, estimator: str) -> str:
         """Return what a row of the table is called."""
         return f"tracer {estimator}" + (f", {self.label}" if self.label else "")
@@ -141,7 +146,7 @@ class Variant:
             own = self.store(case, folder / "store", case.train, "train")
             return np.diagonal(self.scores(own, case, estimator, options)).copy()
 
-        return None if estimator == "cosine" else compute
+        return None if estimator in ("cosine", "trackstar") else compute
 
 
 def stored_bytes(folder: Path) -> int:
@@ -158,6 +163,11 @@ def needs_own_layer(case: Case) -> str:
     """Return why the last layer cannot be chosen alone, or nothing."""
     names = [name for name, _ in case.model.named_parameters()]
     return "" if any(name.startswith(f"{case.last_layer}.") for name in names) else "the last layer is tied to another"
+
+
+def needs_classes(case: Case) -> str:
+    """Return why the output is no other target than the loss, or nothing."""
+    return "the output of a language model is its loss" if case.task == "language_modeling" else ""
 
 
 def needs_adam(case: Case) -> str:
@@ -214,6 +224,18 @@ VARIANTS = [
     Variant("k=1024, Adam", ALL, {"proj_dim": 1024, "preconditioner": "adam"}, unfit=needs_adam),
     Variant("exact, K-FAC", ("tracin",), {"projector": "none", "preconditioner": "kfac"}),
     Variant("exact, EK-FAC", ("tracin",), {"projector": "none", "preconditioner": "ekfac"}),
+    *(
+        Variant(
+            f"exact, {name}, target output",
+            ("tracin",),
+            {"projector": "none", "preconditioner": preconditioner},
+            scoring={"target": "output"},
+            unfit=needs_classes,
+        )
+        for name, preconditioner in (("K-FAC", "kfac"), ("EK-FAC", "ekfac"))
+    ),
+    Variant("k=4096", ("trackstar",)),
+    Variant("16 kB of signs, K-FAC", ("tracin",), {"preconditioner": "kfac", "storage": "binary", "proj_dim": 1 << 17}),
     Variant("k=4096, K-FAC", ("tracin", "influence"), {"preconditioner": "kfac", "storage": "int8"}),
     Variant("4 kB of signs", ("tracin", "cosine"), {"storage": "binary", "proj_dim": 1 << 15}),
     Variant("4 kB of signs, K-FAC", ("tracin",), {"preconditioner": "kfac", "storage": "binary", "proj_dim": 1 << 15}),
@@ -230,4 +252,4 @@ VARIANTS = [
 
 def tracer_methods() -> list[Method]:
     """Return tracer's contenders."""
-    return [Method(f"tracer, {variant.label}", variant.run, unfit=variant.unfit) for variant in VARIANTS]
+    return [Method(variant.title, variant.run, unfit=variant.unfit) for variant in VARIANTS]

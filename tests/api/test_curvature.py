@@ -61,11 +61,14 @@ def normalized(vectors):
     return total * len(total) / total.trace()
 
 
-def damped_products(drawn, kind):
-    """Return the damped curvature of each parameter, ``[O * I, O * I]``, from factors of drawn labels' gradients."""
+def damped_products(drawn, others, kind):
+    """Return the damped curvature of each parameter, ``[O * I, O * I]``, from factors of drawn labels' gradients.
+
+    Eigenvalues are corrected by other gradients than those that eigenvectors come from.
+    """
     means, whole = {}, {}
     for name in drawn[0]:
-        grams = [torch.outer(*each[name]).flatten() for each in drawn]
+        grams = [torch.outer(*each[name]).flatten() for each in (drawn if kind == "kfac" else others)]
         means[name], whole[name] = float(torch.stack(grams).square().mean()), torch.stack(grams)
     sizes = {name: each.shape[1] for name, each in whole.items()}
     floor = 1e-8 * sum(means[name] * sizes[name] for name in means) / sum(sizes.values())
@@ -82,17 +85,20 @@ def damped_products(drawn, kind):
     return found
 
 
-def oracle(model, train, targets, checkpoints, kind, rows, samples=1):
+def oracle(model, train, targets, checkpoints, kind, rows, samples=1, other_rows=None):
     """Return Σ η ∇L(z)ᵀ (F + λ)⁻¹ ∇L(z') from loops over examples."""
     total = torch.zeros(len(train[0]), len(targets[0]), dtype=torch.float64)
     for number, (state, rate) in enumerate(checkpoints):
         model.load_state_dict(state)
-        drawn = [
-            factors(model, train[0][row], drawn_label(model, train[0][row], number, row, sample))
-            for row in rows
-            for sample in range(samples)
-        ]
-        products = damped_products(drawn, kind)
+        drawn, others = (
+            [
+                factors(model, train[0][row], drawn_label(model, train[0][row], number, row, start + sample))
+                for row in chosen
+                for sample in range(samples)
+            ]
+            for start, chosen in ((0, rows), (samples, other_rows or rows))
+        )
+        products = damped_products(drawn, others, kind)
         own, others = ([factors(model, *one) for one in zip(*data, strict=True)] for data in (train, targets))
         for name, product in products.items():
             left, right = (torch.stack([torch.outer(*each[name]).flatten() for each in side]) for side in (own, others))
@@ -124,7 +130,8 @@ def test_scores_are_those_of_a_slow_loop(tmp_path, kind, storage):
     np.testing.assert_allclose(squares, selves, rtol=1e-4)
 
 
-def test_fewer_examples_and_more_samples(tmp_path):
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+def test_fewer_examples_and_more_samples(tmp_path, kind):
     model, train, targets, checkpoints = case()
     options = {"curvature_examples": 20, "curvature_samples": 3, "damping": DAMPING}
     found = attribute(
@@ -136,10 +143,10 @@ def test_fewer_examples_and_more_samples(tmp_path):
         save_dir=tmp_path,
         projector="none",
         **options,
-        preconditioner="kfac",
+        preconditioner=kind,
     )
-    rows = np.linspace(0, 59, 20).round().astype(int)
-    expected = oracle(model, train, targets, checkpoints, "kfac", rows, samples=3)
+    rows = range(0, 60, 3)
+    expected = oracle(model, train, targets, checkpoints, kind, rows, 3, other_rows=range(1, 60, 3))
     np.testing.assert_allclose(found.scores, expected, rtol=2e-4, atol=2e-5 * np.abs(expected).max())
 
 
@@ -418,7 +425,7 @@ def test_a_task_without_drawn_labels_takes_the_given_ones_and_says_so(tmp_path, 
     assert "given labels" in caplog.text
     model.load_state_dict(checkpoints[0][0])
     own = [factors(model, *one) for one in zip(*train, strict=True)]
-    products, others = damped_products(own, "kfac"), [factors(model, *one) for one in zip(*targets, strict=True)]
+    products, others = damped_products(own, own, "kfac"), [factors(model, *one) for one in zip(*targets, strict=True)]
     expected = 0.0
     for name, product in products.items():
         left, right = (torch.stack([torch.outer(*each[name]).flatten() for each in side]) for side in (own, others))

@@ -91,7 +91,7 @@ class CurvatureFit:
         """Compute and store the curvature."""
         if self._process.agreed(self._sums.is_done):
             return
-        rows = _spread(len(source), self._settings.curvature_examples)
+        rows, others = _spread(len(source), self._settings.curvature_examples)
         count = len(rows) * self._settings.curvature_samples
         factors = self._sums.sum("factors", KroneckerSums, rows, source, partial(self._batch, KroneckerSums, None))
         if factors is None:
@@ -106,8 +106,9 @@ class CurvatureFit:
             found = KroneckerPreconditioner.kfac(curvatures, damping)
         else:
             rotation = KroneckerPreconditioner.rotation(curvatures).to(self._factory.dtype)
+            # Of the gradients that the eigenvectors come from, the squares along the last of them are too small.
             squares = self._sums.sum(
-                "eigenvalues", SquareSums, rows, source, partial(self._batch, SquareSums, rotation)
+                "eigenvalues", SquareSums, others, source, partial(self._batch, SquareSums, rotation)
             )
             if squares is None:
                 return
@@ -129,8 +130,8 @@ class CurvatureFit:
         self, kind: type[S], preconditioner: KroneckerPreconditioner | None, batch: Batch, inds: np.ndarray
     ) -> S:
         """Return the sums over a batch, of all samples of labels."""
-        total = kind()
-        for sample in range(self._settings.curvature_samples):
+        total, samples = kind(), self._settings.curvature_samples
+        for sample in range(samples) if preconditioner is None else range(samples, 2 * samples):
             sums = kind()
             sink: Sink = sums if preconditioner is None else PreconditioningSink(sums, preconditioner)
             keys = example_keys(int(self._settings.seed), self._model_id, sample, inds)
@@ -145,8 +146,10 @@ class CurvatureFit:
         return total
 
 
-def _spread(num_rows: int, count: int | None) -> np.ndarray:
-    """Return the indices of examples, spread evenly."""
+def _spread(num_rows: int, count: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of examples, spread evenly, and those of as many that lie between them if there are."""
     if count is None:
         count = min(max(num_rows // 4, _LEAST), _MOST)
-    return np.linspace(0, num_rows - 1, min(num_rows, count)).round().astype(np.int64)
+    count = min(num_rows, count)
+    places = np.arange(count, dtype=np.int64)
+    return places * num_rows // count, (2 * places + 1) * num_rows // (2 * count)
