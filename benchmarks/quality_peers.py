@@ -10,7 +10,8 @@ and is called as its own documentation calls it; the defaults come first, then s
   values, which the paper does not, so checkpoints have other weights, and it computes in float16 by default. Its
   features are divided by the square root of the number of parameters: a ridge of ours, divided by that number, is
   its ``lambda_reg``.
-- dattri 0.3: see `quality_dattri`; kronfluence 1.0: see `quality_kronfluence`.
+- dattri 0.3: see `quality_dattri`; kronfluence 1.0: see `quality_kronfluence`; bergson 2.5: see
+  `quality_bergson`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from fidelity import rank_correlation
+from quality_bergson import bergson_methods
 from quality_dattri import dattri_methods
 from quality_kronfluence import kronfluence_methods
 from quality_methods import (
@@ -353,4 +355,5 @@ def peer_methods() -> list[Method]:
         Method(ensemble, run_traker(ensemble, ridges, True, **projected), "trak"),
         *dattri_methods(),
         *kronfluence_methods(),
+        *bergson_methods(),
     ]

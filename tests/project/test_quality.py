@@ -346,6 +346,29 @@ def test_a_sweep_is_around_the_regularization_that_tracer_chooses(variant, case,
 # the field's methods
 
 
+def test_a_decoder_becomes_a_gpt2_with_the_same_outputs_for_bergson():
+    pytest.importorskip("transformers")
+    with script("quality_bergson") as module, script("models") as models:
+        torch.manual_seed(0)
+        model = models.Decoder(11, 16, 2, 2, length=9).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        tokens = torch.randint(0, 11, (3, 9))
+        torch.testing.assert_close(module.gpt2(model)(tokens).logits, model(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_texts_for_bergson_are_the_numbers_of_rows_and_of_the_last_label(tmp_path):
+    datasets, transformers = pytest.importorskip("datasets"), pytest.importorskip("transformers")
+    x = torch.tensor([[0, 3, 10, 2], [5, 5, 1, 0]])
+    y = torch.tensor([[3, 10, 2, 7], [5, 1, 0, 9]])
+    with script("quality_bergson") as module:
+        module.save_texts((x, y), tmp_path / "rows")
+        module.save_tokenizer(11, tmp_path / "model")
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
+    texts = datasets.load_from_disk(str(tmp_path / "rows"))["text"]
+    assert [tokenizer(text)["input_ids"] for text in texts] == [[0, 3, 10, 2, 7], [5, 5, 1, 0, 9]]
+
+
 def test_kronfluence_gives_proponents_positive_scores(quality, case, tmp_path):
     pytest.importorskip("kronfluence")
     (default, heuristic) = found_by(quality.peer_methods(), "kronfluence EK-FAC, last checkpoint", case, tmp_path)
