@@ -1,10 +1,12 @@
 """How near the estimate of wrong labels comes, and what finds most of them: data sets with known shares of flips.
 
 Each run flips a share of the training labels, uniformly to any other class or from each class to the next one at rates
-that differ by class, trains a small network and attributes held-out examples. The table has the error of the estimate
-and how often its interval holds the truth, and the share of flips among as many of the highest-ranked examples: by mean
-loss over checkpoints, which sorts the report's suspects, by the probability that the label is wrong, by the final loss,
-by self-influence, and by Datalab on the same model's predictions if cleanlab is installed (extra ``peers``).
+that differ by class, trains a small network and attributes held-out examples. It estimates the share of wrong labels
+from the checkpoints, and by cross-validation: five trainings, stopped where the loss of held-out examples is least. One
+table has the errors of both and how often their intervals hold the truth; another has the share of flips among as many
+of the highest-ranked examples: by mean loss over checkpoints, which sorts the report's suspects, by the probability
+that the label is wrong, by the final loss, by self-influence, and by Datalab on the same model's predictions if
+cleanlab is installed (extra ``peers``).
 
 Digits and tabular data come with scikit-learn. Others are read from the folder ``TRACER_DATA``: CIFAR-10
 (cifar10_10k.npz) and SST-2 (sst2_train.tsv, sst2_dev.tsv).
@@ -20,6 +22,8 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +34,13 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import nn
 
 from tracer import attribute
+from tracer.report.label_noise import WrongLabels
+from tracer.retraining import Recipe, cross_validate
 
 RATES = (0.0, 0.05, 0.1, 0.2, 0.4)
 KINDS = ("uniform", "class-dependent")
 RESULTS = Path(__file__).parent / "results" / "health.json"
-RANKINGS = ("mean loss", "probability", "final loss", "self-influence", "Datalab")
+RANKINGS = ("cross-validated", "mean loss", "probability", "final loss", "self-influence", "Datalab")
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # training inputs and labels, then held-out ones
 
@@ -173,69 +179,166 @@ def datalab_scores(model: nn.Module, x: torch.Tensor, labels: np.ndarray) -> np.
     return found["is_label_issue"].to_numpy() * 2.0 - found["label_score"].to_numpy()
 
 
-def run(name: str, rate: float, kind: str, seed: int) -> dict[str, Any]:
-    """Train once and compare the estimate and the rankings with the flips."""
-    case, rng = CASES[name], np.random.default_rng(seed)
-    inputs, right, target_inputs, target_labels = case.read(rng)
-    labels = flip(right, rate, kind, rng)
-    wrong = labels != right
-    x, targets = (torch.as_tensor(each, dtype=torch.float32) for each in (inputs, target_inputs))
-    y, target_y = (torch.as_tensor(each, dtype=torch.int64) for each in (labels, target_labels))
-    model, checkpoints = train(case, x, y, int(right.max()) + 1, seed)
-    with tempfile.TemporaryDirectory() as folder:
-        found = attribute(
-            model, "image_classification", (x, y), (targets, target_y), checkpoints, save_dir=folder, proj_dim=1024,
-            progress=False,
-        )  # fmt: skip
-        health, own = found.label_health(), found.self_influence()
-        losses = np.stack([found.tracer.store.checkpoint(place).column("loss") for place in range(len(checkpoints))])
-    scores = {"mean loss": losses.mean(0), "final loss": losses[-1], "self-influence": own}
-    peer = datalab_scores(model, x, labels)
-    if peer is not None:
-        scores["Datalab"] = peer
-    result = {"case": name, "kind": kind, "rate": float(wrong.mean()), "seed": seed}
-    if isinstance(health, str):
-        result["reason"] = health
-    else:
-        scores["probability"] = health.confidence
-        result |= {"share": health.share, "low": health.low, "high": health.high}
-        if (health.suspects & wrong).any():
-            restored = (health.suggested == right)[health.suspects & wrong]
-            result["restored"] = float(restored.mean())
-    count = int(wrong.sum())
-    if count:
-        top = {each: np.argsort(-values, kind="stable")[:count] for each, values in scores.items()}
-        result["precision"] = {each: float(wrong[rows].mean()) for each, rows in top.items()}
-    return result
+@dataclass(frozen=True)
+class Flipped:
+    """A data set with flipped labels, and the network that learned them."""
+
+    case: Case
+    train: tuple[torch.Tensor, torch.Tensor]
+    targets: tuple[torch.Tensor, torch.Tensor]
+    right: np.ndarray
+    model: nn.Module
+    checkpoints: list
+
+    @classmethod
+    def of(cls, name: str, rate: float, kind: str, seed: int) -> Flipped:
+        """Flip labels and train."""
+        case, rng = CASES[name], np.random.default_rng(seed)
+        inputs, right, target_inputs, target_labels = case.read(rng)
+        labels = flip(right, rate, kind, rng)
+        x, targets = (torch.as_tensor(each, dtype=torch.float32) for each in (inputs, target_inputs))
+        y, target_y = (torch.as_tensor(each, dtype=torch.int64) for each in (labels, target_labels))
+        model, checkpoints = train(case, x, y, int(right.max()) + 1, seed)
+        return cls(case, (x, y), (targets, target_y), right, model, checkpoints)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The labels, ``[N]``."""
+        return self.train[1].numpy()
+
+    @property
+    def wrong(self) -> np.ndarray:
+        """Which labels were flipped, ``[N]``."""
+        return self.labels != self.right
+
+    def best_epoch(self) -> int:
+        """Return the epoch of the checkpoint whose mean loss of targets is least, as early stopping does."""
+        (x, y), losses = self.targets, []
+        state = {name: value.clone() for name, value in self.model.state_dict().items()}
+        with torch.no_grad():
+            for weights, _ in self.checkpoints:
+                self.model.load_state_dict(weights)
+                outputs = torch.cat([self.model(part) for part in x.split(1000)])
+                losses.append(float(nn.functional.cross_entropy(outputs, y)))
+        self.model.load_state_dict(state)
+        return self.case.saved[int(np.argmin(losses))]
+
+    def described(self, health: WrongLabels | str) -> dict[str, Any]:
+        """Return an estimate as JSON values."""
+        if isinstance(health, str):
+            return {"reason": health}
+        found = {"share": health.share, "low": health.low, "high": health.high}
+        if (health.suspects & self.wrong).any():
+            found["restored"] = float((health.suggested == self.right)[health.suspects & self.wrong].mean())
+        return found
+
+    def precision(self, scores: dict[str, np.ndarray]) -> dict[str, float]:
+        """Return the share of flips among as many of the highest-ranked examples, for each ranking."""
+        count = int(self.wrong.sum())
+        top = {name: np.argsort(-values, kind="stable")[:count] for name, values in scores.items()} if count else {}
+        return {name: float(self.wrong[rows].mean()) for name, rows in top.items()}
+
+    def from_checkpoints(self) -> dict[str, Any]:
+        """Return the estimate of the attribution, and the precision of its rankings."""
+        with tempfile.TemporaryDirectory() as folder:
+            found = attribute(
+                self.model, "image_classification", self.train, self.targets, self.checkpoints, save_dir=folder,
+                proj_dim=1024, progress=False,
+            )  # fmt: skip
+            health, own = found.label_health(), found.self_influence()
+            tables = [found.tracer.store.checkpoint(place) for place in range(len(self.checkpoints))]
+            losses = np.stack([table.column("loss") for table in tables])
+        scores = {"mean loss": losses.mean(0), "final loss": losses[-1], "self-influence": own}
+        peer = datalab_scores(self.model, self.train[0], self.labels)
+        if peer is not None:
+            scores["Datalab"] = peer
+        if not isinstance(health, str):
+            scores["probability"] = health.confidence
+        return {**self.described(health), "precision": self.precision(scores)}
+
+    def by_cross_validation(self, seed: int) -> dict[str, Any]:
+        """Return the estimate of five trainings without a fold, and the precision of its ranking."""
+        case, (x, _) = self.case, self.train
+        recipe = Recipe(learning_rate=case.learning_rate, batch_size=case.batch_size, epochs=self.best_epoch())
+        network = lambda: case.network(x[0].numel(), int(self.right.max()) + 1)  # noqa: E731
+        found = cross_validate(
+            network, "image_classification", self.train, self.targets, recipe, seed=seed, progress=False
+        )
+        health = found.label_health()
+        scores = {} if isinstance(health, str) else {"cross-validated": health.confidence}
+        return {**self.described(health), "precision": self.precision(scores), "epochs": recipe.epochs}
 
 
-def summary(found: Sequence[dict[str, Any]]) -> str:
-    """Return two Markdown tables over kinds and seeds: estimates by share of flips, and how good rankings are."""
-    cases = list(dict.fromkeys(each["case"] for each in found))
-    rates = sorted({round(each["rate"], 2) for each in found})
-    names = [name for name in RANKINGS if any(name in each.get("precision", {}) for each in found)]
-    estimates, rankings = [], []
-    for case in cases:
-        runs = [each for each in found if each["case"] == case]
-        cells = []
-        for rate in rates:
-            known = [each for each in runs if round(each["rate"], 2) == rate and "share" in each]
-            held = sum(each["low"] <= each["rate"] <= each["high"] for each in known)
-            mean = np.mean([each["share"] for each in known]) if known else 0.0
-            cells.append(f"{mean:.1%}, {held} of {len(known)}" if known else "")
-        estimates.append([case, *cells])
-        precision = [each["precision"] for each in runs if "precision" in each]
-        values = [[each[name] for each in precision if name in each] for name in names]
-        rankings.append([case, *(f"{np.mean(each):.0%}" if each else "" for each in values)])
-    tables = (["flipped", *(f"{rate:.0%}" for rate in rates)], estimates), (["data", *names], rankings)
-    return "\n\n".join(
-        "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(line)} |" for line in lines)])
-        for head, lines in tables
+def run(name: str, rate: float, kind: str, seed: int, known: dict[str, Any]) -> dict[str, Any]:
+    """Return both estimates and the precision of all rankings; what is known is not computed again."""
+    flipped = Flipped.of(name, rate, kind, seed)
+    found = {"case": name, "kind": kind, "rate": float(flipped.wrong.mean()), "seed": seed, **known}
+    for key, estimate in (
+        ("checkpoints", flipped.from_checkpoints),
+        ("cross-validation", lambda: flipped.by_cross_validation(seed)),
+    ):
+        found[key] = found.get(key) or estimate()
+    return found
+
+
+def by_share(found: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return the runs of each data set and share of flips, with the beginning of their table's line."""
+    keys = sorted(
+        {(each["case"], round(each["rate"], 2)) for each in found}, key=lambda key: (list(CASES).index(key[0]), key[1])
     )
+    return [
+        (f"| {case} | {rate:.0%} |", [each for each in found if (each["case"], round(each["rate"], 2)) == (case, rate)])
+        for case, rate in keys
+    ]
+
+
+def estimates(found: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table of the estimates, over kinds of flips and seeds."""
+    ways = ("cross-validation", "checkpoints")
+    lines = [
+        "| data | flipped |" + "".join(f" {way}: mean | error, points | interval holds it |" for way in ways),
+        "|---|---|" + "---|---|---|" * len(ways),
+    ]
+    lines += [start + "".join(_estimate(group, way) for way in ways) for start, group in by_share(found)]
+    for way in ways:
+        known = [(each["rate"], each[way]) for each in found if "share" in each.get(way, {})]
+        few = [abs(each["share"] - rate) for rate, each in known if rate < 0.3]
+        held = sum(each["low"] <= rate <= each["high"] for rate, each in known)
+        lines.append(
+            f"\n{way}: mean error {100 * np.mean(few):.1f} points up to 20 %; {held} of {len(known)} intervals hold "
+            f"the share; no estimate in {len(found) - len(known)} runs."
+        )
+    return "\n".join(lines)
+
+
+def _estimate(group: Sequence[dict[str, Any]], way: str) -> str:
+    known = [(each["rate"], each[way]) for each in group if "share" in each.get(way, {})]
+    if not known:
+        return " none | | |"
+    mean = np.mean([each["share"] for _, each in known])
+    error = np.mean([abs(each["share"] - rate) for rate, each in known])
+    held = sum(each["low"] <= rate <= each["high"] for rate, each in known)
+    return f" {100 * mean:.1f} % | {100 * error:.1f} | {held} of {len(known)} |"
+
+
+def rankings(found: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table of the precision of rankings, over kinds of flips and seeds."""
+    lines = ["| data | flipped | " + " | ".join(RANKINGS) + " |", "|---|---|" + "---|" * len(RANKINGS)]
+    for start, group in by_share([each for each in found if each["rate"]]):
+        parts = [
+            {
+                **each.get("checkpoints", {}).get("precision", {}),
+                **each.get("cross-validation", {}).get("precision", {}),
+            }
+            for each in group
+        ]
+        values = [[part[name] for part in parts if name in part] for name in RANKINGS]
+        lines.append(start + "".join(f" {np.mean(each):.0%} |" if each else " |" for each in values))
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run all and print the tables."""
+    """Run all and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["digits", "breast cancer", "wine"])
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
@@ -244,21 +347,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     found = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else []
-    settings = [
-        (name, rate, kind, seed)
-        for name in options.cases
-        for rate in options.rates
-        for kind in options.kinds
-        for seed in options.seeds
-    ]
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    for name, rate, kind, seed in settings:
-        known = [(each["case"], each["kind"], each["seed"], round(each["rate"], 2)) for each in found]
-        if (name, kind, seed, round(rate, 2)) not in known:
-            found.append(run(name, rate, kind, seed))
-            options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            print(f"{name}, {rate:.0%} flipped ({kind}), seed {seed}: {found[-1].get('share')}", flush=True)
-    print("\n" + summary(found))
+    for seed, name, kind, rate in product(options.seeds, options.cases, options.kinds, options.rates):
+        key = (name, kind, seed, rate)
+        known = next(
+            (each for each in found if (*itemgetter("case", "kind", "seed")(each), round(each["rate"], 2)) == key), {}
+        )
+        if known.keys() >= {"checkpoints", "cross-validation"}:
+            continue
+        done = run(name, rate, kind, seed, known)
+        found = [each for each in found if each is not known] + [done]
+        options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        shares = [done[way].get("share") for way in ("cross-validation", "checkpoints")]
+        print(f"{name}, {rate:.0%} flipped ({kind}), seed {seed}: {shares}", flush=True)
+    print("\n" + estimates(found) + "\n\n" + rankings(found))
 
 
 if __name__ == "__main__":

@@ -22,12 +22,7 @@ def evidence_of(table: RowTable, change: np.ndarray | float = 0.0) -> LabelEvide
     label, rival = table.column("label"), table.column("rival")
     if (label == NO_LABEL).any() or (rival == NO_LABEL).any():
         return None
-    loss = table.column("loss").astype(np.float64)
-    # L = softplus(-f), so the label's log odds are f = -log(exp(L) - 1); a loss of zero is a probability of one
-    odds = -np.log(np.expm1(np.clip(loss, 1e-12, 500.0)))
-    own = 1 / (1 + np.exp(np.clip(-(odds + change), -500, 500)))
-    share = np.clip(table.column("rival_share").astype(np.float64), 0, 1)
-    return LabelEvidence(label.astype(np.int64), own, rival.astype(np.int64), (1 - own) * share)
+    return LabelEvidence.of_losses(label, table.column("loss"), rival, table.column("rival_share"), change)
 
 
 def held_out_evidence(store: Store, exp_name: str, model_ids: Sequence[int]) -> list[LabelEvidence] | None:

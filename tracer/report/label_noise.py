@@ -16,7 +16,11 @@ from jaxtyping import Bool, Float64, Int64
 from tracer.errors import InputError
 
 MIN_HELD_OUT = 20  # with fewer targets, nothing tells whether labels are predicted
-MIN_KAPPA = 0.6  # agreement with held-out labels beyond chance; with less (SST-2, 0.4 to 0.55) estimates were far off
+MIN_KAPPA = 0.6
+"""The least agreement with held-out labels, beyond chance, of a model that has learned from the labels in question.
+
+With less (SST-2, 0.4 to 0.55) the step that undoes what it learned was far off."""
+MIN_KAPPA_OUT_OF_SAMPLE = 0.1  # that of models which have not
 _MAX_EXAMPLES = 2000
 """The likelihood counts at most so many examples.
 
@@ -73,6 +77,29 @@ class LabelEvidence:
         return cls(label.astype(np.int64), values[rows, label], rival, values[rows, rival])
 
     @classmethod
+    def of_losses(cls, label: Any, loss: Any, rival: Any, rival_share: Any, change: Any = 0.0) -> LabelEvidence:
+        """Return the evidence of a task's values of N examples, ``[N]`` each (`tracer.types.SampleOutputs`).
+
+        Args:
+            label: The class indices.
+            loss: The cross-entropy.
+            rival: The most probable other classes.
+            rival_share: Their shares of the probability of all other classes.
+            change: Added to the labels' log odds.
+        """
+        # L = softplus(-f), so the label's log odds are f = -log(exp(L) - 1); a loss of zero is a probability of one
+        loss = np.clip(np.asarray(loss, dtype=np.float64), 1e-12, 500.0)
+        own = _sigmoid(change - np.log(np.expm1(loss)))
+        others = (1 - own) * np.clip(np.asarray(rival_share, dtype=np.float64), 0, 1)
+        return cls(np.asarray(label).astype(np.int64), own, np.asarray(rival).astype(np.int64), others)
+
+    @classmethod
+    def joined(cls, parts: Sequence[LabelEvidence]) -> LabelEvidence:
+        """Return the evidence on the examples of all parts, one after another."""
+        names = ("label", "own", "rival", "rival_probability")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    @classmethod
     def mean(cls, parts: Sequence[LabelEvidence]) -> LabelEvidence:
         """Return the mean evidence over several models; the rival is the class of the largest sum."""
         rivals = np.stack([part.rival for part in parts])
@@ -112,11 +139,11 @@ class LabelEvidence:
         share, chance = self.accuracy()
         return (share - chance) / (1 - chance) if chance < 1 else 0.0
 
-    def tells_classes_apart(self) -> bool:
+    def tells_classes_apart(self, min_kappa: float = MIN_KAPPA) -> bool:
         """Return whether labels are predicted far better than chance predicts them."""
         share, chance = self.accuracy()
         error = (chance * (1 - chance) / len(self.label)) ** 0.5
-        return self.kappa() >= MIN_KAPPA and share - chance > 3 * error
+        return self.kappa() >= min_kappa and share - chance > 3 * error
 
 
 @dataclass(frozen=True)
@@ -146,7 +173,10 @@ class WrongLabels:
 
 
 def estimate_wrong_labels(
-    train: LabelEvidence, held_out: LabelEvidence | None = None, in_sample: LabelEvidence | None = None
+    train: LabelEvidence,
+    held_out: LabelEvidence | None = None,
+    in_sample: LabelEvidence | None = None,
+    num_models: int = 1,
 ) -> WrongLabels:
     """Return the share of wrong labels with an interval, and the probability that each label is wrong.
 
@@ -164,9 +194,10 @@ def estimate_wrong_labels(
         held_out: That on other examples of the same classes.
         in_sample: That on the training examples without a correction for what the model learned from each of them. The
             interval is widened by the difference that the correction makes.
+        num_models: How many models predicted each held-out example, whose predictions stand one after another.
     """
     num_classes = 1 + int(max(train.label.max(), train.rival.max()))
-    rates, posterior, slope, offset = _posterior(train, held_out, num_classes)
+    rates, posterior, slope, offset = _posterior(train, held_out, num_classes, num_models)
     share, low, high = _quantiles(rates, posterior)
     if in_sample is not None:
         uncorrected = _quantiles(*_posterior(in_sample, held_out, num_classes)[:2])[0]
@@ -180,7 +211,7 @@ def estimate_wrong_labels(
 
 
 def _posterior(
-    train: LabelEvidence, held_out: LabelEvidence | None, num_classes: int
+    train: LabelEvidence, held_out: LabelEvidence | None, num_classes: int, num_models: int = 1
 ) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Return rates ``[R]`` with their posterior ``[R]``, and the posterior means of a and b."""
     rates = np.arange(0.0, 1 - 1 / num_classes + 1e-9, _STEP)
@@ -191,10 +222,10 @@ def _posterior(
     place = np.searchsorted(edges[1:-1], odds, side="right")
     middle = np.bincount(place, odds, size) / np.maximum(1, np.bincount(place, minlength=size))
     counts = []
-    for part in parts:
+    for part, models in zip(parts, (1, num_models), strict=False):
         at = np.searchsorted(edges[1:-1], part.confidence, side="right")
         by_agreement = [np.bincount(at[part.agrees == agrees], minlength=size) for agrees in (True, False)]
-        counts.append(np.stack(by_agreement) * min(1.0, _MAX_EXAMPLES / len(at)))
+        counts.append(np.stack(by_agreement) * min(1 / models, _MAX_EXAMPLES / len(at)))
     logs = np.empty((len(_SLOPES), len(_OFFSETS), len(rates)))
     for step, slope in enumerate(_SLOPES):
         chance = _sigmoid(slope * middle + _OFFSETS[:, None])

@@ -92,13 +92,15 @@ class StackingOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class _Stacking:
+class Stacking:
+    """The values of `StackingOptions`, or their defaults."""
+
     stacked: bool | None = None
     models_at_once: int | None = None
     progress: bool | None = None
 
 
-def _trainer(
+def make_trainer(
     make_model: Callable[[], nn.Module],
     task: str | Task | Callable[[nn.Module, Batch], Tensor],
     train: Batch,
@@ -176,11 +178,11 @@ def retrain(
     >>> truth.outputs.shape, truth.outputs_by_seed.shape
     ((6, 3), (6, 2, 3))
     """
-    stacking = _Stacking(**options)
+    stacking = Stacking(**options)
     place = None if save_dir is None else local_path(save_dir)
     runs = make_runs(masks, count_samples(train), seeds, paired)
     with ordinary_mode():
-        trainer = _trainer(make_model, task, train, recipe, train_fn)
+        trainer = make_trainer(make_model, task, train, recipe, train_fn)
         rows = trainer.checked_rows(targets, "targets")
         files = None if place is None else ResultFiles(place, settings_of(trainer, rows, paired))
         found = {} if files is None else files.read(runs)

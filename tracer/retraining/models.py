@@ -89,6 +89,10 @@ class Models(ABC):
         """Return f and L of each model for a batch of B examples, ``[K, B]`` each, without gradients."""
 
     @abstractmethod
+    def module(self, model: int) -> nn.Module:
+        """Return one model, until another is asked for or training goes on."""
+
+    @abstractmethod
     def state(self, model: int) -> dict[str, Tensor]:
         """Return a copy of one model's state dict, on the CPU."""
 
@@ -127,6 +131,9 @@ class SingleModel(Models):
     def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         _, output, loss = self._objective(batch)
         return output.unsqueeze(0), loss.unsqueeze(0)
+
+    def module(self, model: int) -> nn.Module:
+        return self._model
 
     def state(self, model: int) -> dict[str, Tensor]:
         named = self._model.state_dict().items()
@@ -182,6 +189,10 @@ class StackedModels(Models):
             return output, loss
 
         return _vmapped(run)(self.trained, self._fixed)
+
+    def module(self, model: int) -> nn.Module:
+        self._model.load_state_dict(self.state(model), strict=False)  # the stacked values are no part of it
+        return self._model
 
     def state(self, model: int) -> dict[str, Tensor]:
         values = {**self.trained, **self._fixed}
