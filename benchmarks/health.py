@@ -40,6 +40,7 @@ from tracer.retraining import Recipe, cross_validate
 RATES = (0.0, 0.05, 0.1, 0.2, 0.4)
 KINDS = ("uniform", "class-dependent")
 RESULTS = Path(__file__).parent / "results" / "health.json"
+WAYS = ("cross-validation", "checkpoints")
 RANKINGS = ("cross-validated", "mean loss", "probability", "final loss", "self-influence", "Datalab")
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # training inputs and labels, then held-out ones
@@ -281,60 +282,53 @@ def run(name: str, rate: float, kind: str, seed: int, known: dict[str, Any]) -> 
     return found
 
 
-def by_share(found: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return the runs of each data set and share of flips, with the beginning of their table's line."""
-    keys = sorted(
-        {(each["case"], round(each["rate"], 2)) for each in found}, key=lambda key: (list(CASES).index(key[0]), key[1])
-    )
-    return [
-        (f"| {case} | {rate:.0%} |", [each for each in found if (each["case"], round(each["rate"], 2)) == (case, rate)])
-        for case, rate in keys
-    ]
-
-
-def estimates(found: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown table of the estimates, over kinds of flips and seeds."""
-    ways = ("cross-validation", "checkpoints")
-    lines = [
-        "| data | flipped |" + "".join(f" {way}: mean | error, points | interval holds it |" for way in ways),
-        "|---|---|" + "---|---|---|" * len(ways),
-    ]
-    lines += [start + "".join(_estimate(group, way) for way in ways) for start, group in by_share(found)]
-    for way in ways:
-        known = [(each["rate"], each[way]) for each in found if "share" in each.get(way, {})]
-        few = [abs(each["share"] - rate) for rate, each in known if rate < 0.3]
-        held = sum(each["low"] <= rate <= each["high"] for rate, each in known)
-        lines.append(
-            f"\n{way}: mean error {100 * np.mean(few):.1f} points up to 20 %; {held} of {len(known)} intervals hold "
-            f"the share; no estimate in {len(found) - len(known)} runs."
+def summary(found: Sequence[dict[str, Any]]) -> str:
+    """Return Markdown over kinds and seeds: estimates by share of flips, their errors, and how good rankings are."""
+    cases = [case for case in CASES if any(each["case"] == case for each in found)]
+    rates = sorted({round(each["rate"], 2) for each in found})
+    lines = [["data", "from", *(f"{rate:.0%}" for rate in rates)]]
+    for case, way in product(cases, WAYS):
+        runs = [[each for each in found if (each["case"], round(each["rate"], 2)) == (case, rate)] for rate in rates]
+        lines.append([case, way, *(_estimates(group, way) for group in runs)])
+    totals = []
+    for way in WAYS:
+        known = _known(found, way)
+        errors = [abs(each["share"] - rate) for rate, each in known if rate < 0.3]
+        tried = sum(way in each for each in found)
+        totals.append(
+            f"- {way}: {_held(known)} of {len(known)} intervals hold the share, {tried - len(known)} runs have no "
+            f"estimate; mean error up to 20% flipped: {100 * np.mean(errors or [0]):.1f} points"
         )
-    return "\n".join(lines)
-
-
-def _estimate(group: Sequence[dict[str, Any]], way: str) -> str:
-    known = [(each["rate"], each[way]) for each in group if "share" in each.get(way, {})]
-    if not known:
-        return " none | | |"
-    mean = np.mean([each["share"] for _, each in known])
-    error = np.mean([abs(each["share"] - rate) for rate, each in known])
-    held = sum(each["low"] <= rate <= each["high"] for rate, each in known)
-    return f" {100 * mean:.1f} % | {100 * error:.1f} | {held} of {len(known)} |"
-
-
-def rankings(found: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown table of the precision of rankings, over kinds of flips and seeds."""
-    lines = ["| data | flipped | " + " | ".join(RANKINGS) + " |", "|---|---|" + "---|" * len(RANKINGS)]
-    for start, group in by_share([each for each in found if each["rate"]]):
+    ranked = [["data", *RANKINGS]]
+    for case in cases:
+        runs = [each for each in found if each["case"] == case and each["rate"]]
         parts = [
-            {
-                **each.get("checkpoints", {}).get("precision", {}),
-                **each.get("cross-validation", {}).get("precision", {}),
-            }
-            for each in group
+            {name: value for way in WAYS for name, value in each.get(way, {}).get("precision", {}).items()}
+            for each in runs
         ]
         values = [[part[name] for part in parts if name in part] for name in RANKINGS]
-        lines.append(start + "".join(f" {np.mean(each):.0%} |" if each else " |" for each in values))
-    return "\n".join(lines)
+        ranked.append([case, *(f"{np.mean(each):.0%}" if each else "" for each in values)])
+    return "\n\n".join((_table(lines), "\n".join(totals), _table(ranked)))
+
+
+def _known(found: Sequence[dict[str, Any]], way: str) -> list[tuple[float, dict[str, Any]]]:
+    """Return the true share and the estimate of runs that have one."""
+    return [(each["rate"], each[way]) for each in found if "share" in each.get(way, {})]
+
+
+def _held(known: Sequence[tuple[float, dict[str, Any]]]) -> int:
+    return sum(each["low"] <= rate <= each["high"] for rate, each in known)
+
+
+def _estimates(group: Sequence[dict[str, Any]], way: str) -> str:
+    """Return the mean estimate of some runs, and how many intervals hold the share."""
+    known = _known(group, way)
+    return f"{np.mean([each['share'] for _, each in known]):.1%}, {_held(known)} of {len(known)}" if known else "none"
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    head, *others = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|" + "---|" * len(lines[0]), *others])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -358,9 +352,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         done = run(name, rate, kind, seed, known)
         found = [each for each in found if each is not known] + [done]
         options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        shares = [done[way].get("share") for way in ("cross-validation", "checkpoints")]
+        shares = [done[way].get("share") for way in WAYS]
         print(f"{name}, {rate:.0%} flipped ({kind}), seed {seed}: {shares}", flush=True)
-    print("\n" + estimates(found) + "\n\n" + rankings(found))
+    print("\n" + summary(found))
 
 
 if __name__ == "__main__":

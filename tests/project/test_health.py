@@ -33,10 +33,11 @@ def test_runs_are_written_summarized_and_not_repeated(health, tmp_path, monkeypa
     arguments = ["--cases", "wine", "--rates", "0.1", "--kinds", "uniform", "--seeds", "0", "--output", str(output)]
     health.main(arguments)
     (found,) = json.loads(output.read_text())
-    assert found["low"] <= found["rate"] <= found["high"]
-    assert found["precision"]["mean loss"] > 0.5
     printed = capsys.readouterr().out
-    assert "| flipped | 10% |" in printed
-    assert f"| wine | {found['share']:.1%}, 1 of 1 |" in printed
+    assert "| data | from | 10% |" in printed
+    for way, ranking in (("cross-validation", "cross-validated"), ("checkpoints", "mean loss")):
+        assert found[way]["low"] <= found["rate"] <= found[way]["high"]
+        assert found[way]["precision"][ranking] > 0.5
+        assert f"| wine | {way} | {found[way]['share']:.1%}, 1 of 1 |" in printed
     monkeypatch.setattr(health, "run", lambda *settings: pytest.fail("run again"))
     health.main(arguments)

@@ -13,6 +13,10 @@ from tracer.store.table_schema import NO_LABEL
 _MARGIN = 0.1  # checkpoints whose held-out agreement is within this of the best one's are used
 
 _MAX_GAP = 0.03  # with more, the step without an example does not undo what the model learned from it
+_OTHERWISE = (
+    "Or estimate the share by cross-validation, which holds for weak models too (tracer.retraining.cross_validate), or "
+    "pass out-of-sample probabilities as train_probabilities."
+)
 _FLAT = 0.01  # losses that differ less, relative to the largest, are the same
 _FITTED = 0.02  # how far the loss must be below that of a constant prediction
 
@@ -62,8 +66,7 @@ def label_health(
     size = len(held_out[0].label)
     if size < MIN_HELD_OUT:
         return (
-            f"it needs {MIN_HELD_OUT} targets or more that are no training examples, and there are {size}. Or pass "
-            "out-of-sample probabilities as train_probabilities."
+            f"it needs {MIN_HELD_OUT} targets or more that are no training examples, and there are {size}. {_OTHERWISE}"
         )
     agreement = np.array([each.kappa() for each in held_out])
     best = held_out[int(agreement.argmax())]
@@ -72,20 +75,19 @@ def label_health(
         return (
             f"the scores do not tell classes apart. At its best checkpoint the model predicts {share:.0%} of the "
             f"labels of {size:,} held-out targets; chance predicts {chance:.0%}, and an estimate needs "
-            f"{chance + MIN_KAPPA * (1 - chance):.0%}."
+            f"{chance + MIN_KAPPA * (1 - chance):.0%}. {_OTHERWISE}"
         )
     if changes is None:
         return (
             'the store has no features (storage="none"), so what the model learned from each label itself is unknown. '
-            "Store them, or pass out-of-sample probabilities as train_probabilities."
+            f"Store them. {_OTHERWISE}"
         )
     gaps = [_gap(part, other) for part, other in zip(plain, held_out, strict=True) if part is not None]
     used = np.flatnonzero((agreement >= agreement.max() - _MARGIN) & (np.array(gaps) <= _MAX_GAP)).tolist()
     if not used:
         return (
             "the model has learned training labels by heart: it predicts far more of them than of held-out labels at "
-            "each checkpoint that tells classes apart. Save earlier checkpoints, or pass out-of-sample probabilities "
-            "as train_probabilities."
+            f"each checkpoint that tells classes apart. Save earlier checkpoints. {_OTHERWISE}"
         )
     moved = changes(list(model_ids))
     corrected = [evidence_of(store.checkpoint(model_ids[place]), moved[place]) for place in used]
