@@ -301,6 +301,8 @@ PROBABILITIES |= {
     "sigmoid of the other class": Written(lambda z: 1 - torch.sigmoid(z)),
     "sigmoid, within bounds": Written(lambda z: 0.98 * torch.sigmoid(z) + 0.01),
     "sigmoid, written by hand": Written(lambda z: 1 / (1 + torch.exp(-z))),
+    "sigmoid, as tanh": Written(lambda z: (torch.tanh(z) + 1) / 2),
+    "sigmoid, as tanh by halves": Written(lambda z: 0.5 + 0.5 * torch.tanh(z / 2)),
 }
 
 
@@ -326,7 +328,15 @@ def test_probabilities_are_not_taken_for_logits(kind):
         task.outputs(model[0] if isinstance(model, nn.Sequential) else model.head, (10 * x, batch[1]))
 
 
-@pytest.mark.parametrize("function", [lambda z: 9 * torch.sigmoid(z) - 4, lambda z: z * torch.sigmoid(z)])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: 9 * torch.sigmoid(z) - 4,
+        lambda z: z * torch.sigmoid(z),
+        lambda z: 5 * torch.tanh(z / 5),
+        lambda z: 2 * torch.tanh(z) + 1,
+    ],
+)
 def test_logits_that_come_from_a_sigmoid_are_logits(function):
     x, labels = torch.randn(5, 4), torch.ones(5)
     model = Written(function)

@@ -219,6 +219,8 @@ def _operation(node: Any) -> tuple[str | None, bool]:
         changed = any(each in _WITH_NUMBERS for each in names)
         if name == "Exp" and names[-3:-1] == ["Reciprocal", "Add"]:
             return "1 / (1 + exp)", True
+        if name == "Tanh" and {"Add", "Rsub", "Sub"} & set(names) and {"Div", "Mul"} & set(names):
+            return "(tanh + 1) / 2", True  # soft caps of logits only multiply
         if name in _PROBABILITIES and "Reciprocal" not in names:
             return name.lower(), changed
         if name not in (*_SAME_VALUES, *_WITH_NUMBERS, "Reciprocal") or len(parents) != 1:
