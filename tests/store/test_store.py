@@ -17,6 +17,7 @@ from tracer._core.files import PARTIAL
 from tracer.errors import CallOrderError, InputError, InputTypeError, MismatchError, StoreError
 from tracer.store import RowTable, Store
 from tracer.store import store as store_module
+from tracer.store.arrays.layout import Layout
 from tracer.store.arrays.local import LocalArray
 from tracer.store.arrays.metadata import NODE
 from tracer.store.manifest import FORMAT_VERSION
@@ -301,6 +302,22 @@ def test_a_full_disk_marks_nothing_and_the_table_still_works(store, table, monke
         resumed.write(**batch(resumed.remaining()))
         assert resumed.remaining().size == 0
         np.testing.assert_array_equal(stored_features(resumed, 0, N), batch(np.arange(N))["features"])
+
+
+def test_documents_of_arrays_are_read_once_for_each_revision_of_a_table(store, monkeypatch):
+    with store.create_checkpoint(0, "a", 0.1) as table:
+        table.write(**batch(np.arange(N)))
+    read, read_layout = [], Layout.read
+    monkeypatch.setattr(Layout, "read", lambda path: read.append(path.name) or read_layout(path))
+    np.testing.assert_array_equal(stored_features(store.checkpoint(0), 0, N), batch(np.arange(N))["features"])
+    assert not read
+    Store.open_existing(store.path).invalidate_rows(np.array([1]))
+    arrays, read[:] = {*COLUMNS, "features"}, []
+    assert store.checkpoint(0).remaining().tolist() == [1]
+    assert set(read) == arrays
+    read.clear()
+    Store.open_existing(store.path).checkpoint(0)
+    assert arrays <= set(read)
 
 
 def test_tables_to_compare_with_are_found_without_opening_all(store, monkeypatch):

@@ -7,7 +7,7 @@ of its ``scale``, the largest absolute value over 127 (`tracer.store.quantizatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +17,7 @@ from jaxtyping import Int64, Shaped
 from tracer._core.files import disk_errors
 from tracer.errors import CallOrderError, InputError, InputTypeError, MismatchError, StoreError
 from tracer.store.arrays.completion_mask import FLUSH_SECONDS, CompletionMask
+from tracer.store.arrays.layout import Layout
 from tracer.store.arrays.metadata import NODE, write_group
 from tracer.store.arrays.opening import open_arrays
 from tracer.store.arrays.store_path import StorePath
@@ -35,6 +36,9 @@ from tracer.store.table_schema import (
     table_layouts,
 )
 
+KnownTables = dict[StorePath, tuple[tuple[Any, ...], Mapping[str, Layout]]]
+"""What the documents of tables said, by path: what changes with the arrays, and the arrays' layouts."""
+
 
 class RowTable:
     """The table of one checkpoint: training examples, or targets.
@@ -47,6 +51,8 @@ class RowTable:
     Args:
         path: The table's directory.
         flush_seconds: The time that written rows may wait for a flush; 0 flushes with every write.
+        known: What documents said of tables that were opened before, which is filled in: those of arrays, one for each
+            column, are read once for each revision of a table.
 
     Attributes:
         num_rows: N.
@@ -58,7 +64,9 @@ class RowTable:
         StoreError: If the table is damaged.
     """
 
-    def __init__(self, path: StorePath, *, flush_seconds: float = FLUSH_SECONDS) -> None:
+    def __init__(
+        self, path: StorePath, *, flush_seconds: float = FLUSH_SECONDS, known: KnownTables | None = None
+    ) -> None:
         self.path = path
         self._closed = False
         described = self.attributes
@@ -68,7 +76,10 @@ class RowTable:
             self._feature_storage = FeatureStorage(self.storage)
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{path / NODE} is damaged ({error!r}): restore it, or remove {path}") from error
-        self._arrays = open_arrays(path, [*COLUMNS, *(["features"] if self._feature_storage.stores_features else [])])
+        said = self.num_rows, self.storage, self.chunk_rows, described["revision"]
+        before, layouts = (known or {}).get(path, (None, None))
+        names = [*COLUMNS, *(["features"] if self._feature_storage.stores_features else [])]
+        self._arrays = open_arrays(path, names, layouts if before == said else None)
         self._features = self._arrays.get("features")
         self.dim = 0 if self._features is None else self._feature_storage.dim(self._features.layout.shape[-1])
         expected = table_layouts(self.num_rows, self.dim, self.storage, self.chunk_rows)
@@ -78,6 +89,8 @@ class RowTable:
                     f"{array.path} is damaged: expected {expected[name]}, found {array.layout}; remove {path} to "
                     "compute it again"
                 )
+        if known is not None:
+            known[path] = said, expected
         data = [array for name, array in self._arrays.items() if name != "done"]
         self._writable = Writable(path, described)
         self._mask = CompletionMask(self._arrays["done"], data, flush_seconds, self._writable.check)

@@ -41,7 +41,7 @@ from tracer.store.computed_results import ComputedResults
 from tracer.store.example_ids import ExampleIds
 from tracer.store.manifest import Manifest, check_same, json_value
 from tracer.store.paths import ensure_groups
-from tracer.store.row_table import RowTable
+from tracer.store.row_table import KnownTables, RowTable
 from tracer.store.table_schema import changing, create_table, grow_table, read_attributes
 
 _COMPARED = 8
@@ -76,6 +76,7 @@ class Store:
             raise StoreError(f"the manifest in {path / NODE} is damaged: it lacks the layout; restore it")
         self.path, self.manifest, self.catalog = path, manifest, Catalog(path)
         self._ids: dict[str | None, ExampleIds] = {}
+        self._known: KnownTables = {}
         self._asked: dict[str | None, list[int]] = {}  # checkpoints whose tables were last asked for, of each set
 
     @classmethod
@@ -329,7 +330,7 @@ class Store:
         """Open a table after checking that it fits the manifest; grow it first if the store has grown since."""
         if num_rows is not None and path.parent.name == "checkpoints":
             grow_table(path, num_rows)
-        table = RowTable(path, flush_seconds=flush_seconds)
+        table = RowTable(path, flush_seconds=flush_seconds, known=self._known)
         dim = self.manifest.feature_dim if self.manifest.feature_storage.stores_features else 0
         expected = (num_rows or table.num_rows, dim, self._storage_of(path))
         found = (table.num_rows, table.dim, table.storage)

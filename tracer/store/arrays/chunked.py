@@ -24,6 +24,7 @@ class ChunkedArray(ABC):
 
     Args:
         path: The array's directory.
+        layout: How it is cut into files. Default: as its document says.
 
     Attributes:
         path: The array's directory.
@@ -33,9 +34,9 @@ class ChunkedArray(ABC):
 
     uploads = False
 
-    def __init__(self, path: StorePath) -> None:
+    def __init__(self, path: StorePath, layout: Layout | None = None) -> None:
         self.path = path
-        self.layout = Layout.read(path)
+        self.layout = layout or Layout.read(path)
         self.dtype = np.dtype(DTYPES[self.layout.dtype])
 
     @property

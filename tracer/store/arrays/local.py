@@ -18,6 +18,7 @@ from tracer._core.syncing import SyncGroup
 from tracer.errors import StoreError
 from tracer.store.arrays.chunk_cache import ChunkCache
 from tracer.store.arrays.chunked import ChunkedArray, is_consecutive
+from tracer.store.arrays.layout import Layout
 from tracer.store.arrays.local_path import LocalPath
 
 if sys.platform != "win32":
@@ -50,12 +51,13 @@ class LocalArray(ChunkedArray):
 
     Args:
         path: The array's directory.
+        layout: How it is cut into files. Default: as its document says.
     """
 
     path: LocalPath
 
-    def __init__(self, path: LocalPath) -> None:
-        super().__init__(path)
+    def __init__(self, path: LocalPath, layout: Layout | None = None) -> None:
+        super().__init__(path, layout)
         self._number = _maps.number(self)
         self._files: dict[int, int] = {}  # the inodes of files that were opened to write
         self._dirty: dict[int, int] = {}  # those of files that were written to since the last flush

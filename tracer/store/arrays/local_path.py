@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from tracer._core.files import disk_errors, partial_path, publish, sweep, sync, write_whole
@@ -17,6 +17,10 @@ if sys.platform == "win32":
     from pathlib import WindowsPath as _NativePath
 else:
     from pathlib import PosixPath as _NativePath
+
+_UP = f"{os.sep}.."
+_is_junction: Callable[[str], bool] | None = getattr(os.path, "isjunction", None)
+"""Whether a directory is one of Windows' links to directories, which Python knows from 3.12 on."""
 
 
 class LocalPath(_NativePath):
@@ -45,15 +49,15 @@ class LocalPath(_NativePath):
             path = path.rpartition(os.sep)[0]
             if not path:  # not below the directory of a store
                 return self
-        if ".." in self.parts[-len(below) :] and below:
+        if any(part.endswith(_UP) for part in below):
             raise StoreError(f"{self} may lead out of its store: a document in it has a wrong name")
         with disk_errors(self):
             for part in below:
                 try:
-                    mode = os.lstat(part).st_mode
+                    mode = stat.S_IFMT(os.lstat(part).st_mode)
                 except (FileNotFoundError, NotADirectoryError):
                     continue
-                if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)) or _is_junction(part):
+                if mode not in (stat.S_IFDIR, stat.S_IFREG) or (_is_junction and _is_junction(part)):
                     raise StoreError(f"{part} is a link or a device: a store must not have any; put the files there")
         return self
 
@@ -131,8 +135,3 @@ class LocalPath(_NativePath):
         """Return the bytes of all files below this directory."""
         files = (os.path.join(root, name) for root, _, names in os.walk(self) for name in names)
         return sum(os.lstat(file).st_size for file in files)
-
-
-def _is_junction(path: str) -> bool:
-    """Return whether a directory is one of Windows' links to directories, which Python knows from 3.12 on."""
-    return hasattr(os.path, "isjunction") and os.path.isjunction(path)

@@ -13,6 +13,7 @@ from tracer._core.syncing import SyncGroup
 from tracer.errors import StoreError
 from tracer.store.arrays.chunk_cache import ChunkCache
 from tracer.store.arrays.chunked import ChunkedArray
+from tracer.store.arrays.layout import Layout
 from tracer.store.arrays.remote_path import RemotePath
 
 CACHE_BYTES = 256 << 20
@@ -43,13 +44,14 @@ class RemoteArray(ChunkedArray):
 
     Args:
         path: The array's key.
+        layout: How it is cut into objects. Default: as its document says.
     """
 
     uploads = True
     path: RemotePath
 
-    def __init__(self, path: RemotePath) -> None:
-        super().__init__(path)
+    def __init__(self, path: RemotePath, layout: Layout | None = None) -> None:
+        super().__init__(path, layout)
         self._number = _cache.number(self)
         self._dirty: dict[int, np.ndarray] = {}
 
