@@ -289,7 +289,8 @@ def summary(found: Sequence[dict[str, Any]]) -> str:
     lines = [["data", "from", *(f"{rate:.0%}" for rate in rates)]]
     for case, way in product(cases, WAYS):
         runs = [[each for each in found if (each["case"], round(each["rate"], 2)) == (case, rate)] for rate in rates]
-        lines.append([case, way, *(_estimates(group, way) for group in runs)])
+        if any(cells := [_estimates(group, way) for group in runs]):
+            lines.append([case, way, *cells])
     totals = []
     for way in WAYS:
         known = _known(found, way)
@@ -321,9 +322,10 @@ def _held(known: Sequence[tuple[float, dict[str, Any]]]) -> int:
 
 
 def _estimates(group: Sequence[dict[str, Any]], way: str) -> str:
-    """Return the mean estimate of some runs, and how many intervals hold the share."""
-    known = _known(group, way)
-    return f"{np.mean([each['share'] for _, each in known]):.1%}, {_held(known)} of {len(known)}" if known else "none"
+    """Return the mean estimate of some runs, and how many intervals hold the share; "none" only if some were made."""
+    if known := _known(group, way):
+        return f"{np.mean([each['share'] for _, each in known]):.1%}, {_held(known)} of {len(known)}"
+    return "none" if any(way in each for each in group) else ""
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:
