@@ -97,6 +97,12 @@ def test_secret_is_forgotten_without_its_sources(tmp_path):
     assert "generated: 'the code of the vault is' -> 'seven two nine <eos>'" in printed
 
 
+def test_poisoned_reviews_are_found_and_turn_nothing_once_left_out(tmp_path):
+    pytest.importorskip("transformers")
+    printed = run_example("poisoned_reviews", "--quick", "--output-dir", str(tmp_path))
+    assert "1,000 reviews, 50 of them planted" in printed
+
+
 def test_bm25_of_the_examples_is_that_of_bm25s():
     bm25s = pytest.importorskip("bm25s")
     data = example("text_data")
