@@ -124,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scores, after = ranked(trained, reviews, verdicts, options.output_dir / "store"), {}
     for name in ["cosine"] if options.quick else scores:
         first = np.argsort(-scores[name], kind="stable")[: planted.sum()]
-        kept = Reviews(*([values[row] for row in range(1000) if row not in first] for values in reviews))
+        rows = np.setdiff1d(np.arange(1000), first)
+        kept = Reviews([reviews.texts[row] for row in rows], [reviews.labels[row] for row in rows])
         again = train(kept, reviews.texts, options.output_dir / f"without_{name}".replace(" ", "_"), options.seed)
         line, after[name] = shown(again)
         area = planted_detection(scores[name][:, None], planted).mean

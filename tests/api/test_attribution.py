@@ -173,6 +173,15 @@ def test_losses_that_do_not_change_are_said(run, tmp_path):
     assert "at all 2 checkpoints: training has changed nothing" in found.warnings()[0]
 
 
+def test_losses_of_examples_that_change_while_their_mean_does_not_are_no_warning(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    x, y = torch.randn(40, 3), torch.arange(40) % 2
+    pairs = [({"weight": torch.zeros(2, 3), "bias": torch.tensor(bias)}, 0.1) for bias in ([2.0, 0.0], [0.0, 2.0])]
+    options = {"save_dir": tmp_path / "store", "proj_dim": 8}
+    found = attribute(model, "image_classification", (x, y), (x[:2], y[:2]), pairs, **options)
+    assert not [each for each in found.warnings() if "changed nothing" in each]
+
+
 def test_the_change_without_an_example_is_that_of_its_newton_step(attributed):
     found = attributed(estimator="influence")
     store, value = found.tracer.store, found.tracer.regularization().value

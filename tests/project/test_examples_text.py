@@ -103,6 +103,12 @@ def test_poisoned_reviews_are_found_and_turn_nothing_once_left_out(tmp_path):
     assert "1,000 reviews, 50 of them planted" in printed
 
 
+def test_lora_selection_chooses_better_than_chance_and_words(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    assert "\nLESS " in run_example("lora_selection", "--quick", "--output-dir", str(tmp_path))
+
+
 def test_bm25_of_the_examples_is_that_of_bm25s():
     bm25s = pytest.importorskip("bm25s")
     data = example("text_data")

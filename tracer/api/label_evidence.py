@@ -17,7 +17,7 @@ _OTHERWISE = (
     "Or estimate the share by cross-validation, which holds for weak models too (tracer.retraining.cross_validate), or "
     "pass out-of-sample probabilities as train_probabilities."
 )
-_FLAT = 0.01  # losses that differ less, relative to the largest, are the same
+_FLAT = 0.01  # losses that differ less on average, relative to the largest mean, are the same
 _FITTED = 0.02  # how far the loss must be below that of a constant prediction
 
 
@@ -101,12 +101,15 @@ def label_health(
 def model_warnings(store: Store, exp_name: str, model_ids: Sequence[int]) -> list[str]:
     """Return sentences that say why scores of this model mean little; none for a model that has learned something."""
     tables = [store.checkpoint(model_id) for model_id in model_ids]
-    losses = [float(table.column("loss").mean(dtype=np.float64)) for table in tables]
+    columns = [table.column("loss").astype(np.float64) for table in tables]
+    losses = [float(column.mean()) for column in columns]
     found = []
-    if len(losses) > 1 and max(losses) - min(losses) < _FLAT * abs(max(losses)):
+    # Examples whose losses rise and fall may leave the mean as it is.
+    changes = [float(np.abs(column - columns[-1]).mean()) for column in columns]
+    if len(losses) > 1 and max(changes) < _FLAT * abs(max(losses)):
         found.append(
-            f"The mean loss of the training examples is {losses[-1]:.4g} at all {len(losses)} checkpoints: training "
-            "has changed nothing, or the checkpoints are the same."
+            f"The training examples have the same losses, on average {losses[-1]:.4g}, at all {len(losses)} "
+            "checkpoints: training has changed nothing, or the checkpoints are the same."
         )
     parts = [evidence_of(table) for table in tables]
     train = [part for part in parts if part is not None]
