@@ -232,3 +232,39 @@ def test_the_tracing_benchmark_knows_the_sources_of_its_documents():
     assert (batch["labels"] != -100).sum(1).tolist() == [1, 1]
     assert toxicity.truth.sum() == 32 and toxicity.truth.shape == (800,)
     assert 0.05 < selection.truth.mean() < 0.12
+
+
+@pytest.fixture(scope="module")
+def pareto():
+    with script("pareto") as module:
+        yield module
+
+
+def test_exact_gradients_of_the_pareto_benchmark_are_those_of_every_method_that_drops_nothing(pareto, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(12, 6, generator=generator), torch.randint(0, 3, (12,), generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = pareto.mlp(6, 4, 3).eval()
+    case = pareto.Case(
+        "small", model, "image_classification", rows, 4, 12, ("0.weight", "2.weight"), pareto.image_losses
+    )
+    products, scale = case.exact()
+    for run in (
+        pareto.TracerRun(case, 12, tmp_path / "a", 0, storage="float32"),
+        pareto.run_factgrass(case, 12, tmp_path / "b", 0, 36),
+    ):
+        run.write(rows)
+        features = run.features()
+        np.testing.assert_allclose(features[:8] @ features[8:].T / scale, products / scale, atol=1e-5)
+        assert run.bytes == 4 * features.shape[1]
+
+
+def test_a_setting_is_beaten_by_less_time_and_less_error_in_no_more_bytes(pareto):
+    def row(library, ratio, error, size, case="a"):
+        return {"case": case, "library": library, "setting": "s", "ratio": ratio, "error": error, "bytes": size}
+
+    mine = row("tracer", 1.0, 0.1, 100)
+    assert pareto.beaten([mine, row("peer", 0.9, 0.09, 100)]) == [("a", "tracer, s", "peer, s")]
+    others = [row("peer", 1.1, 0.01, 1), row("peer", 0.5, 0.2, 1), row("peer", 0.5, 0.01, 101)]
+    assert not pareto.beaten([mine, *others, row("peer", 0.5, 0.01, 1, "b"), row("peer", 0.5, None, 1)])
