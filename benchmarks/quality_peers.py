@@ -11,7 +11,7 @@ and is called as its own documentation calls it; the defaults come first, then s
   features are divided by the square root of the number of parameters: a ridge of ours, divided by that number, is
   its ``lambda_reg``.
 - dattri 0.3: see `quality_dattri`; kronfluence 1.0: see `quality_kronfluence`; bergson 2.5: see
-  `quality_bergson`.
+  `quality_bergson`; logix 0.1: see `quality_logix`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fidelity import rank_correlation
 from quality_bergson import bergson_methods
 from quality_dattri import dattri_methods
 from quality_kronfluence import kronfluence_methods
+from quality_logix import logix_methods
 from quality_methods import (
     Case,
     Found,
@@ -356,4 +357,5 @@ def peer_methods() -> list[Method]:
         *dattri_methods(),
         *kronfluence_methods(),
         *bergson_methods(),
+        *logix_methods(),
     ]

@@ -235,6 +235,7 @@ VARIANTS = [
         for name, preconditioner in (("K-FAC", "kfac"), ("EK-FAC", "ekfac"))
     ),
     Variant("k=4096", ("trackstar",)),
+    Variant("factored, k=4096, K-FAC", ("tracin",), {"projector": "factored", "preconditioner": "kfac"}),
     Variant("16 kB of signs, K-FAC", ("tracin",), {"preconditioner": "kfac", "storage": "binary", "proj_dim": 1 << 17}),
     Variant("k=4096, K-FAC", ("tracin", "influence"), {"preconditioner": "kfac", "storage": "int8"}),
     Variant("4 kB of signs", ("tracin", "cosine"), {"storage": "binary", "proj_dim": 1 << 15}),

@@ -369,6 +369,14 @@ def test_texts_for_bergson_are_the_numbers_of_rows_and_of_the_last_label(tmp_pat
     assert [tokenizer(text)["input_ids"] for text in texts] == [[0, 3, 10, 2, 7], [5, 5, 1, 0, 9]]
 
 
+def test_logra_gives_each_row_its_own_scores_and_proponents_positive_ones(quality, case, tmp_path):
+    pytest.importorskip("logix")
+    (default, damped) = found_by(quality.peer_methods(), "logix LoGra, last checkpoint", case, tmp_path)
+    last = case.copied(checkpoints=case.checkpoints[-1:])
+    assert default.scores.shape == case.sizes and default.row_bytes > 0
+    assert quality.rank_correlation(damped.scores, tracin(last)) > 0.3
+
+
 def test_kronfluence_gives_proponents_positive_scores(quality, case, tmp_path):
     pytest.importorskip("kronfluence")
     (default, heuristic) = found_by(quality.peer_methods(), "kronfluence EK-FAC, last checkpoint", case, tmp_path)
