@@ -233,12 +233,17 @@ def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def key(row: dict[str, Any]) -> tuple[str, ...]:
         return row["task"], row.get("agreement", ""), row.get("comparison", ""), row.get("method", "")
 
+    def outdated(row: dict[str, Any]) -> bool:
+        """Whether a comparison is of a method that was measured again."""
+        sides = row.get("comparison", "").split(" | ")
+        return any(row["task"] == task and side.startswith(name) for task, _, _, name in new if name for side in sides)
+
     kept: list[dict[str, Any]] = []
+    new = {key(row) for row in rows}
     if path.is_file():
         written = json.loads(path.read_text())
-        new = {key(row) for row in rows}
         if written["machine"] == json.loads(json.dumps(machine())):
-            kept = [row for row in written["rows"] if key(row) not in new]
+            kept = [row for row in written["rows"] if key(row) not in new and not outdated(row)]
     order = [task.name for task in TASKS]
     return sorted([*kept, *rows], key=lambda row: order.index(row["task"]))
 

@@ -245,6 +245,12 @@ def test_bad_settings(tmp_path, option, error):
         tracing(tmp_path, case()[0], **option)
 
 
+@pytest.mark.parametrize(("kind", "expected"), [("kfac", 0.03), ("ekfac", 0.1)])
+def test_each_kind_has_a_damping_of_its_own(tmp_path, kind, expected):
+    tracer_ = tracing(tmp_path, case()[0], preconditioner=kind)
+    assert tracer_.store.manifest.settings["damping"] == expected
+
+
 def test_another_damping_is_another_store(tmp_path):
     model, _, _, _ = case()
     tracing(tmp_path, model)

@@ -279,6 +279,14 @@ def test_results_of_other_tasks_and_methods_stay(quality, tmp_path):
     assert quality.merged(path, rows[-1:]) == rows[-1:]
 
 
+def test_a_comparison_goes_when_one_of_its_methods_is_measured_again(quality, tmp_path):
+    sides = ("tracer a | b, x=1", "tracer c | d", "tracer c | b")
+    old = [{"task": task, "comparison": each} for task in ("logistic", "mlp") for each in sides]
+    (tmp_path / "quality.json").write_text(json.dumps({"machine": quality.machine(), "rows": old}))
+    rows = quality.merged(tmp_path / "quality.json", [{"task": "mlp", "method": "b", "lds": 2}])
+    assert [row for row in rows if "comparison" in row] == [*old[:3], old[4]]
+
+
 # tracer's contenders
 
 

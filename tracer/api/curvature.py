@@ -101,7 +101,7 @@ class CurvatureFit:
                 f"The gradients of all {len(rows)} examples that the curvature comes from are zero at checkpoint "
                 f"{self._model_id}; expected a model whose loss depends on the selected parameters."
             )
-        curvatures, damping = factors.curvatures(count, self._factory.shapes), self._settings.damping
+        curvatures, damping = factors.curvatures(count, self._factory.shapes), self._settings.chosen_damping
         if self._settings.preconditioner == "kfac":
             found = KroneckerPreconditioner.kfac(curvatures, damping)
         else:

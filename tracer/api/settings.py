@@ -115,8 +115,10 @@ class FeatureSettings:
         "`Tracer.fit_curvature`. None: plain inner products, as for SGD.",
         PRECONDITIONERS,
     )
-    damping: float = _setting(
-        0.03, "λ of ``kfac`` and ``ekfac``, as a multiple of the mean eigenvalue of each parameter's F."
+    damping: float | None = _setting(
+        None,
+        "λ of ``kfac`` and ``ekfac``, as a multiple of the mean eigenvalue of each parameter's F; None: 0.03 for "
+        "``kfac``, 0.1 for ``ekfac``.",
     )
     curvature_examples: int | None = _setting(
         None,
@@ -153,11 +155,19 @@ class FeatureSettings:
         check_seed(self.seed)
         check_autocast(self.autocast)
         check_preconditioner(self.preconditioner)
-        check_positive(self.damping, "damping")
+        if self.damping is not None:
+            check_positive(self.damping, "damping")
         check_count(self.curvature_samples, "curvature_samples")
         if self.curvature_examples is not None:
             check_count(self.curvature_examples, "curvature_examples")
         check_count(self.memory_bytes, "memory_bytes")
+
+    @property
+    def chosen_damping(self) -> float:
+        """``damping``, or the preconditioner's default."""
+        if self.damping is None:
+            return 0.1 if self.preconditioner == "ekfac" else 0.03
+        return float(self.damping)
 
     def manifest_entries(self) -> dict[str, Any]:
         """Return the settings that a store compares, apart from those that model, task and projector decide."""
@@ -169,7 +179,7 @@ class FeatureSettings:
         if self.shared_projection and self.projector != "none":
             entries["shared_projection"] = True
         if self.preconditioner in KRONECKER:
-            entries["damping"] = float(self.damping)
+            entries["damping"] = self.chosen_damping
             entries |= {name: getattr(self, name) for name in ("curvature_examples", "curvature_samples")}
         return entries
 
@@ -190,7 +200,7 @@ class FeatureOptions(TypedDict, total=False):
     check_rows: bool
     autocast: str | torch.dtype | None
     preconditioner: str | None
-    damping: float
+    damping: float | None
     curvature_examples: int | None
     curvature_samples: int
     checkpoint_key: str | None
