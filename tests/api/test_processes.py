@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import Forked, fork, ranks
 from scoring_cases import scorer
 from store_cases import stored_features
 
@@ -103,16 +104,19 @@ def files(path: Path) -> set[str]:
     return {str(file.relative_to(path)) for file in path.rglob("*") if "/c/" in str(file) and file.is_file()}
 
 
-def launch(command: list[str], tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+def torchrun(count: int, tmp_path: Path, *arguments: str) -> None:
     paths = [str(WORKER.parent), str(WORKER.parents[1])]
     keep = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RANK", "WORLD_"))}
-    env = {**keep, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-
-
-def torchrun(count: int, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    env = {**keep, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", str(WORKER)]
-    return launch([*command, *arguments], tmp_path)
+    done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def together(count: int, tmp_path: Path, *arguments: str) -> None:
+    running = ranks(count, WORKER, *arguments, cwd=tmp_path)
+    failed = [each.output for each in running if each.wait()]
+    assert not failed, failed[0][-3000:]
 
 
 @pytest.mark.parametrize("shape", [(60, 5, 12), (12, 5, 60)])
@@ -121,8 +125,7 @@ def test_kernels_are_added_up_over_processes(tmp_path, shape):
     alone = scorer(tmp_path / "alone", *shape, settings=settings)
     expected = {name: np.array(alone.scores("test", Estimate(name), None)) for name in ("trak", "influence", "source")}
     scorer(tmp_path / "shared", *shape, processes=2, settings=settings)
-    done = torchrun(2, tmp_path, "kernels", str(tmp_path / "shared"))
-    assert done.returncode == 0, done.stderr
+    together(2, tmp_path, "kernels", str(tmp_path / "shared"))
     for rank in range(2):
         with np.load(tmp_path / f"scores-{rank}.npz") as found:
             assert found["value"] == pytest.approx(alone.regularization(None, Estimate("influence")).value, rel=1e-9)
@@ -131,13 +134,13 @@ def test_kernels_are_added_up_over_processes(tmp_path, shape):
     assert len(list((tmp_path / "shared" / "kernels").glob("*/*/zarr.json"))) == (5 if shape[0] > shape[2] else 1)
 
 
-@pytest.mark.parametrize(("count", "batch_size"), [(2, 3), (4, 2)])  # no batch crosses a block of either
-def test_torchrun_gives_the_results_of_one_process(run, tmp_path, count, batch_size):
+# no batch crosses a block of either
+@pytest.mark.parametrize(("start", "count", "batch_size"), [(torchrun, 2, 3), (together, 4, 2)])
+def test_torchrun_gives_the_results_of_one_process(run, tmp_path, start, count, batch_size):
     pytest.importorskip("torch.distributed")
     options = {"projector": "none", "storage": "float32"}
     alone = pipeline(run, tmp_path / "alone", batch_size, **options)
-    done = torchrun(count, tmp_path, "together", str(tmp_path / "many"), str(batch_size))
-    assert done.returncode == 0, done.stderr[-3000:]
+    start(count, tmp_path, "together", str(tmp_path / "many"), str(batch_size))
     store = Store.open_existing(tmp_path / "many")
     assert store.manifest.layout["processes"] == count
     for model_id in store.catalog.checkpoint_ids():
@@ -154,52 +157,34 @@ def test_torchrun_gives_the_results_of_one_process(run, tmp_path, count, batch_s
 
 
 def test_an_error_of_the_first_process_reaches_all(run, tmp_path):
-    done = torchrun(2, tmp_path, "missing", str(tmp_path / "many"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    together(2, tmp_path, "missing", str(tmp_path / "many"))
     texts = [(tmp_path / f"error-{rank}.txt").read_text() for rank in range(2)]
     assert texts[0] == texts[1] and "IncompleteError" in texts[0] and "lacks" in texts[0]
 
 
-def job(number: int, count: int, what: str, tmp_path: Path) -> subprocess.CompletedProcess:
-    variables = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_MIN": "0"}
-    return launch(
-        [sys.executable, str(WORKER), what, str(tmp_path / "array")],
-        tmp_path,
-        **variables,
-        SLURM_ARRAY_TASK_MAX=str(count - 1),
-    )
+def job(number: int, count: int, what: str, tmp_path: Path) -> Forked:
+    variables = {"ID": str(number), "MIN": "0", "MAX": str(count - 1)}
+    environment = {f"SLURM_ARRAY_TASK_{name}": value for name, value in variables.items()}
+    return fork(WORKER, what, str(tmp_path / "array"), cwd=tmp_path, **environment)
 
 
 def test_a_job_array_shares_nothing_but_the_file_system(run, tmp_path):
     alone = pipeline(run, tmp_path / "alone", projector="none", storage="float32")
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), "featurize", str(tmp_path / "array")],
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(WORKER.parent), str(WORKER.parents[1])]),
-                "SLURM_ARRAY_TASK_ID": str(number),
-                "SLURM_ARRAY_TASK_MIN": "0",
-                "SLURM_ARRAY_TASK_MAX": "2",
-                "OMP_NUM_THREADS": "1",
-            },
-        )
-        for number in (0, 2)
-    ]  # at once, so that they race for the store and the tables
-    assert [running.wait(120) for running in jobs] == [0, 0]
+    jobs = [job(number, 3, "featurize", tmp_path) for number in (0, 2)]  # at once: they race for the store and tables
+    assert [running.wait() for running in jobs] == [0, 0]
     store = Store.open_existing(tmp_path / "array")
     written = store.checkpoint(0).done
     assert 0 < written.sum() < 23
     with pytest.raises(IncompleteError, match="lacks"):
         Tracer.open(tmp_path / "array").finalize_features()
     before = {path: (tmp_path / "array" / path).stat().st_mtime_ns for path in files(tmp_path / "array")}
-    assert job(1, 3, "featurize", tmp_path).returncode == 0  # the job that had died
+    assert job(1, 3, "featurize", tmp_path).wait() == 0  # the job that had died
     after = {path: (tmp_path / "array" / path).stat().st_mtime_ns for path in files(tmp_path / "array")}
     assert before.items() <= after.items()  # nobody else's file was touched
-    assert job(0, 1, "score", tmp_path).returncode == 0  # any one process finalizes
+    assert job(0, 1, "score", tmp_path).wait() == 0  # any one process finalizes
     for number in (1, 2, 0):
         done = job(number, 3, "finalize", tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.wait() == 0, done.output[-2000:]
     reader = Tracer.open(tmp_path / "array")
     np.testing.assert_array_equal(np.asarray(reader.finalize_scores("targets")), alone.scores)
     np.testing.assert_array_equal(reader.top("targets", 3).indices, alone.by("scores").top(3).indices)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import ranks
 from torch import nn
 
 import tracer
@@ -30,7 +31,7 @@ else:
 if not hasattr(FSDPModule, "reset_iter_state"):
     pytest.skip("this torch has no FSDPModule.reset_iter_state", allow_module_level=True)
 
-LAUNCHES = {  # starting processes is what takes time, so they run many scenes
+LAUNCHES = {  # joining processes takes time, so they run many scenes
     "values": (2, ["equals", "sketches", "other ways of", "replicas", "frozen", "wrappers"]),
     "the user's model": (2, ["training goes on", "only parts"]),
     "order and errors": (
@@ -82,7 +83,8 @@ def torchrun(count: int, script: Path, *arguments: str, cwd: Path) -> str:
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_scenes(launch, tmp_path):
     count, names = LAUNCHES[launch][0], scenes(launch)
-    output = torchrun(count, TESTS / "fsdp_worker.py", str(tmp_path), *names, cwd=tmp_path)
+    running = ranks(count, TESTS / "fsdp_worker.py", str(tmp_path), *names, cwd=tmp_path)
+    output = "".join(f"status {each.wait()}: {each.output}" for each in running)
     found = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("rank*.json"))]
     failed = [
         f"{name} on rank {rank}:\n{error}" for rank, one in enumerate(found) for name, error in one.items() if error
