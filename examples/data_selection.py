@@ -77,7 +77,7 @@ def score_rows(pool: Pool, checkpoints: Sequence[EpochCheckpoint], save_dir: Pat
     Args:
         pool: The data.
         checkpoints: Of one training run on the whole pool.
-        save_dir: Where the store lies.
+        save_dir: The directory of the store.
         seed: Of the projection.
 
     Returns:
@@ -163,7 +163,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     for name, low, high in (("fraction", 0.05, 0.95), ("flip_rate", 0.0, 0.5)):
         if not low <= getattr(options, name) <= high:
-            parser.error(f"--{name.replace('_', '-')} must lie in {low} to {high}; got {getattr(options, name)}")
+            parser.error(f"--{name.replace('_', '-')} must be in {low} to {high}; got {getattr(options, name)}")
     if options.quick:
         options.seeds = 3
     return options

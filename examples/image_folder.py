@@ -1,4 +1,4 @@
-"""Trace a ResNet-50 on a folder of images, one subfolder a class: which training images speak for a prediction?
+"""Trace a ResNet-50 on a folder of images, one subfolder a class: which training images support a prediction?
 
 Any such data will do, as Animals-10: ``DATA/dog/*.jpg``, ``DATA/cat/*.jpg`` ..., or ``DATA/train/dog`` and
 ``DATA/test/dog``. The network comes from torchvision or, where that is missing, from transformers.
@@ -10,7 +10,7 @@ Any such data will do, as Animals-10: ``DATA/dog/*.jpg``, ``DATA/cat/*.jpg`` ...
     # no weights: from scratch
     python examples/image_folder.py --data-dir DATA
 
-Without ``--data-dir`` a small folder is written from CIFAR-10 or from scikit-learn's digits, whichever is there.
+Without ``--data-dir`` a small folder is written from CIFAR-10 or from scikit-learn's digits, whichever exists.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="0 with --model-path, else 8")
     parser.add_argument("--checkpoints", type=int, default=4, help="how many training keeps (4)")
     parser.add_argument("--image-size", type=int, default=224, help="side of the square that images are cut to (224)")
-    parser.add_argument("--proj-dim", type=int, default=2048, help="numbers kept of each gradient (2048)")
+    parser.add_argument("--proj-dim", type=int, default=2048, help="numbers stored of each gradient (2048)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a tiny network on 32 x 32 digits: a few seconds")
     options = parser.parse_args(arguments)

@@ -107,7 +107,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-targets", type=int, help="sentences to explain (100)")
     parser.add_argument("--epochs", type=int, default=4, help="passes over the fine-tuning sentences (4)")
     parser.add_argument("--learning-rate", type=float, default=0.01, help="of AdamW (0.01)")
-    parser.add_argument("--proj-dim", type=int, help="numbers kept of each gradient (2048)")
+    parser.add_argument("--proj-dim", type=int, help="numbers stored of each gradient (2048)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a tinier model and fewer sentences: a few seconds")
     options = parser.parse_args(arguments)

@@ -29,8 +29,8 @@ def train_or_reuse(
 ) -> list[tuple[Path, float]]:
     """Train with plain SGD, as TracIn assumes, and keep checkpoints.
 
-    A run that was cut short goes on after its last checkpoint, with the rows in the order that they would have had; one
-    that came to its end is not made again.
+    A run that was interrupted continues after its last checkpoint, with the rows in the order that they would have had;
+    one that has ended is not made again.
 
     Args:
         model: The model, which is trained in place.
@@ -44,9 +44,9 @@ def train_or_reuse(
         keep: How many checkpoints, evenly over the run.
 
     Returns:
-        The path of each checkpoint and the learning rate that it stands for, as `attribute` takes them.
+        The path of each checkpoint and the learning rate of its steps, as `attribute` takes them.
     """
-    finished = directory / "finished"  # written last: it is there only if training came to its end
+    finished = directory / "finished"  # written last: it exists only if training ended
     if finished.exists():
         checkpoints = load_checkpoints(directory)
         print(f"Reusing the {len(checkpoints)} checkpoints in {directory}.")
@@ -57,7 +57,7 @@ def train_or_reuse(
         pass  # nothing was recorded yet
     order = torch.Generator()
     loader = DataLoader(train, batch_size, shuffle=True, generator=order)
-    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)  # it has no state that would have to be kept
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)  # without a state that would have to be saved
     every = -(-epochs * len(loader) // keep)
     model.train()
     with CheckpointRecorder(model, optimizer, directory, every=every, resume=True) as recorder:

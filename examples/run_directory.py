@@ -1,4 +1,4 @@
-"""A folder of results that belongs to one set of settings, so that what is there can be taken up."""
+"""A folder of results that belongs to one set of settings, so that a run can resume."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def self_influence_stage(data: VisionData, options: argparse.Namespace) -> None:
 
 
 def analysis_stage(data: VisionData, options: argparse.Namespace) -> None:
-    """Say what the ranking finds beside the loss and chance, write a report, and check the claim."""
+    """Print what the ranking finds, compared with the loss and chance, write a report, and check the claim."""
     given, shuffled = read_shuffled(options.output_dir / "shuffled_labels.csv", data.train_labels)
     scores_path = options.output_dir / "self_influence.npy"
     if not scores_path.exists():
@@ -237,8 +237,8 @@ def settings_of(options: argparse.Namespace, data: VisionData) -> dict[str, Any]
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=DATASETS, default="auto", help="auto takes the first that is there")
-    parser.add_argument("--data-dir", type=Path, help="where the standard files lie")
+    parser.add_argument("--dataset", choices=DATASETS, default="auto", help="auto takes the first that exists")
+    parser.add_argument("--data-dir", type=Path, help="directory of the standard files")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/shuffled_labels"))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="which to run (all)")
     parser.add_argument("--model", choices=MODELS, default="resnet9")
@@ -252,13 +252,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=0.01, help="of plain SGD, constant (0.01)")
-    parser.add_argument("--proj-dim", type=int, default=2048, help="numbers kept of each gradient (2048)")
+    parser.add_argument("--proj-dim", type=int, default=2048, help="numbers stored of each gradient (2048)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-report", action="store_true", help="leave the report out of the analysis")
     parser.add_argument("--quick", action="store_true", help="small digits, a narrow net, a few seconds")
     options = parser.parse_args(arguments)
     if not 0 <= options.shuffle_label <= 0.5:
-        parser.error(f"--shuffle-label must lie in 0 to 0.5; got {options.shuffle_label}")
+        parser.error(f"--shuffle-label must be in 0 to 0.5; got {options.shuffle_label}")
     if options.quick:
         quick = {"dataset": "digits", "width": 8, "train_subset": 400, "test_subset": 20, "epochs": 8, "batch_size": 32}
         vars(options).update({**quick, "proj_dim": 256})

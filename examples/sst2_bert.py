@@ -111,7 +111,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="passes over the training sentences (3)")
     parser.add_argument("--learning-rate", type=float, help="of AdamW (0.001; 0.00003 with --model)")
     parser.add_argument("--flip-rate", type=float, default=0.1, help="share of flipped training labels (0.1)")
-    parser.add_argument("--proj-dim", type=int, help="numbers kept of each gradient (2048)")
+    parser.add_argument("--proj-dim", type=int, help="numbers stored of each gradient (2048)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a tinier model on made-up sentences: a few seconds")
     options = parser.parse_args(arguments)

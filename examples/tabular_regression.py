@@ -5,7 +5,7 @@ or a CSV file of numbers of your own (``--csv FILE --target COLUMN``, such as Ca
 training rows are moved by two standard deviations (``--corrupt``), and a small perceptron is trained on them.
 
 ``--loss squared`` is tracer's task ``regression``. ``--loss huber`` is a task given by its loss alone: a function
-``(model, batch) -> loss of each row``; robust losses, quantiles or ranking losses are given likewise.
+``(model, batch) -> loss of each row``, as robust losses, quantiles and ranking losses can be.
 
 Run it: python examples/tabular_regression.py
 """
@@ -236,7 +236,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer epochs")
     options = parser.parse_args(arguments)
     if options.corrupt != 0 and not 0.01 <= options.corrupt <= 0.4:
-        parser.error(f"--corrupt must be 0 or lie in 0.01 to 0.4; got {options.corrupt}")
+        parser.error(f"--corrupt must be 0 or in 0.01 to 0.4; got {options.corrupt}")
     if options.rows is not None and options.rows < LEAST_ROWS:
         parser.error(f"--rows must be {LEAST_ROWS} or more, for a quarter of them are test rows; got {options.rows}")
     if options.epochs < 1:

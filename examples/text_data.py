@@ -137,7 +137,7 @@ class Words:
 
     Args:
         texts: Where words are counted.
-        size: The most frequent ones that are kept, with padding and the unknown word.
+        size: The number of the most frequent ones, with padding and the unknown word.
         length: At how many words a text is cut.
     """
 

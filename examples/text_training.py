@@ -47,12 +47,12 @@ def train_or_reuse(
         keep: About how many checkpoints, evenly over the run.
 
     Returns:
-        The path of each checkpoint and the learning rate that it stands for, as `attribute` takes them.
+        The path of each checkpoint and the learning rate of its steps, as `attribute` takes them.
 
     Raises:
         SystemExit: The directory holds a run with other settings.
     """
-    finished = directory / "finished.json"  # written last: it is there only if training came to its end
+    finished = directory / "finished.json"  # written last: it exists only if training ended
     ours = json.loads(json.dumps({**settings, "epochs": epochs, "batch_size": batch_size, "rate": learning_rate}))
     if finished.exists():
         theirs = json.loads(finished.read_text())

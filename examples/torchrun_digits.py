@@ -5,7 +5,7 @@ writes blocks of rows of its own into one store, and all return the same attribu
 The first process trains, while the others wait.
 
     torchrun --standalone --nproc-per-node 2 examples/torchrun_digits.py --output-dir runs/torchrun_digits
-    python examples/torchrun_digits.py --compare 2      # the same beside one process, and what differs
+    python examples/torchrun_digits.py --compare 2      # the same, compared with one process
 
 A run that was killed is started again with the same number of processes, and computes only what is missing.
 """
@@ -100,7 +100,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 def store_of(directory: Path, processes: int) -> Path:
-    """Return where the store of a run of so many processes lies."""
+    """Return the directory of the store of a run of so many processes."""
     return directory / f"store_{processes}"
 
 
@@ -138,7 +138,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/torchrun_digits"))
     parser.add_argument("--compare", type=int, metavar="N", help="start N processes and compare with one")
-    parser.add_argument("--proj-dim", type=int, default=1024, help="numbers kept of each gradient (1024)")
+    parser.add_argument("--proj-dim", type=int, default=1024, help="numbers stored of each gradient (1024)")
     parser.add_argument("--quick", action="store_true", help="few rows; compares two processes with one")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one of those that --compare starts
     options = parser.parse_args(arguments)

@@ -5,7 +5,7 @@ averages over models that differ by their random numbers alone. To `tracer` they
 and ``model_ids`` says over which of them scores are averaged.
 
 The measure is the linear datamodeling score: how well sums of scores rank models that were trained on random halves of
-the rows. These are trained too, hundreds of small ones at once. Everything that is made is kept in ``--output-dir``
+the rows. These are trained too, hundreds of small ones at once. Everything is stored in ``--output-dir``
 and taken up by the next call; a larger ``--models`` adds models to the store.
 
 Run it: python examples/trak_ensemble.py
@@ -49,13 +49,13 @@ def load_rows(num_train: int, num_targets: int, seed: int) -> tuple[Rows, Rows]:
 
 
 def ensemble(train: Rows, recipe: Recipe, count: int, directory: Path) -> list[tuple[Path, float]]:
-    """Train models that differ by their seed, or take those that are there.
+    """Train models that differ by their seed, or take those that exist.
 
     Args:
         train: The rows.
         recipe: How each is trained.
         count: How many models.
-        directory: Where their weights are kept.
+        directory: The directory of their weights.
 
     Returns:
         A path and a learning rate for each; only TracIn looks at the rate.
@@ -106,7 +106,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/trak_ensemble"))
     parser.add_argument("--models", type=int, default=10, help="independently trained models to average over (10)")
     parser.add_argument("--subsets", type=int, default=200, help="random halves that the measure trains on (200)")
-    parser.add_argument("--proj-dim", type=int, default=1024, help="numbers kept of each gradient (1024)")
+    parser.add_argument("--proj-dim", type=int, default=1024, help="numbers stored of each gradient (1024)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="fewer rows, models and subsets: a few seconds")
     options = parser.parse_args(arguments)

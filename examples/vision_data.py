@@ -34,7 +34,7 @@ IDX_FOLDERS = {
     "mnist": ("", "MNIST/raw", "mnist", "MNIST"),
     "fashion-mnist": ("", "FashionMNIST/raw", "fashion-mnist", "fashion", "fashion_mnist"),
 }
-"""Where the files of each data set lie under a data folder; torchvision has them in the second place."""
+"""The paths of the files of each data set under a data folder; torchvision has them in the second place."""
 
 DATASETS = ("auto", "mnist", "fashion-mnist", "cifar10", "digits")
 
@@ -64,7 +64,7 @@ class VisionData:
 
         Args:
             num_train: How many training rows; None, or more than there are: all.
-            num_test: How many test rows, likewise.
+            num_test: How many test rows.
             seed: Of the choice.
 
         Returns:
@@ -100,8 +100,8 @@ def load_vision(dataset: str, data_dir: Path | None) -> VisionData:
     """Return a data set by its name.
 
     Args:
-        dataset: One of `DATASETS`; ``auto`` is the first of CIFAR-10, MNIST, Fashion-MNIST and digits that is there.
-        data_dir: Where standard files may lie.
+        dataset: One of `DATASETS`; ``auto`` is the first of CIFAR-10, MNIST, Fashion-MNIST and digits that exists.
+        data_dir: A directory of standard files.
 
     Returns:
         The data set.
