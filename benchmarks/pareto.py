@@ -170,6 +170,15 @@ BERGSON = {"color": "#d9730d", "marker": "D"}
 FACTGRASS = {"color": "#8a949e", "marker": "s"}
 
 
+_LABELS = {
+    "tracer, projected norms": ((-6, -10), "right"),
+    "tracer, factored, projected norms": ((6, -10), "left"),
+    "bergson 2.5.1": ((1, 8), "left"),
+    "FactGraSS": ((-6, -10), "right"),
+}
+"""Where labels stand that would meet others above and to the right of their points."""
+
+
 def methods(num_matrices: int) -> list[Method]:
     """Return what is compared; sizes a layer, such as ``p``, give a network of so many matrices its bytes."""
     fast = {"norms": "projected"}
@@ -316,10 +325,15 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             if not mine:
                 continue
             axes.plot([row["ratio"] for row in mine], [row["error"] for row in mine], label=library, **line)
+            place, side = _LABELS.get(library, ((6, 4), "left"))
             for row in mine:
-                text = f"{row['bytes'] / 1024:.3g}"
-                axes.annotate(text, (row["ratio"], row["error"]), (5, 3), textcoords="offset points", fontsize=8)
+                text, point = f"{row['bytes'] / 1024:.2g}", (row["ratio"], row["error"])
+                axes.annotate(text, point, place, textcoords="offset points", fontsize=8, ha=side, color=line["color"])
         axes.set_yscale("log")
+        axes.margins(x=0.12, y=0.1)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+        axes.tick_params(axis="y", which="both", labelsize=8)
         axes.set_title(name, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.axvline(1.0, color="#333333", linewidth=1, linestyle="--")
