@@ -139,7 +139,7 @@ def test_a_wrong_csv_file_does_not_claim_the_directory(tmp_path):
     ("option", "value", "message"),
     [
         ("--rows", "5", "--rows must be 20 or more, for a quarter of them are test rows; got 5"),
-        ("--corrupt", "0.5", "--corrupt must be 0 or lie in 0.01 to 0.4; got 0.5"),
+        ("--corrupt", "0.5", "--corrupt must be 0 or in 0.01 to 0.4; got 0.5"),
         ("--epochs", "0", "--epochs must be 1 or more; got 0"),
     ],
 )
