@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import fork
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run_example(name: str, *arguments: str) -> str:
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run_example(name: str, folder: Path, *arguments: str) -> str:
+    done = fork(EXAMPLES / name, *arguments, cwd=folder)
+    assert done.wait() == 0, done.output
+    return done.output
 
 
-def test_mislabeled_digits_finds_flipped_labels_and_resumes(tmp_path):
+def test_mislabeled_digits_finds_flipped_labels_resumes_and_refuses_other_settings(tmp_path):
     pytest.importorskip("matplotlib")
     arguments = ["--quick", "--output-dir", str(tmp_path / "run")]
-    first = run_example("mislabeled_digits.py", *arguments)
+    first = run_example("mislabeled_digits.py", tmp_path, *arguments)
     assert "self-influence" in first
     assert "chance (expected)" in first
     report = tmp_path / "run" / "report"
@@ -32,15 +28,10 @@ def test_mislabeled_digits_finds_flipped_labels_and_resumes(tmp_path):
     assert pictures >= {"influence.png", "recovery.png", "self_influence.png", "top_self_influence.png"}
     features = tmp_path / "run" / "store" / "checkpoints" / "0" / "features"
     written = max(path.stat().st_mtime_ns for path in features.rglob("*") if path.is_file())
-    second = run_example("mislabeled_digits.py", *arguments)
+    second = run_example("mislabeled_digits.py", tmp_path, *arguments)
     assert "Reusing the 5 checkpoints" in second
     assert max(path.stat().st_mtime_ns for path in features.rglob("*") if path.is_file()) == written
     table = slice(first.index("\nFlipped labels"), None)
     assert first[table] == second[second.index("\nFlipped labels") :]
-
-
-def test_mislabeled_digits_refuses_other_settings(tmp_path):
-    arguments = ["--quick", "--output-dir", str(tmp_path / "run")]
-    run_example("mislabeled_digits.py", *arguments)
     with pytest.raises(AssertionError, match="holds checkpoints of other settings"):
-        run_example("mislabeled_digits.py", *arguments, "--seed", "1")
+        run_example("mislabeled_digits.py", tmp_path, *arguments, "--seed", "1")
