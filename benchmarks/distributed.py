@@ -121,7 +121,7 @@ def run(count: int, sizes: dict[str, int]) -> tuple[dict[str, float], np.ndarray
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, (count, port, folder, sizes), nprocs=count)
+        multiprocessing.start_processes(work, (count, port, folder, sizes), count, start_method="forkserver")
         lines = (Path(folder) / "seconds.txt").read_text().splitlines()
         return {name: float(value) for name, value in map(str.split, lines)}, np.load(Path(folder) / "scores.npy")
 

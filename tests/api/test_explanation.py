@@ -93,10 +93,16 @@ def test_documents_and_their_tokens_have_the_scores_of_autograd(tmp_path, estima
     assert reversed_.documents[0].token_scores is None
 
 
+@pytest.fixture(
+    scope="module", params=[{}, {"projector": "sketch", "proj_dim": 64, "storage": "int8"}], ids=["exact", "sketched"]
+)
+def built(request, tmp_path_factory):
+    return build(tmp_path_factory.mktemp("built"), **request.param)
+
+
 @pytest.mark.parametrize("estimator", ["tracin", "cosine", "influence", "relatif"])
-@pytest.mark.parametrize("options", [{}, {"projector": "sketch", "proj_dim": 64, "storage": "int8"}])
-def test_a_contrast_is_the_difference_and_several_prompts_are_the_mean(tmp_path, estimator, options):
-    found = dataclasses.replace(build(tmp_path, **options), estimator=estimator)
+def test_a_contrast_is_the_difference_and_several_prompts_are_the_mean(built, estimator):
+    found = dataclasses.replace(built, estimator=estimator)
 
     def ask(*args, **options):
         return found.explain(*args, k=12, **options)
