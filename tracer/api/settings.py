@@ -85,8 +85,8 @@ class FeatureSettings:
     norms: str = _setting(
         "exact",
         "``exact``, or ``projected``: the norm of an example's gradient, which ``cosine`` and self-influence use, is "
-        "that of its projection. It errs by about ``1/sqrt(2k)`` and costs nothing; the cost of exact norms grows with "
-        "the square of the number of tokens.",
+        "that of its projection. It errs by about ``1/sqrt(2k)``, with ``factored`` several times as much, and costs "
+        "nothing; the cost of exact norms grows with the square of the number of tokens.",
         NORMS,
     )
     device: str | torch.device | None = _setting(None, "The device to compute on; None: that of the model.")
