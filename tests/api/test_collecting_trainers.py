@@ -110,6 +110,40 @@ def test_a_hugging_face_training_with_dropout_is_what_it_is_without_the_callback
 
 
 @needs_transformers
+def test_trl_s_trainer_collects_by_a_second_pass(tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from text_cases import make_tokenizer
+
+    from tracer import LanguageModeling
+    from tracer.api.collecting.huggingface import HuggingFaceCollectorCallback
+
+    # One example a step, and no label of a first token, which the trainer counts without predicting it: so its loss is
+    # the mean that the pass takes.
+    settings = {
+        "per_device_train_batch_size": 1,
+        "max_steps": 12,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+    }
+    settings |= {"optim": "sgd", "use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "seed": 0}
+    columns = {"input_ids": TOKENS.tolist(), "labels": [[-100, *row[1:]] for row in TOKENS.tolist()]}
+    rows = datasets.Dataset.from_dict({**columns, "example_index": list(range(12))})
+    task = LanguageModeling("mean")
+    callback = HuggingFaceCollectorCallback(tmp_path / "run", task, 12, every=3, second_pass=True, **EXACT)
+    arguments = trl.SFTConfig(
+        str(tmp_path / "out"), remove_unused_columns=False, max_grad_norm=0, gradient_checkpointing=False, **settings
+    )
+    model = gpt2()
+    trainer = trl.SFTTrainer(
+        model, arguments, train_dataset=rows, processing_class=make_tokenizer(), callbacks=[callback]
+    )
+    trainer.data_collator = IndexedDataset.collator(trainer.data_collator)
+    trainer.train()
+    sums, change = completeness(callback.recorder, (gpt2(), model))
+    torch.testing.assert_close(sums, change, rtol=1e-4, atol=1e-6)
+
+
+@needs_transformers
 def test_a_hugging_face_training_that_is_resumed_continues_to_collect(tmp_path):
     from tracer.api.collecting.huggingface import HuggingFaceCollectorCallback
 

@@ -16,11 +16,14 @@ from tracer import (
     CallOrderError,
     ExplainedDocument,
     Explanation,
+    GradientCollector,
     InputError,
     InputTypeError,
+    LanguageModeling,
     MismatchError,
     StoreError,
     Tracer,
+    attribute,
     build_store,
     load_store,
 )
@@ -207,6 +210,30 @@ def test_answers_are_as_long_as_the_model_has_positions(tmp_path, monkeypatch):
     assert counts == [63, 2]  # of 64 positions
     with pytest.raises(InputError, match=r"has 65 tokens, and the model has 64 positions; shorten it\."):
         found.explain("w3 " * 64, k=1)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_store_collected_in_training_answers_as_any_other(tmp_path, reduction):
+    rows = [tokens_of(text) + [2] for text in texts()]
+    model, task = llama(), LanguageModeling(reduction)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    exact = {"projector": "none", "storage": "float32"}
+    with GradientCollector(model, optimizer, tmp_path / "run", task, len(rows), every=3, **exact) as collector:
+        for step in range(12):
+            ids = torch.tensor([rows[step]])
+            batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+            optimizer.zero_grad()
+            with collector.batch(batch, torch.tensor([step])):
+                model(**batch).loss.backward()
+            optimizer.step()
+            collector.step()
+    given = {"model": model, "data": [{"text": text} for text in texts()], "tokenizer": make_tokenizer()}
+    found = load_store(collector.store, estimator="tracin", **given)
+    answer = found.explain("w3 ", "w5", k=12)
+    ids, labels = torch.tensor([tokens_of("w3 w5 <eos>")]), torch.tensor([[-100, *tokens_of("w5 <eos>")]])
+    target = [{"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}]
+    whole = attribute(model, task, range(12), target, collector.checkpoints, save_dir=collector.store, **exact)
+    assert scores_of(answer) == pytest.approx(dict(enumerate(whole.scores[:, 0].tolist())), rel=1e-3, abs=1e-4)
 
 
 def test_padding_of_tokens_and_what_follows_the_end_do_not_count(tmp_path):

@@ -143,7 +143,8 @@ def load_store(
     if checkpoints is not None and len(checkpoints) != len(ids):
         raise InputError(f"checkpoints has {len(checkpoints)}; expected {len(ids)}, as many as the store has.")
     paths = record.checkpoints(store) if checkpoints is None else list(checkpoints)
-    dtype, loss = (str(record.values.get(name, default)) for name, default in (("dtype", "auto"), ("loss", "sum")))
+    of_task = (store.manifest.settings.get("task") or {}).get("reduction", "sum")  # collected, without a record
+    dtype, loss = (str(record.values.get(name, default)) for name, default in (("dtype", "auto"), ("loss", of_task)))
     inputs = language_inputs(
         model, data, None, paths, tokenizer=tokenizer, dtype=dtype, loss=loss, options=record.options()
     )

@@ -59,7 +59,7 @@ class LanguageInputs:
         tables += [(self.targets, store.targets(exp_name, each)) for each in ids[:1]]
         for source, table in tables if store.manifest.settings.get("check_rows", True) else ():
             done = np.setdiff1d(np.arange(table.num_rows), table.remaining())
-            if table.num_rows == len(source) and len(done):
+            if table.num_rows == len(source) and len(done) and table.has_fingerprints:
                 for batch, inds in source.batches(done):
                     table.check_rows(inds, fingerprint_samples(batch, len(inds)))
 

@@ -244,8 +244,9 @@ class QuestionScores:
         """Yield batches of some training examples, after comparing them with those of the store at a checkpoint."""
         tracer = self._tracer
         table = tracer.store.checkpoint(self._model_ids[0] if model_id is None else model_id)
+        compares = tracer._factory.settings.check_rows and table.has_fingerprints
         for batch, inds in exact_batches(self._inputs.train, rows):
-            if tracer._factory.settings.check_rows:
+            if compares:
                 table.check_rows(inds, fingerprint_samples(batch, len(inds)))
             yield batch, inds
 

@@ -163,6 +163,11 @@ class RowTable:
         """Return row indices as int64 after checking that they are within the table."""
         return checked_rows(rows, self.num_rows, self.path)
 
+    @property
+    def has_fingerprints(self) -> bool:
+        """Whether examples can be recognized: not those collected in a training, whose inputs may be augmented."""
+        return "collected" not in self.attributes
+
     def check_rows(self, rows: np.ndarray, fingerprint: np.ndarray) -> np.ndarray:
         """Return which rows are written, ``[n]``; raise `MismatchError` if one has another ``fingerprint [n]``."""
         rows = self.checked_rows(rows)

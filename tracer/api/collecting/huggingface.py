@@ -16,7 +16,7 @@ from tracer.errors import InputError
 from tracer.training.integrations.huggingface import HuggingFaceRecorderCallback
 from tracer.training.recording import Schedule
 
-_NOT_INPUTS = "num_items_in_batch"
+_NOT_INPUTS = ("num_items_in_batch", "use_cache", "fused_lm_head")  # the last two of SFTTrainer
 
 
 class HuggingFaceCollectorCallback(HuggingFaceRecorderCallback):

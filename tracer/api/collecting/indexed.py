@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,24 @@ class IndexedDataset(Dataset):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
+
+    @staticmethod
+    def collator(collate_fn: Callable[[list[Any]], Any]) -> Callable[[list[Any]], dict[str, Any]]:
+        """Return a collator that keeps the entry ``example_index`` of mappings, which ``collate_fn`` does not see.
+
+        For trainers that take a data set with such a column, and whose own collator drops it, as TRL's ``SFTTrainer``.
+
+        >>> collate = IndexedDataset.collator(lambda examples: {"x": torch.tensor([each["x"] for each in examples])})
+        >>> collate([{"x": 1.5, "example_index": 4}, {"x": 2.5, "example_index": 2}])
+        {'x': tensor([1.5000, 2.5000]), 'example_index': tensor([4, 2])}
+        """
+
+        def collate(examples: list[Any]) -> dict[str, Any]:
+            inds = torch.tensor([int(each[INDEX]) for each in examples])
+            plain = [{name: value for name, value in each.items() if name != INDEX} for each in examples]
+            return {**collate_fn(plain), INDEX: inds}
+
+        return collate
 
     def __len__(self) -> int:
         return len(self.dataset)
