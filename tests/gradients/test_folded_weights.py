@@ -175,6 +175,55 @@ class KeptInObjectByFlag(KeptInBufferByFlag):
         return self.run(x, self.weight() if self.training else self.workspace.product)
 
 
+class KeptBesideItsUse(KeptInBufferByFlag):
+    """Uses the weight itself, too, so that f depends on each parameter."""
+
+    def forward(self, x):
+        return super().forward(x) + self.run(x, self.weight())
+
+
+class KeptInObjectBesideItsUse(KeptInObjectByFlag):
+    def forward(self, x):
+        return super().forward(x) + self.run(x, self.weight())
+
+
+class KeptDetached(KeptByForward):
+    """Has no flag: what it keeps says so itself."""
+
+    def forward(self, x):
+        if self.folded is None and not self.training:
+            self.folded = self.weight().detach()
+        return super().forward(x) + self.run(x, self.weight())
+
+
+class KeepsForShow(Folding):
+    """Keeps what f does not depend on: the last activations, and their mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.ready = None, False
+        self.register_buffer("mean", torch.zeros(3), persistent=False)
+
+    def forward(self, x):
+        found = super().forward(x)
+        self.last, self.ready = found.detach(), True
+        self.mean.copy_(found.detach().mean(0))
+        return found
+
+
+class TableByFlag(Folding):
+    """Builds a table once, which depends on no weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.ready = False
+
+    def forward(self, x):
+        if not self.ready:
+            self.table, self.ready = torch.linspace(1, 2, 12, dtype=x.dtype).view(4, 3), True
+        return self.run(x, self.weight() * self.table)
+
+
 class AssertsItsTable(Folding):
     """A forward needs a tensor that no state dict has, and asserts that it is there, as timm's rotary embeddings do."""
 
@@ -196,9 +245,9 @@ def checkpoint(kind):
     return {name: value.clone() for name, value in other.state_dict().items()}
 
 
-def featurized(kind, evaluated, folder):
+def featurized(kind, evaluated, folder, dtype=torch.float64):
     torch.manual_seed(0)
-    model, x, y = kind().double(), torch.randn(N, 3).double(), torch.arange(N) % 3
+    model, x, y = kind().to(dtype), torch.randn(N, 3, dtype=dtype), torch.arange(N) % 3
     if evaluated:  # with its own weights, as users do
         model.eval()
         model(x)
@@ -222,6 +271,8 @@ def featurized(kind, evaluated, folder):
         KeptInObject,
         KeptInNestedDict,
         AssertsItsTable,
+        KeepsForShow,
+        TableByFlag,
     ],
 )
 def test_what_was_folded_from_other_weights_is_computed_again(tmp_path, kind, evaluated):
@@ -245,5 +296,13 @@ def test_values_that_only_eval_folds_are_refused(tmp_path, kind):
 @pytest.mark.parametrize("evaluated", [False, True])
 @pytest.mark.parametrize("kind", [KeptInBufferByFlag, KeptInObjectByFlag])
 def test_values_that_a_forward_copies_once_are_refused(tmp_path, kind, evaluated):
-    with pytest.raises(tracer.GradientError, match="in eval mode, while the model holds .*product"):
+    with pytest.raises(tracer.GradientError, match="in eval mode.*product"):
         featurized(kind, evaluated, tmp_path / "store")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("kind", [KeptBesideItsUse, KeptInObjectBesideItsUse, KeptDetached])
+def test_gradients_that_do_not_pass_through_what_is_kept_are_refused(tmp_path, kind, evaluated, dtype):
+    with pytest.raises(tracer.GradientError, match="by way of values that the forward keeps in eval mode"):
+        featurized(kind, evaluated, tmp_path / "store", dtype)

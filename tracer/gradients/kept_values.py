@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -46,10 +46,14 @@ class Place:
 
     def is_filled(self) -> bool:
         """Return whether there are tensors."""
+        return bool(self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors."""
         try:
-            return _has_tensors(self._find()[1])
+            return [item for item in _items(self._find()[1]) if type(item) is Tensor]
         except LookupError:
-            return False
+            return []
 
     def _find(self) -> tuple[Any, Any]:
         holder: Any = self.module.__dict__
@@ -59,6 +63,32 @@ class Place:
             if not isinstance(holder, (dict, list)):
                 raise LookupError(key)
         return holder, holder[self.path[-1]]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An attribute that is True once a module has kept something.
+
+    Attributes:
+        module: The module.
+        name: The attribute.
+    """
+
+    module: nn.Module
+    name: str
+
+    def empty(self) -> None:
+        """Say that nothing is kept."""
+        self.module.__dict__[self.name] = False
+
+    def is_set(self) -> bool:
+        """Return whether it is True."""
+        return self.module.__dict__.get(self.name) is True
+
+
+def flags(module: nn.Module) -> list[Flag]:
+    """Return the attributes of a module that are True."""
+    return [Flag(module, name) for name, value in module.__dict__.items() if value is True and name not in TORCHS_OWN]
 
 
 def places(module: nn.Module, buffers: bool = False) -> list[Place]:
@@ -90,9 +120,12 @@ def _paths(container: Any, seen: set[int], attributes: bool) -> Iterator[tuple[A
             yield from ((key, *rest) for rest in _paths(inner, seen, attributes=inner is not value))
 
 
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+
+
 def _has_tensors(value: Any) -> bool:
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-    return any(type(item) is Tensor for item in items)
+    return any(type(item) is Tensor for item in _items(value))
 
 
 def is_object(value: Any) -> bool:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from tracer._core.text import listing
 from tracer.data.tasks import Task
 from tracer.errors import GradientError
+from tracer.gradients.derived_values import check_kept, find_refilled, with_train_of_their_own
 from tracer.gradients.isolation import seed_generators
-from tracer.gradients.kept_values import TORCHS_OWN, Place, is_object, places
+from tracer.gradients.kept_values import TORCHS_OWN, Flag, Place, is_object
 from tracer.gradients.selfcheck import same_values, tolerance
 from tracer.types import Batch, SampleOutputs
 
@@ -140,7 +141,7 @@ class StatelessTask(Task):
         self.name = task.name
         self.converts_weights = False
         self._has_caches: bool | None = None
-        self._refilled: list[Place] | None = None  # that a forward fills if they are empty
+        self._refilled: list[Place | Flag] | None = None  # that a forward fills if they are empty
         self._state: ModuleState | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -202,13 +203,15 @@ class StatelessTask(Task):
         Raises:
             GradientError: If calling ``eval()`` changes f: weights are folded there, for example into a buffer.
         """
+        assert self._state is not None
         if self._refilled is None:
-            self._refilled = self._find_refilled(batch)
+            self._refilled = find_refilled(self._model, lambda: self._output(batch), self._state.restore)
             for place in self._refilled:
                 place.empty()
             self._state = ModuleState(self._model)
-        own = _with_train_of_their_own(self._model)
-        if not own or self._state is None:
+            check_kept(self._model, lambda grad: self._output(batch, grad), self._state.restore)
+        own = with_train_of_their_own(self._model)
+        if not own:
             return
         before = self._output(batch)
         self._state.restore()
@@ -231,48 +234,16 @@ class StatelessTask(Task):
             f"they are merged for good, as a checkpoint of its own."
         )
 
-    def _find_refilled(self, batch: Batch) -> list[Place]:
-        """Return the places with tensors that a forward fills again after they were emptied."""
-        alike: dict[Any, list[Place]] = {}
-        for module in self._model.modules():
-            for place in places(module):
-                alike.setdefault((type(module), place.path), []).append(place)
-        found: list[Place] = []
-        for group in alike.values():
-            for place in group:
-                place.empty()
-            if self._output(batch) is not None:  # else it is something that the forward needs
-                found += [place for place in group if place.is_filled()]
-            if self._state is not None:
-                self._state.restore()
-        return found
-
-    def _output(self, batch: Batch) -> Tensor | None:
+    def _output(self, batch: Batch, grad: bool = False) -> Tensor | None:
         """Return f of a batch from the modules' state as it is now, or None if that fails."""
         seed_generators(next(self._model.parameters()).device)
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(grad):
                 return self._task.outputs(self._model, batch).output
         except torch.OutOfMemoryError:
             raise
         except Exception:  # a forward that lacks a value may raise anything, as an AssertionError
             return None
-
-
-def derived_values(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return values that may be derived from weights, of modules that contain some parameters.
-
-    They are tensors that no state dict has, and buffers of modules with a ``train`` method, which may fold weights into
-    them.
-    """
-    found, own = set(), _with_train_of_their_own(model)
-    for name in names:
-        parts = name.split(".")[:-1]
-        for depth in range(len(parts) + 1):
-            path = ".".join(parts[:depth])
-            module = model.get_submodule(path)
-            found |= {f"{path}.{place}".lstrip(".") for place in places(module, buffers=module in own)}
-    return sorted(found)
 
 
 def _detach(container: Any, seen: set[int], without: Any = ()) -> bool:
@@ -294,14 +265,10 @@ def _detach(container: Any, seen: set[int], without: Any = ()) -> bool:
     return found
 
 
-def _with_train_of_their_own(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if type(module).train is not nn.Module.train]
-
-
 def _drop_caches(model: nn.Module) -> None:
     """Call the ``train`` methods that modules have of their own, which drop what eval mode has derived from weights."""
     # What was derived belongs to the weights that were in the model then. Only ``train()`` knows what that is.
-    own = _with_train_of_their_own(model)
+    own = with_train_of_their_own(model)
     with _modes_and_weights(model, own):
         for module in own:
             module.train(True)

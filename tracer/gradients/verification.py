@@ -19,8 +19,8 @@ from tracer.errors import GradientError, TracerError
 from tracer.gradients.backend import Backend
 from tracer.gradients.calls import CallPattern
 from tracer.gradients.coupling import coupling_error
+from tracer.gradients.derived_values import derived_values
 from tracer.gradients.isolation import seed_generators
-from tracer.gradients.module_state import derived_values
 from tracer.gradients.selfcheck import (
     REPEATED,
     Reference,
