@@ -81,11 +81,13 @@ def check_kept(model: nn.Module, run: Callable[[bool], Tensor | None], restore: 
         if module in keeping
         for place in places(module, buffers=True)
     ]
-    restore()
     weights = list({p: None for module in keeping for p in module.parameters() if p.requires_grad})
-    if output is None or not output.requires_grad or not weights or any(is_sharded(p) for p in weights):
+    checked = output is not None and output.requires_grad and weights and not any(is_sharded(p) for p in weights)
+    # before the state is restored, whose tensors may be in the graph
+    grads = torch.autograd.grad(output.sum(), weights, allow_unused=True) if output is not None and checked else ()
+    restore()
+    if output is None or not checked:
         return
-    grads = torch.autograd.grad(output.sum(), weights, allow_unused=True)
     middle, generator, differing = float(output.detach().double().sum()), torch.Generator().manual_seed(0), []
     eps = max(torch.finfo(p.dtype).eps for p in (output, *weights))
     step = eps ** (1 / 3)
