@@ -179,7 +179,7 @@ def leaders(rows: Sequence[dict[str, Any]]) -> str:
         rows: As they are written.
 
     Returns:
-        The table, and below it the comparisons that were made on the same resamples.
+        The table, and below it the comparisons of leaders that were made on the same resamples.
     """
     lines, notes = [], []
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -190,7 +190,7 @@ def leaders(rows: Sequence[dict[str, Any]]) -> str:
         columns = dict(zip(("tracer", "default", "best"), map(measured, found), strict=True))
         lines.append({"task": task, **columns, "leads": "yes" if above(found[0], found[2]) else "no"})
         for row in mine:
-            if "comparison" in row:
+            if row.get("comparison", "").startswith(f"{described(found[0])} | "):
                 low, high = row["interval"]
                 notes.append(f"{task}: {row['comparison']}: {row['difference']:+.3f} ({low:+.3f} to {high:+.3f})")
     headers = {"task": "task", "tracer": "tracer", "default": "others", "best": "others, best setting"}

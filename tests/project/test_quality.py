@@ -603,7 +603,12 @@ def test_the_leader_of_a_task_is_tracers_best_default_against_the_best_of_other_
             "no",
         ]
         rows[-1]["lds"] = 0.47
-        assert "| yes " in module.leaders(rows)
+        rows += [
+            {"task": "t", "comparison": f"tracer {name} | dattri EKFAC", "difference": 0.1, "interval": [0.05, 0.2]}
+            for name in ("tracin", "influence")
+        ]
+        table, note = module.leaders(rows).split("\n\n")
+    assert "| yes " in table and note == "t: tracer influence | dattri EKFAC: +0.100 (+0.050 to +0.200)"
 
 
 def test_a_comparison_is_the_difference_of_lds_on_the_same_resamples(quality, truth, case):
