@@ -23,9 +23,12 @@ Methods with a regularization have a row for their default, and where others wer
 LDS itself: more than a user without retraining can know, so the default is what compares. ``3 runs``: checkpoints of
 three independently trained networks instead of one.
 
-Install the peers with ``pip install -e '.[peers]'`` and ``pip install --no-deps kronfluence==1.0.1 einconv einops
-opt_einsum`` (it asks for torchvision, which it does not use and which may bring another torch), then run:
-        python benchmarks/quality.py
+Install the peers with ``pip install -e '.[peers]'``, and those that ask for a torchvision, which may bring another
+torch, or for an older Python, without what they ask for:
+        pip install --no-deps kronfluence==1.0.1 einconv einops opt_einsum
+        pip install --no-deps bergson==2.5.1 simple-parsing docstring_parser ml_dtypes natsort petname optree torchopt
+        pip install --no-deps --ignore-requires-python logix-ai==0.1.1
+Then run: python benchmarks/quality.py
         with --tasks logistic,mlp or --methods tracer,random: a part; the other results stay where they are
         with --quick: a small run with rough numbers, to quality_quick.json and .png
         with --show: no run, the tables and figures of what was measured, and who leads each task
