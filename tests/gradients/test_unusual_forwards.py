@@ -1,5 +1,7 @@
 """Models with state in objects of their own, nested tensors, reentrant checkpoints, and recurrent layers on GPUs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import tracer
 from tracer import Tracer
 from tracer.gradients import isolated
+from tracer.gradients.module_state import ModuleState
 
 CPU = torch.device("cpu")
 
@@ -122,3 +125,41 @@ def test_gradients_of_recurrent_layers_on_a_gpu_are_those_on_the_cpu(tmp_path):
         with traced.store.checkpoint(0) as table:
             rows.append(torch.from_numpy(next(iter(table.raw_features(0, 4)))[1]))
     torch.testing.assert_close(rows[1], rows[0], rtol=1e-3, atol=1e-4)
+
+
+def _count(model):
+    model.number += 1
+
+
+def _rename(model):
+    model.other = model.__dict__.pop("number")
+
+
+def _append(model):
+    model.kept["list"].append(1)
+
+
+def _replace_in_set(model):
+    model.kept["set"].clear()
+    model.kept["set"].add("another")
+
+
+def _write(model):
+    model.kept["tensor"].add_(1)
+
+
+def _set_in_object(model):
+    model.space.value = 2
+
+
+@pytest.mark.parametrize("change", [_count, _rename, _append, _replace_in_set, _write, _set_in_object])
+def test_what_a_forward_changes_in_a_model_is_put_back(change):
+    model = nn.Linear(2, 2)
+    model.number, model.space = 1, SimpleNamespace(value=1)
+    model.kept = {"list": [], "set": {"one"}, "tensor": torch.zeros(2)}
+    state = ModuleState(model)
+    assert not state.restore()
+    change(model)
+    assert state.restore() and not state.restore()
+    assert model.number == 1 and not hasattr(model, "other") and model.space.value == 1
+    assert model.kept["list"] == [] and model.kept["set"] == {"one"} and not model.kept["tensor"].any()
