@@ -10,7 +10,7 @@ import pytest
 import torch
 from cli_cases import printed_json, refused, run_tracer
 
-from tracer.cli.demo_digits import Settings, digits
+from tracer.cli.demo_digits import Settings, digits, run
 
 QUICK = ["demo", "--quick", "--epochs", "8", "--proj-dim", "64", "--output-dir", "out"]
 
@@ -55,6 +55,23 @@ def test_the_demo_finds_flipped_labels_far_better_than_chance_without_matplotlib
     assert f"self-influence                      {count} ({count / 50:.0%})" in again
     assert run_tracer("top", "out/store", "--targets", "0", "-k", "2").exit_code == 0
     assert "holds checkpoints of other settings" in refused(*QUICK, "--seed", "1")
+
+
+def test_the_demo_uses_one_thread_and_leaves_their_number_as_it_was(tmp_path, monkeypatch):
+    used = []
+
+    def train(*_):
+        used.append(torch.get_num_threads())
+        raise KeyError
+
+    monkeypatch.setattr(digits, "train_or_reuse", train)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError):
+            run(Settings.for_demo(quick=True), tmp_path)
+        assert (used, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_killed_training_is_begun_anew(tmp_path):

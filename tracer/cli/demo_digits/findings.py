@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,18 @@ from tracer.errors import MissingDependencyError
 from tracer.report.health import CHECKED_SHARES, checked_counts, recovered, recovery_table
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch use one thread: the network is too small for more, which would take longer and change last digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 @torch.random.fork_rng(devices=[])  # building a network draws initial weights from the global generator
 def run(
     settings: Settings, output_dir: Path, proj_dim: int = 256, log: Callable[[str], object] = print
