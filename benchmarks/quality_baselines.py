@@ -9,6 +9,7 @@ with a target give scores ``[N, M]`` too.
 - gradient norm: of the loss, averaged over the checkpoints; exact.
 - embedding: what the last layer sees at the last checkpoint. Scores are cosines with the target's; with ``own label``
   they are negative where the labels differ. A row is suspicious when its ten nearest rows have other labels.
+- BM25 (of the package bm25s): the words of texts.
 - confident learning (Northcutt et al. 2021): probabilities come from networks that did not train on the row
   (five folds, the task's recipe). Rows are ranked by the paper's normalized margin: the largest probability of
   ananother label minus that of the label; or by self-confidence, the probability of the label alone.
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from quality_methods import Case, Found, Method, Rows, clock, row_losses
+from quality_tasks import alphabet
 from torch import Tensor, nn
 
 from tracer.retraining import train_models
@@ -153,6 +155,29 @@ def embedding_similarity(case: Case, folder: Path) -> list[Found]:
     return [found, replace(found, name=f"{name}, own label", scores=signed, suspicion=lambda: nearest)]
 
 
+def not_texts(case: Case) -> str:
+    """Return why rows have no words, or nothing."""
+    return "rows are no texts" if case.train[0].is_floating_point() else ""
+
+
+def words_of(case: Case, rows: Rows) -> list[list[str]]:
+    """Return the words of rows, which are characters' numbers for language models and words' numbers for others."""
+    if case.task != "language_modeling":
+        return [[str(word) for word in row if word] for row in rows[0].tolist()]
+    characters = list(alphabet())
+    return ["".join(characters[code] for code in row).split() for row in rows[0].tolist()]
+
+
+def lexical(case: Case, folder: Path) -> list[Found]:
+    """BM25 scores of rows for targets as queries."""
+    import bm25s
+
+    start, index = clock(), bm25s.BM25()
+    index.index(words_of(case, case.train), show_progress=False)
+    scores = np.stack([index.get_scores(words) for words in words_of(case, case.targets)], 1)
+    return [Found("BM25", scores, clock() - start)]
+
+
 def out_of_fold(case: Case) -> Tensor:
     """Return probabilities from networks that did not train on the row, ``[N, classes]``."""
     num_train = case.sizes[0]
@@ -199,5 +224,6 @@ def baseline_methods() -> list[Method]:
         ranked("margin, last checkpoint", last_margin),
         ranked("gradient norm, mean of checkpoints", gradient_norm),
         Method("embedding", embedding_similarity),
+        Method("BM25", lexical, unfit=not_texts),
         Method("confident learning", confident_learning, unfit=needs_labels),
     ]

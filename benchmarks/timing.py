@@ -150,7 +150,7 @@ def table(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> str:
         The table's text.
     """
     cells = [[_cell(row.get(key)) for key in columns] for row in rows]
-    widths = [max(len(header), *(len(line[i]) for line in cells)) for i, header in enumerate(columns.values())]
+    widths = [max([len(header), *(len(line[i]) for line in cells)]) for i, header in enumerate(columns.values())]
     lines = [[header.ljust(width) for header, width in zip(columns.values(), widths, strict=True)]]
     lines.append(["-" * width for width in widths])
     lines += [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]

@@ -523,7 +523,18 @@ def test_random_scores_know_nothing(quality, case, truth, data, tmp_path, grade)
 def test_language_models_have_no_baselines_of_one_label_a_row(quality, case):
     text = dataclasses.replace(case, task="language_modeling")
     unfit = {method.name for method in quality.baseline_methods() if method.unfit(text)}
-    assert unfit == {"margin, last checkpoint", "confident learning"}
+    assert unfit == {"margin, last checkpoint", "BM25", "confident learning"}  # its rows are images
+
+
+def test_bm25_finds_the_row_with_the_words_of_the_target(quality, case, tmp_path):
+    pytest.importorskip("bm25s")
+    words = torch.tensor([[2, 3, 4, 0], [2, 5, 6, 7], [2, 3, 8, 0]])
+    given = (words, torch.zeros(3, dtype=torch.long))
+    text = dataclasses.replace(
+        case, task="text_classification", train=given, targets=(words[:, [2, 0, 3, 1]], given[1])
+    )
+    (found,) = found_by(quality.baseline_methods(), "BM25", text, tmp_path)
+    assert found.scores.argmax(0).tolist() == [0, 1, 2]
 
 
 # the command
@@ -583,6 +594,11 @@ def graded(method, lds, setting=None, task="t"):
         "lds": lds,
         "lds_interval": [lds - 0.02, lds + 0.02],
     }
+
+
+def test_without_a_method_of_each_side_nobody_leads():
+    with script("quality_tables") as module:
+        assert len(module.leaders([]).splitlines()) == 2  # the header alone
 
 
 def test_the_leader_of_a_task_is_tracers_best_default_against_the_best_of_other_libraries():
