@@ -42,6 +42,22 @@ def test_the_interval_holds_the_share_of_wrong_labels_also_of_a_weak_model(num_c
     assert np.mean(errors) < 0.02
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_sure_mistakes_of_several_models_may_be_theirs(rate):
+    """Models that are surely wrong on some examples, whatever their labels, say little of wrong labels."""
+
+    def sides(share, size, seed):
+        probabilities, labels, _ = predictions(share, 3, size, seed, strength=8.0)
+        mistaken = np.random.default_rng(seed).random(size) < 0.08
+        probabilities[mistaken] = np.roll(probabilities[mistaken], 1, axis=1)
+        return LabelEvidence.of_probabilities(labels, probabilities)
+
+    train, held_out = sides(rate, 2000, 0), sides(0.0, 2000, 1)
+    one, several = (estimate_wrong_labels(train, held_out, num_models=count) for count in (1, 2))
+    assert one.low > rate + 0.03
+    assert several.low <= rate + 0.0025 <= several.high and several.share < one.share  # a step of the grid
+
+
 def test_thresholds_of_confident_learning_would_count_hard_examples_as_wrong():
     probabilities, labels, _ = predictions(0.0, 10, 2000, 0)
     evidence = LabelEvidence.of_probabilities(labels, probabilities)

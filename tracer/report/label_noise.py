@@ -32,6 +32,7 @@ _SLOPES = np.exp(np.linspace(np.log(0.2), np.log(8.0), 22))
 _OFFSETS = np.linspace(-3.0, 6.0, 28)
 _STEP = 0.0025
 _HELD_OUT_SHARES = np.array([0.0, 0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4])
+_CEILINGS = np.array([0.0, 0.01, 0.03, 0.06, 0.1, 0.2, 0.3])  # shares that even the surest predictions get wrong
 _HELD_OUT_PRIOR = 20.0  # as if so many targets had been found right: most labels of targets are
 
 
@@ -186,6 +187,10 @@ def estimate_wrong_labels(
     ρ is the median of its posterior on a grid over (a, b, ρ). Held-out examples share a and b and have a share of wrong
     labels of their own, which is small a priori.
 
+    Of predictions by several models that were trained without the examples, sure ones that held-out labels contradict
+    may be mistakes of the models as well as wrong labels. Nothing tells which, so the posterior counts both: in the
+    second case held-out labels are right, and g has a ceiling below one.
+
     It is the noise matrix of confident learning (Northcutt et al. 2021) with one rate, and thresholds replaced by a
     likelihood, since with weak models thresholds count hard examples as wrong labels.
 
@@ -231,13 +236,29 @@ def _posterior(
         chance = _sigmoid(slope * middle + _OFFSETS[:, None])
         logs[step] = _log_likelihood(counts[0], chance, rates, num_classes)
         if held_out is not None:
-            prior = _HELD_OUT_PRIOR * np.log1p(-_HELD_OUT_SHARES) + np.log(np.gradient(_HELD_OUT_SHARES))
-            own = _log_likelihood(counts[1], chance, _HELD_OUT_SHARES, num_classes) + prior
+            own = _log_likelihood(counts[1], chance, _HELD_OUT_SHARES, num_classes) + _prior(_HELD_OUT_SHARES)
             logs[step] += np.logaddexp.reduce(own, axis=1)[:, None]
+        if num_models > 1 and held_out is not None:
+            logs[step] = np.logaddexp(logs[step], _with_ceiling(counts, chance, rates, num_classes))
         logs[step] -= 0.5 * np.log(slope) ** 2 + 0.5 * np.square(_OFFSETS[:, None] / 2)
     weights = np.exp(logs - logs.max())
     weights /= weights.sum()
     return rates, weights.sum((0, 1)), float(weights.sum((1, 2)) @ _SLOPES), float(weights.sum((0, 2)) @ _OFFSETS)
+
+
+def _prior(shares: np.ndarray) -> np.ndarray:
+    """Return the log prior weights of a grid of shares, most of which are small."""
+    return _HELD_OUT_PRIOR * np.log1p(-shares) + np.log(np.gradient(shares))
+
+
+def _with_ceiling(counts: list[np.ndarray], chance: np.ndarray, rates: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return the log likelihood ``[b, R]`` of both sides if held-out labels are right and the models have a ceiling."""
+    parts = []
+    for share, weight in zip(_CEILINGS, _prior(_CEILINGS), strict=True):
+        below = chance * (1 - share) + (1 - chance) * share / (num_classes - 1)
+        held_out = _log_likelihood(counts[1], below, np.zeros(1), num_classes)
+        parts.append(_log_likelihood(counts[0], below, rates, num_classes) + held_out + weight)
+    return np.logaddexp.reduce(np.stack(parts), axis=0)
 
 
 def _log_likelihood(counts: np.ndarray, chance: np.ndarray, rates: np.ndarray, num_classes: int) -> np.ndarray:
