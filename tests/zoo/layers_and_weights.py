@@ -35,6 +35,11 @@ def tied_language_model():
     return Net(forward, embed=nn.Embedding(9, 4), position=nn.Embedding(8, 4), f=nn.Linear(4, 4), norm=nn.LayerNorm(4))
 
 
+def scripted_part():
+    """A layer that TorchScript has compiled, whose parameters are no ordinary dict."""
+    return nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.Tanh())), nn.Linear(4, 3))
+
+
 def tied_layers():
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     second.weight = first.weight
@@ -173,6 +178,7 @@ LAYERS_AND_WEIGHTS = [
     Entry("tied embedding and head", tied_language_model, tokens(), "language_modeling"),
     Entry("two layers with one weight", tied_layers, vectors(4)),
     Entry("weight and its transpose", tied_transposed, vectors(4)),
+    Entry("a part that TorchScript compiled", scripted_part, vectors(3)),
     Entry("a layer used three times", net(lambda m, x: m.o(m.f(m.f(m.f(x).tanh()).tanh()))), vectors(4)),
     Entry("a layer applied to two views", net(siamese), vectors(4)),
     Entry("fixed point of a layer", net(fixed_point), vectors(4)),

@@ -199,10 +199,10 @@ class CapturedExperts:
 def has_experts(module: Any) -> bool:
     """Return whether a module is one of experts, as ``use_experts_implementation`` of transformers makes them."""
     first = "gate_up_proj" if getattr(module, "has_gate", False) else "up_proj"
-    weights = [module._parameters.get(name) for name in (first, "down_proj")]
+    weights = [getattr(module, name, None) for name in (first, "down_proj")]
     return (
         all(hasattr(module, name) for name in _ATTRIBUTES)
-        and all(weight is not None and weight.ndim == 3 for weight in weights)
+        and all(isinstance(weight, nn.Parameter) and weight.ndim == 3 for weight in weights)
         and not getattr(module, "_is_expert_parallel", False)
         and "forward" not in module.__dict__
     )
