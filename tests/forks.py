@@ -119,6 +119,7 @@ def _run(job: dict[str, Any]) -> None:
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
+        sys.stdout.flush()  # what was printed comes first, though it waits in a buffer
         traceback.print_exc()
         status = 1
     threading._shutdown()
