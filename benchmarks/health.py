@@ -297,8 +297,8 @@ def summary(found: Sequence[dict[str, Any]]) -> str:
         errors = [abs(each["share"] - rate) for rate, each in known if rate < 0.3]
         tried = sum(way in each for each in found)
         totals.append(
-            f"- {way}: {_held(known)} of {len(known)} intervals hold the share, {tried - len(known)} runs have no "
-            f"estimate; mean error up to 20% flipped: {100 * np.mean(errors or [0]):.1f} points"
+            f"- {way}: {_held(known)} of {len(known)} intervals hold the share; runs without an estimate: "
+            f"{tried - len(known)}; mean error up to 20% flipped: {100 * np.mean(errors or [0]):.1f} points"
         )
     ranked = [["data", *RANKINGS]]
     for case in cases:
