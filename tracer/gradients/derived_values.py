@@ -28,34 +28,39 @@ def find_refilled(
         run: Returns f of a batch from the modules' state as it is, or None if that fails.
         restore: Puts the modules' state back.
     """
-    alike: dict[Any, list[Place]] = {}
+    alike: dict[type, dict[Any, list[Place]]] = {}
     for module in model.modules():
         for place in places(module):
-            alike.setdefault((type(module), place.path), []).append(place)
+            alike.setdefault(type(module), {}).setdefault(place.path, []).append(place)
     found: list[Place | Flag] = []
-    for group in alike.values():
-        for place in group:
-            place.empty()
-        refilled = [place for place in group if place.is_filled()] if run() is not None else []
-        restore()
-        found += refilled or _by_flags(group, run, restore)  # else it is something that the forward needs
+    for groups in alike.values():
+        needed: list[Place] = []  # by the forward, or kept by a flag
+        for group in groups.values():
+            for place in group:
+                place.empty()
+            refilled = [place for place in group if place.is_filled()] if run() is not None else []
+            restore()
+            found += refilled
+            needed += [] if refilled else group
+        found += _by_flags(needed, run, restore)
     return found
 
 
-def _by_flags(group: Sequence[Place], run: Callable[[], Tensor | None], restore: Callable[[], bool]) -> list[Flag]:
+def _by_flags(kept: Sequence[Place], run: Callable[[], Tensor | None], restore: Callable[[], bool]) -> list[Flag]:
     """Return the flags of equal modules without which a forward fills places with other values, and sets the flags."""
-    for name in [flag.name for flag in flags(group[0].module)]:
-        beside = [Flag(place.module, name) for place in group]
-        before = [value.clone() for place in group for value in place.tensors()]
+    found: list[Flag] = []
+    modules = list({place.module: None for place in kept})
+    for name in [flag.name for module in modules[:1] for flag in flags(module)]:
+        beside = [Flag(module, name) for module in modules]
+        before = [value.clone() for place in kept for value in place.tensors()]
         for flag in beside:
             flag.empty()
         done = run() is not None and all(flag.is_set() for flag in beside)
-        after = [value for place in group for value in place.tensors()]
+        after = [value for place in kept for value in place.tensors()]
         stale = done and not (len(before) == len(after) and all(map(torch.equal, before, after)))
         restore()
-        if stale:
-            return beside
-    return []
+        found += beside if stale else []
+    return found
 
 
 def check_kept(model: nn.Module, run: Callable[[bool], Tensor | None], restore: Callable[[], bool]) -> None:
@@ -75,19 +80,13 @@ def check_kept(model: nn.Module, run: Callable[[bool], Tensor | None], restore: 
     before = {module: _kept_by(module) for module in model.modules()}
     output = run(True)
     keeping = [module for module, kept in before.items() if not _is_same(kept, _kept_by(module))]
-    named = [
-        f"{path}.{place}".lstrip(".")
-        for path, module in model.named_modules()
-        if module in keeping
-        for place in places(module, buffers=True)
-    ]
+    named = [name for path, module in model.named_modules() if module in keeping for name in _names(path, module, True)]
     weights = list({p: None for module in keeping for p in module.parameters() if p.requires_grad})
-    checked = output is not None and output.requires_grad and weights and not any(is_sharded(p) for p in weights)
-    # before the state is restored, whose tensors may be in the graph
-    grads = torch.autograd.grad(output.sum(), weights, allow_unused=True) if output is not None and checked else ()
-    restore()
-    if output is None or not checked:
+    if output is None or not output.requires_grad or not weights or any(is_sharded(p) for p in weights):
+        restore()
         return
+    grads = torch.autograd.grad(output.sum(), weights, allow_unused=True)
+    restore()  # not before: its tensors may be in the graph
     middle, generator, differing = float(output.detach().double().sum()), torch.Generator().manual_seed(0), []
     eps = max(torch.finfo(p.dtype).eps for p in (output, *weights))
     step = eps ** (1 / 3)
@@ -143,14 +142,19 @@ def derived_values(model: nn.Module, names: Sequence[str]) -> list[str]:
     They are tensors that no state dict has, and buffers of modules with a ``train`` method, which may fold weights into
     them.
     """
-    found, own = set(), with_train_of_their_own(model)
+    own = with_train_of_their_own(model)
+    found: set[str] = set()
     for name in names:
         parts = name.split(".")[:-1]
         for depth in range(len(parts) + 1):
             path = ".".join(parts[:depth])
             module = model.get_submodule(path)
-            found |= {f"{path}.{place}".lstrip(".") for place in places(module, buffers=module in own)}
+            found.update(_names(path, module, buffers=module in own))
     return sorted(found)
+
+
+def _names(path: str, module: nn.Module, buffers: bool) -> list[str]:
+    return [f"{path}.{place}".lstrip(".") for place in places(module, buffers)]
 
 
 def with_train_of_their_own(model: nn.Module) -> list[nn.Module]:
