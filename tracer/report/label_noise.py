@@ -20,7 +20,7 @@ MIN_KAPPA = 0.6
 """The least agreement with held-out labels, beyond chance, of a model that has learned from the labels in question.
 
 With less (SST-2, 0.4 to 0.55) the step that undoes what it learned was far off."""
-MIN_KAPPA_OUT_OF_SAMPLE = 0.1  # that of models which have not
+MIN_KAPPA_OUT_OF_SAMPLE = 0.1  # that of models which have not learned from them
 _MAX_EXAMPLES = 2000
 """The likelihood counts at most so many examples.
 
@@ -213,6 +213,27 @@ def estimate_wrong_labels(
     wrong = share / (num_classes - 1) * _sigmoid(-margin)
     confidence = np.divide(wrong, wrong + right, out=np.zeros_like(wrong), where=wrong > 0)
     return WrongLabels(share, low, high, train.label, train.rival, confidence)
+
+
+def out_of_sample_health(
+    who: str, train: LabelEvidence, held_out: LabelEvidence | None = None, num_models: int = 1
+) -> WrongLabels | str:
+    """Return the estimate from predictions that have not learned from the labels, or why there is none.
+
+    Args:
+        who: What predicted, in words.
+        train: As in `estimate_wrong_labels`.
+        held_out: As in `estimate_wrong_labels`.
+        num_models: As in `estimate_wrong_labels`.
+    """
+    evidence = train if held_out is None else held_out
+    if evidence.tells_classes_apart(MIN_KAPPA_OUT_OF_SAMPLE):
+        return estimate_wrong_labels(train, held_out, num_models=num_models)
+    share, chance = evidence.accuracy()
+    return (
+        f"the {who} do not tell classes apart. They predict {share:.0%} of the labels of "
+        f"{'training examples' if held_out is None else 'targets'}; chance predicts {chance:.0%}."
+    )
 
 
 def _posterior(

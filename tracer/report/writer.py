@@ -13,7 +13,7 @@ from tracer.errors import InputError, InputTypeError
 from tracer.report import charts, content, page, tables
 from tracer.report.figure import SLIDE, Figure
 from tracer.report.health import descending
-from tracer.report.label_noise import MIN_KAPPA_OUT_OF_SAMPLE, LabelEvidence, WrongLabels, estimate_wrong_labels
+from tracer.report.label_noise import LabelEvidence, WrongLabels, out_of_sample_health
 from tracer.report.png import png
 from tracer.report.samples import Samples, as_array, class_codes
 from tracer.report.summaries import summarize_scores
@@ -191,13 +191,7 @@ def _health(options: ReportOptions, train_labels: Any) -> WrongLabels | str:
     if train_labels is None:
         return "train_probabilities need train_labels."
     evidence = LabelEvidence.of_probabilities(as_array(train_labels, "train_labels"), as_array(probabilities, "p"))
-    if not evidence.tells_classes_apart(MIN_KAPPA_OUT_OF_SAMPLE):
-        share, chance = evidence.accuracy()
-        return (
-            f"the probabilities do not tell classes apart. They predict {share:.0%} of the labels; chance predicts "
-            f"{chance:.0%}."
-        )
-    return estimate_wrong_labels(evidence)
+    return out_of_sample_health("probabilities", evidence)
 
 
 _TITLES = {

@@ -16,13 +16,7 @@ from tracer.data.batches import count_samples
 from tracer.data.fingerprints import fingerprint_samples
 from tracer.data.tasks import Task
 from tracer.errors import InputError
-from tracer.report.label_noise import (
-    MIN_HELD_OUT,
-    MIN_KAPPA_OUT_OF_SAMPLE,
-    LabelEvidence,
-    WrongLabels,
-    estimate_wrong_labels,
-)
+from tracer.report.label_noise import MIN_HELD_OUT, LabelEvidence, WrongLabels, out_of_sample_health
 from tracer.retraining.ground_truth import Stacking, StackingOptions, make_trainer
 from tracer.retraining.model_factory import seeded
 from tracer.retraining.models import Examples
@@ -58,19 +52,8 @@ class CrossValidated:
             As `tracer.Attribution.label_health`; pass it to `tracer.Attribution.report` as ``health``.
         """
         num_models = 1 + int(self.fold.max())
-        known = self.held_out if self.held_out is not None and self._num_targets >= MIN_HELD_OUT else None
-        evidence = known or self.train
-        if not evidence.tells_classes_apart(MIN_KAPPA_OUT_OF_SAMPLE):
-            share, chance = evidence.accuracy()
-            return (
-                f"the models do not tell classes apart. They predict {share:.0%} of the labels of "
-                f"{'targets' if known else 'training examples'}; chance predicts {chance:.0%}."
-            )
-        return estimate_wrong_labels(self.train, known, num_models=num_models)
-
-    @property
-    def _num_targets(self) -> int:
-        return 0 if self.held_out is None else len(self.held_out.label) // (1 + int(self.fold.max()))
+        enough = self.held_out is not None and len(self.held_out.label) >= MIN_HELD_OUT * num_models
+        return out_of_sample_health("models", self.train, self.held_out if enough else None, num_models)
 
 
 def cross_validate(
