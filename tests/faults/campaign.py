@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +25,7 @@ from faults.trials import BAD, GOOD, KINDS, Stores, Trial
 from faults.world import World
 
 FAULTS = ("kill", "power failure", "full disk", "two processes")
-GROUPS = {
-    **{fault: (fault,) for fault in FAULTS},
-    "damaged metadata": [kind for kind in KINDS if kind.startswith(("manifest", "documents"))],
-    "damaged results": ("scores", "kernels", "top"),
-}
-GROUPS["damaged rows"] = [kind for kind in KINDS if not any(kind in kinds for kinds in GROUPS.values())]
-"""The lines of the table in the docs: kinds of faults that belong together."""
 STORAGES, SHARES = ("float32", "float16", "int8", "none"), (0.4, 0.2, 0.2, 0.2)
-DOCS, BEGIN, END = Path("docs/store.md"), "<!-- outcomes of make faults -->", "<!-- end of outcomes -->"
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 """A folder whose disk nobody waits for, and which gives no number of a file twice, as `power` expects."""
 
@@ -67,11 +58,11 @@ def ended(trial: Trial) -> Trial:
     return trial
 
 
-def table(trials: list[Trial], groups: Mapping[str, Collection[str]]) -> str:
-    """Return the outcomes as a table: a line for each group of kinds of faults."""
+def table(trials: list[Trial]) -> str:
+    """Return the outcomes as a table: a line for each kind of fault."""
     outcomes = [*GOOD, *(each for each in BAD if any(trial.outcome == each for trial in trials))]
     lines = ["| fault | trials | " + " | ".join(outcomes) + " |", "|---" * (len(outcomes) + 2) + "|"]
-    for name, kinds in {**groups, "all": {trial.fault for trial in trials}}.items():
+    for name, kinds in [*((kind, {kind}) for kind in (*FAULTS, *KINDS)), ("all", {*FAULTS, *KINDS})]:
         counts = Counter(trial.outcome for trial in trials if trial.fault in kinds)
         if counts:
             cells = [str(counts[each]) for each in outcomes]
@@ -87,7 +78,6 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="trials at a time")
     parser.add_argument("--only", default="", help="kinds of faults with this in their name")
     parser.add_argument("--outcome", type=Path, default=Path("build/faults/outcome.md"))
-    parser.add_argument("--docs", action="store_true", help="write the table into docs/store.md too")
     chosen = parser.parse_args()
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
@@ -95,13 +85,9 @@ def main() -> None:
         begin = time.monotonic()
         trials = campaign(chosen.trials, chosen.seed, Path(folder), chosen.only, chosen.minutes, chosen.jobs)
         seconds = time.monotonic() - begin
-    heading = f"{len(trials)} trials, seeds {chosen.seed} to {chosen.seed + len(trials) - 1}.\n\n"
-    text = f"{heading}{table(trials, {kind: (kind,) for kind in (*FAULTS, *KINDS)})}\n"
+    text = f"{len(trials)} trials, seeds {chosen.seed} to {chosen.seed + len(trials) - 1}.\n\n{table(trials)}\n"
     chosen.outcome.parent.mkdir(parents=True, exist_ok=True)
     chosen.outcome.write_text(f"# Outcomes of the fault campaign\n\n{text}")
-    if chosen.docs:
-        before, _, rest = DOCS.read_text().partition(BEGIN)
-        DOCS.write_text(f"{before}{BEGIN}\n{heading}{table(trials, GROUPS)}\n{END}{rest.partition(END)[2]}")
     print(f"{text}\n{seconds:.0f} s; {chosen.outcome}")
     sys.exit(any(trial.outcome in BAD for trial in trials))
 
