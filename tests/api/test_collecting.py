@@ -451,9 +451,9 @@ def test_sums_that_do_not_fit_into_memory_are_in_a_file(tmp_path):
     with GradientCollector(
         model, optimizer, tmp_path, "classification", N, every=3, memory_bytes=100, **EXACT
     ) as collector:
-        assert (tmp_path / "sums.bin").exists()
+        assert (tmp_path / "sums_0.bin").exists()
         train(collector, model, optimizer, steps)
-    assert not (tmp_path / "sums.bin").exists()
+    assert not (tmp_path / "sums_0.bin").exists()
     close(features(collector), looped(other, sgd(other), steps, row_part))
 
 

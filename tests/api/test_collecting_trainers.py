@@ -9,35 +9,14 @@ import pytest
 import torch
 from collecting_cases import EXACT, N, X, Y, features, mlp
 from torch import nn
+from trainer_cases import TOKENS, Texts, bert, hf_trainer, needs_transformers
 
 from tracer import GradientCollector, IndexedDataset, attribute
 from tracer.errors import GradientError, InputError
 
-needs_transformers = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("transformers", "accelerate"))), reason="transformers is not installed"
-)
 needs_lightning = pytest.mark.skipif(
     not any(map(importlib.util.find_spec, ("lightning", "pytorch_lightning"))), reason="lightning is not installed"
 )
-TOKENS = torch.randint(1, 30, (12, 6), generator=torch.Generator().manual_seed(3))
-
-
-class Texts(torch.utils.data.Dataset):
-    def __len__(self):
-        return len(TOKENS)
-
-    def __getitem__(self, row):
-        return {"input_ids": TOKENS[row], "labels": torch.tensor(row % 2)}
-
-
-def bert(dropout=0.0):
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
-    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    config = transformers.BertConfig(vocab_size=30, max_position_embeddings=8, num_labels=2, **sizes, **rates)
-    return transformers.BertForSequenceClassification(config).double()
 
 
 def gpt2():
@@ -47,32 +26,6 @@ def gpt2():
     rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = transformers.GPT2Config(vocab_size=30, n_positions=8, n_embd=8, n_layer=2, n_head=2, **rates)
     return transformers.GPT2LMHeadModel(config).double()
-
-
-def hf_trainer(folder, model, callback=None, **options):
-    import transformers
-
-    settings = {
-        "output_dir": str(folder / "out"),
-        "per_device_train_batch_size": 4,
-        "max_steps": 7,
-        "learning_rate": 0.05,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "optim": "sgd",
-        "weight_decay": 0.1,
-        "remove_unused_columns": False,
-        "max_grad_norm": 0.3,
-        **options,
-    }
-    return transformers.Trainer(
-        model=model,
-        args=transformers.TrainingArguments(**settings),
-        train_dataset=IndexedDataset(Texts()) if callback else Texts(),
-        callbacks=[callback] if callback else [],
-    )
 
 
 def completeness(collector, models):

@@ -7,10 +7,11 @@ each other; jobs of an array need not even run at the same time.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -62,11 +63,22 @@ class Process:
         dist.broadcast_object_list(shared, src=0)
         return shared[0]
 
-    def all_reduce(self, values: Tensor) -> Tensor:
-        """Return the sum of a tensor over processes that run together, in place; alone, the tensor itself."""
+    def all_reduce(self, values: Tensor, operation: str = "SUM") -> Tensor:
+        """Return the sum (or ``"MAX"``) of a tensor over processes that run together, in place; alone, as it is."""
         if self.together:
-            dist.all_reduce(values)
+            dist.all_reduce(values, getattr(dist.ReduceOp, operation))
         return values
+
+    def same(self, numbers: Sequence[float], device: torch.device) -> bool:
+        """Tell whether numbers are the same in all processes that run together."""
+        ends = torch.tensor([[*numbers], [-each for each in numbers]], dtype=torch.float64, device=device)
+        return bool((self.all_reduce(ends, "MAX").sum(0) == 0).all())
+
+    def first(self, flag: bool, device: torch.device) -> bool:
+        """Return the first process's flag in all processes that run together; alone, this process's own."""
+        if not self.together:
+            return flag
+        return bool(self.all_reduce(torch.tensor(float(flag and self.rank == 0), device=device)))
 
     def rank_zero_only(self, call: Callable[[], T]) -> T | None:
         """Call a function in the first process while the rest wait and then return None; all raise its error."""

@@ -218,7 +218,7 @@ class AttributeOptions(FeatureOptions, total=False):
 
 
 class CollectorOptions(TypedDict, total=False):
-    """Those of `GradientCollector`: of features that are sums over steps of a training, in one process."""
+    """Those of `GradientCollector`: of features that are sums over steps of a training."""
 
     proj_dim: int
     projector: str

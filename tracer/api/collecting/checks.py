@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from tracer._core.processes import Process
 from tracer._core.text import listing
 from tracer.api.collecting.shares import Shares, of_losses
 from tracer.errors import GradientError
@@ -65,7 +66,7 @@ def probe(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 
 def used_share(
-    pending: Sequence[Shares], parameters: Mapping[str, Tensor], dtype: torch.dtype, step: int
+    pending: Sequence[Shares], parameters: Mapping[str, Tensor], dtype: torch.dtype, step: int, process: Process
 ) -> tuple[float, list[Shares]]:
     """Return the optimizer's gradient as a multiple of the sum of shares: clipping and loss scaling change it.
 
@@ -74,6 +75,7 @@ def used_share(
         parameters: The parameters to compare, which all of them have watched.
         dtype: The dtype that layers compute in.
         step: The number of the step.
+        process: This process; the sum is over the shares of all that train together.
 
     Returns:
         The multiple, and the batches without those that overflowed: a GradScaler left out their step.
@@ -82,7 +84,7 @@ def used_share(
         GradientError: If it is no multiple of the sum.
     """
     grad = torch.cat([_grad(value).reshape(-1) for value in parameters.values()])
-    totals = [each.sink.total(parameters) for each in pending]
+    totals = [process.all_reduce(each.sink.total(parameters)) for each in pending]
     if len(pending) > 1:
         bad = [place for place, each in enumerate(totals) if not torch.isfinite(each).all()]
         first = bad[-1] + 1 if bad and bad[-1] + 1 < len(pending) else 0
@@ -98,7 +100,8 @@ def used_share(
             f"(relative difference {apart / max(length, 1e-300):.2g} in {listing([repr(each) for each in parameters])})"
             f". Expected the forward and backward of every batch in `with collector.batch(batch, inds):`, gradients "
             f"set to zero after each step, and nothing that changes them but clipping by their norm. Clipping by "
-            f"value, penalties on weights in the loss and torch.compile need second_pass=True."
+            f"value, penalties on weights in the loss and torch.compile need second_pass=True. Processes that train "
+            f"together need the model in DistributedDataParallel."
         )
     return factor, list(pending)
 

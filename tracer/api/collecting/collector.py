@@ -45,6 +45,9 @@ class GradientCollector:
     `Tracer` does it. Models whose examples influence each other in training (batch normalization), and those with
     parameters that no layer's input and output explain, take a second pass in eval mode for each batch.
 
+    Processes that train together by `DistributedDataParallel` each collect their own batches, and make the same calls;
+    at the end of a segment the first one stores the sum of what all have collected.
+
     Every step is compared with the gradient that the optimizer used, and at times with a pass of its own in eval mode,
     in which an example is run alone too; the store tells how many agreed (``tracer info``).
 
@@ -71,7 +74,7 @@ class GradientCollector:
         store: The path of the store.
 
     Raises:
-        InputError: If a setting is out of range or not supported, or several processes train.
+        InputError: If a setting is out of range or not supported, or the model is sharded.
         StoreError: If the directory holds a recording and ``resume`` is False.
         MismatchError: If the directory holds what was collected with other settings, or the model does not have the
             weights after which collecting continues.
@@ -111,6 +114,7 @@ class GradientCollector:
         resume: bool | Mapping[str, Any] = False,
         **options: Unpack[CollectorOptions],
     ) -> None:
+        self._process = this_process()
         directory = Path(directory)
         self.store = directory / STORE
         settings = _settings(dict(options), optimizer)
@@ -118,22 +122,34 @@ class GradientCollector:
         factory = FeaturizerFactory(model, task, settings)
         manifest = factory.manifest(check_count(train_set_size, "train_set_size"))
         self.model, self.train_set_size = factory.model, manifest.train_set_size
-        state: bool | Mapping[str, Any] = bool(resume)
-        if known := resume is not False and self.store.exists():
-            self._segments = SegmentStore(Store.open(self.store, manifest), factory)
-            found = self._segments.states()[-1] if resume is True else resume
-            state = self._checked(found)
-        self.recorder = CheckpointRecorder(
-            model, optimizer, directory / RECORDING, every=every, second_moments=self._adam, resume=state
-        )
-        if not known:
-            self._segments = SegmentStore(Store.open(self.store, manifest, resume=False), factory)
-            self._segments.begin(self._state())
-        self._segments.keep(self.recorder.steps)
+        self._device = factory.device
+
+        def recorder(state: bool | Mapping[str, Any]) -> CheckpointRecorder:
+            folder = directory / RECORDING
+            return CheckpointRecorder(model, optimizer, folder, every=every, second_moments=self._adam, resume=state)
+
+        def begin() -> None:
+            known = resume is not False and self.store.exists()
+            self._segments = SegmentStore(Store.open(self.store, manifest, resume=known), factory)
+            state: bool | Mapping[str, Any] = bool(resume)
+            if known:
+                state = self._checked(self._segments.states()[-1] if resume is True else resume)
+            self.recorder = recorder(state)
+            if not known:
+                self._segments.begin(self._state())
+            self._segments.keep(self.recorder.steps)
+
+        self._process.rank_zero_only(begin)
+        if self._process.rank:
+            self._segments = SegmentStore(Store.open_existing(self.store), factory)
+            self.recorder = recorder(False)
+        self.recorder.steps = self._process.agreed(self.recorder.steps)
         self._projector = self._segments.projector
-        self._sums = SegmentSums(self.train_set_size, self._projector.dim, settings.memory_bytes, directory)
-        self._step = StepGradients(factory, self.recorder.optimizer, self._adam, second_pass)
-        self._begun, self._applied, self._open = len(self.recorder.checkpoints), self.recorder.steps, False
+        dim = self._projector.dim
+        self._sums = SegmentSums(self.train_set_size, dim, settings.memory_bytes, directory, self._process)
+        self._step = StepGradients(factory, self.recorder.optimizer, self._adam, second_pass, self._process)
+        self._begun, self._open = len(self.recorder.checkpoints), False
+        self._applied = self._ended = self.recorder.steps
         self._handle = self.recorder.optimizer.register_step_post_hook(self._after_step)
 
     @property
@@ -194,7 +210,7 @@ class GradientCollector:
             StoreError: If a checkpoint or the store cannot be written.
         """
         self.recorder.step(loss, epoch)
-        if len(self.recorder.checkpoints) >= self._begun + 2:
+        if self._process.first(len(self.recorder.checkpoints) >= self._begun + 2, self._device):
             self._end_segment()
 
     def save(self) -> None:
@@ -205,7 +221,8 @@ class GradientCollector:
             StoreError: If a checkpoint or the store cannot be written.
         """
         self.recorder.save()
-        self._end_segment()
+        if self._applied > self._ended:  # else one process may call it alone, as trainers do when they save
+            self._end_segment()
 
     def state_dict(self) -> dict[str, Any]:
         """End the segment, and return the state for ``resume``, as JSON values, to be saved with the training's."""
@@ -250,10 +267,12 @@ class GradientCollector:
                 self._sums.audited[each.rows[each.audited]] = True
 
     def _end_segment(self) -> None:
-        records = self.recorder.checkpoints[self._begun :]
-        if not records:
+        records, self._ended = self.recorder.checkpoints[self._begun :], self._applied
+        if not self._process.first(bool(records), self._device):
             return
-        self._segments.write(records, self._sums, self._state())
+        self._step.check_weights()
+        self._sums.gather(self._device)
+        self._process.rank_zero_only(lambda: self._segments.write(records, self._sums, self._state()))
         self._sums.clear()
         self._projector, self._begun = self._segments.projector, len(self.recorder.checkpoints)
 
@@ -285,8 +304,6 @@ def _settings(options: dict[str, Any], optimizer: torch.optim.Optimizer) -> Feat
             f"{nearest_name(name, CollectorOptions.__annotations__)}."
         )
     settings = feature_settings(options, "GradientCollector")
-    if this_process(settings.process).count > 1:
-        raise InputError("GradientCollector got several processes; it sums gradients in one: train in one process.")
     if not FeatureStorage(settings.storage).stores_features or settings.preconditioner in KRONECKER:
         raise InputError(
             f"GradientCollector got storage={settings.storage!r} and preconditioner={settings.preconditioner!r}; "

@@ -90,6 +90,18 @@ class HuggingFaceCollectorCallback(HuggingFaceRecorderCallback):
 
     on_pre_optimizer_step = on_substep_end
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the segment in all processes if the trainer is about to save, for which it asks only the first one."""
+        super().on_epoch_end(args, state, control, **kwargs)
+        if control.should_save and not self.recorder.closed:
+            self.recorder.save()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the segment if the trainer may save after an evaluation."""
+        super().on_evaluate(args, state, control, **kwargs)
+        if args.save_strategy == "best" and not self.recorder.closed:
+            self.recorder.save()
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the last segment."""
         self._scope.end()

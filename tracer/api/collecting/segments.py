@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tracer._core.blocks import row_blocks
+from tracer._core.processes import Process
 from tracer.api.checkpoint_sources import CheckpointSources
 from tracer.api.featurizer_factory import FeaturizerFactory
 from tracer.api.sinks import row_values
@@ -25,19 +26,20 @@ from tracer.store.table_schema import NO_LABEL
 from tracer.training.recording import CheckpointRecord
 from tracer.types import SampleOutputs
 
-STORE, RECORDING, SUMS = "store", "recording", "sums.bin"
+STORE, RECORDING = "store", "recording"
 _COLLECTED = "collected"
 _BLOCK_BYTES = 64 << 20
 
 
 class SegmentSums:
-    """The sum of each example's contributions to the steps of a segment, on the CPU.
+    """The sum of each example's contributions to the steps of a segment, on the CPU, in each process of its own.
 
     Args:
         num_rows: The number of training examples ``N``.
         dim: The values of each.
         memory_bytes: If they take more memory, they are in a file.
         folder: The folder of that file.
+        process: This process.
 
     Attributes:
         audited: ``[N]``, bool, the examples of which a gradient was compared with that of the example alone.
@@ -45,8 +47,8 @@ class SegmentSums:
         label: ``[N]``, int64, its class; `NO_LABEL` if none is known.
     """
 
-    def __init__(self, num_rows: int, dim: int, memory_bytes: int, folder: Path) -> None:
-        self._file = folder / SUMS if 4 * num_rows * dim > memory_bytes else None
+    def __init__(self, num_rows: int, dim: int, memory_bytes: int, folder: Path, process: Process) -> None:
+        self._file = folder / f"sums_{process.rank}.bin" if 4 * num_rows * dim > memory_bytes else None
         if self._file is None:
             self.values = torch.zeros(num_rows, dim)
         else:
@@ -56,14 +58,42 @@ class SegmentSums:
         self.audited = np.zeros(num_rows, bool)
         self.loss = np.zeros(num_rows, np.float32)
         self.label = np.full(num_rows, NO_LABEL)
+        self._process = process
+        self._seen, self._num_seen = np.zeros(num_rows, np.int64), 0  # for each example, the number of the last batch
 
     def add(self, rows: np.ndarray, values: Tensor, outputs: SampleOutputs | None) -> None:
         """Add contributions ``[B, dim]`` of some examples, which may be repeated."""
         self.values.index_add_(0, torch.from_numpy(rows), values.detach().to("cpu", torch.float32))
         if outputs is not None:
+            self._num_seen += 1
+            self._seen[rows] = self._num_seen
             self.loss[rows] = outputs.loss.detach().float().cpu().numpy()
             if outputs.label is not None:
                 self.label[rows] = outputs.label.cpu().numpy()
+
+    def gather(self, device: torch.device) -> None:
+        """Add up the sums of processes that train together, and take losses and labels from the last that saw them.
+
+        Args:
+            device: The device that they communicate through.
+        """
+        process = self._process
+        if not process.together:
+            return
+
+        def added(values: Any, operation: str = "SUM") -> Tensor:
+            return process.all_reduce(torch.as_tensor(values).to(device, copy=True), operation).cpu()
+
+        for start, stop in row_blocks(len(self.values), 4 * self.values.shape[1], _BLOCK_BYTES):
+            self.values[start:stop] = added(self.values[start:stop])
+        self.audited = added(self.audited.astype(np.int64)).numpy() > 0
+        place = self._seen * process.count + process.rank
+        last = added(place, "MAX").numpy()
+        own, known = place == last, last >= process.count
+        self.loss = added(np.where(own & known, self.loss, np.float32(0))).numpy()
+        labels = added(np.where(own & known, self.label, 0)).numpy()
+        self.label = np.where(known, labels, NO_LABEL)
+        self._seen, self._num_seen = last // process.count, int(last.max()) // process.count
 
     def clear(self) -> None:
         """Begin a segment."""

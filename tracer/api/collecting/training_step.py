@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tracer._core.processes import Process
 from tracer._core.text import listing
 from tracer.api.collecting.checks import CheckTimes, compare_alone, probe, used_share
 from tracer.api.collecting.shares import Expected, Shares, SharesSink, of_losses
@@ -20,7 +21,7 @@ from tracer.api.featurizer import no_autocast
 from tracer.api.featurizer_factory import FeaturizerFactory
 from tracer.api.sinks import DroppingSink
 from tracer.data.batches import to_device
-from tracer.errors import GradientError, InputError
+from tracer.errors import GradientError, InputError, MismatchError
 from tracer.gradients import Sink, isolated
 from tracer.gradients.calls import CapturedLayer, SampleAxis
 from tracer.gradients.isolation import generator_states
@@ -56,11 +57,18 @@ class StepGradients:
         optimizer: The optimizer.
         adam: Whether gradients are multiplied by its second moments.
         second_pass: Whether gradients come from a pass of their own.
+        process: This process, which trains together with others or alone.
     """
 
     def __init__(
-        self, factory: FeaturizerFactory, optimizer: torch.optim.Optimizer, adam: bool, second_pass: bool
+        self,
+        factory: FeaturizerFactory,
+        optimizer: torch.optim.Optimizer,
+        adam: bool,
+        second_pass: bool,
+        process: Process,
     ) -> None:
+        self._process = process
         self._factory, self._engine = factory, factory.engine
         self._optimizer, self._adam = optimizer, adam
         self._model = factory.model
@@ -70,12 +78,12 @@ class StepGradients:
         self._norms = [each for each in self._model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
         self._second_pass = second_pass
         self._verified: set[tuple] = set()
-        self._last_grad: Tensor | None = None
         self._num_collected = 0
         self._times = CheckTimes()
         self._losses = TrainingLosses(self._model, factory.task)
         self._scales: dict[str, Tensor] = {}
         self._pending: list[Shares] = []
+        self._finishing = False
         if not second_pass and any(getattr(each, "_compiled_call_impl", None) for each in self._model.modules()):
             self._give_up("torch.compile runs layers without their hooks")
 
@@ -101,19 +109,20 @@ class StepGradients:
         expected = self._expected(batch, rows, projector) if due else None
         layers = self._layers()
         if layers is None:
-            yield
+            with self._forgetting():
+                yield
             sink = self._sink(projector, len(rows), ())
             shares = Shares(rows, sink, False, (sink, *self._pass(batch, len(rows), sink, self._times.due)))
         else:
             sink = self._sink(projector, len(rows), self._watched())
             before = generator_states(self._factory.device)
-            with OwnBackward(len(rows), *layers, partial(sink.take, 0, len(rows))) as own, self._losses.watching():
+            backward = OwnBackward(len(rows), *layers, partial(sink.take, 0, len(rows)))
+            with backward as own, self._losses.watching(), self._forgetting():
                 yield
             if not all(map(torch.equal, before, generator_states(self._factory.device))):
                 expected = None  # dropout: another pass has other masks
             self._check_patterns(own, batch, rows)
             shares = Shares(rows, sink, True, expected, self._losses.of(batch, len(rows)))
-        self._forget_zeroed()
         self._pending.append(shares)
         self._num_collected += 1
 
@@ -128,19 +137,22 @@ class StepGradients:
             GradientError: If the optimizer's gradient is not the sum of the shares, or an example's is not its own.
         """
         pending, self._pending = self._pending, []
+        self._check_agreement(pending, step)
         if not pending:
             raise GradientError(
                 f"The optimizer made step {step} without a batch; expected the forward and backward of each batch in "
                 f"`with collector.batch(batch, inds):`."
             )
-        dtype, factor = self._engine.dtype, 1.0 / sum(len(each.rows) for each in pending)
+        dtype, factor = self._engine.dtype, 1.0 / sum(len(each.rows) for each in pending) / self._process.count
         if pending[0].own:
             with self._times.spending():
-                factor, pending = used_share(pending, self._watched(), dtype, step)
+                factor, pending = used_share(pending, self._watched(), dtype, step, self._process)
         found: list[Contribution] = []
         weights = [factor * move for move in moves]
         for each in pending:
+            self._finishing = True  # the step has been made
             features = each.sink.finish()
+            self._finishing = False
             if not each.own:
                 assert each.expected is not None
                 _, each.outputs, audited = each.expected
@@ -153,14 +165,43 @@ class StepGradients:
             found.append(Contribution(each.rows, values, each.outputs, audited))
         self._scales.clear()
         self._times.next_step()
+        self._times.due = self._process.first(self._times.due, self._factory.device)
         return found
 
-    def _forget_zeroed(self) -> None:
-        """Forget batches whose gradients were set to None without a step."""
-        grad = next(iter(self._probe.values())).grad
-        if grad is not self._last_grad:
+    def check_weights(self) -> None:
+        """Raise `MismatchError` if processes that train together do not have the same weights."""
+        values = [value.detach().double() for value in self._probe.values()]
+        sums = [float(each) for value in values for each in (value.sum(), value.square().sum())]
+        if self._process.together and not self._process.same(sums, self._factory.device):
+            raise MismatchError(
+                "Processes that train together have different weights; expected the same gradient in all of them: wrap "
+                "the model in DistributedDataParallel, and begin with the same weights."
+            )
+
+    def _check_agreement(self, pending: Sequence[Shares], step: int) -> None:
+        """Raise `GradientError` if processes that train together have collected in different ways."""
+        numbers = len(pending), sum(each.own for each in pending)
+        if not self._process.same(numbers, self._factory.device):
+            raise GradientError(
+                f"Processes differ in how they collected step {step}: this one has {numbers[0]} batches, of which "
+                f"{numbers[0] - numbers[1]} took a second pass. Expected as many batches between two steps in each "
+                f"process; if only some took a second pass, pass second_pass=True in all."
+            )
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """Forget batches whose gradients were set to None without a step, before the backward in the block."""
+        probe = next((value for value in self._probe.values() if value.requires_grad), None)
+        empty: list[bool] = []
+        # A hook of a leaf sees its grad before the backward adds to it. DistributedDataParallel replaces it afterwards.
+        handle = None if probe is None else probe.register_hook(lambda _: empty.append(probe.grad is None))
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
+        if any(empty[:1]):
             self._pending.clear()
-        self._last_grad = grad
 
     def _layers(self) -> tuple[Sequence[CapturedLayer], Mapping[str, SampleAxis]] | None:
         """Return the layers to capture in the training's own pass; None: a second pass is needed."""
@@ -221,6 +262,12 @@ class StepGradients:
             value, group = self._parameters[name], self._optimizer.param_groups[self._groups[name]]
             moment = moment_of(self._optimizer, group, value)
             if moment is None:
+                if self._finishing and value.grad is not None and value.grad.any():
+                    raise GradientError(
+                        f"The optimizer made a step and keeps no second moments of {name!r} in this process; expected "
+                        f"those of all parameters in each process. ZeroRedundancyOptimizer divides them: use Adam "
+                        f"itself, or pass preconditioner=None."
+                    )
                 return None
             self._scales[name] = moment.gamma(torch.promote_types(value.dtype, torch.float32)).sqrt_()
         return self._scales[name]

@@ -128,15 +128,15 @@ class CheckpointRecorder:
             if kept and kept[-1].step == self.steps:
                 totals = [0.0] * len(totals)  # exactly, whatever rounding says
             self._sums = [max(rate, 0.0) for rate in add_rates(totals, [-rate for rate in total_rates(kept)])]
-            self._handles = [
-                self.optimizer.register_step_pre_hook(self._enter_step),
-                self.optimizer.register_step_post_hook(self._leave_step),
-            ]
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._enter_step),
+            self.optimizer.register_step_post_hook(self._leave_step),
+        ]
 
     @property
     def checkpoints(self) -> list[CheckpointRecord]:
-        """The checkpoints saved so far."""
-        return list(self._recording.checkpoints)
+        """The checkpoints saved so far; none in processes that do not write."""
+        return list(self._recording.checkpoints) if self._writes else []
 
     @property
     def needs_loss(self) -> bool:
@@ -212,9 +212,8 @@ class CheckpointRecorder:
                 self.save()
         finally:
             self.closed = True
-            if self._writes:
-                for handle in self._handles:
-                    handle.remove()
+            for handle in self._handles:
+                handle.remove()
         if self._writes and not self.steps:
             logger.warning(
                 "%s: nothing was recorded, since the optimizer that the recorder got never stepped", self.directory
@@ -269,7 +268,8 @@ class CheckpointRecorder:
             rate = rate.detach().to(torch.float64, copy=True) if isinstance(rate, Tensor) else float(rate)
             self._rates.append(rate)
             flags = tuple(parameter.requires_grad for parameter in group["params"])
-            if flags != self._flags.get(number) and any(flags) and (isinstance(rate, Tensor) or rate):
+            moves = any(flags) and (isinstance(rate, Tensor) or bool(rate))
+            if self._writes and moves and flags != self._flags.get(number):
                 self._flags[number] = flags
                 own = {id(parameter): name for name, parameter in self.model.named_parameters()}
                 names = {own[id(one)] for one in group["params"] if one.requires_grad and id(one) in own}
