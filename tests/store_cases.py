@@ -8,7 +8,7 @@ import numpy as np
 
 from tracer.store import RowTable
 from tracer.store.manifest import Manifest
-from tracer.store.table_schema import COLUMNS
+from tracer.store.table_schema import VALUES
 
 N, DIM = 23, 5
 
@@ -27,7 +27,6 @@ def stored_features(table: RowTable, start: int, stop: int) -> np.ndarray:
 def batch(rows: np.ndarray, seed: int = 0, dim: int = DIM) -> dict[str, np.ndarray]:
     """Rows whose content depends on their index only, not on how they are batched."""
     rng = np.random.default_rng(seed)
-    table = {name: rng.standard_normal(1000).astype(np.float32)[rows] for name in COLUMNS if COLUMNS[name] == "float32"}
-    table.pop("scale")
+    table = {name: rng.standard_normal(1000).astype(np.float32)[rows] for name in VALUES}
     features = rng.standard_normal((1000, dim)).astype(np.float32)[rows]
     return {"rows": rows, "features": features, "fingerprint": rows.astype(np.uint64) + np.uint64(2**63), **table}

@@ -69,9 +69,8 @@ def test_growth_that_was_interrupted_goes_on(run, tmp_path):
     trace(run, 17, tmp_path, proj_dim=16)
     reader = Tracer.open(tmp_path)
     reader.store.grow(23)  # the manifest only; tables follow when they are opened
-    (tmp_path / "checkpoints" / "0" / "loss_grad" / "zarr.json").write_bytes(
-        (tmp_path / "checkpoints" / "0" / "loss_grad" / "zarr.json").read_bytes().replace(b"17", b"23", 1)
-    )
+    node = tmp_path / "checkpoints" / "0" / "floats" / "zarr.json"
+    node.write_bytes(node.read_bytes().replace(b"17", b"23", 1))
     assert Tracer.open(tmp_path).remaining(0).tolist() == list(range(17, 23))
 
 

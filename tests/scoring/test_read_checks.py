@@ -38,13 +38,13 @@ ASK = {
 @pytest.mark.parametrize("what", ASK)
 @pytest.mark.parametrize("table", ["checkpoints/1", "targets/test/0"])
 @pytest.mark.parametrize(
-    ("array", "size"), [("features", 4 * DIM), ("scale", 4), ("loss_grad", 4), ("gradient_norm", 4)]
+    ("array", "offset"), [("features", 12 * DIM), ("floats", 3 * 28), ("floats", 3 * 28 + 8), ("floats", 3 * 28 + 16)]
 )
-def test_a_flipped_bit_is_noticed(tmp_path, what, table, array, size):
+def test_a_flipped_bit_is_noticed(tmp_path, what, table, array, offset):
     found = scorer(tmp_path, N, M, DIM)
     if table != "checkpoints/1" and what in ("self-influence", "influence"):
         return  # they read no targets
-    flip(tmp_path / table / array / "c" / ("0/0" if array == "features" else "0"), 3 * size + 1)
+    flip(tmp_path / table / array / "c" / "0" / "0", offset + 1)
     with pytest.raises(StoreError, match=r"rows 3 of .* do not match the checksum .* run tracer.verify"):
         ASK[what](Scorer(found.store, torch.device("cpu"), False))
     assert [each.rows.tolist() for each in verify(tmp_path, progress=False).damage] == [[3]]

@@ -48,8 +48,8 @@ def use(store: Store) -> None:
 
 
 PLACES = [
-    NODE, "checkpoints", "checkpoints/0", f"checkpoints/0/{NODE}", "checkpoints/0/loss", f"checkpoints/0/loss/{NODE}",
-    "checkpoints/0/loss/c", "checkpoints/0/loss/c/0", "checkpoints/0/features/c/0", "checkpoints/0/features/c/0/0",
+    NODE, "checkpoints", "checkpoints/0", f"checkpoints/0/{NODE}", "checkpoints/0/done", f"checkpoints/0/done/{NODE}",
+    "checkpoints/0/done/c", "checkpoints/0/done/c/0", "checkpoints/0/features/c/0", "checkpoints/0/features/c/0/0",
     "checkpoints/0/done/c/0",
 ]  # fmt: skip
 
@@ -110,7 +110,7 @@ def document(path, change) -> None:
     [([1 << 40], 1 << 40), ([N], 0), ([N], -1), ([1 << 30], 1), ([float(N)], N), (["a"], N), ([], 1), ([True], 1)],
 )
 def test_arrays_of_absurd_sizes_are_refused(store, shape, rows):
-    path = store.path / "checkpoints/0/loss"
+    path = store.path / "checkpoints/0/floats"
 
     def change(found) -> None:
         found["shape"] = shape
@@ -134,7 +134,7 @@ def test_arrays_of_absurd_sizes_are_refused(store, shape, rows):
     ],
     ids=["deep", "NaN", "digits", "number", "bytes", "empty", "large"],
 )
-@pytest.mark.parametrize("place", ["", "checkpoints/0", "checkpoints/0/loss"])
+@pytest.mark.parametrize("place", ["", "checkpoints/0", "checkpoints/0/floats"])
 def test_malformed_documents_are_store_errors(store, text, place):
     (store.path / place / NODE).write_bytes(text)
     with pytest.raises(StoreError):

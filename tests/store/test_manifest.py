@@ -131,7 +131,10 @@ def test_versions_are_recorded():
     [
         ({"format": "other"}, "did not write: expected the attribute format='tracer', got 'other'"),
         ({"format_version": FORMAT_VERSION + 1}, "upgrade the package"),
-        ({"format_version": 4}, "earlier release; expected 9.*featurize again into a new save_dir, or use the release"),
+        (
+            {"format_version": 4},
+            "earlier release; expected 10.*featurize again into a new save_dir, or",
+        ),
         ({"format_version": None}, "is damaged"),
         ({"settings": 3}, "is damaged"),
         ({"settings": {"train_set_size": 3}}, "is damaged"),

@@ -199,7 +199,7 @@ def test_other_rows_under_known_indices_are_named(table):
 def test_damaged_fingerprints_are_blamed_and_not_the_data(table):
     table.write(**batch(np.arange(4)))
     table.flush()
-    table._arrays["fingerprint"].assign(np.array([1, 2]), np.zeros(2, np.uint64))
+    table._arrays["integers"].assign(np.array([1, 2]), np.zeros((2, 5), np.int64))
     with pytest.raises(StoreError, match=r"rows 1, 2 of .* do not match the checksum .*: run tracer\.verify"):
         table.check_rows(np.arange(4), batch(np.arange(4))["fingerprint"])
 

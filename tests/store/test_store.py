@@ -21,7 +21,7 @@ from tracer.store.arrays.layout import Layout
 from tracer.store.arrays.local import LocalArray
 from tracer.store.arrays.metadata import NODE
 from tracer.store.manifest import FORMAT_VERSION
-from tracer.store.table_schema import COLUMNS
+from tracer.store.table_schema import ARRAYS, VALUES
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_any_zarr_reader_sees_the_layout(store, table):
         warnings.simplefilter("error")  # zarr warns about anything that does not belong to the hierarchy
         root = zarr.open_group(str(store.path), mode="r")
         names = {name for name, _ in root.members(max_depth=None)}
-    columns = set(COLUMNS) | {"features"}
+    columns = {*ARRAYS, "features", "done"}
     expected = {"checkpoints", "checkpoints/0", "targets", "targets/test", "targets/test/0"}
     expected |= {"scores", "scores/test", "scores/test/tracin", (result := f"scores/test/tracin/{scores.path.name}")}
     expected |= {f"{result}/{name}" for name in ("scores", "rows", "checksum", "done")}
@@ -64,9 +64,10 @@ def test_any_zarr_reader_sees_the_layout(store, table):
         "storage": "float32",
         "chunk_rows": N,
     }
-    for name in ("features", "loss", "loss_grad", "loss_hess", "gradient_norm", "fingerprint"):
-        np.testing.assert_array_equal(group[name][:], data[name])
-    assert group["done"][:].all() and (group["scale"][:] == 1).all()
+    np.testing.assert_array_equal(group["features"][:], data["features"])
+    np.testing.assert_array_equal(group["floats"][:, 1:], np.stack([data[name] for name in VALUES], 1))
+    np.testing.assert_array_equal(group["integers"][:, 2].view("uint64"), data["fingerprint"])
+    assert group["done"][:].all() and (group["floats"][:, 0] == 1).all()
     assert not root["targets/test/0/done"][:].any() and root["targets/test/0/features"].shape == (4, DIM)
 
 
@@ -258,13 +259,13 @@ def test_a_table_that_does_not_fit_the_store_is_damaged(store, tmp_path):
 def test_a_damaged_table_is_named_and_the_store_still_opens(store, table, damage):
     table.write(**batch(np.arange(N)))
     table.close()
-    path = table.path / "loss_grad"
+    path = table.path / "floats"
     if damage == "metadata":
         (path / NODE).write_text("")
     elif damage == "array":
         shutil.rmtree(path)
     elif damage == "file":
-        (path / "c" / "0").unlink()
+        (path / "c" / "0" / "0").unlink()
     else:
         os.truncate(table.path / "done" / "c" / "0", 3)
     with pytest.raises(StoreError):
@@ -312,7 +313,7 @@ def test_documents_of_arrays_are_read_once_for_each_revision_of_a_table(store, m
     np.testing.assert_array_equal(stored_features(store.checkpoint(0), 0, N), batch(np.arange(N))["features"])
     assert not read
     Store.open_existing(store.path).invalidate_rows(np.array([1]))
-    arrays, read[:] = {*COLUMNS, "features"}, []
+    arrays, read[:] = {*ARRAYS, "features", "done"}, []
     assert store.checkpoint(0).remaining().tolist() == [1]
     assert set(read) == arrays
     read.clear()

@@ -18,7 +18,7 @@ from store_cases import stored_features
 from tracer.errors import MismatchError, StoreError
 from tracer.store import RowTable, ScoreArray, Store
 from tracer.store.manifest import Manifest
-from tracer.store.table_schema import COLUMNS
+from tracer.store.table_schema import ARRAYS, COLUMNS
 
 N, DIM = 3000, 96
 
@@ -124,7 +124,7 @@ def test_a_killed_writer_loses_no_row_that_it_reported_done(tmp_path, monkeypatc
         table.write(**batch(rows[start : start + 501]))
     table.close()
     assert table.done.all()
-    for name in (*COLUMNS, "features"):
+    for name in (*ARRAYS, "done", "features"):
         left, right = (zarr.open_array(str(at.path / name), mode="r")[:] for at in (table, uninterrupted))
         assert left.tobytes() == right.tobytes(), name
 

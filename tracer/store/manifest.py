@@ -19,7 +19,7 @@ from tracer.errors import InputError, InputTypeError, MismatchError, StoreError
 from tracer.store.feature_storage import FeatureStorage
 
 FORMAT = "tracer"
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 _REQUIRED = ("train_set_size", "feature_dim", "storage")
 
 logger = logging.getLogger("tracer")
@@ -161,7 +161,7 @@ class Manifest:
         if isinstance(version, int) and version < FORMAT_VERSION:
             raise StoreError(
                 f"{where} has format version {version} of an earlier release; expected {FORMAT_VERSION}, whose tables "
-                "have other columns and fingerprints: featurize again into a new save_dir, or use the release that "
+                "have other arrays: featurize again into a new save_dir, or use the release that "
                 "wrote it"
             )
         try:

@@ -26,6 +26,7 @@ from tracer.store.manifest import json_value
 from tracer.store.quantization import signs
 from tracer.store.row_writer import RowWriter, checked_fingerprint, checked_rows, named_rows
 from tracer.store.table_schema import (
+    ARRAYS,
     COLUMNS,
     OPTIONAL_VALUES,
     VALUES,
@@ -33,7 +34,9 @@ from tracer.store.table_schema import (
     changing,
     damaged_rows,
     read_attributes,
+    read_column,
     table_layouts,
+    take_column,
 )
 
 KnownTables = dict[StorePath, tuple[tuple[Any, ...], Mapping[str, Layout]]]
@@ -78,7 +81,7 @@ class RowTable:
             raise StoreError(f"{path / NODE} is damaged ({error!r}): restore it, or remove {path}") from error
         said = self.num_rows, self.storage, self.chunk_rows, described["revision"]
         before, layouts = (known or {}).get(path, (None, None))
-        names = [*COLUMNS, *(["features"] if self._feature_storage.stores_features else [])]
+        names = [*ARRAYS, "done", *(["features"] if self._feature_storage.stores_features else [])]
         self._arrays = open_arrays(path, names, layouts if before == said else None)
         self._features = self._arrays.get("features")
         self.dim = 0 if self._features is None else self._feature_storage.dim(self._features.layout.shape[-1])
@@ -173,7 +176,7 @@ class RowTable:
         rows = self.checked_rows(rows)
         fingerprint = checked_fingerprint(fingerprint, len(rows))
         written = self._mask.written(rows)
-        other = written & (self._arrays["fingerprint"].take(rows) != fingerprint)
+        other = written & (take_column(self._arrays, "fingerprint", rows) != fingerprint)
         if other.any():
             wrong = rows[other]
             self.check_content(np.sort(wrong))  # else the data would be blamed for a damaged fingerprint
@@ -253,7 +256,7 @@ class RowTable:
             raise InputError(f"column is {name!r}: expected one of {sorted(COLUMNS)}")
         stop = self.num_rows if stop is None else stop
         self._check_range(start, stop)
-        return self._arrays[name].read(start, stop)
+        return read_column(self._arrays, name, start, stop)
 
     @property
     def row_bytes(self) -> int:

@@ -17,7 +17,7 @@ from tracer.store.arrays.metadata import NODE
 from tracer.store.arrays.store_path import StorePath
 from tracer.store.feature_storage import FeatureStorage
 from tracer.store.quantization import RELATIVE, binary_scale, relative_rows, row_scale
-from tracer.store.table_schema import NO_LABEL, Writable, read_attributes, row_checksums
+from tracer.store.table_schema import ARRAYS, NO_LABEL, Writable, join_columns, read_attributes, row_checksums
 
 _MAX_NAMED = 5
 
@@ -91,8 +91,8 @@ class RowWriter:
         with self._mask.writing(rows):
             if self._features is not None and raw is not None:
                 self._features.assign(rows, raw)
-            for name, values in columns.items():
-                self._arrays[name].assign(rows, values)
+            for name in ARRAYS:
+                self._arrays[name].assign(rows, join_columns(name, columns))
 
     def _checked_floats(self, name: str, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
         values = _floats(name, values, (len(rows),))

@@ -25,16 +25,14 @@ OPTIONAL_VALUES = ("output_change", "rival_share")
 """Those that a task may not know; they are 0 then."""
 NO_LABEL = int(np.iinfo(np.int64).min)
 """The label of a row if the task has none."""
-COLUMNS = {
-    "scale": "float32",
-    **dict.fromkeys(VALUES, "float32"),
-    "label": "int64",
-    "rival": "int64",
-    "fingerprint": "uint64",
-    "checksum": "uint64",
-    "audited": "bool",
-    "done": "bool",
+ARRAYS = {
+    "floats": ("scale", *VALUES),
+    "integers": ("label", "rival", "fingerprint", "checksum", "audited"),
 }
+"""The columns of an array ``[N, columns]``: few files, since a small store takes most of its time to make them."""
+COLUMNS = (*ARRAYS["floats"], *ARRAYS["integers"], "done")
+_PLACES = {name: (array, place) for array, names in ARRAYS.items() for place, name in enumerate(names)}
+_UNSIGNED = ("fingerprint", "checksum")
 _REQUIRED = ("num_rows", "storage", "chunk_rows", "finalized", "revision", "weights_fingerprint", "learning_rate")
 _CHECKED = ("scale", *VALUES, "label", "rival", "fingerprint")
 _AUDITED = np.uint64(0xD6E8FEB86659FD93)
@@ -44,7 +42,11 @@ def table_layouts(num_rows: int, dim: int, storage: str, chunk_rows: int) -> dic
     """Return the layouts of a table's arrays by name; ``dim`` is ignored if features are not stored."""
     # All arrays have the same chunks of rows, also the small columns: a file of a whole column would be one file that
     # all processes write.
-    layouts = {name: Layout((num_rows,), dtype, chunk_rows) for name, dtype in COLUMNS.items()}
+    layouts = {
+        "floats": Layout((num_rows, len(ARRAYS["floats"])), "float32", chunk_rows),
+        "integers": Layout((num_rows, len(ARRAYS["integers"])), "int64", chunk_rows),
+        "done": Layout((num_rows,), "bool", chunk_rows),
+    }
     kind = FeatureStorage(storage)
     if kind.stores_features:
         layouts["features"] = Layout((num_rows, kind.columns(dim)), kind.dtype, chunk_rows)
@@ -167,23 +169,51 @@ def row_checksums(
     return content_checksums(sums, columns["audited"])
 
 
-def content_checksums(checksums: UInt64[np.ndarray, " n"], audited: Bool[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+def content_checksums(
+    checksums: UInt64[np.ndarray, " n"], audited: Bool[np.ndarray, " n"] | Int64[np.ndarray, " n"]
+) -> UInt64[np.ndarray, " n"]:
     """Return checksums of rows without their marks of the audit, which say nothing about what is computed from them."""
-    # Bytes, since a damaged one may be neither 0 nor 1.
-    return checksums ^ np.ascontiguousarray(audited).view(np.uint8).astype(np.uint64) * _AUDITED
+    return checksums ^ audited.astype(np.uint64) * _AUDITED
 
 
 def damaged_rows(arrays: Mapping[str, ChunkedArray], rows: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " m"]:
     """Return those of some rows of a table, ascending, that do not match their checksum, done or not."""
     start, stop = int(rows[0]), int(rows[-1]) + 1
     together = stop - start == len(rows)
-    read = {name: arrays[name] for name in ("features", *_CHECKED, "audited", "checksum") if name in arrays}
+    read = {name: arrays[name] for name in ("features", *ARRAYS) if name in arrays}
     for array in read.values():
         if array.uploads and together:  # all downloads at once
             array.prefetch(start, stop)
-    columns = {name: array.read(start, stop) if together else array.take(rows) for name, array in read.items()}
-    features = columns.pop("features", None)
-    return rows[row_checksums(features, columns) != columns["checksum"]]
+    found = {name: array.read(start, stop) if together else array.take(rows) for name, array in read.items()}
+    columns = {name: _unsigned(name, found[array][:, place]) for name, (array, place) in _PLACES.items()}
+    return rows[row_checksums(found.get("features"), columns) != columns["checksum"]]
+
+
+def join_columns(array: str, columns: Mapping[str, Shaped[np.ndarray, " n"]]) -> Shaped[np.ndarray, "n columns"]:
+    """Return the rows of an array of `ARRAYS`."""
+    dtype = np.float32 if array == "floats" else np.int64
+    return np.stack([columns[name].astype(dtype, copy=False) for name in ARRAYS[array]], axis=1)
+
+
+def read_column(arrays: Mapping[str, ChunkedArray], name: str, start: int, stop: int) -> Shaped[np.ndarray, " n"]:
+    """Return a column of rows ``start`` to ``stop``: a view if they are in one file, else a copy."""
+    if name == "done":
+        return arrays[name].read(start, stop)
+    array, place = _PLACES[name]
+    values = _unsigned(name, arrays[array].read(start, stop, place))
+    return values != 0 if name == "audited" else values
+
+
+def take_column(
+    arrays: Mapping[str, ChunkedArray], name: str, rows: Int64[np.ndarray, " n"]
+) -> Shaped[np.ndarray, " n"]:
+    """Return a copy of a column of single rows, in any order."""
+    array, place = _PLACES[name]
+    return _unsigned(name, arrays[array].take(rows)[:, place])
+
+
+def _unsigned(name: str, values: Shaped[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
+    return values.view(np.uint64) if name in _UNSIGNED else values
 
 
 def mixed(sums: UInt64[np.ndarray, " n"], bits: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:

@@ -24,7 +24,7 @@ from tracer.store.result_group import load_group
 from tracer.store.revisions import remove_result
 from tracer.store.score_array import ScoreArray, read_description
 from tracer.store.store import Store
-from tracer.store.table_schema import changing, damaged_rows, lost_document, table_layouts
+from tracer.store.table_schema import changing, damaged_rows, lost_document, table_layouts, take_column
 from tracer.store.topk_parts import load_part, read_part
 
 logger = logging.getLogger("tracer")
@@ -223,7 +223,7 @@ class _Checker:
             if len(bad):
                 self._found(mask.path.parent, "rows do not match the checksum that they were written with", bad)
                 yield bad
-            self.num_audited += int(np.count_nonzero(arrays["audited"].take(done)))
+            self.num_audited += int(np.count_nonzero(take_column(arrays, "audited", done)))
 
     def _lost(self, array: ChunkedArray, chunk: int, rows: np.ndarray, what: str) -> np.ndarray:
         """Note a chunk that cannot be used, and remove it so that it is created again."""

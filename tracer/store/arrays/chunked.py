@@ -114,14 +114,19 @@ class ChunkedArray(ABC):
             yield start, self.chunk(chunk)[offset : offset + length]
             start += length
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Return rows as one array that must not be written: a view if they are in one chunk, else a copy."""
+    def read(self, start: int, stop: int, column: int | None = None) -> np.ndarray:
+        """Return rows as one array that must not be written: a view if they are in one chunk, else a copy.
+
+        Of rows of several columns, it may be one ``column`` alone.
+        """
+        inside = ... if column is None else (slice(None), column)
         chunk, offset = divmod(start, self.layout.chunk_rows)
         if start < stop <= (chunk + 1) * self.layout.chunk_rows:
-            return self.chunk(chunk)[offset : offset + stop - start]
-        found = np.empty((max(stop - start, 0), *self.layout.shape[1:]), self.dtype)
+            return self.chunk(chunk)[offset : offset + stop - start][inside]
+        width = self.layout.shape[1:] if column is None else ()
+        found = np.empty((max(stop - start, 0), *width), self.dtype)
         for first, view in self.rows(start, stop):  # views are not collected: each map holds a file descriptor
-            found[first - start : first - start + len(view)] = view
+            found[first - start : first - start + len(view)] = view[inside]
         return found
 
     def take(self, rows: Int64[np.ndarray, " n"]) -> Shaped[np.ndarray, "n ..."]:

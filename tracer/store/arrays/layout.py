@@ -47,7 +47,7 @@ def rows_per_chunk(
     """
     most = max(1, chunk_bytes // max(1, row_bytes))
     # A chunk is what one process writes, so each process gets the same number, and a large table has several even if a
-    # single process begins it: others may join later. A small one has few, since each chunk is a file in ten arrays.
+    # single process begins it: others may join later. A small one has few, since each chunk is a file in four arrays.
     wanted = max(-(-num_rows // most), min(_MANY_CHUNKS, num_rows // _SMALL_CHUNK), 1)
     chunks = -(-wanted // processes) * processes
     return max(1, -(-num_rows // chunks))
