@@ -445,6 +445,33 @@ def test_other_weights_cannot_continue(tmp_path):
         GradientCollector(other, sgd(other), tmp_path, "classification", N, every=3, resume=True, **EXACT)
 
 
+def test_what_needs_gradients_at_checkpoints_is_refused(tmp_path):
+    model = mlp()
+    collector = collected(tmp_path, model, sgd(model), batches(12))
+    data, checkpoints = (model, "classification", (X, Y), (X[:5], Y[:5])), collector.checkpoints
+    options = {"save_dir": collector.store, **EXACT}
+    found = attribute(*data, checkpoints, estimator="auto", **options)
+    scores = np.array(found.scores)
+    assert found.estimators.scores == "tracin"
+    tracer = found.tracer
+    tracer.load_checkpoint(*checkpoints[0][:1], model_id=0, learning_rate=checkpoints[0][1])
+    for refused in (
+        lambda: attribute(*data, checkpoints, estimator="influence", **options).scores,
+        lambda: attribute(*data, checkpoints, estimator="trackstar", **options).scores,
+        lambda: attribute(*data, [(path, 1.5) for path, _ in checkpoints], **options),
+        lambda: tracer.query((X[:2], Y[:2]), 3, estimator="trak"),
+        lambda: tracer.self_influence(estimator="influence"),
+        lambda: tracer.fit_kernel((X, Y)),
+        lambda: tracer.featurize((X[:3], Y[:3]), inds=range(3)),
+        lambda: tracer.replace(range(3)),
+        lambda: tracer.load_checkpoint(mlp(0.1).state_dict(), model_id=9, learning_rate=0.1),
+        lambda: Tracer.open(collector.store).grow(N + 1),
+    ):
+        with pytest.raises(CallOrderError, match="GradientCollector collected.*another save_dir"):
+            refused()
+    np.testing.assert_array_equal(attribute(*data, checkpoints, **options).scores, scores)
+
+
 def test_sums_that_do_not_fit_into_memory_are_in_a_file(tmp_path):
     model, other, steps = mlp(), mlp(), batches(6)
     optimizer = sgd(model)

@@ -73,6 +73,7 @@ def fit_kernel(
     if session is None:
         raise CallOrderError("fit_kernel needs a checkpoint; call tracer.load_checkpoint(checkpoint, model_id) first.")
     model_id = int(session.table.path.name)
+    _tracer.store.require_gradients("fit_kernel")
     _tracer.store.manifest.feature_storage.require_features("fit_kernel")
     _tracer.store.manifest.feature_storage.require_values("fit_kernel")
     if _tracer._backend.is_sharded:

@@ -89,6 +89,11 @@ def label_health(
             "the model has learned training labels by heart: it predicts far more of them than of held-out labels at "
             f"each checkpoint that tells classes apart. Save earlier checkpoints. {_OTHERWISE}"
         )
+    if store.manifest.is_collected:
+        return (
+            "the store has sums over the steps of a training, collected by GradientCollector, from which it is unknown "
+            f"what the model learned from each label itself. {_OTHERWISE}"
+        )
     moved = changes(list(model_ids))
     corrected = [evidence_of(store.checkpoint(model_ids[place]), moved[place]) for place in used]
     return estimate_wrong_labels(

@@ -61,6 +61,8 @@ def _predictor(manifest: Manifest) -> tuple[str, str]:
     """Return the estimator that predicts training without examples best, of those that a store allows, and why."""
     storage = manifest.feature_storage
     preconditioner = manifest.settings.get("preconditioner")
+    if manifest.is_collected:
+        return "tracin", "rows that GradientCollector collected are sums over steps, of which there is no kernel"
     if preconditioner in KRONECKER:
         return "tracin", f"inner products of gradients whitened by {preconditioner} are those of influence functions"
     if storage.is_binary or not storage.stores_features:

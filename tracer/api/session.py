@@ -174,9 +174,11 @@ def begin_featurizing(
             check_weights(table, loaded.fingerprint, model_id)
             stored = table.attributes.get("learning_rate")
             if learning_rate is not None and learning_rate != stored:
+                store.require_gradients(f"learning_rate={learning_rate} in place of {stored}")
                 logger.info("checkpoint %d: learning rate %s replaces %s", model_id, learning_rate, stored)
                 table.set_attributes(learning_rate=learning_rate)
         else:
+            store.require_gradients("another checkpoint")
             sources.check_new(store, model_id, loaded.fingerprint)
             table = store.create_checkpoint(model_id, loaded.fingerprint, learning_rate)
         sources.remember(model_id, checkpoint, table)

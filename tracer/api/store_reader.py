@@ -152,6 +152,7 @@ class StoreReader:
             CallOrderError: If the store has no checkpoint.
         """
         if exp_name is None:
+            self.store.require_gradients("replace")
             if not self.store.catalog.checkpoint_ids():
                 raise CallOrderError("The store has no checkpoint, so there are no rows to replace; featurize first.")
             rows = check_indices(inds, self.train_set_size, "train_set_size")

@@ -363,6 +363,7 @@ class Scorer:
         """Return the kernels of this store, which must have features."""
         what = f"estimator={estimate.estimator!r}"
         self.store.manifest.feature_storage.require_features(what)
+        self.store.require_gradients(f"{what} (not tracin or cosine)")
         if estimate.kernel:
             self.store.manifest.feature_storage.require_values(what)
         known = self._known_kernels

@@ -129,6 +129,11 @@ class Manifest:
         return FeatureStorage(str(self.settings["storage"]))
 
     @property
+    def is_collected(self) -> bool:
+        """Whether rows of training examples are sums over the steps of a training, by `GradientCollector`."""
+        return "collected" in self.info
+
+    @property
     def shares_projection(self) -> bool:
         """Whether features of different checkpoints can be multiplied: they have one projection, or are exact."""
         projector = self.settings.get("projector") or {}

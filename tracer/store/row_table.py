@@ -172,8 +172,18 @@ class RowTable:
         return "collected" not in self.attributes
 
     def check_rows(self, rows: np.ndarray, fingerprint: np.ndarray) -> np.ndarray:
-        """Return which rows are written, ``[n]``; raise `MismatchError` if one has another ``fingerprint [n]``."""
+        """Return which rows are written, ``[n]``.
+
+        Raises:
+            MismatchError: If a row is written with another ``fingerprint [n]``.
+            CallOrderError: If rows were collected in a training, which cannot be computed again.
+        """
         rows = self.checked_rows(rows)
+        if not self.has_fingerprints:
+            raise CallOrderError(
+                f"expected no training examples for {self.path}, whose rows GradientCollector collected in a training; "
+                f"featurize into another save_dir"
+            )
         fingerprint = checked_fingerprint(fingerprint, len(rows))
         written = self._mask.written(rows)
         other = written & (take_column(self._arrays, "fingerprint", rows) != fingerprint)

@@ -129,6 +129,14 @@ class Store:
         path.remove_stale()
         return cls(path, manifest)
 
+    def require_gradients(self, what: str) -> None:
+        """Refuse a call or argument for a store whose rows are no gradients at its checkpoints."""
+        if self.manifest.is_collected:
+            raise CallOrderError(
+                f"{what} needs the gradients of training examples at checkpoints, and {self.path} holds sums over the "
+                f"steps of a training, which GradientCollector collected; featurize into another save_dir."
+            )
+
     def ids(self, exp_name: str | None = None) -> ExampleIds:
         """Return the ids of training examples, or of targets."""
         if exp_name not in self._ids:
@@ -172,6 +180,7 @@ class Store:
             )
         if train_set_size == known:
             return
+        self.require_gradients(f"train_set_size={train_set_size}")
         settings = {**self.manifest.settings, "train_set_size": train_set_size}
         manifest = replace(self.manifest, settings=settings)
         # Only the manifest is written, in one step; tables grow when they are next opened. So a process that is killed
