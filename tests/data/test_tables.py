@@ -244,6 +244,12 @@ def test_columns_that_a_tokenizer_cannot_pad_are_named():
         list(source.batches(np.arange(1)))
 
 
+def test_texts_that_were_not_tokenized_are_refused():
+    source = as_data_source([{"text": "a", "label": 0}], "train", 1, Tokenizer())
+    with pytest.raises(BatchError, match=r"no tokens, only text, label; .*tokenizer\(row\['text'\]\)"):
+        list(source.batches(np.arange(1)))
+
+
 @pytest.mark.parametrize("numbers", [True, False])
 def test_a_report_shows_the_columns_of_a_table_by_name(tmp_path, numbers):
     model, frame = net(), FRAME if numbers else FRAME.assign(city="Rome")
@@ -256,3 +262,18 @@ def test_a_report_shows_the_columns_of_a_table_by_name(tmp_path, numbers):
     assert '"yes"' in page
     assert ('"names":["age","income","score"]' in page) == numbers
     assert ('"name":"age"' in page and f'"{X[0, 0]}"' in page) == (not numbers)
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ((X.tolist(), Y.tolist()), "fit into one batch.*tuple of tensors, arrays or tables, .inputs, labels."),
+        ([(torch.zeros(3), 0), (torch.zeros(4), 1)], r"fit into one batch.*\[3\].*pass collate_fn="),
+        ((torch.zeros(3), 0), "a single example as a list"),
+        ((X, np.eye(2)[Y]), r"one-hot labels labels\.argmax\(1\)"),
+    ],
+    ids=["lists of numbers", "other lengths", "one example", "one-hot labels"],
+)
+def test_what_is_no_batch_is_refused_with_what_to_pass(train, said, tmp_path):
+    with pytest.raises(BatchError, match=said):
+        scores(tmp_path, train)

@@ -225,6 +225,8 @@ def test_scoring_before_finalizing(run, loaded):
 
 def test_targets_missing(run, tracing):
     featurize(tracing, run)
+    with pytest.raises(tracer.InputError, match="the store has no targets"):
+        tracing.finalize_scores("test")
     state = run.checkpoints[0][0]
     tracing.start_scoring_checkpoint(state, 0, 5, "test")
     tracing.score((run.target_x[:3], run.target_y[:3]), num_samples=3)
@@ -385,6 +387,11 @@ def test_model_ids(run, tracing, model_id, error):
         tracing.load_checkpoint(run.checkpoints[0][0], model_id, 0.1)
 
 
+def test_long_values_in_the_place_of_a_number_are_named_by_their_type(run, tracing):
+    with pytest.raises(tracer.InputTypeError, match="model_id is of type OrderedDict; expected an integer"):
+        tracing.start_scoring_checkpoint("quickstart", run.checkpoints[0][0], 0, 5)  # the order of TRAK's arguments
+
+
 def test_save_dir_that_is_no_store(run, tmp_path):
     folder = tmp_path / "other"
     folder.mkdir()
@@ -479,4 +486,6 @@ def test_one_call_with_bad_arguments(run, tmp_path):
         call(train=(run.x, run.y[:-1]))
     with pytest.raises(tracer.InputError, match="did you mean 'cosine'"):
         call(estimator="cosin")
+    with pytest.raises(tracer.InputTypeError, match=r"must be a torch.nn.Module; got function"):
+        call(model=lambda: run.model)
     assert not (tmp_path / "store").exists()

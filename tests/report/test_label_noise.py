@@ -65,6 +65,12 @@ def test_thresholds_of_confident_learning_would_count_hard_examples_as_wrong():
     assert estimate_wrong_labels(evidence).share < 0.02
 
 
+def test_an_estimate_is_shown_in_one_line():
+    probabilities, labels, _ = predictions(0.1, 5, 2000, 1)
+    shown = repr(estimate_wrong_labels(LabelEvidence.of_probabilities(labels, probabilities)))
+    assert "% of 2,000 labels, 95 % interval" in shown and len(shown) < 100
+
+
 def test_suspects_are_wrong_labels_and_the_suggestion_is_the_right_one():
     probabilities, labels, right = predictions(0.1, 5, 2000, 1, strength=8.0)
     found = estimate_wrong_labels(LabelEvidence.of_probabilities(labels, probabilities))

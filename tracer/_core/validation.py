@@ -68,6 +68,12 @@ def bar_disabled(progress: bool | None) -> bool | None:
     return None if progress is None else not progress
 
 
+def _shown(value: Any) -> str:
+    """Return a value for an error, or its type if it is long, such as a state dict."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"of type {type(value).__name__}"
+
+
 def check_integer(value: Any, name: str, least: int, most: int | None = None) -> int:
     """Return a Python int from ``least`` to ``most``; raise `InputTypeError` or `InputError` for anything else."""
     try:
@@ -75,7 +81,7 @@ def check_integer(value: Any, name: str, least: int, most: int | None = None) ->
             raise TypeError
         number = operator.index(value)
     except (TypeError, RuntimeError):  # for example a tensor of float, or without memory
-        raise InputTypeError(f"{name} is {value!r}; expected an integer.") from None
+        raise InputTypeError(f"{name} is {_shown(value)}; expected an integer.") from None
     if number < least or (most is not None and number > most):
         raise InputError(f"{name} is {number}; expected {least} {'or more' if most is None else f'to {most}'}.")
     return number
@@ -108,7 +114,7 @@ def check_positive(value: Any, name: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise InputTypeError(f"{name} is {value!r}; expected a number.") from None
+        raise InputTypeError(f"{name} is {_shown(value)}; expected a number.") from None
     if not 0 < number < math.inf:
         raise InputError(f"{name} is {number}; expected a number above 0.")
     return number
@@ -121,7 +127,7 @@ def check_rate(learning_rate: float | None) -> float | None:
     try:
         rate = float(learning_rate)
     except (TypeError, ValueError):
-        raise InputTypeError(f"learning_rate is {learning_rate!r}; expected a number.") from None
+        raise InputTypeError(f"learning_rate is {_shown(learning_rate)}; expected a number.") from None
     if not 0 <= rate <= 1e30:
         raise InputError(f"learning_rate is {rate}; expected a number from 0 to 1e30, which float32 scores can hold.")
     return rate

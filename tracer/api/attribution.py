@@ -294,6 +294,7 @@ def attribute(
     """
     target, regularization = options.pop("target", None), options.pop("regularization", "auto")
     estimate = Estimate({None: "tracin", "auto": "influence"}.get(estimator) or str(estimator), target, regularization)
+    plain_model = check_model(model)
     if fsdp_modules(model):
         raise InputError(
             "model is sharded by fully_shard, and attribute passes all examples in one process; make a Tracer on each "
@@ -303,10 +304,10 @@ def attribute(
     if isinstance(pairs, list):
         check_distinct([checkpoint for checkpoint, _ in pairs])
         for checkpoint, _ in pairs:
-            check_headers(check_model(model), checkpoint, options.get("checkpoint_key"))
+            check_headers(plain_model, checkpoint, options.get("checkpoint_key"))
     size = check_count(batch_size, "batch_size")
     in_order = bool(options.get("check_rows", True))
-    forms = [InputForm.of(check_model(model), make_task(each)) for each in (task, options.get("target_task") or task)]
+    forms = [InputForm.of(plain_model, make_task(each)) for each in (task, options.get("target_task") or task)]
     train_rows = as_data_source(train, "train", size, collate_fn, in_order, forms[0])
     explained = NoExamples() if targets is None else targets
     target_rows = as_data_source(explained, "targets", size, collate_fn, in_order, forms[1])

@@ -36,7 +36,7 @@ _REPLACED = {
 _TASKS = {"clip": "CLIPModelOutput", "iterative_image_classification": "IterativeImageClassificationModelOutput"}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # the model's own is long
 class TRAKer:
     """TRAK's class of this name (Park et al. 2023), with its arguments in its order, on a `Tracer`.
 

@@ -115,7 +115,7 @@ def count_samples(batch: Batch) -> int:
             return leaf.shape[0]
     raise BatchError(
         f"The batch of type {type(batch).__name__} holds no tensor, so its examples cannot be counted; expected at "
-        f"least one tensor with the batch dimension first. {_BY_INDEX}"
+        f"least one tensor with the batch dimension first. Pass a single example as a list of it. {_BY_INDEX}"
     )
 
 

@@ -263,8 +263,8 @@ def check_classes(logits: Tensor, labels: Tensor, task: str) -> None:
     if logits.ndim != 2 or labels.ndim != 1 or logits.shape[0] != labels.shape[0]:
         raise BatchError(
             shapes_message(task, logits, labels)
-            + " Expected logits [B, num_classes] and labels [B]. For one output a pixel "
-            "or token pass task=a function (model, batch) -> loss [B]."
+            + " Expected logits [B, num_classes] and class indices [B], of one-hot labels labels.argmax(1). For one "
+            "output a pixel or token pass task=a function (model, batch) -> loss [B]."
         )
     if logits.shape[1] < 2:
         raise BatchError(

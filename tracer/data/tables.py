@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from tracer._core.text import listing
 from tracer.data.batches import tensor_from_numpy
 from tracer.data.criteria import CriterionTask
 from tracer.data.model_inputs import LABEL_KEYS, forward_names, label_key
@@ -96,7 +97,13 @@ class InputForm:
 
     def collate(self, samples: list[Any]) -> Batch:
         """Return a batch of examples as `DataLoader` makes it, with floats of numpy in the model's dtype."""
-        batch, first = default_collate(samples), samples[0]
+        try:
+            batch, first = default_collate(samples), samples[0]
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise BatchError(
+                f"The examples do not fit into one batch: {error}. Expected examples of the same shapes, or a tuple of "
+                f"tensors, arrays or tables, (inputs, labels); pass collate_fn=, for texts their tokenizer or collator."
+            ) from error
         if _is_float(first):
             return batch.to(self.dtype)
         if isinstance(first, Mapping) and any(map(_is_float, first.values())):
@@ -215,6 +222,11 @@ class Padding:
         texts = [name for name, value in samples[0].items() if isinstance(value, str)]
         labels = [name for name, value in samples[0].items() if name in LABEL_KEYS and np.ndim(value) == 1]
         inputs = [{k: v for k, v in sample.items() if k not in (*texts, *labels)} for sample in samples]
+        if texts and "input_ids" not in inputs[0]:
+            raise BatchError(
+                f"The examples have no tokens, only {listing(list(samples[0]))}; expected a column 'input_ids': "
+                f"tokenize them first, for example data.map(lambda row: tokenizer(row[{texts[0]!r}]))."
+            )
         try:
             batch = dict(self._tokenizer.pad(inputs, return_tensors="pt"))
         except (ValueError, TypeError) as error:

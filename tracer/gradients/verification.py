@@ -184,7 +184,8 @@ class Verifier:
         if unused and not self._warned:
             self._warned = True
             logger.warning(
-                "f does not depend on %d of %d selected parameters in eval mode (%s)",
+                "f does not depend on %d of %d selected parameters in eval mode (%s); if it should, look at what the "
+                "task takes from the model's outputs: of a tuple the first",
                 len(unused),
                 len(self._shapes),
                 listing(unused),

@@ -167,6 +167,10 @@ class WrongLabels:
     suggested: Int64[np.ndarray, " N"]
     confidence: Float64[np.ndarray, " N"]
 
+    def __repr__(self) -> str:
+        wrong = f"{self.share:.1%} of {len(self.label):,} labels, 95 % interval {self.low:.1%} to {self.high:.1%}"
+        return f"WrongLabels({wrong}; {int(self.suspects.sum()):,} suspects)"
+
     @property
     def suspects(self) -> Bool[np.ndarray, " N"]:
         """The examples whose label is more probably wrong than right, ``[N]``."""

@@ -103,6 +103,8 @@ def target_table(store: Store, exp_name: str, model_id: int) -> RowTable:
 def _check_scored(store: Store, exp_name: str, model_id: int) -> None:
     if not store.catalog.has_targets(exp_name, model_id):
         known = store.catalog.exp_names()
+        if not known:
+            raise InputError("the store has no targets; pass targets to attribute, or score some with a Tracer.")
         if exp_name not in known:
             raise InputError(f"exp_name={exp_name!r} was never scored; {nearest_name(exp_name, known)}.")
         scored = [each for each in store.catalog.checkpoint_ids() if store.catalog.has_targets(exp_name, each)]
