@@ -7,17 +7,15 @@ import pytest
 import torch
 from adam_cases import MODELS
 from torch import nn
+from whitening_cases import DAMPING, damped_products, drawn_label, whitened_products
 
 import tracer
 from tracer import Tracer, attribute
 from tracer.api import curvature as curvature_module
 from tracer.api import shared_sums
 from tracer.data.datasets import exact_batches
-from tracer.data.sampled_labels import LabelDraws, example_keys
 from tracer.errors import CallOrderError, InputError, InputTypeError, MismatchError, NonFiniteError
 from tracer.store import Store
-
-DAMPING = 0.2
 
 
 class Net(nn.Module):
@@ -40,49 +38,14 @@ def case(count=60, seed=0):
 
 
 def factors(model, x, label):
-    """Return, of each parameter, the left and right factor of the gradient of one example's loss."""
+    """Return, of each layer, the left and right factor of the gradient of one example's loss."""
     first = model.first(x)
     hidden = torch.tanh(first)
     second = model.second(hidden)
     loss = nn.functional.cross_entropy(second[None], label[None])
     g1, g2 = torch.autograd.grad(loss, (first, second))
-    one = torch.ones(1, dtype=x.dtype)
-    found = {"first.weight": (g1, x), "first.bias": (one, g1), "second.weight": (g2, hidden)}
-    return {name: (left.detach(), right.detach()) for name, (left, right) in found.items()}
-
-
-def drawn_label(model, x, number, row, sample):
-    key = example_keys(0, number, sample, np.array([row]))
-    return LabelDraws(key).classes(model(x[None]), torch.zeros(1, dtype=torch.int64))[0]
-
-
-def normalized(vectors):
-    total = sum(torch.outer(each, each) for each in vectors)
-    return total * len(total) / total.trace()
-
-
-def damped_products(drawn, others, kind):
-    """Return the damped curvature of each parameter, ``[O * I, O * I]``, from factors of drawn labels' gradients.
-
-    Eigenvalues are corrected by other gradients than those that eigenvectors come from.
-    """
-    means, whole = {}, {}
-    for name in drawn[0]:
-        grams = [torch.outer(*each[name]).flatten() for each in (drawn if kind == "kfac" else others)]
-        means[name], whole[name] = float(torch.stack(grams).square().mean()), torch.stack(grams)
-    sizes = {name: each.shape[1] for name, each in whole.items()}
-    floor = 1e-8 * sum(means[name] * sizes[name] for name in means) / sum(sizes.values())
-    found = {}
-    for name, rows in whole.items():
-        left, right = (normalized([each[name][side] for each in drawn]) for side in (0, 1))
-        if kind == "kfac":
-            left, right = (side + DAMPING**0.5 * torch.eye(len(side), dtype=side.dtype) for side in (left, right))
-            found[name] = (means[name] + floor) * torch.kron(left, right)
-        else:
-            basis = torch.kron(torch.linalg.eigh(left)[1], torch.linalg.eigh(right)[1])
-            values = (rows @ basis).square().mean(0)
-            found[name] = basis @ torch.diag(values + DAMPING * means[name] + floor) @ basis.T
-    return found
+    found = {"first": (g1, torch.cat([x, torch.ones(1, dtype=x.dtype)])), "second": (g2, hidden)}
+    return {name: [(left.detach(), right.detach())] for name, (left, right) in found.items()}
 
 
 def oracle(model, train, targets, checkpoints, kind, rows, samples=1, other_rows=None):
@@ -100,9 +63,7 @@ def oracle(model, train, targets, checkpoints, kind, rows, samples=1, other_rows
         )
         products = damped_products(drawn, others, kind)
         own, others = ([factors(model, *one) for one in zip(*data, strict=True)] for data in (train, targets))
-        for name, product in products.items():
-            left, right = (torch.stack([torch.outer(*each[name]).flatten() for each in side]) for side in (own, others))
-            total += rate * left @ torch.linalg.solve(product, right.T)
+        total += rate * whitened_products(own, others, products)
     return total.numpy()
 
 
@@ -432,10 +393,7 @@ def test_a_task_without_drawn_labels_takes_the_given_ones_and_says_so(tmp_path, 
     model.load_state_dict(checkpoints[0][0])
     own = [factors(model, *one) for one in zip(*train, strict=True)]
     products, others = damped_products(own, own, "kfac"), [factors(model, *one) for one in zip(*targets, strict=True)]
-    expected = 0.0
-    for name, product in products.items():
-        left, right = (torch.stack([torch.outer(*each[name]).flatten() for each in side]) for side in (own, others))
-        expected = expected + 0.3 * left @ torch.linalg.solve(product, right.T)
+    expected = 0.3 * whitened_products(own, others, products)
     np.testing.assert_allclose(found.scores, expected.numpy(), rtol=2e-4, atol=2e-5 * float(expected.abs().max()))
 
 

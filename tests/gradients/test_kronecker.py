@@ -167,7 +167,7 @@ def test_whitening_by_kfac_is_the_inverse_root_of_the_damped_kronecker_product()
     known, added = curvatures["weight"], 0.1**0.5
     eye = [torch.eye(len(side), dtype=torch.float64) for side in (known.left, known.right)]
     product = torch.kron(known.left + added * eye[0], known.right + added * eye[1]) * known.mean_square * (1 + 1e-8)
-    whitened = KroneckerPreconditioner.kfac(curvatures, 0.1).apply("weight", gradient).dense(0, 400)
+    whitened = KroneckerPreconditioner.kfac(curvatures, 0.1).apply("weight", gradient)["weight"].dense(0, 400)
     rows = oracle_rows(gradient)
     torch.testing.assert_close(whitened @ whitened.T, rows @ torch.linalg.solve(product, rows.T), rtol=1e-7, atol=1e-7)
 
@@ -176,9 +176,9 @@ def test_whitening_by_ekfac_makes_second_moments_one_in_the_eigenbasis_but_for_d
     gradient, curvatures = curvature_of()
     rotation = KroneckerPreconditioner.rotation(curvatures)
     sums = SquareSums()
-    sums.take(0, 400, {"weight": rotation.apply("weight", gradient)})
+    sums.take(0, 400, {"weight": rotation.apply("weight", gradient)["weight"]})
     means = {"weight": sums.squares["weight"] / 400}
-    whitened = rotation.ekfac(means, curvatures, 0.1).apply("weight", gradient).dense(0, 400)
+    whitened = rotation.ekfac(means, curvatures, 0.1).apply("weight", gradient)["weight"].dense(0, 400)
     damping = 0.1 * means["weight"].mean() * (1 + 1e-7)
     expected = (means["weight"] / (means["weight"] + damping)).flatten()
     torch.testing.assert_close(whitened.square().mean(0), expected, rtol=1e-6, atol=0)
@@ -200,11 +200,11 @@ def test_a_parameter_without_gradients_has_the_mean_eigenvalue_of_all(zeros):
     assert curvatures["other"].mean_square == pytest.approx(curvatures["weight"].mean_square)
     one = DenseGradient(normal(3, 2, 3, seed=6))
     rotation = KroneckerPreconditioner.rotation(curvatures)
-    squares.take(0, 400, {name: rotation.apply(name, each) for name, each in given.items()})
+    squares.take(0, 400, {name: rotation.apply(name, each)[name] for name, each in given.items()})
     ekfac = rotation.ekfac({name: each / 400 for name, each in squares.squares.items()}, curvatures, 0.1)
     for found, damped in ((KroneckerPreconditioner.kfac(curvatures, 0.1), (1 + 0.1**0.5) ** 2), (ekfac, 1.1)):
         scale = (curvatures["weight"].mean_square * damped) ** -0.5
-        whitened = found.apply("other", one).dense(0, 3)
+        whitened = found.apply("other", one)["other"].dense(0, 3)
         torch.testing.assert_close(whitened, oracle_rows(one) * scale, rtol=1e-6, atol=0)
 
 
@@ -214,12 +214,8 @@ def test_rounding_noise_is_not_whitened_to_the_size_of_gradients():
     sums = KroneckerSums()
     sums.take(0, 400, {"weight": gradient, "noise": noise})
     found = KroneckerPreconditioner.kfac(sums.curvatures(400, {"weight": SHAPE, "noise": (5,)}), 0.1)
-    lengths = {name: found.apply(name, each).squared_norm().mean() for name, each in sums_of(gradient, noise).items()}
-    assert lengths["noise"] < 1e-6 * lengths["weight"]
-
-
-def sums_of(gradient, noise):
-    return {"weight": gradient, "noise": noise}
+    lengths = [found.apply("noise", noise)["noise"], found.apply("weight", gradient)["weight"]]
+    assert lengths[0].squared_norm().mean() < 1e-6 * lengths[1].squared_norm().mean()
 
 
 def test_a_preconditioner_is_restored_from_its_state():
@@ -227,7 +223,7 @@ def test_a_preconditioner_is_restored_from_its_state():
     known = KroneckerPreconditioner.kfac(curvatures, 0.1)
     again = KroneckerPreconditioner.restored(known.state())
     np.testing.assert_array_equal(
-        again.apply("weight", gradient).dense(0, 9), known.apply("weight", gradient).dense(0, 9)
+        again.apply("weight", gradient)["weight"].dense(0, 9), known.apply("weight", gradient)["weight"].dense(0, 9)
     )
 
 

@@ -20,6 +20,7 @@ from tracer.data.datasets import DataSource
 from tracer.data.sampled_labels import example_keys
 from tracer.errors import CallOrderError, InputError, NonFiniteError
 from tracer.gradients import Sink
+from tracer.gradients.joint import joint_shapes
 from tracer.gradients.kronecker import KroneckerSums, SquareSums
 from tracer.gradients.preconditioning import KRONECKER, KroneckerPreconditioner, PreconditioningSink
 from tracer.store import Store
@@ -85,7 +86,8 @@ class CurvatureFit:
         self._store, self._model_id, self._process = store, model_id, process
         self._inputs = factory.curvature_inputs(loaded)
         self._sums = SharedSums(store, model_id, self._inputs, process, factory.device, self._settings.progress)
-        self._featurizer = Featurizer(factory.curvature_engine, loaded.weights, None, factory.device)
+        engine, joints = factory.curvature_engine, tuple(factory.joints.values())
+        self._featurizer = Featurizer(engine, loaded.weights, None, factory.device, joints=joints)
 
     def run(self, source: DataSource) -> None:
         """Compute and store the curvature."""
@@ -101,11 +103,12 @@ class CurvatureFit:
                 f"The gradients of all {len(rows)} examples that the curvature comes from are zero at checkpoint "
                 f"{self._model_id}; expected a model whose loss depends on the selected parameters."
             )
-        curvatures, damping = factors.curvatures(count, self._factory.shapes), self._settings.chosen_damping
+        joints, damping = self._factory.joints, self._settings.chosen_damping
+        curvatures = factors.curvatures(count, joint_shapes(self._factory.shapes, joints.values()))
         if self._settings.preconditioner == "kfac":
-            found = KroneckerPreconditioner.kfac(curvatures, damping)
+            found = KroneckerPreconditioner.kfac(curvatures, damping, joints)
         else:
-            rotation = KroneckerPreconditioner.rotation(curvatures).to(self._factory.dtype)
+            rotation = KroneckerPreconditioner.rotation(curvatures, joints).to(self._factory.dtype)
             # Of the gradients that the eigenvectors come from, the squares along the last of them are too small.
             squares = self._sums.sum(
                 "eigenvalues", SquareSums, others, source, partial(self._batch, SquareSums, rotation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from tracer.errors import BatchError
 from tracer.gradients import GradientEngine, Sink, isolated
 from tracer.gradients.coupling import check_quantization
 from tracer.gradients.fsdp import ENDED, WAITING, WORKING
+from tracer.gradients.joint import JoiningSink, Joint
 from tracer.gradients.norms import row_squares
 from tracer.gradients.per_sample import DenseGradient
 from tracer.gradients.preconditioning import Preconditioner, PreconditioningSink
@@ -41,6 +42,7 @@ class Featurizer:
         check_rows: Whether examples are recognized by a fingerprint of their inputs.
         preconditioner: Returns what preconditions gradients, or None; called when it is first needed.
         rotates: Whether features are rotated, since of some their signs are stored.
+        joints: The weights and biases whose gradients are joined before anything takes them.
     """
 
     def __init__(
@@ -52,10 +54,11 @@ class Featurizer:
         check_rows: bool = True,
         preconditioner: Callable[[], Preconditioner | None] = lambda: None,
         rotates: bool = False,
+        joints: Sequence[Joint] = (),
     ) -> None:
         self.engine, self.weights, self.projector = engine, weights, projector
         self.device, self.check_rows, self.preconditioner = device, check_rows, preconditioner
-        self.rotates = rotates
+        self.rotates, self.joints = rotates, joints
         self._memory: Tensor | None = None
         self._runs_alone = self._derived_checked = False
 
@@ -146,11 +149,15 @@ class Featurizer:
         preconditioner = self.preconditioner()
         if preconditioner is not None:
             sink = PreconditioningSink(sink, preconditioner)
+        joining = JoiningSink(sink, self.joints, self.engine.layer_parameters)
         with self._at_checkpoint():
             batch = to_device(batch, self.device)
             if not self._runs_alone and not self.engine.backend.is_sharded:
                 self._check_first(batch, num_rows)
-            return self.engine.compute(batch, num_rows, sink)
+            outputs = self.engine.compute(batch, num_rows, joining)
+            with torch.no_grad():
+                joining.finish()
+            return outputs
 
     @torch.no_grad()
     def projected_weights(self) -> Tensor:

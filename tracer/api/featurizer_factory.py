@@ -25,7 +25,9 @@ from tracer.data.tasks import LowerPrecision, Task
 from tracer.errors import CallOrderError, MismatchError
 from tracer.gradients import GradientEngine, GradientsChanged, select_parameters
 from tracer.gradients.backend import find_backend
+from tracer.gradients.joint import find_joints
 from tracer.gradients.preconditioning import (
+    CURVATURE_VERSION,
     KRONECKER,
     DiagonalPreconditioner,
     KroneckerPreconditioner,
@@ -71,6 +73,7 @@ class FeaturizerFactory:
         settings: As passed.
         shapes: The shape of each selected parameter.
         dtype: The dtype of whitened gradients: float64 if a selected parameter is, else float32.
+        joints: The weights that are whitened together with their bias, by name; none without whitening.
         written: The sets of examples that features were computed of; None is the training set.
         num_restarts: How often everything that was computed was forgotten, since gradients had been wrong.
     """
@@ -94,6 +97,8 @@ class FeaturizerFactory:
         self.engine = self.target_engine = self._engine(self.task)
         if self.target_task is not None:
             self.target_engine = self._engine(self.target_task)
+        whitens = settings.preconditioner in KRONECKER
+        self.joints = {joint.weight: joint for joint in find_joints(self.model, names)} if whitens else {}
         self.written: set[str | None] = set()
         self.num_restarts = 0
         self._hidden_engines: dict[type[LabelDraws], GradientEngine] = {}
@@ -187,7 +192,8 @@ class FeaturizerFactory:
 
     def curvature_inputs(self, loaded: LoadedCheckpoint) -> dict[str, Any]:
         """Return everything, apart from what the manifest says, that a checkpoint's curvature is computed from."""
-        return {"version": 1, "weights": loaded.fingerprint}
+        biases = {name: joint.bias for name, joint in self.joints.items()}
+        return {"version": CURVATURE_VERSION, "weights": loaded.fingerprint, "joined": biases}
 
     def _curvature(self, loaded: LoadedCheckpoint, model_id: int, store: Store) -> Preconditioner:
         """Return a checkpoint's whitening from the store, or raise `CallOrderError`."""
@@ -200,7 +206,7 @@ class FeaturizerFactory:
                     f"call tracer.fit_curvature(train) after tracer.load_checkpoint(checkpoint, {model_id})."
                 )
             tensors = {name: torch.from_numpy(each).to(self.device) for name, each in found.tensors.items()}
-            self._whitening = key, KroneckerPreconditioner.restored(tensors)
+            self._whitening = key, KroneckerPreconditioner.restored(tensors, self.joints)
         return self._whitening[1]
 
     def make(
@@ -219,8 +225,9 @@ class FeaturizerFactory:
 
         check_rows = bool(self.settings.check_rows)
         rotates = FeatureStorage(self.settings.storage).is_binary
+        joints = tuple(self.joints.values())
         return Featurizer(
-            engine or self.engine, loaded.weights, projector, self.device, check_rows, preconditioner, rotates
+            engine or self.engine, loaded.weights, projector, self.device, check_rows, preconditioner, rotates, joints
         )
 
     def projector(self, model_id: int) -> Projector:

@@ -19,7 +19,7 @@ from tracer._core.processes import ProcessChoice
 from tracer._core.validation import check_autocast, check_choice, check_count, check_positive, check_seed
 from tracer.errors import InputError, InputTypeError, nearest_name
 from tracer.gradients import METHODS, ParamSelection
-from tracer.gradients.preconditioning import KRONECKER, PRECONDITIONERS, check_preconditioner
+from tracer.gradients.preconditioning import CURVATURE_VERSION, KRONECKER, PRECONDITIONERS, check_preconditioner
 from tracer.projection import projector_kinds
 from tracer.scoring.estimators import KERNELS, Estimate
 from tracer.store.feature_storage import STORAGES, FeatureStorage
@@ -179,7 +179,7 @@ class FeatureSettings:
         if self.shared_projection and self.projector != "none":
             entries["shared_projection"] = True
         if self.preconditioner in KRONECKER:
-            entries["damping"] = self.chosen_damping
+            entries |= {"damping": self.chosen_damping, "curvature_version": CURVATURE_VERSION}
             entries |= {name: getattr(self, name) for name in ("curvature_examples", "curvature_samples")}
         return entries
 

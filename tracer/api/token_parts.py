@@ -61,7 +61,7 @@ def loss_gradient(model: nn.Module, task: Task, target: Batch, names: Sequence[s
 
 def squared(gradient: Mapping[str, Tensor], preconditioner: Preconditioner) -> dict[str, Tensor]:
     """Return ``PᵀP g``, whose inner product with another gradient is that of both preconditioned."""
-    return {name: preconditioner.squared(name, each).to(each.dtype) for name, each in gradient.items()}
+    return {name: each.to(gradient[name].dtype) for name, each in preconditioner.squared(gradient).items()}
 
 
 def token_parts(model: nn.Module, task: Task, batch: Batch, direction: Mapping[str, Tensor]) -> Tensor:

@@ -118,6 +118,10 @@ class GradientEngine:
         """The parameters without a layer rule whose gradients are taken from the functions that use them."""
         return frozenset(self._assignment.raw)
 
+    def layer_parameters(self) -> frozenset[str]:
+        """Return the parameters whose gradients come from layers' rules alone."""
+        return frozenset(name for layer in self._assignment.layers for name in layer.parameters.values())
+
     def plain_layers(self) -> tuple[list[CapturedLayer], Mapping[str, SampleAxis]] | str:
         """Return the layers whose calls give all gradients, and their axes; or why calls of layers do not suffice."""
         assignment = self._assignment

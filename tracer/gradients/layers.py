@@ -288,6 +288,10 @@ def _refuses_scaled_embedding(module: Any) -> str | None:
     return _refuses_embedding(module)
 
 
+INPUT_DIMS: dict[LayerRule, int] = {_linear: 1, _conv: 1, _conv1d_of_transformers: 0}
+"""Rules of layers ``W a + b``, and the dimension of the weight's matrix that inputs have."""
+
+
 def _register_defaults() -> None:
     register_layer_rule(nn.Linear, _linear)
     register_layer_rule("tracer.gradients.attention.PackedProjection", _linear)

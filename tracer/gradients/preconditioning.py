@@ -15,6 +15,7 @@ from torch import Tensor
 from tracer._core.validation import check_choice
 from tracer.errors import InputError
 from tracer.gradients.audit import Sink
+from tracer.gradients.joint import Joint
 from tracer.gradients.kronecker import KroneckerCurvature, multiplied, times
 from tracer.gradients.per_sample import PerSampleGradient, matrix_shape
 
@@ -23,6 +24,9 @@ PRECONDITIONERS = ("adam", "kfac", "ekfac")
 
 KRONECKER = ("kfac", "ekfac")
 """Those that need a curvature, which is computed from training examples at each checkpoint."""
+
+CURVATURE_VERSION = 2
+"""Rises when the same examples give another curvature; stores of another version cannot be continued."""
 
 
 def check_preconditioner(preconditioner: str | None, sharded: bool = False) -> str | None:
@@ -39,14 +43,14 @@ def check_preconditioner(preconditioner: str | None, sharded: bool = False) -> s
 
 
 class Preconditioner(Protocol):
-    """A linear map of each parameter's gradient, by name."""
+    """A linear map of gradients."""
 
-    def apply(self, name: str, gradient: PerSampleGradient) -> PerSampleGradient:
-        """Return the gradient of a parameter, preconditioned."""
+    def apply(self, name: str, gradient: PerSampleGradient) -> dict[str, PerSampleGradient]:
+        """Return the gradient of a parameter, or of two that are joined, preconditioned, by parameter."""
         ...
 
-    def squared(self, name: str, gradient: Tensor) -> Tensor:
-        """Return ``PᵀP g`` of one gradient ``[*shape]``; its inner product with g' is ``<P g, P g'>``."""
+    def squared(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``PᵀP g`` of one gradient, ``[*shape]`` each; its inner product with g' is ``<P g, P g'>``."""
         ...
 
 
@@ -60,36 +64,46 @@ class DiagonalPreconditioner:
     def __init__(self, scales: Mapping[str, Tensor]) -> None:
         self.scales = scales
 
-    def apply(self, name: str, gradient: PerSampleGradient) -> PerSampleGradient:
+    def apply(self, name: str, gradient: PerSampleGradient) -> dict[str, PerSampleGradient]:
         """Return the gradient of a parameter, scaled."""
-        return gradient.scaled(self.scales[name].to(gradient.device))
+        return {name: gradient.scaled(self.scales[name].to(gradient.device))}
 
-    def squared(self, name: str, gradient: Tensor) -> Tensor:
-        """Return a gradient times the squares of the factors."""
-        return gradient * self.scales[name].to(gradient.device).square()
+    def squared(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return gradients times the squares of the factors."""
+        return {name: each * self.scales[name].to(each.device).square() for name, each in gradients.items()}
 
 
 class KroneckerPreconditioner:
     """Multiplies gradients, as matrices ``[O, I]``, from both sides, and then maybe entry by entry.
 
     Args:
-        sides: For each parameter ``left`` and ``right`` of `multiplied`.
-        scales: For each parameter the factor of each entry, ``[*shape]``. Default: none.
+        sides: For each parameter, or weight with a bias, ``left`` and ``right`` of `multiplied`.
+        scales: For each of these the factor of each entry, ``[*shape]`` or a matrix. Default: none.
+        joints: The weights that have gradients joined with their bias's, by name. Default: none.
     """
 
-    def __init__(self, sides: Mapping[str, tuple[Tensor, Tensor]], scales: Mapping[str, Tensor] | None = None) -> None:
-        self.sides, self.scales = sides, scales
+    def __init__(
+        self,
+        sides: Mapping[str, tuple[Tensor, Tensor]],
+        scales: Mapping[str, Tensor] | None = None,
+        joints: Mapping[str, Joint] | None = None,
+    ) -> None:
+        self.sides, self.scales, self.joints = sides, scales, joints or {}
 
     @classmethod
-    def kfac(cls, curvatures: Mapping[str, KroneckerCurvature], damping: float) -> KroneckerPreconditioner:
+    def kfac(
+        cls, curvatures: Mapping[str, KroneckerCurvature], damping: float, joints: Mapping[str, Joint] | None = None
+    ) -> KroneckerPreconditioner:
         """Return ``(c (G + √δ) x (A + √δ))^(-1/2)`` of each parameter: gradients keep their factors."""
         floor = _floor({name: (each.mean_square, each.size) for name, each in curvatures.items()})
-        return cls({name: each.root(damping, floor) for name, each in curvatures.items()})
+        return cls({name: each.root(damping, floor) for name, each in curvatures.items()}, joints=joints)
 
     @classmethod
-    def rotation(cls, curvatures: Mapping[str, KroneckerCurvature]) -> KroneckerPreconditioner:
+    def rotation(
+        cls, curvatures: Mapping[str, KroneckerCurvature], joints: Mapping[str, Joint] | None = None
+    ) -> KroneckerPreconditioner:
         """Return the rotation into the eigenvectors of each curvature."""
-        return cls({name: each.eigenvectors() for name, each in curvatures.items()})
+        return cls({name: each.eigenvectors() for name, each in curvatures.items()}, joints=joints)
 
     def ekfac(
         self, squares: Mapping[str, Tensor], curvatures: Mapping[str, KroneckerCurvature], damping: float
@@ -98,6 +112,7 @@ class KroneckerPreconditioner:
 
         So the diagonal of the curvature in the basis of eigenvectors is exact (George et al. 2018).
         """
+        squares = self._joined(squares)
         unseen = {
             name: torch.full((len(each.left), len(each.right)), each.mean_square, dtype=torch.float64)
             for name, each in curvatures.items()
@@ -107,11 +122,11 @@ class KroneckerPreconditioner:
         means = {name: float(each.mean(dtype=torch.float64)) for name, each in squares.items()}
         floor = _floor({name: (mean, squares[name].numel()) for name, mean in means.items()})
         scales = {name: (each.double() + damping * means[name] + floor).rsqrt() for name, each in squares.items()}
-        return KroneckerPreconditioner(self.sides, scales)
+        return KroneckerPreconditioner(self.sides, scales, self.joints)
 
     def to(self, dtype: torch.dtype) -> KroneckerPreconditioner:
         """Return the preconditioner with tensors of a dtype."""
-        return self.restored({name: each.to(dtype) for name, each in self.state().items()})
+        return self.restored({name: each.to(dtype) for name, each in self.state().items()}, self.joints)
 
     def state(self) -> dict[str, Tensor]:
         """Return all tensors, for `restored`."""
@@ -119,32 +134,49 @@ class KroneckerPreconditioner:
         return {**sides, **{f"scale {name}": each for name, each in (self.scales or {}).items()}}
 
     @classmethod
-    def restored(cls, tensors: Mapping[str, Tensor]) -> KroneckerPreconditioner:
+    def restored(
+        cls, tensors: Mapping[str, Tensor], joints: Mapping[str, Joint] | None = None
+    ) -> KroneckerPreconditioner:
         """Return the preconditioner of a `state`."""
         by_kind: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             kind, name = key.split(" ", 1)
             by_kind.setdefault(kind, {})[name] = value
         left, right = (by_kind.get(side, {}) for side in _SIDES)
-        return cls({name: (left[name], right[name]) for name in left}, by_kind.get("scale"))
+        return cls({name: (left[name], right[name]) for name in left}, by_kind.get("scale"), joints)
 
-    def apply(self, name: str, gradient: PerSampleGradient) -> PerSampleGradient:
-        """Return the gradient of a parameter, whitened."""
+    def apply(self, name: str, gradient: PerSampleGradient) -> dict[str, PerSampleGradient]:
+        """Return the gradient of a parameter, or of both that are joined, whitened."""
         left, right = (side.to(gradient.device) for side in self.sides[name])
-        found = multiplied(gradient, left, right)
+        whitened, joint = multiplied(gradient, left, right), self.joints.get(name)
+        found = {name: whitened} if joint is None else joint.split(whitened)
         if self.scales is None:
             return found
-        return found.scaled(self.scales[name].to(gradient.device).view(gradient.shape))
+        scale = self.scales[name].to(gradient.device)
+        scales = {name: scale} if joint is None else joint.tensors(scale)
+        return {each: part.scaled(scales[each].view(part.shape)) for each, part in found.items()}
 
-    def squared(self, name: str, gradient: Tensor) -> Tensor:
+    def squared(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``PᵀP g``, whitened twice."""
-        left, right = (side.to(gradient.device) for side in self.sides[name])
-        found = gradient.reshape(matrix_shape(gradient.shape)).to(left.dtype)
-        found = times(times(found, right).T, left).T
-        if self.scales is not None:
-            found = found * self.scales[name].to(gradient.device).view(found.shape).square()
-        left, right = (side if side.ndim == 1 else side.T for side in (left, right))
-        return times(times(found, right).T, left).T.reshape(gradient.shape)
+        found: dict[str, Tensor] = {}
+        for name, gradient in self._joined(gradients).items():
+            left, right = (side.to(gradient.device) for side in self.sides[name])
+            once = gradient.reshape(matrix_shape(gradient.shape)).to(left.dtype)
+            once = times(times(once, right).T, left).T
+            if self.scales is not None:
+                once = once * self.scales[name].to(gradient.device).view(once.shape).square()
+            left, right = (side if side.ndim == 1 else side.T for side in (left, right))
+            twice = times(times(once, right).T, left).T.reshape(gradient.shape)
+            found |= self.joints[name].tensors(twice) if name in self.joints else {name: twice}
+        return found
+
+    def _joined(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors by parameter with those of weights and biases joined."""
+        found = dict(tensors)
+        for joint in self.joints.values():
+            if joint.weight in found:
+                found[joint.weight] = joint.matrix(found[joint.weight], found.pop(joint.bias))
+        return found
 
 
 _SIDES = "left", "right"
@@ -178,5 +210,7 @@ class PreconditioningSink:
 
     def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
         """Pass on the gradients of samples ``start`` to ``stop``, preconditioned."""
-        apply = self._preconditioner.apply
-        self._sink.take(start, stop, {name: apply(name, gradient) for name, gradient in gradients.items()})
+        found: dict[str, PerSampleGradient] = {}
+        for name, gradient in gradients.items():
+            found |= self._preconditioner.apply(name, gradient)
+        self._sink.take(start, stop, found)
