@@ -8,11 +8,13 @@ import pytest
 import torch
 from projection_cases import all_forms, dense, embedding, normal, oracle_rows, outer
 
+from tracer._core.scratch import Scratch
 from tracer.gradients import inner_products
 from tracer.gradients.combined import SumGradient
 from tracer.gradients.inner_products import TargetGradients
 from tracer.gradients.layers import conv_weight_gradient
 from tracer.gradients.per_sample import FoldedGradient, OuterGradient, PerSampleGradient
+from tracer.gradients.window_products import window_products
 from tracer.gradients.windows import WindowGradient
 
 SHAPE = (6, 8)
@@ -69,6 +71,26 @@ def test_products_of_convolutions(groups, channels):
     one, *others = gradient(4), gradient(3), gradient(2)
     assert isinstance(one, WindowGradient)
     assert_products(one, *others)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 1, 1), (2, 2, 1), (3, 2, 2), (2, 3, 1), (1, 2, 1)])
+@pytest.mark.parametrize("padding", [0, 1, 3])
+def test_products_of_windows_are_sums_of_products_of_pixels(dims, kernel, stride, dilation, padding):
+    """Also of images of different sizes, black ones, and a block of samples."""
+
+    def gradient(rows: int, size: int, seed: int) -> WindowGradient:
+        image = normal(rows, 3, *[size] * dims, seed=seed) * (torch.arange(rows) > 0).view(-1, *[1] * (dims + 1))
+        padded = torch.nn.functional.pad(image, [padding] * 2 * dims)
+        positions = (padded.shape[2] - dilation * (kernel - 1) - 1) // stride + 1
+        left = normal(rows, 4, *[positions] * dims, seed=seed + 1)
+        shape = (4, 3, *[kernel] * dims)
+        return WindowGradient(padded, left, shape, stride=(stride,) * dims, dilation=(dilation,) * dims)
+
+    one, other = gradient(4, 5, 0), gradient(3, 6, 2)
+    for ours in (slice(0, 1), slice(1, 4)):
+        found = window_products(one, ours, other, slice(0, 3), Scratch())
+        torch.testing.assert_close(found, oracle_rows(one)[ours] @ oracle_rows(other).T)
 
 
 def test_float32_products_are_near_float64_ones():

@@ -4,7 +4,8 @@ Layout as in `tracer.gradients.per_sample`; ``B`` samples of a batch, ``m`` targ
 multiplied in either of two ways, whichever has fewer operations:
 
 - gram: ``sum_{s,t} <left_s, left'_t> <right_s, right'_t>``, two matrix products over all pairs of positions, nothing
-  built; an embedding's touched rows are outer products whose left factors are unit vectors;
+  built; an embedding's touched rows are outer products whose left factors are unit vectors, and a convolution's windows
+  share pixels (`window_products`);
 - built: the batch's gradients are built some output channels at a time and multiplied with those of the targets, which
   are built once and cached.
 
@@ -23,6 +24,8 @@ from tracer._core.blocks import full_precision, row_blocks
 from tracer._core.scratch import Scratch
 from tracer.gradients import norms
 from tracer.gradients.per_sample import DenseGradient, PerSampleGradient, matrix_shape
+from tracer.gradients.window_products import window_bytes, window_operations, window_pair, window_products
+from tracer.gradients.windows import WindowGradient
 
 GRAM_BYTES, FACTOR_BYTES, BUILT_BYTES = 32 << 20, 64 << 20, 32 << 20
 """The bytes of products of positions, of factors and of built gradients that are held at once."""
@@ -135,7 +138,9 @@ def _gram_pays(one: PerSampleGradient, other: PerSampleGradient, num_targets: in
     rows, cols = matrix_shape(one.shape)
     by_index = one.touches_rows or other.touches_rows
     precision = 1 if first * second == 1 else 2  # sums over positions are float64
-    gram = precision * num_targets * first * second * ((1 if by_index else rows) + cols + 4)
+    pair = window_pair(one, other)
+    operations = window_operations(*pair) if pair else first * second * ((1 if by_index else rows) + cols + 4)
+    gram = precision * num_targets * operations
     build = 12 if one.touches_rows else first + 12
     return gram <= rows * cols * (num_targets + build)
 
@@ -145,6 +150,8 @@ def _add_gram(one: PerSampleGradient, other: PerSampleGradient, products: Tensor
     first, second = one.num_terms or 0, other.num_terms or 0
     if not first * second:
         return
+    if pair := window_pair(one, other):
+        return _add_window_gram(*pair, products, scratch)
     rows, cols = matrix_shape(one.shape)
     dtype = torch.promote_types(one.dtype, torch.float32 if first * second == 1 else torch.float64)
     pair_bytes = 2 * dtype.itemsize * first * second
@@ -159,6 +166,14 @@ def _add_gram(one: PerSampleGradient, other: PerSampleGradient, products: Tensor
             gram *= _matmul(left[1], right[1].T, scratch, "right gram")
             summed = gram.view(stop - start, first, -1).sum(1).view(stop - start, high - low, second).sum(2)
             products[start:stop, low:high] += summed
+
+
+def _add_window_gram(one: WindowGradient, other: WindowGradient, products: Tensor, scratch: Scratch) -> None:
+    factor_bytes = 8 * (other.padded[:1].numel() + other.left[:1].numel())
+    for low, high in row_blocks(other.batch_size, factor_bytes, FACTOR_BYTES):
+        for start, stop in row_blocks(one.batch_size, window_bytes(one, other) * (high - low), GRAM_BYTES):
+            found = window_products(one, slice(start, stop), other, slice(low, high), scratch)
+            products[start:stop, low:high] += found
 
 
 def _position_rows(
