@@ -9,7 +9,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from tracer.gradients.per_sample import PerSampleGradient, flat, weighted_norms
+from tracer.gradients.norms import weighted_norms
+from tracer.gradients.per_sample import PerSampleGradient, flat
 
 
 class SumGradient(PerSampleGradient):
@@ -42,7 +43,7 @@ class SumGradient(PerSampleGradient):
 
     def weighted_sum(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         total = reduce(torch.add, [flat(part.weighted_sum(weights)[0]) for part in self.parts()])
-        return total, weighted_norms(self, weights)
+        return total, weighted_norms(self.squared_norm(), weights)
 
 
 def cross_terms(parts: Sequence[PerSampleGradient]) -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from tracer._core.blocks import full_precision, row_blocks
 from tracer.gradients.attention import CaptureFailed
 from tracer.gradients.layers import LayerCall, register_layer_rule
-from tracer.gradients.norms import gram_squares, row_squares
-from tracer.gradients.per_sample import PerSampleGradient, join_samples, weighted_norms
+from tracer.gradients.norms import gram_squares, row_squares, weighted_norms
+from tracer.gradients.per_sample import PerSampleGradient, join_samples
 from tracer.gradients.rows import RowsGradient
 
 _ATTRIBUTES = ("num_experts", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate")
@@ -93,7 +93,7 @@ class ExpertsGradient(PerSampleGradient):
         for expert in index.unique().tolist():
             tokens = index == expert
             total[expert] = left[tokens].T @ right[tokens]
-        return total.reshape(-1), weighted_norms(self, weights)
+        return total.reshape(-1), weighted_norms(self.squared_norm(), weights)
 
     def fold(self, factor: int) -> ExpertsGradient:
         index = self.index.reshape(self.batch_size // factor, -1)

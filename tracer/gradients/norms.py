@@ -52,6 +52,11 @@ def build_cost(positions: int, rows: int, cols: int) -> float:
     return float(rows * cols) * (positions + 12)
 
 
+def gram_pays(positions: int, rows: int, cols: int) -> bool:
+    """Return whether factors cost less than a built gradient."""
+    return gram_cost(positions, rows, cols) <= build_cost(positions, rows, cols)
+
+
 def gram_squares(left: Tensor, right: Tensor) -> Tensor:
     """Return the squared norms of ``sum_t left[t] (outer) right[t]`` without building it: ``[b]``, float64.
 
@@ -91,3 +96,8 @@ def _gram_sums(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             total += 2 * product[:, :, :start].sum((1, 2), dtype=torch.float64)
     sizes = torch.cat(diagonals, 2)
     return total, (sizes[0] * sizes[1]).sum(1, dtype=torch.float64), sizes.amax(2)
+
+
+def weighted_norms(squared_norm: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum of norms times the sizes of ``weights [B]``, in their dtype, given squared norms: ``[1]``."""
+    return (weights.abs() * squared_norm.clamp(min=0).sqrt().to(weights.dtype)).sum().reshape(1)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tracer._core.blocks import full_precision, row_blocks
 from tracer._core.scratch import Scratch
-from tracer.gradients.norms import build_cost, gram_cost, gram_squares, row_squares
+from tracer.gradients.norms import build_cost, gram_pays, gram_squares, row_squares, weighted_norms
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -126,11 +126,16 @@ class PerSampleGradient(ABC):
 
     def squared_norm(self) -> Tensor:
         """Return the exact squared norm of each sample's gradient: ``[B]``, float64, in bounded memory."""
-        (rows, cols), positions = matrix_shape(self.shape), self.num_positions if self.numel else None
-        if positions is not None and gram_cost(positions, rows, cols) <= build_cost(positions, rows, cols):
-            row_bytes = 8 * positions * (2 * positions + rows + cols)
+        if (positions := self._few_positions) is not None:
+            row_bytes = 8 * positions * (2 * positions + sum(matrix_shape(self.shape)))
             return self._by_block(row_bytes, lambda start, stop: gram_squares(*self.factors(start, stop)))
-        return self._by_block(4 * rows * cols, lambda start, stop: row_squares(self.entries(start, stop)))
+        return self._by_block(4 * self.numel, lambda start, stop: row_squares(self.entries(start, stop)))
+
+    @property
+    def _few_positions(self) -> int | None:
+        """``T`` if it is so small that factors cost less than a built gradient, or None."""
+        positions = self.num_positions if self.numel else None
+        return None if positions is None or not gram_pays(positions, *matrix_shape(self.shape)) else positions
 
     def inner(self, other: PerSampleGradient) -> Tensor:
         """Return the exact inner products with gradients of the same parameter and samples: ``[B]``, float64."""
@@ -139,8 +144,7 @@ class PerSampleGradient(ABC):
         rows, cols = matrix_shape(self.shape)
         first, second = self.num_positions, other.num_positions
         if first is not None and second is not None:
-            gram_size = 2.0 * first * second * (rows + cols)
-            if gram_size <= build_cost(first + second, rows, cols):
+            if 2.0 * first * second * (rows + cols) <= build_cost(first + second, rows, cols):
 
                 def gram(start: int, stop: int) -> Tensor:
                     one, two = self.factors(start, stop), other.factors(start, stop)
@@ -161,6 +165,12 @@ class PerSampleGradient(ABC):
         The sum of gradients is ``[numel]``, or sparse and ``[V, I]`` if they touch few rows of a large table.
         """
         total, norms = weights.new_zeros(self.numel), weights.new_zeros(1)
+        if positions := self._few_positions:
+            shape = matrix_shape(self.shape)
+            for start, stop in row_blocks(self.batch_size, 8 * positions * sum(shape), 32 << 20):
+                left, right = (each.to(weights.dtype).flatten(0, 1) for each in self.factors(start, stop))
+                total.view(shape).addmm_((left * weights[start:stop].repeat_interleave(positions)[:, None]).T, right)
+            return total, weighted_norms(self.squared_norm(), weights)
         for start, stop in row_blocks(self.batch_size, 8 * self.numel, 32 << 20):
             block = self.dense(start, stop).to(weights.dtype)
             total += weights[start:stop] @ block
@@ -388,9 +398,3 @@ def flat(gradient: Tensor) -> Tensor:
 def join_samples(values: Tensor, factor: int) -> Tensor:
     """Join groups of ``factor`` consecutive samples of ``[B * factor, T, n]`` along ``T``."""
     return values.reshape(len(values) // factor, factor * values.shape[1], values.shape[-1])
-
-
-def weighted_norms(gradient: PerSampleGradient, weights: Tensor) -> Tensor:
-    """Return the sum of norms times the sizes of ``weights [B]``, in their dtype: ``[1]``."""
-    norms = gradient.squared_norm().clamp(min=0).sqrt().to(weights.dtype)
-    return (weights.abs() * norms).sum().reshape(1)

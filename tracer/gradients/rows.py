@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tracer._core.blocks import full_precision
-from tracer.gradients.norms import row_squares
-from tracer.gradients.per_sample import PerSampleGradient, join_samples, matrix_shape, weighted_norms
+from tracer.gradients.norms import row_squares, weighted_norms
+from tracer.gradients.per_sample import PerSampleGradient, join_samples, matrix_shape
 
 LARGE_TABLE = 1 << 18
 """From so many entries on a table's sums are sparse if few rows are touched."""
@@ -95,7 +95,7 @@ class RowsGradient(PerSampleGradient):
 
     def weighted_sum(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         weighted = self.values.to(weights.dtype) * weights.view(-1, 1, 1)
-        return self._added(self.index, weighted), weighted_norms(self, weights)
+        return self._added(self.index, weighted), weighted_norms(self.squared_norm(), weights)
 
     def sample(self, row: int) -> Tensor:
         return self._added(self.index[row], full_precision(self.values[row]))
