@@ -79,8 +79,12 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``[B, T]`` to logits ``[B, T, vocabulary]``."""
+        return self.head(self.states(tokens))
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """Return what the head reads, ``[B, T, dim]``."""
         x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
-        return self.head(self.norm(self.blocks(x)))
+        return self.norm(self.blocks(x))
 
 
 def mlp(*sizes: int) -> nn.Sequential:

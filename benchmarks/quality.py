@@ -1,6 +1,6 @@
 """How well scores predict retraining and find wrong labels: tracer, the field's methods and cheap baselines.
 
-Seven networks are trained as usual, and every method gets the same rows, targets and checkpoints. With scores
+Eight networks are trained as usual, and every method gets the same rows, targets and checkpoints. With scores
 ``[N, M]``, positive for proponents:
 
 - LDS: the linear datamodeling score (Park et al. 2023): the network is trained anew on random halves of the training

@@ -1,4 +1,4 @@
-"""What attribution is graded on: seven networks with their rows, recipes and sizes.
+"""What attribution is graded on: eight networks with their rows, recipes and sizes.
 
 ``N`` training rows, ``M`` targets. The digits come with scikit-learn; the others are read from the folder that
 ``TRACER_DATA`` names, else from ``../shared/data`` beside the repository, and left out with a line that says so where
@@ -26,7 +26,10 @@ from tracer.retraining import Recipe
 
 SENTENCES, HELD_OUT_SENTENCES = "sst2_train.tsv", "sst2_dev.tsv"
 NUM_WORDS, NUM_POSITIONS = 2_000, 32
-"""The vocabulary and the longest sentence of the sentiment task."""
+"""The vocabulary and the longest sentence of the sentiment tasks."""
+
+NUM_SENTIMENTS = 1_000
+"""The sentences that a pretrained classifier is fine-tuned on."""
 
 
 @dataclass(frozen=True)
@@ -95,24 +98,32 @@ class SentenceClassifier(nn.Module):
         return self.head((x * known).sum(1) / known.sum(1).clamp(min=1))
 
 
-class CharacterDecoder(Decoder):
-    """A causal language model of characters whose positions are as small as its characters."""
+class TextDecoder(Decoder):
+    """A causal language model whose positions are as small as its characters or words."""
 
-    def __init__(self, vocabulary: int, dim: int = 64, layers: int = 1, heads: int = 4) -> None:
-        super().__init__(vocabulary, dim, layers, heads, length=WINDOW)
+    def __init__(self, vocabulary: int, dim: int = 64, layers: int = 1, heads: int = 4, length: int = WINDOW) -> None:
+        super().__init__(vocabulary, dim, layers, heads, length)
         nn.init.normal_(self.positions.weight, std=0.02)
 
 
-@functools.cache
-def pretrained() -> dict[str, Tensor]:
-    """Train a decoder on 16,000 windows of Shakespeare's plays for three epochs, and return its weights."""
-    codes = encoded_text(data_file(TEXT).read_text(encoding="utf-8"))
-    rows = windows(codes, spread(codes, 16_000))
-    torch.manual_seed(0)
-    model = CharacterDecoder(len(alphabet()), 96, 3)
+class SentimentDecoder(TextDecoder):
+    """A decoder of words with another head, which reads the mean over a sentence's words."""
+
+    def __init__(self) -> None:
+        super().__init__(NUM_WORDS, 64, 2, length=NUM_POSITIONS)
+        self.head = nn.Linear(64, 2)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """``[B, T]`` to logits ``[B, 2]``."""
+        known = (words != 0).unsqueeze(-1)
+        return self.head((self.states(words) * known).sum(1) / known.sum(1).clamp(min=1))
+
+
+def pretrain(model: nn.Module, rows: Rows) -> dict[str, Tensor]:
+    """Train a decoder on rows for three epochs, and return its weights."""
     steps = 3 * len(rows[0]) // 64
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
     for _ in range(3):
         for chosen in torch.randperm(len(rows[0])).split(64):
             optimizer.zero_grad()
@@ -122,10 +133,35 @@ def pretrained() -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def pretrained_decoder() -> CharacterDecoder:
+@functools.cache
+def pretrained() -> dict[str, Tensor]:
+    """Train a decoder on 16,000 windows of Shakespeare's plays, and return its weights."""
+    codes = encoded_text(data_file(TEXT).read_text(encoding="utf-8"))
+    torch.manual_seed(0)
+    return pretrain(TextDecoder(len(alphabet()), 96, 3), windows(codes, spread(codes, 16_000)))
+
+
+def pretrained_decoder() -> TextDecoder:
     """Return a new decoder with the weights of the pretraining."""
-    state, model = pretrained(), CharacterDecoder(len(alphabet()), 96, 3)
+    state, model = pretrained(), TextDecoder(len(alphabet()), 96, 3)
     model.load_state_dict(state)
+    return model
+
+
+@functools.cache
+def pretrained_on_sentences() -> dict[str, Tensor]:
+    """Train a decoder on the words of SST-2's sentences that `sentiments` does not train on, and return its weights."""
+    words, _ = encoded_sentences(sentence_lines(SENTENCES)[NUM_SENTIMENTS:], word_numbers())
+    torch.manual_seed(0)
+    model = TextDecoder(NUM_WORDS, 64, 2, length=NUM_POSITIONS)
+    found = pretrain(model, (words[:, :-1], words[:, 1:]))
+    return {name: value for name, value in found.items() if not name.startswith("head")}
+
+
+def pretrained_classifier() -> SentimentDecoder:
+    """Return a new classifier with the weights of the pretraining, and a new head."""
+    state, model = pretrained_on_sentences(), SentimentDecoder()
+    model.load_state_dict(state, strict=False)
     return model
 
 
@@ -197,23 +233,42 @@ def cifar(num_train: int = 1_000, num_targets: int = 100, size: int = 16) -> Dat
     return Data(parts[0], parts[1])
 
 
+def sentence_lines(name: str) -> list[list[str]]:
+    """Return the text and the label of SST-2's sentences."""
+    return [line.rsplit("\t", 1) for line in data_file(name).read_text(encoding="utf-8").splitlines()]
+
+
+def word_numbers(num_lines: int | None = None) -> dict[str, int]:
+    """Return the numbers of the most frequent words of the first sentences: 0 is padding, 1 any other word."""
+    counts = Counter(word for text, _ in sentence_lines(SENTENCES)[:num_lines] for word in text.split())
+    return {word: number for number, (word, _) in enumerate(counts.most_common(NUM_WORDS - 2), start=2)}
+
+
+def encoded_sentences(lines: list[list[str]], numbers: dict[str, int]) -> Rows:
+    """Return sentences as word numbers, and their labels."""
+    words = torch.zeros(len(lines), NUM_POSITIONS, dtype=torch.long)
+    for row, (text, _) in zip(words, lines, strict=True):
+        known = [numbers.get(word, 1) for word in text.split()][:NUM_POSITIONS]
+        row[: len(known)] = torch.tensor(known)
+    return words, torch.tensor([int(label) for _, label in lines])
+
+
 def sentences(num_train: int = 1_500, num_targets: int = 100) -> Data:
-    """Read SST-2 sentences as word numbers: 0 is padding, 1 a word beyond the most frequent ones."""
-    parts = []
-    for name, count in ((SENTENCES, num_train), (HELD_OUT_SENTENCES, num_targets)):
-        lines = data_file(name).read_text(encoding="utf-8").splitlines()[:count]
-        parts.append([line.rsplit("\t", 1) for line in lines])
-    counts = Counter(word for text, _ in parts[0] for word in text.split())
-    numbers = {word: number for number, (word, _) in enumerate(counts.most_common(NUM_WORDS - 2), start=2)}
+    """Read SST-2 sentences, in words of the training rows."""
+    numbers = word_numbers(num_train)
+    return Data(
+        encoded_sentences(sentence_lines(SENTENCES)[:num_train], numbers),
+        encoded_sentences(sentence_lines(HELD_OUT_SENTENCES)[:num_targets], numbers),
+    )
 
-    def encoded(lines: list[list[str]]) -> Rows:
-        words = torch.zeros(len(lines), NUM_POSITIONS, dtype=torch.long)
-        for row, (text, _) in zip(words, lines, strict=True):
-            known = [numbers.get(word, 1) for word in text.split()][:NUM_POSITIONS]
-            row[: len(known)] = torch.tensor(known)
-        return words, torch.tensor([int(label) for _, label in lines])
 
-    return Data(encoded(parts[0]), encoded(parts[1]))
+def sentiments(num_targets: int = 100) -> Data:
+    """Read SST-2 sentences, in words of all sentences: what a decoder of words is fine-tuned on."""
+    numbers = word_numbers()
+    return Data(
+        encoded_sentences(sentence_lines(SENTENCES)[:NUM_SENTIMENTS], numbers),
+        encoded_sentences(sentence_lines(HELD_OUT_SENTENCES)[:num_targets], numbers),
+    )
 
 
 @functools.cache
@@ -310,7 +365,7 @@ TASKS = [
         name="shakespeare",
         title="Shakespeare, character decoder",
         kind="language_modeling",
-        make_model=lambda: CharacterDecoder(65),
+        make_model=lambda: TextDecoder(65),
         load=characters,
         recipe=Recipe("adamw", learning_rate=5e-3, weight_decay=0.01, batch_size=10, epochs=8, schedule="linear"),
         checkpoint_epochs=(1, 2, 4, 8),
@@ -324,6 +379,17 @@ TASKS = [
         make_model=pretrained_decoder,
         load=reviews,
         recipe=Recipe("adamw", learning_rate=3e-4, weight_decay=0.01, batch_size=16, epochs=3, schedule="linear"),
+        checkpoint_epochs=(1, 2, 3),
+        last_layer="head",
+        num_subsets=50,
+    ),
+    Task(
+        name="classified",
+        title="SST-2, decoder pretrained on other sentences",
+        kind="text_classification",
+        make_model=pretrained_classifier,
+        load=sentiments,
+        recipe=Recipe("adamw", learning_rate=1e-3, weight_decay=0.01, batch_size=16, epochs=3, schedule="linear"),
         checkpoint_epochs=(1, 2, 3),
         last_layer="head",
         num_subsets=50,

@@ -165,7 +165,8 @@ def test_a_task_without_its_data_is_left_out_with_the_reason(quality, task, caps
 def test_every_task_builds_and_names_the_layer_that_gives_the_logits(monkeypatch):
     with script("quality_tasks") as module:
         monkeypatch.setattr(module, "alphabet", lambda: dict.fromkeys("abc"))
-        monkeypatch.setattr(module, "pretrained", module.CharacterDecoder(3, 96, 3).state_dict)  # as if trained
+        monkeypatch.setattr(module, "pretrained", module.TextDecoder(3, 96, 3).state_dict)  # as if trained
+        monkeypatch.setattr(module, "pretrained_on_sentences", dict)
         for task in module.TASKS:
             model = task.make_model()
             layer = model.get_submodule(task.last_layer)
