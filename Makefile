@@ -29,7 +29,7 @@ test-fast: $(STAMP)  ## Run the tests that take a minute together, and name the 
 
 zoo: $(ZOO)/.installed  ## Check 250 models of transformers, timm and peft; ZOO_ARGS="-k Llama" for some.
 	OMP_NUM_THREADS=1 ZOO_OUTCOME=build/zoo/outcome.md $(ZOO)/bin/python -m pytest -n $(PYTEST_WORKERS) \
-		tests/zoo/test_oddities.py tests/zoo/whole.py $(ZOO_ARGS)
+		tests/zoo/test_oddities.py tests/zoo/whole.py tests/gradients/test_packed_weights.py $(ZOO_ARGS)
 	@echo "Outcomes: build/zoo/outcome.md"
 
 faults: $(STAMP)  ## Kill, fill, flip and race small stores 500 times; FAULTS_ARGS="--trials 50 --only kill" for some.

@@ -184,6 +184,19 @@ class CapturedPass:
         """Remove hooks."""
         self._running_again.close()
 
+    def half_precision(self) -> set[torch.dtype]:
+        """Return the dtypes of half precision that the forward computed in."""
+        found: set[torch.dtype] = set()
+        seen: set[Node] = set()
+        stack = [None if self._output is None else self._output.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                found.update(each.dtype for each in node._input_metadata)
+                stack += [below for below, _ in node.next_functions]
+        return found & {torch.float16, torch.bfloat16}
+
     def backward(self, receive: Receiver) -> None:
         """Pass the gradient of each captured parameter that f depends on to ``receive``, as soon as it is complete.
 

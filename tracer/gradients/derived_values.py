@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tracer._core.sharding import is_sharded
 from tracer._core.text import listing
 from tracer.errors import GradientError
-from tracer.gradients.kept_values import Flag, Place, flags, places
+from tracer.gradients.kept_values import Flag, Place, flags, not_stored, places
 
 _MOST = 0.01
 """The largest difference of a derivative and a finite difference, as a share of either."""
@@ -29,9 +29,8 @@ def find_refilled(
         restore: Puts the modules' state back.
     """
     alike: dict[type, dict[Any, list[Place]]] = {}
-    for module in model.modules():
-        for place in places(module):
-            alike.setdefault(type(module), {}).setdefault(place.path, []).append(place)
+    for place in not_stored([place for module in model.modules() for place in places(module)], model):
+        alike.setdefault(type(place.module), {}).setdefault(place.path, []).append(place)
     found: list[Place | Flag] = []
     for groups in alike.values():
         needed: list[Place] = []  # by the forward, or kept by a flag

@@ -248,6 +248,8 @@ class GradientEngine:
                     verifier.check_outputs(captured.outputs, batch_size)
                     signature = captured.patterns, batch_size == 1
                     due = verifier.is_due(signature, only_new=self._for_sums) or suspect is not None
+                    if due:
+                        verifier.use_precision(captured.half_precision())
                     sums = verifier.sums(batch_size, suspect) if due else None
                     self._backward(captured, batch_size, sink, sums)
                 if sums is not None:

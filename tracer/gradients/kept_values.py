@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from tracer._core.sharding import is_sharded
 
 # Captured attention replaces ``forward`` while a batch is computed.
 TORCHS_OWN = nn.Module().__dict__.keys() | {"forward"}
@@ -104,6 +107,36 @@ def places(module: nn.Module, buffers: bool = False) -> list[Place]:
         if value is not None and value.is_floating_point() and (buffers or name in module._non_persistent_buffers_set):
             found.append(Place(module, ("_buffers", name)))
     return found
+
+
+def not_stored(found: Iterable[Place], model: nn.Module) -> list[Place]:
+    """Return the places without those that share memory with parameters or values in the state dict.
+
+    An object that holds such values, as the scales of packed weights, is left out whole: nothing computes it again, and
+    without it a kernel may read beyond the end of other memory.
+    """
+    stored = [*model.parameters(), *model.state_dict(keep_vars=True).values()]
+    memories = {address for value in stored if isinstance(value, Tensor) for address in _address(value)}
+
+    def whole(place: Place) -> tuple[Any, ...]:
+        return id(place.module), *(place.path if len(place.path) == 1 else place.path[:-1])
+
+    found = list(found)
+    left_out = {
+        whole(place) for place in found if any(address in memories for t in place.tensors() for address in _address(t))
+    }
+    return [
+        place
+        for place in found
+        if left_out.isdisjoint((id(place.module), *place.path[:end]) for end in range(1, len(place.path) + 1))
+    ]
+
+
+def _address(value: Tensor) -> list[int]:
+    """Return the address of a tensor's memory, or an empty list if it has none."""
+    if value.layout != torch.strided or value.is_meta or not value.numel() or is_sharded(value):
+        return []
+    return [value.untyped_storage().data_ptr()]
 
 
 def _paths(container: Any, seen: set[int], attributes: bool) -> Iterator[tuple[Any, ...]]:

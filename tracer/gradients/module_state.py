@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tracer._core.packed import is_packed
 from tracer._core.text import listing
 from tracer.data.tasks import Task
 from tracer.errors import GradientError
@@ -30,7 +31,7 @@ _PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
 class ModuleState:
-    """The buffers and attributes of all modules at one moment, with what containers and objects in them hold.
+    """The buffers and attributes of all modules and parameters at one moment, with what containers in them hold.
 
     Args:
         model: The model.
@@ -43,13 +44,18 @@ class ModuleState:
         self.holds_graph = False
         self._containers: list[_Items] = []
         self._tensors: list[_Values] = []
+        packed = {parameter: parameter.data for parameter in model.parameters() if is_packed(parameter)}
+        self._packed = [_Packed(*each) for each in packed.items()]
+        self._memories = {value.data_ptr() for value in packed.values()}
         seen: set[int] = set()
         for module in model.modules():
             self._keep_all(module.__dict__, seen, _NOT_STATE)
+        for parameter in model.parameters():
+            self._keep_all(vars(parameter), seen)
 
     def restore(self) -> bool:
         """Undo what has happened to the modules since; return whether anything had."""
-        every: tuple[_Items | _Values, ...] = (*self._containers, *self._tensors)
+        every: tuple[_Items | _Values | _Packed, ...] = (*self._containers, *self._tensors, *self._packed)
         return any([each.restore() for each in every if each.is_changed()])  # a list: all of them
 
     def _keep_all(self, container: Any, seen: set[int], without: Collection[str] = ()) -> None:
@@ -70,6 +76,8 @@ class ModuleState:
             self._keep_all(vars(value), seen)
         elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
             seen.add(id(value))
+            if value.layout == torch.strided and value.data_ptr() in self._memories:
+                return  # int8 layers have their weight in a second place
             self.holds_graph |= value.grad_fn is not None
             self._tensors.append(_Values(value))
 
@@ -121,6 +129,22 @@ class _Values:
         with torch.no_grad():
             self._tensor.copy_(self._kept)
         self._version = self._tensor._version
+        return True
+
+
+class _Packed:
+    """The memory of a packed weight, which a forward may replace by another order of its values."""
+
+    def __init__(self, parameter: nn.Parameter, memory: Tensor) -> None:
+        self._parameter, self._memory = parameter, memory
+
+    def is_changed(self) -> bool:
+        """Return whether the parameter has other memory."""
+        return self._parameter.data_ptr() != self._memory.data_ptr()
+
+    def restore(self) -> bool:
+        """Give the parameter its memory back."""
+        self._parameter.data = self._memory
         return True
 
 

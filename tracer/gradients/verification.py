@@ -210,6 +210,11 @@ class Verifier:
         seed_generators(self._device, 1)  # another seed: a model that draws random numbers must not pass
         return self.backend.reference(self._task, batch, weights, self._shapes, self._precision)
 
+    def use_precision(self, found: Collection[torch.dtype]) -> None:
+        """Allow for the rounding of the lowest dtype that a forward computed in, whatever parameters have."""
+        for each in found if self._precision is None else ():
+            self._precision = self.dtype = each
+
     def check_autocast(self, found: Collection[torch.dtype]) -> None:
         """Raise `GradientError` if layers run under another autocast than was asked for."""
         hidden = [each for each in found if each != self._autocast]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tracer._core.packed import is_packed
 from tracer._core.sharding import is_sharded
 from tracer._core.text import listing
 from tracer.errors import CheckpointError
@@ -80,8 +81,8 @@ class _ModelState:
         self.required = {*self.names.values()}
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         buffers = dict(model.named_buffers(remove_duplicate=False))
-        lent = {*self.parameters, *buffers}
-        # Buffers that checkpoints leave out, and entries like those of int8 layers, stay the model's own.
+        # Buffers that checkpoints leave out, packed weights and entries with their scales stay the model's own.
+        lent = {*(key for key, value in self.parameters.items() if not is_packed(value)), *buffers}
         self.held = {key: value for key, value in self.entries.items() if key not in lent}
         self.held |= {key: value for key, value in buffers.items() if key not in self.entries}
         self.names |= {key: key for key in self.held}
@@ -130,9 +131,9 @@ class _ModelState:
                 )
             if key in self.held and not _equal(first, self.held[key]):
                 raise CheckpointError(
-                    f"the checkpoint has another value of {names[0]!r} than the model, in which it is neither a "
-                    "parameter nor a buffer of state dicts, such as a packed int8 weight, and cannot be exchanged: "
-                    "load the checkpoint into the model first, or build the model as it was trained"
+                    f"the checkpoint has another value of {names[0]!r} than the model, in which it is a packed weight "
+                    "of integers, or neither a parameter nor a buffer of state dicts, and cannot be exchanged: load "
+                    "the checkpoint into the model first, or build the model as it was trained"
                 )
         if frozen is not None and frozen != frozen_fingerprint(self.model, found):
             raise CheckpointError(

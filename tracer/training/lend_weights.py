@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tracer._core.packed import is_packed
 from tracer._core.sharding import is_sharded, own_part, part_of, reshard
 from tracer._core.text import listing
 from tracer.errors import CheckpointError
@@ -20,7 +21,8 @@ logger = logging.getLogger("tracer")
 class LoadedWeights:
     """A checkpoint's values, fitted to one model, copied once to ``device``, or to the devices of the model's own.
 
-    Of sharded parameters, only this rank's parts are copied, to their devices. ``scales`` are factors of gradients.
+    Of sharded parameters, only this rank's parts are copied, to their devices. Packed weights, which are the model's
+    own, are not copied. ``scales`` are factors of gradients.
     """
 
     def __init__(
@@ -47,7 +49,8 @@ class LoadedWeights:
             return found
 
         reshard(model)
-        self.parameters = copies(model.named_parameters())  # each tied one once
+        own = [(name, value) for name, value in model.named_parameters() if not is_packed(value)]  # each tied one once
+        self.parameters = copies(own)
         self.buffers = copies(model.named_buffers())
         self.scales = None
         if scales is not None:
@@ -59,7 +62,9 @@ def weights_in(model: nn.Module, loaded: LoadedWeights) -> Iterator[nn.Module]:
     """Lend a checkpoint's values to a model within a ``with`` block, in which gradients are None."""
     divided = reshard(model)
     modules = [one for one in model.modules() if not isinstance(one, torch.jit.ScriptModule)]  # whose parts are fixed
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    buffers = dict(model.named_buffers())
+    packed = [value for value in model.parameters() if is_packed(value)]
+    parameters = {name: value for name, value in model.named_parameters() if not is_packed(value)}
     if parameters.keys() != loaded.parameters.keys() or not loaded.buffers.keys() <= buffers.keys():
         raise CheckpointError("the weights were loaded for another model: make LoadedWeights with this one")
     # Afterwards the modules hold the same objects as before, with the same memory, values and gradients, even if a
@@ -73,6 +78,7 @@ def weights_in(model: nn.Module, loaded: LoadedWeights) -> Iterator[nn.Module]:
         for name, buffer in buffers.items():  # copied, so in-place changes inside are discarded
             value = loaded.buffers.get(name, buffer.detach())
             lent.append((buffer, value.to(loaded.device or buffer.device, copy=True)))
+        lent += [(value, value.detach().to(loaded.device)) for value in packed if loaded.device is not None]
         for name, value in loaded.parameters.items():
             if divided and is_sharded(parameters[name]):
                 # FSDP has references of its own to the memory of each part, so that is overwritten, not replaced.
