@@ -25,9 +25,9 @@ class AskCommand(ResultCommand):
         *(setting_option(name) for name in ("estimator", "target", "regularization")),
         click.Option(["--model-ids"], type=Integers(), help="Only these checkpoints, such as 0,2 or 0-3."),
         click.Option(["--model"], help="The model, if the store does not know it or it has moved."),
-        click.Option(["--data"], help="The training data, likewise."),
-        click.Option(["--tokenizer"], help="The tokenizer, likewise."),
-        click.Option(["--checkpoints"], multiple=True, help="The path of each checkpoint, likewise; repeat it."),
+        click.Option(["--data"], help="The training data, if the store does not know them."),
+        click.Option(["--tokenizer"], help="The tokenizer, if the store does not know it."),
+        click.Option(["--checkpoints"], multiple=True, help="The path of each checkpoint, if they have moved."),
         click.Option(
             ["--trust"], multiple=True, metavar="DIR",
             help="Follow paths in the store below this folder too; repeat it. By default only those below the store's "
@@ -41,7 +41,7 @@ class AskCommand(ResultCommand):
 @click.argument("store")
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
 @click.option("--completion", multiple=True, help="The completion of each prompt. Default: generated ones.")
-@click.option("--rather-than", multiple=True, help="Another completion of each prompt, to tell from the first one.")
+@click.option("--rather-than", multiple=True, help="Another completion of each prompt, whose score is subtracted.")
 @click.option("-k", "--top", "k", type=click.IntRange(min=1), default=5, show_default=True, help="Documents to show.")
 @click.option(
     "--kind", type=click.Choice(KINDS), default="proponents", show_default=True,
@@ -60,7 +60,11 @@ class AskCommand(ResultCommand):
     "--max-new-tokens", type=click.IntRange(min=1), help="Most generated tokens. Default: 64, or what fits the model."
 )
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: likeliest tokens."
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Of sampling; 0 takes the likeliest tokens.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of sampling.")
 def ask(store: str, prompts: tuple[str, ...], k: int, **options: Any) -> None:

@@ -16,7 +16,7 @@ from tracer.cli.output import ResultCommand, print_result, wants_json
     show_default=True, help="Directory of checkpoints, store and report.",
 )  # fmt: skip
 @click.option("--flip-rate", default=0.1, show_default=True, help="Share of flipped training labels.")
-@click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training images (30).")
+@click.option("--epochs", type=click.IntRange(min=1), help="Passes over the training images. Default: 30.")
 @click.option(
     "--proj-dim", type=click.IntRange(min=1), default=256, show_default=True, help="Size of a projected gradient."
 )

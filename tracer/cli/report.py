@@ -25,17 +25,18 @@ _NAMES = {"train": "training examples", "targets": "targets"}
 @click.option("--targets", help="The explained examples, as module:callable. Default: from the file.")
 @click.option("--inputs", help="Images, vectors or texts to show for training examples, as module:callable.")
 @click.option("--target-inputs", help="Images, vectors or texts to show for targets, as module:callable.")
-@click.option("--class-names", help="With commas, or as module:callable.")
+@click.option("--class-names", help="Separated by commas, or as module:callable.")
 @click.option("--figures/--no-figures", default=True, help="Also write PNG files, which need matplotlib.")
-@click.option("--all-scores/--no-all-scores", default=True, help="Use all scores, 4 bytes for each pair in the store.")
+@click.option("--all-scores/--no-all-scores", default=True, help="Use all scores, which take 4 bytes for each pair.")
 @click.option("--title", help="The page's title.")
 @count_option(8, "Training examples shown for each target.")
 def report(store: str, output_dir: Path, class_names: str | None, **options: Any) -> None:
     """Write an HTML page with the results.
 
     STORE is a store's directory or URL, or the TOML file of its run, which also names the examples. Without examples
-    the page has numbers and no pictures. Of each example the first item is the input and the last one the label; tokens
-    are not shown: pass texts by --inputs. Figures need matplotlib and images Pillow: pip install 'tracin[report]'.
+    the page has numbers and no pictures. The first item of an example is shown as its input, the last one as its label.
+    If inputs are tokens, pass the texts by --inputs. Figures need matplotlib and images Pillow: pip install
+    'tracin[report]'.
 
     Examples:
         tracer report tracer.toml --output-dir report             examples as in the file of the run

@@ -101,7 +101,7 @@ def _whole(source: DataSource, name: str) -> tuple[Batch, int]:
 @click.command("lds", cls=RankingCommand)
 @click.argument("store")
 @click.argument("truth", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--estimators", help="With commas; compared on the same subsets. Default: --estimator.")
+@click.option("--estimators", help="Separated by commas; compared on the same subsets. Default: --estimator.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Also write a PNG (needs matplotlib).")
 def lds(store: str, truth: Path, estimators: str | None, plot: Path | None, **options: Any) -> None:
     """Show how well scores predict training on subsets.

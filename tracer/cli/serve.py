@@ -28,15 +28,17 @@ def _imported(name: str) -> Any:
 @click.command("serve", cls=ExampleCommand)
 @click.argument("store")
 @click.option("--host", default=LOOPBACK[0], show_default=True, help="The address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="0: any free one.")
-@click.option("--device", default="cpu", show_default=True, help="Device of the products, such as cuda:0.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="The port; 0 takes any free one."
+)
+@click.option("--device", default="cpu", show_default=True, help="Device to compute on, such as cuda:0.")
 def serve(store: str, host: str, port: int, device: str) -> None:
     """Serve a page with questions to a store, and the same answers as JSON.
 
-    Many may ask at once. A new question is computed part by part, with its progress, and can be cancelled; answers stay
-    in the store. Only this machine can connect, unless --host names another address: there is no password, so whoever
-    can connect can read scores and labels. Nothing but the store is read. STORE is a store's directory or URL, or the
-    TOML file of its run. Needs pip install 'tracin[serve]'; Ctrl-C stops it.
+    Several people can ask at once. A new question is computed part by part, with its progress, and can be cancelled;
+    answers stay in the store. Only this machine can connect, unless --host names another address: there is no password,
+    so whoever can connect can read scores and labels. Nothing but the store is read. STORE is a store's directory or
+    URL, or the TOML file of its run. Needs pip install 'tracin[serve]'; Ctrl-C stops it.
 
     Examples:
         tracer serve runs/first

@@ -132,8 +132,8 @@ _EXECUTION_NAMES = ("device", "memory_bytes", "process", "resume", "progress")
 # Values that a shell writes differently from Python
 _HELP = {
     "params": "Name patterns of the parameters to use; may be repeated. By default all trainable ones.",
-    "process": "This one of several processes: its number and their count, for example 0/4, or slurm in a job array.",
-    "resume": "Continue an existing store; otherwise it is an error. Default: true.",
+    "process": "This process's number and the number of processes, for example 0/4, or slurm in a job array.",
+    "resume": "Continue an existing store; with --no-resume it is an error. Default: true.",
 }
 _EXAMPLES = {
     "checkpoint_key": '"ema"', "params": '["*"]', "device": '"cpu"', "process": '"slurm"', "progress": "true",
@@ -182,8 +182,8 @@ SETTINGS = (
     _CHECKPOINTS,
     Setting(
         "learning_rate", "rates", _INPUT,
-        "One for all checkpoints or one for each, with commas; it replaces rates that a recorder wrote. Leave it out "
-        "for a recorder's directory, which has each checkpoint's sum over its steps.",
+        "One for all checkpoints, or one for each, separated by commas; it replaces rates that a recorder wrote. "
+        "Default: the rates of a recorder's directory, each the sum over a checkpoint's steps.",
         "0.1",
     ),
     Setting("save_dir", "str", _INPUT, "Directory or URL of the store; created if missing.", '"runs/first"', True),
@@ -220,8 +220,8 @@ BUILD_BY_NAME = {
         Setting("target_split", "str", _INPUT, "The split of the targets. Default: that of the data.", '"test"'),
         Setting("dtype", "str", _INPUT, "Dtype of the model. Default: that in which it was saved.", '"float32"'),
         Setting(
-            "loss", "str", _INPUT, "Of an example, over its predicted tokens. Default: sum.", '"sum"',
-            choices=("sum", "mean"),
+            "loss", "str", _INPUT, "An example's loss: the sum or mean over its predicted tokens. Default: sum.",
+            '"sum"', choices=("sum", "mean"),
         ),
         *_from_fields(TextSettings, list(TextSettings.__annotations__), "Texts"),
         *_FEATURE_SETTINGS,

@@ -115,7 +115,7 @@ class RankingCommand(ResultCommand):
         setting_option("exp_name", help="The name of the targets; needed if the store has several."),
         *(setting_option(name) for name in ("estimator", "target", "regularization")),
         click.Option(["--model-ids"], type=Integers(), help="Only these checkpoints, such as 0,2 or 0-3."),
-        click.Option(["--device"], help="Device of the products, such as cuda:0.", default="cpu", show_default=True),
+        click.Option(["--device"], help="Device to compute on, such as cuda:0.", default="cpu", show_default=True),
     )
 
 

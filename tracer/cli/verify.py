@@ -25,10 +25,9 @@ from tracer.store.manifest import FORMAT, FORMAT_VERSION
 def verify(ctx: click.Context, store: str, repair: bool) -> None:
     """Read a whole store and report damage.
 
-    Checked are all documents with their checksums, the sizes of all files of tables, the checksum of each row that is
-    marked as done, and those of each tile of scores, each kernel and each top-k part. Not checked are marks that were
-    lost before a checkpoint was finished: such rows only count as missing. Without --repair nothing is changed. Exit
-    code 1 means damage, even if it was repaired. No other process may write to the store meanwhile.
+    Compares the checksums of all documents, stored rows, tiles of scores, kernels and top-k parts, and the sizes of the
+    files of tables. Without --repair nothing is changed. Exit code 1 means damage, even if it was repaired. No other
+    process may write to the store meanwhile.
 
     Examples:
         tracer verify runs/first || tracer verify runs/first --repair

@@ -72,7 +72,8 @@ class Estimate:
     target: str | None = field(
         default=None,
         metadata={
-            "help": "Explain the target's loss or its output. Default: output for estimators of retraining, else loss.",
+            "help": "Explain the target's loss or its output. Default: output for influence, trak, relatif and source, "
+            "else loss.",
             "choices": TARGETS,
         },
     )
