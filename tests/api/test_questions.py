@@ -23,7 +23,7 @@ def ask(run, tmp_path):
 
 def manifest(storage="float16", **settings):
     features = SimpleNamespace(name=storage, is_binary=storage == "binary", stores_features=storage != "none")
-    return SimpleNamespace(feature_storage=features, settings=settings)
+    return SimpleNamespace(feature_storage=features, settings=settings, is_collected=False)
 
 
 def test_scores_are_those_of_tracin_and_proponents_those_of_cosine_by_default(ask):

@@ -103,7 +103,8 @@ def test_a_wrong_gradient_of_a_large_table_is_found(tmp_path, monkeypatch, rows_
     monkeypatch.setattr(rows.RowsGradient, "_added", wrong)
     x, y = example()
     model = Bags()
-    with Tracer(model, "image_classification", N, tmp_path / "store", proj_dim=64) as traced, caplog.at_level("INFO"):
+    caplog.set_level("INFO", "tracer")
+    with Tracer(model, "image_classification", N, tmp_path / "store", proj_dim=64) as traced:
         traced.load_checkpoint(model.state_dict(), model_id=0)
         if rows_at_once:
             traced.featurize((x, y), num_samples=N)
