@@ -70,7 +70,9 @@ class Process:
         return values
 
     def same(self, numbers: Sequence[float], device: torch.device) -> bool:
-        """Tell whether numbers are the same in all processes that run together."""
+        """Tell whether numbers are the same in all processes that run together; alone, they are."""
+        if not self.together:
+            return True
         ends = torch.tensor([[*numbers], [-each for each in numbers]], dtype=torch.float64, device=device)
         return bool((self.all_reduce(ends, "MAX").sum(0) == 0).all())
 
