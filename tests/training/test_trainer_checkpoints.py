@@ -14,11 +14,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from tied_model import Tied
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from tracer import CheckpointError
 from tracer.training.adam import read_training_checkpoint
 from tracer.training.checkpoint_paths import checkpoints_at
-from tracer.training.load_state import load_state
+from tracer.training.load_state import check_headers, load_state
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -102,6 +103,61 @@ def test_a_distributed_checkpoint_is_read_without_its_processes(tmp_path, folder
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+class Command:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def save_nested(folder, weights, optimizer):
+    dcp.save({"model": weights, "optimizer": optimizer, "step": 7}, checkpoint_id=folder, no_dist=True)
+
+
+def save_beside_weights(folder, weights, optimizer):
+    dcp.save({**weights, "optimizer": optimizer, "loader": Command()}, checkpoint_id=folder, no_dist=True)
+
+
+def save_as_accelerate(folder, weights, optimizer):
+    dcp.save({"model": weights}, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
+    dcp.save({"optimizer": optimizer}, checkpoint_id=folder / "optimizer_0", no_dist=True)
+
+
+def save_whole(folder, weights, optimizer):
+    folder.mkdir()
+    torch.save(weights, folder / "pytorch_model.bin")
+    torch.save(optimizer, folder / "optimizer.bin")
+
+
+@pytest.mark.parametrize("save", [save_nested, save_beside_weights, save_as_accelerate, save_whole])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_second_moments_of_a_distributed_checkpoint_are_the_optimizers(tmp_path, monkeypatch, save, flat, amsgrad):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = Tied(1)
+    others = [value for name, value in model.named_parameters() if "bias" not in name]
+    biases = [value for name, value in model.named_parameters() if "bias" in name]
+    groups = [{"params": biases, "betas": (0.9, 0.98)}, {"params": others, "eps": 1e-6}]
+    optimizer = torch.optim.AdamW(groups, 1e-2, amsgrad=amsgrad)
+    for step in range(3):
+        optimizer.zero_grad()
+        sum(((step + 1) * value).sin().sum() for value in model.parameters()).backward()
+        optimizer.step()
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    save(tmp_path / "checkpoint-3", *get_state_dict(model, optimizer, options=options))
+    names = [name for name, _ in model.named_parameters()]
+    ((path, _),) = checkpoints_at(tmp_path)
+    found = read_training_checkpoint(path, Tied(0), names)
+    for name, parameter in model.named_parameters():
+        entry, moment = optimizer.state[parameter], found.moments[name]
+        assert torch.equal(found.state[name], parameter)
+        assert torch.equal(moment.values, entry["max_exp_avg_sq" if amsgrad else "exp_avg_sq"])
+        assert moment.step == 3 and moment.beta2 == (0.98 if "bias" in name else 0.999)
+        assert moment.eps == (1e-8 if "bias" in name else 1e-6)
+    assert load_state(Tied(0), path).keys() == model.state_dict().keys()
+    check_headers(Tied(0), path)
+    assert not (tmp_path / "executed").exists()
+
+
 _SHARDS = """
 import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp, torch.multiprocessing as mp
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
@@ -131,11 +187,6 @@ def test_shards_of_two_processes_are_put_together(tmp_path):
     next(folder.glob("*.distcp")).unlink()
     with pytest.raises(CheckpointError, match="lacks shards"):
         load_state(nn.Linear(3, 5), folder)
-
-
-class Command:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
 
 
 def test_metadata_that_ask_for_a_call_are_refused_and_nothing_is_called(tmp_path, monkeypatch):

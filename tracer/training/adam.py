@@ -31,8 +31,8 @@ from tracer.training.adafactor import (
 )
 from tracer.training.checkpoints import read_source, weights_fingerprint
 from tracer.training.load_state import find_state, load_state
-from tracer.training.optimizer_states import assign_parameters
-from tracer.training.trainer_state import OPTIMIZER, with_parameter_names
+from tracer.training.optimizer_states import assign_parameters, unflattened
+from tracer.training.trainer_state import OPTIMIZERS, with_parameter_names
 from tracer.types import Checkpoint
 
 
@@ -97,6 +97,13 @@ def optimizer_path(path: str | os.PathLike[str]) -> Path:
     return Path(path).with_suffix(".optimizer.pt")
 
 
+def _optimizer_beside(path: Path) -> Path | None:
+    """Return the path of the optimizer's state that was saved beside weights; None if there is none."""
+    if path.suffix == ".safetensors":
+        return beside if (beside := optimizer_path(path)).exists() else None
+    return next((each for name in OPTIMIZERS if (each := path / name).exists()), None)
+
+
 def read_training_checkpoint(
     checkpoint: Checkpoint,
     model: nn.Module,
@@ -108,16 +115,14 @@ def read_training_checkpoint(
     if preconditioner != "adam":
         return TrainingCheckpoint(load_state(model, checkpoint, key))
     source = read_source(checkpoint)
-    if isinstance(checkpoint, (str, os.PathLike)) and Path(checkpoint).suffix == ".safetensors":
-        beside = optimizer_path(checkpoint)
-        if beside.exists():
-            source = source._replace(value={"model": source.value, "optimizer": read_source(beside).value})
-    elif isinstance(checkpoint, (str, os.PathLike)) and (Path(checkpoint) / OPTIMIZER).is_file():
-        optimizer = with_parameter_names(read_source(Path(checkpoint) / OPTIMIZER).value, model)
+    if isinstance(checkpoint, (str, os.PathLike)) and (beside := _optimizer_beside(Path(checkpoint))):
+        optimizer = read_source(beside).value
+        if isinstance(optimizer, Mapping):  # accelerate's distributed checkpoint has it under a key
+            optimizer = with_parameter_names(optimizer.get("optimizer", optimizer), model)
         source = source._replace(value={"model": source.value, "optimizer": optimizer})
     value, where = source.value, source.where
     items = value.items() if isinstance(value, Mapping) else ()
-    nested = {name: item for name, item in items if isinstance(item, Mapping)}
+    nested = {name: unflattened(item) for name, item in items if isinstance(item, Mapping)}
     optimizers = [
         name
         for name, item in nested.items()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -51,19 +54,68 @@ class _Reader(FileSystemReader):
         return found
 
 
-def read_distributed(path: Path, mapped: bool) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name, whole; with ``mapped`` their values are not read."""
+class _Planner(DefaultLoadPlanner):
+    """A planner that reads tensors and plain values, and None instead of what would have to be executed."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        """Read a value that is no tensor."""
+        try:
+            found = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError:
+            found = None
+        self.state_dict[read_item.dest_index.fqn] = found
+
+
+def read_distributed(path: Path, mapped: bool) -> dict[str, Any]:
+    """Return what a checkpoint holds, nested as it was saved and whole; with ``mapped`` no values are read."""
     try:
         reader = _Reader(path.parent)
-        kinds = reader.read_metadata().state_dict_metadata
-        tensors = {key: kind for key, kind in kinds.items() if isinstance(kind, metadata.TensorStorageMetadata)}
-        state = {key: torch.empty(kind.size, dtype=kind.properties.dtype) for key, kind in tensors.items()}
-        if state and not mapped:
-            load(state, storage_reader=reader, no_dist=True)
-        return state
+        found = reader.read_metadata()
+        state: dict[str, Any] = {key: _empty(kind) for key, kind in found.state_dict_metadata.items()}
+        if mapped:
+            state = {key: value if isinstance(value, torch.Tensor) else None for key, value in state.items()}
+        elif state:
+            planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                load(state, storage_reader=reader, planner=planner, no_dist=True)
+            state = planner.state_dict
+        return _nested(state, found.planner_data or {})
     except (Exception, CheckpointException) as error:  # of a damaged file: the package raises many kinds
         cause = next(iter(getattr(error, "failures", {0: (error,)}).values()))[0]
         raise CheckpointError(
             f"{path.parent} cannot be read as a distributed checkpoint ({type(cause).__name__}: {cause}): it is "
             f"damaged or lacks shards; write it again"
         ) from error
+
+
+def _empty(kind: Any) -> Any:
+    is_tensor = isinstance(kind, metadata.TensorStorageMetadata)
+    return torch.empty(kind.size, dtype=kind.properties.dtype) if is_tensor else io.BytesIO()
+
+
+def _nested(state: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """Return values by name in the mappings and lists that they were saved in; weights beside these are the model's.
+
+    >>> _nested({"a.x.y": 1, "b.0": 2}, {"a.x.y": ("a", "x.y"), "b.0": ("b", 0)})
+    {'a': {'x.y': 1}, 'b': [2]}
+    """
+    whole: dict[Any, Any] = {}
+    for name, value in state.items():
+        inner, (*before, last) = whole, paths.get(name, (name,))
+        for key in before:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    whole = {name: _with_lists(value) for name, value in whole.items()}
+    weights = {name: value for name, value in whole.items() if isinstance(value, torch.Tensor)}
+    others = {name: value for name, value in whole.items() if name not in weights}
+    return {"model": weights, **others} if weights and "model" not in others else whole
+
+
+def _with_lists(value: Any) -> Any:
+    """Return mappings by places as lists; those that lack a value stay mappings."""
+    if not isinstance(value, dict):
+        return value
+    found = {key: _with_lists(item) for key, item in value.items()}
+    is_list = bool(found) and all(type(key) is int for key in found) and sorted(found) == list(range(len(found)))
+    return [found[place] for place in range(len(found))] if is_list else found

@@ -28,6 +28,23 @@ Assigned = dict[str, tuple[Any, Mapping]]  # the optimizer's number and group of
 Shape = tuple[int, ...]
 
 
+def unflattened(optimizer: Mapping) -> Mapping:
+    """Return an optimizer's state dict in torch's own form, also from ``flatten_optimizer_state_dict=True``.
+
+    That has the keys ``state.<parameter>.<slot>`` and ``param_groups.<parameter>.<option>``; anything else is returned
+    as it is.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "param_groups": {}}
+    for key, value in optimizer.items():
+        part, _, rest = str(key).partition(".")
+        name, dot, last = rest.rpartition(".")
+        if part not in found or not dot:
+            return optimizer
+        found[part].setdefault(name, {})[last] = value
+    groups = [{"params": [name], **options} for name, options in found["param_groups"].items()]
+    return {"state": found["state"], "param_groups": groups} if groups else optimizer
+
+
 def assign_parameters(optimizer: Mapping, model: nn.Module) -> tuple[Assigned, str]:
     """Return the optimizer's number and group by the model's name, and a description of its content for errors."""
     groups = optimizer["param_groups"]

@@ -14,7 +14,8 @@ from torch import nn
 from tracer.errors import CheckpointError
 from tracer.training.adafactor import moment_shape
 
-STATE, OPTIMIZER = "trainer_state.json", "optimizer.pt"
+STATE = "trainer_state.json"
+OPTIMIZERS = ("optimizer.pt", "optimizer_0", "optimizer.bin")  # Trainer's own, and with FSDP accelerate's
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]  # of Trainer's own
 
 
