@@ -394,3 +394,44 @@ def test_candidates_of_the_index_give_the_answer_of_all_examples(tmp_path):
         np.testing.assert_allclose(*scores, rtol=1e-5)
     with pytest.raises(InputError, match="candidates=2 is less than k=4"):
         found.explain("w1 w4", " w2", k=2, exact=4, candidates=2)
+
+
+def squared_loss(model, batch):
+    """The square of a target's mean loss: another function than that of training examples."""
+    logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+    losses = F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none", ignore_index=-100)
+    return (losses.sum(1) / (batch["labels"][:, 1:] != -100).sum(1)) ** 2
+
+
+def squared_by_hand(prompt, completion):
+    """The score of each document for `squared_loss` of a target, by the loop of the definition."""
+    scores = [0.0] * len(DATA)
+    for state, rate in zip(checkpoints(), RATES, strict=True):
+        model = llama().double()
+        model.load_state_dict(state)
+        before, after = tokens_of(prompt), tokens_of(completion + " <eos>")
+        batch = {"input_ids": torch.tensor([before + after]), "labels": torch.tensor([[-100] * len(before) + after])}
+        parts = torch.autograd.grad(squared_loss(model, batch).sum(), list(model.parameters()), allow_unused=True)
+        target = torch.cat([part.flatten() for part in parts])
+        for row, each in enumerate(DATA):
+            own = gradient(model, each["prompt"], each["completion"] + " <eos>").sum(0)
+            scores[row] += rate * float(own @ target)
+    return scores
+
+
+@pytest.mark.parametrize("estimator", ["tracin", "cosine"])
+def test_answers_are_explained_by_the_targets_function(tmp_path, estimator):
+    found = build(tmp_path, target_task=squared_loss, estimator=estimator)
+    given = {"model": llama(), "data": DATA, "tokenizer": make_tokenizer(), "checkpoints": checkpoints()}
+    for other in (None, "language_modeling"):
+        with pytest.raises(MismatchError, match=r"built with target_task=.*squared_loss.*pass the same target_task="):
+            load_store(tmp_path / "store", **given, target_task=other)
+    loaded = load_store(tmp_path / "store", **given, target_task=squared_loss, estimator=estimator)
+    for answer in (found.explain("w3 w4 ", "w5", k=12), loaded.explain("w3 w4 ", "w5", k=12, exact=12)):
+        assert len(answer.documents) == len(DATA)
+        for each in answer.documents:
+            assert each.token_scores.sum() == pytest.approx(each.score, rel=1e-4, abs=1e-6)
+    assert scores_of(loaded.explain("w3 w4 ", "w5", k=12)) == pytest.approx(scores_of(answer), rel=1e-4, abs=1e-6)
+    if estimator == "tracin":
+        expected = squared_by_hand("w3 w4 ", "w5")
+        assert scores_of(answer) == pytest.approx(dict(enumerate(expected)), rel=1e-4, abs=1e-6)

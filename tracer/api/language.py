@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from tracer.api.attribution import Attribution, attribute
 from tracer.api.checkpoint_sources import is_below
-from tracer.api.language_inputs import is_name, language_inputs
+from tracer.api.language_inputs import described_task, is_name, language_inputs
 from tracer.api.settings import stored_settings
 from tracer.api.tracer import Tracer
 from tracer.data.text.settings import TextOptions
@@ -87,7 +87,7 @@ def build_store(
     result = attribute(
         inputs.model, inputs.task, inputs.train, inputs.targets, checkpoints, save_dir=save_dir, **options
     )
-    inputs.record(result.tracer.store)
+    inputs.record(result.tracer.store, cast(Tracer, result.tracer)._factory.target_settings)
     return replace(result, language=inputs)
 
 
@@ -120,14 +120,15 @@ def load_store(
         folders: The folders below which paths that the store has are followed, since a store may come from others.
             Default: the folder that holds the store.
         device: The device to compute on. Default: CUDA if a model is loaded by name and there is one.
-        **options: ``memory_bytes``, ``process`` or ``progress``, as for `Tracer`.
+        **options: ``memory_bytes``, ``process`` or ``progress``, as for `Tracer`, and ``target_task`` if the store was
+            built with one.
 
     Returns:
         The attribution.
 
     Raises:
         InputError: If something is neither in the store nor passed, or a path is outside ``folders``.
-        MismatchError: If the data or weights differ from those of the store.
+        MismatchError: If the data, weights or ``target_task`` differ from those of the store.
         MissingDependencyError: If transformers, datasets or peft is needed and not installed.
     """
     store = Store.open_existing(save_dir)
@@ -158,6 +159,7 @@ def load_store(
         device = "cuda"
     settings = {**stored_settings(store.manifest), "device": device, **options}
     tracer = Tracer(inputs.model, inputs.task, len(inputs.train), save_dir, **settings)
+    record.check_target_task(tracer._factory.target_settings)
     for model_id, checkpoint in zip(ids, checkpoints or (), strict=False):
         tracer.load_checkpoint(checkpoint, model_id)
     tracer.close()
@@ -212,6 +214,16 @@ class LanguageRecord:
             raise InputError(
                 f"the store says that its {what} is {path}, which is in none of {list(self.folders)}. If you trust it, "
                 f"pass folders= with its folder (--trust in the shell), or pass {option}=."
+            )
+
+    def check_target_task(self, settings: Mapping[str, Any] | None) -> None:
+        """Raise MismatchError if targets had a task of their own that the given one, None without, differs from."""
+        stored = self.values.get("target_task")
+        given = None if settings is None else described_task(settings)
+        if stored not in (None, given):
+            raise MismatchError(
+                f"the store {self.store} was built with target_task={stored}, got {given}; pass the same target_task=, "
+                f"which a store cannot hold."
             )
 
     def options(self) -> TextOptions:

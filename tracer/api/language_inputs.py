@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -63,10 +64,16 @@ class LanguageInputs:
                 for batch, inds in source.batches(done):
                     table.check_rows(inds, fingerprint_samples(batch, len(inds)))
 
-    def record(self, store: Store) -> None:
-        """Write into a store the documents and groups of its training examples, and where they come from."""
+    def record(self, store: Store, target_task: Mapping[str, Any] | None = None) -> None:
+        """Write into a store the documents and groups of its training examples, and where they come from.
+
+        Args:
+            store: The store.
+            target_task: The settings of the targets' task, if they have one of their own.
+        """
         write_example_groups(store, self.train.rows.documents, self.train.groups)
-        store.set_info(language=dict(self.recipe))
+        of_targets = {} if target_task is None else {"target_task": described_task(target_task)}
+        store.set_info(language={**self.recipe, **of_targets})
 
 
 def language_inputs(
@@ -113,6 +120,11 @@ def language_inputs(
     if settings.unit == "block":
         check_isolation(module, train)
     return found
+
+
+def described_task(settings: Mapping[str, Any]) -> str:
+    """Return the settings of a task as one text, the same for the same settings."""
+    return json.dumps(settings, sort_keys=True)
 
 
 def is_name(value: Any) -> bool:
