@@ -56,6 +56,22 @@ def test_what_is_wrong_is_said(project, options, message):
     assert message in refused("ask", "store", *options)
 
 
+def test_documents_and_targets_are_known_by_their_ids(project):
+    lines = [json.loads(line) for line in (project / "train.jsonl").read_text().splitlines()]
+    named = "".join(json.dumps({**each, "name": f"doc-{row}"}) + "\n" for row, each in enumerate(lines))
+    (project / "named.jsonl").write_text(named)
+    (project / "asked.jsonl").write_text("".join(named.splitlines(keepends=True)[:2]))
+    names = ["--model", "model", "--data", "named.jsonl", "--targets", "asked.jsonl", "--id-column", "name"]
+    built = run_tracer("build", *names, "--out", "named", "--proj-dim", "32")
+    assert built.exit_code == 0, built.output
+    answer = json.loads(run_tracer("ask", "named", "w3 w4", "--completion", " w5", "--json").stdout)
+    assert [each["id"] for each in answer["documents"]] == [f"doc-{each['document']}" for each in answer["documents"]]
+    shown = run_tracer("ask", "named", "w3 w4", "--completion", " w5").output
+    assert f"document doc-{answer['documents'][0]['document']}" in shown
+    top = run_tracer("top", "named", "-k", "2").output
+    assert "doc-0" in top and top.count("doc-") == 6
+
+
 def test_an_index_is_built_and_searched(project):
     question = ["ask", "store", "w3 w4", "--completion", " w5", "--top", "3", "--no-tokens", "--json"]
     assert "no index of its training examples" in refused(*question, "--candidates", "8")

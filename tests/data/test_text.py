@@ -109,6 +109,7 @@ def test_messages_without_a_template_are_refused():
         ({"packing": "bfd", "max_length": None}, "max_length"),
         ({"unit": "block"}, "expects packing"),
         ({"unit": "block", "packing": "bfd", "group_column": "source"}, "group_column"),
+        ({"unit": "block", "packing": "bfd", "id_column": "name"}, "id_column"),
         ({"packing": "wrapped", "streaming": True}, "another order"),
         ({"batch_tokens": 0}, "batch_tokens"),
     ],
@@ -309,6 +310,33 @@ def test_groups_are_those_of_the_rows_documents():
     assert names == ["a", "b"] and numbers.tolist() == (source.rows.documents % 2).tolist()
     with pytest.raises(InputError, match="group_column='origin' is not in the data"):
         text_source(data, make_tokenizer(), TextSettings(group_column="origin"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_ids_are_those_of_the_rows_documents(tmp_path, streaming):
+    data = [{"text": text, "name": f"doc-{row}"} for row, text in enumerate(texts())]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(each) + "\n" for each in data))
+    given = (tmp_path / "a.jsonl", make_tokenizer(), TextSettings(streaming=streaming, id_column="name", max_length=4))
+    source = text_source(*given)
+    assert source.ids == [f"doc-{example}" for example in source.rows.examples]
+    assert source.id_of(2) == source.ids[2]
+    with pytest.raises(InputError, match="id_column='key' is not in the data"):
+        text_source(*given[:2], TextSettings(streaming=streaming, id_column="key"))
+    assert text_source(*given[:2], TextSettings(streaming=streaming, id_column="key"), "targets", True).ids is None
+
+
+def test_parts_of_a_document_are_told_apart_and_repeated_ids_are_refused():
+    data = [{"text": text, "name": row} for row, text in enumerate(texts())]
+    split = text_source(data, make_tokenizer(), TextSettings(packing="bfd_split", max_length=4, id_column="name"))
+    several = np.bincount(split.rows.examples) > 1
+    assert several.any() and not several.all()
+    parts = {example: 0 for example in range(len(data))}
+    for example, name in zip(split.rows.examples.tolist(), split.ids, strict=True):
+        assert name == (f"{example}:{parts[example]}" if several[example] else example)
+        parts[example] += 1
+    again = [{**each, "name": "same"} for each in data]
+    with pytest.raises(InputError, match=r"id_column='name' names several examples by one id: 'same'"):
+        _ = text_source(again, make_tokenizer(), TextSettings(id_column="name")).ids
 
 
 def test_a_stream_has_the_rows_of_the_data_set(tmp_path):

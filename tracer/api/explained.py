@@ -33,6 +33,7 @@ class ExplainedDocument:
         token_scores: The score of each token, ``[T]``, by exact gradients; 0 for tokens that are not predicted. None if
             scores were not split.
         documents: The sums of token scores over the documents of a block, by number; None if it is no block.
+        id: Its id in the data's ``id_column``, or None.
     """
 
     number: int
@@ -42,6 +43,7 @@ class ExplainedDocument:
     tokens: list[str]
     token_scores: Float64[np.ndarray, " T"] | None
     documents: dict[int, float] | None = None
+    id: str | int | None = None
 
     @property
     def text(self) -> str:
@@ -71,7 +73,7 @@ class ExplainedDocument:
     def to_dict(self) -> dict[str, Any]:
         """Return the document in types of JSON."""
         found: dict[str, Any] = {"document": self.number, "score": self.score, "examples": self.examples}
-        found |= {"group": self.group, "text": self.text}
+        found |= {"id": self.id, "group": self.group, "text": self.text}
         if self.token_scores is not None:
             pairs = zip(self.tokens, self.token_scores.tolist(), strict=True)
             found["tokens"] = [{"text": text, "score": score} for text, score in pairs]
@@ -130,7 +132,7 @@ class Explanation:
 
     def _title(self, document: ExplainedDocument) -> str:
         name = "document" if document.documents is None else "block"
-        title = f"score {document.score:.4g}, {name} {document.number}"
+        title = f"score {document.score:.4g}, {name} {document.number if document.id is None else document.id}"
         if document.documents is not None:
             parts = sorted(document.documents.items(), key=lambda each: -abs(each[1]))
             title += " of documents " + ", ".join(f"{number} ({score:+.3g})" for number, score in parts[:5])

@@ -263,9 +263,10 @@ def _documents(
                 for owner, start, stop in zip(source.rows.owners[scored:last], borders[:-1], borders[1:], strict=True):
                     by_document[int(owner)] = by_document.get(int(owner), 0.0) + float(parts[row][start:stop].sum())
         group = None if source.groups is None else source.groups[1][source.groups[0][own[0]]]
+        name = source.id_of(own[0])
         of_block = by_document if inputs.settings.unit == "block" and values else None
         texts, split = token_texts(inputs.tokenizer, document), np.concatenate(values) if values else None
-        yield ExplainedDocument(number, score, own.tolist(), group, texts, split, of_block)
+        yield ExplainedDocument(number, score, own.tolist(), group, texts, split, of_block, name)
 
 
 def _tokens(input_ids: Any, inds: np.ndarray) -> Iterator[tuple[int, list[int]]]:

@@ -83,6 +83,8 @@ def build_store(
         checkpoints = [(inputs.model.state_dict(), 1.0 if learning_rate is None else learning_rate)]
     if not isinstance(model, nn.Module) and torch.cuda.is_available():
         options.setdefault("device", "cuda")
+    for name, ids in zip(("ids", "target_ids"), inputs.ids, strict=True):
+        options.setdefault(name, ids)
     inputs.check(save_dir, str(options.get("exp_name", "targets")))
     result = attribute(
         inputs.model, inputs.task, inputs.train, inputs.targets, checkpoints, save_dir=save_dir, **options

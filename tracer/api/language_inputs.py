@@ -14,6 +14,7 @@ from torch import nn
 
 from tracer._core.validation import check_choice
 from tracer.data.datasets import DataSource, NoExamples
+from tracer.data.example_ids import ExampleId
 from tracer.data.fingerprints import fingerprint_samples
 from tracer.data.text.encoding import with_template
 from tracer.data.text.isolation import check_isolation
@@ -46,6 +47,11 @@ class LanguageInputs:
     def most_tokens(self) -> int | None:
         """The most tokens that the model takes; None if it does not say."""
         return getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+
+    @property
+    def ids(self) -> tuple[list[ExampleId] | None, list[ExampleId] | None]:
+        """The ids of training examples and targets, if the data have them."""
+        return self.train.ids, self.targets.ids if isinstance(self.targets, TextSource) else None
 
     def check(self, save_dir: str | os.PathLike[str], exp_name: str) -> None:
         """Raise `MismatchError` if a store has other tokens of examples than these; stored ones are not run again."""

@@ -87,6 +87,7 @@ def _job(settings: dict[str, Any]) -> LanguageJob:
         settings["save_dir"],
         {name: settings[name] for name in RANKING if name in settings},
         options,
+        inputs.ids,
         notes=notes,
         inputs=inputs,
     )

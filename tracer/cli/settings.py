@@ -137,7 +137,8 @@ _HELP = {
 }
 _EXAMPLES = {
     "checkpoint_key": '"ema"', "params": '["*"]', "device": '"cpu"', "process": '"slurm"', "progress": "true",
-    "damping": "0.1", "curvature_examples": "4096", "group_column": '"source"', "chat_template": '"template.jinja"',
+    "damping": "0.1", "curvature_examples": "4096", "group_column": '"source"', "id_column": '"id"',
+    "chat_template": '"template.jinja"',
 }  # fmt: skip
 
 # of an attribution, which answers several questions

@@ -51,7 +51,7 @@ class QuestionEncoder:
 
     def __init__(self, tokenizer: Any, settings: TextSettings, is_chat: bool, most: int | None = None) -> None:
         self._tokenizer, self._is_chat, self._most = tokenizer, is_chat, most
-        alone = replace(settings, loss_on="auto", packing="none", unit="document", group_column=None)
+        alone = replace(settings, loss_on="auto", packing="none", unit="document", group_column=None, id_column=None)
         self._encode = Encoder(tokenizer, alone)
 
     def prompt(self, prompt: Text) -> list[int]:

@@ -30,6 +30,9 @@ class TextSettings:
     split: str = _setting("train", "The split of the data; a slice such as train[:1000] works too.")
     text_column: str = _setting("text", "The column of plain texts.")
     group_column: str | None = _setting(None, "A column that groups documents, such as their source; None: no groups.")
+    id_column: str | None = _setting(
+        None, "A column of ids by which documents are known; targets that have it too are known by it."
+    )
     loss_on: str = _setting(
         "auto",
         "The tokens that count: all, those of the completion, or those of the assistant (marked by the chat "
@@ -65,10 +68,11 @@ class TextSettings:
             check_count(self.max_length, "max_length")
         elif self.packing in REPACKED:
             raise InputError(f"packing={self.packing!r} expects max_length, the tokens of a block; got None.")
-        if self.unit == "block" and (self.packing == "none" or self.group_column is not None):
+        columns = (self.group_column, self.id_column)
+        if self.unit == "block" and (self.packing == "none" or columns != (None, None)):
             raise InputError(
-                "unit='block' expects packing and no group_column, since a block may hold documents of several groups; "
-                "choose a packing, or unit='document'."
+                "unit='block' expects packing and no group_column or id_column, since a block may hold several "
+                "documents; choose a packing, or unit='document'."
             )
         if self.streaming and self.packing in REPACKED:
             raise InputError(
@@ -83,6 +87,7 @@ class TextOptions(TypedDict, total=False):
     split: str
     text_column: str
     group_column: str | None
+    id_column: str | None
     loss_on: str
     chat_template: str | None
     add_eos: bool

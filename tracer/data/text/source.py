@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import xxhash
 from jaxtyping import Int64
 
 from tracer.data.datasets import DataSource
+from tracer.data.example_ids import ExampleId, check_ids
 from tracer.data.text.encoding import Encoder, is_chat
 from tracer.data.text.packing import GROUP
 from tracer.data.text.reading import import_datasets, read_dataset
@@ -35,7 +38,8 @@ class TextSource(DataSource):
 
     def __init__(self, documents: Any, rows: TextRows, settings: TextSettings, pad_token: int, in_order: bool) -> None:
         self._in_order, self.is_chat = in_order, documents.is_chat
-        values = documents.groups
+        values = documents.columns.get(settings.group_column)
+        self._ids = documents.columns.get(settings.id_column)
         self.rows, self._documents, self._settings, self.pad_token = rows, documents, settings, pad_token
         self.groups: tuple[Int64[np.ndarray, " N"], list[str]] | None = None
         if values is not None:
@@ -44,6 +48,23 @@ class TextSource(DataSource):
 
     def __len__(self) -> int:
         return len(self.rows.bounds)
+
+    def id_of(self, row: int) -> ExampleId | None:
+        """Return the id of the document that a row is of, if there is a column of ids."""
+        return None if self._ids is None else self._ids[int(self.rows.examples[row])]
+
+    @cached_property
+    def ids(self) -> list[ExampleId] | None:
+        """The id of each row: its document's, with the number of the part if that has several rows; None without ids."""
+        if self._ids is None:
+            return None
+        counts = np.bincount(self.rows.examples)
+        found: list[ExampleId] = []
+        seen: dict[int, int] = {}
+        for example in self.rows.examples.tolist():
+            part = seen[example] = seen.get(example, -1) + 1
+            found.append(self._ids[example] if counts[example] == 1 else f"{self._ids[example]}:{part}")
+        return check_ids(found, len(self), f"id_column={self._settings.id_column!r}")
 
     def batches(self, indices: Int64[np.ndarray, " n"]) -> Iterator[tuple[Batch, Int64[np.ndarray, " b"]]]:
         """Yield batches of exactly these rows; longest first within a window, unless they are to keep their order."""
@@ -70,6 +91,8 @@ def text_source(
         InputError: If no example has a token to predict, or the data do not fit the settings.
     """
     dataset = read_dataset(data, settings.split, settings.streaming, name)
+    if in_order and settings.id_column not in (dataset.column_names or ()):
+        settings = replace(settings, id_column=None)
     encoder = Encoder(tokenizer, settings)
     pad = next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
     is_stream = isinstance(dataset, import_datasets().IterableDataset)
@@ -91,7 +114,6 @@ class _Encoded:
     """A data set that is tokenized once, into a file beside the data if they come from one."""
 
     def __init__(self, dataset: Any, encoder: Encoder, settings: TextSettings) -> None:
-        self.groups = None
         if dataset.format["type"] == "custom":
             raise InputError(
                 "the data set has a transform (set_transform), which may give other examples each time; write what it "
@@ -99,9 +121,7 @@ class _Encoded:
             )
         dataset = dataset.with_format(None)
         self.is_chat = is_chat(next(iter(dataset), {}))
-        if settings.group_column is not None:
-            _check_column(settings.group_column, dataset.column_names)
-            self.groups = dataset[settings.group_column]
+        self.columns = {name: list(dataset[name]) for name in _kept(settings, dataset.column_names)}
         self._tokens = dataset.map(encoder, remove_columns=dataset.column_names).with_format("numpy")
 
     def __iter__(self) -> Iterator[Tokens]:
@@ -123,8 +143,8 @@ class _Stream:
     """A stream that is tokenized in each pass, and compared with the first pass by hashes."""
 
     def __init__(self, dataset: Any, encoder: Encoder, settings: TextSettings, name: str) -> None:
-        self._dataset, self._encoder, self._column, self._name = dataset, encoder, settings.group_column, name
-        self.groups: list[Any] | None = None if self._column is None else []
+        self._dataset, self._encoder, self._settings, self._name = dataset, encoder, settings, name
+        self.columns: dict[str, list[Any]] = {}
         self._hashes: list[int] = []
         self.is_chat = False
         self._position = 0
@@ -133,9 +153,8 @@ class _Stream:
     def __iter__(self) -> Iterator[Tokens]:
         for number, example in enumerate(self._dataset):
             self.is_chat = is_chat(example) if number == 0 else self.is_chat
-            if self.groups is not None and self._column is not None:
-                _check_column(self._column, example)
-                self.groups.append(example[self._column])
+            for column in _kept(self._settings, example):
+                self.columns.setdefault(column, []).append(example[column])
             tokens = self._encode(example)
             self._hashes.append(_hash(tokens))
             yield tokens
@@ -172,9 +191,13 @@ def _hash(tokens: Iterable[np.ndarray]) -> int:
     return found
 
 
-def _check_column(column: str, known: Iterable[str]) -> None:
-    if column not in known:
-        raise InputError(f"group_column={column!r} is not in the data, which have {sorted(known)}.")
+def _kept(settings: TextSettings, known: Iterable[str]) -> list[str]:
+    """Return the columns that are kept beside the tokens; raise InputError if one is not in the data."""
+    named = {"group_column": settings.group_column, "id_column": settings.id_column}
+    for name, column in named.items():
+        if column is not None and column not in known:
+            raise InputError(f"{name}={column!r} is not in the data, which have {sorted(known)}.")
+    return list(dict.fromkeys(column for column in named.values() if column is not None))
 
 
 def bucketed(
