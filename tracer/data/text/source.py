@@ -55,7 +55,7 @@ class TextSource(DataSource):
 
     @cached_property
     def ids(self) -> list[ExampleId] | None:
-        """The id of each row: its document's, with the number of the part if that has several rows; None without ids."""
+        """The id of each row: its document's, with the part's number if that has several; None without ids."""
         if self._ids is None:
             return None
         counts = np.bincount(self.rows.examples)
