@@ -76,7 +76,7 @@ def letter(code: int) -> str:
 
 
 def save_tokenizer(vocabulary: int, path: Path) -> None:
-    """Write a tokenizer of `letter`."""
+    """Write a tokenizer of `letter`, with a chat template that joins prompt and completion."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -84,6 +84,7 @@ def save_tokenizer(vocabulary: int, path: Path) -> None:
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT, pad_token=letter(0))
+    made.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     made.save_pretrained(path)
 
 
@@ -98,22 +99,37 @@ def bergson_scores(case: Case, folder: Path, kind: str) -> Found:
     Returns:
         Scores.
     """
-    from bergson.config.config import DataConfig, QuerySetConfig
-    from bergson.data import load_scores
-
     model = gpt2(case.states()[-1])
     model.save_pretrained(folder / "model")
     save_tokenizer(model.config.vocab_size, folder / "model")
     for name, rows in (("train", case.train), ("targets", case.targets)):
         save_texts(rows, folder / name)
     del model
-    data, query = DataConfig(str(folder / "train")), QuerySetConfig(str(folder / "targets"))
-    options = {"run_path": str(folder / "run"), "model": str(folder / "model"), "data": data}
-    with contextlib.redirect_stdout(io.StringIO()):
-        (run_ekfac if kind == "ekfac" else run_trackstar)(options, query)
-    scores = np.array(load_scores(folder / "run" / "scores")[:], dtype=np.float64)
+    scores = run(kind, folder, "run")
     index = folder / "run" / "query"
     return Found("", scores, row_bytes=0.0 if kind == "ekfac" else stored_bytes(index) / case.sizes[1])
+
+
+def run(kind: str, folder: Path, name: str, **columns: str) -> np.ndarray:
+    """Score the texts in a folder's ``train`` on those in ``targets`` by the ``model`` in it.
+
+    Args:
+        kind: ``ekfac`` or ``trackstar``.
+        folder: The folder.
+        name: Of a new folder in it, for what bergson keeps.
+        **columns: The columns of the texts, as bergson's ``DataConfig`` takes them.
+
+    Returns:
+        Scores ``[N, M]``.
+    """
+    from bergson.config.config import DataConfig, QuerySetConfig
+    from bergson.data import load_scores
+
+    data, query = DataConfig(str(folder / "train"), **columns), QuerySetConfig(str(folder / "targets"), **columns)
+    options = {"run_path": str(folder / name), "model": str(folder / "model"), "data": data}
+    with contextlib.redirect_stdout(io.StringIO()):
+        (run_ekfac if kind == "ekfac" else run_trackstar)(options, query)
+    return np.array(load_scores(folder / name / "scores")[:], dtype=np.float64)
 
 
 def run_ekfac(options: dict[str, Any], query: Any) -> None:

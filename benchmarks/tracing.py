@@ -13,8 +13,8 @@ from a configuration, is trained on documents of made-up words.
   topic. A model is trained from scratch on the fifth of highest mean score; the loss of other documents of that topic
   after it, minus that after training on random documents.
 
-Baselines are BM25 over the words and the cosine of the model's mean hidden states, which need no gradients. Figures are
-means over seeds.
+Baselines are BM25 over the words and the cosine of the model's mean hidden states, which need no gradients; and, if it
+is installed, bergson's EK-FAC and TrackStar at its defaults, at the last checkpoint. Figures are means over seeds.
 
 Run it: python benchmarks/tracing.py            about five minutes of one core; needs bm25s: pip install tracin[peers]
 """
@@ -22,8 +22,10 @@ Run it: python benchmarks/tracing.py            about five minutes of one core; 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,9 +186,36 @@ def embeddings(model: nn.Module, case: Case) -> np.ndarray:
     return (sides[0] @ sides[1].T).numpy()
 
 
+def bergson(model: nn.Module, case: Case) -> dict[str, np.ndarray]:
+    """Return the scores of bergson's methods, ``[N, M]``; words are its characters, and those before ``first`` prompts.
+
+    It counts the words of the completion alone, as the losses here do.
+    """
+    from datasets import Dataset
+    from quality_bergson import CONTEXT, letter, run, save_tokenizer
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        saved = copy.deepcopy(model)
+        saved.config.max_position_embeddings = CONTEXT  # it asks for as many as it batches
+        saved.save_pretrained(folder / "model")
+        save_tokenizer(WORDS, folder / "model")
+        for part, documents in (("train", case.train), ("targets", case.targets)):
+            firsts = (documents.labels == -100).int().argmin(1).tolist()
+            sides = [
+                {"prompt": text[:first], "completion": text[first:]}
+                for first, text in zip(firsts, ("".join(map(letter, each)) for each in documents.words), strict=True)
+            ]
+            Dataset.from_list(sides).save_to_disk(str(folder / part))
+        columns = {"prompt_column": "prompt", "completion_column": "completion"}
+        return {f"bergson {kind}": run(kind, folder, kind, **columns) for kind in ("ekfac", "trackstar")}
+
+
 def all_scores(model: nn.Module, checkpoints: list, case: Case) -> dict[str, np.ndarray]:
     """Return the scores of each method, ``[N, M]``."""
     found = {"bm25": lexical(case), "embeddings": embeddings(model, case)}
+    if find_spec("bergson"):
+        found |= bergson(model, case)
     given = model, "language_modeling", case.train, case.targets, checkpoints
     options = {"proj_dim": 4096, "storage": "int8", "progress": False}
     with tempfile.TemporaryDirectory() as folder:
@@ -196,6 +225,10 @@ def all_scores(model: nn.Module, checkpoints: list, case: Case) -> dict[str, np.
         whitened = attribute(*given, save_dir=f"{folder}/kfac", preconditioner="kfac", **options).tracer
         for estimator in ("tracin", "cosine"):
             found[f"{estimator}, kfac"] = np.array(whitened.finalize_scores("targets", estimator))
+        exact = {"preconditioner": "ekfac", "projector": "none", "progress": False}
+        tracer = attribute(*given, save_dir=f"{folder}/ekfac", **exact).tracer
+        for estimator in ("tracin", "cosine"):
+            found[f"{estimator}, ekfac, exact"] = np.array(tracer.finalize_scores("targets", estimator))
     return found
 
 
@@ -255,7 +288,7 @@ def main() -> None:
         }
         print(case)
         for method, values in results[case].items():
-            print(f"  {method:<16}", *(f"{key} {mean:.3f} ± {spread:.3f}" for key, (mean, spread) in values.items()))
+            print(f"  {method:<20}", *(f"{key} {mean:.3f} ± {spread:.3f}" for key, (mean, spread) in values.items()))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(results, indent=1) + "\n")
 
