@@ -103,6 +103,66 @@ def test_sizes_that_do_not_change_are_no_padding():
     assert not found(batches)
 
 
+def sides(lengths, others, seed=0):
+    """Return tokens padded to one length, and labels of another one that are not padded and end with one token."""
+    tokens, mask = padded(lengths, seed=seed)
+    labels = torch.randint(3, 30, (len(lengths), others), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": tokens, "attention_mask": mask.long(), "labels": labels.index_fill(1, torch.tensor(-1), 2)}
+
+
+def test_tensors_that_were_of_different_sizes_are_not_cut_together():
+    (one,) = found([sides([7, 4, 3, 2], 5), sides([3, 1, 3, 2], 3)])
+    assert {path for path, _ in one.dimensions} == {"batch['input_ids']", "batch['attention_mask']"}
+    assert one.counts.tolist() == [0, 2, 0, 1]
+
+
+class ReadsAndWrites(nn.Module):
+    """Logits of labels of any number from masked tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.places, self.head = nn.Embedding(60, 4), nn.Embedding(8, 4), nn.Linear(4, 60)
+
+    def forward(self, input_ids, attention_mask, count):
+        x = (self.embedding(input_ids) * attention_mask[..., None]).sum(1, keepdim=True)
+        return self.head(torch.tanh(x + self.places.weight[:count]))
+
+
+def labels_loss(model, batch):
+    logits = model(batch["input_ids"], batch["attention_mask"], batch["labels"].shape[1])
+    return F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none").sum(1)
+
+
+def test_labels_that_have_the_size_of_padded_tokens_by_chance_stay_whole(tmp_path):
+    model = ReadsAndWrites().double()
+    traced = Tracer(model, labels_loss, 12, tmp_path / "store", projector="none", storage="float32")
+    traced.load_checkpoint(model.state_dict(), model_id=0)
+    for start, lengths in zip(range(0, 12, 4), LENGTHS, strict=True):
+        batch = sides(lengths, max(lengths), seed=start)
+        assert all(set(each.dimensions) > set(each.evident) for each in found([sides(LENGTHS[1], 5), batch]))
+        traced.featurize(batch, inds=torch.arange(start, start + 4))  # an audit that cut labels too would raise
+    traced.finalize_features()
+
+
+def test_a_few_texts_that_begin_with_a_token_twice_are_not_padded_however_often_they_come():
+    batches = []
+    for lengths in LENGTHS * 4:
+        tokens = torch.arange(4)[:, None] * max(lengths) + torch.arange(max(lengths)) + 3
+        tokens[1, :2] = 5
+        batches.append((tokens, torch.arange(4)))
+    assert not found(batches)
+
+
+def test_a_token_that_texts_have_inside_is_no_padding():
+    batches = []
+    for seed, lengths in enumerate(LENGTHS):
+        tokens = padded([max(lengths)] * 4, seed=seed)[0]
+        tokens[:, :2], tokens[:, -2] = 5, 5
+        tokens[0, :2] = torch.tensor([6, 5])
+        batches.append((tokens, torch.arange(4)))
+    assert not found(batches)
+
+
 class Reads(nn.Module):
     """A classifier of the tokens that a mask keeps, whose convolution reads some positions beyond them."""
 

@@ -218,7 +218,18 @@ class Auditor:
             if cut is True:
                 return True
         found = self._compare(select_samples(batch, rows, batch_size), kept, outputs, rows, weights)
-        return replace(cut, padding=True) if found is True and isinstance(cut, Finding) else found
+        if found is not True or not isinstance(cut, Finding):
+            return found
+        # Others may have the size of the padded ones by chance, as a decoder's labels that of its encoder's tokens.
+        shown = [each._replace(dimensions=each.evident) for each in padding]
+        if (
+            shown != padding
+            and self._compare(without(batch, batch_size, rows, shown), kept, outputs, rows, weights) is True
+        ):
+            for each in padding:
+                self._padding.separate(each)
+            return True
+        return replace(cut, padding=True)
 
     def _compare(
         self, part: Batch, kept: Mapping[str, Tensor], outputs: SampleOutputs, rows: Tensor, weights: Tensor
