@@ -81,8 +81,8 @@ def facts(rng: np.random.Generator) -> Case:
     for number in range(80):
         person, alias, relation = people[number], names[number], rng.choice(relations)
         answer = rng.choice(objects)
-        for copy in range(3):  # one in three calls the person by another name
-            who, words = (alias if copy == 2 else person), rng.choice(fillers, 6)
+        for place in range(3):  # one in three calls the person by another name
+            who, words = (alias if place == 2 else person), rng.choice(fillers, 6)
             documents.append([*words[:3], who, relation, answer, *words[3:]])
             stated.append(number)
         documents.append([person, 1, alias])

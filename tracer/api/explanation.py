@@ -89,7 +89,9 @@ def explain(
         scores.check_exact()
     if check_integer(candidates, "candidates", 0):
         scores.check_candidates(candidates, max(k, exact))
-    encoder = QuestionEncoder(inputs.tokenizer, inputs.settings, _is_chat(_found, inputs), inputs.most_tokens)
+    encoder = QuestionEncoder(
+        inputs.tokenizer, inputs.settings, _is_chat(_found, inputs), inputs.most_tokens, inputs.train.in_sides
+    )
     prompts = [prompt] if is_single(prompt) else list(prompt)
     if not prompts:
         raise InputError("prompt is an empty list; expected one prompt at least.")
@@ -102,7 +104,8 @@ def explain(
     else:
         questions = [encoder.question(*pair) for pair in zip(prompts, answers, strict=True)]
     contrasted = [] if others is None else [encoder.question(*pair) for pair in zip(prompts, others, strict=True)]
-    source = QuestionSource([*questions, *contrasted], inputs.train.pad_token, inputs.settings.batch_tokens)
+    given = inputs.train.pad_token, inputs.settings.batch_tokens, inputs.train.in_sides
+    source = QuestionSource([*questions, *contrasted], *given)
     scores.ask(source, TargetWeights.of(len(questions), len(contrasted)))
     ranked = _ranked(scores, inputs, k, kind, exact, candidates)
     documents = list(_documents(ranked, scores, inputs, tokens))
@@ -162,7 +165,9 @@ def _generated(
         raise InputError(f"temperature={temperature!r}; expected a number of 0 or more.")
     if not all(prompts):
         raise InputError("a prompt has no token to generate from; pass another prompt, or completion=.")
-    most = [_most_new(len(prompt), max_new_tokens, inputs.most_tokens) for prompt in prompts]
+    # A decoder begins with a token of its own instead of the prompt.
+    before = [1 if inputs.train.in_sides else len(prompt) for prompt in prompts]
+    most = [_most_new(length, max_new_tokens, inputs.most_tokens) for length in before]
     last = max(found.model_ids or tracer.store.catalog.checkpoint_ids())
     loaded = loaded_checkpoint(tracer, last, inputs.folders)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -172,11 +177,11 @@ def _generated(
     sampling |= {"eos_token_id": sorted(ends) or None, "pad_token_id": inputs.train.pad_token}
     with weights_in(model, loaded.weights), isolated(model, [], tracer.device), torch.no_grad():
         seed_generators(tracer.device, seed)
-        for prompt, count in zip(prompts, most, strict=True):
+        for prompt, start, count in zip(prompts, before, most, strict=True):
             ids = torch.tensor([prompt], device=tracer.device)
             given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True}
             whole = model.generate(**given, max_new_tokens=count, **sampling)[0].tolist()
-            answer = whole[len(prompt) :]
+            answer = whole[start:]
             places = [place for place, token in enumerate(answer) if token in ends]
             answers.append(Question(prompt, answer[: places[0] + 1] if places else answer))
     return answers
@@ -248,7 +253,8 @@ def _documents(
             parts = scores.by_token(rows)
         except GradientError as error:
             logger.warning("scores are not split over tokens: %s", error)
-    ids = {row: ids for batch, inds in scores.examples(rows) for row, ids in _tokens(batch["input_ids"], inds)}
+    shown = ((source.shown(batch), inds.tolist()) for batch, inds in scores.examples(rows))
+    ids = {row: own for tokens, inds in shown for row, own in zip(inds, tokens, strict=True)}
     for number, score, own in zip(ranked.numbers.tolist(), ranked.scores.tolist(), ranked.rows, strict=True):
         document: list[int] = []
         values: list[np.ndarray] = []
@@ -257,6 +263,10 @@ def _documents(
             first, scored, last = source.rows.bounds[row].tolist()
             ends = np.cumsum(source.rows.pieces[first:last, 2] - source.rows.pieces[first:last, 1])
             borders = [0, *ends.tolist()][scored - first :]
+            if source.in_sides:  # shown whole; parts are those of the labels
+                borders = [0, borders[-1]]
+                if row in parts:
+                    parts[row] = np.pad(parts[row], (int(ends[0]), 0))
             document += ids[row][borders[0] : borders[-1]]
             if row in parts:
                 values.append(parts[row][borders[0] : borders[-1]])
@@ -267,7 +277,3 @@ def _documents(
         of_block = by_document if inputs.settings.unit == "block" and values else None
         texts, split = token_texts(inputs.tokenizer, document), np.concatenate(values) if values else None
         yield ExplainedDocument(number, score, own.tolist(), group, texts, split, of_block, name)
-
-
-def _tokens(input_ids: Any, inds: np.ndarray) -> Iterator[tuple[int, list[int]]]:
-    yield from zip(inds.tolist(), input_ids.tolist(), strict=True)

@@ -37,10 +37,11 @@ def build_store(
     target_split: str | None = None,
     **options: Any,
 ) -> Attribution:
-    """Build the store of a causal language model from names: of the model, its checkpoints and its training data.
+    """Build the store of a language model from names: of the model, its checkpoints and its training data.
 
     Args:
-        model: A name on the hub, a directory of ``save_pretrained`` or of peft's adapters, or a module.
+        model: A name on the hub, a directory of ``save_pretrained`` or of peft's adapters, or a module: a causal
+            language model, or an encoder-decoder, whose examples have a prompt and a completion.
         data: The training data: a name on the hub, a folder of ``save_to_disk``, files of JSON lines, CSV, Parquet or
             text, a list of texts or records, or a data set of `datasets`.
         checkpoints: A folder of a trainer or recorder, a file, a glob, or a list of these, or state dicts as for

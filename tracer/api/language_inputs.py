@@ -20,7 +20,7 @@ from tracer.data.text.encoding import with_template
 from tracer.data.text.isolation import check_isolation
 from tracer.data.text.settings import TextOptions, TextSettings, text_settings
 from tracer.data.text.source import TextSource, text_source
-from tracer.data.token_tasks import LanguageModeling
+from tracer.data.token_tasks import LanguageModeling, is_encoder_decoder
 from tracer.errors import InputError
 from tracer.store import RowTable, Store
 from tracer.store.arrays.metadata import NODE
@@ -106,14 +106,15 @@ def language_inputs(
         name = os.fspath(tokenizer) if is_name(tokenizer) else None
         module, own = load_language_model(os.fspath(model), checkpoints, name, dtype)
         tokenizer = own if tokenizer is None or is_name(tokenizer) else tokenizer
-    train = text_source(data, tokenizer, settings, "data")
+    in_sides = is_encoder_decoder(module)
+    train = text_source(data, tokenizer, settings, "data", in_sides=in_sides)
     explained: TextSource | NoExamples = NoExamples()
     if targets is not None:
         alone = {"packing": "none", "unit": "document", "group_column": None, "split": target_split or settings.split}
         explained = text_source(
-            targets, tokenizer, text_settings({**asdict(settings), **alone}), "targets", in_order=True
+            targets, tokenizer, text_settings({**asdict(settings), **alone}), "targets", True, in_sides
         )
-    longest = max(int(source.rows.lengths.max()) for source in (train, explained) if isinstance(source, TextSource))
+    longest = max(source.rows.longest for source in (train, explained) if isinstance(source, TextSource))
     task, recipe = LanguageModeling(loss), {"dtype": dtype, "loss": loss, **asdict(settings), "chat": train.is_chat}
     named = {"model": model, "data": data, "targets": targets, "tokenizer": given_tokenizer}
     recipe |= {name: _place(value) for name, value in named.items() if is_name(value)}

@@ -201,7 +201,7 @@ BY_NAME = {setting.name: setting for setting in SETTINGS}
 BUILD_BY_NAME = {
     setting.name: setting
     for setting in (
-        Setting("model", "str", _INPUT, "Name on the hub or directory of a causal language model.", '"model"', True),
+        Setting("model", "str", _INPUT, "Name on the hub or directory of a language model.", '"model"', True),
         Setting(
             "data", "str", _INPUT,
             "Training data: a name on the hub, a folder of save_to_disk, or files (jsonl, csv, parquet, txt).",

@@ -1,4 +1,4 @@
-"""Causal language models and tokenizers by a name on the hub or a directory, with adapters of peft."""
+"""Language models and tokenizers by a name on the hub or a directory, with adapters of peft."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _import(name: str) -> Any:
 def load_language_model(
     name: str, checkpoints: Sequence[Checkpoint] = (), tokenizer: str | None = None, dtype: str = "auto"
 ) -> tuple[nn.Module, Any]:
-    """Return a causal language model and its tokenizer; code that comes with a model is never executed.
+    """Return a causal language model or encoder-decoder, and its tokenizer; code in its directory is never executed.
 
     Args:
         name: The model's name on the hub or its directory; or a directory of adapters, which name their base.
@@ -33,19 +33,16 @@ def load_language_model(
         dtype: The dtype of the weights, for example ``float32``; ``auto``: that in which they were saved.
 
     Raises:
-        InputError: If there is no such model, or it is no causal language model.
+        InputError: If there is no such model, or it is no language model.
         MissingDependencyError: If transformers or peft is not installed.
     """
     transformers, own = _import("transformers"), _adapter(name)
     adapters = own or next(filter(None, map(_adapter, checkpoints[:1])), None)
     base = name if own is None else _base(own, name)
     config = _loaded(transformers.AutoConfig.from_pretrained, base, "model")
-    if getattr(config, "is_encoder_decoder", False):
-        raise InputError(
-            f"model={base!r} is an encoder-decoder ({config.model_type}); expected a causal language model. Load it "
-            f"yourself, and pass batches of its collator to attribute with task='seq2seq'."
-        )
-    model = _loaded(transformers.AutoModelForCausalLM.from_pretrained, base, "model", torch_dtype=dtype)
+    in_sides = getattr(config, "is_encoder_decoder", False)
+    kind = transformers.AutoModelForSeq2SeqLM if in_sides else transformers.AutoModelForCausalLM
+    model = _loaded(kind.from_pretrained, base, "model", torch_dtype=dtype)
     model.config.use_cache = False
     if adapters is not None:
         model = _with_adapters(model, adapters, own is not None)
@@ -105,5 +102,5 @@ def _loaded(load: Callable[..., Any], name: str, what: str, **options: Any) -> A
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(
             f"{what}={name!r} cannot be loaded: {' '.join(str(error).split())}. Expected a directory of "
-            f"save_pretrained, or a name on the hub of a causal language model."
+            f"save_pretrained, or a name on the hub of a causal language model or encoder-decoder."
         ) from error

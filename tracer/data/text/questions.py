@@ -11,8 +11,9 @@ from jaxtyping import Int64
 
 from tracer.data.datasets import DataSource
 from tracer.data.text.encoding import IGNORED, Encoder
-from tracer.data.text.rows import collate
+from tracer.data.text.rows import collate, collate_sides
 from tracer.data.text.settings import TextSettings
+from tracer.data.text.sides import SidesEncoder
 from tracer.data.text.source import bucketed
 from tracer.errors import InputError, InputTypeError
 from tracer.types import Batch
@@ -47,12 +48,16 @@ class QuestionEncoder:
         settings: The settings of the training examples.
         is_chat: Whether texts become the messages of a user and an assistant.
         most: The most tokens that the model takes; None: any number.
+        in_sides: Whether the model is an encoder-decoder, which takes so many of each.
     """
 
-    def __init__(self, tokenizer: Any, settings: TextSettings, is_chat: bool, most: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, settings: TextSettings, is_chat: bool, most: int | None = None, in_sides: bool = False
+    ) -> None:
         self._tokenizer, self._is_chat, self._most = tokenizer, is_chat, most
         alone = replace(settings, loss_on="auto", packing="none", unit="document", group_column=None, id_column=None)
-        self._encode = Encoder(tokenizer, alone)
+        self._in_sides = in_sides
+        self._encode: Encoder | SidesEncoder = (SidesEncoder if in_sides else Encoder)(tokenizer, alone)
 
     def prompt(self, prompt: Text) -> list[int]:
         """Return the tokens of a prompt."""
@@ -79,10 +84,11 @@ class QuestionEncoder:
             raise InputTypeError("the prompt came as tokens and its completion as text; pass the completion as tokens.")
         if not after or len(before) + len(after) < 2:
             raise InputError("a completion has no token to predict; pass another one.")
-        if self._most is not None and len(before) + len(after) > self._most:
+        count = max(len(before), len(after)) if self._in_sides else len(before) + len(after)
+        if self._most is not None and count > self._most:
             raise InputError(
-                f"a prompt and its completion have {len(before) + len(after)} tokens, and the model has {self._most} "
-                f"positions; shorten them, or lower max_new_tokens."
+                f"a prompt and its completion have {len(before)} and {len(after)} tokens, and the model has "
+                f"{self._most} positions; shorten them, or lower max_new_tokens."
             )
         return Question(before, after)
 
@@ -123,22 +129,31 @@ class QuestionEncoder:
 class QuestionSource(DataSource):
     """Questions as batches of at most so many tokens."""
 
-    def __init__(self, questions: Sequence[Question], pad_token: int, batch_tokens: int) -> None:
+    def __init__(
+        self, questions: Sequence[Question], pad_token: int, batch_tokens: int, in_sides: bool = False
+    ) -> None:
         self.questions, self._pad_token, self._batch_tokens = questions, pad_token, batch_tokens
+        self._in_sides = in_sides
 
     def __len__(self) -> int:
         return len(self.questions)
 
     def batches(self, indices: Int64[np.ndarray, " n"]) -> Iterator[tuple[Batch, Int64[np.ndarray, " b"]]]:
         """Yield batches of exactly these questions, in their order."""
-        lengths = np.array([len(self.questions[each].tokens) for each in indices.tolist()], np.int64)
-        for chosen in bucketed(lengths, np.arange(len(indices)), self._batch_tokens):
+        sides = [(self.questions[each].prompt, self.questions[each].completion) for each in indices.tolist()]
+        sizes = np.array([[len(before), len(after)] for before, after in sides], np.int64)
+        sizes = sizes if self._in_sides else sizes.sum(1, keepdims=True)
+        for chosen in bucketed(sizes, np.arange(len(indices)), self._batch_tokens):
             rows = [_columns(self.questions[each]) for each in indices[chosen].tolist()]
-            yield collate(rows, self._pad_token, False), indices[chosen]
+            if self._in_sides:
+                yield collate_sides(rows, self._pad_token), indices[chosen]
+            else:
+                yield collate(rows, self._pad_token, False), indices[chosen]
 
 
 def _columns(question: Question) -> dict[str, np.ndarray]:
-    columns = {"input_ids": question.tokens, "labels": question.labels, "segments": [1] * len(question.tokens)}
+    segments = [1] * len(question.prompt) + [2] * len(question.completion)
+    columns = {"input_ids": question.tokens, "labels": question.labels, "segments": segments}
     return {name: np.array(values, np.int64) for name, values in columns.items()}
 
 

@@ -31,6 +31,7 @@ class TextRows:
         owners: ``[P]``, the number of each piece's document: that of its example in the data or, in a block that was
             given, the one it was given or else its place among the pieces.
         num_documents: The number of examples in the data.
+        in_sides: Whether a row has two pieces, the input of an encoder and the labels of a decoder.
     """
 
     pieces: Int64[np.ndarray, "P 3"]
@@ -39,6 +40,19 @@ class TextRows:
     isolated: bool
     owners: Int64[np.ndarray, " P"]
     num_documents: int
+    in_sides: bool = False
+
+    def sizes(self, window: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, "n _"]:
+        """Return the lengths of what is padded apart in some rows: of the whole row, or of both sides."""
+        if not self.in_sides:
+            return self.lengths[window][:, None]
+        pieces = self.pieces[self.bounds[window, 0][:, None] + np.arange(2)]
+        return pieces[:, :, 2] - pieces[:, :, 1]
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a model reads of a row at once."""
+        return int(self.sizes(np.arange(len(self.bounds))).max())
 
     @property
     def documents(self) -> Int64[np.ndarray, " N"]:
@@ -69,16 +83,17 @@ class TextRows:
         return found
 
 
-def plan_rows(documents: Iterable[Tokens], settings: TextSettings) -> TextRows:
+def plan_rows(documents: Iterable[Tokens], settings: TextSettings, in_sides: bool = False) -> TextRows:
     """Return the rows of documents, in which rows without a predicted token are left out."""
     pieces: list[np.ndarray] = []
     bounds: list[np.ndarray] = []
     owners: list[np.ndarray] = []
-    isolated, by_document = "wrapped" not in settings.packing, settings.unit == "document"
+    isolated = "wrapped" not in settings.packing and not in_sides
+    by_document = settings.unit == "document"
     before = count = 0
     for group in _groups(documents):
         sizes = np.array([len(tokens) for tokens, *_ in group], np.int64)
-        if settings.packing in GIVEN:
+        if settings.packing in GIVEN or in_sides:
             blocks = [_given(number, each[2]) for number, each in enumerate(group)]
         else:
             blocks = pack(sizes, settings.packing, settings.max_length, settings.truncation == "keep_end")
@@ -86,7 +101,9 @@ def plan_rows(documents: Iterable[Tokens], settings: TextSettings) -> TextRows:
         counts = np.array([len(block) for block in blocks], np.int64)
         ends = np.cumsum(counts)
         starts = ends - counts
-        if by_document:
+        if in_sides:
+            rows = np.stack([starts, starts + 1, ends], 1)
+        elif by_document:
             own = np.arange(len(flat))
             firsts = own if isolated else np.repeat(starts, counts)
             rows = np.stack([firsts, own, own + 1], 1)
@@ -109,7 +126,7 @@ def plan_rows(documents: Iterable[Tokens], settings: TextSettings) -> TextRows:
     ranges = np.concatenate([np.zeros((0, 3), np.int64), *bounds])
     total = np.concatenate([[0], np.cumsum(every[:, 2] - every[:, 1])])
     numbers = np.concatenate([np.zeros(0, np.int64), *owners])
-    return TextRows(every, ranges, total[ranges[:, 2]] - total[ranges[:, 0]], isolated, numbers, count)
+    return TextRows(every, ranges, total[ranges[:, 2]] - total[ranges[:, 0]], isolated, numbers, count, in_sides)
 
 
 def _given(example: int, sizes: np.ndarray) -> list[Piece]:
@@ -153,13 +170,9 @@ def collate(rows: list[dict[str, np.ndarray]], pad_token: int, packed: bool) -> 
         ``input_ids`` and ``labels``, ``[B, T]``; and ``attention_mask``, or ``position_ids`` and ``segment_ids``, which
         number the documents of a row from 1 on and are 0 for padding.
     """
-    width = max(len(row["input_ids"]) for row in rows)
 
     def padded(name: str, value: int) -> Tensor:
-        found = torch.full((len(rows), width), value, dtype=torch.long)
-        for place, row in enumerate(rows):
-            found[place, : len(row[name])] = torch.from_numpy(row[name])
-        return found
+        return _padded([row[name] for row in rows], value)
 
     if packed:
         batch = {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED)}
@@ -167,3 +180,27 @@ def collate(rows: list[dict[str, np.ndarray]], pad_token: int, packed: bool) -> 
         return {**batch, **documents, "use_cache": False}
     batch = {"input_ids": padded("input_ids", pad_token), "labels": padded("labels", IGNORED)}
     return {**batch, "attention_mask": (padded("segments", 0) > 0).long()}
+
+
+def collate_sides(rows: list[dict[str, np.ndarray]], pad_token: int) -> dict[str, Tensor]:
+    """Return a batch of rows for an encoder-decoder, padded at the end.
+
+    Args:
+        rows: The tokens of each, from `TextRows.tokens`; those of segment 1 are the encoder's.
+        pad_token: The token of padding.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, ``[B, S]``, and ``labels``, ``[B, T]``.
+    """
+    own = [row["segments"] == 1 for row in rows]
+    inputs = [row["input_ids"][mask] for row, mask in zip(rows, own, strict=True)]
+    labels = [row["labels"][~mask] for row, mask in zip(rows, own, strict=True)]
+    mask = _padded([np.ones_like(each) for each in inputs], 0)
+    return {"input_ids": _padded(inputs, pad_token), "attention_mask": mask, "labels": _padded(labels, IGNORED)}
+
+
+def _padded(values: list[np.ndarray], fill: int) -> Tensor:
+    found = torch.full((len(values), max(map(len, values))), fill, dtype=torch.long)
+    for place, each in enumerate(values):
+        found[place, : len(each)] = torch.from_numpy(each)
+    return found

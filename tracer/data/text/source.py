@@ -16,8 +16,9 @@ from tracer.data.example_ids import ExampleId, check_ids
 from tracer.data.text.encoding import Encoder, is_chat
 from tracer.data.text.packing import GROUP
 from tracer.data.text.reading import import_datasets, read_dataset
-from tracer.data.text.rows import TextRows, Tokens, collate, plan_rows
+from tracer.data.text.rows import TextRows, Tokens, collate, collate_sides, plan_rows
 from tracer.data.text.settings import REPACKED, TextSettings
+from tracer.data.text.sides import SidesEncoder
 from tracer.errors import InputError
 from tracer.types import Batch
 
@@ -33,11 +34,12 @@ class TextSource(DataSource):
         rows: The rows.
         groups: The group of each row, ``[N]``, and the groups' names; None without a column of groups.
         is_chat: Whether the data are conversations.
+        in_sides: Whether examples are for an encoder-decoder.
         pad_token: The token of padding.
     """
 
     def __init__(self, documents: Any, rows: TextRows, settings: TextSettings, pad_token: int, in_order: bool) -> None:
-        self._in_order, self.is_chat = in_order, documents.is_chat
+        self._in_order, self.is_chat, self.in_sides = in_order, documents.is_chat, rows.in_sides
         values = documents.columns.get(settings.group_column)
         self._ids = documents.columns.get(settings.id_column)
         self.rows, self._documents, self._settings, self.pad_token = rows, documents, settings, pad_token
@@ -71,21 +73,39 @@ class TextSource(DataSource):
         for start in range(0, len(indices), WINDOW):
             window = indices[start : start + WINDOW]
             documents = self._documents.load(self.rows, window)
-            lengths = self.rows.lengths[window]
-            order = np.arange(len(window)) if self._in_order else np.argsort(-lengths, kind="stable")
-            for chosen in bucketed(lengths, order, self._settings.batch_tokens):
+            order = np.arange(len(window))
+            if not self._in_order:
+                order = np.argsort(-self.rows.lengths[window], kind="stable")
+            for chosen in bucketed(self.rows.sizes(window), order, self._settings.batch_tokens):
                 own = window[chosen]
                 tokens = [self.rows.tokens(row, documents) for row in own.tolist()]
-                yield collate(tokens, self.pad_token, self._settings.unit == "block"), own
+                if self.in_sides:
+                    yield collate_sides(tokens, self.pad_token), own
+                else:
+                    yield collate(tokens, self.pad_token, self._settings.unit == "block"), own
+
+    def shown(self, batch: Batch) -> list[list[int]]:
+        """Return the tokens of each row of a batch, of an encoder-decoder both sides without padding."""
+        if not self.in_sides:
+            return batch["input_ids"].tolist()
+        labels = batch["labels"].masked_fill(batch["labels"] < 0, self.pad_token)
+        both = zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), labels.tolist(), strict=True)
+        return [tokens[: sum(mask)] + own for tokens, mask, own in both]
 
 
 def text_source(
-    data: Any, tokenizer: Any, settings: TextSettings, name: str = "data", in_order: bool = False
+    data: Any,
+    tokenizer: Any,
+    settings: TextSettings,
+    name: str = "data",
+    in_order: bool = False,
+    in_sides: bool = False,
 ) -> TextSource:
-    """Return the rows of data as `read_dataset` takes them, tokenized; ``in_order`` is for targets, held in blocks.
+    """Return the rows of data as `read_dataset` takes them, tokenized.
 
-    A stream is iterated once to count its rows, which are numbered in its own order, and again for each pass, which
-    must yield the same.
+    With ``in_order``, for targets, rows keep their order; with ``in_sides`` they are those of an encoder-decoder. A
+    stream is iterated once to count its rows, which are numbered in its own order, and again for each pass, which must
+    yield the same.
 
     Raises:
         InputError: If no example has a token to predict, or the data do not fit the settings.
@@ -93,7 +113,7 @@ def text_source(
     dataset = read_dataset(data, settings.split, settings.streaming, name)
     if in_order and settings.id_column not in (dataset.column_names or ()):
         settings = replace(settings, id_column=None)
-    encoder = Encoder(tokenizer, settings)
+    encoder = SidesEncoder(tokenizer, settings) if in_sides else Encoder(tokenizer, settings)
     pad = next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
     is_stream = isinstance(dataset, import_datasets().IterableDataset)
     if is_stream and settings.packing in REPACKED:
@@ -101,7 +121,7 @@ def text_source(
             f"{name} is a stream; expected a data set that is read whole for packing={settings.packing!r}."
         )
     documents: Any = _Stream(dataset, encoder, settings, name) if is_stream else _Encoded(dataset, encoder, settings)
-    rows = plan_rows(documents, settings)
+    rows = plan_rows(documents, settings, in_sides)
     if not len(rows.bounds):
         raise InputError(
             f"{name} has {rows.num_documents} examples, and none has a token to predict; check split=, loss_on= and "
@@ -113,7 +133,7 @@ def text_source(
 class _Encoded:
     """A data set that is tokenized once, into a file beside the data if they come from one."""
 
-    def __init__(self, dataset: Any, encoder: Encoder, settings: TextSettings) -> None:
+    def __init__(self, dataset: Any, encoder: Encoder | SidesEncoder, settings: TextSettings) -> None:
         if dataset.format["type"] == "custom":
             raise InputError(
                 "the data set has a transform (set_transform), which may give other examples each time; write what it "
@@ -142,7 +162,7 @@ class _Encoded:
 class _Stream:
     """A stream that is tokenized in each pass, and compared with the first pass by hashes."""
 
-    def __init__(self, dataset: Any, encoder: Encoder, settings: TextSettings, name: str) -> None:
+    def __init__(self, dataset: Any, encoder: Encoder | SidesEncoder, settings: TextSettings, name: str) -> None:
         self._dataset, self._encoder, self._settings, self._name = dataset, encoder, settings, name
         self.columns: dict[str, list[Any]] = {}
         self._hashes: list[int] = []
@@ -201,13 +221,16 @@ def _kept(settings: TextSettings, known: Iterable[str]) -> list[str]:
 
 
 def bucketed(
-    lengths: Int64[np.ndarray, " n"], order: Int64[np.ndarray, " n"], batch_tokens: int
+    sizes: Int64[np.ndarray, "n _"], order: Int64[np.ndarray, " n"], batch_tokens: int
 ) -> Iterator[Int64[np.ndarray, " b"]]:
-    """Yield positions of rows in an order, so that a padded batch has at most so many tokens or one row."""
-    start = longest = 0
+    """Yield positions of rows in an order, so that a batch has at most so many tokens or one row.
+
+    What ``sizes`` has in a column is padded to the longest of the batch.
+    """
+    start, longest = 0, np.zeros(sizes.shape[1], np.int64)
     for stop, position in enumerate(order):
-        longest = max(longest, int(lengths[position]))
-        if stop > start and longest * (stop + 1 - start) > batch_tokens:
+        longest = np.maximum(longest, sizes[position])
+        if stop > start and longest.sum() * (stop + 1 - start) > batch_tokens:
             yield order[start:stop]
-            start, longest = stop, int(lengths[position])
+            start, longest = stop, sizes[position]
     yield order[start:]
