@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracles import BuildingSink, assert_gradients_match, selected_names
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracer.data.named_tasks import make_task
 from tracer.gradients import GradientEngine, isolated
@@ -118,3 +119,55 @@ def test_an_error_of_the_sink_reaches_the_caller_and_leaves_no_hooks():
         good = BuildingSink(engine, 6)
         engine.compute(data, 6, good)
     assert all(len(rows) == 6 for rows in good.came.values())
+
+
+class LargeTensors(TorchDispatchMode):
+    """Counts the living tensors of a model's largest parameter's size, and the most at a time, without the model's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.own = {each.data_ptr() for each in model.parameters()}
+        self.numel = max(each.numel() for each in model.parameters())
+        self.living, self.most = set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for value in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(value, torch.Tensor) and not value.is_sparse:
+                storage = value.untyped_storage()
+                key = storage.data_ptr()
+                if storage.nbytes() >= self.numel * value.element_size() and key not in self.living | self.own:
+                    self.living.add(key)
+                    weakref.finalize(storage, self.living.discard, key)
+        self.most = max(self.most, len(self.living))
+        return found
+
+
+class Nothing:
+    """A sink that stores nothing."""
+
+    def begin(self):
+        pass
+
+    def take(self, start, stop, gradients):
+        pass
+
+
+@pytest.mark.parametrize(("rows", "sets"), [(1, 1), (2, 2)])
+def test_checks_hold_few_sets_of_gradients(rows, sets):
+    layers, width = 12, 64
+    model = nn.Sequential(*[each for _ in range(layers) for each in (nn.Linear(width, width), nn.Tanh())])
+    model.append(nn.Linear(width, 3))
+    engine = GradientEngine(model, make_task("image_classification"), selected_names(model))
+    data = batch(rows, width, dtype=torch.float32)
+    counted = LargeTensors(model)
+    with isolated(model, engine.names, engine.device), counted:
+        plain = nn.functional.cross_entropy(model(data[0]), data[1])
+        kept = torch.autograd.grad(plain, list(model.parameters()))
+        assert layers <= counted.most <= layers + 2, "a plain pass holds one"
+        del kept, plain
+        counted.most = len(counted.living)
+        for _ in range(3):  # checked and audited, and audited
+            engine.compute(data, rows, Nothing())
+            assert engine.audited is not None
+    assert sets * layers <= counted.most <= sets * layers + 6

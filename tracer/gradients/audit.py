@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -21,8 +21,8 @@ from tracer.data.tasks import Task
 from tracer.errors import GradientError, TracerError
 from tracer.gradients.coupling import coupling_error
 from tracer.gradients.padding import Padded, Padding, without
-from tracer.gradients.per_sample import PerSampleGradient, flat
-from tracer.gradients.selfcheck import Reference, check_weights, difference, distance, norm, shrunk, tolerance
+from tracer.gradients.per_sample import PerSampleGradient
+from tracer.gradients.selfcheck import Reference, WeightedSums, check_weights, difference, norm, tolerance
 from tracer.gradients.verification import Verifier, now
 from tracer.types import Batch, SampleOutputs
 
@@ -66,17 +66,30 @@ class WatchedSink:
     def __init__(self, sink: Sink, row: int | None) -> None:
         self._sink, self.row = sink, row
         self.kept: dict[str, Tensor] = {}
+        self._summed: Collection[str] = ()
 
     def begin(self) -> None:
         """Begin again."""
         self.kept.clear()
+        self._summed = ()
         self._sink.begin()
+
+    def leave_to(self, sums: WeightedSums) -> None:
+        """Keep nothing that the sums of a batch of one sample have, until `take_over`."""
+        self._summed = sums.totals if len(sums.weights) == 1 else ()
+
+    def take_over(self, sums: WeightedSums) -> None:
+        """Keep the gradients of the only sample, of which the sums then are empty."""
+        for name in list(self._summed) if self.row is not None else ():
+            self.kept[name] = sums.totals.pop(name).gradient / float(sums.weights[0])
+        self._summed = ()
 
     def take(self, start: int, stop: int, gradients: dict[str, PerSampleGradient]) -> None:
         """Keep the sample's gradients and pass all on."""
         if self.row is not None and start <= self.row < stop:
             row = self.row - start
-            self.kept |= {name: gradient.sample(row) for name, gradient in gradients.items()}
+            own = {name: gradient for name, gradient in gradients.items() if name not in self._summed}
+            self.kept |= {name: gradient.sample(row) for name, gradient in own.items()}
         self._sink.take(start, stop, gradients)
 
 
@@ -186,7 +199,7 @@ class Auditor:
             rows = each.counts.nonzero()[:, 0]
             weights = check_weights(batch_size, self._num_batches)
             others = torch.zeros_like(weights).index_copy(0, rows, weights[rows])
-            expected = self._verifier.reference(batch, others).gradients
+            expected = self._verifier.gradients(batch, others)
             found = self._compare_both(expected, outputs, batch, rows, weights[rows], [each])
             if isinstance(found, Finding):
                 return found
@@ -239,7 +252,7 @@ class Auditor:
         for copies in (1,) if self._verifier.backend.is_sharded or len(rows) > 1 else (1, 2):
             try:
                 each = part if copies == 1 else select_samples(part, torch.zeros(copies, dtype=torch.int64), 1)
-                reference = self._verifier.reference(each, weights.repeat(copies) / copies)
+                reference = self._verifier.reference(each, weights.repeat(copies) / copies, kept)
                 differs = self._difference(reference, kept, outputs, rows)
             except torch.OutOfMemoryError:
                 raise
@@ -257,19 +270,17 @@ class Auditor:
         self, reference: Reference, kept: Mapping[str, Tensor], outputs: SampleOutputs, rows: Tensor
     ) -> tuple[int, str] | None:
         """Return which samples' values, or weighted gradients, differ from their reference, and how; or None."""
-        dtype = self._verifier.dtype
+        dtype, device = self._verifier.dtype, outputs.output.device
         if (found := _different_values(outputs, reference.samples, rows, dtype)) is not None:
             return found
-        total = math.hypot(*map(norm, reference.gradients.values()))
-        for name, alone in reference.gradients.items():
+        total = math.hypot(*reference.norms.values())
+        for name, alone in reference.norms.items():
             together = kept.get(name)
-            if together is not None and self._verifier.backend.is_sharded:
-                together = shrunk(flat(together))
-            scale = max(norm(alone), norm(together) if together is not None else 0.0)
-            apart = scale if together is None else distance(together, alone)
+            scale = max(alone, norm(together) if together is not None else 0.0)
+            apart = scale if together is None else reference.distances[name]
             # A sample alone takes other kernels, and rounding can flip an activation that is nearly zero.
-            share = min(10 * tolerance(dtype, alone.device), _MOST_DIFFERENCE)
-            noise = min(tolerance(dtype, alone.device), _MOST_NOISE) * total if name in kept else 0.0
+            share = min(10 * tolerance(dtype, device), _MOST_DIFFERENCE)
+            noise = min(tolerance(dtype, device), _MOST_NOISE) * total if name in kept else 0.0
             if apart > max(share * scale, noise):
                 return 0, f"relative difference {apart / scale:.2g} in the gradient of {name!r}"
         return None

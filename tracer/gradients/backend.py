@@ -6,7 +6,7 @@ no waiting, nothing to gather.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from tracer._core.sharding import fsdp_modules, is_sharded
 from tracer.data.tasks import Task
 from tracer.errors import GradientError
 from tracer.gradients.fsdp import WORKING, FsdpBackend
-from tracer.gradients.selfcheck import Reference, reference_pass
+from tracer.gradients.selfcheck import Arrivals, Reference, reference_pass
 from tracer.types import Batch
 
 
@@ -77,9 +77,12 @@ class PlainBackend:
         weights: Tensor,
         shapes: Mapping[str, Sequence[int]],
         precision: torch.dtype | None,
+        against: Mapping[str, Tensor],
+        keep: Collection[str] = (),
     ) -> Reference:
-        """Return autograd's gradients of the weighted sum of outputs; see `reference_pass`."""
-        return reference_pass(self.model, task, batch, weights, list(shapes), precision)
+        """Return what autograd's gradients of the weighted sum of outputs are; see `reference_pass`."""
+        found = Arrivals(against, keep)
+        return reference_pass(self.model, task, batch, weights, list(shapes), found, precision)
 
     def refuse_fallback(self, reasons: Mapping[str, str]) -> None:
         """Allow the fallback for parameters without a layer rule."""

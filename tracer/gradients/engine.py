@@ -214,7 +214,7 @@ class GradientEngine:
         return outputs
 
     def _complete(
-        self, batch: Batch, batch_size: int, sink: Sink, suspect: int | None = None
+        self, batch: Batch, batch_size: int, sink: WatchedSink, suspect: int | None = None
     ) -> tuple[SampleOutputs, _Done]:
         """Compute captured gradients and the others, with a check if there is a suspect."""
         outputs, done = self._captured(batch, batch_size, sink, suspect)
@@ -223,7 +223,9 @@ class GradientEngine:
                 sink.take(start, stop, gradients)
         return outputs, done
 
-    def _captured(self, batch: Batch, batch_size: int, sink: Sink, suspect: int | None) -> tuple[SampleOutputs, _Done]:
+    def _captured(
+        self, batch: Batch, batch_size: int, sink: WatchedSink, suspect: int | None
+    ) -> tuple[SampleOutputs, _Done]:
         """Run captured passes until one agrees with autograd or needs no check."""
         assignment, verifier = self._assignment, self._verifier
         doubt: list[str] = []
@@ -251,6 +253,8 @@ class GradientEngine:
                     if due:
                         verifier.use_precision(captured.half_precision())
                     sums = verifier.sums(batch_size, suspect) if due else None
+                    if sums is not None:
+                        sink.leave_to(sums)
                     self._backward(captured, batch_size, sink, sums)
                 if sums is not None:
                     wrong = self._wrong(captured, sums, batch, batch_size)
@@ -259,6 +263,7 @@ class GradientEngine:
                         assignment.blame(wrong or {}, captured, batch_size, at_once=in_doubt)
                         doubt += (wrong or {}) if in_doubt else ()
                         continue
+                    sink.take_over(sums)
             except CaptureFailed as failure:
                 assignment.give_up(failure.layer, failure.reason, failure.expanded)
                 continue
@@ -287,7 +292,7 @@ class GradientEngine:
         self, captured: CapturedPass, sums: WeightedSums, batch: Batch, batch_size: int
     ) -> dict[str, str] | None:
         """Check a captured pass and the fallback against autograd; return the wrong gradients, or None."""
-        reference = self._verifier.checked_reference(batch, sums.weights)
+        reference = self._verifier.checked_reference(batch, sums, self.fallback)
         if not reference.same_outputs(captured.outputs.output):
             if not (self._assignment.blame_expanded(captured) or self._assignment.blame_experts()):
                 raise GradientError(STATEFUL)
@@ -306,7 +311,7 @@ class GradientEngine:
         sums = WeightedSums(weights)
         for start, _, gradients in self._fallback.blocks(batch, batch_size, list(self.fallback), reference.outputs):
             sums.add(start, gradients)
-        differs = reference.of(self.fallback).compare(sums.totals)
+        differs = reference.compare(sums.totals, self.fallback)
         if not differs:
             return
         if not self._fallback.looped:

@@ -13,7 +13,7 @@ Votes use a process group of their own, on the CPU. Nothing here runs for models
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import IntEnum
 from typing import Any
@@ -25,7 +25,7 @@ from tracer._core.sharding import fsdp_modules, fsdp_state, is_sharded, outermos
 from tracer.data.tasks import Task
 from tracer.errors import GradientError, RankError
 from tracer.gradients.fsdp_support import check_policy, initialize, one_mesh
-from tracer.gradients.selfcheck import Reference, sharded_reference_pass
+from tracer.gradients.selfcheck import Arrivals, Reference, sharded_reference_pass
 from tracer.types import Batch
 
 _QUIET = {"reduce_grads": False, "reshard_after_backward": True}
@@ -255,11 +255,12 @@ class FsdpBackend:
         weights: Tensor,
         shapes: Mapping[str, Sequence[int]],
         precision: torch.dtype | None,
+        against: Mapping[str, Tensor],
+        keep: Collection[str] = (),
     ) -> Reference:
-        """Return autograd's gradients of the weighted sum of outputs, `shrunk`; all ranks must call this."""
-        return sharded_reference_pass(
-            self.model, self.whole_parameters, task, batch, weights, shapes, precision=precision
-        )
+        """Return what autograd's gradients of the weighted sum of outputs are, `shrunk`; all ranks must call this."""
+        found = Arrivals(against, keep, shrink=True)
+        return sharded_reference_pass(self.whole_parameters, task, self.model, batch, weights, shapes, found, precision)
 
     def refuse_fallback(self, reasons: Mapping[str, str]) -> None:
         """Refuse parameters without a layer rule, since the fallback needs whole weights.

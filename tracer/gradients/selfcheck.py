@@ -10,9 +10,9 @@ an attention key's bias, which softmax cancels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -68,32 +68,100 @@ def difference(name: str, values: Tensor, others: Tensor, dtype: torch.dtype) ->
     return row, f"{name} {float(values[row]):.4g} in its batch and {float(others[row]):.4g} alone"
 
 
+class Arrivals:
+    """Autograd's gradients, measured one by one as they arrive, so that no more than one is held.
+
+    Args:
+        against: What gradients are compared with, by parameter name, each dense of any shape, or sparse.
+        keep: The names of those that are kept.
+        shrink: Whether to measure them `shrunk`.
+    """
+
+    def __init__(self, against: Mapping[str, Tensor], keep: Collection[str] = (), shrink: bool = False) -> None:
+        self._against, self._keep, self._shrink = against, keep, shrink
+        self.norms: dict[str, float] = {}
+        self.distances: dict[str, float] = {}
+        self.gradients: dict[str, Tensor] = {}
+
+    def differentiate(self, value: Tensor, leaves: Mapping[str, Tensor]) -> None:
+        """Take the gradients of a value by leaves of its graph."""
+        hooks = [leaf.register_hook(self._hook(name)) for name, leaf in leaves.items()]
+        try:
+            torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hook(self, name: str) -> Callable[[Tensor], Tensor]:
+        def arrive(gradient: Tensor) -> Tensor:
+            self.take(name, gradient.detach())
+            # Autograd holds what it is given until its end; of a sparse one, these are few rows.
+            return gradient if gradient.is_sparse else gradient.new_zeros(()).expand(gradient.shape)
+
+        return arrive
+
+    def take(self, name: str, gradient: Tensor) -> None:
+        """Measure a gradient."""
+        gradient = gradient.coalesce() if gradient.is_sparse else gradient
+        gradient = shrunk(flat(gradient)) if self._shrink else gradient
+        self.norms[name] = norm(gradient)
+        if (other := self._other(name)) is not None:
+            self.distances[name] = distance(other, gradient)
+        if name in self._keep:
+            self.gradients[name] = gradient
+
+    def miss(self, name: str, parameter: Tensor) -> None:
+        """Measure a gradient that did not arrive, which is zero."""
+        self.norms[name] = 0.0
+        if (other := self._other(name)) is not None:
+            self.distances[name] = norm(other)
+        if name in self._keep:
+            zeros = torch.zeros_like(parameter, requires_grad=False)
+            self.gradients[name] = shrunk(flat(zeros)) if self._shrink else zeros
+
+    def _other(self, name: str) -> Tensor | None:
+        other = self._against.get(name)
+        return shrunk(flat(other)) if self._shrink and other is not None else other
+
+
 @dataclass(frozen=True)
 class Reference:
-    """Autograd's outputs and gradients.
+    """Autograd's outputs, and what was measured of its gradients of ``sum_b c_b f_b``, by parameter name.
 
     Attributes:
         samples: The outputs, detached.
-        gradients: The gradient of ``sum_b c_b f_b`` by parameter name; that of a large embedding is sparse.
-        scale: The largest norm of a parameter's gradient.
+        norms: The norms of gradients.
+        distances: The distances from what gradients were to be compared with.
+        gradients: Those that were to be kept; that of a large embedding is sparse.
+        dtypes: The dtypes of parameters.
         reached: The parameters that autograd found f to depend on.
         precision: The dtype that layers compute in, if it is lower than that of gradients.
     """
 
     samples: SampleOutputs
+    norms: dict[str, float]
+    distances: dict[str, float]
     gradients: dict[str, Tensor]
-    scale: float
+    dtypes: dict[str, torch.dtype]
     reached: frozenset[str]
     precision: torch.dtype | None = None
+
+    @classmethod
+    def of(
+        cls, outputs: SampleOutputs, found: Arrivals, parameters: Mapping[str, Tensor], precision: torch.dtype | None
+    ) -> Reference:
+        """Return what arrived, and zero for the other parameters."""
+        reached = frozenset(found.norms)
+        for name, parameter in parameters.items():
+            if name not in reached:
+                found.miss(name, parameter)
+        dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+        return cls(detached(outputs), found.norms, found.distances, found.gradients, dtypes, reached, precision)
 
     @property
     def outputs(self) -> Tensor:
         """F of each sample, ``[B]``."""
         return self.samples.output
-
-    def of(self, names: Iterable[str]) -> Reference:
-        """Return the reference for some of the parameters."""
-        return replace(self, gradients={name: self.gradients[name] for name in names})
 
     def same_outputs(self, outputs: Tensor) -> bool:
         """Return whether another forward gave the same f, up to rounding; NaN equals NaN."""
@@ -101,25 +169,28 @@ class Reference:
 
     def above_noise(self) -> set[str]:
         """Return the parameters whose gradient is more than rounding noise."""
-        return {name for name, value in self.gradients.items() if norm(value) > self._noise(value)}
+        return {name for name, size in self.norms.items() if size > self._noise(name)}
 
-    def _noise(self, gradient: Tensor) -> float:
+    def _noise(self, name: str) -> float:
         # Of float32 at least: parts of float64 models compute in it (the softmax of transformers' attention).
-        eps = max(torch.finfo(each).eps for each in (self.precision or gradient.dtype, torch.float32))
-        return min(_NOISE * eps, _MOST_NOISE) * self.scale
+        eps = max(torch.finfo(each).eps for each in (self.precision or self.dtypes[name], torch.float32))
+        return min(_NOISE * eps, _MOST_NOISE) * max(self.norms.values())
 
-    def compare(self, totals: Mapping[str, Total], strictness: float = 1.0) -> dict[str, str]:
-        """Return the parameters whose weighted sums differ, missing ones being zero, with a measure for the message."""
+    def compare(self, totals: Mapping[str, Total], names: Iterable[str], strictness: float = 1.0) -> dict[str, str]:
+        """Return the named parameters whose weighted sums differ, missing ones being zero, and a measure of it."""
         wrong = {}
-        for name, expected in self.gradients.items():
-            total, size = totals.get(name), norm(expected)
+        for name in names:
+            total, size = totals.get(name), self.norms[name]
             scale = max(size, float(total.norms) if total is not None else 0.0)
-            difference = size if total is None else distance(total.gradient, expected)
-            bound = tolerance(self.precision or expected.dtype, expected.device)
+            difference = size if total is None else self._distance(name, total.gradient)
+            bound = tolerance(self.precision or self.dtypes[name], self.outputs.device)
             # Rounding explains no gradient that is missing: the parameter is used apart from its layer.
-            if difference > max(strictness * bound * scale, 0.0 if total is None else self._noise(expected)):
+            if difference > max(strictness * bound * scale, 0.0 if total is None else self._noise(name)):
                 wrong[name] = f"relative difference {difference / scale:.2g}, tolerance {bound:.0e}"
         return wrong
+
+    def _distance(self, name: str, other: Tensor) -> float:
+        return self.distances[name] if name in self.distances else distance(other, self.gradients[name])
 
 
 def norm(values: Tensor) -> float:
@@ -135,7 +206,8 @@ def distance(one: Tensor, other: Tensor) -> float:
     one = one.to(other.device)
     if one.is_sparse and other.is_sparse:
         return norm((one - other).coalesce())
-    return norm(flat(one) - flat(other))
+    parts = zip(flat(one).split(_NORM_PART), flat(other).split(_NORM_PART), strict=True)
+    return math.hypot(*(norm(some - others) for some, others in parts))
 
 
 def check_weights(batch_size: int, seed: int, row: int | None = None) -> Tensor:
@@ -216,9 +288,10 @@ def reference_pass(
     batch: Batch,
     weights: Tensor,
     names: Sequence[str],
+    found: Arrivals,
     precision: torch.dtype | None = None,
 ) -> Reference:
-    """Run the model plainly and return autograd's gradient of the randomly weighted sum of outputs.
+    """Run the model plainly and measure autograd's gradient of the randomly weighted sum of outputs.
 
     Args:
         model: The model, inside `isolated`.
@@ -226,6 +299,7 @@ def reference_pass(
         batch: A batch of ``B`` samples.
         weights: c, ``[B]``.
         names: The parameters' names.
+        found: Takes the gradients.
         precision: The dtype that layers compute in, if it is lower than that of parameters.
 
     Returns:
@@ -235,23 +309,16 @@ def reference_pass(
         GradientError: If a parameter is complex.
     """
     parameters = dict(model.named_parameters())
-    wanted = [parameters[name] for name in names]
-    for name, parameter in zip(names, wanted, strict=True):
+    wanted = {name: parameters[name] for name in names}
+    for name, parameter in wanted.items():
         if parameter.is_complex():
             raise GradientError(f"Parameter {name!r} is complex; select real parameters with params=.")
     with _sparse_tables():
         outputs = task.outputs(model, batch)
     output = outputs.output
-    grads: Sequence[Tensor | None] = [None] * len(wanted)
     if output.requires_grad:
-        grads = torch.autograd.grad((weights.to(output) * output).sum(), wanted, allow_unused=True)
-    reached = frozenset(name for name, grad in zip(names, grads, strict=True) if grad is not None)
-    gradients = {}
-    for name, parameter, grad in zip(names, wanted, grads, strict=True):
-        found = torch.zeros_like(parameter) if grad is None else grad.coalesce() if grad.is_sparse else grad
-        gradients[name] = found.detach()
-    scale = max(norm(gradient) for gradient in gradients.values())
-    return Reference(detached(outputs), gradients, scale, reached, precision)
+        found.differentiate((weights.to(output) * output).sum(), wanted)
+    return Reference.of(outputs, found, wanted, precision)
 
 
 @contextmanager
@@ -274,43 +341,25 @@ def _sparse_tables() -> Iterator[None]:
 
 
 def sharded_reference_pass(
-    model: nn.Module,
     whole_parameters: Callable[[], AbstractContextManager[Mapping[str, Tensor]]],
     task: Task,
+    model: nn.Module,
     batch: Batch,
     weights: Tensor,
     shapes: Mapping[str, Sequence[int]],
+    found: Arrivals,
     precision: torch.dtype | None = None,
 ) -> Reference:
-    """Return the reference for a sharded model; each gradient is `shrunk` on arrival, so that one is held."""
-    gradients: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[Tensor], Tensor]:
-        def arrive(grad: Tensor) -> Tensor:
-            dense = grad.to_dense() if grad.is_sparse else grad
-            gradients[name] = shrunk(dense.detach().reshape(-1))
-            return dense.new_zeros(()).expand(dense.shape)  # autograd holds what it is given until its end
-
-        return arrive
-
+    """Return the reference for a sharded model."""
     with whole_parameters() as whole:
         outputs = task.outputs(model, batch)
     output = outputs.output
     if not output.requires_grad:
         raise GradientError(depends_on_nothing(list(shapes)))
     leaves = {name: whole[name] for name in shapes if name in whole}
-    hooks = [leaf.register_hook(keep(name)) for name, leaf in leaves.items()]
-    try:
-        torch.autograd.grad((weights.to(output) * output).sum(), list(leaves.values()), allow_unused=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    reached = frozenset(gradients)
-    for name, shape in shapes.items():
-        if name not in gradients:
-            gradients[name] = torch.zeros(min(math.prod(shape), _SHRUNK), device=output.device)
-    scale = max(norm(gradient) for gradient in gradients.values())
-    return Reference(detached(outputs), gradients, scale, reached, precision)
+    found.differentiate((weights.to(output) * output).sum(), leaves)
+    missing = {name: output.new_zeros(()).expand(*shape) for name, shape in shapes.items() if name not in leaves}
+    return Reference.of(outputs, found, {**leaves, **missing}, precision)
 
 
 def depends_on_nothing(names: Sequence[str]) -> str:
@@ -323,7 +372,6 @@ def depends_on_nothing(names: Sequence[str]) -> str:
 
 def disagreeing(reference: Reference, totals: Mapping[str, Total], names: Sequence[str]) -> dict[str, str]:
     """Return which named parameters' weighted sums differ from the reference, with a measure."""
-    part = reference.of(names)
-    dtypes = {reference.precision, *(part.gradients[name].dtype for name in names)}
+    dtypes = {reference.precision, *(reference.dtypes[name] for name in names)}
     half = not dtypes.isdisjoint((torch.float16, torch.bfloat16))
-    return part.compare(totals, _HALF_STRICTNESS if half else _STRICTNESS)
+    return reference.compare(totals, names, _HALF_STRICTNESS if half else _STRICTNESS)

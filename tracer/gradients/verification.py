@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -196,19 +196,33 @@ class Verifier:
         weights = check_weights(batch_size, self._num_batches, row)
         return WeightedSums(weights, shrink=self.backend.is_sharded)
 
-    def checked_reference(self, batch: Batch, weights: Tensor) -> Reference:
-        """Return autograd's outputs and gradients of a batch, to check a pass by."""
-        began = now(self._device)
-        reference = self.reference(batch, weights)
+    def checked_reference(self, batch: Batch, sums: WeightedSums, keep: Collection[str]) -> Reference:
+        """Return autograd's reference of a batch, to check a pass by, with some of its gradients."""
+        began, weights = now(self._device), sums.weights
+        against = {name: total.gradient for name, total in sums.totals.items()}
+        reference = self.reference(batch, weights, against, keep)
         self.plain_seconds = min(self.plain_seconds, (now(self._device) - began) / len(weights))
         if not reference.reached:
             raise GradientError(depends_on_nothing(list(self._shapes)))
         return reference
 
-    def reference(self, batch: Batch, weights: Tensor) -> Reference:
-        """Return autograd's outputs and gradients of the sum of f with some weights ``[B]``."""
+    def reference(
+        self, batch: Batch, weights: Tensor, against: Mapping[str, Tensor], keep: Collection[str] = ()
+    ) -> Reference:
+        """Return autograd's reference of the sum of f with some weights ``[B]``.
+
+        Args:
+            batch: The batch.
+            weights: The weights.
+            against: What gradients are compared with, by name.
+            keep: The names of those that are kept.
+        """
         seed_generators(self._device, 1)  # another seed: a model that draws random numbers must not pass
-        return self.backend.reference(self._task, batch, weights, self._shapes, self._precision)
+        return self.backend.reference(self._task, batch, weights, self._shapes, self._precision, against, keep)
+
+    def gradients(self, batch: Batch, weights: Tensor) -> dict[str, Tensor]:
+        """Return autograd's gradients of the sum of f with some weights ``[B]``."""
+        return self.reference(batch, weights, {}, self._shapes).gradients
 
     def use_precision(self, found: Collection[torch.dtype]) -> None:
         """Allow for the rounding of the lowest dtype that a forward computed in, whatever parameters have."""
