@@ -85,7 +85,7 @@ def main() -> None:
             given = ["--only", kind, "--tokens", str(tokens), "--layers", str(options.layers)]
             done = subprocess.run([sys.executable, __file__, *given], check=True, capture_output=True, text=True)
             found[kind] = json.loads(done.stdout.splitlines()[-1])
-        for kind, each in found.items():
+        for each in found.values():
             rows.append({**each, "ratio": each["peak_mb"] / found["plain"]["peak_mb"]})
     headers = {"tokens": "tokens", "layers": "layers", "kind": "row", "peak_mb": "peak MB", "ratio": "over plain"}
     print(table(rows, {**headers, "seconds": "CPU seconds"}))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tracer.gradients.norms import weighted_norms
-from tracer.gradients.per_sample import PerSampleGradient, flat
+from tracer.gradients.per_sample import PerSampleGradient
 
 
 class SumGradient(PerSampleGradient):
@@ -42,8 +42,17 @@ class SumGradient(PerSampleGradient):
         return reduce(torch.add, [part.squared_norm() for part in parts]) + cross_terms(parts)
 
     def weighted_sum(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        total = reduce(torch.add, [flat(part.weighted_sum(weights)[0]) for part in self.parts()])
-        return total, weighted_norms(self.squared_norm(), weights)
+        total: Tensor | None = None
+        for part in self.parts():  # a parameter of several parts may be the largest, as tied embeddings are
+            found = part.weighted_sum(weights)[0]
+            if total is None:
+                total = found
+            elif total.is_sparse and not found.is_sparse:
+                total = found.view(total.shape).add_(total).view(-1)
+            else:
+                total = total.view(found.shape).add_(found)
+        assert total is not None
+        return total if total.is_sparse else total.view(-1), weighted_norms(self.squared_norm(), weights)
 
 
 def cross_terms(parts: Sequence[PerSampleGradient]) -> Tensor:
