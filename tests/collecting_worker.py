@@ -1,4 +1,4 @@
-"""What each process of `test_collecting_processes` runs: a training by two processes, in one of several ways.
+"""What each process of `test_collecting_processes` runs: trainings by two processes, each in another way and folder.
 
 Each writes to ``rank<number>.json`` what it found: the error, or nothing. The first one also writes what was collected.
 """
@@ -97,21 +97,24 @@ def hugging_face(folder: Path, rank: int) -> None:
 
 
 def main() -> None:
-    """Join the other process, run, and write what was found."""
+    """Join the other process for each way, run it, and write what was found."""
     torch.set_num_threads(1)
-    way, folder = sys.argv[1], Path(sys.argv[2])
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    error = None
-    try:
-        if way == "hugging face":
-            hugging_face(folder, rank)
-        else:
-            run(way, folder, rank)
-    except TracerError as caught:
-        error = f"{type(caught).__name__}: {caught}"
-    (folder / f"rank{rank}.json").write_text(json.dumps(error))
-    dist.destroy_process_group()
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for way in sys.argv[2:]:
+        folder = Path(sys.argv[1]) / way
+        meeting = f"file://{folder / 'meeting'}"  # a group for each way: an error in one leaves nothing to the next
+        limit = datetime.timedelta(seconds=60)
+        dist.init_process_group("gloo", meeting, limit, rank=rank, world_size=size)
+        error = None
+        try:
+            if way == "hugging face":
+                hugging_face(folder, rank)
+            else:
+                run(way, folder, rank)
+        except TracerError as caught:
+            error = f"{type(caught).__name__}: {caught}"
+        (folder / f"rank{rank}.json").write_text(json.dumps(error))
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -55,20 +55,24 @@ class Forked:
         return self.file.read_text(errors="replace")
 
 
-def fork(script: Path, *arguments: str, cwd: Path, **environment: str) -> Forked:
-    """Begin to run a script with arguments and variables, in a folder that also gets what it prints."""
+def fork(script: Path, *arguments: str, cwd: Path, imports: str = "", **environment: str) -> Forked:
+    """Begin to run a script with arguments and variables, in a folder that also gets what it prints.
+
+    The server first imports the module that ``imports`` names, which processes then share.
+    """
     file = cwd / f".printed-{time.monotonic_ns()}"
     job = {"argv": [str(script), *arguments], "cwd": str(cwd), "environment": environment, "file": str(file)}
-    return Forked(_asked(job), file)
+    return Forked(_asked({**job, "imports": imports}), file)
 
 
-def ranks(count: int, script: Path, *arguments: str, cwd: Path) -> list[Forked]:
+def ranks(count: int, script: Path, *arguments: str, cwd: Path, imports: str = "") -> list[Forked]:
     """Begin processes with the variables that torchrun gives to its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    return [fork(script, *arguments, cwd=cwd, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+    numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [fork(script, *arguments, cwd=cwd, imports=imports, **shared, **number) for number in numbers]
 
 
 def _asked(question: dict[str, Any]) -> Any:
@@ -99,6 +103,8 @@ def _serve() -> None:
             pid, status = os.waitpid(question["wait"], os.WNOHANG)
             print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
             continue
+        if question["imports"]:
+            importlib.import_module(question["imports"])
         pid = os.fork()
         if not pid:
             _run(question)
