@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 from collections import Counter
@@ -34,6 +35,17 @@ def pytest_ignore_collect(collection_path, config):
     if config.getoption("--fast") and (collection_path.name in _WHOLE or "tests" not in collection_path.parts):
         return True
     return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Import without the garbage collector, which then never looks at what was imported: a fifth of the tests' time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):

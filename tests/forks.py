@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -95,6 +96,7 @@ def _server() -> Any:
 
 def _serve() -> None:
     """Answer questions: a job with the number of its process, and a wait with an exit status or None."""
+    gc.disable()
     for name in PRELOADED:
         importlib.import_module(name)
     for line in sys.stdin:
@@ -105,6 +107,7 @@ def _serve() -> None:
             continue
         if question["imports"]:
             importlib.import_module(question["imports"])
+        gc.freeze()  # else a collection in a fork would copy the pages of all that it looks at
         pid = os.fork()
         if not pid:
             _run(question)
@@ -113,6 +116,7 @@ def _serve() -> None:
 
 def _run(job: dict[str, Any]) -> None:
     """Run a script as its own process would, and end."""
+    gc.enable()
     printed, nothing = os.open(job["file"], os.O_WRONLY | os.O_CREAT), os.open(os.devnull, os.O_RDONLY)
     for descriptor, target in ((nothing, 0), (printed, 1), (printed, 2)):
         os.dup2(descriptor, target)
