@@ -173,4 +173,9 @@ def test_a_file_of_settings_is_checked(tmp_path, text, message):
 
 
 def test_a_file_that_is_not_there_is_explained():
-    assert "There is no file run.toml; `tracer init run.toml` writes one" in refused("run", "run.toml")
+    assert "There is no file run.toml; `tracer init run.toml` writes a file" in refused("run", "run.toml")
+    named = (
+        "runs is a directory; `tracer init --build settings.toml` writes a file of settings to fill in. The store is "
+    )
+    Path("runs").mkdir()
+    assert named + "named by --out" in " ".join(refused("build", "runs", "--model", "m").split())

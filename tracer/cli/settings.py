@@ -294,8 +294,13 @@ def _read_file(path: str, known: Mapping[str, Setting]) -> dict[str, Any]:
         found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid TOML: {error}.") from error
-    except FileNotFoundError as error:
-        raise InputError(f"There is no file {path}; `tracer init {path}` writes one to fill in.") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        store, command = ("--out", "init --build") if "out" in known else ("--save-dir", "init")
+        what = f"There is no file {path}" if isinstance(error, FileNotFoundError) else f"{path} is a directory"
+        name = path if path.endswith(".toml") else "settings.toml"
+        raise InputError(
+            f"{what}; `tracer {command} {name}` writes a file of settings to fill in. The store is named by {store}."
+        ) from error
     for name, value in found.items():
         if name not in known:
             raise InputError(f"{path} has the unknown key {name!r}; {nearest_name(name, known)}.")

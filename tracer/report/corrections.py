@@ -41,8 +41,8 @@ def apply_corrections(
         ``[N]``, a new array of the dtype of ``labels``.
 
     Raises:
-        InputError: If the file is not one of verdicts, names an unknown example or label, or a confirmed example has no
-            suggested label.
+        InputError: If there is no such file, it is not one of verdicts, it names an unknown example or label, or a
+            confirmed example has no suggested label.
         MismatchError: If a label in the file is not that of the example: the labels are not those of the report.
 
     >>> import tempfile
@@ -93,6 +93,8 @@ def _suggested(row: Mapping[str, str], values: Mapping[str, Any], path: str | os
 
 def _read(path: Path) -> list[dict[str, str]]:
     """Return the rows of a file of verdicts as texts, or raise InputError."""
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; download the verdicts from the report's list of training examples.")
     text = path.read_text(encoding="utf-8-sig")
     try:
         rows = json.loads(text) if path.suffix.lower() == ".json" else list(csv.DictReader(io.StringIO(text)))
