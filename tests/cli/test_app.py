@@ -172,10 +172,10 @@ def test_a_file_of_settings_is_checked(tmp_path, text, message):
         read_settings("run.toml", {})
 
 
-def test_a_file_that_is_not_there_is_explained():
+def test_a_file_that_is_not_there_is_explained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert "There is no file run.toml; `tracer init run.toml` writes a file" in refused("run", "run.toml")
-    named = (
-        "runs is a directory; `tracer init --build settings.toml` writes a file of settings to fill in. The store is "
-    )
-    Path("runs").mkdir()
-    assert named + "named by --out" in " ".join(refused("build", "runs", "--model", "m").split())
+    (tmp_path / "runs").mkdir()
+    said = " ".join(refused("build", "runs", "--model", "m").split())
+    assert "runs is a directory; `tracer init --build settings.toml` writes a file of settings" in said
+    assert said.endswith("The store is named by --out.")

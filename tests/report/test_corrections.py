@@ -57,10 +57,10 @@ def test_another_file_and_equal_ids_are_refused(tmp_path):
     (tmp_path / "v.csv").write_text("a,b\n1,2\n")
     (tmp_path / "v.json").write_text("no json")
     for name in ("v.csv", "v.json"):
-        with pytest.raises(InputError, match="there is no file .*download the verdicts"):
-            apply_corrections(tmp_path / "none.csv", [0])
         with pytest.raises(InputError, match="is no file of verdicts"):
             apply_corrections(tmp_path / name, LABELS)
+    with pytest.raises(InputError, match="there is no file .*download the verdicts"):
+        apply_corrections(tmp_path / "none.csv", LABELS)
     with pytest.raises(InputError, match="alike"):
         apply_corrections(write(tmp_path / "w.csv"), LABELS, ids=["a", "a", "b", "c"])
 
