@@ -7,6 +7,7 @@ leave ``theirs`` and ``ours`` behind. All run in one namespace and an empty fold
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import re
@@ -30,30 +31,36 @@ def sections():
 PAIRS = [heading for heading, blocks in sections().items() if any(language == "py" for language, _ in blocks)]
 
 
-def run_up_to(heading, namespace):
-    """Run the page from its beginning to the end of a section, leaving out what needs other packages than it does."""
-    package = heading.partition(":")[0]
-    for other, blocks in sections().items():
-        if other in PAIRS and other.partition(":")[0] != package:
-            continue
-        for _, code in blocks:
-            with contextlib.redirect_stderr(io.StringIO()):  # their progress bars
-                exec(compile(code, f"{PAGE.name}: {other}", "exec"), namespace)
-        if other == heading:
-            return
+@pytest.fixture(scope="module")
+def left_behind(tmp_path_factory):
+    """Run the page once for a package, and return what each pair of calls left behind.
+
+    Sections on what needs other packages are left out.
+    """
+
+    @functools.cache
+    def run(package):
+        namespace: dict[str, object] = {"__name__": "__main__"}
+        found = {}
+        with contextlib.chdir(tmp_path_factory.mktemp(package)), torch.random.fork_rng():
+            for heading, blocks in sections().items():
+                if heading in PAIRS and heading.partition(":")[0] != package:
+                    continue
+                for _, code in blocks:
+                    with contextlib.redirect_stderr(io.StringIO()):  # their progress bars
+                        exec(compile(code, f"{PAGE.name}: {heading}", "exec"), namespace)
+                found[heading] = dict(namespace)
+        return found
+
+    return run
 
 
 @pytest.fixture
-def pair(request, tmp_path, monkeypatch):
-    heading = request.param
-    package = PACKAGES[heading.partition(":")[0]]
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed, which {heading!r} compares with")
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": "__main__"}
-    with torch.random.fork_rng():
-        run_up_to(heading, namespace)
-    return namespace
+def pair(request, left_behind):
+    package = request.param.partition(":")[0]
+    if importlib.util.find_spec(PACKAGES[package]) is None:
+        pytest.skip(f"{PACKAGES[package]} is not installed, which {request.param!r} compares with")
+    return left_behind(package)[request.param]
 
 
 def of(*headings):
