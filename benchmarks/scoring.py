@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     sizes = [500] if options.quick else options.rows
-    targets, dim = ([3, 20], 64) if options.quick else (options.targets, options.dim)
+    targets, dim = ([20], 64) if options.quick else (options.targets, options.dim)
     rounds = 1 if options.quick else options.rounds
     rows: list[dict[str, Any]] = []
     for num_rows in sizes:

@@ -69,10 +69,17 @@ def build(make, folder, **options):
     return build_store(make(), DATA, checkpoints, save_dir=folder / "store", **given)
 
 
-@pytest.mark.parametrize("make", [t5, bart])
+@pytest.fixture(scope="module", params=[t5, bart], ids=["t5", "bart"])
+def built(request, tmp_path_factory):
+    """A model's maker, and its store."""
+    folder = tmp_path_factory.mktemp("built")
+    return request.param, build(request.param, folder, group_column="source", batch_tokens=40)
+
+
 @pytest.mark.parametrize("estimator", ["tracin", "cosine"])
-def test_documents_and_their_tokens_have_the_scores_of_autograd(tmp_path, make, estimator):
-    found = dataclasses.replace(build(make, tmp_path, group_column="source", batch_tokens=40), estimator=estimator)
+def test_documents_and_their_tokens_have_the_scores_of_autograd(built, estimator):
+    make, found = built
+    found = dataclasses.replace(found, estimator=estimator)
     expected = by_hand(make, "w3 w4", "w5 <eos>", estimator == "cosine")
     for exact in (0, 5):
         answer = found.explain("w3 w4", "w5", k=len(DATA), exact=exact)
@@ -90,7 +97,7 @@ def test_documents_and_their_tokens_have_the_scores_of_autograd(tmp_path, make, 
             assert each.group == "ab"[each.number % 2]
     contrast = found.explain("w3 w4", "w5", rather_than="w6", k=3)
     other = found.explain("w3 w4", "w6", k=len(DATA))
-    answer = {each.number: each.score for each in found.explain("w3 w4", "w5", k=len(DATA)).documents}
+    answer = {number: float(tokens.sum()) for number, tokens in enumerate(expected)}
     for each in contrast.documents:
         second = next(one.score for one in other.documents if one.number == each.number)
         assert each.score == pytest.approx(answer[each.number] - second, rel=1e-4, abs=1e-6)
