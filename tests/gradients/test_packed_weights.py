@@ -1,6 +1,8 @@
-"""Adapters on packed 4-bit weights, held as bitsandbytes holds them: gradients are those on the dequantized weights."""
+"""Adapters on packed weights, held as bitsandbytes, torchao, optimum-quanto and HQQ hold them."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from store_cases import stored_features
 from torch import Tensor, nn
 
-from tracer import CheckpointError, Tracer
+from tracer import CheckpointError, GradientError, InputError, Tracer
 from tracer.gradients.module_state import ModuleState
 from tracer.training.fit_state import fit_state
 from tracer.training.lend_weights import LoadedWeights, weights_in
@@ -128,6 +130,132 @@ def test_gradients_are_those_on_the_dequantized_weights(tmp_path, was_run, compu
         assert np.linalg.norm(found[row] - one) < tolerance * np.linalg.norm(one)
     assert held == [(id(each), each.data_ptr()) for each in model.parameters()]
     assert torch.equal(model(x), expected)
+
+
+class Composed(Tensor):
+    """Weights made of 8-bit numbers and scales, which knows no functions but those below."""
+
+    @staticmethod
+    def __new__(cls, codes, scales):
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scales.dtype)
+
+    def __init__(self, codes, scales):
+        self.codes, self.scales = codes, scales
+
+    def __tensor_flatten__(self):
+        return ["codes", "scales"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size, stride):
+        return cls(inner["codes"], inner["scales"])
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            return ComposedProduct.apply(args[0], args[1].codes, args[1].scales)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scales)
+        raise NotImplementedError(function)
+
+
+class ComposedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, codes, scales):
+        ctx.weight = codes * scales[:, None]
+        return F.linear(x, ctx.weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.weight, None, None
+
+
+class InParts(nn.Linear):
+    """A linear layer whose state dict has the parts of its weight, as optimum-quanto's has."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[f"{prefix}weight.codes"], destination[f"{prefix}weight.scales"] = (
+            self.weight.codes,
+            self.weight.scales,
+        )
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, InParts])
+def test_adapters_on_weights_made_of_other_tensors(tmp_path, kind):
+    torch.manual_seed(0)
+    model, plain = nn.Sequential(), nn.Sequential()
+    for shape in [(8, 4), (4, 8)]:
+        codes, scales = torch.randint(-99, 99, shape, dtype=torch.int8), torch.rand(shape[0], dtype=torch.float64) / 99
+        base, dense = kind(*shape[::-1], bias=False), nn.Linear(*shape[::-1], bias=False)
+        base.weight = nn.Parameter(Composed(codes, scales), requires_grad=False)
+        dense.weight = nn.Parameter(codes * scales[:, None], requires_grad=False)
+        model.append(Adapted(base, shape))
+        plain.append(Adapted(dense, shape))
+        for one in (model[-1].a, model[-1].b):
+            one.double()
+        plain[-1].a, plain[-1].b = model[-1].a, model[-1].b
+    x, y = torch.randn(N, 4, dtype=torch.float64), torch.arange(N) % 4
+    held = [
+        (id(each), each.codes.clone(), each.scales.clone()) for each in (model[0].base.weight, model[1].base.weight)
+    ]
+    traced = Tracer(model, "image_classification", N, tmp_path / "store", projector="none", storage="float32")
+    traced.load_checkpoint(model.state_dict(), model_id=0)
+    for rows in torch.arange(N).split(3):
+        traced.featurize((x[rows], y[rows]), inds=rows)
+    assert not traced._session.featurizer.engine.fallback and not traced._session.featurizer.engine.raw
+    traced.flush()
+    table = traced.store.checkpoint(0)
+    found = stored_features(table, 0, N) * np.array(table.column("loss_grad"))[:, None]
+    weights = [value for value in plain.parameters() if value.requires_grad]
+    for row in range(N):
+        loss = F.cross_entropy(plain(x[row : row + 1]), y[row : row + 1])
+        one = torch.cat([each.reshape(-1) for each in torch.autograd.grad(loss, weights)]).numpy()
+        assert np.linalg.norm(found[row] - one) < 1e-6 * np.linalg.norm(one)
+    for (address, codes, scales), layer in zip(held, model, strict=True):
+        weight = layer.base.weight
+        assert address == id(weight) and torch.equal(weight.codes, codes) and torch.equal(weight.scales, scales)
+    changed = {key: value for key, value in model.state_dict().items()}
+    key = next(iter(changed))
+    changed[key] = (
+        Composed(1 - model[0].base.weight.codes, model[0].base.weight.scales) if kind is nn.Linear else 1 - changed[key]
+    )
+    with pytest.raises(CheckpointError, match="another value of '0.base.weight.*packed weight"):
+        fit_state(model, changed)
+    model[0].base.weight.requires_grad_()
+    with pytest.raises(InputError, match=r"plain tensors, got '0.base.weight' \(Composed\)"):
+        Tracer(model, "image_classification", N, tmp_path / "other")
+
+
+def test_layers_whose_scales_were_made_in_inference_mode(tmp_path):
+    model, _ = make()
+    with torch.inference_mode():
+        model[0].base.offset = torch.zeros(3, dtype=torch.float64)
+    x, y = torch.randn(N, 4, dtype=torch.float64), torch.arange(N) % 4
+    traced = Tracer(model, "image_classification", N, tmp_path / "store", proj_dim=16)
+    traced.load_checkpoint(model.state_dict(), model_id=0)
+    traced.featurize((x, y), num_samples=N)
+    assert not traced._session.featurizer.engine.fallback
+
+
+@pytest.mark.parametrize(("threshold", "size"), [(6.0, 2), (6.0, 1), (0.0, 2)])
+def test_columns_that_a_batch_chooses_are_refused_unless_examples_come_one_by_one(
+    tmp_path, monkeypatch, threshold, size
+):
+    model, _ = make()
+    monkeypatch.setattr(PackedLinear, "__module__", "bitsandbytes.nn.modules")
+    model[1].base.state = SimpleNamespace(threshold=threshold)
+    x, y = torch.randn(N, 4, dtype=torch.float64), torch.arange(N) % 4
+    traced = Tracer(model, "image_classification", N, tmp_path / "store", proj_dim=16)
+    traced.load_checkpoint(model.state_dict(), model_id=0)
+    if threshold and size > 1:
+        with pytest.raises(GradientError, match=r"1\.base .*exceeds 6.0.*llm_int8_threshold=0.0.*batch_size=1"):
+            traced.featurize((x[:size], y[:size]), num_samples=size)
+    else:
+        traced.featurize((x[:size], y[:size]), num_samples=size)
 
 
 def test_adapters_alone_fit_and_other_packed_weights_are_refused():

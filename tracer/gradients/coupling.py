@@ -29,7 +29,7 @@ _LEAST_SHARE, _MOST_SHARE = 1e-6, 0.1
 
 
 def check_quantization(model: nn.Module) -> None:
-    """Raise `GradientError` for layers that round their inputs to steps that follow from the largest of a batch.
+    """Raise `GradientError` for layers that round their inputs in a way that follows from the largest of a batch.
 
     The difference that this makes is often below what rounding explains elsewhere, so no comparison would find it.
 
@@ -46,6 +46,13 @@ def check_quantization(model: nn.Module) -> None:
                 f"steps that follow from the largest value of the whole batch, so the samples of a batch influence "
                 f"each other. Pass batches of one sample (batch_size=1), or a model that is not quantized or has fixed "
                 f"ranges."
+            )
+        threshold = getattr(getattr(module, "state", None), "threshold", 0.0)
+        if threshold > 0.0 and any(kind.__module__.startswith("bitsandbytes") for kind in type(module).__mro__):
+            raise GradientError(
+                f"{name or 'the model'} ({type(module).__name__}) does not round the columns of its inputs in which "
+                f"any sample of the batch exceeds {threshold}, so the samples of a batch influence each other. Build "
+                f"the model with llm_int8_threshold=0.0, or pass batches of one sample (batch_size=1)."
             )
 
 

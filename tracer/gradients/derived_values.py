@@ -108,7 +108,8 @@ def check_kept(model: nn.Module, run: Callable[[bool], Tensor | None], restore: 
 
 
 def _kept_by(module: nn.Module) -> list[tuple[Tensor, int]]:
-    return [(value, value._version) for place in places(module, buffers=True) for value in place.tensors()]
+    values = [value for place in places(module, buffers=True) for value in place.tensors()]
+    return [(value, 0 if value.is_inference() else value._version) for value in values]  # nothing writes to the former
 
 
 def _is_same(one: list[tuple[Tensor, int]], other: list[tuple[Tensor, int]]) -> bool:

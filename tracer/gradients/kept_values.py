@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tracer._core.packed import plain_parts
 from tracer._core.sharding import is_sharded
 
 # Captured attention replaces ``forward`` while a batch is computed.
@@ -115,8 +116,9 @@ def not_stored(found: Iterable[Place], model: nn.Module) -> list[Place]:
     An object that holds such values, as the scales of packed weights, is left out whole: nothing computes it again, and
     without it a kernel may read beyond the end of other memory.
     """
-    stored = [*model.parameters(), *model.state_dict(keep_vars=True).values()]
-    memories = {address for value in stored if isinstance(value, Tensor) for address in _address(value)}
+    values = [*model.parameters(), *model.state_dict(keep_vars=True).values()]
+    stored = [part for value in values if isinstance(value, Tensor) for _, part in plain_parts("", value)]
+    memories = {address for value in stored for address in _address(value)}
 
     def whole(place: Place) -> tuple[Any, ...]:
         return id(place.module), *(place.path if len(place.path) == 1 else place.path[:-1])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracer._core.packed import is_packed
+from tracer._core.packed import is_composed, is_packed, plain_parts
 from tracer._core.text import listing
 from tracer.data.tasks import Task
 from tracer.errors import GradientError
@@ -44,9 +44,9 @@ class ModuleState:
         self.holds_graph = False
         self._containers: list[_Items] = []
         self._tensors: list[_Values] = []
-        packed = {parameter: parameter.data for parameter in model.parameters() if is_packed(parameter)}
-        self._packed = [_Packed(*each) for each in packed.items()]
-        self._memories = {value.data_ptr() for value in packed.values()}
+        packed = [parameter for parameter in model.parameters() if is_packed(parameter)]
+        self._packed = [_Packed(each, each.data) for each in packed if not is_composed(each)]
+        self._memories = {part.data_ptr() for each in packed for _, part in plain_parts("", each)}
         seen: set[int] = set()
         for module in model.modules():
             self._keep_all(module.__dict__, seen, _NOT_STATE)
@@ -302,12 +302,14 @@ def _drop_caches(model: nn.Module) -> None:
 def _modes_and_weights(model: nn.Module, own: Sequence[nn.Module]) -> Iterator[None]:
     """Put the modes of a model and the parameters of some of its modules back after the block."""
     flags = [(module, module.training) for module in model.modules()]
-    kept = {parameter: parameter.detach().clone() for module in own for parameter in module.parameters()}
+    parameters = {parameter: None for module in own for parameter in module.parameters()}
+    kept = {each: [part.detach().clone() for _, part in plain_parts("", each)] for each in parameters}
     try:
         yield
     finally:
-        for parameter, value in kept.items():
-            if not torch.equal(parameter.detach(), value):  # it took merged weights apart, but these are a checkpoint's
-                parameter.data.copy_(value)
+        for parameter, values in kept.items():
+            for (_, part), value in zip(plain_parts("", parameter), values, strict=True):
+                if not torch.equal(part.detach(), value):  # it took merged weights apart, but these are a checkpoint's
+                    part.data.copy_(value)
         for module, flag in flags:
             module.training = flag

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from tracer._core.packed import is_composed
+from tracer._core.text import listing
 from tracer.errors import InputError, InputTypeError, nearest_name
 
 ParamSelection = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
@@ -26,7 +28,7 @@ def select_parameters(model: nn.Module, params: ParamSelection = None) -> list[s
 
     Raises:
         InputTypeError: If `params` is of another type.
-        InputError: If nothing is selected, or a pattern matches no trainable parameter.
+        InputError: If nothing is selected, a pattern matches no trainable parameter, or one is made of other tensors.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> select_parameters(model, "1")
@@ -47,7 +49,13 @@ def select_parameters(model: nn.Module, params: ParamSelection = None) -> list[s
         chosen = _by_patterns(named, trainable, _as_patterns(params))
     if not chosen:
         raise InputError(f"params={params!r} selects none of the {len(trainable)} trainable parameters.")
-    return [name for name, parameter in model.named_parameters() if id(parameter) in chosen]
+    found = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
+    if packed := [f"{name!r} ({type(value).__name__})" for name, value in found.items() if is_composed(value)]:
+        raise InputError(
+            f"expected parameters that are plain tensors, got {listing(packed)}, made of others; leave them out with "
+            f"params=, or call requires_grad_(False) on them and train adapters."
+        )
+    return list(found)
 
 
 def _as_patterns(params: object) -> list[str]:

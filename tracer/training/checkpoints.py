@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from tracer._core.packed import plain_parts
 from tracer._core.text import listing
 from tracer.errors import CheckpointError, InputTypeError
 from tracer.types import Checkpoint
@@ -143,8 +144,8 @@ def weights_fingerprint(state: Mapping[str, Tensor], dtype: torch.dtype | None =
     With ``dtype``, real numbers are cast to it, so that those of another one may be the same.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(state):
-        value = state[name].detach().resolve_conj().resolve_neg()
+    for name, value in (part for key in sorted(state) for part in plain_parts(key, state[key])):
+        value = value.detach().resolve_conj().resolve_neg()
         value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
         digest.update(f"{len(name)} {name} {value.dtype} {tuple(value.shape)};".encode())
         # A dimension of one element may have any stride, also if a tensor counts as contiguous; a view as bytes not.

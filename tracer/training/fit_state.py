@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracer._core.packed import is_packed
+from tracer._core.packed import is_composed, is_packed, plain_parts
 from tracer._core.sharding import is_sharded
 from tracer._core.text import listing
 from tracer.errors import CheckpointError
@@ -226,6 +226,9 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         if one.is_quantized != other.is_quantized or one.shape != other.shape:
             return False
+        if is_composed(one) or is_composed(other):
+            ones, others = dict(plain_parts("", one)), dict(plain_parts("", other))
+            return ones.keys() == others.keys() and all(_equal(ones[name], others[name]) for name in ones)
         if one.is_quantized:
             return one.dtype == other.dtype and torch.equal(one.dequantize(), other.dequantize())
         return torch.equal(one, other.to(one.device, one.dtype))

@@ -32,7 +32,8 @@ class LoadedWeights:
         device: torch.device | str | None = None,
         scales: Mapping[str, Tensor] | None = None,
     ) -> None:
-        left_out = [repr(name) for name, _ in model.named_parameters() if name not in fitted]
+        own = [(name, value) for name, value in model.named_parameters() if not is_packed(value)]  # each tied one once
+        left_out = [repr(name) for name, _ in own if name not in fitted]
         if left_out:
             raise CheckpointError(
                 f"model.state_dict() leaves out parameters, which no checkpoint can set: {listing(left_out)}"
@@ -49,7 +50,6 @@ class LoadedWeights:
             return found
 
         reshard(model)
-        own = [(name, value) for name, value in model.named_parameters() if not is_packed(value)]  # each tied one once
         self.parameters = copies(own)
         self.buffers = copies(model.named_buffers())
         self.scales = None
