@@ -75,6 +75,33 @@ def test_gradients_with_checkpointing(kind, frozen, runs):
     assert is_clean(model)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("kind", ["Llama", "Mixtral", "GPT2"])
+def test_gradients_of_a_model_that_offloads_activations(kind, checkpointing):
+    model, offloaded = decoder(kind), []
+    if not checkpointing:
+        model.gradient_checkpointing_disable()
+    forward = model.forward
+
+    def pack(value):
+        offloaded.append(value.detach().numpy().copy())
+        return offloaded[-1]
+
+    def offloading(*args, **kwargs):
+        with torch.autograd.graph.saved_tensors_hooks(pack, torch.from_numpy):
+            return forward(*args, **kwargs)
+
+    model.forward = offloading
+    names = [name for name, _ in model.named_parameters()]
+    engine = GradientEngine(model, make_task("language_modeling"), names)
+    tokens = torch.randint(3, 29, (3, 7), generator=torch.Generator().manual_seed(3))
+    found = engine_gradients(engine, tokens, 3)
+    for name, value in oracle_gradients(decoder(kind), "language_modeling", tokens, 3, names).items():
+        assert (found[name] - value).norm() <= 1e-5 * value.norm() + 1e-12, name
+    assert offloaded and not engine.fallback
+
+
 def test_each_layer_runs_twice_and_is_captured_once(runs):
     model = decoder("Llama")
     names = [name for name, _ in model.named_parameters()]
