@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float64, Int64
 
 from tracer.errors import InputError
@@ -288,9 +289,11 @@ def _with_ceiling(counts: list[np.ndarray], chance: np.ndarray, rates: np.ndarra
 
 def _log_likelihood(counts: np.ndarray, chance: np.ndarray, rates: np.ndarray, num_classes: int) -> np.ndarray:
     """Return the log likelihood ``[b, R]`` of bins with counts ``[2, n]`` of agreeing and disagreeing labels."""
-    agreed = chance[:, None] * (1 - rates[:, None]) + (1 - chance[:, None]) * rates[:, None] / (num_classes - 1)
-    agreed = np.clip(agreed, 1e-9, 1 - 1e-9)
-    return np.log(agreed) @ counts[0] + np.log1p(-agreed) @ counts[1]
+    moved = rates[:, None] / (num_classes - 1)
+    agreed = torch.from_numpy(chance[:, None] * (1 - rates[:, None] - moved) + moved).clip_(1e-9, 1 - 1e-9)
+    # torch's logarithms, almost all of an estimate's time, take half as long as NumPy's.
+    agreeing, disagreeing = map(torch.from_numpy, counts)
+    return np.asarray(torch.log(agreed) @ agreeing + torch.log1p(-agreed) @ disagreeing)
 
 
 def _quantiles(rates: np.ndarray, posterior: np.ndarray) -> tuple[float, float, float]:
