@@ -47,8 +47,8 @@ class SumGradient(PerSampleGradient):
             found = part.weighted_sum(weights)[0]
             if total is None:
                 total = found
-            elif total.is_sparse and not found.is_sparse:
-                total = found.view(total.shape).add_(total).view(-1)
+            elif total.is_sparse:
+                total = (total + found).coalesce() if found.is_sparse else found.view(total.shape).add_(total)
             else:
                 total = total.view(found.shape).add_(found)
         assert total is not None
