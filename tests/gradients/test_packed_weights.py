@@ -105,6 +105,19 @@ def adapters(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if ".base." not in name}
 
 
+def check_gradients(traced, plain, x, y, tolerance=1e-6):
+    """Compare what was captured and stored with autograd's gradients of each example on a model of plain weights."""
+    assert not traced._session.featurizer.engine.fallback and not traced._session.featurizer.engine.raw
+    traced.flush()
+    table = traced.store.checkpoint(0)
+    found = stored_features(table, 0, N) * np.array(table.column("loss_grad"))[:, None]
+    weights = [value for value in plain.parameters() if value.requires_grad]
+    for row in range(N):
+        loss = F.cross_entropy(plain(x[row : row + 1]), y[row : row + 1])
+        one = torch.cat([each.reshape(-1) for each in torch.autograd.grad(loss, weights)]).numpy()
+        assert np.linalg.norm(found[row] - one) < tolerance * np.linalg.norm(one)
+
+
 @pytest.mark.parametrize("compute", [None, torch.bfloat16])
 @pytest.mark.parametrize("was_run", [False, True])
 def test_gradients_are_those_on_the_dequantized_weights(tmp_path, was_run, compute):
@@ -118,16 +131,7 @@ def test_gradients_are_those_on_the_dequantized_weights(tmp_path, was_run, compu
     traced.load_checkpoint(model.state_dict(), model_id=0)
     for rows in torch.arange(N).split(3):
         traced.featurize((x.detach()[rows], y[rows]), inds=rows)
-    assert not traced._session.featurizer.engine.fallback and not traced._session.featurizer.engine.raw
-    traced.flush()
-    table = traced.store.checkpoint(0)
-    found = stored_features(table, 0, N) * np.array(table.column("loss_grad"))[:, None]
-    weights = [value for value in plain.parameters() if value.requires_grad]
-    for row in range(N):
-        loss = F.cross_entropy(plain(x[row : row + 1]), y[row : row + 1])
-        one = torch.cat([each.reshape(-1) for each in torch.autograd.grad(loss, weights)]).numpy()
-        tolerance = 1e-6 if compute is None else 0.05
-        assert np.linalg.norm(found[row] - one) < tolerance * np.linalg.norm(one)
+    check_gradients(traced, plain, x.detach(), y, 1e-6 if compute is None else 0.05)
     assert held == [(id(each), each.data_ptr()) for each in model.parameters()]
     assert torch.equal(model(x), expected)
 
@@ -206,15 +210,7 @@ def test_adapters_on_weights_made_of_other_tensors(tmp_path, kind):
     traced.load_checkpoint(model.state_dict(), model_id=0)
     for rows in torch.arange(N).split(3):
         traced.featurize((x[rows], y[rows]), inds=rows)
-    assert not traced._session.featurizer.engine.fallback and not traced._session.featurizer.engine.raw
-    traced.flush()
-    table = traced.store.checkpoint(0)
-    found = stored_features(table, 0, N) * np.array(table.column("loss_grad"))[:, None]
-    weights = [value for value in plain.parameters() if value.requires_grad]
-    for row in range(N):
-        loss = F.cross_entropy(plain(x[row : row + 1]), y[row : row + 1])
-        one = torch.cat([each.reshape(-1) for each in torch.autograd.grad(loss, weights)]).numpy()
-        assert np.linalg.norm(found[row] - one) < 1e-6 * np.linalg.norm(one)
+    check_gradients(traced, plain, x, y)
     for (address, codes, scales), layer in zip(held, model, strict=True):
         weight = layer.base.weight
         assert address == id(weight) and torch.equal(weight.codes, codes) and torch.equal(weight.scales, scales)
