@@ -11,7 +11,7 @@ from jaxtyping import Int64
 
 from tracer.data.datasets import DataSource
 from tracer.data.text.encoding import IGNORED, Encoder
-from tracer.data.text.rows import collate, collate_sides
+from tracer.data.text.rows import collate
 from tracer.data.text.settings import TextSettings
 from tracer.data.text.sides import SidesEncoder
 from tracer.data.text.source import bucketed
@@ -145,10 +145,7 @@ class QuestionSource(DataSource):
         sizes = sizes if self._in_sides else sizes.sum(1, keepdims=True)
         for chosen in bucketed(sizes, np.arange(len(indices)), self._batch_tokens):
             rows = [_columns(self.questions[each]) for each in indices[chosen].tolist()]
-            if self._in_sides:
-                yield collate_sides(rows, self._pad_token), indices[chosen]
-            else:
-                yield collate(rows, self._pad_token, False), indices[chosen]
+            yield collate(rows, self._pad_token, in_sides=self._in_sides), indices[chosen]
 
 
 def _columns(question: Question) -> dict[str, np.ndarray]:

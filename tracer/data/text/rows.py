@@ -157,7 +157,9 @@ def _predicted(pieces: np.ndarray, group: list[Tokens], firsts: np.ndarray) -> I
     return np.array(counts, np.int64)
 
 
-def collate(rows: list[dict[str, np.ndarray]], pad_token: int, packed: bool) -> dict[str, Any]:
+def collate(
+    rows: list[dict[str, np.ndarray]], pad_token: int, packed: bool = False, in_sides: bool = False
+) -> dict[str, Any]:
     """Return a batch of rows, padded at the end.
 
     Args:
@@ -165,11 +167,19 @@ def collate(rows: list[dict[str, np.ndarray]], pad_token: int, packed: bool) -> 
         pad_token: The token of padding.
         packed: Whether rows hold several documents; models find the borders by ``position_ids`` that start again, and
             only if there is no ``attention_mask`` and no cache.
+        in_sides: Whether rows are for an encoder-decoder; the tokens of segment 1 are the encoder's.
 
     Returns:
         ``input_ids`` and ``labels``, ``[B, T]``; and ``attention_mask``, or ``position_ids`` and ``segment_ids``, which
-        number the documents of a row from 1 on and are 0 for padding.
+        number the documents of a row from 1 on and are 0 for padding. Of an encoder-decoder ``input_ids`` and
+        ``attention_mask``, ``[B, S]``, and ``labels``, ``[B, T]``.
     """
+    if in_sides:
+        own = [row["segments"] == 1 for row in rows]
+        inputs = [row["input_ids"][mask] for row, mask in zip(rows, own, strict=True)]
+        labels = [row["labels"][~mask] for row, mask in zip(rows, own, strict=True)]
+        mask = _padded([np.ones_like(each) for each in inputs], 0)
+        return {"input_ids": _padded(inputs, pad_token), "attention_mask": mask, "labels": _padded(labels, IGNORED)}
 
     def padded(name: str, value: int) -> Tensor:
         return _padded([row[name] for row in rows], value)
@@ -180,23 +190,6 @@ def collate(rows: list[dict[str, np.ndarray]], pad_token: int, packed: bool) -> 
         return {**batch, **documents, "use_cache": False}
     batch = {"input_ids": padded("input_ids", pad_token), "labels": padded("labels", IGNORED)}
     return {**batch, "attention_mask": (padded("segments", 0) > 0).long()}
-
-
-def collate_sides(rows: list[dict[str, np.ndarray]], pad_token: int) -> dict[str, Tensor]:
-    """Return a batch of rows for an encoder-decoder, padded at the end.
-
-    Args:
-        rows: The tokens of each, from `TextRows.tokens`; those of segment 1 are the encoder's.
-        pad_token: The token of padding.
-
-    Returns:
-        ``input_ids`` and ``attention_mask``, ``[B, S]``, and ``labels``, ``[B, T]``.
-    """
-    own = [row["segments"] == 1 for row in rows]
-    inputs = [row["input_ids"][mask] for row, mask in zip(rows, own, strict=True)]
-    labels = [row["labels"][~mask] for row, mask in zip(rows, own, strict=True)]
-    mask = _padded([np.ones_like(each) for each in inputs], 0)
-    return {"input_ids": _padded(inputs, pad_token), "attention_mask": mask, "labels": _padded(labels, IGNORED)}
 
 
 def _padded(values: list[np.ndarray], fill: int) -> Tensor:

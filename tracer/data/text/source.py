@@ -16,7 +16,7 @@ from tracer.data.example_ids import ExampleId, check_ids
 from tracer.data.text.encoding import Encoder, is_chat
 from tracer.data.text.packing import GROUP
 from tracer.data.text.reading import import_datasets, read_dataset
-from tracer.data.text.rows import TextRows, Tokens, collate, collate_sides, plan_rows
+from tracer.data.text.rows import TextRows, Tokens, collate, plan_rows
 from tracer.data.text.settings import REPACKED, TextSettings
 from tracer.data.text.sides import SidesEncoder
 from tracer.errors import InputError
@@ -79,10 +79,7 @@ class TextSource(DataSource):
             for chosen in bucketed(self.rows.sizes(window), order, self._settings.batch_tokens):
                 own = window[chosen]
                 tokens = [self.rows.tokens(row, documents) for row in own.tolist()]
-                if self.in_sides:
-                    yield collate_sides(tokens, self.pad_token), own
-                else:
-                    yield collate(tokens, self.pad_token, self._settings.unit == "block"), own
+                yield collate(tokens, self.pad_token, self._settings.unit == "block", self.in_sides), own
 
     def shown(self, batch: Batch) -> list[list[int]]:
         """Return the tokens of each row of a batch, of an encoder-decoder both sides without padding."""
