@@ -105,6 +105,56 @@ FORMS = {
         lambda m, x: (x.transpose(0, 1) * m.p + m.q).transpose(0, 1),
         {"p": data(4), "q": data(6, 1, 4)},
     ),
+    "einsum, sequence first": (
+        lambda m, x: torch.einsum("tbi,io->tbo", x.transpose(0, 1), m.p).transpose(0, 1),
+        {"p": data(4, 3)},
+    ),
+    "einsum with positions of all samples": (
+        lambda m, x: torch.einsum(
+            "tbo,sbo->bts",
+            x.transpose(0, 1),
+            torch.einsum("sbi,io->sbo", data(7, 1, 3).expand(-1, len(x), -1), m.p),
+        ),
+        {"p": data(3, 4)},
+    ),
+    "sum and product by head": (
+        lambda m, x: (
+            torch.baddbmm(m.q[:, None], x.reshape(-1, 2, 2).permute(1, 0, 2), m.p, beta=0.5, alpha=2)
+            .transpose(0, 1)
+            .reshape(len(x), -1)
+        ),
+        {"p": data(2, 2, 3), "q": data(2, 3)},
+    ),
+    "product by position": (
+        lambda m, x: (x.transpose(0, 1) @ m.p.tanh().transpose(-2, -1)).transpose(0, 1),
+        {"p": data(6, 3, 4)},
+    ),
+    "view of a repeated table": (
+        lambda m, x: (x.flatten(0, 1) * m.p.repeat(len(x), 1, 1).view(-1, 4)).tanh().view_as(x),
+        {"p": data(1, 6, 4)},
+    ),
+    "attention with weights of its own": (
+        lambda m, x: F.multi_head_attention_forward(
+            *[x.transpose(0, 1)] * 3,
+            4,
+            2,
+            torch.empty(0),
+            torch.cat([m.q, m.k, m.q]),
+            None,
+            None,
+            False,
+            0.0,
+            m.p,
+            m.q,
+            training=False,
+            attn_mask=x[:, :, :1].tanh().repeat_interleave(2, 0).expand(-1, -1, 6),
+            use_separate_proj_weight=True,
+            q_proj_weight=m.p,
+            k_proj_weight=m.w,
+            v_proj_weight=m.p,
+        )[0].transpose(0, 1),
+        {"p": data(4, 4, seed=2), "w": data(4, 4), "q": data(4), "k": data(4, seed=2)},
+    ),
 }
 
 
@@ -113,8 +163,25 @@ FORMS = {
 def test_gradients_of_raw_parameters(form, num_rows):
     function, parameters = FORMS[form]
     model = Net(lambda m, x: function(m, m.f(x)), f=nn.Linear(4, 4), **parameters)
-    general = None if form == "sequence first" else ()
-    assert_gradients_match(model, mean_square, (data(num_rows, 6, 4),), num_rows, general=general)
+    assert_gradients_match(model, mean_square, (data(num_rows, 6, 4),), num_rows)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 3, "vdim": 5}])
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("num_rows", [1, 3, 6])
+def test_attention_to_other_tokens_with_a_token_of_its_own(options, weights, num_rows):
+    """As the heads that pool by attention, and decoders."""
+    keys, values = data(num_rows, 5, options.get("kdim", 4), seed=2), data(num_rows, 5, options.get("vdim", 4), seed=3)
+    padding = torch.arange(5) >= 1 + torch.arange(num_rows)[:, None]
+    mask = torch.arange(5) > 3 + torch.arange(2)[:, None]
+
+    def forward(m, keys, values, padding):
+        token = m.token.repeat(len(keys), 2, 1)
+        return m.attention(m.f(token), keys, values, padding, weights, mask)[0]
+
+    attention = nn.MultiheadAttention(4, 2, batch_first=True, **options)
+    model = Net(forward, f=nn.Linear(4, 4), token=data(1, 1, 4), attention=attention)
+    assert_gradients_match(model, mean_square, (keys, values, padding), num_rows)
 
 
 def test_raw_parameters_in_front_of_all_layers():

@@ -33,7 +33,7 @@ class Assignment:
         stand_ins: The modules of attention or experts whose products are among them.
         raw: The parameters without a layer rule that are captured wherever the forward uses them.
         fallback: The parameters that the fallback computes, with the reason.
-        axes: The axis of samples of layers for which it is not the one that the shape suggests.
+        axes: The axis of samples of layers and raw parameters for which it is not the one that shapes suggest.
 
     Raises:
         GradientError: If a parameter needs the fallback, and the method or the backend does not allow it.
@@ -46,6 +46,7 @@ class Assignment:
         self.axes: dict[str, SampleAxis] = {}
         self._tried: dict[str, set[SampleAxis]] = {}
         self._own_experts: set[str] = set()
+        self._changed: set[str] = set()
         self._suspects: dict[str, dict[str, str]] = {}
         self._assign()
 
@@ -59,13 +60,20 @@ class Assignment:
         for pattern in captured.patterns:
             self._tried.setdefault(pattern.layer, set()).add(pattern.axis)
         found: dict[str, SampleAxis] = {}
+        changed: set[str] = set()
         for name, difference in wrong.items():
             layers = sorted(set(captured.layers.get(name, ())))
             reason = (
                 f"captured from {', '.join(layers) or 'its uses'}, its gradient differs from autograd's ({difference})"
             )
-            if batch_size > 1 and not at_once and name not in self.raw:
+            if not layers and not at_once and (lost := self._lost(name)):
+                changed |= lost
+                continue
+            if batch_size > 1 and not at_once:
                 found |= {layer: axis for layer in layers if (axis := self._untried(layer)) is not None}
+                if name in self.raw and (axis := self._next_raw(name)) is not None:
+                    self.axes[name] = axis
+                    continue
             if found.keys().isdisjoint(layers):
                 self.drop_parameter(name, reason, at_once)
             for layer in found.keys() & set(layers):
@@ -73,13 +81,17 @@ class Assignment:
         for layer, axis in found.items():
             self.axes[layer] = axis
             self._tried[layer].add(axis)
+        if changed:
+            self._changed |= changed
+            self._assign()
 
     def blame_expanded(self, captured: CapturedPass) -> bool:
         """Drop layers whose output was given to each sample, after outputs changed; return whether there are any."""
         shared = {pattern.layer for pattern in captured.patterns if pattern.axis is SampleAxis.NONE}
         expanded = shared.intersection(self._suspects) or shared
         for name in sorted(expanded):
-            self._drop_layer(name, "giving each sample its own copy of its output changes the model's outputs")
+            if not self._mix(name):
+                self._drop_layer(name, "giving each sample its own copy of its output changes the model's outputs")
         return bool(expanded)
 
     def blame_experts(self) -> bool:
@@ -91,14 +103,12 @@ class Assignment:
 
     def give_up(self, layer: str, reason: str, expanded: bool) -> None:
         """Drop a layer whose capture failed, or, if an expansion may have caused it, all suspects."""
-        suspects = list(self._suspects) if expanded else []
-        before = len(self.fallback) + len(self.raw)
-        for each in suspects:
-            if any(each == captured.name for captured in self.layers):  # it may be gone with a parameter that it shares
+        suspects = set(self._suspects) & {each.name for each in self.layers} if expanded else set()
+        for each in sorted(suspects) or [layer]:
+            gone = each in suspects and all(each != one.name for one in self.layers)  # with a parameter that it shares
+            if not gone and not (expanded and self._mix(each)):
                 self._drop_layer(each, reason)
         self._suspects.clear()
-        if len(self.fallback) + len(self.raw) == before:
-            self._drop_layer(layer, reason)
 
     def confirm(self) -> None:
         """Clear all suspicions after a pass that agreed with autograd or was not checked."""
@@ -146,7 +156,7 @@ class Assignment:
             if (name := canonical[id(parameter)]) in self._names and name not in self.fallback.keys() | self.raw
         }
         if wanted:
-            self.layers.append(CapturedLayer(layer_name, module, registered, wanted))
+            self.layers.append(CapturedLayer(layer_name, module, registered, wanted, layer_name in self._changed))
         return bool(wanted)
 
     def _reason(self, name: str) -> str:
@@ -172,8 +182,27 @@ class Assignment:
 
     def _untried(self, layer: str) -> SampleAxis | None:
         """Return an axis that was not tried for a layer; the first axis is tried whenever the shape allows it."""
-        axes = (SampleAxis.SECOND, SampleAxis.NONE)  # the cheaper one first
-        return next((axis for axis in axes if axis not in self._tried[layer]), None)
+        axes = [SampleAxis.SECOND, SampleAxis.NONE, *([] if self._backend.is_sharded else [SampleAxis.MIXED])]
+        return next((axis for axis in axes if axis not in self._tried[layer]), None)  # the cheaper ones first
+
+    def _lost(self, name: str) -> set[str]:
+        """Return the layers with a parameter whose outputs may be changed in place, if that was not tried yet."""
+        return {layer.name for layer in self.layers if name in layer.parameters.values()} - self._changed
+
+    def _next_raw(self, name: str) -> SampleAxis | None:
+        """Return an axis that was not tried for a raw parameter."""
+        return {None: SampleAxis.SECOND, SampleAxis.SECOND: SampleAxis.MIXED}.get(self.axes.get(name))
+
+    def _mix(self, layer: str) -> bool:
+        """Let gradients tell whose rows are those of a layer, and return whether this was not tried yet."""
+        tried = self._tried.setdefault(layer, set())
+        if SampleAxis.MIXED in tried or self._backend.is_sharded:
+            return False
+        logger.info("which rows of %r belong to which sample is told by their gradients, by one more backward", layer)
+        self._suspects.pop(layer, None)
+        self.axes[layer] = SampleAxis.MIXED
+        tried.add(SampleAxis.MIXED)
+        return True
 
     def _drop_layer(self, layer_name: str, reason: str) -> None:
         """Use the fallback for the parameters that a layer was suspected of, or for all of its parameters."""

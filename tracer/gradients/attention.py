@@ -81,18 +81,42 @@ class CapturedAttention:
         split = self.projection(x).view(rows, positions, 3, module.num_heads, dim // module.num_heads)
         q, k, v = split.permute(2, 0, 3, 1, 4)  # [B, heads, T, D] each
         hinted = is_causal and attn_mask is not None and key_padding_mask is None and not need_weights
-        mask = None if hinted else _joined_mask(attn_mask, key_padding_mask, q)
-        weights = None
-        if need_weights:
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-            weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
-            mixed = weights @ v
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=hinted)
-        output = module.out_proj(mixed.transpose(1, 2).reshape(rows, positions, dim))
+        mixed, weights = attend(q, k, v, attn_mask, key_padding_mask, need_weights, hinted)
+        output = module.out_proj(mixed)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         return output if module.batch_first else output.transpose(0, 1), weights
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    need_weights: bool,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return values ``[B, T, heads * D]`` mixed by attention, and its weights ``[B, heads, T, T']`` if needed.
+
+    Args:
+        q: ``[B, heads, T, D]``.
+        k: ``[B, heads, T', D]``.
+        v: As ``k``.
+        attn_mask: The mask of all samples or of each, as `torch.nn.MultiheadAttention` takes it.
+        key_padding_mask: ``[B, T']``.
+        need_weights: Whether weights are returned.
+        is_causal: Whether the mask is the causal one, and may be replaced by a flag.
+    """
+    mask = None if is_causal else _joined_mask(attn_mask, key_padding_mask, q)
+    weights = None
+    if need_weights:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+        mixed = weights @ v
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
+    return mixed.transpose(1, 2).flatten(2), weights
 
 
 def refuses_attention(module: nn.MultiheadAttention) -> str | None:

@@ -25,11 +25,13 @@ class SampleAxis(Enum):
         FIRST: The first, maybe with several rows a sample.
         SECOND: The second: sequence first.
         NONE: There is none: one output for all samples (positions, prototypes).
+        MIXED: The first, in an order that gradients tell (`tracer.gradients.owners`).
     """
 
     FIRST = "first"
     SECOND = "second"
     NONE = "none"
+    MIXED = "mixed"
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,15 @@ class CapturedLayer:
         module: The layer.
         rule: The rule of its type.
         parameters: The wanted parameters: the layer's own names to the model's names.
+        changed: Whether the model changes its output in place, which must not be a view then: autograd gives a view
+            that was changed another history, without the edge that was recorded.
     """
 
     name: str
     module: nn.Module
     rule: RegisteredRule
     parameters: Mapping[str, str]
+    changed: bool = False
 
 
 @dataclass
@@ -76,6 +81,15 @@ class Call:
         """The parameters, as the model has them."""
         return self.layer.parameters.values()
 
+    @property
+    def mixed(self) -> bool:
+        """Whether gradients tell whose rows are."""
+        return self.axis is SampleAxis.MIXED
+
+    def fold(self, batch_size: int) -> int:
+        """Return the number of rows of a sample; 0: any."""
+        return 0 if self.mixed else self.rows // batch_size
+
 
 class CallPattern(NamedTuple):
     """A way of calling a layer, as far as it decides which rows belong to which samples.
@@ -97,10 +111,11 @@ class CallPattern(NamedTuple):
 
 def patterns(calls: Sequence[Call], uses: Sequence[Use], batch_size: int) -> frozenset[CallPattern]:
     """Return the patterns of calls of layers and of uses of other parameters."""
-    counts = Counter((call.layer.name, call.axis, call.rows // batch_size, call.ndim) for call in calls)
+    counts = Counter((call.layer.name, call.axis, call.fold(batch_size), call.ndim) for call in calls)
     axes = SampleAxis.FIRST, SampleAxis.SECOND
-    counts.update((use.label, axes[use.axis], use.fold, 0) for use in uses)
-    return frozenset(CallPattern(*key, repeated=count > 1) for key, count in counts.items())
+    counts.update((use.label, SampleAxis.MIXED if use.mixed else axes[use.axis], use.fold, 0) for use in uses)
+    # A model may call a layer of mixed samples for those groups of them that are not empty.
+    return frozenset(CallPattern(*key, count > 1 and key[1] is not SampleAxis.MIXED) for key, count in counts.items())
 
 
 def apply_rule(call: Call, grad: Tensor) -> dict[str, PerSampleGradient]:

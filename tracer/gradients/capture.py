@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from tracer.gradients.calls import Call, CapturedLayer, SampleAxis, apply_rule, 
 from tracer.gradients.checkpointing import CheckpointedForward, CheckpointFailed, SavedInputs, leave_out
 from tracer.gradients.combined import add_gradients
 from tracer.gradients.experts import CapturedExperts
+from tracer.gradients.owners import NoOwner, Owners, regroup
 from tracer.gradients.per_sample import PerSampleGradient
 from tracer.gradients.raw import RawParameters
 from tracer.gradients.shared import Pullback, RawFailed, Use, failing_as_raw
@@ -52,9 +54,12 @@ class CallRecorder:
                 if inputs is None:
                     return None
                 axis = self._axis(layer.name, output)
+                if layer.changed:
+                    output = torch.ops.aten._unsafe_view(output, output.shape)
                 if axis is not SampleAxis.NONE:
-                    rows = output.shape[0] if axis is SampleAxis.FIRST else self.batch_size
-                    return self.record(layer, inputs, output, axis, rows)
+                    rows = self.batch_size if axis is SampleAxis.SECOND else output.shape[0]
+                    saved = self.record(layer, inputs, output, axis, rows)
+                    return output if saved is None and layer.changed else saved
             # Give each sample its own copy, so that the gradient of the copy is the sample's.
             leading_one = output.ndim > 0 and output.shape[0] == 1
             expanded = _expand_input(output, leading_one, self.batch_size)
@@ -88,7 +93,7 @@ class CallRecorder:
             return None
         if not isinstance(output, Tensor) or torch.func.debug_unwrap(output, recurse=False) is not output:
             raise CaptureFailed(layer.name, "its output is not a plain tensor")
-        if not output.requires_grad:
+        if not output.requires_grad or not output.numel():
             return None
         if torch.is_autocast_enabled(output.device.type):
             self.autocast.add(torch.get_autocast_dtype(output.device.type))
@@ -104,6 +109,8 @@ class CallRecorder:
         sequence_first = output.ndim > 2 and output.shape[1] == self.batch_size
         chosen = self.axes.get(name)
         if chosen is SampleAxis.NONE or (chosen is SampleAxis.SECOND and sequence_first):
+            return chosen
+        if chosen is SampleAxis.MIXED and output.ndim > 1:
             return chosen
         if output.ndim > 0 and output.shape[0] > 0 and output.shape[0] % self.batch_size == 0:
             return SampleAxis.FIRST
@@ -126,7 +133,7 @@ class CapturedPass:
         batch_size: ``B``.
         layers: The layers to capture.
         stand_ins: The modules of attention or experts whose products are among them.
-        axes: The axis of samples by layer name, if it is not the one that the output's shape suggests.
+        axes: The axis of samples by layer or raw parameter, if it is not the one that shapes suggest.
         raw: The names of parameters that are captured wherever the forward uses them.
         checkpoints: Whether layers whose gradient checkpointing is on run so. Default: True.
 
@@ -156,7 +163,7 @@ class CapturedPass:
     ) -> None:
         recorder = CallRecorder(batch_size, axes)
         parameters = {name: value for name, value in model.named_parameters() if name in raw}
-        seen = RawParameters(parameters, batch, batch_size)
+        seen = RawParameters(parameters, batch, batch_size, axes)
         leave_out(model, list(parameters.values()), not checkpoints)
         with ExitStack() as stack:
             for layer in layers:
@@ -225,13 +232,14 @@ class CapturedPass:
 
     def _run_backward(self, output: Tensor, calls: list[Call | Use], receive: Receiver) -> None:
         total = output.sum()
-        del output
         calls_of: dict[Node, list[Call | Use]] = {}
         for call in calls:
             calls_of.setdefault(call.edge.node, []).append(call)
         reached, innermost = _innermost(total.grad_fn, calls_of)
         calls = [call for node in reached for call in calls_of[node]]
-        arrivals = _Arrivals(calls, self._batch_size, receive, self.layers, self._pullback)
+        owners = self._owners(output, [call for call in calls if call.mixed])
+        del output
+        arrivals = _Arrivals(calls, owners, receive, self.layers, self._pullback)
         last = [call for call in calls if call.edge.node in innermost]
         hooks = [node.register_prehook(arrivals.hook(calls_of[node])) for node in reached if node not in innermost]
         hooks += [
@@ -249,6 +257,11 @@ class CapturedPass:
         del total, edges
         arrivals.take([(call, grad) for call, grad in zip(last, grads, strict=True) if not _has_leaf(call)])
         arrivals.finish()
+
+    def _owners(self, output: Tensor, mixed: Sequence[Call | Use]) -> Owners:
+        if mixed and self._has_regions:
+            raise CheckpointFailed("its samples are mixed, and gradients that tell them apart need the graph twice")
+        return Owners(output, [call.edge for call in mixed], [id(call) for call in mixed])
 
 
 def _has_leaf(call: Call | Use) -> bool:
@@ -282,12 +295,12 @@ class _Arrivals:
     def __init__(
         self,
         calls: Sequence[Call | Use],
-        batch_size: int,
+        owners: Owners,
         receive: Receiver,
         layers: dict[str, list[str]],
         pullback: Pullback,
     ) -> None:
-        self._batch_size, self._receive, self._layers, self._pullback = batch_size, receive, layers, pullback
+        self._owners, self._receive, self._layers, self._pullback = owners, receive, layers, pullback
         self._awaited = Counter(name for call in calls for name in call.names)
         # Gradients that come by way of other shared tensors are complete at the end.
         self._awaited.update({name for call in calls if isinstance(call, Use) for name in call.names})
@@ -326,14 +339,21 @@ class _Arrivals:
 
     def _gradients(self, call: Call | Use, grad: Tensor) -> dict[str, PerSampleGradient]:
         """Return the gradients of parameters that a call gives."""
+        batch_size = self._owners.batch_size
         if isinstance(call, Use):
             with torch.no_grad(), failing_as_raw(call.names):
-                return self._pullback.direct(call.convert(grad.detach()))
+                return self._pullback.direct(call.convert(grad.detach(), partial(self._owners.of, id(call))))
         found = apply_rule(call, grad)
         call.inputs = ()  # frees the activation, once the graph has let go of it
         for name in found:
             self._layers.setdefault(name, []).append(call.layer.name)
-        return {name: gradient.fold(call.rows // self._batch_size) for name, gradient in found.items()}
+        if not call.mixed:
+            return {name: gradient.fold(call.rows // batch_size) for name, gradient in found.items()}
+        try:
+            owner = self._owners.of(id(call), grad, 1)
+        except NoOwner as error:
+            raise CaptureFailed(call.layer.name, str(error)) from error
+        return {name: regroup(gradient, owner, batch_size) for name, gradient in found.items()}
 
     def finish(self) -> None:
         """Pass on parameters that waited for calls that f turned out not to depend on, or for a way back."""

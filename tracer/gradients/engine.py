@@ -129,6 +129,9 @@ class GradientEngine:
             return f"no layer's input and output give the gradient of {listing(others)}"
         if assignment.stand_ins:
             return f"{type(assignment.stand_ins[0].module).__name__} is captured by a module that replaces it"
+        mixed = {name for name, axis in assignment.axes.items() if axis is SampleAxis.MIXED}
+        if others := sorted(mixed | {layer.name for layer in assignment.layers if layer.changed}):
+            return f"{listing(others)} get rows in any order, or have outputs that are changed in place"
         return list(assignment.layers), dict(assignment.axes)
 
     @property

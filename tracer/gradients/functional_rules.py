@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tracer.gradients.experts import ExpertsGradient
 from tracer.gradients.layers import LayerCall, LayerRule, rule_of, summed
 from tracer.gradients.per_sample import DenseGradient, OuterGradient, PerSampleGradient
 from tracer.gradients.rows import RowsGradient
@@ -27,12 +28,14 @@ class FunctionCall:
         wanted: The tensors whose gradients are wanted, by the name that the rule has for them.
         rule: The rule.
         module: A stand-in for the layer.
+        axis: The dimension of its input and output that holds the samples; None: one of the first two.
     """
 
     x: Tensor
     wanted: dict[str, Tensor]
     rule: LayerRule
     module: Any
+    axis: int | None = None
 
     def gradients(self, x: Tensor, grad: Tensor) -> Given:
         """Return the gradients of wanted tensors for an input and an output's gradient, samples first."""
@@ -44,7 +47,7 @@ def recognize(
 ) -> FunctionCall | None:
     """Return the call of a function whose ``id`` of parameters is among ``shared``, or None if no rule describes it."""
     name = getattr(func, "__name__", "").strip("_")
-    if name in ("matmul", "mm") and len(args) == 2:
+    if name in ("matmul", "mm", "bmm") and len(args) == 2:
         return _product(args[0], args[1], shared)
     if name == "getitem" and len(args) == 2 and isinstance(args[1], Tensor) and id(args[0]) in shared:
         return _lookup(args[0], args[1])
@@ -72,6 +75,8 @@ def _product(first: Tensor, second: Tensor, shared: Collection[int]) -> Function
         return FunctionCall(first, {"weight": second}, _vector_product, SimpleNamespace(weight=second))
     if id(first) in shared and first.ndim == 2 and second.ndim >= 3:
         return FunctionCall(second, {"weight": first}, _left_product, SimpleNamespace(weight=first))
+    if id(second) in shared and first.ndim == second.ndim == 3 and len(first) == len(second) > 1:
+        return FunctionCall(first, {"weight": second}, _batched_product, SimpleNamespace(weight=second), axis=1)
     return None
 
 
@@ -79,6 +84,12 @@ def _right_product(call: LayerCall) -> Given:
     x, g = call.x.to(call.grad_output.dtype), call.grad_output
     x, g = (each.reshape(each.shape[0], -1, each.shape[-1]) for each in (x, g))
     return {"weight": OuterGradient(x, g, call.module.weight.shape)}
+
+
+def _batched_product(call: LayerCall) -> Given:
+    x, g = call.x.to(call.grad_output.dtype), call.grad_output  # [N, E, I] and [N, E, O]
+    index = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    return {"weight": ExpertsGradient(index, x, g, call.module.weight.shape)}
 
 
 def _left_product(call: LayerCall) -> Given:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from tracer.gradients.combined import add_gradients
+from tracer.gradients.experts import ExpertsGradient
+from tracer.gradients.owners import NoOwner
 from tracer.gradients.per_sample import DenseGradient, OuterGradient, PerSampleGradient
 from tracer.gradients.rows import RowsGradient
 
@@ -34,7 +36,7 @@ def failing_as_raw(names: Iterable[str]) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (NoOwner, RuntimeError, ValueError, TypeError, IndexError) as error:
         raise RawFailed(dict.fromkeys(names, f"its gradient cannot be divided among samples ({error})")) from error
 
 
@@ -46,12 +48,14 @@ class Shared(NamedTuple):
         names: The parameters.
         transposed: Whether it is one parameter, a matrix, transposed.
         rows: The rows of one parameter, a table, that it consists of.
+        entry: Its index in the first dimension of one parameter, whose part it is: the matrix of an expert.
     """
 
     tensor: Tensor
     names: frozenset[str]
     transposed: bool = False
     rows: Tensor | None = None
+    entry: int | None = None
 
 
 class Use(NamedTuple):
@@ -63,8 +67,11 @@ class Use(NamedTuple):
         edge: Where the gradient arrives.
         leaf: The tensor of copies, if its gradient is what arrives.
         axis: The dimension of samples.
-        fold: The number of rows of a sample.
-        convert: Returns, for the gradient that arrives, the gradients of shared tensors, ``B`` samples each.
+        fold: The number of rows of a sample; 0: any.
+        convert: Returns, for the gradient that arrives, the gradients of shared tensors, ``B`` samples each. If samples
+            are mixed, it is given a function that returns whose rows are, given the gradient and how many of its
+            dimensions number rows.
+        mixed: Whether gradients tell whose rows are.
     """
 
     label: str
@@ -73,7 +80,8 @@ class Use(NamedTuple):
     leaf: Tensor | None
     axis: int
     fold: int
-    convert: Callable[[Tensor], list[tuple[Shared, PerSampleGradient]]]
+    convert: Callable[[Tensor, Callable[[Tensor, int], Tensor]], list[tuple[Shared, PerSampleGradient]]]
+    mixed: bool = False
 
 
 class Pullback:
@@ -96,6 +104,10 @@ class Pullback:
             if name is None and shared.transposed and isinstance(gradient, OuterGradient):
                 (name,) = shared.names
                 gradient = OuterGradient(gradient.right, gradient.left, gradient.shape[::-1])
+            if name is None and shared.entry is not None:
+                (whole,) = shared.names
+                if (expanded := _as_part(gradient, shared.entry, self._parameters[whole].shape)) is not None:
+                    name, gradient = whole, expanded
             if name is None:
                 self._waiting.setdefault(id(shared.tensor), (shared, []))[1].append(gradient)
             else:
@@ -125,3 +137,14 @@ class Pullback:
             shared.tensor, wanted, built, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
         yield from ((name, DenseGradient(grad)) for name, grad in zip(names, grads, strict=True) if grad is not None)
+
+
+def _as_part(gradient: PerSampleGradient, entry: int, shape: Sequence[int]) -> PerSampleGradient | None:
+    """Return the gradient of a parameter, given that of one entry of its first dimension, if a form has it."""
+    if isinstance(gradient, OuterGradient) and len(shape) == 3:
+        index = torch.full(gradient.left.shape[:2], entry, device=gradient.device)
+        return ExpertsGradient(index, gradient.left, gradient.right, shape)
+    if isinstance(gradient, DenseGradient) and len(shape) == 2:
+        index = torch.full((gradient.batch_size, 1), entry, device=gradient.device)
+        return RowsGradient(index, gradient.values.unsqueeze(1), shape)
+    return None

@@ -17,7 +17,7 @@ from tracer.data.batches import select_samples
 from tracer.data.tasks import Task, check_per_sample
 from tracer.errors import GradientError, TracerError
 from tracer.gradients.backend import Backend
-from tracer.gradients.calls import CallPattern
+from tracer.gradients.calls import CallPattern, SampleAxis
 from tracer.gradients.coupling import coupling_error
 from tracer.gradients.derived_values import derived_values
 from tracer.gradients.isolation import seed_generators
@@ -46,13 +46,15 @@ class _Verified:
     """The passes that agreed with autograd at one checkpoint.
 
     Attributes:
-        signatures: Their signatures.
+        signatures: Their signatures, without calls whose samples are mixed.
+        mixed: Those calls: which of them a pass has may change with each batch.
         seen: Parameters whose gradient was more than rounding noise when they agreed.
         num_batches: The number of batches computed.
         first: The first sample, as a batch, and its f then.
     """
 
     signatures: set[Signature] = field(default_factory=set)
+    mixed: set[CallPattern] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
     num_batches: int = 0
     first: tuple[Batch, Tensor] | None = None
@@ -148,7 +150,7 @@ class Verifier:
     def is_due(self, signature: Signature, only_new: bool = False) -> bool:
         """Return whether any rank has to check a pass; ``only_new``: only if none with its signature agreed before."""
         verified = self._verified
-        due = signature not in verified.signatures or (self._num_batches in _EARLY_CHECKS and not only_new)
+        due = not self._is_known(signature) or (self._num_batches in _EARLY_CHECKS and not only_new)
         if not due and not only_new and not verified.seen.issuperset(self._shapes):
             # Agreeing on zero proves nothing, so passes are checked again while the gradient of some parameter was
             # never more than noise; ever more rarely, as the parameter may be unused or its gradient zero in theory.
@@ -158,11 +160,18 @@ class Verifier:
 
     def puts_in_doubt(self, signature: Signature) -> bool:
         """Return whether a pass that looks like this and is wrong puts batches in doubt that were not checked."""
-        return self._unchecked and signature in self._verified.signatures
+        return self._unchecked and self._is_known(signature)
+
+    def _is_known(self, signature: Signature) -> bool:
+        """Return whether a pass that agreed called its layers in this way."""
+        mixed = _mixed(signature)
+        return (signature[0] - mixed, signature[1]) in self._verified.signatures and mixed <= self._verified.mixed
 
     def confirm(self, signature: Signature, checked: bool) -> None:
         """Record a finished pass that agreed with autograd or needed no check."""
-        self._verified.signatures.add(signature)
+        mixed = _mixed(signature)
+        self._verified.signatures.add((signature[0] - mixed, signature[1]))
+        self._verified.mixed |= mixed
         self._verified.num_batches += 1
         self._num_batches += 1
         self._unchecked |= not checked
@@ -254,6 +263,10 @@ class Verifier:
         row = start + found[0]
         one = select_samples(batch, torch.tensor([row]), batch_size)
         raise coupling_error(self.model, self._task, batch, one, row, found[1])
+
+
+def _mixed(signature: Signature) -> frozenset[CallPattern]:
+    return frozenset(pattern for pattern in signature[0] if pattern.axis is SampleAxis.MIXED)
 
 
 def now(device: torch.device) -> float:
