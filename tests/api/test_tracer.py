@@ -377,7 +377,7 @@ def test_one_call_gives_the_same_and_resumes(run, exact, tmp_path):
     calls.clear()
     again = attribute(run.model, loss, run.train, run.targets, run.checkpoints, **options)
     np.testing.assert_array_equal(again.scores, found.scores)
-    assert calls == []
+    assert max(calls) <= 4  # no batch of 7: a few stored examples, to compare them
 
 
 @pytest.mark.parametrize("source", ["dataset", "loader", "batches"])

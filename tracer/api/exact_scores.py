@@ -7,7 +7,7 @@ overflow nor vanish with the size of gradients; scores follow from them, loss de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,8 +66,8 @@ def score_exactly(
     Raises:
         CallOrderError: If the store has another storage, or the checkpoint was never loaded.
         InputError: If ``train`` has another number of examples than ``train_set_size``.
-        MismatchError: If the weights or an example's inputs differ from those stored. Examples whose scores are
-            complete are not read again.
+        MismatchError: If the weights, an example's inputs, or what model and task make of them differ from those
+            stored. A Tracer reads examples whose scores are complete only once.
         NonFiniteError: If a gradient is NaN or infinite.
     """
     factory, store = _tracer._factory, _tracer.store
@@ -92,14 +92,16 @@ def score_exactly(
     for engine in {factory.engine, factory.target_engine}:
         engine.use_weights(loaded.fingerprint)
     settings = factory.settings
+    unread = {None, exp_name} - factory.compared if in_order else set()
     factory.written |= {None, exp_name}
+    factory.compared |= unread
     featurizer = factory.make(loaded, model_id, store)
     of_targets = factory.make(loaded, model_id, store, factory.target_engine)
     while True:
         try:
             given = (store, exp_name, model_id, settings.memory_bytes, settings.progress)
             writer = CosineWriter(featurizer, of_targets, *given)
-            return writer.run(train_rows, target_rows)
+            return writer.run(train_rows, target_rows, unread)
         except GradientsChanged as change:
             factory.forget(store, change)
 
@@ -139,12 +141,13 @@ class CosineWriter:
                 if table is not None:
                     table.name_rows(store.ids(name).named)
 
-    def run(self, train: DataSource, targets: DataSource) -> None:
+    def run(self, train: DataSource, targets: DataSource, unread: Collection[str | None] = ()) -> None:
         """Compute everything that is not stored yet, block by block of targets.
 
         Args:
             train: All training examples.
             targets: All targets.
+            unread: The names of the sets, None being the training set, whose stored examples are compared first.
 
         Raises:
             MismatchError: If an example's inputs differ from those stored for its index.
@@ -152,6 +155,10 @@ class CosineWriter:
         """
         try:
             with torch.inference_mode(False):
+                if None in unread:
+                    self._featurizer.compare(self._train, train)
+                if self._exp_name in unread:
+                    self._target_featurizer.compare(self._targets, targets)
                 self._run_blocks(train, targets)
         finally:
             for table in (self._train, self._targets):

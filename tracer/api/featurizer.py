@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tracer.api.sinks import DroppingSink, NormSink, ProjectingSink, RowValues, row_values, write_values
 from tracer.data.batches import check_batch_size, select_samples, to_device
+from tracer.data.datasets import DataSource, exact_batches
 from tracer.data.fingerprints import fingerprint_samples
 from tracer.data.tasks import check_per_sample
 from tracer.errors import BatchError
@@ -29,6 +30,9 @@ from tracer.training.lend_weights import LoadedWeights, weights_in
 from tracer.types import Batch, Projection, SampleOutputs
 
 Answer = TypeVar("Answer")
+
+_COMPARED = 4
+"""How many stored examples are computed again, to see whether model and task are still those of the store."""
 
 
 class Featurizer:
@@ -60,7 +64,7 @@ class Featurizer:
         self.device, self.check_rows, self.preconditioner = device, check_rows, preconditioner
         self.rotates, self.joints = rotates, joints
         self._memory: Tensor | None = None
-        self._runs_alone = self._derived_checked = False
+        self._runs_alone = self._derived_checked = self._compared = False
 
     @torch.inference_mode(False)
     def write(self, table: RowTable, batch: Batch, rows: np.ndarray, compared: RowTable | None = None) -> int:
@@ -87,6 +91,8 @@ class Featurizer:
         backend = self.engine.backend
         with backend.step():
             fingerprint, known = self.check(table, batch, rows, compared)
+            if known.any():
+                self._compare(table, batch, rows)
             new = np.flatnonzero(~known)
 
             def first_row() -> Batch:
@@ -127,6 +133,28 @@ class Featurizer:
             if compared is not None:
                 compared.check_rows(rows, fingerprint)
         return fingerprint, table.check_rows(rows, fingerprint)
+
+    def compare(self, table: RowTable, source: DataSource) -> None:
+        """Compare all examples of a source that a table holds with it, and some of them by their values."""
+        stored = np.flatnonzero(table.done)
+        for batch, rows in exact_batches(source, stored) if len(stored) else ():
+            self.check(table, batch, rows)
+            self._compare(table, batch, rows)
+
+    def _compare(self, table: RowTable, batch: Batch, rows: np.ndarray) -> None:
+        """Compute some of the examples that a table holds again, once: does the same function give the same values?"""
+        # A checkpoint has no code: no activation, no loss, no constant of either.
+        if self._compared or not self.check_rows or self.engine.backend.is_sharded:
+            return
+        known = np.flatnonzero(table.done[rows])[:_COMPARED]
+        if not len(known):
+            return
+        self._compared = True
+        part = select_samples(batch, torch.from_numpy(known), len(rows))
+        found = self.compute(part, len(known))
+        exact = self.device.type == "cpu" and self.engine.dtype in (torch.float32, torch.float64)
+        values = {name: getattr(found, name) for name in ("loss", "loss_grad", "gradient_norm")}
+        table.check_values(rows[known], 0.02 if exact else 0.1, **values)
 
     @torch.inference_mode(False)
     def compute(self, batch: Batch, num_rows: int) -> RowValues:

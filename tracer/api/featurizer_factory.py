@@ -75,6 +75,7 @@ class FeaturizerFactory:
         dtype: The dtype of whitened gradients: float64 if a selected parameter is, else float32.
         joints: The weights that are whitened together with their bias, by name; none without whitening.
         written: The sets of examples that features were computed of; None is the training set.
+        compared: Those whose stored examples were compared with the data.
         num_restarts: How often everything that was computed was forgotten, since gradients had been wrong.
     """
 
@@ -100,6 +101,7 @@ class FeaturizerFactory:
         whitens = settings.preconditioner in KRONECKER
         self.joints = {joint.weight: joint for joint in find_joints(self.model, names)} if whitens else {}
         self.written: set[str | None] = set()
+        self.compared: set[str | None] = set()
         self.num_restarts = 0
         self._hidden_engines: dict[type[LabelDraws], GradientEngine] = {}
         self._projectors: tuple[int | None, Projector] | None = None  # of the checkpoint used last

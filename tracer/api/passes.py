@@ -59,6 +59,15 @@ class Passes:
     def _stores_features(self) -> bool:
         return self.tracer.store.manifest.feature_storage.stores_features
 
+    def _to_pass(self, model_id: int, exp_name: str | None = None) -> np.ndarray:
+        """Return the missing examples; at the first checkpoint all, since those in the store may be others by now."""
+        tracer, factory = self.tracer, self.tracer._factory
+        collected = exp_name is None and tracer.store.manifest.is_collected
+        if exp_name in factory.compared or collected or not factory.settings.check_rows:
+            return tracer.remaining(model_id, exp_name)
+        factory.compared.add(exp_name)
+        return np.arange(tracer.store.num_rows(exp_name))
+
     def _featurize(self, group: list, of: str) -> None:
         tracer = self.tracer
         for model_id, (checkpoint, learning_rate) in group:
@@ -66,7 +75,7 @@ class Passes:
             if tracer._factory.settings.preconditioner in KRONECKER:
                 tracer.fit_curvature(self.train)
             if self._stores_features:
-                self._feed(tracer.featurize, self.train, tracer.remaining(model_id), f"featurize {model_id + 1}{of}")
+                self._feed(tracer.featurize, self.train, self._to_pass(model_id), f"featurize {model_id + 1}{of}")
             else:
                 tracer.score_exactly(checkpoint, model_id, self.train, self.targets, self.exp_name)
 
@@ -78,8 +87,8 @@ class Passes:
         for model_id, (checkpoint, learning_rate) in group if self._stores_features else ():
             if count:
                 tracer.start_scoring_checkpoint(checkpoint, model_id, count, self.exp_name)
-                remaining = tracer.remaining(model_id, self.exp_name)
-                self._feed(tracer.score, self.targets, remaining, f"score {model_id + 1}{of}")
+                rows = self._to_pass(model_id, self.exp_name)
+                self._feed(tracer.score, self.targets, rows, f"score {model_id + 1}{of}")
             if self.fits_kernel:
                 if not count:
                     tracer.load_checkpoint(checkpoint, model_id, learning_rate)
@@ -94,10 +103,10 @@ class Passes:
             before = self.tracer._factory.num_restarts
             step()
 
-    def _feed(self, step: Callable[..., Any], source: DataSource, remaining: np.ndarray, description: str) -> None:
-        """Pass this process's share of the missing examples to the tracer, batch by batch, with a progress bar."""
+    def _feed(self, step: Callable[..., Any], source: DataSource, rows: np.ndarray, description: str) -> None:
+        """Pass this process's share of some examples to the tracer, batch by batch, with a progress bar."""
         own = np.asarray(self.tracer.shard(range(len(source))).indices)
-        rows = remaining[np.isin(remaining, own, assume_unique=True)]
+        rows = rows[np.isin(rows, own, assume_unique=True)]
         if len(rows) == 0:
             return
         run, disable = Halving(step), bar_disabled(self.tracer._factory.settings.progress)

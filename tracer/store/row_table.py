@@ -43,6 +43,10 @@ KnownTables = dict[StorePath, tuple[tuple[Any, ...], Mapping[str, Layout]]]
 """What the documents of tables said, by path: what changes with the arrays, and the arrays' layouts."""
 
 
+_ROUNDING = 256 * float(np.finfo(np.float32).eps)
+"""The difference of losses, which cancel, that rounding can explain."""
+
+
 class RowTable:
     """The table of one checkpoint: training examples, or targets.
 
@@ -196,6 +200,32 @@ class RowTable:
                 "indices, no random augmentation); pass the same rows, or choose another save_dir"
             )
         return np.asarray(written)
+
+    def check_values(self, rows: np.ndarray, share: float, **values: np.ndarray) -> None:
+        """Check that written rows ``[n]`` have the values that are computed now.
+
+        Args:
+            rows: The rows.
+            share: The largest difference, as a share of the largest value.
+            **values: What is computed now, ``[n]`` each.
+
+        Raises:
+            MismatchError: If they have others: they were computed by another function.
+        """
+        for name, found in values.items():
+            stored = take_column(self._arrays, name, rows)
+            scale = float(np.maximum(np.abs(stored), np.abs(found)).max())
+            difference = np.abs(found - stored)
+            if difference.max() <= max(share * scale, _ROUNDING if name != "gradient_norm" else 0.0):
+                continue
+            self.check_content(np.sort(rows))
+            worst = int(difference.argmax())
+            raise MismatchError(
+                f"expected the model and task that {self.path} was made with, but row {self.named(rows[[worst]])}, "
+                f"computed again, has {name} {found[worst]:.4g} in place of {stored[worst]:.4g}: code, options of "
+                f"layers or of the loss, or the batches' preparation are others. Pass those that were used, or another "
+                f"save_dir"
+            )
 
     def write(
         self,
