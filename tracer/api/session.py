@@ -43,7 +43,8 @@ class Session:
 
     Args:
         role: `FEATURIZE` or `SCORE`.
-        open_table: Opens the table that batches are written to.
+        table: The table that batches are written to.
+        open_table: Opens it again.
         featurizer: Computes rows at the checkpoint.
         compared: A table of the same examples at another checkpoint, whose fingerprints must be equal, or None.
         forget: Forgets everything that was computed, since gradients turned out to be wrong.
@@ -54,13 +55,14 @@ class Session:
     Attributes:
         role: As passed.
         loaded: As passed.
-        table: The table that batches are written to.
+        table: The table that batches are written to, as it was opened last.
         featurizer: As passed.
     """
 
     def __init__(
         self,
         role: str,
+        table: RowTable,
         open_table: Callable[[], RowTable],
         featurizer: Featurizer,
         compared: RowTable | None,
@@ -69,7 +71,7 @@ class Session:
         form: InputForm,
         ids: ExampleIds,
     ) -> None:
-        self.role, self.table, self.featurizer, self.loaded = role, open_table(), featurizer, loaded
+        self.role, self.table, self.featurizer, self.loaded = role, table, featurizer, loaded
         self._open_table, self._compared, self._forget = open_table, compared, forget
         self._backend, self._form = featurizer.engine.backend, form
         self._cursor = IndexCursor(self.table.num_rows, "train_set_size" if role == FEATURIZE else "num_targets")
@@ -182,9 +184,8 @@ def begin_featurizing(
             sources.check_new(store, model_id, loaded.fingerprint)
             table = store.create_checkpoint(model_id, loaded.fingerprint, learning_rate)
         sources.remember(model_id, checkpoint, table)
-    table.close()
     compared = store.other_checkpoint(model_id)
-    return _session(factory, store, loaded, model_id, None, lambda: store.checkpoint(model_id), compared)
+    return _session(factory, store, loaded, model_id, None, table, lambda: store.checkpoint(model_id), compared)
 
 
 def begin_scoring(
@@ -201,10 +202,11 @@ def begin_scoring(
     check_weights(known, loaded.fingerprint, model_id)
     agreed = (model_id, num_targets, exp_name, loaded.fingerprint)
     with factory.backend.rank_zero_first("arguments", agreed):
-        target_table(store, exp_name, model_id, num_targets, factory.target_settings).close()
+        table = target_table(store, exp_name, model_id, num_targets, factory.target_settings)
         sources.remember(model_id, checkpoint, known)
     compared = store.other_targets(exp_name, model_id)
-    return _session(factory, store, loaded, model_id, exp_name, lambda: store.targets(exp_name, model_id), compared)
+    reopen = partial(store.targets, exp_name, model_id)
+    return _session(factory, store, loaded, model_id, exp_name, table, reopen, compared)
 
 
 def target_table(
@@ -243,6 +245,7 @@ def _session(
     loaded: LoadedCheckpoint,
     model_id: int,
     exp_name: str | None,
+    table: RowTable,
     open_table: Callable[[], RowTable],
     compared: RowTable | None,
 ) -> Session:
@@ -253,6 +256,7 @@ def _session(
     forget = partial(factory.forget, store)
     return Session(
         role,
+        table,
         open_table,
         factory.make(loaded, model_id, store, engine),
         compared,

@@ -66,6 +66,8 @@ class RowTable:
         dim: The values of a row; 0 without features.
         storage: The dtype of stored features; ``"none"`` without features.
         chunk_rows: The rows of one file: processes that write at the same time write different chunks.
+        has_fingerprints: Whether examples can be recognized: not those collected in a training, whose inputs may be
+            augmented.
 
     Raises:
         StoreError: If the table is damaged.
@@ -79,7 +81,7 @@ class RowTable:
         described = self.attributes
         try:
             self.num_rows, self.storage = described["num_rows"], described["storage"]
-            self.chunk_rows = described["chunk_rows"]
+            self.chunk_rows, self.has_fingerprints = described["chunk_rows"], "collected" not in described
             self._feature_storage = FeatureStorage(self.storage)
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{path / NODE} is damaged ({error!r}): restore it, or remove {path}") from error
@@ -169,11 +171,6 @@ class RowTable:
     def checked_rows(self, rows: np.ndarray) -> np.ndarray:
         """Return row indices as int64 after checking that they are within the table."""
         return checked_rows(rows, self.num_rows, self.path)
-
-    @property
-    def has_fingerprints(self) -> bool:
-        """Whether examples can be recognized: not those collected in a training, whose inputs may be augmented."""
-        return "collected" not in self.attributes
 
     def check_rows(self, rows: np.ndarray, fingerprint: np.ndarray) -> np.ndarray:
         """Return which rows are written, ``[n]``.
