@@ -316,6 +316,22 @@ def test_a_plan_says_what_is_to_be_done_and_leaves_nothing(project):
     assert "64 values an example (sketch), stored as float16" in text
 
 
+def test_a_plan_takes_the_time_of_an_example_without_the_checks_of_early_batches(project, monkeypatch):
+    clock = [0.0]
+
+    def tick(module, args):
+        clock[0] += len(args[0]) if isinstance(module, torch.nn.Linear) else 0
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(tick)
+    try:
+        found = printed_json("run", "tracer.toml", "--dry-run")
+    finally:
+        hook.remove()
+    assert found["train_seconds_per_row"] == 2  # the network has two Linear layers, and one forward is needed
+    assert found["seconds"] > 2 * 2 * NUM_TRAIN
+
+
 @pytest.mark.parametrize("options", [[], ["--storage", "int8"], ["--projector", "none"]], ids=" ".join)
 def test_a_plan_knows_the_bytes_on_disk(project, options):
     planned = printed_json("run", "tracer.toml", "--dry-run", *options)["disk_bytes"]

@@ -243,6 +243,15 @@ def test_every_row_is_in_one_batch_of_similar_lengths_within_the_budget():
     assert [inds.tolist() for _, inds in source.batches(np.array([3, 7]))] in ([[3, 7]], [[7, 3]])
 
 
+def test_a_trial_has_the_longest_rows_and_batches_of_all_lengths():
+    source = text_source(texts(300, 23), make_tokenizer(), TextSettings(batch_tokens=64))
+    longest, *others = [len(batch["input_ids"][0]) for batch in source.trial_batches(5)]
+    of_all = [len(batch["input_ids"][0]) for batch, _ in source.batches(np.arange(len(source)))]
+    assert longest == max(of_all) and len(others) == 4
+    assert np.quantile(of_all, 0.75) >= others[1] >= np.median(of_all) >= others[2] >= np.quantile(of_all, 0.25)
+    assert len(list(text_source(texts(1), make_tokenizer(), TextSettings()).trial_batches(5))) == 1
+
+
 @pytest.mark.parametrize(("truncation", "kept"), [("keep_start", slice(0, 4)), ("keep_end", slice(-4, None))])
 def test_long_documents_are_cut(truncation, kept):
     source = text_source(texts(), make_tokenizer(), TextSettings(max_length=4, truncation=truncation))

@@ -23,6 +23,7 @@ from tracer.gradients.joint import JoiningSink, Joint
 from tracer.gradients.norms import row_squares
 from tracer.gradients.per_sample import DenseGradient
 from tracer.gradients.preconditioning import Preconditioner, PreconditioningSink
+from tracer.gradients.verification import checking
 from tracer.projection.base import Projector
 from tracer.store import RowTable
 from tracer.store.quantization import rotated
@@ -216,7 +217,7 @@ class Featurizer:
 
     def _check_first(self, batch: Batch, num_rows: int) -> None:
         """Check before anything is computed that no value comes from other weights, and that one example runs."""
-        with self.engine.stateless_task.unchanged():
+        with checking(self.device), self.engine.stateless_task.unchanged():
             if not self._derived_checked:
                 self.engine.stateless_task.check_derived(select_samples(batch, torch.tensor([0]), num_rows))
                 self._derived_checked = True

@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from tracer._core.validation import check_model
 from tracer.cli.job import Job
 from tracer.cli.output import format_facts, format_size, format_table, format_time
 from tracer.data.datasets import DataSource, IteratedSource
+from tracer.gradients.verification import seconds_checked
 from tracer.store import Store
 from tracer.store.arrays.metadata import NODE
 from tracer.store.arrays.store_path import store_path
@@ -30,7 +30,7 @@ from tracer.store.table_schema import table_layouts
 from tracer.training.load_state import check_headers
 from tracer.types import Batch
 
-TRIAL_BATCHES, TRIAL_CHECKPOINTS = 4, 2
+TRIAL_BATCHES, TRIAL_CHECKPOINTS = 3, 2
 """The number of batches of each side and of checkpoints in the trial; the first batch only warms up."""
 
 
@@ -51,7 +51,8 @@ def make_plan(job: Job) -> dict[str, Any]:
     train_seconds, target_seconds = (sample.row_seconds for sample in samples)
     began = min(sample.began for sample in samples if len(sample))
     between = after - began - sum(sample.seconds for sample in samples)  # between the batches: weights, files
-    fixed = began - before + len(missing) * between / min(len(missing), TRIAL_CHECKPOINTS)
+    checks = sum(sample.check_seconds for sample in samples)  # of the first batches: later ones have hardly any
+    fixed = began - before + len(missing) * (between + checks) / min(len(missing), TRIAL_CHECKPOINTS)
     num_processes = this_process(job.options.get("process")).count
     num_train, num_targets = (sum(each) for each in zip(*missing, strict=True))
     names = ("path", "learning_rate", "train_rows_missing", "targets_missing")
@@ -113,14 +114,14 @@ def plan_text(plan: dict[str, Any]) -> str:
 
 
 class _Sample(DataSource):
-    """The first batches of a source; measures the time until each next one is requested."""
+    """The first batches of a source; measures the time until each next one is requested, and that of checks in it."""
 
     def __init__(self, source: DataSource, name: str) -> None:
         before = time.perf_counter()
-        batches = [batch for batch, _ in islice(source.batches(np.arange(len(source))), TRIAL_BATCHES)]
+        batches = list(source.trial_batches(TRIAL_BATCHES))
         loaded, self._source = time.perf_counter() - before, IteratedSource(batches, name)
         self._load_seconds = loaded / max(1, len(self._source))
-        self.began, self.seconds = 0.0, 0.0
+        self.began, self.seconds, self.check_seconds = 0.0, 0.0, 0.0
         self._timed_rows, self._timed_seconds = 0, 0.0
 
     def __len__(self) -> int:
@@ -128,19 +129,21 @@ class _Sample(DataSource):
 
     def batches(self, indices: np.ndarray) -> Iterator[tuple[Batch, np.ndarray]]:
         for each in self._source.batches(indices):
-            before = time.perf_counter()
+            before, checked_before = time.perf_counter(), seconds_checked()
             yield each
-            spent = time.perf_counter() - before
+            spent, checked = time.perf_counter() - before, seconds_checked() - checked_before
             self.seconds += spent
+            self.check_seconds += checked
             self.began, is_warm = self.began or before, self.began > 0
             if is_warm:
                 self._timed_rows += len(each[1])
-                self._timed_seconds += spent
+                self._timed_seconds += spent - checked
 
     @property
     def row_seconds(self) -> float:
-        """The time of one example including loading; from the first batch if there is no other."""
-        spent, rows = (self._timed_seconds, self._timed_rows) if self._timed_rows else (self.seconds, len(self))
+        """The time of one example including loading, without checks; from the first batch if there is no other."""
+        first = self.seconds - self.check_seconds, len(self)
+        spent, rows = (self._timed_seconds, self._timed_rows) if self._timed_rows else first
         return self._load_seconds + spent / max(1, rows)
 
 

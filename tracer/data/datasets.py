@@ -59,6 +59,10 @@ class DataSource(ABC):
     def batches(self, indices: Int64[np.ndarray, " n"]) -> Iterator[tuple[Batch, Int64[np.ndarray, " b"]]]:
         """Yield batches that together hold at least the examples of ascending indices, each with its own indices."""
 
+    def trial_batches(self, count: int) -> Iterator[Batch]:
+        """Yield a few batches whose time, but for the first one's, stands for that of all: the first ``count``."""
+        return (batch for batch, _ in islice(self.batches(np.arange(len(self))), count))
+
 
 class NoExamples(DataSource):
     """Targets that are not known yet."""

@@ -35,7 +35,7 @@ from tracer.gradients.module_state import StatelessTask
 from tracer.gradients.per_sample import PerSampleGradient
 from tracer.gradients.selfcheck import REPEATED, Reference, WeightedSums, disagreeing, same_values
 from tracer.gradients.shared import RawFailed
-from tracer.gradients.verification import Signature, Verifier
+from tracer.gradients.verification import Signature, Verifier, checking
 from tracer.types import Batch, SampleOutputs, first_sample
 
 logger = logging.getLogger("tracer.gradients")
@@ -192,7 +192,8 @@ class GradientEngine:
             outputs, done = self._complete(batch, batch_size, watched)
             doubt = done.doubt
             if watched.row is not None:
-                found = self._auditor.audit(watched, outputs, batch, batch_size)
+                with checking(self.device):
+                    found = self._auditor.audit(watched, outputs, batch, batch_size)
                 if self.backend.any(isinstance(found, Finding)):
                     before = outputs
                     outputs, done = self._complete(batch, batch_size, watched, watched.row)
@@ -202,8 +203,9 @@ class GradientEngine:
                         raise GradientError(STATEFUL)
                     if isinstance(found, Finding):
                         raise self._auditor.error(found, batch)
-                if not self.backend.is_sharded and self._auditor.drifts(batch, batch_size):
-                    raise GradientError(STATEFUL)
+                with checking(self.device):
+                    if not self.backend.is_sharded and self._auditor.drifts(batch, batch_size):
+                        raise GradientError(STATEFUL)
                 self.audited = watched.row if found else None
         self._verifier.confirm(done.signature, done.checked)
         self.patterns = done.signature[0]
@@ -260,7 +262,8 @@ class GradientEngine:
                         sink.leave_to(sums)
                     self._backward(captured, batch_size, sink, sums)
                 if sums is not None:
-                    wrong = self._wrong(captured, sums, batch, batch_size)
+                    with checking(self.device):
+                        wrong = self._wrong(captured, sums, batch, batch_size)
                     if self.backend.any(wrong is not None):
                         in_doubt = verifier.puts_in_doubt(signature)
                         assignment.blame(wrong or {}, captured, batch_size, at_once=in_doubt)
@@ -286,7 +289,8 @@ class GradientEngine:
         def receive(gradients: dict[str, PerSampleGradient]) -> None:
             with torch.no_grad():
                 if sums is not None:
-                    sums.add(0, gradients)
+                    with checking(self.device):
+                        sums.add(0, gradients)
                 sink.take(0, batch_size, gradients)
 
         captured.backward(receive)

@@ -269,6 +269,25 @@ def _mixed(signature: Signature) -> frozenset[CallPattern]:
     return frozenset(pattern for pattern in signature[0] if pattern.axis is SampleAxis.MIXED)
 
 
+_seconds_checked = 0.0
+
+
+def seconds_checked() -> float:
+    """Return how long this process has compared gradients with autograd's, in seconds; see `checking`."""
+    return _seconds_checked
+
+
+@contextmanager
+def checking(device: torch.device) -> Iterator[None]:
+    """Count the time of a ``with`` block as that of checks, which early batches need and most later ones do not."""
+    global _seconds_checked
+    began = now(device)
+    try:
+        yield
+    finally:
+        _seconds_checked += now(device) - began
+
+
 def now(device: torch.device) -> float:
     """Return the time at which everything that a device was given is done, in seconds."""
     if device.type == "cuda":

@@ -73,13 +73,24 @@ class TextSource(DataSource):
         for start in range(0, len(indices), WINDOW):
             window = indices[start : start + WINDOW]
             documents = self._documents.load(self.rows, window)
-            order = np.arange(len(window))
-            if not self._in_order:
-                order = np.argsort(-self.rows.lengths[window], kind="stable")
-            for chosen in bucketed(self.rows.sizes(window), order, self._settings.batch_tokens):
-                own = window[chosen]
+            for own in self._planned(window):
                 tokens = [self.rows.tokens(row, documents) for row in own.tolist()]
                 yield collate(tokens, self.pad_token, self._settings.unit == "block", self.in_sides), own
+
+    def _planned(self, window: Int64[np.ndarray, " n"]) -> Iterator[Int64[np.ndarray, " b"]]:
+        """Yield the rows of each batch of a window."""
+        order = np.arange(len(window))
+        if not self._in_order:
+            order = np.argsort(-self.rows.lengths[window], kind="stable")
+        for chosen in bucketed(self.rows.sizes(window), order, self._settings.batch_tokens):
+            yield window[chosen]
+
+    def trial_batches(self, count: int) -> Iterator[Batch]:
+        """Yield the first batch of a window, whose rows are its longest, then batches from all of its lengths."""
+        planned = list(self._planned(np.arange(min(len(self), WINDOW))))
+        spaced = (np.arange(count - 1) + 0.5) * len(planned) / max(1, count - 1)
+        for place in [0, *spaced.astype(np.int64).tolist()][: len(planned)]:
+            yield from (batch for batch, _ in self.batches(np.sort(planned[place])))
 
     def shown(self, batch: Batch) -> list[list[int]]:
         """Return the tokens of each row of a batch, of an encoder-decoder both sides without padding."""
