@@ -382,6 +382,13 @@ def test_an_answer_is_shown_as_text_and_html():
     assert found[1]["documents"] == [{"document": 3, "score": -0.5}]
 
 
+def test_white_space_that_carries_a_score_is_seen():
+    space = ExplainedDocument(1, 2.0, [1], None, ["a", "\n", "b", " ", "c"], np.array([0, 2.0, 0.1, 1.9, 0.1]))
+    answer = Explanation(["q"], ["a"], None, False, "cosine", "proponents", "cosine", [space])
+    assert "   a[\\n]\n   b[ ]c\n   tokens: '\\n' +2, ' ' +1.9, 'b' +0.1" in str(answer)
+    assert ">↵\n</span>" in answer._repr_html_()
+
+
 def test_candidates_of_the_index_give_the_answer_of_all_examples(tmp_path):
     found = build(tmp_path)
     found.tracer.build_index("cosine")

@@ -119,7 +119,7 @@ class Explanation:
             lines += ["", f"{rank}. {self._title(each)}", "   " + _excerpt(each).replace("\n", "\n   ")]
             if strongest := each.strongest_tokens():
                 assert each.token_scores is not None  # there are strongest ones
-                shown = (f"{each.tokens[place].strip()!r} {each.token_scores[place]:+.3g}" for place in strongest)
+                shown = (f"{_inner(each.tokens[place])!r} {each.token_scores[place]:+.3g}" for place in strongest)
                 lines.append(f"   tokens: {', '.join(shown)}")
         return printable("\n".join(lines))
 
@@ -162,19 +162,27 @@ def _excerpt(document: ExplainedDocument) -> str:
     return "".join(found).strip()
 
 
+def _inner(token: str) -> str:
+    """Return a token without the white space around it, unless it is nothing else."""
+    return token.strip() or token
+
+
 def _bracketed(token: str) -> str:
-    inner = token.strip()
-    return token.replace(inner, f"[{inner}]", 1) if inner else token
+    if token.strip():
+        return token.replace(_inner(token), f"[{_inner(token)}]", 1)
+    return f"[{token!r}]".replace("'", "") + "\n" * token.count("\n")
 
 
 def _coloured(document: ExplainedDocument) -> str:
     scores = document.token_scores
     if scores is None or not np.abs(scores).max(initial=0):
         return html.escape(document.text)
-    return "".join(
-        f"<span style='{_style(score / np.abs(scores).max())}' title='{score:.3g}'>{html.escape(token)}</span>"
-        for token, score in zip(document.tokens, scores.tolist(), strict=True)
-    )
+    found = []
+    for token, score in zip(document.tokens, scores.tolist(), strict=True):
+        style = _style(score / np.abs(scores).max())
+        text = html.escape(token.replace("\n", "↵\n") if style else token)  # a line's end has no background to see
+        found.append(f"<span style='{style}' title='{score:.3g}'>{text}</span>")
+    return "".join(found)
 
 
 def _style(share: float) -> str:
