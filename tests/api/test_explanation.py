@@ -382,6 +382,16 @@ def test_an_answer_is_shown_as_text_and_html():
     assert found[1]["documents"] == [{"document": 3, "score": -0.5}]
 
 
+def test_examples_are_shown_as_their_own_texts_in_notebooks(tmp_path):
+    found = build(tmp_path, targets=["w3 w4 w5"], packing="bfd", max_length=32)
+    shown = str(found.show(0, 2))
+    assert "w3 w4 w5 <eos>" in shown
+    whole = [f"{each['prompt']}{each['completion']}" for each in DATA]
+    for row in found.top(2).indices[0].tolist():
+        (text,) = found.language.train.texts(np.array([row]))
+        assert text in shown and text.removesuffix(" <eos>") in whole
+
+
 def test_white_space_that_carries_a_score_is_seen():
     space = ExplainedDocument(1, 2.0, [1], None, ["a", "\n", "b", " ", "c"], np.array([0, 2.0, 0.1, 1.9, 0.1]))
     answer = Explanation(["q"], ["a"], None, False, "cosine", "proponents", "cosine", [space])

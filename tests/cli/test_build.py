@@ -62,6 +62,31 @@ def test_one_command_builds_what_other_commands_answer_from(project):
     assert result.exit_code == 0 and (project / "report" / "index.html").exists()
 
 
+def test_a_report_shows_the_texts_or_says_why_not(project, monkeypatch, caplog):
+    texts_of = [" ".join(json.loads(line)["text"].split()) for line in (project / "train.jsonl").open()]
+    asked = (project / "targets.txt").read_text().splitlines()
+    options = ["--targets", "targets.txt", "--packing", "bfd", "--max-length", "64"]
+    assert run_tracer("build", *NAMES, *options).exit_code == 0
+
+    def shown(*more):
+        result = run_tracer("report", "store", "--output-dir", "report", "--no-figures", *more)
+        assert result.exit_code == 0, result.output
+        page = (project / "report" / "index.html").read_text()
+        return [f"{text} \\u003ceos\\u003e" in page for text in (*texts_of, *asked)]
+
+    assert all(shown())
+    (project / "elsewhere").mkdir()
+    (project / "elsewhere" / "store").symlink_to(project / "store")
+    monkeypatch.chdir(project / "elsewhere")
+    assert not any(shown("--output-dir", str(project / "report")))
+    assert "texts are not shown" in caplog.text and "--trust" in caplog.text
+    options = ["--output-dir", str(project / "report"), "--trust", str(project)]
+    assert all(shown(*options))
+    lines = (project / "train.jsonl").read_text()
+    (project / "train.jsonl").write_text(lines.replace("w3 w4", "w4 w3", 1))
+    assert not any(shown(*options)) and "hold other data" in caplog.text
+
+
 def test_groups_of_split_documents_are_ranked(project):
     options = ["--packing", "bfd_split", "--max-length", "8", "--group-column", "source", "--targets", "targets.txt"]
     assert run_tracer("build", *NAMES, *options).exit_code == 0

@@ -178,11 +178,11 @@ class Attribution:
 
         Args:
             directory: The directory of the files, which is created if it does not exist.
-            inputs: The training examples' inputs as images, vectors, texts, records or a DataFrame. Default: none are
-                shown.
+            inputs: The training examples' inputs as images, vectors, texts, records or a DataFrame. Default: the texts
+                of a language model's store; other inputs are not shown.
             labels: The training examples' labels. Default: those of the store.
             class_names: The name of each class index. Default: the index.
-            target_inputs: The targets' inputs. Default: none are shown.
+            target_inputs: The targets' inputs, likewise.
             target_labels: The targets' labels. Default: those of the store.
             k: The number of proponents and opponents shown for each target.
             all_scores: Include what needs all scores: their distribution, averages, classes and the estimate of wrong
@@ -214,8 +214,8 @@ class Attribution:
             proponents=shown.top(k, "proponents"),
             opponents=shown.top(k, "opponents"),
             scores=shown.scores if all_scores else None,
-            train_inputs=inputs,
-            target_inputs=target_inputs,
+            train_inputs=_texts(self.sources[0]) if inputs is None else inputs,
+            target_inputs=_texts(self.sources[1]) if target_inputs is None else target_inputs,
             train_labels=labels_or(facts.train_labels, labels, target_labels),
             target_labels=labels_or(facts.target_labels, target_labels, labels),
             class_names=class_names,
@@ -223,6 +223,11 @@ class Attribution:
             title=title,
             **options,
         )
+
+
+def _texts(source: DataSource | None) -> list[str] | None:
+    """Return the texts of examples, if they are known without asking the user."""
+    return None if source is None else source.texts(np.arange(len(source)))
 
 
 @takes_settings(AttributeOptions)

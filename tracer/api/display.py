@@ -109,7 +109,7 @@ def show(
         target: The index or id of a target, or several. Default: the first.
         k: The number of proponents and of opponents. Default: 5.
         inputs: All training examples as images, vectors, texts or records. Default: what `attribute` was given, unless
-            that is tokens.
+            that is tokens; of a language model's store the texts.
         target_inputs: All targets in such a form.
         class_names: The name of each class index. Default: the index.
 

@@ -260,13 +260,9 @@ def _documents(
         values: list[np.ndarray] = []
         by_document: dict[int, float] = {}
         for row in own.tolist():
-            first, scored, last = source.rows.bounds[row].tolist()
-            ends = np.cumsum(source.rows.pieces[first:last, 2] - source.rows.pieces[first:last, 1])
-            borders = [0, *ends.tolist()][scored - first :]
-            if source.in_sides:  # shown whole; parts are those of the labels
-                borders = [0, borders[-1]]
-                if row in parts:
-                    parts[row] = np.pad(parts[row], (int(ends[0]), 0))
+            borders, (_, scored, last) = source.borders(row), source.rows.bounds[row].tolist()
+            if source.in_sides and row in parts:  # which are those of the labels
+                parts[row] = np.pad(parts[row], (borders[-1] - len(parts[row]), 0))
             document += ids[row][borders[0] : borders[-1]]
             if row in parts:
                 values.append(parts[row][borders[0] : borders[-1]])

@@ -12,14 +12,16 @@ from torch import nn
 
 from tracer.api.attribution import Attribution, attribute
 from tracer.api.checkpoint_sources import is_below
-from tracer.api.language_inputs import described_task, is_name, language_inputs
+from tracer.api.language_inputs import compare_rows, described_task, is_name, language_inputs, target_source
 from tracer.api.settings import stored_settings
 from tracer.api.tracer import Tracer
-from tracer.data.text.settings import TextOptions
+from tracer.data.text.encoding import with_template
+from tracer.data.text.settings import TextOptions, text_settings
+from tracer.data.text.source import TextSource, text_source
 from tracer.errors import InputError, MismatchError, StoreError
 from tracer.store import Store
 from tracer.training.checkpoint_paths import find_checkpoints
-from tracer.training.language_models import own_weights
+from tracer.training.language_models import is_in_sides, load_tokenizer, own_weights
 from tracer.types import Checkpoint
 
 
@@ -166,7 +168,32 @@ def load_store(
     for model_id, checkpoint in zip(ids, checkpoints or (), strict=False):
         tracer.load_checkpoint(checkpoint, model_id)
     tracer.close()
-    return Attribution(tracer, exp_name, estimator, language=inputs)
+    return Attribution(tracer, exp_name, estimator, sources=(inputs.train, None), language=inputs)
+
+
+def stored_sources(
+    store: Store, exp_name: str, folders: Sequence[str | os.PathLike[str]]
+) -> tuple[TextSource, TextSource | None]:
+    """Return the training examples and, if they have a name, the targets of a store of `build_store`, to be shown.
+
+    Raises:
+        InputError: If the store does not know a name, or it is outside ``folders``.
+        MismatchError: If the data are not those of the store.
+    """
+    record = LanguageRecord.of(store, folders)
+    model, settings = record.name("model"), with_template(text_settings(record.options()))
+    named = record.name("tokenizer") if "tokenizer" in record.values else None
+    tokenizer, in_sides = load_tokenizer(model, named), is_in_sides(model)
+    known = store.catalog.checkpoint_ids()[0]
+    train = text_source(record.name("data"), tokenizer, settings, "data", in_sides=in_sides)
+    compare_rows(train, store.checkpoint(known))
+    if "targets" not in record.values:
+        return train, None
+    split = record.values.get("target_split")
+    name, own_split = record.name("targets"), None if split is None else str(split)
+    targets = target_source(name, tokenizer, settings, own_split, in_sides)
+    compare_rows(targets, store.targets(exp_name, known))
+    return train, targets
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from tracer.data.text.isolation import check_isolation
 from tracer.data.text.settings import TextOptions, TextSettings, text_settings
 from tracer.data.text.source import TextSource, text_source
 from tracer.data.token_tasks import LanguageModeling, is_encoder_decoder
-from tracer.errors import InputError
+from tracer.errors import InputError, MismatchError
 from tracer.store import RowTable, Store
 from tracer.store.arrays.metadata import NODE
 from tracer.store.arrays.store_path import store_path
@@ -65,10 +65,8 @@ class LanguageInputs:
         ]
         tables += [(self.targets, store.targets(exp_name, each)) for each in ids[:1]]
         for source, table in tables if store.manifest.settings.get("check_rows", True) else ():
-            done = np.setdiff1d(np.arange(table.num_rows), table.remaining())
-            if table.num_rows == len(source) and len(done) and table.has_fingerprints:
-                for batch, inds in source.batches(done):
-                    table.check_rows(inds, fingerprint_samples(batch, len(inds)))
+            if len(source) == table.num_rows:
+                compare_rows(source, table)
 
     def record(self, store: Store, target_task: Mapping[str, Any] | None = None) -> None:
         """Write into a store the documents and groups of its training examples, and where they come from.
@@ -80,6 +78,26 @@ class LanguageInputs:
         write_example_groups(store, self.train.rows.documents, self.train.groups)
         of_targets = {} if target_task is None else {"target_task": described_task(target_task)}
         store.set_info(language={**self.recipe, **of_targets})
+
+
+def compare_rows(source: DataSource, table: RowTable) -> None:
+    """Raise `MismatchError` if a source has other tokens, or another number of examples, than a table of the store."""
+    if len(source) != table.num_rows:
+        raise MismatchError(
+            f"expected {table.num_rows} examples, as {table.path} has, got {len(source)}; pass those it was made of"
+        )
+    done = np.setdiff1d(np.arange(table.num_rows), table.remaining())
+    if len(done) and table.has_fingerprints:
+        for batch, inds in source.batches(done):
+            table.check_rows(inds, fingerprint_samples(batch, len(inds)))
+
+
+def target_source(
+    targets: Any, tokenizer: Any, settings: TextSettings, split: str | None, in_sides: bool
+) -> TextSource:
+    """Return targets, each a document in its place, with the settings of the training examples."""
+    alone = {"packing": "none", "unit": "document", "group_column": None, "split": split or settings.split}
+    return text_source(targets, tokenizer, text_settings({**asdict(settings), **alone}), "targets", True, in_sides)
 
 
 def language_inputs(
@@ -110,14 +128,12 @@ def language_inputs(
     train = text_source(data, tokenizer, settings, "data", in_sides=in_sides)
     explained: TextSource | NoExamples = NoExamples()
     if targets is not None:
-        alone = {"packing": "none", "unit": "document", "group_column": None, "split": target_split or settings.split}
-        explained = text_source(
-            targets, tokenizer, text_settings({**asdict(settings), **alone}), "targets", True, in_sides
-        )
+        explained = target_source(targets, tokenizer, settings, target_split, in_sides)
     longest = max(source.rows.longest for source in (train, explained) if isinstance(source, TextSource))
     task, recipe = LanguageModeling(loss), {"dtype": dtype, "loss": loss, **asdict(settings), "chat": train.is_chat}
     named = {"model": model, "data": data, "targets": targets, "tokenizer": given_tokenizer}
     recipe |= {name: _place(value) for name, value in named.items() if is_name(value)}
+    recipe |= {"target_split": target_split}
     found = LanguageInputs(module, tokenizer, task, train, explained, settings, recipe)
     most = found.most_tokens
     if most is not None and longest > most:

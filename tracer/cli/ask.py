@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -13,7 +10,7 @@ import click
 from tracer.api.language import load_store
 from tracer.cli.output import ResultCommand, print_result
 from tracer.cli.settings import read_settings, setting_option
-from tracer.cli.stores import Integers, find_store
+from tracer.cli.stores import TRUST, Integers, find_store, hide_loading, trusted_folders
 from tracer.errors import InputError
 from tracer.scoring.scorer import KINDS
 
@@ -28,13 +25,9 @@ class AskCommand(ResultCommand):
         click.Option(["--data"], help="The training data, if the store does not know them."),
         click.Option(["--tokenizer"], help="The tokenizer, if the store does not know it."),
         click.Option(["--checkpoints"], multiple=True, help="The path of each checkpoint, if they have moved."),
-        click.Option(
-            ["--trust"], multiple=True, metavar="DIR",
-            help="Follow paths in the store below this folder too; repeat it. By default only those below the store's "
-            "own folder and the current one.",
-        ),
+        click.Option(["--trust"], **TRUST),
         click.Option(["--device"], help="Device to compute on. Default: cuda if there is one."),
-    )  # fmt: skip
+    )
 
 
 @click.command("ask", cls=AskCommand)
@@ -83,31 +76,17 @@ def ask(store: str, prompts: tuple[str, ...], k: int, **options: Any) -> None:
     save_dir, in_file = find_store(store)
     given = {name: options.pop(name) for name in ("estimator", "target", "regularization")}
     chosen = {**in_file, **read_settings(None, given)}
-    folders = list(dict.fromkeys([_folder(save_dir), os.getcwd(), *options.pop("trust")]))
+    folders = trusted_folders(save_dir, options.pop("trust"))
     names = ("model", "data", "tokenizer", "device")
     loaded = {name: value for name in names if (value := options.pop(name)) is not None}
     checkpoints = options.pop("checkpoints") or None
-    _hide_progress()
+    hide_loading()
     found = load_store(save_dir, folders=folders, checkpoints=checkpoints, progress=False, **loaded)
     ranking = {name: chosen[name] for name in ("estimator", "target", "regularization") if name in chosen}
     found = replace(found, model_ids=options.pop("model_ids"), **ranking)
     completion, other = (_texts(options.pop(name), len(prompts), name) for name in ("completion", "rather_than"))
     answer = found.explain(list(prompts), completion, rather_than=other, k=k, **options)
     print_result(answer.to_dict(), str(answer))
-
-
-def _hide_progress() -> None:
-    """Turn off the progress bars of loading, which take a moment here."""
-    with contextlib.suppress(ImportError):  # which load_store reports
-        import datasets
-        import transformers
-
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
-
-
-def _folder(save_dir: str) -> str:
-    return save_dir.rpartition("/")[0] if "://" in save_dir else str(Path(save_dir).absolute().parent)
 
 
 def _texts(given: tuple[str, ...], count: int, name: str) -> list[str] | None:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from tracer.api.language import stored_sources
 from tracer.cli.job import build, load_examples
 from tracer.cli.output import print_result
-from tracer.cli.stores import RankingCommand, count_option, known_labels, open_view
+from tracer.cli.stores import (
+    TRUST,
+    RankingCommand,
+    StoreView,
+    count_option,
+    hide_loading,
+    known_labels,
+    open_view,
+    trusted_folders,
+)
 from tracer.data.displayable import displayable
-from tracer.errors import InputError
+from tracer.errors import InputError, TracerError
 from tracer.store import RowTable
+
+logger = logging.getLogger("tracer")
 
 _NAMES = {"train": "training examples", "targets": "targets"}
 
@@ -29,14 +43,15 @@ _NAMES = {"train": "training examples", "targets": "targets"}
 @click.option("--figures/--no-figures", default=True, help="Also write PNG files, which need matplotlib.")
 @click.option("--all-scores/--no-all-scores", default=True, help="Use all scores, which take 4 bytes for each pair.")
 @click.option("--title", help="The page's title.")
+@click.option("--trust", **TRUST)
 @count_option(8, "Training examples shown for each target.")
 def report(store: str, output_dir: Path, class_names: str | None, **options: Any) -> None:
     """Write an HTML page with the results.
 
     STORE is a store's directory or URL, or the TOML file of its run, which also names the examples. Without examples
-    the page has numbers and no pictures. The first item of an example is shown as its input, the last one as its label.
-    If inputs are tokens, pass the texts by --inputs. Figures need matplotlib and images Pillow: pip install
-    'tracin[report]'.
+    the page has numbers and no pictures; a store of `tracer build` knows its texts. The first item of an example is
+    shown as its input, the last one as its label. If inputs are tokens, pass the texts by --inputs. Figures need
+    matplotlib and images Pillow: pip install 'tracin[report]'.
 
     Examples:
         tracer report tracer.toml --output-dir report             examples as in the file of the run
@@ -45,7 +60,10 @@ def report(store: str, output_dir: Path, class_names: str | None, **options: Any
     """
     given = {name: options.pop(name) for name in ("train", "targets", "inputs", "target_inputs")}
     shown = {name: options.pop(name) for name in ("k", "figures", "all_scores", "title")}
+    trust = options.pop("trust")
     view = open_view(store, **options)
+    if not any(given.values()):
+        view = _with_texts(view, trust)
     settings = {**view.settings, **{name: given[name] for name in _NAMES if given[name]}}
     train = _displayable_data(settings, "train", view.train_table, given["inputs"])
     targets = _displayable_data(settings, "targets", view.target_table, given["target_inputs"])
@@ -59,6 +77,20 @@ def report(store: str, output_dir: Path, class_names: str | None, **options: Any
         **{name: value for name, value in shown.items() if value is not None},
     )
     print_result({"page": page}, f"Report: {page}")
+
+
+def _with_texts(view: StoreView, trust: Sequence[str]) -> StoreView:
+    """Return a view with the texts of a store of `tracer build`, if they are found."""
+    store = view.reader.store
+    if "language" not in store.manifest.info:
+        return view
+    hide_loading()
+    try:
+        sources = stored_sources(store, view.found.exp_name, trusted_folders(str(store.path), trust))
+    except TracerError as error:
+        logger.warning("texts are not shown: %s", error)
+        return view
+    return replace(view, found=replace(view.found, sources=sources))
 
 
 def _class_names(class_names: str | None) -> list[str] | None:

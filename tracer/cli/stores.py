@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,31 @@ class RankingCommand(ResultCommand):
         click.Option(["--model-ids"], type=Integers(), help="Only these checkpoints, such as 0,2 or 0-3."),
         click.Option(["--device"], help="Device to compute on, such as cuda:0.", default="cpu", show_default=True),
     )
+
+
+TRUST: Mapping[str, Any] = {
+    "multiple": True,
+    "metavar": "DIR",
+    "help": "Follow paths in the store below this folder too; repeat it. By default only those below the store's own "
+    "folder and the current one.",
+}
+"""The option ``--trust``, for commands that follow paths in a store."""
+
+
+def trusted_folders(save_dir: str, trust: Sequence[str]) -> list[str]:
+    """Return the folders below which paths in a store are followed."""
+    own = save_dir.rpartition("/")[0] if "://" in save_dir else str(Path(save_dir).absolute().parent)
+    return list(dict.fromkeys([own, os.getcwd(), *trust]))
+
+
+def hide_loading() -> None:
+    """Turn off the progress bars of loading models and data, where it takes a moment."""
+    with contextlib.suppress(ImportError):  # which is reported when they are loaded
+        import datasets
+        import transformers
+
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
 
 
 def count_option(default: int, text: str) -> Callable[..., Any]:

@@ -63,6 +63,10 @@ class DataSource(ABC):
         """Yield a few batches whose time, but for the first one's, stands for that of all: the first ``count``."""
         return (batch for batch, _ in islice(self.batches(np.arange(len(self))), count))
 
+    def texts(self, indices: Int64[np.ndarray, " n"]) -> list[str] | None:
+        """Return the texts of examples of ascending indices, to be shown; None if batches have all there is."""
+        return None
+
 
 class NoExamples(DataSource):
     """Targets that are not known yet."""

@@ -17,6 +17,8 @@ from tracer.data.model_inputs import label_key
 def displayable(source: DataSource, indices: Int64[np.ndarray, " n"] | None = None) -> tuple[Any, Any]:
     """Return inputs and labels of examples, ascending, as arrays or texts; None for tokens and other kinds."""
     chosen = np.arange(len(source)) if indices is None else indices
+    if (texts := source.texts(chosen)) is not None:
+        return texts, None
     pairs = [_split(batch) for batch, _ in exact_batches(source, chosen)]
     inputs, labels = ([pair[side] for pair in pairs] for side in (0, 1))
     # a matrix of integers holds tokens

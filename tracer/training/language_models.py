@@ -39,18 +39,12 @@ def load_language_model(
     transformers, own = _import("transformers"), _adapter(name)
     adapters = own or next(filter(None, map(_adapter, checkpoints[:1])), None)
     base = name if own is None else _base(own, name)
-    config = _loaded(transformers.AutoConfig.from_pretrained, base, "model")
-    in_sides = getattr(config, "is_encoder_decoder", False)
-    kind = transformers.AutoModelForSeq2SeqLM if in_sides else transformers.AutoModelForCausalLM
+    kind = transformers.AutoModelForSeq2SeqLM if is_in_sides(name) else transformers.AutoModelForCausalLM
     model = _loaded(kind.from_pretrained, base, "model", torch_dtype=dtype)
     model.config.use_cache = False
     if adapters is not None:
         model = _with_adapters(model, adapters, own is not None)
-    places = [tokenizer] if tokenizer is not None else [name, base]
-    found: Any = None
-    for place in dict.fromkeys(places):
-        if found is None and (place == places[-1] or (Path(place) / "tokenizer_config.json").is_file()):
-            found = _loaded(transformers.AutoTokenizer.from_pretrained, place, "tokenizer")
+    found = load_tokenizer(name, tokenizer)
     known = model.get_input_embeddings().num_embeddings
     if len(found) > known:
         raise InputError(
@@ -58,6 +52,22 @@ def load_language_model(
             f"tokenizer by tokenizer=."
         )
     return model, found
+
+
+def is_in_sides(name: str) -> bool:
+    """Return whether a model by name is an encoder-decoder, without loading its weights."""
+    own = _adapter(name)
+    base = name if own is None else _base(own, name)
+    config = _loaded(_import("transformers").AutoConfig.from_pretrained, base, "model")
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def load_tokenizer(name: str, tokenizer: str | None = None) -> Any:
+    """Return the tokenizer by its own name, or that of a model by name: of its adapters, else of their base."""
+    own = None if tokenizer is not None else _adapter(name)
+    places = [tokenizer or name] if own is None else [name, _base(own, name)]
+    has_own = (Path(places[0]) / "tokenizer_config.json").is_file()
+    return _loaded(_import("transformers").AutoTokenizer.from_pretrained, places[0 if has_own else -1], "tokenizer")
 
 
 def own_weights(name: str) -> Path:

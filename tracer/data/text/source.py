@@ -23,6 +23,7 @@ from tracer.errors import InputError
 from tracer.types import Batch
 
 _COLUMNS = ("input_ids", "labels", "sizes", "owners")
+_SHOWN_TOKENS = 1024
 WINDOW = 1024
 """The rows that are sorted by length: neighbours stay neighbours, so files are written one after the other."""
 
@@ -32,14 +33,18 @@ class TextSource(DataSource):
 
     Attributes:
         rows: The rows.
+        loads_by_index: Whether a few examples cost no pass over all of them, as they do of a stream.
         groups: The group of each row, ``[N]``, and the groups' names; None without a column of groups.
         is_chat: Whether the data are conversations.
         in_sides: Whether examples are for an encoder-decoder.
         pad_token: The token of padding.
     """
 
-    def __init__(self, documents: Any, rows: TextRows, settings: TextSettings, pad_token: int, in_order: bool) -> None:
+    def __init__(
+        self, documents: Any, rows: TextRows, settings: TextSettings, tokenizer: Any, pad_token: int, in_order: bool
+    ) -> None:
         self._in_order, self.is_chat, self.in_sides = in_order, documents.is_chat, rows.in_sides
+        self._tokenizer, self.loads_by_index = tokenizer, not settings.streaming
         values = documents.columns.get(settings.group_column)
         self._ids = documents.columns.get(settings.id_column)
         self.rows, self._documents, self._settings, self.pad_token = rows, documents, settings, pad_token
@@ -100,6 +105,25 @@ class TextSource(DataSource):
         both = zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), labels.tolist(), strict=True)
         return [tokens[: sum(mask)] + own for tokens, mask, own in both]
 
+    def borders(self, row: int) -> list[int]:
+        """Return the positions, in what `shown` returns of a row, at which its documents begin and end.
+
+        Before them may be those that they have as context. Both sides of an encoder-decoder are one document.
+        """
+        first, scored, last = self.rows.bounds[row].tolist()
+        ends = np.cumsum(self.rows.pieces[first:last, 2] - self.rows.pieces[first:last, 1]).tolist()
+        return [0, ends[-1]] if self.in_sides else [0, *ends][scored - first :]
+
+    def texts(self, indices: Int64[np.ndarray, " n"]) -> list[str]:
+        """Return the beginnings of the texts of rows."""
+        found: dict[int, str] = {}
+        for batch, inds in self.batches(indices):
+            for row, tokens in zip(inds.tolist(), self.shown(batch), strict=True):
+                start, *_, stop = self.borders(row)
+                own = tokens[start : min(stop, start + _SHOWN_TOKENS)]
+                found[row] = self._tokenizer.decode(own, clean_up_tokenization_spaces=False)
+        return [found[row] for row in indices.tolist()]
+
 
 def text_source(
     data: Any,
@@ -135,7 +159,7 @@ def text_source(
             f"{name} has {rows.num_documents} examples, and none has a token to predict; check split=, loss_on= and "
             f"max_length=."
         )
-    return TextSource(documents, rows, settings, pad, in_order)
+    return TextSource(documents, rows, settings, tokenizer, pad, in_order)
 
 
 class _Encoded:
