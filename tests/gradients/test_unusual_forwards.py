@@ -55,6 +55,28 @@ def test_random_numbers_in_eval_mode_are_named_whatever_the_dtype(tmp_path, dtyp
         run(Net(forward).to(dtype), plain(4, dtype), tmp_path / "store")
 
 
+@pytest.mark.parametrize("way", ["forces", "hook"])
+def test_forwards_that_need_autograd_are_exact(tmp_path, way):
+    torch.manual_seed(0)
+
+    def forward(model, x):
+        if way == "hook":
+            hidden = model.h(x)
+            hidden.register_hook(lambda gradient: 3 * gradient)
+            return model.o(torch.tanh(hidden))
+        x = x.clone().requires_grad_()
+        return model.o(F.pad(torch.autograd.grad(torch.tanh(model.h(x)).sum(), x, create_graph=True)[0], (0, 2)))
+
+    (batch,) = plain(1)
+    model = Net(forward).double()
+    found = run(model, [batch], tmp_path / "store").self_influence()
+    for row in range(4):
+        model.zero_grad()
+        loss(model, (batch[0][[row]], batch[1][[row]])).sum().backward()
+        expected = sum(float(each.grad.square().sum()) for each in model.parameters() if each.grad is not None)
+        assert found[row] == pytest.approx(expected, rel=1e-5)
+
+
 def test_layers_that_run_on_nested_tensors_are_exact(tmp_path):
     torch.manual_seed(0)
 

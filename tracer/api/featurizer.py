@@ -225,9 +225,9 @@ class Featurizer:
                 check_quantization(self.engine.model)
                 self._check_alone(batch, num_rows)
 
-    @torch.no_grad()
     def _check_alone(self, batch: Batch, num_rows: int) -> None:
         """Raise `BatchError`, before anything is computed, if one example alone fails, as in a last batch of one."""
+        # With gradients, which some forwards need: forces, or hooks of tensors.
         model, task = self.engine.model, self.engine.stateless_task
         try:
             outputs = task.outputs(model, select_samples(batch, torch.tensor([0]), num_rows))

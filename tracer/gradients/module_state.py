@@ -262,8 +262,8 @@ class StatelessTask(Task):
         """Return f of a batch from the modules' state as it is now, or None if that fails."""
         seed_generators(next(self._model.parameters()).device)
         try:
-            with torch.set_grad_enabled(grad):
-                return self._task.outputs(self._model, batch).output
+            output = self._task.outputs(self._model, batch).output  # with gradients: some forwards take them
+            return output if grad else output.detach()
         except torch.OutOfMemoryError:
             raise
         except Exception:  # a forward that lacks a value may raise anything, as an AssertionError
