@@ -63,6 +63,8 @@ def test_a_store_does_not_shrink_and_growing_by_nothing_changes_nothing(run, tmp
     found.tracer.grow(17)
     with pytest.raises(InputError, match="expected at least the 17 training rows that the store has, got 16"):
         found.tracer.grow(16)
+    with pytest.raises(InputError, match="expected at most .* examples in tables with 17 in a file"):
+        found.tracer.grow(10**9)  # more files than can be read again
     assert found.tracer.remaining(0).size == 0 and Tracer.open(tmp_path).train_set_size == 17
 
 

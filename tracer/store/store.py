@@ -42,7 +42,7 @@ from tracer.store.example_ids import ExampleIds
 from tracer.store.manifest import Manifest, check_same, json_value
 from tracer.store.paths import ensure_groups
 from tracer.store.row_table import KnownTables, RowTable
-from tracer.store.table_schema import changing, create_table, grow_table, read_attributes
+from tracer.store.table_schema import changing, check_num_rows, create_table, grow_table, read_attributes
 
 _COMPARED = 8
 
@@ -109,6 +109,7 @@ class Store:
             else:
                 _check_empty(path)
                 chunk_rows = _chunk_rows(path, manifest, manifest.train_set_size, processes)
+                check_num_rows(manifest.train_set_size, chunk_rows)
                 laid_out = replace(manifest, layout={"chunk_rows": chunk_rows, "processes": processes})
                 # Of processes that create a store at once, one writes the manifest and all compare theirs with it.
                 write_group(path, laid_out.attributes(), replace=False)
@@ -181,6 +182,7 @@ class Store:
         if train_set_size == known:
             return
         self.require_gradients(f"train_set_size={train_set_size}")
+        check_num_rows(train_set_size, self.chunk_rows)  # once it is written, no table could be read any more
         settings = {**self.manifest.settings, "train_set_size": train_set_size}
         manifest = replace(self.manifest, settings=settings)
         # Only the manifest is written, in one step; tables grow when they are next opened. So a process that is killed

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int64, Shaped, UInt64
 from tracer._core.files import disk_errors
 from tracer.errors import InputError, StoreError
 from tracer.store.arrays.chunked import ChunkedArray
-from tracer.store.arrays.layout import Layout, array_document
+from tracer.store.arrays.layout import MAX_CHUNKS, MAX_SIZE, Layout, array_document
 from tracer.store.arrays.metadata import NODE, group_document, read_document, write_documents
 from tracer.store.arrays.store_path import StorePath
 from tracer.store.feature_storage import FeatureStorage
@@ -38,6 +38,16 @@ _CHECKED = ("scale", *VALUES, "label", "rival", "fingerprint")
 _AUDITED = np.uint64(0xD6E8FEB86659FD93)
 
 
+def check_num_rows(num_rows: int, chunk_rows: int) -> None:
+    """Raise `InputError` if a table of files of ``chunk_rows`` rows could not be read with so many rows."""
+    most = min(MAX_SIZE, chunk_rows * MAX_CHUNKS)
+    if num_rows > most:
+        raise InputError(
+            f"expected at most {most:,} examples in tables with {chunk_rows:,} in a file, got {num_rows:,}; divide "
+            f"them among stores, or make a new store of this size, which has larger files"
+        )
+
+
 def table_layouts(num_rows: int, dim: int, storage: str, chunk_rows: int) -> dict[str, Layout]:
     """Return the layouts of a table's arrays by name; ``dim`` is ignored if features are not stored."""
     # All arrays have the same chunks of rows, also the small columns: a file of a whole column would be one file that
@@ -59,6 +69,7 @@ def create_table(
     """Create an empty table, unless there is one, in a parent that is a zarr group."""
     if num_rows < 1:
         raise InputError(f"expected a table of at least 1 row, got {num_rows}")
+    check_num_rows(num_rows, chunk_rows)
     with disk_errors(path):
         layouts = table_layouts(num_rows, dim, storage, chunk_rows)
         if lost_document(path):

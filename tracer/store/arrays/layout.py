@@ -33,7 +33,7 @@ DTYPES = {
 }
 _ONE_BYTE = ("bool", "int8", "uint8")
 _MANY_CHUNKS, _SMALL_CHUNK = 16, 4096
-_MAX_SIZE, _MAX_CHUNKS, _MAX_TILES = 1 << 31, 1 << 20, 1 << 24
+MAX_SIZE, MAX_CHUNKS, _MAX_TILES = 1 << 31, 1 << 20, 1 << 24
 """Bounds of what a document may ask for, whoever wrote it: memory and time grow with them."""
 
 
@@ -125,10 +125,10 @@ class Layout:
     def _check_sizes(self) -> None:
         """Raise ValueError unless the sizes are those of an array that this package could have written."""
         sizes = [*self.shape, self.chunk_rows, 1 if self.tile_rows is None else self.tile_rows]
-        if len(self.shape) not in (1, 2) or not all(type(size) is int and 0 < size <= _MAX_SIZE for size in sizes):
-            raise ValueError(f"expected one or two sizes of 1 to {_MAX_SIZE}, got {sizes}")
-        if self.num_chunks > _MAX_CHUNKS or self.num_tiles > _MAX_TILES or self.tiles_per_chunk > _MAX_TILES:
-            raise ValueError(f"expected at most {_MAX_CHUNKS} files and {_MAX_TILES} tiles")
+        if len(self.shape) not in (1, 2) or not all(type(size) is int and 0 < size <= MAX_SIZE for size in sizes):
+            raise ValueError(f"expected one or two sizes of 1 to {MAX_SIZE}, got {sizes}")
+        if self.num_chunks > MAX_CHUNKS or self.num_tiles > _MAX_TILES or self.tiles_per_chunk > _MAX_TILES:
+            raise ValueError(f"expected at most {MAX_CHUNKS} files and {_MAX_TILES} tiles")
         if self.tile_rows is not None and self.chunk_rows % self.tile_rows:
             raise ValueError(f"expected files of whole tiles, got {self.chunk_rows} rows and {self.tile_rows}")
 
