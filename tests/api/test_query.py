@@ -154,6 +154,8 @@ def test_unfinished_stores_and_targets_that_do_not_fit_are_refused(run, tmp_path
     tracing.finalize_features()
     with pytest.raises(tracer.BatchError):
         tracing.query((run.target_x, run.target_y[:3]), 1)
+    with pytest.raises(tracer.InputError, match="the number of examples in the batch is 0"):
+        tracing.query((run.target_x[:0], run.target_y[:0]), 1)
     with pytest.raises(tracer.NonFiniteError, match=r"examples \[1\] of the batch"):
         tracing.query((run.target_x.index_fill(0, torch.tensor([1]), torch.nan), run.target_y), 1)
 

@@ -8,6 +8,7 @@ from dataclasses import FrozenInstanceError, fields
 
 import numpy as np
 import pytest
+import torch
 from store_cases import stored_features
 from tracer_cases import build, featurize
 
@@ -60,6 +61,19 @@ def test_settings_are_frozen_and_checked():
     ):
         with pytest.raises(InputError, match=f"did you mean '{text}'"):
             FeatureSettings(**options)
+
+
+@pytest.mark.parametrize("name", ["resume", "shared_projection", "check_rows", "progress"])
+def test_a_text_is_no_flag(name):
+    with pytest.raises(InputTypeError, match=f"{name} is 'no'; expected True or False"):
+        FeatureSettings(**{name: "no"})
+
+
+def test_a_model_without_shapes_and_an_unknown_task_of_targets_are_named(run, tmp_path):
+    with pytest.raises(InputError, match="without a shape: 'weight', 'bias'"):
+        Tracer(torch.nn.LazyLinear(3), "image_classification", 3, tmp_path)
+    with pytest.raises(InputError, match="^target_task='imageclassification' is not known; did you mean"):
+        Tracer(run.model, "image_classification", 3, tmp_path, target_task="imageclassification")
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest(run, tmp_path):

@@ -216,7 +216,13 @@ def test_a_loader_that_drops_its_last_examples_still_yields_all():
     assert rows.tolist() == list(range(10))
 
 
-@pytest.mark.parametrize("data", [3, (x for x in X), torch.ones(3), {"x": X}, "words"])
+@pytest.mark.parametrize("data", [3, (x for x in X), torch.ones(3), {"x": X}, "words", TensorDataset])
 def test_other_types_are_refused(data):
-    with pytest.raises(tracer.InputTypeError, match="train is a"):
+    with pytest.raises(tracer.InputTypeError, match="train is (a|the class TensorDataset)"):
         as_data_source(data, "train", 4)
+
+
+@pytest.mark.parametrize("column", [torch.nested.nested_tensor([X[0], X[1]]), X.to_sparse()])
+def test_tensors_without_rows_are_refused(column):
+    with pytest.raises(tracer.BatchError, match=r"train\[0\] is a (nested|sparse) tensor"):
+        as_data_source((column, X), "train", 4)

@@ -39,6 +39,14 @@ def test_halves_hold_every_example_once_and_in_order():
     assert step.seen == [5, 3, 8, 1, 9, 2, 7] and step.failures == [28, 16]
 
 
+def test_a_batch_without_tensors_is_passed_on_for_its_own_error():
+    def step(batch, inds):
+        raise BatchError("of type object")
+
+    with pytest.raises(BatchError, match="of type object"):
+        Halving(step)(object(), np.arange(3))
+
+
 def test_sizes_that_failed_are_not_tried_again():
     step = Limited(12)
     run = Halving(step)

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from tracer._core.text import listing
 from tracer.errors import InputError, InputTypeError, nearest_name
 
 
@@ -25,6 +27,8 @@ def check_model(model: nn.Module) -> nn.Module:
     while inner is not None:
         model, parallel = inner, isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel))
         inner = inner.module if parallel else getattr(inner, "_orig_mod", None)  # what torch.compile wrapped
+    if lazy := [repr(name) for name, value in model.named_parameters() if nn.parameter.is_lazy(value)]:
+        raise InputError(f"model has parameters without a shape: {listing(lazy)}; run one forward pass first.")
     flat = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
     if flat is not None and any(isinstance(module, flat) for module in model.modules()):
         raise InputTypeError(
@@ -68,7 +72,7 @@ def bar_disabled(progress: bool | None) -> bool | None:
     return None if progress is None else not progress
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a value for an error, or its type if it is long, such as a state dict."""
     text = repr(value)
     return text if len(text) <= 80 else f"of type {type(value).__name__}"
@@ -81,10 +85,16 @@ def check_integer(value: Any, name: str, least: int, most: int | None = None) ->
             raise TypeError
         number = operator.index(value)
     except (TypeError, RuntimeError):  # for example a tensor of float, or without memory
-        raise InputTypeError(f"{name} is {_shown(value)}; expected an integer.") from None
+        raise InputTypeError(f"{name} is {shown(value)}; expected an integer.") from None
     if number < least or (most is not None and number > most):
         raise InputError(f"{name} is {number}; expected {least} {'or more' if most is None else f'to {most}'}.")
     return number
+
+
+def check_flag(value: Any, name: str) -> None:
+    """Raise `InputTypeError` unless a value is True or False: a text such as ``"no"`` would count as True."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise InputTypeError(f"{name} is {shown(value)}; expected True or False.")
 
 
 def check_count(value: Any, name: str) -> int:
@@ -114,7 +124,7 @@ def check_positive(value: Any, name: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise InputTypeError(f"{name} is {_shown(value)}; expected a number.") from None
+        raise InputTypeError(f"{name} is {shown(value)}; expected a number.") from None
     if not 0 < number < math.inf:
         raise InputError(f"{name} is {number}; expected a number above 0.")
     return number
@@ -127,7 +137,7 @@ def check_rate(learning_rate: float | None) -> float | None:
     try:
         rate = float(learning_rate)
     except (TypeError, ValueError):
-        raise InputTypeError(f"learning_rate is {_shown(learning_rate)}; expected a number.") from None
+        raise InputTypeError(f"learning_rate is {shown(learning_rate)}; expected a number.") from None
     if not 0 <= rate <= 1e30:
         raise InputError(f"learning_rate is {rate}; expected a number from 0 to 1e30, which float32 scores can hold.")
     return rate

@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from tracer._core.sharding import fsdp_modules
-from tracer._core.validation import check_count, check_model
+from tracer._core.validation import check_choice, check_count, check_model
 from tracer.api import display
 from tracer.api.checkpoint_sources import check_distinct, checkpoint_pairs
 from tracer.api.explanation import explain
@@ -119,6 +119,7 @@ class Attribution:
 
     def by(self, question: str) -> Attribution:
         """Return the attribution all of whose questions have the estimator of one: a field of `estimators`."""
+        check_choice("question", question, ("scores", "top", "self_influence"))
         name = getattr(self.estimators, question)
         return replace(self, estimator=name, regularization=self._options(name)["regularization"])
 
@@ -312,7 +313,8 @@ def attribute(
             check_headers(plain_model, checkpoint, options.get("checkpoint_key"))
     size = check_count(batch_size, "batch_size")
     in_order = bool(options.get("check_rows", True))
-    forms = [InputForm.of(plain_model, make_task(each)) for each in (task, options.get("target_task") or task)]
+    tasks = make_task(task), make_task(options.get("target_task") or task, "target_task")
+    forms = [InputForm.of(plain_model, each) for each in tasks]
     train_rows = as_data_source(train, "train", size, collate_fn, in_order, forms[0])
     explained = NoExamples() if targets is None else targets
     target_rows = as_data_source(explained, "targets", size, collate_fn, in_order, forms[1])

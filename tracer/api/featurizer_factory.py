@@ -89,7 +89,9 @@ class FeaturizerFactory:
             logger.info("the model's forward is wrapped in torch.autocast: recorded as autocast=%s", dtype)
         self._autocast = dtype
         self.task = self._in_precision(make_task(task))
-        self.target_task = None if settings.target_task is None else self._in_precision(make_task(settings.target_task))
+        self.target_task = (
+            None if settings.target_task is None else self._in_precision(make_task(settings.target_task, "target_task"))
+        )
         names = select_parameters(self.model, settings.params)
         parameters: Mapping[str, torch.Tensor] = dict(self.model.named_parameters())
         self.shapes = {name: tuple(parameters[name].shape) for name in names}

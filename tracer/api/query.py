@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tracer._core.validation import check_integer
+from tracer._core.validation import check_count, check_integer
 from tracer.api.featurizer import Featurizer
 from tracer.api.featurizer_factory import LoadedCheckpoint, check_weights
 from tracer.api.sinks import RowValues
@@ -89,7 +89,7 @@ def query(
         if rows is not None or labels is not None:
             raise InputError("candidates= are found among all training examples; leave out rows= and labels=.")
     batch = _tracer._factory.form_of("targets").batch(batch)
-    num_rows = count_samples(batch)
+    num_rows = check_count(count_samples(batch), "the number of examples in the batch")
     check_batch_size(batch, num_rows)
     targets = fresh_targets(_tracer, [(batch, num_rows)], chosen, checkpoint_dirs)
     return _tracer.reader.query(targets, chosen, indices, k, kind, estimate, candidates)

@@ -16,7 +16,7 @@ from typing import Any, TypedDict, TypeVar
 import torch
 
 from tracer._core.processes import ProcessChoice
-from tracer._core.validation import check_autocast, check_choice, check_count, check_positive, check_seed
+from tracer._core.validation import check_autocast, check_choice, check_count, check_flag, check_positive, check_seed
 from tracer.errors import InputError, InputTypeError, nearest_name
 from tracer.gradients import METHODS, ParamSelection
 from tracer.gradients.preconditioning import CURVATURE_VERSION, KRONECKER, PRECONDITIONERS, check_preconditioner
@@ -144,6 +144,10 @@ class FeatureSettings:
     progress: bool | None = _setting(None, "Show progress bars; None: on a terminal only.")
 
     def __post_init__(self) -> None:
+        for name in ("shared_projection", "resume", "check_rows"):
+            check_flag(getattr(self, name), name)
+        if self.progress is not None:
+            check_flag(self.progress, "progress")
         check_choice("gradients", self.gradients, METHODS)
         check_choice("projector", self.projector, projector_kinds())
         FeatureStorage(self.storage).check_projector(self.projector, self.proj_dim)

@@ -111,7 +111,7 @@ def count_samples(batch: Batch) -> int:
     """
     for path, leaf in leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim:
-            _check_dense(path, leaf)
+            check_dense(path, leaf)
             return leaf.shape[0]
     raise BatchError(
         f"The batch of type {type(batch).__name__} holds no tensor, so its examples cannot be counted; expected at "
@@ -119,7 +119,8 @@ def count_samples(batch: Batch) -> int:
     )
 
 
-def _check_dense(path: str, leaf: Tensor) -> None:
+def check_dense(path: str, leaf: Tensor) -> None:
+    """Raise `BatchError` if a tensor is sparse or nested."""
     if leaf.is_nested or leaf.layout != torch.strided:
         kind = "nested" if leaf.is_nested else "sparse"
         raise BatchError(
@@ -140,7 +141,7 @@ def check_batch_size(batch: Batch, batch_size: int) -> None:
             )
         if not isinstance(leaf, Tensor) or leaf.ndim == 0:
             continue
-        _check_dense(path, leaf)
+        check_dense(path, leaf)
         if leaf.shape[0] == batch_size:
             found = True
         elif leaf.shape[0] != 1:

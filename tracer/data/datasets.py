@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 
 from tracer._core.validation import check_count
-from tracer.data.batches import check_batch_size, count_samples, leaves, select_samples
+from tracer.data.batches import check_batch_size, check_dense, count_samples, leaves, select_samples
 from tracer.data.fingerprints import fingerprint_samples
 from tracer.data.model_inputs import as_mapping, label_key
 from tracer.data.tables import (
@@ -285,6 +285,9 @@ def _adapt(
         if _is_plain(data):
             return _loader_source(data, form)
     if isinstance(data, tuple) and data and all(isinstance(column, Tensor) or is_array(column) for column in data):
+        for place, column in enumerate(data):
+            if isinstance(column, Tensor):
+                check_dense(f"{name}[{place}]", column)
         columns = form.tensors(data, name)
         if len({len(column) if column.ndim else None for column in columns}) != 1 or not columns[0].ndim:
             shapes = [tuple(column.shape) for column in columns]
@@ -293,14 +296,15 @@ def _adapt(
     if type(data) is TensorDataset and collate_fn is None:
         return _TensorSource(data.tensors, batch_size)
     is_list = isinstance(data, (list, tuple))
-    is_other = isinstance(data, (IterableDataset, DataLoader, Tensor, Mapping, str, bytes))
+    is_other = isinstance(data, (IterableDataset, DataLoader, Tensor, Mapping, str, bytes, type))
     is_map_style = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not is_other
     if is_sample(data[0], collate_fn is not None) if is_list and data else is_map_style and not is_list:
         return _MapStyleSource(data, batch_size=batch_size, collate_fn=collate_fn or form.collate)
-    if not hasattr(data, "__iter__") or isinstance(data, (Tensor, Mapping, str, bytes)):
+    if not hasattr(data, "__iter__") or isinstance(data, (Tensor, Mapping, str, bytes, type)):
+        kind = f"the class {data.__name__}" if isinstance(data, type) else f"a {type(data).__name__}"
         raise InputTypeError(
-            f"{name} is a {type(data).__name__}; expected a data set with __len__ and __getitem__, a tuple of tensors, "
-            f"arrays or tables, a torch DataLoader or another iterable of batches, or a list of batches or examples."
+            f"{name} is {kind}; expected a data set with __len__ and __getitem__, a tuple of tensors, arrays or "
+            f"tables, a torch DataLoader or another iterable of batches, or a list of batches or examples."
         )
     if isinstance(data, Iterator) and not hasattr(data, "__len__"):  # some loaders are their own iterators
         raise InputTypeError(

@@ -30,7 +30,7 @@ class Halving:
         parts = [(batch, inds)]
         while parts:
             batch, inds = parts.pop()
-            size = max(leaf.numel() for _, leaf in leaves(batch) if isinstance(leaf, Tensor))
+            size = max((leaf.numel() for _, leaf in leaves(batch) if isinstance(leaf, Tensor)), default=0)
             if size >= self._failed and len(inds) > 1:
                 halves = torch.arange(len(inds)).tensor_split(2)
                 parts += [(select_samples(batch, half, len(inds)), inds[half.numpy()]) for half in reversed(halves)]

@@ -206,8 +206,12 @@ TASK_NAMES = tuple(_TASKS)
 """The names that ``task=`` accepts."""
 
 
-def make_task(task: str | Task | Callable[[Any, Any], Tensor]) -> Task:
+def make_task(task: str | Task | Callable[[Any, Any], Tensor], argument: str = "task") -> Task:
     """Return the task of a name in `TASK_NAMES`, of a function, a loss or of TRAK's kind; a `Task` stays unchanged.
+
+    Args:
+        task: The task.
+        argument: The argument's name, for messages.
 
     Raises:
         InputError: The name is unknown.
@@ -219,13 +223,13 @@ def make_task(task: str | Task | Callable[[Any, Any], Tensor]) -> Task:
     if isinstance(task, Task):
         return task
     if isinstance(task, str):
-        check_choice("task", task, _TASKS)
+        check_choice(argument, task, _TASKS)
         return _TASKS[task]()
     if is_model_output(task):
         return ModelOutputTask(task)
     if isinstance(task, type) or not callable(task):
         raise InputTypeError(
-            f"task is {task!r}; expected a name ({', '.join(_TASKS)}), a function (model, batch) -> loss [B], a "
+            f"{argument} is {task!r}; expected a name ({', '.join(_TASKS)}), a function (model, batch) -> loss [B], a "
             f"loss of (outputs, labels), or an instance of tracer.Task."
         )
     return CriterionTask(task) if is_criterion(task) else LossTask(task)

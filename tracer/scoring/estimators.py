@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64
 
-from tracer._core.validation import check_choice
+from tracer._core.validation import check_choice, shown
 from tracer.errors import InputError, InputTypeError
 
 ESTIMATORS = ("tracin", "cosine", "influence", "trak", "source", "relatif", "relatif_theta", "trackstar")
@@ -190,13 +190,16 @@ def _checked_regularization(value: Any) -> float:
 def _checked_groups(groups: Any) -> Any:
     if groups is None or (isinstance(groups, str) and groups == "label"):
         return groups
-    found = np.asarray(groups)
+    try:
+        found = np.asarray(groups)
+    except ValueError:  # lists of different lengths
+        found = np.empty(0, object)
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise InputTypeError(
-            f"groups is {groups!r}; expected the group of each target, integers from 0 on (-1: none), or 'label'."
+            f"groups is {shown(groups)}; expected the group of each target, integers from 0 on (-1: none), or 'label'."
         )
     if not len(found) or found.min() < -1 or found.max() < 0:
-        raise InputError(f"groups={groups!r}; expected integers from 0 on, or -1 for targets without a group.")
+        raise InputError(f"groups is {shown(groups)}; expected integers from 0 on, or -1 for targets without a group.")
     return found.astype(np.int64)
 
 

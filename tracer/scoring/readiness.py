@@ -67,8 +67,10 @@ def checkpoint_ids(store: Store, model_ids: list[int] | None) -> list[int]:
         return known
     chosen = [check_model_id(model_id) for model_id in as_list(model_ids, "model_ids")]
     unknown = [model_id for model_id in chosen if model_id not in known]
-    if unknown or not chosen:
-        raise InputError(f"model_ids={chosen}: {unknown or 'nothing'} is not in the store, which has {known}.")
+    if not chosen:
+        raise InputError(f"model_ids={chosen} chooses no checkpoint; the store has {known}, and None chooses all.")
+    if unknown:
+        raise InputError(f"model_ids={chosen}: {unknown} is not in the store, which has {known}.")
     if len(set(chosen)) < len(chosen):
         raise InputError(f"model_ids={chosen} has a checkpoint more than once; each counts once.")
     return chosen

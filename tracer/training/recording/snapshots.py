@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from tracer._core.files import partial_path, sync, write_whole
 from tracer._core.sharding import fsdp_modules, is_sharded
-from tracer._core.text import listing
 from tracer.errors import CheckpointError, InputError, InputTypeError
 from tracer.training.adafactor import KEYS
 from tracer.training.adam import optimizer_path
@@ -30,9 +29,6 @@ def check_whole(model: nn.Module) -> nn.Module:
             "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)), save it "
             "on rank 0, and pass attribute the paths with the learning rates"
         )
-    lazy = [repr(name) for name, value in model.named_parameters() if nn.parameter.is_lazy(value)]
-    if lazy:
-        raise InputError(f"model has parameters without a shape: {listing(lazy)}; run one forward pass first.")
     return model
 
 
