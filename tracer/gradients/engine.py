@@ -9,6 +9,7 @@ from then on, which is logged with the reason, and is checked again.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from typing import NamedTuple
@@ -238,6 +239,7 @@ class GradientEngine:
             seed_generators(self.device)
             sink.begin()
             try:
+                began = time.perf_counter()
                 captured = CapturedPass(
                     self.model,
                     self.stateless_task,
@@ -257,6 +259,7 @@ class GradientEngine:
                     due = verifier.is_due(signature, only_new=self._for_sums) or suspect is not None
                     if due:
                         verifier.use_precision(captured.half_precision())
+                        verifier.make_room(time.perf_counter() - began)
                     sums = verifier.sums(batch_size, suspect) if due else None
                     if sums is not None:
                         sink.leave_to(sums)

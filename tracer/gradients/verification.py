@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from tracer._core.heap import return_freed_memory
 from tracer._core.text import listing
 from tracer.data.batches import select_samples
 from tracer.data.tasks import Task, check_per_sample
@@ -33,6 +34,9 @@ from tracer.gradients.selfcheck import (
 from tracer.types import Batch, SampleOutputs
 
 logger = logging.getLogger("tracer.gradients")
+
+LONG_SECONDS = 1.0
+"""The least time of a forward whose checks return freed memory to the system, which takes up to a tenth of it."""
 
 _EARLY_CHECKS = frozenset((1, 2, 4, 8))
 """The numbers of early batches that are checked though they look like ones that agreed."""
@@ -95,7 +99,7 @@ class Verifier:
         self.dtype = self._precision or parameters[names[0]].dtype
         self.plain_seconds = math.inf
         self._num_batches = 0
-        self._unchecked = self._warned = False
+        self._unchecked = self._warned = self._is_long = False
         self._verified = _Verified()
         self._by_weights: dict[str, _Verified] = {}
 
@@ -226,8 +230,16 @@ class Verifier:
             against: What gradients are compared with, by name.
             keep: The names of those that are kept.
         """
+        self.make_room()
         seed_generators(self._device, 1)  # another seed: a model that draws random numbers must not pass
         return self.backend.reference(self._task, batch, weights, self._shapes, self._precision, against, keep)
+
+    def make_room(self, forward_seconds: float | None = None) -> None:
+        """Return freed memory to the system, unless forwards are short: the passes of a check follow one another."""
+        if forward_seconds is not None:
+            self._is_long = forward_seconds >= LONG_SECONDS
+        if self._is_long and self._device.type == "cpu":
+            return_freed_memory()
 
     def gradients(self, batch: Batch, weights: Tensor) -> dict[str, Tensor]:
         """Return autograd's gradients of the sum of f with some weights ``[B]``."""
