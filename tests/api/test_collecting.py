@@ -27,7 +27,7 @@ from collecting_cases import (
 )
 from torch import nn
 
-from tracer import GradientCollector, Tracer, attribute, collected_checkpoints
+from tracer import GradientCollector, Tracer, attribute, collected_checkpoints, verify
 from tracer.errors import CallOrderError, GradientError, InputError, InputTypeError, MismatchError
 from tracer.store import Store
 
@@ -470,6 +470,23 @@ def test_what_needs_gradients_at_checkpoints_is_refused(tmp_path):
         with pytest.raises(CallOrderError, match="GradientCollector collected.*another save_dir"):
             refused()
     np.testing.assert_array_equal(attribute(*data, checkpoints, **options).scores, scores)
+
+
+def test_damaged_sums_are_marked_and_no_advice_is_to_compute_them_again(tmp_path):
+    model = mlp()
+    collector = collected(tmp_path, model, sgd(model), batches(12))
+    first, *others = collector.checkpoints
+    assert others
+    (file,) = [each for each in (collector.store / "checkpoints/0/features").rglob("c/**/*") if each.is_file()]
+    data = bytearray(file.read_bytes())
+    data[3] ^= 64
+    file.write_bytes(bytes(data))
+    found = verify(collector.store, progress=False)
+    assert "row" in str(found) and "collected in a training and cannot be computed again" in str(found)
+    reader = Tracer.open(collector.store)
+    with pytest.raises(CallOrderError, match="model_ids="):
+        reader.self_influence()
+    assert np.isfinite(reader.self_influence(model_ids=list(range(1, len(others) + 1)))).all()
 
 
 def test_sums_that_do_not_fit_into_memory_are_in_a_file(tmp_path):

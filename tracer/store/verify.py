@@ -174,6 +174,9 @@ class _Checker:
             arrays[name] = open_array(path / name)
         lost = list(self._lost_rows(arrays, num_rows, chunk_rows, bool(described.get("finalized"))))
         rows = np.unique(np.concatenate(lost)) if lost else np.empty(0, np.int64)
+        if len(rows) and exp_name is None and manifest.is_collected:
+            what = "they were collected in a training and cannot be computed again: restore the checkpoint's directory"
+            self._found(path, f"{what}, or choose other checkpoints by model_ids=", rows, repaired=False)
         if len(rows) and self.repair:
             write_group(path, changing(described))  # first, so that no result of these rows counts any more
             marked = rows[arrays["done"].take(rows)]
