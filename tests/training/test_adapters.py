@@ -86,6 +86,15 @@ def test_adapters_that_lack_a_part_are_refused():
         fit_state(Net(), short)
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_adapters_for_a_model_without_them_are_explained(kind):
+    trained = make(kind)[1]
+    torch.manual_seed(0)
+    for state in (trained.state_dict(), peft.get_peft_model_state_dict(trained)):
+        with pytest.raises(CheckpointError, match=r"holds adapters of peft and the model has none"):
+            fit_state(Net(), state)
+
+
 def test_a_file_is_of_the_active_adapter():
     model, _ = make("lora")
     model.add_adapter("second", CONFIGS["lora"]())

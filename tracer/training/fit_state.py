@@ -19,6 +19,9 @@ from tracer.errors import CheckpointError
 from tracer.training.checkpoints import weights_fingerprint, without_extra_state
 from tracer.training.key_matching import Match, match_names
 
+_OF_ADAPTERS = re.compile(r"(^|\.)(lora_|ia3_|vera_|base_layer\.|modules_to_save\.|prompt_encoder\.)")
+"""Parts of names that peft gives to adapters and to what they wrap."""
+
 
 def fit_state(
     model: nn.Module, state: Mapping[str, Any], frozen: str | None = None, values: bool = True
@@ -207,6 +210,11 @@ def _kind(value: Any) -> int:
 def _hint(own: _ModelState, match: Match, given: Mapping[str, Any]) -> str:
     """Return what to do about names that differ."""
     prefix = match.removed
+    if any(map(_OF_ADAPTERS.search, match.unexpected)) and not adapter_models(own.model):
+        return (
+            "the checkpoint holds adapters of peft and the model has none; pass the model with them, for example "
+            "peft.PeftModel.from_pretrained(model, folder)"
+        )
     if match.names and not match.missing and prefix and not any(key.startswith(prefix) for key in match.unexpected):
         only = f"{{key: value for key, value in state.items() if key.startswith({prefix!r})}}"
         return (
