@@ -314,6 +314,8 @@ def test_a_report_shows_texts_that_are_named(project, tmp_path):
 def test_a_report_refuses_rows_of_another_number(project, tmp_path):
     output = refused("report", "store", "--output-dir", str(tmp_path), "--train", f"{MODULE}:test_set")
     assert f"{MODULE}:test_set has 5 examples; the store has 24 training examples" in output
+    output = refused("report", "store", "--output-dir", str(tmp_path), "--inputs", f"{MODULE}:pictures")
+    assert f"inputs is '{MODULE}:pictures', and {MODULE} has no 'pictures'" in output
 
 
 def test_what_a_report_shows_of_batches():

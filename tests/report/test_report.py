@@ -467,6 +467,25 @@ def test_labels_of_two_classes_as_floats_or_bools_are_class_indices(tmp_path, ki
     assert [row["label"] for row in rows] == [["neg", "pos"][labels[int(row["train_index"])]] for row in rows]
 
 
+def test_names_of_classes_may_be_a_mapping_from_indices_but_no_text(tmp_path):
+    labels, names = LABELS % 2, {"1": "pos", "0": "neg"}  # as in config.json
+    report(tmp_path, train_labels=labels, class_names=names)
+    rows = lines(tmp_path / "influence_summary.csv")
+    assert [row["label"] for row in rows] == [["neg", "pos"][labels[int(row["train_index"])]] for row in rows]
+    with pytest.raises(tracer.InputError, match=r"keys \[1, 2\]; expected the class indices 0, 1"):
+        report(tmp_path, train_labels=labels, class_names={1: "neg", 2: "pos"})
+    with pytest.raises(tracer.InputTypeError, match="class_names is 'np'; expected a list"):
+        report(tmp_path, train_labels=labels, class_names="np")
+
+
+def test_a_file_in_place_of_the_directory_and_a_number_in_place_of_inputs_are_named(tmp_path):
+    (tmp_path / "page").write_text("")
+    with pytest.raises(tracer.InputError, match="page', where a file is; expected a directory"):
+        report(tmp_path / "page")
+    with pytest.raises(tracer.InputError, match="train_inputs must be an array"):
+        report(tmp_path, train_inputs=5)
+
+
 @pytest.mark.parametrize("values", [[0.0, 0.5], [0.0, 2.0], [0.0, np.nan]])
 def test_floats_that_are_no_class_indices_stay_numbers(values):
     samples = Samples("train", 2, labels=np.array(values), class_names=["neg", "pos"])

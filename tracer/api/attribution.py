@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -163,7 +163,7 @@ class Attribution:
         directory: str | os.PathLike[str],
         inputs: Any = None,
         labels: Any = None,
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str] | Mapping[int, str] | None = None,
         *,
         target_inputs: Any = None,
         target_labels: Any = None,
@@ -182,7 +182,8 @@ class Attribution:
             inputs: The training examples' inputs as images, vectors, texts, records or a DataFrame. Default: the texts
                 of a language model's store; other inputs are not shown.
             labels: The training examples' labels. Default: those of the store.
-            class_names: The name of each class index. Default: the index.
+            class_names: The name of each class index, in a list or in a mapping such as ``id2label``. Default: the
+                index.
             target_inputs: The targets' inputs, likewise.
             target_labels: The targets' labels. Default: those of the store.
             k: The number of proponents and opponents shown for each target.
@@ -195,7 +196,7 @@ class Attribution:
         Returns:
             The path of ``index.html``.
         """
-        k = min(k, self.tracer.train_set_size)
+        k = min(check_count(k, "k"), self.tracer.train_set_size)
         facts = StoreFacts.of(self.tracer.store, self.exp_name, self.model_ids)
         shown = self.by("top")
         ranking = {"self-influence": self.estimators.self_influence}

@@ -112,4 +112,5 @@ def _displayable_data(settings: Mapping[str, Any], name: str, table: RowTable, i
             )
         shown = displayable(source)
     labels = known_labels(table)
-    return build(inputs, name) if inputs else shown[0], shown[1] if labels is None else labels
+    setting = {"train": "inputs", "targets": "target_inputs"}[name]
+    return build(inputs, setting) if inputs else shown[0], shown[1] if labels is None else labels

@@ -14,6 +14,7 @@ import numpy as np
 
 from tracer._core.text import csv_cell
 from tracer.errors import InputError, MismatchError
+from tracer.report.samples import check_class_names
 
 _COLUMNS = {"id", "label", "suggested_label", "verdict"}
 _VERDICTS = ("confirmed", "ignored")
@@ -24,7 +25,7 @@ def apply_corrections(
     labels: Any,
     *,
     ids: Sequence[str | int] | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | Mapping[int, str] | None = None,
 ) -> np.ndarray:
     r"""Return labels with the corrections that a reader confirmed on the page of a report.
 
@@ -62,8 +63,9 @@ def apply_corrections(
     if len(place) < len(known):
         raise InputError("ids names some examples alike; expected another id for each.")
     values: dict[str, Any] = {str(value): value for value in corrected.tolist()}
+    class_names = check_class_names(class_names)
     if class_names is not None:
-        values = {str(name): number for number, name in enumerate(class_names)}
+        values = {name: number for number, name in enumerate(class_names)}
     names = {value: name for name, value in values.items()}
     for row in _read(Path(path)):
         index = place.get(row["id"])

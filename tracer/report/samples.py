@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from tracer.data.tables import frame_numbers, is_frame
-from tracer.errors import InputError
+from tracer.errors import InputError, InputTypeError
 from tracer.report.text import as_text
 
 Kind = Literal["images", "texts", "vectors", "absent"]
@@ -116,7 +116,12 @@ def as_array(values: Any, name: str) -> np.ndarray:
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         return np.asarray(values.numpy() if values.dtype.is_floating_point is False else values.float().numpy())
-    if not isinstance(values, np.ndarray) and len(values) and isinstance(values[0], Tensor):
+    if (
+        not isinstance(values, np.ndarray)
+        and hasattr(values, "__len__")
+        and len(values)
+        and isinstance(values[0], Tensor)
+    ):
         values = [as_array(value, name) for value in values]
     try:
         array = np.asarray(values)
@@ -127,6 +132,26 @@ def as_array(values: Any, name: str) -> np.ndarray:
     if array.dtype == object and array.size == 0 and len(values):
         raise InputError(f"{name} has values of different shapes; pass images or vectors of one shape, or texts.")
     return array
+
+
+def check_class_names(names: Sequence[str] | Mapping[int, str] | None) -> list[str] | None:
+    """Return the name of each class index, of a list or of a mapping from indices such as ``id2label``.
+
+    Raises:
+        InputError: A mapping has other keys than 0, 1, 2, ….
+        InputTypeError: It is a single text.
+
+    >>> check_class_names({1: "owl", 0: "cat"})
+    ['cat', 'owl']
+    """
+    if isinstance(names, str):
+        raise InputTypeError(f"class_names is {names!r}; expected a list with a name for each class index.")
+    if isinstance(names, Mapping):
+        by_index = {int(key): name for key, name in names.items() if str(key).isdecimal()}
+        if sorted(by_index) != list(range(len(names))):
+            raise InputError(f"class_names has the keys {list(names)[:5]}; expected the class indices 0, 1, 2, …")
+        names = [by_index[index] for index in range(len(names))]
+    return None if names is None else [as_text(name) for name in names]
 
 
 def class_codes(*sets: Samples, class_names: Sequence[str] | None = None) -> tuple[list[np.ndarray], list[str]]:

@@ -15,7 +15,7 @@ from tracer.report.figure import SLIDE, Figure
 from tracer.report.health import descending
 from tracer.report.label_noise import LabelEvidence, WrongLabels, out_of_sample_health
 from tracer.report.png import png
-from tracer.report.samples import Samples, as_array, class_codes
+from tracer.report.samples import Samples, as_array, check_class_names, class_codes
 from tracer.report.summaries import summarize_scores
 from tracer.types import TopK
 
@@ -77,7 +77,7 @@ def write_report(
     target_inputs: Any = None,
     train_labels: Any = None,
     target_labels: Any = None,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | Mapping[int, str] | None = None,
     figures: bool = True,
     title: str = "Influence report",
     **options: Unpack[ReportOptions],
@@ -98,7 +98,7 @@ def write_report(
         target_inputs: The inputs of the M targets, or None.
         train_labels: ``[N]``, class indices, names or numbers, or None.
         target_labels: ``[M]``, class indices, names or numbers, or None.
-        class_names: The name of each class index.
+        class_names: The name of each class index, in a list or in a mapping such as ``id2label``.
         figures: Whether to write PNG files, which needs matplotlib. Default: True.
         title: The page's title.
         **options: As in `ReportOptions`.
@@ -128,6 +128,7 @@ def write_report(
             f"write_report() got the unknown option {min(unknown)!r}; expected "
             f"{', '.join(ReportOptions.__annotations__)}."
         )
+    class_names = check_class_names(class_names)
     own = content.check_scores(self_influence, "self_influence")
     num_train, num_targets = len(own), len(proponents.indices)
     tokens = (options.get("train_tokens"), options.get("target_tokens"), options.get("token_scores"))
@@ -236,7 +237,10 @@ def _write(directory: Path, html: str, data: content.ReportContent, pngs: Mappin
         texts["target_summary.csv"] = tables.targets_csv(data)
     if data.classes is not None:
         texts["class_influence.csv"] = tables.classes_csv(data)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"directory is {str(directory)!r}, where a file is; expected a directory.") from error
     if data.classes is not None:
         tables.write_top_influences(directory, data)
     for name, image in pngs.items():
