@@ -106,6 +106,15 @@ def test_norms(norm, shape, num_rows):
     assert_gradients_match(model, mean_square, (cubes(num_rows, *shape),), num_rows)
 
 
+def test_layer_scale_of_transformers():
+    from transformers import Dinov2Config
+    from transformers.models.dinov2.modeling_dinov2 import Dinov2LayerScale
+
+    model = nn.Sequential(nn.Linear(4, 6), Dinov2LayerScale(Dinov2Config(hidden_size=6)))
+    engine = assert_gradients_match(model, mean_square, (cubes(3, 5, 4),), 3)
+    assert not engine.raw
+
+
 def test_transformers_conv1d():
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     model = stack(conv1d(5, 4), nn.Tanh())

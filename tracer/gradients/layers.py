@@ -222,6 +222,13 @@ def _layer_norm(call: LayerCall) -> Gradients:
     return _affine(call, F.layer_norm(call.x, module.normalized_shape, None, None, module.eps), False)
 
 
+def _layer_scale(call: LayerCall) -> Gradients:
+    (name,) = call.wanted
+    values = call.x * call.grad_output
+    shape = getattr(call.module, name).shape
+    return {name: DenseGradient(summed(values.reshape(len(values), -1, *shape), 1))}
+
+
 def _rms_norm(call: LayerCall) -> Gradients:
     module = call.module
     return _affine(call, F.rms_norm(call.x, module.normalized_shape, None, module.eps), False)
@@ -302,7 +309,10 @@ def _register_defaults() -> None:
     register_layer_rule(nn.Embedding, _embedding, ("weight",), _refuses_embedding)
     scaled_embeddings = "transformers.models.*Scaled*Embedding"
     register_layer_rule(scaled_embeddings, _scaled_embedding, ("weight",), _refuses_scaled_embedding)
-    register_layer_rule(nn.LayerNorm, _layer_norm)
+    for layer_norm in (nn.LayerNorm, "timm.layers.norm.LayerNorm"):
+        register_layer_rule(layer_norm, _layer_norm)
+    for name in ("timm.layers.layer_scale.LayerScale", "transformers.models.*LayerScale"):
+        register_layer_rule(name, _layer_scale, ("gamma", "lambda1"))
     register_layer_rule(nn.RMSNorm, _rms_norm, ("weight",))
     for name in ("transformers.models.*RMSNorm", "transformers.models.*T5LayerNorm"):  # also Gemma's, 1 + weight
         register_layer_rule(name, _rms_norm_of_transformers, ("weight",), _refuses_rms_norm_of_transformers)
