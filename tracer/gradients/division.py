@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, arange, broadcast_shapes, strided
+from torch import Tensor, arange, strided
 from torch.autograd.graph import get_gradient_edge
 
 from tracer._core.blocks import full_precision
@@ -55,38 +55,46 @@ class Division:
         shared: Sequence[Shared],
     ) -> Any:
         """Call a function of shared tensors and of the batch, or raise `Unknown`."""
-        if any(each.is_nested or each.layout != strided for each in tensors_in(args, kwargs)):
-            raise Unknown("it was called with nested or sparse tensors")
+        tensors = list(tensors_in(args, kwargs))
+        for each in tensors:
+            if each.is_nested or each.layout is not strided:
+                raise Unknown("it was called with nested or sparse tensors")
         if self.batch_size == 1:
             return self._replaced(func, args, kwargs, lambda each: self._leaf(each, each.tensor.shape, None, 0, name))
-        known = {self._axes.get(each, SampleAxis.FIRST) for one in shared for each in one.names}
-        chosen = next(axis for axis in (SampleAxis.MIXED, SampleAxis.SECOND, SampleAxis.FIRST) if axis in known)
+        chosen = self._chosen(shared) if self._axes else SampleAxis.FIRST
         call = recognize(func, args, kwargs, self._shared)
         if call is not None and (call.axis is None or call.x.shape[call.axis] % self.batch_size == 0):
             return self._by_rule(func, name, args, kwargs, call, chosen)
         if name == "einsum":
             return self._einsum(func, args, chosen)
-        shape = self._common_shape(name, args, kwargs)
-        axis = self._axis(shape, [each for each in tensors_in(args, kwargs) if id(each) not in self._shared], chosen)
+        shape = self._common_shape(name, args, kwargs, tensors)
+        axis = self._axis(shape, [each for each in tensors if id(each) not in self._shared], chosen)
         if axis is None:
             return self._replaced(func, args, kwargs, lambda each: self._mixed_leaf(each, shape, name))
         return self._replaced(func, args, kwargs, lambda each: self.copied(each, shape, axis, name))
 
-    def _common_shape(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    def _chosen(self, shared: Sequence[Shared]) -> SampleAxis:
+        """Return the axis that is left to try for some tensors."""
+        known = {self._axes.get(each, SampleAxis.FIRST) for one in shared for each in one.names}
+        return next(axis for axis in (SampleAxis.MIXED, SampleAxis.SECOND, SampleAxis.FIRST) if axis in known)
+
+    def _common_shape(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Sequence[Tensor]
+    ) -> Sequence[int]:
         """Return the shape to which a function that broadcasts brings a shared tensor, matrices' own sizes as -1."""
         if name in _ELEMENTWISE:
-            return tuple(broadcast_shapes(*(each.shape for each in tensors_in(args, kwargs))))
+            return _broadcast([each.shape for each in tensors])
         if name in ("matmul", "bmm"):
             first, second = args[:2]
             if min(first.ndim, second.ndim) >= 2:
-                return (*broadcast_shapes(first.shape[:-2], second.shape[:-2]), -1, -1)
+                return *_broadcast([first.shape[:-2], second.shape[:-2]]), -1, -1
         if name == "scaled_dot_product_attention":
-            return (*broadcast_shapes(*(each.shape[:-2] for each in tensors_in(args, kwargs))), -1, -1)
+            return *_broadcast([each.shape[:-2] for each in tensors]), -1, -1
         if name in ("cat", "concat", "concatenate"):
-            ndim = max(each.ndim for each in tensors_in(args, kwargs))
+            ndim = max(each.ndim for each in tensors)
             dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
             if dim % ndim != 0:
-                return (max(each.shape[0] for each in tensors_in(args, kwargs)), *[-1] * (ndim - 1))
+                return max(each.shape[0] for each in tensors), *[-1] * (ndim - 1)
         raise Unknown
 
     def _axis(self, shape: Sequence[int], values: Sequence[Tensor], chosen: SampleAxis) -> int | None:
@@ -97,9 +105,10 @@ class Division:
         for axis in (1, 0) if chosen is SampleAxis.SECOND else (0, 1):
             size = shape[axis] if axis < len(shape) else 0
             from_end = axis - len(shape)
-            whole = size > 0 and (size == count or (size % count == 0 and (axis == 0 or chosen is SampleAxis.SECOND)))
-            if whole and any(each.ndim >= -from_end and each.shape[from_end] == size for each in values):
-                return axis
+            if size > 0 and (size == count or (size % count == 0 and (axis == 0 or chosen is SampleAxis.SECOND))):
+                for each in values:
+                    if each.ndim >= -from_end and each.shape[from_end] == size:
+                        return axis
         return None
 
     def _replaced(
@@ -272,6 +281,17 @@ class Division:
                 letters[number] = letter + term
                 copied.append(self._leaf(found, (size, *value.shape), None, fold, "einsum"))
         return func(f"{','.join(letters)}->{result}", *copied)
+
+
+def _broadcast(shapes: Sequence[Sequence[int]]) -> list[int]:
+    """Return the shape to which some are broadcast."""
+    # torch.broadcast_shapes takes longer than most functions whose arguments it would be asked for.
+    common = [1] * max(map(len, shapes))
+    for shape in shapes:
+        for place in range(1, len(shape) + 1):
+            if shape[-place] != 1:
+                common[-place] = shape[-place]
+    return common
 
 
 def _along(axis: int, x: Tensor, output: Tensor) -> bool:

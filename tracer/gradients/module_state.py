@@ -44,13 +44,16 @@ class ModuleState:
         self.holds_graph = False
         self._containers: list[_Items] = []
         self._tensors: list[_Values] = []
-        packed = [parameter for parameter in model.parameters() if is_packed(parameter)]
+        modules = list(model.modules())
+        held = (each for module in modules for each in module._parameters.values() if each is not None)
+        parameters = list(dict.fromkeys(held))
+        packed = [parameter for parameter in parameters if is_packed(parameter)]
         self._packed = [_Packed(each, each.data) for each in packed if not is_composed(each)]
         self._memories = {part.data_ptr() for each in packed for _, part in plain_parts("", each)}
         seen: set[int] = set()
-        for module in model.modules():
+        for module in modules:
             self._keep_all(module.__dict__, seen, _NOT_STATE)
-        for parameter in model.parameters():
+        for parameter in parameters:
             self._keep_all(vars(parameter), seen)
 
     def restore(self) -> bool:
@@ -167,6 +170,7 @@ class StatelessTask(Task):
         self._has_caches: bool | None = None
         self._refilled: list[Place | Flag] | None = None  # that a forward fills if they are empty
         self._state: ModuleState | None = None
+        self._ran = False  # since it was kept
 
     def settings(self) -> dict[str, Any]:
         """Return the task's settings."""
@@ -175,7 +179,9 @@ class StatelessTask(Task):
     def outputs(self, model: nn.Module, batch: Batch) -> SampleOutputs:
         """Compute the task's outputs from the state that `unchanged` began with."""
         if self._state is not None:
-            self._state.restore()
+            if self._ran:
+                self._state.restore()
+            self._ran = True
         with self._noticing_conversions():
             return self._task.outputs(model, batch)
 
@@ -209,7 +215,7 @@ class StatelessTask(Task):
         for place in self._refilled or ():
             place.empty()
         changed = self._has_caches or self._refilled or any(detached)
-        self._state = ModuleState(self._model) if changed else found
+        self._state, self._ran = ModuleState(self._model) if changed else found, False
         try:
             yield
         finally:
@@ -228,6 +234,7 @@ class StatelessTask(Task):
             GradientError: If calling ``eval()`` changes f: weights are folded there, for example into a buffer.
         """
         assert self._state is not None
+        self._ran = True
         if self._refilled is None:
             self._refilled = find_refilled(self._model, lambda: self._output(batch), self._state.restore)
             for place in self._refilled:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -182,16 +183,24 @@ class RawParameters(TorchFunctionMode):
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
     ) -> None:
         """Mark what a function of the batch returns or changes."""
-        single = isinstance(result, Tensor) and "out" not in kwargs
-        self._mark((result,) if single else tensors_in((result, kwargs.get("out")), {}))
-        name = getattr(func, "__name__", "")
-        inplace = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name[2:3] == "i"
-        if inplace and args and isinstance(args[0], Tensor) and not name.startswith("__init"):
+        if isinstance(result, Tensor) and "out" not in kwargs:
+            result.__dict__["_tracer_pass"] = self._pass
+        else:
+            self._mark(tensors_in((result, kwargs.get("out")), {}))
+        if args and isinstance(args[0], Tensor) and _changes_first(func):
             self._mark([args[0]] if args[0]._base is None else [args[0], args[0]._base])
 
     def _mark(self, values: Any) -> None:
         for value in values:
             value.__dict__["_tracer_pass"] = self._pass
+
+
+@cache
+def _changes_first(func: Callable[..., Any]) -> bool:
+    """Return whether a function changes its first argument in place, by its name."""
+    name = getattr(func, "__name__", "")
+    inplace = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name[2:3] == "i"
+    return inplace and not name.startswith("__init")
 
 
 def _name(func: Callable[..., Any]) -> str:
