@@ -42,10 +42,11 @@ class Owners:
         step = min(1.0, _MOST_POWERS / self.batch_size)
         self._exponents = ((order - self.batch_size // 2) * step).double().to(output.device)
         self._closest = 2.0 ** (step / 4) - 1  # the most that an owner's weight may seem to differ
+        self._weights = self._exponents.exp2()
         grads: Sequence[Tensor | None] = [None] * len(edges)
         if edges and self.batch_size > 1:
-            weights = self._exponents.exp2().to(output.dtype)
-            grads = torch.autograd.grad((weights * output).sum(), edges, retain_graph=True, allow_unused=True)
+            weighted = (self._weights.to(output.dtype) * output).sum()
+            grads = torch.autograd.grad(weighted, edges, retain_graph=True, allow_unused=True)
         self._weighted = dict(zip(keys, grads, strict=True))
 
     def of(self, key: Any, grad: Tensor, num_dims: int) -> Tensor:
@@ -60,19 +61,19 @@ class Owners:
         if weighted is None:
             raise NoOwner("no gradient arrived with other weights")
         plain, other = (each.reshape(*shape, -1).double() for each in (grad, weighted))
-        size, product = plain.square().sum(-1), (plain * other).sum(-1)
-        exponents = (product / size.clamp(min=torch.finfo(torch.float64).tiny)).clamp(min=0).log2()
+        size = torch.linalg.vecdot(plain, plain)
+        exponents = (torch.linalg.vecdot(plain, other) / size).nan_to_num(0.0).clamp(min=0).log2()
         owner = (exponents.unsqueeze(-1) - self._exponents).abs().argmin(-1)
-        expected = plain * self._exponents[owner].exp2().unsqueeze(-1)
-        apart, scale = (other - expected).norm(dim=-1), expected.norm(dim=-1)
+        weights = self._weights[owner]
+        apart, scale = (other - weights.unsqueeze(-1) * plain).norm(dim=-1), weights * size.sqrt()
         # What is left of larger terms that cancel is noise, whoever's it is; float64 models may compute in float32.
-        eps = max(torch.finfo(grad.dtype).eps, torch.finfo(torch.float32).eps)
-        noise = min(64 * eps, _MOST_NOISE)
-        largest = torch.zeros(self.batch_size, dtype=scale.dtype, device=scale.device)
-        largest.scatter_reduce_(0, owner.flatten(), scale.flatten(), "amax")
-        share = min(self._closest, max(noise, _ROUNDING))
-        if not bool((apart <= share * scale + noise * largest[owner]).all()):
-            raise NoOwner("some of its rows belong to several samples")
+        noise = min(64 * max(torch.finfo(grad.dtype).eps, torch.finfo(torch.float32).eps), _MOST_NOISE)
+        allowed = min(self._closest, max(noise, _ROUNDING)) * scale
+        if not bool((apart <= allowed).all()):
+            largest = scale.new_zeros(self.batch_size)
+            largest.scatter_reduce_(0, owner.flatten(), scale.flatten(), "amax")
+            if not bool((apart <= allowed + noise * largest[owner]).all()):
+                raise NoOwner("some of its rows belong to several samples")
         return owner
 
 
@@ -84,9 +85,9 @@ def regroup(gradient: PerSampleGradient, owner: Tensor, batch_size: int) -> PerS
         total = full_precision(values).new_zeros(batch_size, *gradient.shape)
         return DenseGradient(total.index_add_(0, owner, full_precision(values)).to(values.dtype))
     # Each sample gets as many rows as the one with the most; rows of zeros add nothing.
-    most, order = max(1, int(counts.max())), owner.argsort(stable=True)
-    place = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner[order]]
-    to, grouped = owner[order] * most + place, []
+    most, (samples, order) = max(1, int(counts.max())), owner.sort(stable=True)
+    first = (counts.cumsum(0) - counts)[samples]
+    to, grouped = samples * most + torch.arange(len(owner), device=owner.device) - first, []
     for each in gradient.tensors():
         rows = each.new_zeros(batch_size * most, *each.shape[1:])
         rows[to] = each[order]

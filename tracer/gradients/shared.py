@@ -16,6 +16,9 @@ from tracer.gradients.owners import NoOwner
 from tracer.gradients.per_sample import DenseGradient, OuterGradient, PerSampleGradient
 from tracer.gradients.rows import RowsGradient
 
+JOINED_BYTES = 16 << 20
+"""The most bytes of built gradients of several tensors that go back to parameters at once."""
+
 
 class RawFailed(Exception):
     """Parameters whose use cannot be divided among samples; never reaches a user.
@@ -117,26 +120,62 @@ class Pullback:
     def finish(self) -> dict[str, PerSampleGradient]:
         """Return the gradients of the parameters of tensors that wait."""
         found: dict[str, list[PerSampleGradient]] = {}
-        for shared, gradients in self._waiting.values():
-            with failing_as_raw(shared.names):
-                for name, gradient in self._back(shared, add_gradients(gradients)):
-                    found.setdefault(name, []).append(gradient)
+        waiting = [(shared, add_gradients(gradients)) for shared, gradients in self._waiting.values()]
         self._waiting.clear()
+        for group in _in_groups(waiting):
+            for name, gradient in self._back(group):
+                found.setdefault(name, []).append(gradient)
         return {name: add_gradients(parts) for name, parts in found.items()}
 
-    def _back(self, shared: Shared, gradient: PerSampleGradient) -> Iterator[tuple[str, PerSampleGradient]]:
-        """Yield the gradients of the parameters of a shared tensor."""
-        count, names = gradient.batch_size, sorted(shared.names)
-        built = gradient.dense(0, count).view(count, *shared.tensor.shape).to(shared.tensor.dtype)
+    def _back(self, group: Sequence[tuple[Shared, PerSampleGradient]]) -> list[tuple[str, PerSampleGradient]]:
+        """Return the gradients of the parameters of shared tensors, by one backward for all of them if it can run."""
+        names = sorted({name for shared, _ in group for name in shared.names})
         wanted = [self._parameters[name] for name in names]
-        if shared.rows is not None and shared.rows.numel() < len(wanted[0]):
-            index = shared.rows.reshape(1, -1).expand(count, -1).long()
-            yield names[0], RowsGradient(index, built.reshape(*index.shape, -1), wanted[0].shape)
-            return
-        grads = torch.autograd.grad(
-            shared.tensor, wanted, built, retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
-        yield from ((name, DenseGradient(grad)) for name, grad in zip(names, grads, strict=True) if grad is not None)
+        try:
+            with failing_as_raw(names):
+                built = [_built(shared, gradient) for shared, gradient in group]
+                if (rows := group[0][0].rows) is not None and rows.numel() < len(wanted[0]):
+                    index = rows.reshape(1, -1).expand(len(built[0]), -1).long()
+                    return [(names[0], RowsGradient(index, built[0].reshape(*index.shape, -1), wanted[0].shape))]
+                grads = torch.autograd.grad(
+                    [shared.tensor for shared, _ in group],
+                    wanted,
+                    built,
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
+        except RawFailed:
+            if len(group) == 1:
+                raise
+            return [found for each in group for found in self._back([each])]
+        return [(name, DenseGradient(grad)) for name, grad in zip(names, grads, strict=True) if grad is not None]
+
+
+def _built(shared: Shared, gradient: PerSampleGradient) -> Tensor:
+    """Return the built gradients of a shared tensor, ``[B, *shape]``."""
+    count = gradient.batch_size
+    return gradient.dense(0, count).view(count, *shared.tensor.shape).to(shared.tensor.dtype)
+
+
+def _in_groups(
+    waiting: Sequence[tuple[Shared, PerSampleGradient]],
+) -> Iterator[list[tuple[Shared, PerSampleGradient]]]:
+    """Yield tensors and their gradients in groups whose built gradients are small; rows of tables alone."""
+    group: list[tuple[Shared, PerSampleGradient]] = []
+    size = 0
+    for shared, gradient in waiting:
+        added = gradient.batch_size * gradient.numel * shared.tensor.element_size()
+        if shared.rows is not None:
+            yield [(shared, gradient)]
+            continue
+        if group and size + added > JOINED_BYTES:
+            yield group
+            group, size = [], 0
+        group.append((shared, gradient))
+        size += added
+    if group:
+        yield group
 
 
 def _as_part(gradient: PerSampleGradient, entry: int, shape: Sequence[int]) -> PerSampleGradient | None:
