@@ -87,6 +87,27 @@ def test_a_report_shows_the_texts_or_says_why_not(project, monkeypatch, caplog):
     assert not any(shown(*options)) and "hold other data" in caplog.text
 
 
+def test_rankings_have_the_beginnings_of_texts_of_the_rows_that_they_name(project, caplog):
+    built = run_tracer("build", *NAMES, "--targets", "targets.txt")
+    assert "tracer top store -k 5 --texts" in built.output
+    texts_of = [" ".join(json.loads(line)["text"].split()) for line in (project / "train.jsonl").open()]
+    asked = (project / "targets.txt").read_text().splitlines()
+
+    def begins(text):
+        return f"{text} <eos>" if len(text) < 70 else text[:70]
+
+    lines = run_tracer("top", "store", "-k", "12", "--texts").output.splitlines()
+    assert [begins(text) in lines for text in asked] == [True, True]
+    rows = [line.split(maxsplit=3) for line in lines if line.split()[:1] and line.split()[0].isdecimal()]
+    assert len(rows) == 24 and all(text.startswith(begins(texts_of[int(row)])) for _, row, _, text in rows)
+    lines = run_tracer("self-influence", "store", "-k", "3", "--texts").output.splitlines()[1:]
+    assert all(line.split(maxsplit=3)[3].startswith(begins(texts_of[int(line.split()[1])])) for line in lines)
+    assert "text" not in run_tracer("top", "store", "-k", "1").output
+    (project / "train.jsonl").unlink()
+    result = run_tracer("top", "store", "-k", "1", "--texts")
+    assert result.exit_code == 0 and "texts are not shown" in caplog.text
+
+
 def test_groups_of_split_documents_are_ranked(project):
     options = ["--packing", "bfd_split", "--max-length", "8", "--group-column", "source", "--targets", "targets.txt"]
     assert run_tracer("build", *NAMES, *options).exit_code == 0

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -172,9 +173,15 @@ def load_store(
 
 
 def stored_sources(
-    store: Store, exp_name: str, folders: Sequence[str | os.PathLike[str]]
+    store: Store, exp_name: str, folders: Sequence[str | os.PathLike[str]], rows: np.ndarray | None = None
 ) -> tuple[TextSource, TextSource | None]:
     """Return the training examples and, if they have a name, the targets of a store of `build_store`, to be shown.
+
+    Args:
+        store: The store.
+        exp_name: The name of the targets.
+        folders: The folders below which paths in the store are followed.
+        rows: The training examples that are compared with the store, ascending. Default: all.
 
     Raises:
         InputError: If the store does not know a name, or it is outside ``folders``.
@@ -186,8 +193,8 @@ def stored_sources(
     tokenizer, in_sides = load_tokenizer(model, named), is_in_sides(model)
     known = store.catalog.checkpoint_ids()[0]
     train = text_source(record.name("data"), tokenizer, settings, "data", in_sides=in_sides)
-    compare_rows(train, store.checkpoint(known))
-    if "targets" not in record.values:
+    compare_rows(train, store.checkpoint(known), rows)
+    if "targets" not in record.values or not store.catalog.has_targets(exp_name, known):
         return train, None
     split = record.values.get("target_split")
     name, own_split = record.name("targets"), None if split is None else str(split)

@@ -80,13 +80,22 @@ class LanguageInputs:
         store.set_info(language={**self.recipe, **of_targets})
 
 
-def compare_rows(source: DataSource, table: RowTable) -> None:
-    """Raise `MismatchError` if a source has other tokens, or another number of examples, than a table of the store."""
+def compare_rows(source: DataSource, table: RowTable, rows: np.ndarray | None = None) -> None:
+    """Compare the examples of a source with those of a table of the store.
+
+    Args:
+        source: The source.
+        table: The table.
+        rows: The examples whose tokens are compared, ascending. Default: all.
+
+    Raises:
+        MismatchError: If their number or their tokens differ.
+    """
     if len(source) != table.num_rows:
         raise MismatchError(
             f"expected {table.num_rows} examples, as {table.path} has, got {len(source)}; pass those it was made of"
         )
-    done = np.setdiff1d(np.arange(table.num_rows), table.remaining())
+    done = np.setdiff1d(np.arange(table.num_rows) if rows is None else rows, table.remaining())
     if len(done) and table.has_fingerprints:
         for batch, inds in source.batches(done):
             table.check_rows(inds, fingerprint_samples(batch, len(inds)))

@@ -59,7 +59,7 @@ def build(config: str | None, dry_run: bool, **flags: Any) -> None:
 
 def _next_steps(config: str | None, flags: dict[str, Any], settings: dict[str, Any]) -> str:
     store = config if config is not None and not flags["out"] else settings["out"]
-    return f"{next_steps(config, flags, settings, ())}\n  tracer ask {shlex.quote(store)} 'a prompt'"
+    return f"{next_steps(config, flags, settings, (), ' --texts')}\n  tracer ask {shlex.quote(store)} 'a prompt'"
 
 
 def _job(settings: dict[str, Any]) -> LanguageJob:

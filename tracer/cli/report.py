@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tracer.api.language import stored_sources
 from tracer.cli.job import build, load_examples
 from tracer.cli.output import print_result
 from tracer.cli.stores import (
     TRUST,
     RankingCommand,
-    StoreView,
     count_option,
-    hide_loading,
     known_labels,
     open_view,
-    trusted_folders,
 )
 from tracer.data.displayable import displayable
-from tracer.errors import InputError, TracerError
+from tracer.errors import InputError
 from tracer.store import RowTable
-
-logger = logging.getLogger("tracer")
 
 _NAMES = {"train": "training examples", "targets": "targets"}
 
@@ -63,7 +55,7 @@ def report(store: str, output_dir: Path, class_names: str | None, **options: Any
     trust = options.pop("trust")
     view = open_view(store, **options)
     if not any(given.values()):
-        view = _with_texts(view, trust)
+        view = view.with_texts(trust)
     settings = {**view.settings, **{name: given[name] for name in _NAMES if given[name]}}
     train = _displayable_data(settings, "train", view.train_table, given["inputs"])
     targets = _displayable_data(settings, "targets", view.target_table, given["target_inputs"])
@@ -77,20 +69,6 @@ def report(store: str, output_dir: Path, class_names: str | None, **options: Any
         **{name: value for name, value in shown.items() if value is not None},
     )
     print_result({"page": page}, f"Report: {page}")
-
-
-def _with_texts(view: StoreView, trust: Sequence[str]) -> StoreView:
-    """Return a view with the texts of a store of `tracer build`, if they are found."""
-    store = view.reader.store
-    if "language" not in store.manifest.info:
-        return view
-    hide_loading()
-    try:
-        sources = stored_sources(store, view.found.exp_name, trusted_folders(str(store.path), trust))
-    except TracerError as error:
-        logger.warning("texts are not shown: %s", error)
-        return view
-    return replace(view, found=replace(view.found, sources=sources))
 
 
 def _class_names(class_names: str | None) -> list[str] | None:

@@ -108,7 +108,9 @@ def _check_alone(settings: dict[str, Any]) -> None:
         )
 
 
-def next_steps(config: str | None, flags: dict[str, Any], settings: dict[str, Any], shown: tuple[str, ...]) -> str:
+def next_steps(
+    config: str | None, flags: dict[str, Any], settings: dict[str, Any], shown: tuple[str, ...], texts: str = ""
+) -> str:
     """Return commands on the store, with flags for whatever their file does not set or sets to other values."""
     in_file = config is not None and not flags["save_dir"]
     store = shlex.quote(str(config) if in_file else settings["save_dir"])
@@ -119,11 +121,11 @@ def next_steps(config: str | None, flags: dict[str, Any], settings: dict[str, An
 
     ranking = as_flags(*RANKING)
     if "targets" not in settings:
-        return f"Next:\n  tracer self-influence {store}{ranking} -k 20"
+        return f"Next:\n  tracer self-influence {store}{ranking} -k 20{texts}"
     return f"""\
 Next:
-  tracer top {store}{ranking} -k 5
-  tracer self-influence {store}{ranking} -k 20
+  tracer top {store}{ranking} -k 5{texts}
+  tracer self-influence {store}{ranking} -k 20{texts}
   tracer export {store}{ranking} scores.csv
   tracer report {store}{ranking}{as_flags(*shown)} --output-dir report"""
 

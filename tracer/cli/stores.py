@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,21 @@ import numpy as np
 from jaxtyping import Float64, Integer
 
 from tracer.api.attribution import Attribution
+from tracer.api.language import stored_sources
 from tracer.api.store_reader import StoreReader
 from tracer.api.tracer import Tracer
 from tracer.cli.job import RANKING
 from tracer.cli.output import ResultCommand, format_table
 from tracer.cli.settings import BUILD_BY_NAME, BY_NAME, read_settings, setting_option
-from tracer.errors import InputError, nearest_name
+from tracer.errors import InputError, TracerError, nearest_name
+from tracer.report.text import shortened
 from tracer.store import RowTable
 from tracer.store.table_schema import NO_LABEL
+
+logger = logging.getLogger("tracer")
+
+_SHOWN = 80
+"""The most characters of a text in a table."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +59,51 @@ class StoreView:
     def _first_id(self) -> int:
         return (self.found.model_ids or self.reader.store.catalog.checkpoint_ids())[0]
 
+    def with_texts(self, trust: Sequence[str], rows: np.ndarray | None = None) -> StoreView:
+        """Return a view with the texts of a store of `tracer build`, if there are such and they are found.
+
+        Args:
+            trust: Further folders below which paths in the store are followed.
+            rows: The training examples that are shown, ascending, and so compared with the store. Default: all.
+        """
+        store = self.reader.store
+        if "language" not in store.manifest.info:
+            return self
+        hide_loading()
+        try:
+            folders = trusted_folders(str(store.path), trust)
+            sources = stored_sources(store, self.found.exp_name, folders, rows)
+        except TracerError as error:
+            logger.warning("texts are not shown: %s", error)
+            return self
+        return replace(self, found=replace(self.found, sources=sources))
+
+    def texts(self, indices: Iterable[int], side: int = 0) -> dict[int, str]:
+        """Return the beginnings of the texts of some training examples (``side`` 0) or targets (1), in one line."""
+        source, chosen = self.found.sources[side], np.unique(list(indices))
+        texts = None if source is None else source.texts(chosen)
+        lines = (shortened(" ".join(text.split()), _SHOWN) for text in texts or ())
+        return dict(zip(chosen.tolist(), lines, strict=False))
+
     def self_influence(self) -> Float64[np.ndarray, " N"]:
         """Return each training example's influence on itself; for ``cosine``, which has none, that of ``tracin``."""
         return self.found.by("self_influence").self_influence()
 
     def ranking_table(self, name: str, indices: Iterable[int], values: Iterable[float]) -> str:
         """Return a table of ranked training examples with their values and, if known, classes."""
-        labels, ids = known_labels(self.train_table), self.ids()
+        labels, ids, indices = known_labels(self.train_table), self.ids(), list(indices)
+        texts = self.texts(indices)
         ranked = enumerate(zip(indices, values, strict=True), 1)
         rows = [
-            (rank, index, *([] if ids is None else [ids[index]]), value, class_of(labels, index))
+            (
+                *(rank, index, *([] if ids is None else [ids[index]]), value),
+                *([] if labels is None else [class_of(labels, index)]),
+                *([texts[index]] if texts else []),
+            )
             for rank, (index, value) in ranked
         ]
-        headers = ("rank", "example", *([] if ids is None else ["id"]), name, "class")
-        width = len(headers) - (labels is None)
-        return format_table(headers[:width], [row[:width] for row in rows])
+        known = {"id": ids is not None, name: True, "class": labels is not None, "text": bool(texts)}
+        return format_table(["rank", "example", *(header for header, there in known.items() if there)], rows)
 
     def ids(self) -> list[str | int] | None:
         """Return the ids of training examples, if the store has them."""
@@ -128,6 +166,12 @@ TRUST: Mapping[str, Any] = {
     "folder and the current one.",
 }
 """The option ``--trust``, for commands that follow paths in a store."""
+
+
+def texts_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--texts`` and ``--trust`` to a command that shows training examples."""
+    told = "Show the beginnings of texts, of a store of `tracer build`."
+    return click.option("--texts", is_flag=True, help=told)(click.option("--trust", **TRUST)(command))
 
 
 def trusted_folders(save_dir: str, trust: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from tracer.cli.stores import (
     count_option,
     known_labels,
     open_view,
+    texts_options,
 )
 from tracer.scoring.scorer import KINDS
 from tracer.store.example_groups import KINDS as KINDS_OF_GROUPS
@@ -35,6 +36,7 @@ SHOWN_TARGETS = 10  # the number of targets printed for people if none are named
     help="Examples that lowered the target's loss, raised it, or both.",
 )  # fmt: skip
 @click.option("--train-groups", type=click.Choice(KINDS_OF_GROUPS), help="Rank documents or groups by summed scores.")
+@texts_options
 def top(store: str, targets: list[int] | None, k: int, kind: str, train_groups: str | None, **options: Any) -> None:
     """Show the strongest training examples of targets.
 
@@ -45,6 +47,7 @@ def top(store: str, targets: list[int] | None, k: int, kind: str, train_groups: 
         tracer top runs/first --targets 0,5 -k 10
         tracer top runs/first --kind opponents --estimator influence --json
     """
+    texts, trust = options.pop("texts"), options.pop("trust")
     view = open_view(store, **options)
     chosen = check_targets(targets, view.target_table.num_rows)
     names = None
@@ -56,6 +59,8 @@ def top(store: str, targets: list[int] | None, k: int, kind: str, train_groups: 
     found = {each: view.found.top(k, each, train_groups) for each in (KINDS if kind == "both" else (kind,))}
     shown = chosen if targets is not None else chosen[:SHOWN_TARGETS]
     target_ids = view.target_ids()
+    if texts and train_groups is None:
+        view = view.with_texts(trust, np.unique(np.concatenate([top.indices[shown] for top in found.values()])))
     text = _text(view, shown, found, train_groups, names)
     if len(shown) < len(chosen):
         text += f"\n\n{len(chosen) - len(shown)} more targets: choose by --targets, or use --json or export for all."
@@ -79,6 +84,7 @@ def top(store: str, targets: list[int] | None, k: int, kind: str, train_groups: 
 @click.argument("store")
 @count_option(20, "Training examples to show.")
 @click.option("--lowest", is_flag=True, help="Those of lowest self-influence instead.")
+@texts_options
 def self_influence(store: str, k: int, lowest: bool, **options: Any) -> None:
     """Show the training examples of highest self-influence.
 
@@ -90,9 +96,12 @@ def self_influence(store: str, k: int, lowest: bool, **options: Any) -> None:
         tracer self-influence runs/first -k 20
         tracer self-influence runs/first -k 100 --json | jq '.rows'
     """
+    texts, trust = options.pop("texts"), options.pop("trust")
     view = open_view(store, needs_targets=False, **options)
     values = view.self_influence()
     order = np.argsort(values if lowest else -values, kind="stable")[:k]
+    if texts:
+        view = view.with_texts(trust, np.sort(order))
     ids = view.ids()
     named = {} if ids is None else {"ids": [ids[index] for index in order.tolist()]}
     result = {"rows": order, **named, "self_influence": values[order], "train_rows": len(values), "mean": values.mean()}
@@ -103,6 +112,7 @@ def _text(
     view: StoreView, targets: list[int], found: dict[str, TopK], train_groups: str | None, names: list[str] | None
 ) -> str:
     labels, ids, parts = known_labels(view.target_table), view.target_ids(), []
+    texts = view.texts(targets, 1)
     for target in targets:
         label = class_of(labels, target)
         of_class = "" if label is None else f" (class {label})"
@@ -115,7 +125,8 @@ def _text(
             )
             name = "" if ids is None else f" {ids[target]}"
             estimator = _estimator(view, train_groups)
-            parts.append(f"target {target}{name}{of_class}: {kind} by {estimator}\n{table}")
+            title = f"target {target}{name}{of_class}: {kind} by {estimator}"
+            parts.append("\n".join([title, *([texts[target]] if target in texts else []), table]))
     return "\n\n".join(parts)
 
 
