@@ -27,14 +27,14 @@ def check_model(model: nn.Module) -> nn.Module:
     while inner is not None:
         model, parallel = inner, isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel))
         inner = inner.module if parallel else getattr(inner, "_orig_mod", None)  # what torch.compile wrapped
-    if lazy := [repr(name) for name, value in model.named_parameters() if nn.parameter.is_lazy(value)]:
-        raise InputError(f"model has parameters without a shape: {listing(lazy)}; run one forward pass first.")
     flat = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
     if flat is not None and any(isinstance(module, flat) for module in model.modules()):
         raise InputTypeError(
             "model is wrapped by FullyShardedDataParallel, which joins parameters to flat ones whose names and shapes "
             "are lost; wrap it with torch.distributed.fsdp.fully_shard instead, or pass the plain module."
         )
+    if lazy := [repr(name) for name, value in model.named_parameters() if nn.parameter.is_lazy(value)]:
+        raise InputError(f"model has parameters without a shape: {listing(lazy)}; run one forward pass first.")
     return model
 
 
