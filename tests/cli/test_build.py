@@ -103,8 +103,13 @@ def test_rankings_have_the_beginnings_of_texts_of_the_rows_that_they_name(projec
     lines = run_tracer("self-influence", "store", "-k", "3", "--texts").output.splitlines()[1:]
     assert all(line.split(maxsplit=3)[3].startswith(begins(texts_of[int(line.split()[1])])) for line in lines)
     assert "text" not in run_tracer("top", "store", "-k", "1").output
+    (project / "others.txt").write_text("\n".join(texts()[5:7]))
+    result = run_tracer("build", *NAMES, "--targets", "others.txt", "--exp-name", "others")
+    assert result.exit_code == 0, result.output
+    lines = run_tracer("top", "store", "-k", "1", "--texts", "--exp-name", "targets").output.splitlines()
+    assert not any(begins(text) in lines for text in asked) and begins(texts_of[int(lines[2].split()[1])]) in lines[2]
     (project / "train.jsonl").unlink()
-    result = run_tracer("top", "store", "-k", "1", "--texts")
+    result = run_tracer("top", "store", "-k", "1", "--texts", "--exp-name", "others")
     assert result.exit_code == 0 and "texts are not shown" in caplog.text
 
 

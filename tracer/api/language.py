@@ -175,7 +175,9 @@ def load_store(
 def stored_sources(
     store: Store, exp_name: str, folders: Sequence[str | os.PathLike[str]], rows: np.ndarray | None = None
 ) -> tuple[TextSource, TextSource | None]:
-    """Return the training examples and, if they have a name, the targets of a store of `build_store`, to be shown.
+    """Return the training examples and the targets of a store of `build_store`, to be shown.
+
+    The targets are None if the store does not know them: of several sets it has the name of the last.
 
     Args:
         store: The store.
@@ -185,7 +187,7 @@ def stored_sources(
 
     Raises:
         InputError: If the store does not know a name, or it is outside ``folders``.
-        MismatchError: If the data are not those of the store.
+        MismatchError: If the training data are not those of the store.
     """
     record = LanguageRecord.of(store, folders)
     model, settings = record.name("model"), with_template(text_settings(record.options()))
@@ -199,7 +201,10 @@ def stored_sources(
     split = record.values.get("target_split")
     name, own_split = record.name("targets"), None if split is None else str(split)
     targets = target_source(name, tokenizer, settings, own_split, in_sides)
-    compare_rows(targets, store.targets(exp_name, known))
+    try:
+        compare_rows(targets, store.targets(exp_name, known))
+    except MismatchError:  # the store has the name of the set that was built last
+        return train, None
     return train, targets
 
 
