@@ -38,7 +38,7 @@ def load_language_model(
     """
     transformers, own = _import("transformers"), _adapter(name)
     adapters = own or next(filter(None, map(_adapter, checkpoints[:1])), None)
-    base = name if own is None else _base(own, name)
+    base = _base(name)
     kind = transformers.AutoModelForSeq2SeqLM if is_in_sides(name) else transformers.AutoModelForCausalLM
     model = _loaded(kind.from_pretrained, base, "model", torch_dtype=dtype)
     model.config.use_cache = False
@@ -56,18 +56,16 @@ def load_language_model(
 
 def is_in_sides(name: str) -> bool:
     """Return whether a model by name is an encoder-decoder, without loading its weights."""
-    own = _adapter(name)
-    base = name if own is None else _base(own, name)
-    config = _loaded(_import("transformers").AutoConfig.from_pretrained, base, "model")
+    config = _loaded(_import("transformers").AutoConfig.from_pretrained, _base(name), "model")
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def load_tokenizer(name: str, tokenizer: str | None = None) -> Any:
     """Return the tokenizer by its own name, or that of a model by name: of its adapters, else of their base."""
-    own = None if tokenizer is not None else _adapter(name)
-    places = [tokenizer or name] if own is None else [name, _base(own, name)]
-    has_own = (Path(places[0]) / "tokenizer_config.json").is_file()
-    return _loaded(_import("transformers").AutoTokenizer.from_pretrained, places[0 if has_own else -1], "tokenizer")
+    place = tokenizer
+    if place is None:
+        place = name if (Path(name) / "tokenizer_config.json").is_file() else _base(name)
+    return _loaded(_import("transformers").AutoTokenizer.from_pretrained, place, "tokenizer")
 
 
 def own_weights(name: str) -> Path:
@@ -85,7 +83,10 @@ def _adapter(place: Checkpoint) -> Path | None:
     return Path(place) if isinstance(place, (str, Path)) and (Path(place) / ADAPTER).is_file() else None
 
 
-def _base(adapters: Path, name: str) -> str:
+def _base(name: str) -> str:
+    """Return the name of the model that adapters are for, or that of a model itself."""
+    if (adapters := _adapter(name)) is None:
+        return name
     base = _import("peft").PeftConfig.from_pretrained(str(adapters)).base_model_name_or_path
     if not base:
         raise InputError(
